@@ -1,0 +1,214 @@
+"""Every option of a training run, one documented field each.
+
+Names and defaults are those of `trl.DPOConfig` where it has them, so that a TRL script changes one import.
+"""
+
+import difflib
+import functools
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .data import TRUNCATION_MODES
+from .errors import OptionError
+from .losses import REGISTRY
+
+# Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
+# default they change nothing and are accepted.
+_NOT_OFFERED: dict[str, tuple[Any, str]] = {
+    "padding_free": (False, "Batches never hold padding here; leave it out."),
+    "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
+    "precompute_ref_log_probs": (False, "The reference is computed in the same pass; leave it out."),
+    "precompute_ref_batch_size": (None, "The reference is computed in the same pass; leave it out."),
+    "loss_weights": (None, "Only one loss at a time is available yet."),
+    "ld_alpha": (None, "Length-desensitised DPO is not available yet."),
+    "f_divergence_type": ("reverse_kl", "Only the reverse KL (plain DPO) is available yet."),
+    "f_alpha_divergence_coef": (0.5, "Only the reverse KL (plain DPO) is available yet."),
+    "label_smoothing": (0.0, "Robust and conservative DPO are not available yet."),
+    "use_weighting": (False, "WPO weighting is not available yet."),
+    "discopop_tau": (0.05, "The discopop loss is not available yet."),
+    "activation_offloading": (False, "Use gradient_checkpointing, which is on by default."),
+    "sync_ref_model": (False, "The reference is the base with the adapter off and stays as it is."),
+    "ref_model_mixup_alpha": (0.6, "The reference is the base with the adapter off and stays as it is."),
+    "ref_model_sync_steps": (512, "The reference is the base with the adapter off and stays as it is."),
+    "router_aux_loss_coef": (None, "The router's auxiliary loss is not available yet."),
+    "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
+}
+
+# Options of TrainingArguments that would have no effect here: (harmless value, what to do instead).
+_NO_EFFECT: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
+    "torch_compile": (False, "The trainer calls the backbone itself, which this option does not compile."),
+    "logging_nan_inf_filter": (False, "A non-finite loss stops the run; it is never filtered out."),
+}
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Options of `DPOTrainer`; the rest are those of `transformers.TrainingArguments`.
+
+    Defaults that differ from `TrainingArguments` are TRL's: `learning_rate` 1e-6, `logging_steps` 10,
+    `gradient_checkpointing` on, `bf16` on unless `fp16` is. `logging_nan_inf_filter` is off: a non-finite loss stops
+    the run.
+
+    Raises:
+        OptionError: an unknown option, one of `trl.DPOConfig` that isn't offered, a value of the wrong type or out of
+            range, or an option that would have no effect.
+    """
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` when the model is given by name (JSON on the command line)."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that ships with model or tokenizer."})
+    quantize_base: bool | None = field(
+        default=None,
+        metadata={"help": "Load a model given by name in 4 bits (NF4, double quantisation). Default: yes."},
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn off all dropout, LoRA's included, as TRL does."})
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Compute each prompt once for all its completions, where the model can (it is probed)."},
+    )
+
+    # Data
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut. None: no limit."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "What is cut beyond max_length: 'keep_start' keeps the first tokens, 'keep_end' the last, "
+            "'trim_prompt' cuts the prompt's start and never a completion.",
+            "choices": list(TRUNCATION_MODES),
+        },
+    )
+    on_unusable: str = field(
+        default="drop",
+        metadata={
+            "help": "Rows without a signal (equal completions, an empty one, no room for one): 'drop' leaves them out "
+            "and reports the counts, 'error' stops.",
+            "choices": ["drop", "error"],
+        },
+    )
+    max_unusable_share: float = field(default=0.5, metadata={"help": "Stop if more than this share would be dropped."})
+
+    # Objective
+    loss_type: str | list[str] = field(default="sigmoid", metadata={"help": "The objective. Available: 'sigmoid'."})
+    beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference."})
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Clip implicit rewards to [-reward_clip, reward_clip] inside the loss."}
+    )
+
+    # Defaults that differ from TrainingArguments
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or share of all steps if < 1."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Default: yes, unless fp16 is set."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not available: non-finite losses stop the run."})
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        # Newer transformers renames the option and warns about the old name, which is TRL's.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        if isinstance(self.model_init_kwargs, str):
+            raise OptionError(f"model_init_kwargs={self.model_init_kwargs!r} must be a dict, or JSON like '{{...}}'.")
+
+    def _check_values(self) -> None:
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
+            self.loss_type = self.loss_type[0]
+        if not isinstance(self.loss_type, str) or self.loss_type not in REGISTRY:
+            raise OptionError(f"loss_type={self.loss_type!r} is not available. Available: {', '.join(REGISTRY)}.")
+        _check_number(self, "beta", above=0)
+        _check_number(self, "learning_rate", minimum=0)
+        _check_number(self, "max_unusable_share", minimum=0, maximum=1)
+        _check_number(self, "reward_clip", above=0, optional=True)
+        _check_number(self, "max_length", minimum=2, optional=True, whole=True)
+        _check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
+        _check_choice(self, "truncation_mode", TRUNCATION_MODES)
+        _check_choice(self, "on_unusable", ("drop", "error"))
+        for name in ("trust_remote_code", "disable_dropout", "share_prompts", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name, (harmless, why) in _NO_EFFECT.items():
+            if getattr(self, name, harmless) not in (harmless, None):
+                raise OptionError(f"{name}={getattr(self, name)!r} would have no effect. {why}")
+
+
+def _check_number(
+    config: DPOConfig,
+    name: str,
+    above: float = -math.inf,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    optional: bool = False,
+    whole: bool = False,
+) -> None:
+    value = getattr(config, name)
+    if value is None and optional:
+        return
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise OptionError(f"{name}={value!r} must be {kind}{' or None' if optional else ''}.")
+    if not (math.isfinite(value) and above < value and minimum <= value <= maximum):
+        bounds = [f"above {above}"] if above > -math.inf else []
+        bounds += [f"at least {minimum}"] if minimum > -math.inf else []
+        bounds += [f"at most {maximum}"] if maximum < math.inf else []
+        raise OptionError(f"{name}={value!r} must be {kind} {' and '.join(bounds)}.")
+
+
+def _check_choice(config: DPOConfig, name: str, choices: Any) -> None:
+    if getattr(config, name) not in choices:
+        raise OptionError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_option_names(given: dict[str, Any]) -> dict[str, Any]:
+    """Keep the options that exist; refuse the others with a word on each.
+
+    Args:
+        given: option name to value.
+
+    Returns:
+        `given` without the options of `trl.DPOConfig` that stand at a default with which nothing changes.
+
+    Raises:
+        OptionError: an unknown option, or one of `trl.DPOConfig` that isn't offered.
+    """
+    known = {f.name for f in fields(DPOConfig)}
+    kept = {}
+    for name, value in given.items():
+        if name in known:
+            kept[name] = value
+        elif name in _NOT_OFFERED:
+            default, remedy = _NOT_OFFERED[name]
+            if value != default:
+                raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that dpo-peft doesn't offer. {remedy}")
+        else:
+            close = difflib.get_close_matches(name, known | set(_NOT_OFFERED), n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "See DPOConfig for all options."
+            raise OptionError(f"{name!r} is not an option of DPOConfig. {hint}")
+    return kept
+
+
+def _checked(init: Any) -> Any:
+    @functools.wraps(init)
+    def __init__(self: DPOConfig, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **check_option_names(kwargs))
+
+    return __init__
+
+
+# The generated __init__ would answer an unknown option with a bare TypeError.
+DPOConfig.__init__ = _checked(DPOConfig.__init__)  # type: ignore[method-assign]

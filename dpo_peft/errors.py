@@ -1,0 +1,21 @@
+"""Every error this package raises on purpose, so that callers can tell a wrong input from a defect.
+
+All of them derive from `ValueError`. A message names where the trouble is (option, or dataset, row and field), what is
+wrong, and the remedy.
+"""
+
+
+class OptionError(ValueError):
+    """An option is unknown, contradictory, of the wrong type, or would have no effect."""
+
+
+class DataError(ValueError):
+    """A dataset, row or field can't be used. `str(error)` names dataset, row and field and the remedy."""
+
+
+class ReferenceMismatchError(ValueError):
+    """The adapter-off model is not the reference that the run needs (see `reference.py`)."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient became NaN or infinite. The message names the rows of the batch."""

@@ -1,0 +1,20 @@
+"""From token ids to log-probs: how a batch is laid out, how attention reads that layout, and the one forward pass.
+
+Nothing here knows dataset formats, losses or configs.
+"""
+
+from .layout import PackedBatch, Sample, pack, pad_rows
+from .probe import ForwardPlan, plan_forward
+from .score import Scores, completion_logps, sequence_logps
+
+__all__ = [
+    "ForwardPlan",
+    "PackedBatch",
+    "Sample",
+    "Scores",
+    "completion_logps",
+    "pack",
+    "pad_rows",
+    "plan_forward",
+    "sequence_logps",
+]

@@ -1,0 +1,185 @@
+"""Attention over a packed batch, plugged into transformers by its public hooks. No model file is patched.
+
+A model whose attention implementation is `IMPLEMENTATION` works as before under plain calls (generation, evaluation by
+others): they go to SDPA with the masks that SDPA gets. A call that carries `prefix_layout` reads that layout instead.
+Such a call also passes `layout_marker()` as its 4-D attention mask, which transformers hands through to the attention
+function unchanged; a model that builds masks of its own is caught by that.
+
+Backends: "varlen" (CUDA; one kernel over ragged segments, K and V gathered as [prompt; own tokens]) and "dense" (any
+device; the mask predicate itself, sample by sample, and the oracle for the other).
+
+Shape suffixes: H query heads, G key/value heads, T packed tokens, D head size, E samples, B longest sample in tokens.
+"""
+
+import importlib.util
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .layout import PackedBatch, visible
+
+IMPLEMENTATION = "dpo_peft_prefix_shared"
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+class CannotShareError(RuntimeError):
+    """This model's attention can't read a packed batch; use one row per completion."""
+
+
+class AttentionPlan:
+    """A packed batch as the attention function needs it: one object for all layers and for recomputation.
+
+    Args:
+        batch: a batch from `pack`, on the model's device.
+        backend: "dense" or "varlen".
+    """
+
+    def __init__(self, batch: PackedBatch, backend: str):
+        self.batch = batch
+        self.backend = backend
+        self.calls = 0  # the probe compares it with the number of layers
+        self._masks: dict[int | None, Tensor] = {}
+        if backend == "dense":
+            assert batch.sample_index is not None
+            self.filled_EB = batch.sample_index >= 0
+            self.index_EB = batch.sample_index.clamp(min=0)
+
+    def mask_EBB(self, window: int | None) -> Tensor:
+        """The mask predicate on every sample's own tokens. Padding queries see position 0, so no row is empty."""
+        if window not in self._masks:
+            batch, index = self.batch, self.index_EB
+            assert batch.segment is not None and batch.context is not None
+            segment, context, pos = batch.segment[index], batch.context[index], batch.position_ids[0][index]
+            mask = visible(
+                segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window
+            )
+            mask &= self.filled_EB[:, None]
+            mask[:, :, 0] |= ~self.filled_EB
+            self._masks[window] = mask
+        return self._masks[window]
+
+
+def layout_marker(device: torch.device) -> Tensor:
+    """The 4-D mask that stands for "the layout says who sees whom"."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def prefix_shared_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    prefix_layout: AttentionPlan | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered as `IMPLEMENTATION`.
+
+    Args:
+        query: (1, H, T, D); key, value: (1, G, T, D).
+
+    Returns:
+        (1, T, H, D) and None (no attention weights).
+
+    Raises:
+        CannotShareError: the model asks for something that the layout can't express.
+    """
+    if prefix_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _refuse_unknown(attention_mask, kwargs)
+    prefix_layout.calls += 1
+    if prefix_layout.backend == "varlen":
+        return _varlen(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
+    return _dense(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
+
+
+def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    if attention_mask is not None and tuple(attention_mask.shape) != (1, 1, 1, 1):
+        raise CannotShareError("the model builds an attention mask of its own")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise CannotShareError(f"its attention uses {name}")
+    if kwargs.get("is_causal") is False:
+        raise CannotShareError("its attention is bidirectional")
+
+
+def _dense(
+    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    index, filled = plan.index_EB, plan.filled_EB
+    groups = q.shape[1] // k.shape[1]
+    q_EHBD, k_EGBD, v_EGBD = (x[0][:, index].transpose(0, 1) for x in (q, k, v))
+    out_EHBD = F.scaled_dot_product_attention(
+        q_EHBD,
+        k_EGBD.repeat_interleave(groups, 1),
+        v_EGBD.repeat_interleave(groups, 1),
+        attn_mask=plan.mask_EBB(window)[:, None],
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    # Samples stand in the packed row one after the other, so dropping the padding restores its order.
+    return out_EHBD.transpose(1, 2)[filled][None]
+
+
+def _varlen(
+    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    if dropout:
+        raise CannotShareError("the varlen kernel has no attention dropout")
+    batch = plan.batch
+    assert batch.kv_index is not None
+    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
+    out_THD = varlen_kernel(
+        q_THD.contiguous(),
+        k_TGD.index_select(0, batch.kv_index),
+        v_TGD.index_select(0, batch.kv_index),
+        batch.cu_seq_q,
+        batch.cu_seq_k,
+        batch.max_q,
+        batch.max_k,
+        scale=scaling,
+        # Bottom-right aligned: a segment's last query sees its last key. -1 is no limit to the left.
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return out_THD[None]
+
+
+def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.nn.attention.varlen.varlen_attn`; newer releases want `enable_gqa` said, older ones don't know it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if _needs_enable_gqa():
+        kwargs["enable_gqa"] = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, *args, **kwargs)
+
+
+@cache
+def _needs_enable_gqa() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """ "varlen" where its kernel runs (CUDA sm80+, half precision, head size a multiple of 8 up to 256)."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+        return "dense"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "dense"
+    return "varlen" if torch.cuda.get_device_capability(device) >= (8, 0) else "dense"
+
+
+AttentionInterface.register(IMPLEMENTATION, prefix_shared_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

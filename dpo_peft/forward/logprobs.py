@@ -1,0 +1,134 @@
+"""Log-probs of given tokens from hidden states, in chunks: full logits never exist.
+
+With a frozen head (the usual case: LoRA leaves it alone) the gradient to the hidden states is formed in the forward
+pass, while a chunk's probabilities are at hand: d logp(y) / d hidden = (onehot(y) - softmax) @ W. The backward then only
+scales it, so the head costs two matrix products instead of three and its weight gets no gradient. A head that is
+trained, adapted or quantised goes through its own module, chunk by chunk, each recomputed in the backward.
+
+Shape suffixes: N predicted tokens, H hidden size, V vocabulary, K one chunk of N.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# 1024 rows of a 128k vocabulary are 0.5 GiB in float32, the largest buffer that the head needs.
+CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """A causal LM's output layer and what its `forward` does to the logits afterwards.
+
+    `scale` multiplies the logits, `softcap` c replaces them by c * tanh(logits / c) after that.
+    """
+
+    module: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the head is a bare linear layer without anything to train or to switch off."""
+        return type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(K, H) hidden states to (K, V) logits in at least float32, through the module itself."""
+        return self.post(_at_least_float32(self.module(hidden)))
+
+    def post(self, logits: Tensor) -> Tensor:
+        """Scale and soft-cap raw float32 logits."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def read_head(model: nn.Module) -> Head:
+    """The head of a (bare, not PEFT-wrapped) causal LM, with the logit transforms that its config declares.
+
+    Models differ in how they name them; whatever this list misses is caught by the start-up probe, which compares with
+    the model's own logits.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    multipliers = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    scale = next((m for m in multipliers if m is not None), None)
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1.0 / config.logits_scaling
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    return Head(module, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def token_logps(hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+    """Log-probability of each target token given the hidden state that predicts it (note eq. 49, term by term).
+
+    Args:
+        hidden_NH: (N, H) hidden states, any float dtype.
+        target_N: (N,) token ids.
+        head: from `read_head`.
+        chunk_rows: rows of logits that exist at a time.
+
+    Returns:
+        (N,) float32 log-probs in nats, differentiable in the hidden states and in the head where it is trained.
+    """
+    if head.frozen:
+        return _FrozenHeadLogps.apply(hidden_NH, target_N, head, chunk_rows)
+    chunks = zip(hidden_NH.split(chunk_rows), target_N.split(chunk_rows), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(_module_chunk, h, y, head, use_reentrant=False) for h, y in chunks])
+    return torch.cat([_module_chunk(h, y, head) for h, y in chunks])
+
+
+def _module_chunk(hidden_KH: Tensor, target_K: Tensor, head: Head) -> Tensor:
+    logits_KV = head.logits(hidden_KH)
+    return logits_KV.gather(1, target_K[:, None])[:, 0] - logits_KV.logsumexp(1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """See the head of this file. Works in the dtype that a linear layer would use here, sums in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int) -> Tensor:
+        weight_VH, bias_V = head.module.weight, head.module.bias
+        device = hidden_NH.device.type
+        if torch.is_autocast_enabled(device):
+            weight_VH = weight_VH.to(torch.get_autocast_dtype(device))
+        needs_grad = ctx.needs_input_grad[0]
+        sum_dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+        logps_N = torch.empty(hidden_NH.shape[0], dtype=sum_dtype, device=hidden_NH.device)
+        grad_NH = torch.empty_like(hidden_NH) if needs_grad else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, hidden_NH.shape[0], chunk_rows):
+                rows = slice(start, start + chunk_rows)
+                raw_KV = _at_least_float32(hidden_NH[rows].to(weight_VH.dtype) @ weight_VH.T)
+                if bias_V is not None:
+                    raw_KV += bias_V
+                logits_KV = head.post(raw_KV)
+                target_K1 = target_N[rows, None]
+                lse_K1 = logits_KV.logsumexp(1, keepdim=True)
+                logps_N[rows] = (logits_KV.gather(1, target_K1) - lse_K1)[:, 0]
+                if grad_NH is not None:
+                    grad_NH[rows] = _grad_to_hidden(logits_KV, lse_K1, target_K1, head, weight_VH).to(grad_NH.dtype)
+        ctx.save_for_backward(grad_NH)
+        return logps_N
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_NH,) = ctx.saved_tensors
+        return (grad_NH * grad_outputs[0][:, None]).to(grad_NH.dtype), None, None, None
+
+
+def _grad_to_hidden(logits_KV: Tensor, lse_K1: Tensor, target_K1: Tensor, head: Head, weight_VH: Tensor) -> Tensor:
+    grad_KV = (logits_KV - lse_K1).exp_().neg_()
+    grad_KV.scatter_add_(1, target_K1, torch.ones_like(target_K1, dtype=grad_KV.dtype))
+    if head.softcap is not None:
+        grad_KV *= 1 - (logits_KV / head.softcap) ** 2
+    if head.scale != 1.0:
+        grad_KV *= head.scale
+    return grad_KV.to(weight_VH.dtype) @ weight_VH

@@ -1,0 +1,156 @@
+"""Probe, don't list: at start-up the loaded model itself shows whether it can share prompts.
+
+Two tiny samples are scored three ways: by the model's own logits, by our head on padded rows, and packed with shared
+prompts. The last must agree with the first, must pass through our attention once per layer, and must not move when
+another completion's tokens are edited. A model that fails falls back to one row per completion, with the reason.
+
+Shape suffixes: N predicted tokens.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, choose_backend
+from .layout import PackedBatch, Sample, pack, pad_rows
+from .score import completion_logps, eval_mode, unwrap
+
+logger = logging.getLogger(__name__)
+
+# Largest difference of one token's log-prob that rounding explains, by the dtype of the computation.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How a model's batches are laid out: what the probe found.
+
+    `max_difference` is the largest difference of a token's log-prob (nats) between the chosen layout and the model's
+    own logits on the probe's samples.
+    """
+
+    shared: bool
+    backend: str
+    max_difference: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.shared:
+            return (
+                f"Prompts are computed once per sample (attention backend {self.backend!r}; largest difference to the "
+                f"model's own log-probs {self.max_difference:.1e})."
+            )
+        return f"One padded row per completion: {self.reason}."
+
+
+def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtype | None = None) -> ForwardPlan:
+    """Decide the layout on the loaded model, and set its attention implementation accordingly.
+
+    Args:
+        model: a causal LM or a PEFT model around one, on its device.
+        share_prompts: False skips the probe of the packed layout and takes one row per completion.
+        dtype: the dtype under autocast, if training uses it.
+
+    Raises:
+        ValueError: the model transforms its logits in a way that we don't know, so its log-probs would be wrong.
+    """
+    causal_lm = unwrap(model)
+    device = causal_lm.get_input_embeddings().weight.device
+    compute_dtype = dtype or causal_lm.get_input_embeddings().weight.dtype
+    autocast = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+    samples = _probe_samples(causal_lm.config.get_text_config().vocab_size)
+    with torch.no_grad(), eval_mode(model), autocast:
+        plain = pad_rows(samples).to(device)
+        own_N = _own_logps(causal_lm, plain)
+        tolerance = _TOLERANCE[compute_dtype] + 4 * _noise_floor(causal_lm, samples, own_N, device)
+        rows_difference = _difference(completion_logps(model, plain).token_logps_N, own_N)
+        if not rows_difference <= tolerance:
+            raise ValueError(
+                f"{type(causal_lm).__name__} changes its logits after the output layer in a way that is not known "
+                f"here: log-probs differ by {rows_difference:.3g} from the model's own. It can't be trained with this "
+                "version; please report the model's name."
+            )
+        if not share_prompts:
+            return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
+        original = causal_lm.config._attn_implementation
+        try:
+            backend = choose_backend(device, compute_dtype, _head_dim(causal_lm))
+            difference = _probe_shared(model, samples, own_N, backend, tolerance, device)
+        except Exception as error:  # a model's forward may fail in any way; each means that it can't share
+            causal_lm.set_attn_implementation(original)
+            logger.debug("The packed probe failed.", exc_info=True)
+            return ForwardPlan(False, "own", rows_difference, f"this model can't share prompts ({_short(error)})")
+    return ForwardPlan(True, backend, difference)
+
+
+def _probe_shared(
+    model: nn.Module, samples: list[Sample], own_N: Tensor, backend: str, tolerance: float, device: torch.device
+) -> float:
+    causal_lm = unwrap(model)
+    causal_lm.set_attn_implementation(IMPLEMENTATION)
+    if causal_lm.config._attn_implementation != IMPLEMENTATION:
+        raise CannotShareError("it does not use transformers' attention interface")
+    batch = pack(samples).to(device)
+    plan = AttentionPlan(batch, backend)
+    token_logps_N = completion_logps(model, batch, plan).token_logps_N
+    layers = causal_lm.config.get_text_config().num_hidden_layers
+    if plan.calls != layers:
+        raise CannotShareError(f"{plan.calls} of its {layers} layers are plain attention")
+    difference = _difference(token_logps_N, own_N)
+    if not difference <= tolerance:
+        raise CannotShareError(f"shared log-probs differ by {difference:.2g}, more than {tolerance:.1g}")
+    edited_N = completion_logps(model, _edit_second(samples).to(device), backend).token_logps_N
+    moved = (edited_N - token_logps_N).abs()
+    first, second = moved[batch.completion_of == 0].max(), moved[batch.completion_of == 1].max()
+    # Same shapes, same kernels: what the first completion can't see may not move it, whatever the dtype.
+    if first > 0.02 * second:
+        raise CannotShareError("a completion sees its neighbour")
+    return difference
+
+
+def _probe_samples(vocab_size: int) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    low, high = vocab_size // 4, max(vocab_size // 2, vocab_size // 4 + 2)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(low, high, (n,), generator=generator).tolist()
+
+    return [Sample(ids(9), [ids(4), ids(7)]), Sample(ids(5), [ids(6), ids(2)])]
+
+
+def _edit_second(samples: list[Sample]) -> PackedBatch:
+    """The same batch with other tokens in the first sample's second completion."""
+    first, *rest = samples
+    edited = [token + 1 for token in first.completions[1]]
+    return pack([first._replace(completions=[first.completions[0], edited]), *rest])
+
+
+def _own_logps(causal_lm: Any, batch: PackedBatch) -> Tensor:
+    """(N,) log-probs of the completion tokens from the model's own logits."""
+    logits = causal_lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logps = logits.flatten(0, 1).index_select(0, batch.pred_pos).float().log_softmax(-1)
+    return logps.gather(1, batch.target[:, None])[:, 0]
+
+
+def _noise_floor(causal_lm: Any, samples: list[Sample], own_N: Tensor, device: torch.device) -> float:
+    """How much the model's own log-probs move with the shape of the batch alone."""
+    alone = [_own_logps(causal_lm, pad_rows([s._replace(completions=[c])]).to(device)) for s in samples for c in s[1]]
+    return _difference(torch.cat(alone), own_N)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _head_dim(causal_lm: Any) -> int:
+    config = causal_lm.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return (text if isinstance(error, CannotShareError) else f"{type(error).__name__}: {text}")[:160]
+

@@ -1,0 +1,95 @@
+"""The only forward pass: a model and a packed batch in, log-probs out.
+
+Shape suffixes: N predicted tokens, C completions, H hidden size; in `sequence_logps` B sequences, L padded length.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionPlan, layout_marker
+from .layout import PackedBatch
+from .logprobs import CHUNK_ROWS, read_head, token_logps
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one forward pass over a batch gives, float32 in nats."""
+
+    token_logps_N: Tensor  # log-prob of every completion token
+    logps_C: Tensor  # their sum per completion (note eq. 49)
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers causal LM inside a PEFT model (its layers stay adapted), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, each back in its own mode outside, exceptions or not."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def completion_logps(
+    model: nn.Module, batch: PackedBatch, backend: str | AttentionPlan = "dense", chunk_rows: int = CHUNK_ROWS
+) -> Scores:
+    """Log-probs of every completion of a batch under `model`, in whatever state its adapter is.
+
+    Args:
+        model: a causal LM or a PEFT model around one. For a shared batch its attention implementation must be
+            `forward.attention.IMPLEMENTATION`.
+        batch: from `pack` or `pad_rows`, on the model's device.
+        backend: attention backend of a shared batch, "dense" or "varlen" (or a plan already made for this batch).
+        chunk_rows: rows of logits that exist at a time.
+
+    Raises:
+        CannotShareError: the model's attention can't read a shared batch.
+    """
+    causal_lm = unwrap(model)
+    head = read_head(causal_lm)
+    hidden_NH = _hidden_states(causal_lm, batch, backend).flatten(0, 1).index_select(0, batch.pred_pos)
+    token_logps_N = token_logps(hidden_NH, batch.target, head, chunk_rows)
+    logps_C = token_logps_N.new_zeros(batch.num_completions).index_add(0, batch.completion_of, token_logps_N)
+    return Scores(token_logps_N, logps_C)
+
+
+def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: str | AttentionPlan) -> Tensor:
+    kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.shared:
+        kwargs["attention_mask"] = layout_marker(batch.input_ids.device)
+        kwargs["position_ids"] = batch.position_ids
+        kwargs["prefix_layout"] = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
+    else:
+        kwargs["attention_mask"] = batch.attention_mask
+    return causal_lm.base_model(**kwargs).last_hidden_state
+
+
+def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each labelled sequence under any causal LM (note eq. 49 and listing 1).
+
+    The plain path, from the model's own logits: for small jobs and as an oracle. Training uses `completion_logps`.
+
+    Args:
+        model: anything whose call returns `.logits`, (B, L, V).
+        input_ids: (B, L) int64.
+        attention_mask: (B, L), 1 for tokens and 0 for padding.
+        labels: (B, L) int64, `input_ids` where a token counts and -100 on prompt and padding.
+
+    Returns:
+        (B,) float32 sums of log-probs in nats; 0 for a row without labels.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
+    labels = labels[:, 1:]
+    token_logps = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    return torch.where(labels == -100, 0.0, token_logps).sum(1)

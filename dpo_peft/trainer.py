@@ -1,0 +1,360 @@
+"""Open this first: how DPO over LoRA on a frozen base comes together.
+
+`DPOTrainer` is a `transformers.Trainer`. It prepares the data, builds the PEFT model, lets the model show how its
+batches can be laid out, and then `compute_loss` is the whole method:
+
+    score the batch with the adapter off (reference), score it with the adapter on (policy), take the loss.
+
+Constructor, option names, metric names and dataset formats are those of `trl.DPOTrainer`.
+
+Shape suffixes: B pairs, C completions (chosen at even, rejected at odd indices), N completion tokens.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from .config import DPOConfig
+from .data import DataReport, prepare_dataset
+from .data.batch import PreferenceCollator
+from .errors import NonFiniteError, OptionError
+from .forward import PackedBatch, completion_logps, plan_forward
+from .losses import REGISTRY, PairLoss
+from .metrics import MetricStore, mean_of, pair_metrics
+from .modeling import attach_adapter, disable_dropout, load_base, storage_report
+from .reference import check_start, reference_logps
+
+logger = logging.getLogger(__name__)
+
+AnyDataset = Dataset | IterableDataset
+
+
+class DPOTrainer(Trainer):
+    """Trains a LoRA adapter by Direct Preference Optimization against the same model without it.
+
+    Args:
+        model: a Hub id or folder (loaded in NF4 by default), a causal LM, or a PeftModel with an untrained adapter.
+        ref_model: not accepted: the reference is `model` with the adapter off.
+        args: the options; defaults to `DPOConfig(output_dir="<model>-DPO")`.
+        data_collator: prepared rows (`prompt_ids`, `completion_ids`, `row`) to the fields of `PackedBatch`.
+        train_dataset: preference rows in any of TRL's formats.
+        eval_dataset: the same, or a dict of several by name.
+        processing_class: the tokenizer; loaded from the model's name if None.
+        compute_metrics: gets `predictions` (pairs, 2), the implicit rewards of chosen and rejected, and `label_ids`
+            (pairs,), all zeros: the index of the better one.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: replaces the default NF4 configuration of a model given by name.
+        peft_config: a LoraConfig; defaults to rank 16 on all linear layers.
+
+    Raises:
+        OptionError: an option that can't be honoured.
+        DataError: rows that can't be used, with dataset, row, field and remedy.
+    """
+
+    _tag_names = ["dpo", "lora", "dpo-peft"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
+        _check_arguments(model, ref_model, args, train_dataset, quantization_config)
+        tokenizer = _load_tokenizer(name, args) if processing_class is None else processing_class
+        _check_tokenizer(tokenizer)
+
+        # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
+        self.data_reports: dict[str, DataReport] = {}
+        train_dataset = self._prepare(train_dataset, tokenizer, args, "train")
+        eval_dataset = self._prepare_eval(eval_dataset, tokenizer, args)
+
+        set_seed(args.seed)  # the adapter's start is drawn at random
+        if isinstance(model, str):
+            quantize = args.quantize_base is not False
+            init_kwargs = args.model_init_kwargs
+            assert not isinstance(init_kwargs, str)
+            model = load_base(name, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
+        _check_vocabulary(model, tokenizer)
+        model = attach_adapter(model, peft_config)
+        if args.disable_dropout and (found := disable_dropout(model)):
+            logger.warning("disable_dropout=True: turned off %s.", ", ".join(found))
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+        self.objective = REGISTRY[str(args.loss_type)]
+        self.loss_options = {name: getattr(args, name) for name in self.objective.options}
+        self.metric_store = MetricStore()
+        self._start_checked = False
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or PreferenceCollator(),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # compute_loss divides by the samples of the whole optimizer batch, so that micro-batches don't change the step.
+        self.model_accepts_loss_kwargs = True
+        self.model.add_model_tags(self._tag_names)
+        self.add_callback(_StopWhenNonFinite(self))
+        self._finite: Tensor | None = None
+        self._step_rows: list[Tensor] = []
+
+        # The model is on its device now and can show how its batches are laid out.
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.forward_plan = plan_forward(self.model, args.share_prompts, dtype)
+        if data_collator is None:
+            pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+            self.data_collator = PreferenceCollator(self.forward_plan.shared, pad_token_id)
+        logger.warning("%s", storage_report(self.model))
+        logger.warning("%s", self.forward_plan)
+
+    # ---- The method ---------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch; with `return_outputs` also the `PairLoss`.
+
+        Args:
+            model: the PEFT model.
+            inputs: the fields of a `PackedBatch`, on the model's device.
+            return_outputs: whether to return the loss per pair too.
+            num_items_in_batch: pairs in the whole optimizer batch; those of this micro-batch if None.
+        """
+        batch = PackedBatch(**inputs)
+        backend = self.forward_plan.backend
+        ref = reference_logps(self.model, batch, backend)
+        policy = completion_logps(self.model, batch, backend)
+        pair_loss = self.objective.loss(*_pairs(policy.logps_C), *_pairs(ref.logps_C), **self.loss_options)
+        loss = pair_loss.losses_B.sum() / (num_items_in_batch or batch.num_samples)
+        self._record(batch, pair_loss, policy.logps_C, policy.token_logps_N, ref.token_logps_N)
+        return (loss, pair_loss) if return_outputs else loss
+
+    def _record(self, batch: PackedBatch, pair_loss: PairLoss, logps_C: Tensor, *token_logps_N: Tensor) -> None:
+        metrics = pair_metrics(pair_loss, logps_C, *token_logps_N, batch.completion_of)
+        if self.model.training:
+            finite = torch.isfinite(pair_loss.losses_B.detach()).all()
+            self._finite = finite if self._finite is None else self._finite & finite
+            self._step_rows.append(batch.rows)
+            self.metric_store.add("train", metrics)
+        else:
+            self.metric_store.add("eval", {"loss": mean_of(pair_loss.losses_B), **metrics})
+
+    # ---- Hooks of transformers.Trainer --------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Check that policy and reference start equal, then train (see `transformers.Trainer.train`).
+
+        Raises:
+            ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
+            NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
+        """
+        if not self._start_checked:
+            self._check_start()
+            self._start_checked = True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_start(self, samples: int = 4) -> None:
+        rows = [row for row, _ in zip(self.train_dataset, range(samples), strict=False)]
+        batches = [PackedBatch(**self.data_collator(part)).to(self.args.device) for part in (rows, *([r] for r in rows))]
+        self.model.train(self.args.disable_dropout)
+        with self.compute_loss_context_manager():
+            check_start(self.model, batches, self.forward_plan.backend)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and the number of their samples."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(batch["rows"]) for batch in batches)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One evaluation batch: loss, implicit rewards (B, 2) and zeros (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, pairs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        rewards_B2 = torch.stack([pairs.chosen_rewards_B, pairs.rejected_rewards_B], dim=1)
+        return loss, rewards_B2, torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`, with the pair metrics as means over all pairs of the dataset."""
+        self.metric_store.pop("eval")
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        metrics = self.metric_store.pop("eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the pair metrics since the last log to a training log."""
+        if "loss" in logs:
+            logs = {**logs, **self.metric_store.pop("train")}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""
+        return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompt_ids", "completion_ids", "row"]
+
+    # ---- Data ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self, dataset: Any, tokenizer: Any, args: DPOConfig, name: str) -> Any:
+        with args.main_process_first(desc=f"preparing the {name} dataset"):
+            prepared, report = prepare_dataset(
+                dataset,
+                tokenizer,
+                name=name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+                on_unusable=args.on_unusable,
+                max_unusable_share=args.max_unusable_share,
+            )
+        self.data_reports[name] = report
+        logger.warning("%s", report)
+        return prepared
+
+    def _prepare_eval(self, dataset: Any, tokenizer: Any, args: DPOConfig) -> Any:
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: self._prepare(part, tokenizer, args, f"eval_{name}") for name, part in dataset.items()}
+        return self._prepare(dataset, tokenizer, args, "eval")
+
+
+class _StopWhenNonFinite(TrainerCallback):
+    """Before every optimizer step: one look at the losses and gradients of its micro-batches."""
+
+    def __init__(self, trainer: DPOTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        rows, finite = trainer._step_rows, trainer._finite
+        trainer._step_rows, trainer._finite = [], None
+        if finite is None:
+            return
+        # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
+        if not args.fp16:
+            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(grads))
+        if not finite:
+            where = ", ".join(str(row) for row in torch.cat(rows).tolist())
+            raise NonFiniteError(
+                f"Step {state.global_step + 1}: the loss or its gradient is not finite, on training rows {where}. The "
+                "optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, or "
+                "use bf16 instead of fp16."
+            )
+
+
+def _pairs(x_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) to the values of the chosen and of the rejected completions, (B,) each."""
+    x_B2 = x_C.view(-1, 2)
+    return x_B2[:, 0], x_B2[:, 1]
+
+
+def _check_arguments(model: Any, ref_model: Any, args: Any, train_dataset: Any, quantization_config: Any) -> None:
+    if ref_model is not None:
+        raise OptionError(
+            "ref_model is not accepted: the reference is the model itself with the adapter switched off, so a second "
+            "copy would only cost memory. Leave ref_model out. To use another reference, merge it into the base first."
+        )
+    if not isinstance(args, DPOConfig):
+        raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
+    if train_dataset is None:
+        raise OptionError("train_dataset is missing: pass a datasets.Dataset with preference rows.")
+    if not isinstance(train_dataset, AnyDataset):
+        raise OptionError(
+            f"train_dataset is a {type(train_dataset).__name__}; pass a datasets.Dataset or IterableDataset, such as "
+            "datasets.load_dataset(..., split='train')."
+        )
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise OptionError("A streaming train_dataset has no length: set max_steps.")
+    if not isinstance(model, str):
+        unused = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+        for option, value in unused.items():
+            if value is not None:
+                raise OptionError(f"{option} has no effect on a model that is loaded already: pass the model's name.")
+        if args.quantize_base and not getattr(model, "is_loaded_in_4bit", False):
+            raise OptionError("quantize_base=True has no effect on a model that is loaded already: pass its name.")
+    elif args.quantize_base is False and quantization_config is not None:
+        raise OptionError("quantize_base=False contradicts quantization_config: give one of them.")
+    if args.world_size > 1:
+        raise OptionError("Training in several processes is not available yet: start a single one.")
+    if args.n_gpu > 1:
+        raise OptionError(f"{args.n_gpu} GPUs are visible to one process: show it one by CUDA_VISIBLE_DEVICES=0.")
+
+
+def _load_tokenizer(name: str, args: DPOConfig) -> Any:
+    init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=init_kwargs.get("revision", "main"), trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "
+            "processing_class."
+        ) from error
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
+            "not supported."
+        )
+
+
+def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise OptionError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: resize the model by "
+            "model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to it."
+        )
