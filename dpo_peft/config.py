@@ -174,11 +174,12 @@ def _check_choice(config: DPOConfig, name: str, choices: Any) -> None:
         raise OptionError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, choices))}.")
 
 
-def check_option_names(given: dict[str, Any]) -> dict[str, Any]:
+def check_option_names(given: dict[str, Any], known: set[str] | None = None) -> dict[str, Any]:
     """Keep the options that exist; refuse the others with a word on each.
 
     Args:
         given: option name to value.
+        known: the names that exist; the fields of `DPOConfig` if None.
 
     Returns:
         `given` without the options of `trl.DPOConfig` that stand at a default with which nothing changes.
@@ -186,7 +187,7 @@ def check_option_names(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: an unknown option, or one of `trl.DPOConfig` that isn't offered.
     """
-    known = {f.name for f in fields(DPOConfig)}
+    known = {f.name for f in fields(DPOConfig)} if known is None else known
     kept = {}
     for name, value in given.items():
         if name in known:
@@ -197,8 +198,8 @@ def check_option_names(given: dict[str, Any]) -> dict[str, Any]:
                 raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that dpo-peft doesn't offer. {remedy}")
         else:
             close = difflib.get_close_matches(name, known | set(_NOT_OFFERED), n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "See DPOConfig for all options."
-            raise OptionError(f"{name!r} is not an option of DPOConfig. {hint}")
+            hint = f"Did you mean {close[0]!r}?" if close else "`dpo-peft train --help` lists them all."
+            raise OptionError(f"{name!r} is not an option. {hint}")
     return kept
 
 

@@ -39,6 +39,7 @@ from .losses import REGISTRY, PairLoss
 from .metrics import MetricStore, mean_of, pair_metrics
 from .modeling import attach_adapter, disable_dropout, load_base, storage_report
 from .reference import check_start, reference_logps
+from .results import save_results
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +232,21 @@ class DPOTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self.metric_store.pop("train")}
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter and the tokenizer; called by a user also metrics.json, curves.png and the model card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save:
+            self._save_results(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card with the run's figures into the output folder."""
+        self._save_results(self.args.output_dir)
+
+    def _save_results(self, folder: str) -> None:
+        has_chat_template = self.processing_class.chat_template is not None
+        history = self.state.log_history
+        save_results(folder, self.model, self.args.to_dict(), history, self.data_reports, has_chat_template)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""

@@ -1,0 +1,72 @@
+# Every target works as the only command on a machine with Python and make: the first one that needs it builds .venv.
+#   make quickstart | test | check | format | clean | help
+# PYTHON=…    interpreter to build .venv with (default: the first below that runs, is >= 3.10 and has venv)
+# PIP_ARGS=…  passed on to pip install
+# JOBS=…      test processes, one thread each
+# TESTS=…     what pytest runs
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+TESTS ?= tests
+PIP_ARGS ?=
+
+CANDIDATES := python3.12 python3.11 python3.10 python3 python
+# A name on the PATH is not enough: version managers leave shims that do not run.
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+    $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
+
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+# --no-compile: Python compiles what it imports on first use, a small part of what is installed.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(PIP_ARGS)
+
+.PHONY: help quickstart test check format clean
+help:
+	@echo "make quickstart  train the embedded model in 4 bits with DPO; report and adapter in outputs/quickstart"
+	@echo "make test        run the tests                    (TESTS=tests/test_x.py, JOBS=$(JOBS))"
+	@echo "make check       lint, formatting and types"
+	@echo "make format      apply the formatter and the lint fixes"
+	@echo "make clean       remove .venv, outputs and caches"
+
+quickstart: $(VENV)/.runtime
+	$(BIN)/python recipes/quickstart.py --output_dir outputs/quickstart
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: a changed pyproject.toml or constraints.txt installs again, nothing else does.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 with venv found (tried: $(CANDIDATES)). Set PYTHON=/path/to/python3."; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing dpo-peft and what it needs (minutes the first time)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing dpo-peft with its test and development tools (minutes the first time)"
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.runtime

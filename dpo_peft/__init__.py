@@ -1,0 +1,40 @@
+"""DPO over LoRA on a 4-bit base. The reference is the same model with its adapter off.
+
+    from dpo_peft import DPOConfig, DPOTrainer
+
+Names are loaded on first use, so that `import dpo_peft` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DPOConfig": "config",
+    "DPOTrainer": "trainer",
+    "dpo_loss": "losses",
+    "sequence_logps": "forward",
+    "preprocess_dpo_sample": "data",
+    "prepare_dataset": "data",
+    "from_alpaca": "data",
+    "from_hh": "data",
+    "from_pandalm": "data",
+    "from_sharegpt": "data",
+    "OptionError": "errors",
+    "DataError": "errors",
+    "ReferenceMismatchError": "errors",
+    "NonFiniteError": "errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

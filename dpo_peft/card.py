@@ -1,0 +1,289 @@
+"""The model card of a trained adapter: plain data in, a README.md out that the Hub accepts.
+
+Knows no trainer. Names of local folders stay out of the metadata, and their paths out of the card altogether: the card
+is published, the machine it was written on is not.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .errors import OptionError
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
+PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+# What a log entry holds besides figures of the training itself.
+BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second))$")
+# Licence names that the Hub's metadata takes as they are; any other becomes `other` with its name beside it.
+HUB_LICENCES = frozenset(
+    """apache-2.0 mit bsd-2-clause bsd-3-clause mpl-2.0 gpl-2.0 gpl-3.0 lgpl-3.0 agpl-3.0 unlicense isc cc0-1.0
+    cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-nc-nd-4.0 cc-by-nd-4.0 cc-by-3.0 cc-by-sa-3.0 odc-by
+    llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma openrail openrail++ bigscience-openrail-m
+    bigscience-bloom-rail-1.0 bigcode-openrail-m creativeml-openrail-m cdla-permissive-2.0 artistic-2.0 other
+    unknown""".split()
+)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a card says about a run. Only facts of the run: what isn't known stays empty and is left out.
+
+    Attributes:
+        name: the adapter's name: a Hub id, or the name or path of its folder (of a path only the last part is shown).
+        base_model: Hub id or local path of the base. A local base is called by its folder's name.
+        beta: β of the loss.
+        objective: what was optimised, as a reader should see it.
+        datasets: Hub ids or paths of the training data. Paths are called by their last part.
+        eval_dataset: the same for what was evaluated on.
+        licence: of the adapter, as an SPDX id or a name of the Hub.
+        languages: ISO 639 codes.
+        quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantised.
+        quantization_report: what was quantised and what was not, in one line.
+        reference: what the policy was compared with, in one sentence.
+        lora: options of the adapter (rank, alpha, target modules, …).
+        hyperparameters: options of the training.
+        facts: further lines of the card's head: rows used and dropped, time, device, …
+        first, last: training metrics of the first and the last log entry.
+        eval_first, eval_last: metrics of the first and the last evaluation, without `eval_`.
+        curves: file name of the curves' picture, relative to the card.
+        versions: package to version; see `framework_versions`.
+        has_chat_template: the tokenizer has one, so the example of use chats.
+    """
+
+    name: str
+    base_model: str
+    beta: float
+    objective: str = "Direct Preference Optimization (DPO)"
+    datasets: Sequence[str] = ()
+    eval_dataset: str = "preference pairs"
+    licence: str | None = None
+    languages: Sequence[str] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    quantization_report: str = ""
+    reference: str = ADAPTER_OFF
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    first: Mapping[str, float] = field(default_factory=dict)
+    last: Mapping[str, float] = field(default_factory=dict)
+    eval_first: Mapping[str, float] = field(default_factory=dict)
+    eval_last: Mapping[str, float] = field(default_factory=dict)
+    curves: str | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
+    has_chat_template: bool = True
+
+
+def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed version of each package; one that is not installed is left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def figures_of(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """`first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
+
+    Several evaluation sets are logged one by one: the first (last) value of each metric counts. `eval_` is taken off.
+    """
+    train = [entry for entry in log_history if "loss" in entry]
+    figures: dict[str, dict[str, float]] = {"first": {}, "last": {}, "eval_first": {}, "eval_last": {}}
+    if train:
+        figures["first"], figures["last"] = dict(train[0]), dict(train[-1])
+    for entry in log_history:
+        for key, value in entry.items():
+            if key.startswith("eval_"):
+                figures["eval_first"].setdefault(key.removeprefix("eval_"), value)
+                figures["eval_last"][key.removeprefix("eval_")] = value
+    return figures
+
+
+def model_card(run: RunSummary) -> ModelCard:
+    """The card of a run. `str(card)` is the README, `card.data` its metadata, `card.save(path)` writes it.
+
+    Raises:
+        OptionError: name or base model is empty, or a figure is not a number.
+    """
+    for option in ("name", "base_model"):
+        if not getattr(run, option):
+            raise OptionError(f"RunSummary.{option} is empty. A card names the adapter and its base model.")
+    columns, figures = figure_table(run)
+    tables = [("Adapter", run.lora), ("Hyper-parameters", run.hyperparameters), ("Framework versions", run.versions)]
+    return ModelCard.from_template(
+        metadata(run),
+        template_path=str(TEMPLATE),
+        title=cell(shown_name(run.name).split("/")[-1]),
+        base=link(run.base_model),
+        objective=run.objective,
+        data=", ".join(link(dataset, "datasets/") for dataset in run.datasets),
+        reference=run.reference,
+        quantization=quantization_text(run),
+        facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
+        snippet=snippet(run),
+        beta=cell(run.beta),
+        columns=columns,
+        figures=figures,
+        curves=run.curves,
+        tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
+    )
+
+
+def save_model_card(run: RunSummary, folder: str | Path) -> Path:
+    """Write the card as `README.md` into the folder and return its path."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model_card(run).save(path)
+    return path
+
+
+def metadata(run: RunSummary) -> ModelCardData:
+    """The YAML head. What the Hub would refuse (a path as base model, an unknown licence) doesn't get in."""
+    options: dict[str, Any] = {}
+    if is_hub_id(run.base_model):
+        options.update(base_model=run.base_model, base_model_relation="adapter")
+    if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
+        options["datasets"] = datasets
+    if run.licence:
+        licence = run.licence.lower()
+        options["license"] = licence if licence in HUB_LICENCES else "other"
+        if options["license"] == "other" and licence != "other":
+            options["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")
+    if run.languages:
+        options["language"] = list(run.languages)
+    quantised = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
+    return ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantised],
+        model_name=shown_name(run.name).split("/")[-1],
+        eval_results=eval_results(run) or None,
+        **options,
+    )
+
+
+def eval_results(run: RunSummary) -> list[EvalResult]:
+    """Accuracy and margin of the last evaluation as the Hub's model-index; nothing where there was none."""
+    names = {"rewards/accuracies": "Preference accuracy", "rewards/margins": "Reward margin"}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
+            dataset_name=shown_name(run.eval_dataset),
+            metric_type=key.replace("/", "_"),
+            metric_name=name,
+            metric_value=float(run.eval_last[key]),
+        )
+        for key, name in names.items()
+        if math.isfinite(run.eval_last.get(key, math.nan))
+    ]
+
+
+def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """(column heads, rows of cells) of the metrics in the order of the log; a column without figures is left out."""
+    columns = {
+        "first step": run.first,
+        "last step": run.last,
+        "evaluation, first": run.eval_first if dict(run.eval_first) != dict(run.eval_last) else {},
+        "evaluation, last": run.eval_last,
+    }
+    columns = {head: figures for head, figures in columns.items() if figures}
+    keys = [key for key in dict.fromkeys(k for f in columns.values() for k in f) if not BOOKKEEPING.match(key)]
+    for head, figures in columns.items():
+        for key in keys:
+            if key in figures and (isinstance(figures[key], bool) or not isinstance(figures[key], int | float)):
+                raise OptionError(f"The figure {key!r} ({head}) is {figures[key]!r}; a number is needed. Convert it.")
+    rows = [[f"`{key}`", *(cell(f[key]) if key in f else "" for f in columns.values())] for key in keys]
+    return list(columns), rows
+
+
+def quantization_text(run: RunSummary) -> str:
+    if not run.quantization:
+        return run.quantization_report or "not quantised."
+    options = ", ".join(f"`{name}={value}`" for name, value in run.quantization.items())
+    return ". ".join(part for part in (f"bitsandbytes, {options}", run.quantization_report.rstrip(".")) if part) + "."
+
+
+def snippet(run: RunSummary) -> str:
+    """Python that loads the adapter on a base quantised as in training, and generates."""
+    quantised = bool(run.quantization)
+    lines = [
+        "from peft import AutoPeftModelForCausalLM",
+        f"from transformers import AutoTokenizer{', BitsAndBytesConfig' if quantised else ''}",
+        "",
+        f"adapter = {json.dumps(shown_name(run.name))}  # this repository, or the folder it lies in",
+    ]
+    if quantised:
+        options = [f"    {name}={python(value)}," for name, value in run.quantization.items()]
+        lines += ["quantization = BitsAndBytesConfig(", *options, ")"]
+    argument = ", quantization_config=quantization" if quantised else ""
+    lines += [
+        f"model = AutoPeftModelForCausalLM.from_pretrained(adapter{argument})",
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+    ]
+    if run.has_chat_template:
+        lines += [
+            'messages = [{"role": "user", "content": "Tell me about your day."}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
+        ]
+    else:
+        lines.append('inputs = tokenizer("It was", return_tensors="pt").to(model.device)')
+    lines += [
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(lines)
+
+
+def python(value: Any) -> str:
+    """A plain value as Python source, text in double quotes."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
+    if os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def shown_name(name: str) -> str:
+    """A Hub id as it is; of anything else the last part of the path."""
+    return name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+
+
+def link(name: str, kind: str = "") -> str:
+    """Markdown: a link for a Hub id (`kind` is "" for models, "datasets/" for data), the plain name for the rest."""
+    shown = shown_name(name)
+    return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{shown}`"
+
+
+def cell(value: Any) -> str:
+    """A value in a Markdown table: floats to 4 digits, of collections the items, of paths the last part, in one line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return ", ".join(cell(item) for item in items)
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
+        value = shown_name(os.fspath(value))
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,219 @@
+"""The command line: `dpo-peft train --config recipes/quickstart.yaml --beta 0.2`.
+
+A YAML file holds any of the options; the command line overrides it. Each option belongs to one of three groups:
+`DPOConfig` (training), `DataArguments` and `ModelArguments`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import DPOConfig, check_option_names
+from .errors import DataError, NonFiniteError, OptionError, ReferenceMismatchError
+
+USAGE = """usage: dpo-peft COMMAND [options]
+
+  train   train a LoRA adapter by DPO:  dpo-peft train --config FILE.yaml [--any_option value]
+
+dpo-peft train --help lists every option."""
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".gz": "json"}
+
+
+@dataclass
+class DataArguments:
+    """Where the preference rows come from."""
+
+    dataset_name: str = field(default="", metadata={"help": "Hub id, or a JSON(L), Parquet or CSV file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if evaluation is on."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id or file to evaluate on, if not a split of dataset_name."}
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs max_steps."})
+    dataset_format: str | None = field(
+        default=None,
+        metadata={"help": "Convert rows first.", "choices": ["sharegpt", "alpaca", "hh", "pandalm"]},
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which adapter on it."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Hub id or folder of the base model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Dtype of what is not quantised, and of computing.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout; needs disable_dropout false."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
+    )
+    lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, or 2 after an error that the user can mend."""
+    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if command in ("", "-h", "--help"):
+        print(USAGE)
+        return 0
+    if command != "train":
+        print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        train(rest[:-1])
+    except (OptionError, DataError, ReferenceMismatchError, NonFiniteError) as error:
+        print(f"dpo-peft: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(argv: Sequence[str]) -> Any:
+    """`dpo-peft train`: read options and data, train, evaluate, save. Returns the trainer.
+
+    Raises:
+        OptionError, DataError, ReferenceMismatchError, NonFiniteError: with the remedy.
+    """
+    data, args, model = parse(argv)
+    from .trainer import DPOTrainer  # after parsing: a typing error should not wait for torch's slowest imports
+
+    train_dataset, eval_dataset = load_datasets(data, evaluate=str(args.eval_strategy) != "no")
+    args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}
+    if model.model_revision is not None:
+        args.model_init_kwargs.setdefault("revision", model.model_revision)
+    trainer = DPOTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=lora_config(model, args),
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "latest") else resume)
+    if eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    print(f"Adapter, model card, metrics.json and curves.png are in {args.output_dir}")
+    return trainer
+
+
+def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments]:
+    """Options from the command line over those of `--config FILE.yaml`.
+
+    Raises:
+        OptionError: an unknown option, a file that can't be read, or no model or dataset.
+    """
+    from trl import TrlParser
+
+    argv = list(argv)
+    _check_config_file(argv)
+    groups = (DataArguments, DPOConfig, ModelArguments)
+    parser = TrlParser(groups, prog="dpo-peft train")
+    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    data, args, model = parsed
+    known = {f.name for group in groups for f in fields(group)}
+    named = {u[2:].split("=")[0]: value for u, value in zip(unknown, [*unknown[1:], ""], strict=True) if u[:2] == "--"}
+    check_option_names(named, known)
+    if unknown and not named:
+        raise OptionError(f"{unknown[0]!r} belongs to no option: write --option value.")
+    for group, name in ((data, "dataset_name"), (model, "model_name_or_path")):
+        if not getattr(group, name):
+            raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
+    return data, args, model
+
+
+def _check_config_file(argv: list[str]) -> None:
+    if "--config" not in argv:
+        return
+    path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
+    if not path.is_file():
+        raise OptionError(f"--config {path}: there is no such file.")
+    try:
+        options = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise OptionError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise OptionError(f"--config {path} must hold `option: value` lines.")
+
+
+def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:
+    """The training rows, and the evaluation rows if wanted.
+
+    Raises:
+        OptionError: no such file, split or dataset.
+    """
+    train_dataset = _load_rows(data.dataset_name, data.dataset_train_split, data)
+    if not evaluate:
+        if data.eval_dataset_name is not None:
+            raise OptionError("eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out.")
+        return train_dataset, None
+    if data.eval_dataset_name is None and Path(data.dataset_name).is_file():
+        raise OptionError("eval_strategy is set, but a file has no test split: give eval_dataset_name.")
+    eval_name = data.eval_dataset_name or data.dataset_name
+    return train_dataset, _load_rows(eval_name, data.dataset_test_split, data)
+
+
+def _load_rows(name: str, split: str, data: DataArguments) -> Any:
+    from datasets import load_dataset
+
+    from . import data as formats
+
+    path = Path(name)
+    if path.suffix in _READERS and not path.is_file():
+        raise OptionError(f"dataset {name!r}: there is no such file.")
+    try:
+        if path.is_file():
+            if path.suffix not in _READERS:
+                raise OptionError(f"dataset {name!r}: use one of {', '.join(_READERS)}.")
+            reader = _READERS[path.suffix]
+            rows = load_dataset(reader, data_files=name, split="train", streaming=data.dataset_streaming)
+        else:
+            rows = load_dataset(name, data.dataset_config, split=split, streaming=data.dataset_streaming)
+    except OptionError:
+        raise
+    except Exception as error:  # every reader fails in its own way
+        raise OptionError(f"dataset {name!r} can't be read: {str(error).strip() or type(error).__name__}") from error
+    if data.dataset_format is None:
+        return rows
+    return rows.map(getattr(formats, f"from_{data.dataset_format}"), remove_columns=rows.column_names)
+
+
+def lora_config(model: ModelArguments, args: DPOConfig) -> Any:
+    """The adapter that the options describe.
+
+    Raises:
+        OptionError: `lora_dropout` without effect.
+    """
+    from peft import LoraConfig
+
+    if model.lora_dropout and args.disable_dropout:
+        raise OptionError("lora_dropout has no effect while disable_dropout is true: set disable_dropout to false.")
+    return LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules or "all-linear",
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Preference data: any supported row format in, token ids of one prompt with K completions out."""
+
+from .convert import from_alpaca, from_hh, from_pandalm, from_sharegpt, pandalm_decided
+from .prepare import prepare_dataset
+from .report import REASONS, DataReport
+from .sample import preprocess_dpo_sample
+from .truncate import TRUNCATION_MODES
+
+__all__ = [
+    "REASONS",
+    "TRUNCATION_MODES",
+    "DataReport",
+    "from_alpaca",
+    "from_hh",
+    "from_pandalm",
+    "from_sharegpt",
+    "pandalm_decided",
+    "prepare_dataset",
+    "preprocess_dpo_sample",
+]

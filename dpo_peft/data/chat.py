@@ -1,0 +1,131 @@
+"""Conversations to token ids through the tokenizer's own chat template.
+
+The prompt is rendered with the generation prompt, or, when its last message is the assistant's, as a message to be
+continued (TRL opens a second assistant turn there); each completion is what follows it in the whole conversation. The
+template ends the completion; no end token is added.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from .schema import Example
+from .tokenize import Encoded, border_problem, completion_field, split_at_border
+from .values import RowProblem
+
+Messages = list[dict[str, Any]]
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{name}: the rows are conversations, but the tokenizer has no chat template. Set "
+            "tokenizer.chat_template, take an instruction-tuned model's tokenizer, or give the rows as text."
+        )
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
+    """Render and tokenise one conversation; `RowProblem` when the template refuses it or the prompt is no prefix."""
+    prompt_ids = _render(tokenizer, example, example.prompt, "prompt", opens_answer=True)
+    if not prompt_ids:
+        raise RowProblem("prompt", "the chat template renders it to nothing", "check the chat template")
+    completion_ids, resplits = [], 0
+    for index, messages in enumerate(example.completions):
+        field = completion_field(index)
+        whole = join_turns(example, messages)
+        joint = _render(tokenizer, example, whole, field)
+        ids = joint[len(prompt_ids) :]
+        if joint[: len(prompt_ids)] != prompt_ids:
+            split = _split_text(tokenizer, example, whole, prompt_ids, joint, field)
+            if split is None:
+                raise border_problem(tokenizer, prompt_ids, joint, field)
+            ids, resplits = split, resplits + 1
+        completion_ids.append(ids)
+    return Encoded(prompt_ids, completion_ids, resplits)
+
+
+def join_turns(example: Example, completion: Messages) -> Messages:
+    """The whole conversation; a completion that continues the prompt's last message is joined to it."""
+    if not example.continues:
+        return [*example.prompt, *completion]
+    last, first = example.prompt[-1], completion[0]
+    return [*example.prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *completion[1:]]
+
+
+def check_rendering(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    """Raise `RowProblem` when the template leaves out tools, tool calls or a system or user turn of this row."""
+    text = _render(tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False)
+    if example.tools and text == _render(
+        tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False, tools=None
+    ):
+        raise RowProblem(
+            "tools",
+            "the chat template leaves the tools out",
+            "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
+        )
+    _check_turns_shown(example.prompt, text, "prompt")
+    for index, messages in enumerate(example.completions):
+        field = completion_field(index)
+        whole = _render(tokenizer, example, join_turns(example, messages), field, tokenize=False)
+        _check_turns_shown(messages, whole, field)
+
+
+def _check_turns_shown(messages: Messages, text: str, field: str) -> None:
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        lost = None
+        if message["role"] in ("system", "user") and isinstance(content, str) and content.strip() not in text:
+            lost = f"the {message['role']!r} turn"
+        for call in message.get("tool_calls") or []:
+            if isinstance(call, dict) and str(call.get("function", call).get("name", "")) not in text:
+                lost = "a tool call"
+        if lost:
+            raise RowProblem(
+                f"{field}[{index}]",
+                f"the chat template leaves {lost} out",
+                "use a chat template that renders it, or remove the message",
+            )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    messages: Messages,
+    field: str,
+    opens_answer: bool = False,
+    tokenize: bool = True,
+    **changes: Any,
+) -> Any:
+    """Ids (or text) of `messages`; with `opens_answer` up to where the model starts to write."""
+    options: dict[str, Any] = {"tools": example.tools, **example.template_kwargs, **changes}
+    if opens_answer:
+        options["continue_final_message" if example.continues else "add_generation_prompt"] = True
+    if tokenize:
+        options |= {"return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+    try:
+        rendered: Any = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+    except Exception as error:  # a template is code of someone else's and may raise anything
+        roles = ", ".join(message["role"] for message in messages)
+        raise RowProblem(
+            field,
+            f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
+            "reorder, merge or remove the messages, or use another chat template",
+        ) from error
+    return list(rendered["input_ids"]) if tokenize else rendered
+
+
+def _split_text(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    whole: Messages,
+    prompt_ids: list[int],
+    joint: list[int],
+    field: str,
+) -> list[int] | None:
+    """A merge across the border, or texts that really differ (None)?"""
+    prompt_text = _render(tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False)
+    text = _render(tokenizer, example, whole, field, tokenize=False)
+    if not text.startswith(prompt_text):
+        return None
+    return split_at_border(tokenizer, prompt_ids, joint, text[len(prompt_text) :])

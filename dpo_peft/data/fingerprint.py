@@ -1,0 +1,28 @@
+"""Names for cached results: a digest of everything that decides them."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of all that decides a tokenizer's ids: vocabulary, rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        tokenizer("a", padding=False, truncation=False)  # leaves no trace of an earlier call's padding or truncation
+        files = [backend.to_str()]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = [path.read_bytes().hex() for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    return digest([type(tokenizer).__name__, files, special, tokenizer.chat_template, transformers.__version__])
+
+
+def digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

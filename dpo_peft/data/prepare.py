@@ -1,0 +1,206 @@
+"""Rows of any supported format to `prompt_ids`, `completion_ids`, `row`; the one entry to the data pipeline.
+
+Two passes over a `Dataset`: one that checks every row and tokenises nothing but one row of each shape, then one that
+tokenises and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
+options), so a second run reads the cache. Every source row leaves a record in it, dropped or not, and the report is
+counted from these records. A stream does both row by row, as it is read.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError, OptionError
+from .fingerprint import digest, tokenizer_hash
+from .report import REASONS, DataReport
+from .schema import USED_COLUMNS, Row, detect_format
+from .tokenize import check_tokenizer
+from .truncate import check_truncation
+from .values import RowProblem
+from .worker import COUNTERS, RECORD, RowWorker
+
+# Raise it whenever the same inputs give other records.
+SCHEMA_VERSION = 1
+PREPARED_COLUMNS = ["prompt_ids", "completion_ids", "row"]
+PROBLEMS_NAMED = 3
+STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "train",
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    num_proc: int | None = None,
+    on_unusable: str = "drop",
+    max_unusable_share: float = 0.5,
+    load_from_cache_file: bool = True,
+) -> tuple[Dataset | IterableDataset, DataReport]:
+    """Tokenise a preference dataset.
+
+    Args:
+        dataset: Rows in one of the formats of `schema.py`.
+        tokenizer: Its special tokens and chat template are used as they are.
+        name: How messages call the dataset.
+        max_length: Most tokens of prompt + one completion; None for no limit.
+        truncation_mode: One of `TRUNCATION_MODES` (`truncate.py`).
+        num_proc: Worker processes; not for streams.
+        on_unusable: "drop" counts and drops well-formed rows that carry no signal, "error" refuses the first one.
+        max_unusable_share: Above this share of dropped rows the dataset is refused.
+        load_from_cache_file: False tokenises again even if the cache has the result.
+
+    Returns:
+        The prepared rows, with `prompt_ids` (list of int), `completion_ids` (one list per completion, chosen first)
+        and `row` (number in `dataset`), and the report. A stream comes back as a stream, and fills the report later.
+
+    Raises:
+        OptionError: an argument is wrong.
+        DataError: a row is malformed, or too many rows are unusable.
+    """
+    check_truncation(max_length, truncation_mode)
+    _check_options(on_unusable, max_unusable_share, num_proc)
+    check_tokenizer(tokenizer, need_eos=False)
+    columns, first = _first_row(dataset, name)
+    fmt = detect_format(name, columns, first)
+    unused = tuple(column for column in columns if column not in USED_COLUMNS[fmt])
+    report = DataReport(name, fmt, max_length, truncation_mode, unused_columns=unused)
+    worker = RowWorker(name, fmt, tokenizer, max_length, truncation_mode)
+    if isinstance(dataset, IterableDataset):
+        stream = StreamWorker(worker, report, max_unusable_share if on_unusable == "drop" else None)
+        return _prepare_stream(dataset, stream, columns), report
+    records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
+    return _keep_usable(records, report, on_unusable, max_unusable_share), report
+
+
+def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
+    if on_unusable not in ("drop", "error"):
+        raise OptionError(f"on_unusable={on_unusable!r} is unknown. Use 'drop' or 'error'.")
+    if isinstance(max_unusable_share, bool) or not isinstance(max_unusable_share, (int, float)):
+        raise OptionError(f"max_unusable_share={max_unusable_share!r} must be a number from 0 to 1.")
+    if not 0 <= max_unusable_share <= 1:
+        raise OptionError(f"max_unusable_share={max_unusable_share!r} must be from 0 to 1.")
+    if num_proc is not None and (type(num_proc) is not int or num_proc < 1):
+        raise OptionError(f"num_proc={num_proc!r} must be None or a positive integer.")
+
+
+def _first_row(dataset: Any, name: str) -> tuple[list[str], Row]:
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = "Pick one split, e.g. dataset['train']" if hasattr(dataset, "keys") else "Use Dataset.from_list(rows)"
+        raise DataError(
+            f"{name}: expected a datasets.Dataset or IterableDataset, found {type(dataset).__name__}. {hint}."
+        )
+    first = next(iter(_plain(dataset)), None)
+    if first is None:
+        raise DataError(f"{name}: the dataset is empty. Give it at least one row.")
+    declared = [] if isinstance(dataset, Dataset) else dataset.column_names or []  # a transform makes its own columns
+    return list(dict.fromkeys([*declared, *first])), first
+
+
+def _plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows as Python values: a tensor format is undone, a transform of the user's stays."""
+    if isinstance(dataset, IterableDataset) or dataset.format["type"] in (None, "custom"):
+        return dataset
+    return dataset.with_format(None)
+
+
+def _map_records(
+    dataset: Dataset, worker: RowWorker, first: Row, num_proc: int | None, load_from_cache_file: bool
+) -> Dataset:
+    rows = _plain(dataset)
+    if rows.format["type"] != "custom":
+        rows = rows.select_columns([column for column in USED_COLUMNS[worker.fmt] if column in first])
+    content = [dataset._fingerprint, worker.fmt, tokenizer_hash(worker.tokenizer), SCHEMA_VERSION]
+    options = {
+        "num_proc": num_proc,
+        "batched": True,
+        "remove_columns": rows.column_names,
+        "load_from_cache_file": load_from_cache_file,
+    }
+    checked = rows.map(
+        worker.check_batch,
+        features=Features({"problem": Value("string")}),
+        new_fingerprint=digest(["check", *content]),
+        desc=f"Checking {worker.name} rows",
+        **options,
+    )
+    _raise_problems(checked, worker.name)
+    return rows.map(
+        worker.record_batch,
+        with_indices=True,
+        features=RECORD,
+        new_fingerprint=digest(["records", *content, worker.max_length, worker.truncation_mode]),
+        desc=f"Tokenizing {worker.name} rows",
+        **options,
+    )
+
+
+def _raise_problems(checked: Dataset, name: str) -> None:
+    problems = checked.with_format("numpy")["problem"][:]
+    found = np.flatnonzero(np.asarray(problems) != "")
+    if not len(found):
+        return
+    errors = [RowProblem(*json.loads(str(problems[row]))).located(name, int(row)) for row in found[:PROBLEMS_NAMED]]
+    count = f"{name}: {len(found)} malformed rows of {len(checked)}. " if len(found) > 1 else ""
+    raise DataError(count + " | ".join(map(str, errors)))
+
+
+def _keep_usable(records: Dataset, report: DataReport, on_unusable: str, max_unusable_share: float) -> Dataset:
+    counted = records.select_columns(["row", "drop", *COUNTERS])
+    for record in counted:
+        report.add(record)
+    report.check()
+    if on_unusable == "error" and report.dropped:
+        reason, rows = next(iter(report.dropped_rows.items()))
+        raise unusable_error(report.name, rows[0], reason)
+    report.check_share(max_unusable_share)
+    prepared = records.select_columns(PREPARED_COLUMNS)
+    if report.dropped:
+        kept = np.flatnonzero(np.asarray(records.with_format("numpy")["drop"][:]) == "")
+        prepared = prepared.select(kept)
+    return prepared
+
+
+def unusable_error(name: str, row: int, reason: str) -> DataError:
+    meaning, remedy = REASONS[reason]
+    return DataError(
+        f"{name} row {row}: {reason}: {meaning}. Remedy: {remedy}, or let them be dropped with on_unusable='drop'."
+    )
+
+
+class StreamWorker:
+    """Prepares the rows of a stream one by one and counts them; row 0 starts a new pass."""
+
+    def __init__(self, worker: RowWorker, report: DataReport, max_unusable_share: float | None):
+        self.worker, self.report, self.max_unusable_share = worker, report, max_unusable_share
+
+    def __call__(self, row: Row, index: int) -> dict[str, Any]:
+        if index == 0:
+            self.report.reset()
+        try:
+            self.worker.check(row)
+            record = self.worker.record(row, index)
+        except RowProblem as problem:
+            raise problem.located(self.worker.name, index) from problem.__cause__
+        self.report.add(record)
+        if record["drop"] and self.max_unusable_share is None:
+            raise unusable_error(self.worker.name, index, record["drop"])
+        if self.max_unusable_share is not None and self.report.source_rows >= STREAM_PATIENCE:
+            self.report.check_share(self.max_unusable_share)
+        return record
+
+
+def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: list[str]) -> IterableDataset:
+    records = dataset.map(worker, with_indices=True, remove_columns=columns, features=RECORD)
+    prepared = records.filter(_is_kept).select_columns(PREPARED_COLUMNS)
+    if next(iter(prepared), None) is None:
+        worker.report.check_share(1.0)
+    worker.report.reset()
+    return prepared
+
+
+def _is_kept(record: Row) -> bool:
+    return not record["drop"]

@@ -1,0 +1,156 @@
+"""What became of every source row: kept, or dropped for a named reason; and what truncation took away."""
+
+from dataclasses import dataclass, field
+
+from ..errors import DataError
+
+EMPTY_COMPLETION = "empty_completion"
+IDENTICAL = "identical_completions"
+IDENTICAL_AFTER = "identical_after_truncation"
+PROMPT_TOO_LONG = "prompt_too_long"
+COMPLETION_TOO_LONG = "completion_too_long"
+TRANSCRIPTS_DIFFER = "transcripts_differ"
+NO_COMMON_PROMPT = "no_common_prompt"
+
+# reason -> (what it means, what to do about it)
+REASONS = {
+    EMPTY_COMPLETION: ("a completion has no text besides its end token", "remove these rows"),
+    IDENTICAL: ("all completions are the same", "remove these rows"),
+    IDENTICAL_AFTER: (
+        "the completions differ only in what truncation took away",
+        "raise max_length or use truncation_mode='trim_prompt'",
+    ),
+    PROMPT_TOO_LONG: (
+        "the prompt alone fills max_length",
+        "raise max_length or use truncation_mode='keep_end' or 'trim_prompt'",
+    ),
+    COMPLETION_TOO_LONG: (
+        "a completion does not fit beside one prompt token",
+        "raise max_length or use another truncation_mode",
+    ),
+    TRANSCRIPTS_DIFFER: (
+        "the conversations differ before the last assistant turn",
+        "remove these rows or give prompt, chosen and rejected yourself",
+    ),
+    NO_COMMON_PROMPT: ("chosen and rejected share no start", "add a 'prompt' column"),
+}
+ROWS_NAMED = 5
+
+
+@dataclass
+class DataReport:
+    """Counts for one dataset. Rows unless said otherwise; truncation and token counts are of the kept rows.
+
+    A stream fills its report as it is read and starts again from zero with each pass; the counts are those of the
+    process that reads.
+    """
+
+    name: str
+    format: str = ""
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    source_rows: int = 0
+    kept_rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    dropped_rows: dict[str, list[int]] = field(default_factory=dict)  # reason -> the first few row numbers
+    completions: int = 0
+    rows_truncated: int = 0
+    prompts_trimmed: int = 0
+    completions_trimmed: int = 0  # completions
+    ends_lost: int = 0  # completions whose end token was cut off
+    boundary_resplits: int = 0  # completions tokenised on their own, as a token would have crossed the border
+    prompt_tokens: int = 0  # each prompt once
+    completion_tokens: int = 0
+    unshared_tokens: int = 0  # prompt repeated for every completion
+    longest: int = 0  # tokens of prompt + one completion
+    unused_columns: tuple[str, ...] = ()
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all kept rows with each prompt counted once."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def dropped_total(self) -> int:
+        return sum(self.dropped.values())
+
+    def check(self) -> None:
+        """Raise `DataError` unless every source row is accounted for."""
+        if self.kept_rows + self.dropped_total != self.source_rows:
+            raise DataError(
+                f"{self.name}: {self.kept_rows} kept + {self.dropped_total} dropped rows are not the "
+                f"{self.source_rows} source rows. This is a defect of the pipeline, please report it."
+            )
+
+    def check_share(self, max_share: float) -> None:
+        """Raise `DataError` when no row is left, or more than `max_share` of the rows were dropped."""
+        if not self.source_rows:
+            raise DataError(f"{self.name}: the dataset is empty. Give it at least one row.")
+        share = self.dropped_total / self.source_rows
+        if self.kept_rows and share <= max_share:
+            return
+        left = f"more than max_unusable_share={max_share:g}" if self.kept_rows else "none is left"
+        reasons = "; ".join(
+            f"{count}× {reason} ({REASONS[reason][0]}; remedy: {REASONS[reason][1]}; e.g. row "
+            f"{self.dropped_rows[reason][0]})"
+            for reason, count in self.dropped.items()
+        )
+        raise DataError(
+            f"{self.name}: {self.dropped_total} of {self.source_rows} rows are unusable, {left}: {reasons}."
+        )
+
+    def add(self, record: dict[str, int | str]) -> None:
+        """Count one row: the statistics that `prepare.py` keeps beside its ids."""
+        self.source_rows += 1
+        reason = str(record["drop"])
+        if reason:
+            self.drop(reason, int(record["row"]))
+            return
+        self.kept_rows += 1
+        self.completions += int(record["completions"])
+        self.rows_truncated += bool(record["prompt_cut"]) or bool(record["completions_cut"])
+        self.prompts_trimmed += bool(record["prompt_cut"])
+        self.completions_trimmed += int(record["completions_cut"])
+        self.ends_lost += int(record["ends_lost"])
+        self.boundary_resplits += int(record["resplits"])
+        self.prompt_tokens += int(record["prompt_tokens"])
+        self.completion_tokens += int(record["completion_tokens"])
+        self.unshared_tokens += int(record["prompt_tokens"]) * int(record["completions"])
+        self.unshared_tokens += int(record["completion_tokens"])
+        self.longest = max(self.longest, int(record["longest"]))
+
+    def drop(self, reason: str, row: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        named = self.dropped_rows.setdefault(reason, [])
+        if len(named) < ROWS_NAMED:
+            named.append(row)
+
+    def reset(self) -> None:
+        """Start counting again; what describes the dataset stays."""
+        fresh = DataReport(self.name, self.format, self.max_length, self.truncation_mode)
+        fresh.unused_columns = self.unused_columns
+        self.__dict__.update(fresh.__dict__)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.kept_rows} of {self.source_rows} rows kept ({self.format} format)"]
+        for reason, count in self.dropped.items():
+            rows = ", ".join(map(str, self.dropped_rows[reason]))
+            more = ", …" if count > len(self.dropped_rows[reason]) else ""
+            lines.append(f"  dropped {count}: {reason}, {REASONS[reason][0]} (row {rows}{more})")
+        limit = "no limit" if self.max_length is None else f"max_length {self.max_length}, {self.truncation_mode}"
+        lines.append(
+            f"  tokens: {self.total_tokens} ({self.prompt_tokens} prompt, {self.completion_tokens} completion; "
+            f"{self.unshared_tokens} with the prompt repeated), longest {self.longest} ({limit})"
+        )
+        if self.rows_truncated:
+            lines.append(
+                f"  truncated: {self.rows_truncated} rows ({self.prompts_trimmed} prompts, {self.completions_trimmed} "
+                f"completions, {self.ends_lost} of them lost their end token)"
+            )
+        if self.boundary_resplits:
+            lines.append(
+                f"  {self.boundary_resplits} completions tokenised apart from the prompt (merge at the border)"
+            )
+        if self.unused_columns:
+            lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
+        return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Text to token ids, with the border between prompt and completion where a generating model meets it.
+
+The prompt's ids are what a user feeds when generating, so they must be an exact prefix of the training sequence.
+Prompt and completion are tokenised jointly first. When a token would cross the border, the completion is tokenised on
+its own, and that is accepted only if it decodes to the same text.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError, OptionError
+from .report import EMPTY_COMPLETION
+from .values import RowProblem
+
+# Leading characters that keep a tokenizer from adding a blank before a text that continues another one.
+ANCHORS = ("", "\n", "a")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row; `resplits` counts completions that were tokenised apart from their prompt."""
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    resplits: int = 0
+
+
+def check_tokenizer(tokenizer: Any, need_eos: bool) -> None:
+    """Raise `OptionError` for something that is no tokenizer, `DataError` for one without an end token."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        inner = getattr(tokenizer, "tokenizer", None)
+        hint = " Pass processor.tokenizer (vision is not supported)." if inner is not None else ""
+        raise OptionError(f"the tokenizer must be a transformers tokenizer, found {type(tokenizer).__name__}.{hint}")
+    if need_eos and tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no end token, so a model trained on text rows would never stop. Set it first, e.g. "
+            "tokenizer.eos_token = '<|endoftext|>' (a token of its vocabulary), or use pre-tokenised rows."
+        )
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of `text` without the tokenizer's special tokens, never truncated."""
+    encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens, usually BOS or none, that this tokenizer puts before a text by itself."""
+    plain = plain_ids(tokenizer, "a")
+    full = list(tokenizer("a", padding=False, truncation=False, verbose=False)["input_ids"])
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise DataError(
+        f"the tokenizer's special tokens change the text itself ({full} against {plain}). Give pre-tokenised rows "
+        "(prompt_ids, chosen_ids, rejected_ids)."
+    )
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, leading: list[int]) -> list[int]:
+    """Ids of a text that starts a sequence: the leading special tokens once, even if the text spells them out."""
+    ids = plain_ids(tokenizer, text)
+    return ids if leading and ids[: len(leading)] == leading else leading + ids
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: list[str], leading: list[int]
+) -> Encoded | str:
+    """[BOS] + prompt, and each completion with one end token; or the reason why a completion is empty."""
+    prompt_ids = text_ids(tokenizer, prompt, leading)
+    if not prompt_ids:
+        raise RowProblem(
+            "prompt", "is empty and the tokenizer puts no BOS before it", "give a prompt of at least one token"
+        )
+    completion_ids, resplits = [], 0
+    for index, text in enumerate(completions):
+        body = without_eos(tokenizer, text)
+        if not body.strip():
+            return EMPTY_COMPLETION
+        joint = text_ids(tokenizer, prompt + body, leading)
+        ids = split_at_border(tokenizer, prompt_ids, joint, body)
+        if ids is None:
+            raise border_problem(tokenizer, prompt_ids, joint, completion_field(index))
+        resplits += joint[: len(prompt_ids)] != prompt_ids
+        completion_ids.append([*ids, tokenizer.eos_token_id])
+    return Encoded(prompt_ids, completion_ids, resplits)
+
+
+def without_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """`text` without end tokens at its end, also when blanks follow them."""
+    eos = tokenizer.eos_token
+    while text.rstrip().endswith(eos):
+        text = text.rstrip()[: -len(eos)]
+    return text
+
+
+def split_at_border(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joint_ids: list[int], completion: str
+) -> list[int] | None:
+    """Ids of the completion such that prompt_ids + ids reads as joint_ids does; None when no such ids are found."""
+    if joint_ids[: len(prompt_ids)] == prompt_ids:
+        return joint_ids[len(prompt_ids) :]
+    wanted = tokenizer.decode(joint_ids, clean_up_tokenization_spaces=False)
+    for anchor in ANCHORS:
+        anchor_ids = plain_ids(tokenizer, anchor) if anchor else []
+        ids = plain_ids(tokenizer, anchor + completion)
+        if ids[: len(anchor_ids)] != anchor_ids:
+            continue
+        ids = ids[len(anchor_ids) :]
+        if tokenizer.decode(prompt_ids + ids, clean_up_tokenization_spaces=False) == wanted:
+            return ids
+    return None
+
+
+def border_problem(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joint_ids: list[int], field: str
+) -> RowProblem:
+    """Say where the prompt alone and the prompt in front of this completion part."""
+    at = next((i for i, (a, b) in enumerate(zip(prompt_ids, joint_ids, strict=False)) if a != b), len(joint_ids))
+    alone = tokenizer.decode(prompt_ids[at : at + 12], clean_up_tokenization_spaces=False)
+    joint = tokenizer.decode(joint_ids[at : at + 12], clean_up_tokenization_spaces=False)
+    return RowProblem(
+        field,
+        f"the prompt's tokens are not the start of prompt + completion: from token {at} on the prompt alone reads "
+        f"{alone!r}, the whole sequence {joint!r}",
+        "use a chat template that renders the prompt the same way in both (or set chat_template_kwargs such as "
+        "enable_thinking), or end the prompt on a token border",
+    )
+
+
+def completion_field(index: int) -> str:
+    return ("chosen", "rejected")[index] if index < 2 else f"completions[{index}]"
+
+
+def is_empty(ids: list[int], eos_token_id: int | None) -> bool:
+    """Whether nothing but end tokens is there."""
+    return all(token == eos_token_id for token in ids)

@@ -1,0 +1,77 @@
+"""Cut a prompt with its K completions to `max_length` tokens. The prompt stays one for all completions of a row.
+
+- `keep_start`: the first `max_length` tokens of prompt + completion, as TRL does. Ends of long completions are lost.
+- `keep_end`: the prompt loses its start, by what its longest completion needs; only when one prompt token is left is a
+  completion cut, and then it keeps its end. TRL cuts chosen and rejected each on its own, so that the shorter one sees
+  more of the prompt; here both answer the same context.
+- `trim_prompt`: like `keep_end`, but completions are never cut: a row with one that can't fit is unusable.
+"""
+
+from dataclasses import dataclass
+
+from ..errors import OptionError
+from .report import COMPLETION_TOO_LONG, IDENTICAL_AFTER, PROMPT_TOO_LONG
+
+TRUNCATION_MODES = ("keep_start", "keep_end", "trim_prompt")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A row's ids after truncation, and how much it took."""
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    prompt_cut: int = 0  # tokens
+    completions_cut: int = 0  # completions
+    ends_lost: int = 0  # completions
+
+
+def check_truncation(max_length: int | None, mode: str) -> None:
+    """Raise `OptionError` for an unknown mode or a length that can't hold one prompt and one completion token."""
+    if mode not in TRUNCATION_MODES:
+        raise OptionError(f"truncation_mode={mode!r} is unknown. Use one of {', '.join(TRUNCATION_MODES)}.")
+    if max_length is None:
+        return
+    if type(max_length) is not int or max_length < 2:
+        raise OptionError(f"max_length={max_length!r} must be None or an integer of at least 2 (tokens).")
+
+
+def fit(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int | None, mode: str) -> Fitted | str:
+    """Fit one row, or name the reason why nothing useful is left of it."""
+    longest = max(map(len, completion_ids))
+    if max_length is None or len(prompt_ids) + longest <= max_length:
+        return Fitted(prompt_ids, completion_ids)
+    if mode == "keep_start":
+        fitted = _keep_start(prompt_ids, completion_ids, max_length)
+    elif mode == "keep_end":
+        fitted = _keep_end(prompt_ids, completion_ids, max_length)
+    else:
+        fitted = COMPLETION_TOO_LONG if longest > max_length - 1 else _keep_end(prompt_ids, completion_ids, max_length)
+    if isinstance(fitted, Fitted) and all_same(fitted.completion_ids):
+        return IDENTICAL_AFTER
+    return fitted
+
+
+def _keep_start(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int) -> Fitted | str:
+    room = max_length - len(prompt_ids)
+    if room < 1:
+        return PROMPT_TOO_LONG
+    cut = sum(len(ids) > room for ids in completion_ids)
+    return Fitted(prompt_ids, [ids[:room] for ids in completion_ids], completions_cut=cut, ends_lost=cut)
+
+
+def _keep_end(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int) -> Fitted:
+    room = max_length - max(map(len, completion_ids))
+    prompt_left = min(len(prompt_ids), max(room, 1))
+    room = max_length - prompt_left
+    return Fitted(
+        prompt_ids[-prompt_left:],
+        [ids[-room:] for ids in completion_ids],
+        prompt_cut=len(prompt_ids) - prompt_left,
+        completions_cut=sum(len(ids) > room for ids in completion_ids),
+    )
+
+
+def all_same(completion_ids: list[list[int]]) -> bool:
+    """Whether there are several completions and they don't differ."""
+    return len(completion_ids) > 1 and all(ids == completion_ids[0] for ids in completion_ids[1:])

@@ -1,0 +1,180 @@
+"""Read and check single values of a row: text, messages, token ids, tools. Each reader raises `RowProblem`.
+
+Arrow fills the keys that a struct lacks with None, in messages as in tool schemas, so None-valued keys are taken as
+absent. A schema that needs a real null can be given as a JSON string, which is used as it is.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import DataError
+
+Row = Mapping[str, Any]
+
+# Set by the pipeline itself; from a row they would change what is rendered behind its back.
+RESERVED_KWARGS = frozenset(
+    "conversation tools tokenize return_dict return_tensors return_assistant_tokens_mask add_generation_prompt "
+    "continue_final_message padding truncation max_length tokenizer_kwargs sanitize_control_tokens".split()
+)
+
+
+class RowProblem(Exception):
+    """What is wrong with a field of a row and what to do about it; `located` adds where the row stands."""
+
+    def __init__(self, field: str, problem: str, remedy: str):
+        super().__init__(field, problem, remedy)
+        self.field, self.problem, self.remedy = field, problem, remedy
+
+    def located(self, dataset: str, row: int) -> DataError:
+        return DataError(f"{dataset} row {row}, field {self.field!r}: {self.problem}. Remedy: {self.remedy}.")
+
+
+def read_text(row: Row, column: str) -> str:
+    """Text that can be encoded as UTF-8; may be empty."""
+    value = _get(row, column)
+    if not isinstance(value, str):
+        if isinstance(value, Mapping) and "value" in value:
+            remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
+        else:
+            remedy = "store the answer as text, or remove the row"
+        raise RowProblem(column, f"expected text, found {_name(value)}", remedy)
+    _check_utf8(value, column)
+    return value
+
+
+def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
+    """Token ids, each in [0, vocab_size); may be empty."""
+    value = _get(row, column)
+    if not isinstance(value, list):
+        raise RowProblem(column, f"expected a list of token ids, found {_name(value)}", "store a list of int")
+    for position, token in enumerate(value):
+        if type(token) is not int:  # bool is a subclass of int
+            raise RowProblem(
+                column, f"position {position} holds {_name(token)}, not a token id", "store a list of int"
+            )
+        if not 0 <= token < vocab_size:
+            raise RowProblem(
+                column,
+                f"position {position} holds id {token}, outside the vocabulary of {vocab_size} tokens",
+                "tokenise with the tokenizer that is passed to the trainer",
+            )
+    return value
+
+
+def read_messages(row: Row, column: str) -> list[dict[str, Any]]:
+    """Messages as fresh dicts without None-valued keys; may be an empty list."""
+    value = _get(row, column)
+    if isinstance(value, Mapping):
+        raise RowProblem(
+            column,
+            f"expected a list of messages, found one dict with the keys {sorted(value)}",
+            'store [{"role": …, "content": …}, …] (a datasets.List of a dict, not a Sequence)',
+        )
+    if not isinstance(value, list):
+        raise RowProblem(
+            column, f"expected a list of messages, found {_name(value)}", 'store [{"role": …, "content": …}, …]'
+        )
+    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RowProblem(where, f"expected a message, found {_name(message)}", 'use {"role": …, "content": …}')
+    if "from" in message and "role" not in message:
+        raise RowProblem(where, "has from/value instead of role/content", "dataset.map(dpo_peft.data.from_sharegpt)")
+    clean: dict[str, Any] = without_none(message)
+    role, content = clean.get("role"), clean.get("content")
+    if not isinstance(role, str) or not role:
+        raise RowProblem(where, f"'role' is {_name(role)}", "give a role: system, user, assistant or tool")
+    if content is None and not clean.get("tool_calls"):
+        raise RowProblem(where, "has no 'content'", "give the text, or remove the message")
+    if isinstance(content, str):
+        _check_utf8(content, where)
+    elif isinstance(content, list):
+        _check_parts(content, where)
+    elif content is not None:
+        raise RowProblem(where, f"'content' should be text, found {_name(content)}", "store the content as text")
+    return clean
+
+
+def _check_parts(parts: list[Any], where: str) -> None:
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RowProblem(
+                where,
+                f"'content' holds a part that is not text: {str(part)[:60]}",
+                'use text, or [{"type": "text", "text": …}]; images are not supported',
+            )
+        _check_utf8(part["text"], where)
+
+
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The row's tool schemas (list, or a JSON string of one); None when there are none."""
+    tools = _from_json(row, "tools")
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowProblem("tools", "expected a list of JSON schemas", "store a list of dicts or its JSON string")
+    if not isinstance(row.get("tools"), str):
+        tools = without_none(tools)
+    return tools or None
+
+
+def read_template_kwargs(row: Row) -> dict[str, Any]:
+    """Extra arguments for the chat template (dict, or a JSON string of one)."""
+    kwargs = _from_json(row, "chat_template_kwargs")
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise RowProblem("chat_template_kwargs", f"expected a dict, found {_name(kwargs)}", "store a dict")
+    reserved = sorted(RESERVED_KWARGS.intersection(kwargs))
+    if reserved:
+        raise RowProblem(
+            "chat_template_kwargs", f"{reserved[0]!r} is set by the pipeline", f"remove {reserved[0]!r} from the dict"
+        )
+    return without_none(kwargs)
+
+
+def _from_json(row: Row, column: str) -> Any:
+    value = row.get(column)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RowProblem(column, f"is no valid JSON ({error})", "store a JSON string or the value itself") from None
+
+
+def without_none(value: Any) -> Any:
+    """A copy of nested lists and dicts without the keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_none(inner) for inner in value]
+    return value
+
+
+def _get(row: Row, column: str) -> Any:
+    if column not in row:
+        raise RowProblem(column, "is missing", f"give every row the field {column!r}")
+    return row[column]
+
+
+def _check_utf8(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowProblem(
+            where,
+            f"holds a lone surrogate at character {error.start} and can't be encoded",
+            'repair the text, e.g. text.encode("utf-8", "replace").decode()',
+        ) from None
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "nothing (None)"
+    if isinstance(value, bool):
+        return f"a boolean ({value})"
+    return f"{type(value).__name__} ({str(value)[:40]})"
