@@ -24,7 +24,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-# --no-compile: Python compiles what it imports on first use, a small part of what is installed.
+# --no-compile: Python compiles what it imports on first use, a small part of what is installed. It must then be let
+# to keep that, or each process compiles again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(PIP_ARGS)
 
 .PHONY: help quickstart test check format clean

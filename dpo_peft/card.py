@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -84,6 +84,15 @@ class RunSummary:
     has_chat_template: bool = True
 
 
+class Figures(TypedDict):
+    """The figures of a `RunSummary`, under its names: `RunSummary(..., **figures)`."""
+
+    first: dict[str, float]
+    last: dict[str, float]
+    eval_first: dict[str, float]
+    eval_last: dict[str, float]
+
+
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Installed version of each package; one that is not installed is left out."""
     found = {}
@@ -95,13 +104,13 @@ def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def figures_of(log_history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def figures_of(log_history: Sequence[Mapping[str, Any]]) -> Figures:
     """`first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
 
     Several evaluation sets are logged one by one: the first (last) value of each metric counts. `eval_` is taken off.
     """
     train = [entry for entry in log_history if "loss" in entry]
-    figures: dict[str, dict[str, float]] = {"first": {}, "last": {}, "eval_first": {}, "eval_last": {}}
+    figures: Figures = {"first": {}, "last": {}, "eval_first": {}, "eval_last": {}}
     if train:
         figures["first"], figures["last"] = dict(train[0]), dict(train[-1])
     for entry in log_history:
@@ -278,7 +287,7 @@ def link(name: str, kind: str = "") -> str:
 
 
 def cell(value: Any) -> str:
-    """A value in a Markdown table: floats to 4 digits, of collections the items, of paths the last part, in one line."""
+    """A value in a Markdown table: floats to 4 digits, of paths the last part, all in one line."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple | set | frozenset):

@@ -89,27 +89,31 @@ def train(argv: Sequence[str]) -> Any:
     Raises:
         OptionError, DataError, ReferenceMismatchError, NonFiniteError: with the remedy.
     """
-    data, args, model = parse(argv)
-    from .trainer import DPOTrainer  # after parsing: a typing error should not wait for torch's slowest imports
+    trainer = build_trainer(*parse(argv))
+    resume = trainer.args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "latest") else resume)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    print(f"Adapter, model card, metrics.json and curves.png are in {trainer.args.output_dir}")
+    return trainer
 
-    train_dataset, eval_dataset = load_datasets(data, evaluate=str(args.eval_strategy) != "no")
-    args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}
+
+def build_trainer(data: "DataArguments", args: DPOConfig, model: "ModelArguments") -> Any:
+    """Load the data and build the `DPOTrainer` that the options describe."""
+    from .trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
+
+    train_dataset, eval_dataset = load_datasets(data, evaluate=str(args.eval_strategy.value) != "no")
+    args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     if model.model_revision is not None:
         args.model_init_kwargs.setdefault("revision", model.model_revision)
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=lora_config(model, args),
     )
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "latest") else resume)
-    if eval_dataset is not None:
-        trainer.evaluate()
-    trainer.save_model()
-    print(f"Adapter, model card, metrics.json and curves.png are in {args.output_dir}")
-    return trainer
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments]:
@@ -120,7 +124,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments
     """
     from trl import TrlParser
 
-    argv = list(argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     _check_config_file(argv)
     groups = (DataArguments, DPOConfig, ModelArguments)
     parser = TrlParser(groups, prog="dpo-peft train")

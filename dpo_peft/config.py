@@ -37,11 +37,16 @@ _NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
 }
 
-# Options of TrainingArguments that would have no effect here: (harmless value, what to do instead).
-_NO_EFFECT: dict[str, tuple[Any, str]] = {
+# Options of TrainingArguments that would have no effect here, or a wrong one: (harmless value, what to do instead).
+_NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
     "torch_compile": (False, "The trainer calls the backbone itself, which this option does not compile."),
     "logging_nan_inf_filter": (False, "A non-finite loss stops the run; it is never filtered out."),
+    "neftune_noise_alpha": (None, "Noise on the policy alone would enter the implicit rewards; leave it out."),
+    "label_names": (None, "Pairs have no labels; leave it out."),
+    "include_for_metrics": ([], "compute_metrics gets the implicit rewards; leave it out."),
+    "fsdp": (None, "Training in several processes is not available yet; leave it out."),
+    "deepspeed": (None, "Training in several processes is not available yet; leave it out."),
 }
 
 
@@ -61,14 +66,14 @@ class DPOConfig(TrainingArguments):
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Arguments of `from_pretrained` when the model is given by name (JSON on the command line)."},
+        metadata={"help": "Arguments of `from_pretrained` for a model given by name (JSON on the command line)."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that ships with model or tokenizer."})
     quantize_base: bool | None = field(
         default=None,
         metadata={"help": "Load a model given by name in 4 bits (NF4, double quantisation). Default: yes."},
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Turn off all dropout, LoRA's included, as TRL does."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn off all dropout, LoRA's included."})
     share_prompts: bool = field(
         default=True,
         metadata={"help": "Compute each prompt once for all its completions, where the model can (it is probed)."},
@@ -106,12 +111,14 @@ class DPOConfig(TrainingArguments):
 
     # Defaults that differ from TrainingArguments
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps, or share of all steps if < 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (a share of all if < 1)."})
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
     )
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Default: yes, unless fp16 is set."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Not available: non-finite losses stop the run."})
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Default: yes, unless fp16 is."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not available: a non-finite loss stops the run."}
+    )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
@@ -142,9 +149,10 @@ class DPOConfig(TrainingArguments):
         for name in ("trust_remote_code", "disable_dropout", "share_prompts", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
-        for name, (harmless, why) in _NO_EFFECT.items():
+        _check_choice(self, "train_sampling_strategy", ("random", "sequential"))
+        for name, (harmless, why) in _NOT_AVAILABLE.items():
             if getattr(self, name, harmless) not in (harmless, None):
-                raise OptionError(f"{name}={getattr(self, name)!r} would have no effect. {why}")
+                raise OptionError(f"{name}={getattr(self, name)!r} is not available here. {why}")
 
 
 def _check_number(
@@ -195,7 +203,7 @@ def check_option_names(given: dict[str, Any], known: set[str] | None = None) -> 
         elif name in _NOT_OFFERED:
             default, remedy = _NOT_OFFERED[name]
             if value != default:
-                raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that dpo-peft doesn't offer. {remedy}")
+                raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that isn't offered here. {remedy}")
         else:
             close = difflib.get_close_matches(name, known | set(_NOT_OFFERED), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "`dpo-peft train --help` lists them all."

@@ -18,7 +18,7 @@ class Mean(NamedTuple):
     """A mean that is still a sum and a count: 0-dim tensors."""
 
     total: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def pair_metrics(
@@ -46,7 +46,8 @@ def pair_metrics(
     with torch.no_grad():
         chosen_B, rejected_B = loss.chosen_rewards_B, loss.rejected_rewards_B
         margins_B = chosen_B - rejected_B
-        lengths_B2 = torch.zeros_like(logps_C).index_add(0, completion_of_N, torch.ones_like(token_logps_N)).view(-1, 2)
+        ones_N = torch.ones_like(token_logps_N)
+        lengths_B2 = torch.zeros_like(logps_C).index_add(0, completion_of_N, ones_N).view(-1, 2)
         logps_B2 = logps_C.detach().view(-1, 2)
         log_ratio_N = token_logps_N.detach() - ref_token_logps_N
         kl_N = torch.expm1(log_ratio_N) - log_ratio_N
@@ -84,7 +85,7 @@ class MetricStore:
         sums = self._sums.setdefault(mode, {})
         for name, mean in metrics.items():
             old = sums.get(name)
-            sums[name] = mean if old is None else Mean(old.total + mean.total, old.count + mean.count)
+            sums[name] = mean if old is None else Mean(old.total + mean.total, old.number + mean.number)
 
     def pop(self, mode: str) -> dict[str, float]:
         """The means since the last call, read from the device in one transfer, in order of arrival."""

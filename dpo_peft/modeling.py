@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from .errors import OptionError
-from .reference import check_adapter
+from .reference import base_kept, check_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def load_base(
     kwargs = dict(init_kwargs or {})
     dtype = _read_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
     if quantization_config is not None and "quantization_config" in kwargs:
-        raise OptionError("quantization_config is given to the trainer and in model_init_kwargs: give it in one place.")
+        raise OptionError("quantization_config is given to the trainer and in model_init_kwargs: give one of them.")
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     elif quantize and "quantization_config" not in kwargs:
@@ -71,7 +71,7 @@ def load_base(
         kwargs.setdefault("device_map", {"": device})
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OptionError(f"model={name!r} can't be loaded: {error}") from error
 
 
@@ -93,7 +93,9 @@ def attach_adapter(model: PreTrainedModel | PeftModel, peft_config: Any = None) 
     Raises:
         OptionError: an adapter that can't be trained here (see `check_adapter`), a `peft_config` for a model that has
             an adapter already, several active adapters, or an adapter loaded for inference.
+        ReferenceMismatchError: attaching the adapter changes the base.
     """
+    keep_weights(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise OptionError(
@@ -101,10 +103,17 @@ def attach_adapter(model: PreTrainedModel | PeftModel, peft_config: Any = None) 
                 "the base model with peft_config."
             )
         _check_peft_model(model)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        raise OptionError(
+            "model is an adapter's folder, or a model with an adapter loaded into it. Training starts from a bare "
+            "base: give the base model's name, or merge the adapter first (merge_and_unload)."
+        )
     else:
         peft_config = default_lora() if peft_config is None else peft_config
         check_adapter(peft_config)
-        model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        with base_kept(model):
+            wrapped = get_peft_model(model, peft_config)
+        model = wrapped
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             logger.info("%s is trained: cast from %s to float32.", name, parameter.dtype)
@@ -128,6 +137,26 @@ def _check_peft_model(model: PeftModel) -> None:
             f"{len(of_base)} weights outside the adapter {active[0]!r} are trainable (such as {of_base[0]}): the "
             "reference would change with them. Freeze them with requires_grad_(False)."
         )
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place.
+
+    On a CPU with AVX512-BF16 its linear layers do so at the first forward in eval mode, for faster inference: scales
+    are rounded to bfloat16, and the layer has no gradient any more. The reference is scored in eval mode, so it would
+    change the weights under the policy.
+
+    Raises:
+        OptionError: it has happened already; the original weights are lost.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise OptionError(
+                f"The 4-bit weights of {name} were repacked for inference when the model ran in eval mode on this "
+                "CPU, and can't be trained on. Load the model again and pass it before running it, or pass its name."
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
@@ -198,7 +227,7 @@ def _constants(parameter: Any) -> Iterable[torch.Tensor]:
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
-        state = state.state2
+        state = getattr(state, "state2", None)
 
 
 def _mib(size: int) -> str:

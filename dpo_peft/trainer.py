@@ -10,16 +10,16 @@ Constructor, option names, metric names and dataset formats are those of `trl.DP
 Shape suffixes: B pairs, C completions (chosen at even, rejected at odd indices), N completion tokens.
 """
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -30,11 +30,21 @@ from transformers import (
     set_seed,
 )
 
+from .arguments import (
+    AnyDataset,
+    check_arguments,
+    check_datasets,
+    check_optimizer,
+    check_tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    name_of,
+)
 from .config import DPOConfig
 from .data import DataReport, prepare_dataset
 from .data.batch import PreferenceCollator
-from .errors import NonFiniteError, OptionError
-from .forward import PackedBatch, completion_logps, plan_forward
+from .errors import NonFiniteError
+from .forward import PackedBatch, Scores, completion_logps, plan_forward
 from .losses import REGISTRY, PairLoss
 from .metrics import MetricStore, mean_of, pair_metrics
 from .modeling import attach_adapter, disable_dropout, load_base, storage_report
@@ -42,8 +52,6 @@ from .reference import check_start, reference_logps
 from .results import save_results
 
 logger = logging.getLogger(__name__)
-
-AnyDataset = Dataset | IterableDataset
 
 
 class DPOTrainer(Trainer):
@@ -85,11 +93,12 @@ class DPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = name_of(model)
         args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-        _check_arguments(model, ref_model, args, train_dataset, quantization_config)
-        tokenizer = _load_tokenizer(name, args) if processing_class is None else processing_class
-        _check_tokenizer(tokenizer)
+        check_arguments(model, ref_model, args, quantization_config)
+        check_datasets(args, train_dataset, eval_dataset)
+        tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
+        check_tokenizer(tokenizer)
 
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.data_reports: dict[str, DataReport] = {}
@@ -97,17 +106,7 @@ class DPOTrainer(Trainer):
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer, args)
 
         set_seed(args.seed)  # the adapter's start is drawn at random
-        if isinstance(model, str):
-            quantize = args.quantize_base is not False
-            init_kwargs = args.model_init_kwargs
-            assert not isinstance(init_kwargs, str)
-            model = load_base(name, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
-        _check_vocabulary(model, tokenizer)
-        model = attach_adapter(model, peft_config)
-        if args.disable_dropout and (found := disable_dropout(model)):
-            logger.warning("disable_dropout=True: turned off %s.", ", ".join(found))
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
+        model = _build_model(model, args, tokenizer, quantization_config, peft_config)
 
         self.objective = REGISTRY[str(args.loss_type)]
         self.loss_options = {name: getattr(args, name) for name in self.objective.options}
@@ -124,12 +123,12 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # compute_loss divides by the samples of the whole optimizer batch, so that micro-batches don't change the step.
+        # compute_loss divides by the samples of the whole optimizer batch: micro-batches don't change the step.
         self.model_accepts_loss_kwargs = True
+        check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
         self.add_callback(_StopWhenNonFinite(self))
-        self._finite: Tensor | None = None
-        self._step_rows: list[Tensor] = []
+        self._step_finite: list[tuple[Tensor, Tensor]] = []  # rows and whether their loss is finite, per micro-batch
 
         # The model is on its device now and can show how its batches are laid out.
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -163,15 +162,13 @@ class DPOTrainer(Trainer):
         policy = completion_logps(self.model, batch, backend)
         pair_loss = self.objective.loss(*_pairs(policy.logps_C), *_pairs(ref.logps_C), **self.loss_options)
         loss = pair_loss.losses_B.sum() / (num_items_in_batch or batch.num_samples)
-        self._record(batch, pair_loss, policy.logps_C, policy.token_logps_N, ref.token_logps_N)
+        self._record(batch, pair_loss, policy, ref)
         return (loss, pair_loss) if return_outputs else loss
 
-    def _record(self, batch: PackedBatch, pair_loss: PairLoss, logps_C: Tensor, *token_logps_N: Tensor) -> None:
-        metrics = pair_metrics(pair_loss, logps_C, *token_logps_N, batch.completion_of)
+    def _record(self, batch: PackedBatch, pair_loss: PairLoss, policy: Scores, ref: Scores) -> None:
+        metrics = pair_metrics(pair_loss, policy.logps_C, policy.token_logps_N, ref.token_logps_N, batch.completion_of)
         if self.model.training:
-            finite = torch.isfinite(pair_loss.losses_B.detach()).all()
-            self._finite = finite if self._finite is None else self._finite & finite
-            self._step_rows.append(batch.rows)
+            self._step_finite.append((batch.rows, torch.isfinite(pair_loss.losses_B.detach())))
             self.metric_store.add("train", metrics)
         else:
             self.metric_store.add("eval", {"loss": mean_of(pair_loss.losses_B), **metrics})
@@ -190,9 +187,14 @@ class DPOTrainer(Trainer):
             self._start_checked = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def compute_loss_context_manager(self) -> Any:
+        """Mixed precision around both passes: they call the backbone, past the `forward` that accelerate wraps."""
+        return self.accelerator.autocast()
+
     def _check_start(self, samples: int = 4) -> None:
-        rows = [row for row, _ in zip(self.train_dataset, range(samples), strict=False)]
-        batches = [PackedBatch(**self.data_collator(part)).to(self.args.device) for part in (rows, *([r] for r in rows))]
+        rows = list(itertools.islice(self.train_dataset, samples))
+        parts = [rows, *([row] for row in rows)]
+        batches = [PackedBatch(**self.data_collator(part)).to(self.args.device) for part in parts]
         self.model.train(self.args.disable_dropout)
         with self.compute_loss_context_manager():
             check_start(self.model, batches, self.forward_plan.backend)
@@ -252,6 +254,20 @@ class DPOTrainer(Trainer):
         """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""
         return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`; a dataset given to `evaluate` is prepared as those of the constructor are."""
+        return super().get_eval_dataloader(self._prepare_given(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in `transformers.Trainer`, preparing the dataset given to `predict`."""
+        return super().get_test_dataloader(self._prepare_given(test_dataset, "test"))
+
+    def _prepare_given(self, dataset: Any, name: str) -> Any:
+        known = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if dataset is None or isinstance(dataset, str) or any(dataset is one for one in [self.train_dataset, *known]):
+            return dataset
+        return self._prepare(dataset, self.processing_class, self.args, name)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "row"]
 
@@ -291,86 +307,43 @@ class _StopWhenNonFinite(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        rows, finite = trainer._step_rows, trainer._finite
-        trainer._step_rows, trainer._finite = [], None
-        if finite is None:
+        if not trainer._step_finite:
             return
+        rows, finite = map(torch.cat, zip(*trainer._step_finite, strict=True))
+        trainer._step_finite = []
+        all_finite = finite.all()
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
         if not args.fp16:
             grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-            finite = finite & torch.isfinite(torch.nn.utils.get_total_norm(grads))
-        if not finite:
-            where = ", ".join(str(row) for row in torch.cat(rows).tolist())
+            all_finite &= torch.isfinite(torch.nn.utils.get_total_norm(grads))
+        if not all_finite:
+            bad = rows if finite.all() else rows[~finite]
+            what = "gradient" if finite.all() else "loss"
             raise NonFiniteError(
-                f"Step {state.global_step + 1}: the loss or its gradient is not finite, on training rows {where}. The "
-                "optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, or "
-                "use bf16 instead of fp16."
+                f"Step {state.global_step + 1}: the {what} is not finite, on training rows "
+                f"{', '.join(map(str, bad.tolist()))}. The optimizer has not stepped; the last checkpoint is intact. "
+                "Look at these rows, lower learning_rate, or use bf16 instead of fp16."
             )
+
+
+def _build_model(
+    model: Any, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, quantization_config: Any, peft_config: Any
+) -> PeftModel:
+    if isinstance(model, str):
+        quantize = args.quantize_base is not False
+        init_kwargs = args.model_init_kwargs
+        assert not isinstance(init_kwargs, str)
+        model = load_base(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
+    check_vocabulary(model, tokenizer)
+    model = attach_adapter(model, peft_config)
+    if args.disable_dropout and (found := disable_dropout(model)):
+        logger.warning("disable_dropout=True: turned off %s.", ", ".join(found))
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model
 
 
 def _pairs(x_C: Tensor) -> tuple[Tensor, Tensor]:
     """(C,) to the values of the chosen and of the rejected completions, (B,) each."""
     x_B2 = x_C.view(-1, 2)
     return x_B2[:, 0], x_B2[:, 1]
-
-
-def _check_arguments(model: Any, ref_model: Any, args: Any, train_dataset: Any, quantization_config: Any) -> None:
-    if ref_model is not None:
-        raise OptionError(
-            "ref_model is not accepted: the reference is the model itself with the adapter switched off, so a second "
-            "copy would only cost memory. Leave ref_model out. To use another reference, merge it into the base first."
-        )
-    if not isinstance(args, DPOConfig):
-        raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
-    if train_dataset is None:
-        raise OptionError("train_dataset is missing: pass a datasets.Dataset with preference rows.")
-    if not isinstance(train_dataset, AnyDataset):
-        raise OptionError(
-            f"train_dataset is a {type(train_dataset).__name__}; pass a datasets.Dataset or IterableDataset, such as "
-            "datasets.load_dataset(..., split='train')."
-        )
-    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise OptionError("A streaming train_dataset has no length: set max_steps.")
-    if not isinstance(model, str):
-        unused = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-        for option, value in unused.items():
-            if value is not None:
-                raise OptionError(f"{option} has no effect on a model that is loaded already: pass the model's name.")
-        if args.quantize_base and not getattr(model, "is_loaded_in_4bit", False):
-            raise OptionError("quantize_base=True has no effect on a model that is loaded already: pass its name.")
-    elif args.quantize_base is False and quantization_config is not None:
-        raise OptionError("quantize_base=False contradicts quantization_config: give one of them.")
-    if args.world_size > 1:
-        raise OptionError("Training in several processes is not available yet: start a single one.")
-    if args.n_gpu > 1:
-        raise OptionError(f"{args.n_gpu} GPUs are visible to one process: show it one by CUDA_VISIBLE_DEVICES=0.")
-
-
-def _load_tokenizer(name: str, args: DPOConfig) -> Any:
-    init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=init_kwargs.get("revision", "main"), trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "
-            "processing_class."
-        ) from error
-
-
-def _check_tokenizer(tokenizer: Any) -> None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise OptionError(
-            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
-            "not supported."
-        )
-
-
-def _check_vocabulary(model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise OptionError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: resize the model by "
-            "model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to it."
-        )

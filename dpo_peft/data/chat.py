@@ -15,6 +15,10 @@ from .tokenize import Encoded, border_problem, completion_field, split_at_border
 from .values import RowProblem
 
 Messages = list[dict[str, Any]]
+TEMPLATE_REMEDY = (
+    "use a chat template that renders the prompt the same way in both, or set what it offers for that in "
+    "chat_template_kwargs, e.g. enable_thinking"
+)
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -39,7 +43,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded
         if joint[: len(prompt_ids)] != prompt_ids:
             split = _split_text(tokenizer, example, whole, prompt_ids, joint, field)
             if split is None:
-                raise border_problem(tokenizer, prompt_ids, joint, field)
+                raise border_problem(tokenizer, prompt_ids, joint, field, TEMPLATE_REMEDY)
             ids, resplits = split, resplits + 1
         completion_ids.append(ids)
     return Encoded(prompt_ids, completion_ids, resplits)

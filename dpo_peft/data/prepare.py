@@ -20,7 +20,7 @@ from .schema import USED_COLUMNS, Row, detect_format
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
 from .values import RowProblem
-from .worker import COUNTERS, RECORD, RowWorker
+from .worker import COUNTERS, RECORD, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
 SCHEMA_VERSION = 1
@@ -128,7 +128,7 @@ def _map_records(
         **options,
     )
     _raise_problems(checked, worker.name)
-    return rows.map(
+    records = rows.map(
         worker.record_batch,
         with_indices=True,
         features=RECORD,
@@ -136,6 +136,7 @@ def _map_records(
         desc=f"Tokenizing {worker.name} rows",
         **options,
     )
+    return records.with_format(None)
 
 
 def _raise_problems(checked: Dataset, name: str) -> None:
@@ -149,9 +150,9 @@ def _raise_problems(checked: Dataset, name: str) -> None:
 
 
 def _keep_usable(records: Dataset, report: DataReport, on_unusable: str, max_unusable_share: float) -> Dataset:
-    counted = records.select_columns(["row", "drop", *COUNTERS])
-    for record in counted:
-        report.add(record)
+    for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
+        for record in rows_of(batch):
+            report.add(record)
     report.check()
     if on_unusable == "error" and report.dropped:
         reason, rows = next(iter(report.dropped_rows.items()))

@@ -59,6 +59,7 @@ class DataReport:
     completions_trimmed: int = 0  # completions
     ends_lost: int = 0  # completions whose end token was cut off
     boundary_resplits: int = 0  # completions tokenised on their own, as a token would have crossed the border
+    foreign_turns: int = 0  # completions that hold user or tool turns, whose tokens are scored like the rest
     prompt_tokens: int = 0  # each prompt once
     completion_tokens: int = 0
     unshared_tokens: int = 0  # prompt repeated for every completion
@@ -113,6 +114,7 @@ class DataReport:
         self.completions_trimmed += int(record["completions_cut"])
         self.ends_lost += int(record["ends_lost"])
         self.boundary_resplits += int(record["resplits"])
+        self.foreign_turns += int(record["foreign_turns"])
         self.prompt_tokens += int(record["prompt_tokens"])
         self.completion_tokens += int(record["completion_tokens"])
         self.unshared_tokens += int(record["prompt_tokens"]) * int(record["completions"])
@@ -151,6 +153,8 @@ class DataReport:
             lines.append(
                 f"  {self.boundary_resplits} completions tokenised apart from the prompt (merge at the border)"
             )
+        if self.foreign_turns:
+            lines.append(f"  {self.foreign_turns} completions hold user or tool turns; their tokens are scored too")
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)

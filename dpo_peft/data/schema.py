@@ -35,6 +35,7 @@ USED_COLUMNS = {
     "chat_implicit": TEXT_COLUMNS[1:] + CHAT_COLUMNS,
     "ids": ID_COLUMNS,
 }
+ASKING_ROLES = ("user", "system", "developer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ACCEPTED = (
     "prompt/chosen/rejected as text or lists of messages, chosen/rejected that start alike (implicit prompt), raw HH "
@@ -107,7 +108,7 @@ def _detect_chat(name: str, kinds: dict[str, str], first: Row) -> str:
         return "chat_implicit"
     # Some public sets repeat the question as text beside two whole conversations.
     opening = first["chosen"][0] if first["chosen"] else None
-    if isinstance(opening, Mapping) and opening.get("role") in ("user", "system", "developer"):
+    if isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES:
         return "chat_implicit"
     raise DataError(
         f"{name}: 'prompt' is {kinds['prompt']} but 'chosen' and 'rejected' are lists of messages. Make the prompt a "
@@ -123,10 +124,10 @@ def _refuse_other_formats(name: str, have: set[str], first: Row) -> None:
             f"{name}: column {vision[0]!r} holds images, and vision models are not supported. Remove the column if "
             f"the text alone is meant: dataset.remove_columns({vision!r})."
         )
-    later = None
-    if "completions" in have:
+    later, paired = None, {"chosen", "rejected"} <= have
+    if "completions" in have and not paired:
         later = "'completions' (ranked or scored lists) needs a multi-completion objective"
-    elif "label" in have and have & {"completion", "messages"}:
+    elif "label" in have and have & {"completion", "messages"} and not paired:
         later = "'label' (one judged answer per row) needs the KTO objective"
     elif "preference" in have:
         later = "'preference' (a soft label) needs a soft-label objective; hard pairs: remove the column"
@@ -134,7 +135,7 @@ def _refuse_other_formats(name: str, have: set[str], first: Row) -> None:
         later = "'rejected' as a list of answers needs the multi-negative objective"
     if later:
         raise DataError(f"{name}: {later}. DPO pairs here need one chosen and one rejected answer: {ACCEPTED}.")
-    if "response1" in have and "response2" in have:
+    if {"response1", "response2"} <= have and not paired:
         raise DataError(
             f"{name}: PandaLM comparisons. Convert them first: dataset.filter(dpo_peft.data.pandalm_decided)"
             ".map(dpo_peft.data.from_pandalm)."
@@ -238,7 +239,7 @@ def _parse_chat(row: Row, implicit: bool) -> Example | str:
         prompt, completions = chosen[:cut], [chosen[cut:], rejected[cut:]]
         if not prompt:
             return NO_COMMON_PROMPT
-        if any(answer[0]["role"] in ("user", "system", "developer", "tool") for answer in completions):
+        if not all(_is_one_answer(answer) for answer in completions):
             return TRANSCRIPTS_DIFFER
     else:
         prompt, completions = read_messages(row, "prompt"), [chosen, rejected]
@@ -247,7 +248,7 @@ def _parse_chat(row: Row, implicit: bool) -> Example | str:
     if any(_says_nothing(answer) for answer in completions):
         return EMPTY_COMPLETION
     for column, answer in zip(("chosen", "rejected"), completions, strict=True):
-        if answer[0]["role"] in ("user", "system", "developer"):
+        if answer[0]["role"] in ASKING_ROLES:
             raise RowProblem(
                 column,
                 f"starts with a {answer[0]['role']!r} turn, which the model never writes",
@@ -257,6 +258,18 @@ def _parse_chat(row: Row, implicit: bool) -> Example | str:
     if continues:
         _check_continuation(prompt, completions)
     return Example("chat", prompt, completions, read_tools(row), read_template_kwargs(row), continues)
+
+
+def _is_one_answer(messages: list[dict[str, Any]]) -> bool:
+    """One assistant turn, or several with tool results between them."""
+    roles = [message["role"] for message in messages]
+    twice = any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False))
+    return roles[0] != "tool" and not twice and not count_turns(messages, ASKING_ROLES)
+
+
+def count_turns(messages: list[dict[str, Any]], roles: tuple[str, ...]) -> int:
+    """Number of messages with one of these roles."""
+    return sum(message["role"] in roles for message in messages)
 
 
 def _says_nothing(answer: list[dict[str, Any]]) -> bool:

@@ -16,6 +16,7 @@ from .values import RowProblem
 
 # Leading characters that keep a tokenizer from adding a blank before a text that continues another one.
 ANCHORS = ("", "\n", "a")
+TEXT_REMEDY = "end the prompt, or begin the completions, with a blank or a line break"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def encode_text(
         joint = text_ids(tokenizer, prompt + body, leading)
         ids = split_at_border(tokenizer, prompt_ids, joint, body)
         if ids is None:
-            raise border_problem(tokenizer, prompt_ids, joint, completion_field(index))
+            raise border_problem(tokenizer, prompt_ids, joint, completion_field(index), TEXT_REMEDY)
         resplits += joint[: len(prompt_ids)] != prompt_ids
         completion_ids.append([*ids, tokenizer.eos_token_id])
     return Encoded(prompt_ids, completion_ids, resplits)
@@ -115,7 +116,7 @@ def split_at_border(
 
 
 def border_problem(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joint_ids: list[int], field: str
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joint_ids: list[int], field: str, remedy: str
 ) -> RowProblem:
     """Say where the prompt alone and the prompt in front of this completion part."""
     at = next((i for i, (a, b) in enumerate(zip(prompt_ids, joint_ids, strict=False)) if a != b), len(joint_ids))
@@ -125,8 +126,7 @@ def border_problem(
         field,
         f"the prompt's tokens are not the start of prompt + completion: from token {at} on the prompt alone reads "
         f"{alone!r}, the whole sequence {joint!r}",
-        "use a chat template that renders the prompt the same way in both (or set chat_template_kwargs such as "
-        "enable_thinking), or end the prompt on a token border",
+        remedy,
     )
 
 

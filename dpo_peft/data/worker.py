@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import check_chat_template, check_rendering, encode_chat
 from .report import EMPTY_COMPLETION, IDENTICAL
-from .schema import Example, Row, parse_row
+from .schema import ASKING_ROLES, Example, Row, count_turns, parse_row
 from .tokenize import Encoded, check_tokenizer, encode_text, is_empty, leading_ids
 from .truncate import Fitted, all_same, fit
 from .values import RowProblem
 
 COUNTERS = (
-    "completions prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest"
+    "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest"
 ).split()
 RECORD = Features(
     {
@@ -88,6 +88,7 @@ class RowWorker:
             "row": index,
             "drop": "",
             "completions": len(lengths),
+            "foreign_turns": _foreign_turns(example),
             "prompt_cut": fitted.prompt_cut,
             "completions_cut": fitted.completions_cut,
             "ends_lost": fitted.ends_lost,
@@ -99,12 +100,12 @@ class RowWorker:
 
     def check_batch(self, batch: Any) -> dict[str, list[str]]:
         """Map function of the first pass: what is wrong with each row, as JSON, or nothing."""
-        return {"problem": [self._problem(row) for row in _rows(batch)]}
+        return {"problem": [self._problem(row) for row in rows_of(batch)]}
 
     def record_batch(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
         """Map function of the second pass."""
         records = []
-        for row, index in zip(_rows(batch), indices, strict=True):
+        for row, index in zip(rows_of(batch), indices, strict=True):
             try:
                 records.append(self.record(row, index))
             except RowProblem as problem:
@@ -119,9 +120,17 @@ class RowWorker:
         return ""
 
 
-def _rows(batch: Any) -> list[dict[str, Any]]:
+def rows_of(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a batch of columns."""
     columns = list(batch.keys())
     return [dict(zip(columns, values, strict=True)) for values in zip(*(batch[c] for c in columns), strict=True)]
+
+
+def _foreign_turns(example: Example | str) -> int:
+    """How many completions hold turns that the model does not write."""
+    if isinstance(example, str) or example.kind != "chat":
+        return 0
+    return sum(count_turns(messages, (*ASKING_ROLES, "tool")) > 0 for messages in example.completions)
 
 
 def _shape(example: Example) -> str:

@@ -26,7 +26,9 @@ from transformers.masking_utils import sdpa_mask
 from .layout import PackedBatch, visible
 
 IMPLEMENTATION = "dpo_peft_prefix_shared"
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+# What reaches the attention function without changing it. Anything else that a model passes (softcap, s_aux,
+# position_bias, the indices of sparse attention, ...) means something that the layout does not know.
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
 class CannotShareError(RuntimeError):
@@ -44,7 +46,7 @@ class AttentionPlan:
     def __init__(self, batch: PackedBatch, backend: str):
         self.batch = batch
         self.backend = backend
-        self.calls = 0  # the probe compares it with the number of layers
+        self.trace: list[tuple[int | None, int]] | None = None  # for the probe: window and head size of each call
         self._masks: dict[int | None, Tensor] = {}
         if backend == "dense":
             assert batch.sample_index is not None
@@ -99,7 +101,8 @@ def prefix_shared_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse_unknown(attention_mask, kwargs)
-    prefix_layout.calls += 1
+    if prefix_layout.trace is not None:
+        prefix_layout.trace.append((sliding_window, query.shape[-1]))
     if prefix_layout.backend == "varlen":
         return _varlen(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
     return _dense(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
@@ -108,11 +111,11 @@ def prefix_shared_attention(
 def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None and tuple(attention_mask.shape) != (1, 1, 1, 1):
         raise CannotShareError("the model builds an attention mask of its own")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
+    for name, value in kwargs.items():
+        if name == "is_causal" and value is False:
+            raise CannotShareError("its attention is bidirectional")
+        if value is not None and name not in _HARMLESS | {"is_causal"}:
             raise CannotShareError(f"its attention uses {name}")
-    if kwargs.get("is_causal") is False:
-        raise CannotShareError("its attention is bidirectional")
 
 
 def _dense(
@@ -140,6 +143,9 @@ def _varlen(
         raise CannotShareError("the varlen kernel has no attention dropout")
     batch = plan.batch
     assert batch.kv_index is not None
+    size = v.shape[-1]
+    if size < q.shape[-1]:  # latent attention: the kernel wants one head size; zeros add nothing
+        v = F.pad(v, (0, q.shape[-1] - size))
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
     out_THD = varlen_kernel(
         q_THD.contiguous(),
@@ -153,7 +159,7 @@ def _varlen(
         # Bottom-right aligned: a segment's last query sees its last key. -1 is no limit to the left.
         window_size=(-1 if window is None else window - 1, 0),
     )
-    return out_THD[None]
+    return out_THD[None, ..., :size]
 
 
 def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -162,7 +168,9 @@ def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) ->
 
     if _needs_enable_gqa():
         kwargs["enable_gqa"] = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, *args, **kwargs)
+    out = varlen_attn(q, k, v, *args, **kwargs)
+    assert isinstance(out, Tensor)  # only return_aux gives a tuple
+    return out
 
 
 @cache

@@ -72,9 +72,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
-        return PackedBatch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.as_dict().items()}
-        )
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.as_dict().items()
+        }
+        return PackedBatch(**moved)
 
     def as_dict(self) -> dict[str, Any]:
         """Field name to value, without the empty fields: what a collator returns."""
@@ -100,8 +101,9 @@ def _check(samples: Sequence[Sample]) -> None:
     for i, sample in enumerate(samples):
         if not len(sample.prompt) or not len(sample.completions) or not all(map(len, sample.completions)):
             raise ValueError(
-                f"Sample {i} of the batch (row {sample.row}) has an empty prompt or completion: nothing can predict "
-                "or be predicted there. Give the prompt at least one token, such as BOS, and drop the empty completion."
+                f"Sample {i} of the batch (row {sample.row}) has an empty prompt or completion, or no completion: "
+                "nothing can predict or be predicted there. Give the prompt at least one token, such as BOS, and drop "
+                "the empty completion."
             )
 
 
@@ -114,7 +116,9 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     _check(samples)
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    seg_len, seg_context, kv_index = [], [], []
+    kv_index: list[np.ndarray] = []
+    seg_len: list[int] = []
+    seg_context: list[int] = []
     pred_pos, target, sample_of, sample_bounds = [], [], [], [0]
     start = 0
     for i, (prompt, completions, _) in enumerate(samples):

@@ -1,18 +1,19 @@
 """Log-probs of given tokens from hidden states, in chunks: full logits never exist.
 
 With a frozen head (the usual case: LoRA leaves it alone) the gradient to the hidden states is formed in the forward
-pass, while a chunk's probabilities are at hand: d logp(y) / d hidden = (onehot(y) - softmax) @ W. The backward then only
-scales it, so the head costs two matrix products instead of three and its weight gets no gradient. A head that is
+pass, while a chunk's probabilities are at hand: d logp(y) / d hidden = (onehot(y) - softmax) @ W. The backward then
+only scales it, so the head costs two matrix products instead of three and its weight gets no gradient. A head that is
 trained, adapted or quantised goes through its own module, chunk by chunk, each recomputed in the backward.
 
 Shape suffixes: N predicted tokens, H hidden size, V vocabulary, K one chunk of N.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # 1024 rows of a 128k vocabulary are 0.5 GiB in float32, the largest buffer that the head needs.
@@ -32,8 +33,11 @@ class Head:
 
     @property
     def frozen(self) -> bool:
-        """Whether the head is a bare linear layer without anything to train or to switch off."""
-        return type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
+        """Whether the head is a bare linear layer: nothing to train, to switch off, or to run around its forward."""
+        module = self.module
+        # Offloading replaces forward; other hooks may change what goes in or comes out.
+        hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+        return type(module) is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(K, H) hidden states to (K, V) logits in at least float32, through the module itself."""
@@ -58,7 +62,8 @@ def read_head(model: nn.Module) -> Head:
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         scale = config.logits_scaling if config.model_type == "hyperclovax" else 1.0 / config.logits_scaling
     module = model.get_output_embeddings()  # type: ignore[operator]
-    return Head(module, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return Head(module, 1.0 if scale is None else float(scale), next((c for c in caps if c is not None), None))
 
 
 def token_logps(hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int = CHUNK_ROWS) -> Tensor:
@@ -95,7 +100,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int) -> Tensor:
-        weight_VH, bias_V = head.module.weight, head.module.bias
+        linear = cast(nn.Linear, head.module)
+        weight_VH: Tensor = linear.weight
+        bias_V = linear.bias
         device = hidden_NH.device.type
         if torch.is_autocast_enabled(device):
             weight_VH = weight_VH.to(torch.get_autocast_dtype(device))
@@ -119,6 +126,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         return logps_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_NH,) = ctx.saved_tensors
         return (grad_NH * grad_outputs[0][:, None]).to(grad_NH.dtype), None, None, None

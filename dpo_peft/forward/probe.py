@@ -77,38 +77,64 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
             return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
         original = causal_lm.config._attn_implementation
         try:
-            backend = choose_backend(device, compute_dtype, _head_dim(causal_lm))
-            difference = _probe_shared(model, samples, own_N, backend, tolerance, device)
+            _check_layer_types(causal_lm.config.get_text_config())
+            difference, head_dim = _probe_shared(model, samples, own_N, "dense", tolerance, device)
         except Exception as error:  # a model's forward may fail in any way; each means that it can't share
             causal_lm.set_attn_implementation(original)
             logger.debug("The packed probe failed.", exc_info=True)
             return ForwardPlan(False, "own", rows_difference, f"this model can't share prompts ({_short(error)})")
+        backend = choose_backend(device, compute_dtype, head_dim)
+        if backend != "dense":
+            try:
+                difference, _ = _probe_shared(model, samples, own_N, backend, tolerance, device)
+            except Exception as error:  # a kernel may refuse this GPU or this shape
+                logger.warning("The %s attention backend does not work here (%s).", backend, _short(error))
+                backend = "dense"
     return ForwardPlan(True, backend, difference)
+
+
+def _check_layer_types(config: Any) -> None:
+    """Refuse layers whose difference to plain attention may show only on longer texts than the probe's."""
+    for kind in getattr(config, "layer_types", None) or []:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise CannotShareError(f"it has layers of the kind {kind}")
 
 
 def _probe_shared(
     model: nn.Module, samples: list[Sample], own_N: Tensor, backend: str, tolerance: float, device: torch.device
-) -> float:
+) -> tuple[float, int]:
+    """Largest difference of a token's log-prob, and the largest head size that the attention function saw."""
     causal_lm = unwrap(model)
     causal_lm.set_attn_implementation(IMPLEMENTATION)
     if causal_lm.config._attn_implementation != IMPLEMENTATION:
         raise CannotShareError("it does not use transformers' attention interface")
     batch = pack(samples).to(device)
     plan = AttentionPlan(batch, backend)
+    trace: list[tuple[int | None, int]] = []
+    plan.trace = trace
     token_logps_N = completion_logps(model, batch, plan).token_logps_N
-    layers = causal_lm.config.get_text_config().num_hidden_layers
-    if plan.calls != layers:
-        raise CannotShareError(f"{plan.calls} of its {layers} layers are plain attention")
+    _check_trace(trace, causal_lm.config.get_text_config())
     difference = _difference(token_logps_N, own_N)
     if not difference <= tolerance:
         raise CannotShareError(f"shared log-probs differ by {difference:.2g}, more than {tolerance:.1g}")
     edited_N = completion_logps(model, _edit_second(samples).to(device), backend).token_logps_N
     moved = (edited_N - token_logps_N).abs()
-    first, second = moved[batch.completion_of == 0].max(), moved[batch.completion_of == 1].max()
-    # Same shapes, same kernels: what the first completion can't see may not move it, whatever the dtype.
-    if first > 0.02 * second:
+    edited = batch.completion_of == 1
+    # Same shapes, same kernels: what the others can't see may not move them, whatever the dtype.
+    if moved[~edited].max() > 0.02 * moved[edited].max():
         raise CannotShareError("a completion sees its neighbour")
-    return difference
+    return difference, max(head_dim for _, head_dim in trace)
+
+
+def _check_trace(trace: list[tuple[int | None, int]], config: Any) -> None:
+    """One call per layer, each with the sliding window that the config declares (longer than the probe's samples)."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if len(trace) != layers:
+        raise CannotShareError(f"{len(trace)} of its {layers} layers are plain attention")
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    declared = [window if kind == "sliding_attention" else None for kind in kinds]
+    if [seen for seen, _ in trace] != declared:
+        raise CannotShareError("its attention is not told the sliding window that its config declares")
 
 
 def _probe_samples(vocab_size: int) -> list[Sample]:
@@ -145,12 +171,6 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def _head_dim(causal_lm: Any) -> int:
-    config = causal_lm.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _short(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return (text if isinstance(error, CannotShareError) else f"{type(error).__name__}: {text}")[:160]
-

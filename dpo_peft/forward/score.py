@@ -72,7 +72,10 @@ def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: str | AttentionP
         kwargs["prefix_layout"] = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
     else:
         kwargs["attention_mask"] = batch.attention_mask
-    return causal_lm.base_model(**kwargs).last_hidden_state
+    backbone = causal_lm.base_model
+    if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
+        backbone = causal_lm.model
+    return backbone(**kwargs).last_hidden_state
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

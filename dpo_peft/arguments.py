@@ -1,0 +1,116 @@
+"""What the trainer's constructor is given: each argument is checked before anything is loaded.
+
+All functions raise `OptionError` with the argument's name and the remedy.
+"""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import DPOConfig
+from .errors import OptionError
+
+AnyDataset = Dataset | IterableDataset
+
+
+def name_of(model: Any) -> str:
+    """Hub id or folder of a model; empty for one made in code."""
+    if isinstance(model, str):
+        return model
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise OptionError(
+            f"model is a {type(model).__name__}; pass a Hub id or folder as str, a causal LM, or a PeftModel."
+        )
+    return model.config._name_or_path
+
+
+def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> None:
+    """Refuse arguments of the wrong type, contradictory ones and those without effect."""
+    if ref_model is not None:
+        raise OptionError(
+            "ref_model is not accepted: the reference is the model itself with the adapter switched off, so a second "
+            "copy would only cost memory. Leave ref_model out. To use another reference, merge it into the base first."
+        )
+    if not isinstance(args, DPOConfig):
+        raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
+    if not isinstance(model, str):
+        unused = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+        for option, value in unused.items():
+            if value is not None:
+                raise OptionError(f"{option} has no effect on a model that is loaded already: pass the model's name.")
+        if args.quantize_base and not getattr(model, "is_loaded_in_4bit", False):
+            raise OptionError("quantize_base=True has no effect on a model that is loaded already: pass its name.")
+    elif args.quantize_base is False and quantization_config is not None:
+        raise OptionError("quantize_base=False contradicts quantization_config: give one of them.")
+    if args.world_size > 1:
+        raise OptionError("Training in several processes is not available yet: start a single one.")
+    if args.n_gpu > 1:
+        raise OptionError(f"{args.n_gpu} GPUs are visible to one process: show it one by CUDA_VISIBLE_DEVICES=0.")
+
+
+def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse datasets that the options can't be used with."""
+    if train_dataset is None:
+        raise OptionError("train_dataset is missing: pass a datasets.Dataset with preference rows.")
+    if not isinstance(train_dataset, AnyDataset):
+        raise OptionError(
+            f"train_dataset is a {type(train_dataset).__name__}; pass a datasets.Dataset or IterableDataset, such as "
+            "datasets.load_dataset(..., split='train')."
+        )
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise OptionError("A streaming train_dataset has no length: set max_steps.")
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise OptionError(f"eval_strategy={str(args.eval_strategy)!r} needs an eval_dataset: pass one or set 'no'.")
+    # With a stream, accelerate cuts batches along their first dimension by default; a packed batch has none.
+    if args.accelerator_config.dispatch_batches:
+        raise OptionError("accelerator_config: dispatch_batches=True can't cut packed batches; leave it out.")
+    args.accelerator_config.dispatch_batches = False
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse a given optimizer that would leave some of the adapter untrained."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise OptionError(
+            f"optimizers: the optimizer lacks {len(missing)} of the adapter's weights (such as {missing[0]}), which "
+            "would not be trained. Build it over the trainable weights of a PeftModel and pass that as model."
+        )
+
+
+def load_tokenizer(name: str, args: DPOConfig) -> Any:
+    """The tokenizer that comes with a model."""
+    init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=init_kwargs.get("revision", "main"), trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "
+            "processing_class."
+        ) from error
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is not a tokenizer."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
+            "not supported."
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids go beyond the embeddings."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise OptionError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: resize the model by "
+            "model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to it."
+        )

@@ -1,0 +1,138 @@
+"""What the tests share: an offline, isolated environment, real data where there is any, tiny models and tokenizers."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Set before torch, transformers and datasets are imported anywhere. The cache is this process's own: a tokenised
+# dataset left over from an earlier run must not stand in for the code under test.
+CACHE = tempfile.mkdtemp(prefix="dpo-peft-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.update(
+    HF_HOME=CACHE,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MPLBACKEND="Agg",
+    WANDB_DISABLED="true",
+)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"  # optional: real data and tokenizers beside the checkout
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
+VOCAB_SIZE = 320  # of tiny_llama: room for every token of make_tokenizer (specials, 256 bytes, MERGES)
+# Merges that span words and borders, so that a prompt's text and its tokens can disagree at the end.
+MERGES = "t h,th e,Ġ the,Ġ t,i n,e r,Ġ a,o n,in g,a n,an d,Ġ and,o o,Ċ Ċ,! !".split(",")
+
+CHATML_TEMPLATE = (
+    "{%- if tools %}<|im_start|>system\ntools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}"
+    "<|im_start|>{{ message['role'] }}{{ '\n' }}"
+    "{%- if message.get('tool_calls') %}{{ message['tool_calls'] | tojson }}{% endif %}"
+    "{{- message['content'] or '' }}<|im_end|>\n"
+    "{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> None:
+    """Every test starts from the same random state and computes on one thread."""
+    torch.set_num_threads(1)
+    set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with the real datasets (`DPO_PEFT_DATA`, else `../shared/data`); skips the test where there is none."""
+    folder = Path(os.environ.get("DPO_PEFT_DATA", SHARED / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data: set DPO_PEFT_DATA to the folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir() -> Callable[[str], Path]:
+    """`tokenizer_dir(name)`: folder of a real tokenizer (`DPO_PEFT_TOKENIZERS`, else `../shared/tokenizers`)."""
+
+    def find(name: str) -> Path:
+        folder = Path(os.environ.get("DPO_PEFT_TOKENIZERS", SHARED / "tokenizers")) / name
+        if not (folder / "tokenizer.json").is_file():
+            pytest.skip(f"no tokenizer {name}: set DPO_PEFT_TOKENIZERS to the folder that holds it")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """`tiny_llama(seed=0, **config)`: a random fp32 Llama of 2 layers, eval mode, same arguments same weights."""
+
+    def build(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+        options: dict[str, Any] = dict(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=0.2,  # the default gives nearly uniform log-probs, on which wrong code looks right
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(**{**options, **overrides}))
+        return model.float().eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`make_tokenizer(add_bos=False, chat_template=CHATML, eos_token="</s>")`: byte-level BPE, made in code.
+
+    It takes any text, has a few merges (`MERGES`) and pad, bos and eos tokens with the ids 0, 1 and 2. With `add_bos`
+    it puts bos before each text, as Llama's does. `chat_template=None` gives one without a template.
+    """
+
+    def build(
+        add_bos: bool = False, chat_template: str | None = CHATML_TEMPLATE, eos_token: str = "</s>"
+    ) -> PreTrainedTokenizerFast:
+        merges = [(left, right) for left, right in (merge.split(" ") for merge in MERGES)]
+        tokens = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+        if add_bos:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+            )
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token=eos_token,
+            clean_up_tokenization_spaces=False,
+        )
+        fast.chat_template = chat_template
+        return fast
+
+    return build

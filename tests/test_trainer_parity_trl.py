@@ -1,0 +1,210 @@
+"""The trajectory of training is TRL's: same model, rows, order and seed, step by step.
+
+One deliberate difference is left out of the comparison: a tie counts as half in our `rewards/accuracies` and as a loss
+in TRL's, so at the first step, where all pairs are ties, the two differ by a half.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from trainer_helpers import COMPARED, id_pairs, largest_difference, ours, step_logs, text_pairs, theirs
+
+from dpo_peft.data import from_hh, from_sharegpt
+
+# Opens with BOS, has no system turn of its own and no header for the assistant.
+MISTRAL_LIKE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+    "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+)
+
+
+def both(tiny_llama: Any, rows: Dataset, tokenizer: Any, folder: Path, **changed: Any) -> tuple[Any, Any]:
+    """Train both trainers on fresh copies of one model."""
+    config = changed.pop("model", {})
+    trainers = tuple(make(tiny_llama(**config), rows, tokenizer, folder, **changed) for make in (ours, theirs))
+    for trainer in trainers:
+        trainer.train()
+    return trainers
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(10, 1e-5), (30, 1e-4)])
+def test_float32_steps(tiny_llama, make_tokenizer, tmp_path, steps, tolerance):
+    mine, trl = both(tiny_llama, text_pairs(24), make_tokenizer(), tmp_path, max_steps=steps)
+    assert len(step_logs(mine)) == steps
+    assert largest_difference(mine, trl, [*COMPARED, "grad_norm"]) < tolerance
+    assert step_logs(mine)[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    # The comparison can fail: these runs go somewhere, and TRL's own steps differ from each other by far more.
+    assert step_logs(mine)[-1]["rewards/margins"] > 100 * tolerance
+    assert [log["rewards/accuracies"] for log in step_logs(mine)[1:]] == pytest.approx(
+        [log["rewards/accuracies"] for log in step_logs(trl)[1:]]
+    )
+
+
+def test_the_comparison_sees_another_beta(tiny_llama, make_tokenizer, tmp_path):
+    rows, tokenizer = text_pairs(8), make_tokenizer()
+    mine = ours(tiny_llama(), rows, tokenizer, tmp_path, beta=0.11, max_steps=3)
+    trl = theirs(tiny_llama(), rows, tokenizer, tmp_path, beta=0.1, max_steps=3)
+    mine.train()
+    trl.train()
+    assert largest_difference(mine, trl) > 1e-3
+
+
+def test_trained_adapters_are_equal(tiny_llama, make_tokenizer, tmp_path):
+    # SGD: Adam turns rounding noise in tiny gradients into whole steps of either sign.
+    mine, trl = both(tiny_llama, id_pairs(16), make_tokenizer(), tmp_path, optim="sgd", learning_rate=0.1, max_steps=8)
+    expected = dict(trl.model.named_parameters())
+    trained = {name: p for name, p in mine.model.named_parameters() if p.requires_grad}
+    assert sorted(trained) == sorted(name for name, p in expected.items() if p.requires_grad)
+    assert max(float((p - expected[name]).abs().max()) for name, p in trained.items()) < 1e-6
+    assert max(float(p.abs().max()) for name, p in trained.items() if "lora_B" in name) > 1e-4
+
+
+def test_uneven_last_batch(tiny_llama, make_tokenizer, tmp_path):
+    mine, trl = both(
+        tiny_llama, id_pairs(11), make_tokenizer(), tmp_path, max_steps=-1, num_train_epochs=3, learning_rate=2e-3
+    )
+    assert len(step_logs(mine)) == 9
+    assert largest_difference(mine, trl, [*COMPARED, "grad_norm"]) < 1e-5
+
+
+def test_gradient_accumulation(tiny_llama, make_tokenizer, tmp_path):
+    mine, trl = both(
+        tiny_llama, id_pairs(24), make_tokenizer(), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3
+    )
+    assert largest_difference(mine, trl, [*COMPARED, "grad_norm"]) < 1e-5
+
+
+def test_uneven_accumulation_differs_where_trl_weighs_pairs_unequally(tiny_llama, make_tokenizer, tmp_path):
+    """7 pairs as 4 + 3: TRL takes the mean of two means, we take the mean over 7."""
+    changed = {"gradient_accumulation_steps": 2, "max_steps": 1}
+    mine, trl = both(tiny_llama, id_pairs(7), make_tokenizer(), tmp_path, **changed)
+    whole = theirs(tiny_llama(), id_pairs(7), make_tokenizer(), tmp_path, per_device_train_batch_size=7, max_steps=1)
+    whole.train()
+    norms = [step_logs(trainer)[0]["grad_norm"] for trainer in (mine, trl, whole)]
+    assert norms[0] == pytest.approx(norms[2], rel=1e-5)
+    assert abs(norms[1] - norms[2]) > 1e-3 * norms[2]
+
+
+def test_gradient_checkpointing_and_schedules(tiny_llama, make_tokenizer, tmp_path):
+    changed = {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.1}
+    mine, trl = both(tiny_llama, id_pairs(24), make_tokenizer(), tmp_path, max_grad_norm=0.3, **changed)
+    assert largest_difference(mine, trl, [*COMPARED, "grad_norm", "learning_rate"]) < 1e-5
+
+
+def test_mixed_precision_is_used_as_in_trl(tiny_llama, make_tokenizer, tmp_path):
+    """bf16=True computes a float32 model in bfloat16, under autocast, in both."""
+    rows, tokenizer, kinds = id_pairs(16), make_tokenizer(), {}
+    for make in (ours, theirs):
+        model = tiny_llama()
+        seen = kinds[make] = set()
+        trainer = make(model, rows, tokenizer, tmp_path, bf16=True, max_steps=6)
+        layer = model.model.layers[1].mlp.up_proj.base_layer
+        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.add(output.dtype))
+        trainer.train()
+        kinds[make.__name__] = trainer
+    assert kinds[ours] == kinds[theirs] == {torch.bfloat16}
+    assert largest_difference(kinds["ours"], kinds["theirs"], ["loss", "rewards/chosen", "rewards/margins"]) < 2e-2
+    assert largest_difference(kinds["ours"], kinds["theirs"], ["logps/chosen"]) < 0.3
+
+
+def test_evaluation(tiny_llama, make_tokenizer, tmp_path):
+    changed = {"eval_dataset": text_pairs(12, seed=1), "eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
+    mine, trl = both(tiny_llama, text_pairs(16), make_tokenizer(), tmp_path, **changed)
+    names = [f"eval_{name}" for name in [*COMPARED, "rewards/accuracies"]]
+    evaluations = [[log for log in t.state.log_history if "eval_loss" in log] for t in (mine, trl)]
+    assert len(evaluations[0]) == len(evaluations[1]) == 2
+    for a, b in zip(*evaluations, strict=True):
+        assert max(abs(a[name] - b[name]) for name in names) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("base"))
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+@pytest.mark.parametrize(("trl_lora", "tolerance"), [("as TRL casts it, to bfloat16", 1e-3), ("float32", 1e-5)])
+def test_nf4_base(make_tokenizer, tmp_path, base_folder, trl_lora, tolerance):
+    """The base in NF4, computed in float32. TRL trains LoRA in bfloat16 there (trap T7); in float32 it is ours."""
+    changed = {"quantization_config": nf4(torch.float32), "model_init_kwargs": {"dtype": "float32"}, "max_steps": 10}
+    rows, tokenizer = text_pairs(24), make_tokenizer()
+    mine = ours(base_folder, rows, tokenizer, tmp_path, learning_rate=2e-4, **changed)
+    trl = theirs(base_folder, rows, tokenizer, tmp_path, learning_rate=2e-4, **changed)
+    assert type(mine.model.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    if trl_lora == "float32":
+        start = {name: p.detach().clone() for name, p in mine.model.named_parameters() if p.requires_grad}
+        for name, p in trl.model.named_parameters():
+            if p.requires_grad:
+                p.data = start[name].clone()
+    mine.train()
+    trl.train()
+    assert largest_difference(mine, trl, ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins"]) < tolerance
+    assert abs(step_logs(mine)[-1]["rewards/margins"]) > 1e-3
+
+
+def test_nf4_base_in_bfloat16(make_tokenizer, tmp_path, base_folder):
+    """The default: NF4, bfloat16 compute, autocast. TRL is given the same by name."""
+    rows, tokenizer, changed = text_pairs(24), make_tokenizer(), {"bf16": True, "learning_rate": 1e-5}
+    mine = ours(base_folder, rows, tokenizer, tmp_path, **changed)
+    loading = {"quantization_config": nf4(torch.bfloat16), "model_init_kwargs": {"dtype": "bfloat16"}}
+    trl = theirs(base_folder, rows, tokenizer, tmp_path, **changed, **loading)
+    mine.train()
+    trl.train()
+    # Log-probs of bfloat16 differ with the batch's layout by 1e-2; policy and reference share that, but not all of it.
+    assert largest_difference(mine, trl, ["loss"]) < 5e-3
+    assert step_logs(mine)[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
+
+
+# ---- Real rows and chat templates -------------------------------------------------------------------------------------
+
+ROWS = 12
+
+
+def real_rows(name: str, data_dir: Path) -> Dataset:
+    """Short rows of a public set, as conversations, without those that we drop and TRL keeps (no signal)."""
+    if name == "hh":
+        path, convert = data_dir / "hh-harmless-base-test" / "test.jsonl.gz", from_hh
+    else:
+        path, convert = data_dir / "llama-factory-demo" / f"{name}.json", from_sharegpt
+    if not path.is_file():
+        pytest.skip(f"no {path.name}")
+    rows = list(load_dataset("json", data_files=str(path), split="train"))
+    rows.sort(key=lambda row: len(str(row)))
+    return Dataset.from_list([new for row in rows[: 5 * ROWS] if has_signal(new := convert(row))][:ROWS])
+
+
+def has_signal(row: dict[str, Any]) -> bool:
+    chosen, rejected = (row[side][-1]["content"].strip() for side in ("chosen", "rejected"))
+    return bool(chosen and rejected and chosen[:8] != rejected[:8])
+
+
+def real_tokenizer(name: str, tokenizer_dir: Any, make_tokenizer: Any) -> PreTrainedTokenizerBase:
+    if name == "mistral_like":
+        return make_tokenizer(chat_template=MISTRAL_LIKE)
+    return AutoTokenizer.from_pretrained(tokenizer_dir(name))
+
+
+@pytest.mark.parametrize("template", ["smollm2", "minimind-6400", "mistral_like"])
+@pytest.mark.parametrize("dataset", ["dpo_en_demo", "dpo_zh_demo", "hh"])
+def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path, dataset, template):
+    tokenizer = real_tokenizer(template, tokenizer_dir, make_tokenizer)
+    rows = real_rows(dataset, data_dir)
+    config = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 8192, "initializer_range": 0.1}
+    changed = {"model": config, "per_device_train_batch_size": 1, "max_length": 192}
+    mine, trl = both(tiny_llama, rows, tokenizer, tmp_path, **changed)
+    assert mine.data_reports["train"].kept_rows == ROWS == len(trl.train_dataset)
+    assert len(step_logs(mine)) == 10
+    assert largest_difference(mine, trl) < 1e-4
+    assert largest_difference(mine, trl, ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins"]) < 1e-5
