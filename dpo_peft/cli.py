@@ -125,13 +125,13 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments
     from trl import TrlParser
 
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    _check_config_file(argv)
     groups = (DataArguments, DPOConfig, ModelArguments)
-    parser = TrlParser(groups, prog="dpo-peft train")
-    *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    data, args, model = parsed
     known = {f.name for group in groups for f in fields(group)}
-    named = {u[2:].split("=")[0]: value for u, value in zip(unknown, [*unknown[1:], ""], strict=True) if u[:2] == "--"}
+    check_option_names(_read_config_file(argv), known | {"env"})
+    *parsed, unknown = TrlParser(groups, prog="dpo-peft train").parse_args_and_config(argv, return_remaining_strings=True)
+    data, args, model = parsed
+    words = zip(unknown, [*unknown[1:], ""], strict=False)
+    named = {word[2:].split("=")[0]: value for word, value in words if word.startswith("--")}
     check_option_names(named, known)
     if unknown and not named:
         raise OptionError(f"{unknown[0]!r} belongs to no option: write --option value.")
@@ -141,9 +141,9 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments
     return data, args, model
 
 
-def _check_config_file(argv: list[str]) -> None:
+def _read_config_file(argv: list[str]) -> dict[str, Any]:
     if "--config" not in argv:
-        return
+        return {}
     path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
@@ -153,6 +153,7 @@ def _check_config_file(argv: list[str]) -> None:
         raise OptionError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config {path} must hold `option: value` lines.")
+    return options
 
 
 def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:

@@ -103,7 +103,9 @@ class DPOConfig(TrainingArguments):
     max_unusable_share: float = field(default=0.5, metadata={"help": "Stop if more than this share would be dropped."})
 
     # Objective
-    loss_type: str | list[str] = field(default="sigmoid", metadata={"help": "The objective. Available: 'sigmoid'."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": "The objective. Available: 'sigmoid'."}
+    )
     beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference."})
     reward_clip: float | None = field(
         default=None, metadata={"help": "Clip implicit rewards to [-reward_clip, reward_clip] inside the loss."}
@@ -129,15 +131,18 @@ class DPOConfig(TrainingArguments):
         # Newer transformers renames the option and warns about the old name, which is TRL's.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise OptionError(str(error)) from error
         if isinstance(self.model_init_kwargs, str):
             raise OptionError(f"model_init_kwargs={self.model_init_kwargs!r} must be a dict, or JSON like '{{...}}'.")
 
     def _check_values(self) -> None:
-        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
-            self.loss_type = self.loss_type[0]
-        if not isinstance(self.loss_type, str) or self.loss_type not in REGISTRY:
-            raise OptionError(f"loss_type={self.loss_type!r} is not available. Available: {', '.join(REGISTRY)}.")
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if not isinstance(self.loss_type, list) or len(self.loss_type) != 1 or self.loss_type[0] not in REGISTRY:
+            raise OptionError(f"loss_type={self.loss_type!r} is not available. Use one of {', '.join(REGISTRY)}.")
         _check_number(self, "beta", above=0)
         _check_number(self, "learning_rate", minimum=0)
         _check_number(self, "max_unusable_share", minimum=0, maximum=1)
@@ -202,7 +207,7 @@ def check_option_names(given: dict[str, Any], known: set[str] | None = None) -> 
             kept[name] = value
         elif name in _NOT_OFFERED:
             default, remedy = _NOT_OFFERED[name]
-            if value != default:
+            if str(value).lower() != str(default).lower():  # a command line gives text
                 raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that isn't offered here. {remedy}")
         else:
             close = difflib.get_close_matches(name, known | set(_NOT_OFFERED), n=1)

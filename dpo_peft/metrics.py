@@ -46,7 +46,7 @@ def pair_metrics(
     with torch.no_grad():
         chosen_B, rejected_B = loss.chosen_rewards_B, loss.rejected_rewards_B
         margins_B = chosen_B - rejected_B
-        ones_N = torch.ones_like(token_logps_N)
+        ones_N = torch.ones_like(completion_of_N, dtype=logps_C.dtype)
         lengths_B2 = torch.zeros_like(logps_C).index_add(0, completion_of_N, ones_N).view(-1, 2)
         logps_B2 = logps_C.detach().view(-1, 2)
         log_ratio_N = token_logps_N.detach() - ref_token_logps_N

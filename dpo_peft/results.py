@@ -74,14 +74,15 @@ def _summary(
     trained: bool,
 ) -> RunSummary:
     lora = model.peft_config[model.active_adapters[0]]
-    objective = REGISTRY[str(options["loss_type"])]
+    (loss_type,) = options["loss_type"]
+    objective = REGISTRY[loss_type]
     shown = {name: options[name] for name in _SHOWN_OPTIONS if options.get(name) is not None}
     quantization = getattr(model.config, "quantization_config", None)
     return RunSummary(
         name=str(options.get("hub_model_id") or folder.resolve().name),
         base_model=lora.base_model_name_or_path or model.config.model_type,
         beta=float(options["beta"]),
-        objective=f"DPO (`{options['loss_type']}`: {objective.paper}, eq. {objective.equation})",
+        objective=f"DPO (`{loss_type}`: {objective.paper}, eq. {objective.equation})",
         quantization=_quantization_options(quantization),
         quantization_report=str(storage_report(model)),
         lora={

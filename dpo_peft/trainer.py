@@ -108,7 +108,7 @@ class DPOTrainer(Trainer):
         set_seed(args.seed)  # the adapter's start is drawn at random
         model = _build_model(model, args, tokenizer, quantization_config, peft_config)
 
-        self.objective = REGISTRY[str(args.loss_type)]
+        self.objective = REGISTRY[args.loss_type[0]]
         self.loss_options = {name: getattr(args, name) for name in self.objective.options}
         self.metric_store = MetricStore()
         self._start_checked = False

@@ -1,6 +1,16 @@
 """Rebuild everything the quickstart ships: tokenizer, small language model, preference pairs.
 
-python recipes/build_quickstart_model.py --output dpo_peft/quickstart
+Command:   python recipes/build_quickstart_model.py --output dpo_peft/quickstart
+Machine:   CPU only, one thread of a busy 2-core machine (Xeon with AVX512-BF16); peak 1.7 GiB of memory
+Time:      pretraining 26 min, pairs @PAIRTIME@ min
+Size:      2.2M parameters (4 layers, width 192, tied head of 2048 tokens); model/ 4.3 MiB, data/ @DATASIZE@ MiB
+Result:    held-out loss @LOSS@ nats per token in NF4 (the shipped reference policy); its answers at temperature 1
+           have true reward @MEAN@ +- @STD@ and @TRI@ of their word trigrams are known to the grammar;
+           @NTRAIN@ training and @NTEST@ held-out pairs, reward gap @GAP@, longer answer chosen in @LONG@ / @LONGT@
+
+Steps: write chats with the grammar of `dpo_peft/quickstart/text.py`, train a byte-level BPE and a small Llama on them,
+load that model in NF4, sample several answers to each of many new prompts, and pair a good with a bad one by the true
+reward. Held-out prompts ask about subjects that no training prompt names.
 """
 
 import argparse

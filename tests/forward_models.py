@@ -161,8 +161,8 @@ FALLING_BACK: dict[str, tuple[str, dict[str, Any], str]] = {
 LORA_TARGETS = {"Mamba2": ["in_proj"], "Llama4": ["q_proj", "v_proj", "o_proj"]}
 
 
-def build(class_name: str, options: dict[str, Any] | None = None, seed: int = 0) -> Any:
-    """A random fp32 causal LM of that architecture, without dropout, in eval mode."""
+def build(class_name: str, options: dict[str, Any] | None = None, seed: int = 0, dropout: bool = False) -> Any:
+    """A random fp32 causal LM of that architecture, in eval mode, without dropout unless asked for."""
     text = class_name + "Text"  # multi-modal families name their language part so
     name = text if hasattr(transformers, text + "Config") else class_name
     config_class = getattr(transformers, name + "Config")
@@ -171,7 +171,8 @@ def build(class_name: str, options: dict[str, Any] | None = None, seed: int = 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    disable_dropout(model)
+    if not dropout:
+        disable_dropout(model)
     return model
 
 

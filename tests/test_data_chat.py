@@ -92,6 +92,11 @@ def test_golden_tools_of_a_real_template(tokenizer_dir):  # T26
             "prompt[0]",
         ),
         ("{% for m in messages %}{{ m['content'] }}|{% endfor %}", {"chosen": [CALL]}, "chosen[0]"),
+        (
+            "{% for m in messages %}{{ m['content'] }}|{% endfor %}",
+            {"chosen": [{**CALL, "content": "Let me see."}]},
+            "chosen[0]",
+        ),
     ],
 )
 def test_what_the_template_leaves_out_is_an_error(make_tokenizer, template, row, field):  # T26
@@ -100,6 +105,15 @@ def test_what_the_template_leaves_out_is_an_error(make_tokenizer, template, row,
         prepare_dataset(Dataset.from_list(rows), make_tokenizer(chat_template=template))
     assert f"train row 1, field '{field}'" in str(error.value) and "leaves" in str(error.value)
     assert "Remedy: use a" in str(error.value)
+
+
+def test_a_turn_that_the_template_rewrites_is_not_left_out(make_tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'].replace('/no_think', '') | upper }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {**chat_pair(), "prompt": turns("Hi", system="/no_think")}
+    assert prepare_texts(make_tokenizer(chat_template=template), row)[1] == "BLUE.<|im_end|>\n"
 
 
 def test_llama3_like_template_strips_and_needs_no_pad(make_tokenizer):

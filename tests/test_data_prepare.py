@@ -191,6 +191,8 @@ def test_shuffled_dataset_keeps_row_numbers_of_what_was_given(make_tokenizer):
 def test_formatted_and_transformed_datasets(make_tokenizer):
     ids = Dataset.from_list([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 2]}])
     assert prepare_dataset(ids.with_format("torch"), make_tokenizer())[0][0]["completion_ids"] == [[7, 2], [8, 2]]
+    stream = ids.to_iterable_dataset().with_format("torch")
+    assert next(iter(prepare_dataset(stream, make_tokenizer())[0]))["prompt_ids"] == [5, 6]
     raw = Dataset.from_list([{"question": f"q{i}", "good": " a", "bad": " b"} for i in range(3)])
     rows = raw.with_transform(lambda b: {"prompt": b["question"], "chosen": b["good"], "rejected": b["bad"]})
     prepared, report = prepare_dataset(rows, make_tokenizer())

@@ -25,7 +25,7 @@ ORDER_WITHIN = {
     "losses": "pairwise".split(),
     "forward": "layout attention logprobs score probe".split(),
     "data": "report values fingerprint tokenize truncate schema chat sample convert worker prepare batch".split(),
-    "quickstart": "lexicon topics reward text fluency".split(),
+    "quickstart": "lexicon topics reward text fluency sampling".split(),
 }
 # Narrower than the layers: these may import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "losses"}}

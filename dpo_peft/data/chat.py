@@ -5,6 +5,8 @@ continued (TRL opens a second assistant turn there); each completion is what fol
 template ends the completion; no end token is added.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -58,38 +60,48 @@ def join_turns(example: Example, completion: Messages) -> Messages:
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
-    """Raise `RowProblem` when the template leaves out tools, tool calls or a system or user turn of this row."""
-    text = _render(tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False)
-    if example.tools and text == _render(
-        tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False, tools=None
-    ):
+    """Raise `RowProblem` when the template leaves out tools, tool calls or a turn of this row.
+
+    Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
+    """
+
+    def prompt_text(messages: Messages, **changes: Any) -> str:
+        return _render(tokenizer, example, messages, "prompt", opens_answer=True, tokenize=False, **changes)
+
+    if example.tools and prompt_text(example.prompt) == prompt_text(example.prompt, tools=None):
         raise RowProblem(
             "tools",
             "the chat template leaves the tools out",
             "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
         )
-    _check_turns_shown(example.prompt, text, "prompt")
+    _check_turns_shown(prompt_text, example.prompt, 0, "prompt")
     for index, messages in enumerate(example.completions):
         field = completion_field(index)
-        whole = _render(tokenizer, example, join_turns(example, messages), field, tokenize=False)
-        _check_turns_shown(messages, whole, field)
+        whole = join_turns(example, messages)
+        show = partial(_render, tokenizer, example, field=field, tokenize=False)
+        _check_turns_shown(show, whole, len(whole) - len(messages), field)
 
 
-def _check_turns_shown(messages: Messages, text: str, field: str) -> None:
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        lost = None
-        if message["role"] in ("system", "user") and isinstance(content, str) and content.strip() not in text:
-            lost = f"the {message['role']!r} turn"
-        for call in message.get("tool_calls") or []:
-            if isinstance(call, dict) and str(call.get("function", call).get("name", "")) not in text:
-                lost = "a tool call"
-        if lost:
-            raise RowProblem(
-                f"{field}[{index}]",
-                f"the chat template leaves {lost} out",
-                "use a chat template that renders it, or remove the message",
-            )
+def _check_turns_shown(show: Callable[[Messages], str], messages: Messages, start: int, field: str) -> None:
+    """Change each turn from `start` on, and ask whether `show` shows it."""
+    shown = show(messages)
+    for index, message in enumerate(messages[start:]):
+        for what, changed in _changed_turns(message):
+            at = start + index
+            if show([*messages[:at], changed, *messages[at + 1 :]]) == shown:
+                raise RowProblem(
+                    f"{field}[{index}]",
+                    f"the chat template leaves {what} out",
+                    "use a chat template that renders it, or remove the message",
+                )
+
+
+def _changed_turns(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if message["role"] != "assistant" and isinstance(message.get("content"), str):
+        yield f"the {message['role']!r} turn", {**message, "content": message["content"] + " (changed)"}
+    if message.get("tool_calls"):
+        others = {key: value for key, value in message.items() if key != "tool_calls"}
+        yield "a tool call", {"content": "", **others}
 
 
 def _render(

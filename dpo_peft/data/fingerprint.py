@@ -20,8 +20,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             files = [path.read_bytes().hex() for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    switches = [str(getattr(tokenizer, name, None)) for name in ("split_special_tokens", "add_prefix_space")]
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return digest([type(tokenizer).__name__, files, special, tokenizer.chat_template, transformers.__version__])
+    return digest(
+        [type(tokenizer).__name__, files, special, tokenizer.chat_template, switches, transformers.__version__]
+    )
 
 
 def digest(content: list[Any]) -> str:

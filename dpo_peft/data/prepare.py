@@ -9,7 +9,7 @@ counted from these records. A stream does both row by row, as it is read.
 import json
 from typing import Any
 
-import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -55,7 +55,8 @@ def prepare_dataset(
 
     Returns:
         The prepared rows, with `prompt_ids` (list of int), `completion_ids` (one list per completion, chosen first)
-        and `row` (number in `dataset`), and the report. A stream comes back as a stream, and fills the report later.
+        and `row` (number in `dataset`), and the report. A stream comes back as a stream, and fills the report later;
+        it is refused when none of its first 100 rows is usable.
 
     Raises:
         OptionError: an argument is wrong.
@@ -102,7 +103,7 @@ def _first_row(dataset: Any, name: str) -> tuple[list[str], Row]:
 
 def _plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Rows as Python values: a tensor format is undone, a transform of the user's stays."""
-    if isinstance(dataset, IterableDataset) or dataset.format["type"] in (None, "custom"):
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset
     return dataset.with_format(None)
 
@@ -140,11 +141,10 @@ def _map_records(
 
 
 def _raise_problems(checked: Dataset, name: str) -> None:
-    problems = checked.with_format("numpy")["problem"][:]
-    found = np.flatnonzero(np.asarray(problems) != "")
-    if not len(found):
+    found = _rows_where(checked, "problem", empty=False)
+    if not found:
         return
-    errors = [RowProblem(*json.loads(str(problems[row]))).located(name, int(row)) for row in found[:PROBLEMS_NAMED]]
+    errors = [RowProblem(*json.loads(checked[row]["problem"])).located(name, row) for row in found[:PROBLEMS_NAMED]]
     count = f"{name}: {len(found)} malformed rows of {len(checked)}. " if len(found) > 1 else ""
     raise DataError(count + " | ".join(map(str, errors)))
 
@@ -160,9 +160,14 @@ def _keep_usable(records: Dataset, report: DataReport, on_unusable: str, max_unu
     report.check_share(max_unusable_share)
     prepared = records.select_columns(PREPARED_COLUMNS)
     if report.dropped:
-        kept = np.flatnonzero(np.asarray(records.with_format("numpy")["drop"][:]) == "")
-        prepared = prepared.select(kept)
+        prepared = prepared.select(_rows_where(records, "drop", empty=True))
     return prepared
+
+
+def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
+    """Numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
+    texts = mapped.data.column(column)
+    return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
 
 
 def unusable_error(name: str, row: int, reason: str) -> DataError:
@@ -195,7 +200,7 @@ class StreamWorker:
 
 
 def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: list[str]) -> IterableDataset:
-    records = dataset.map(worker, with_indices=True, remove_columns=columns, features=RECORD)
+    records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=RECORD)
     prepared = records.filter(_is_kept).select_columns(PREPARED_COLUMNS)
     if next(iter(prepared), None) is None:
         worker.report.check_share(1.0)

@@ -48,10 +48,9 @@ class AttentionPlan:
         self.backend = backend
         self.trace: list[tuple[int | None, int]] | None = None  # for the probe: window and head size of each call
         self._masks: dict[int | None, Tensor] = {}
-        if backend == "dense":
-            assert batch.sample_index is not None
-            self.filled_EB = batch.sample_index >= 0
-            self.index_EB = batch.sample_index.clamp(min=0)
+        assert batch.sample_index is not None
+        self.filled_EB = batch.sample_index >= 0
+        self.index_EB = batch.sample_index.clamp(min=0)
 
     def mask_EBB(self, window: int | None) -> Tensor:
         """The mask predicate on every sample's own tokens. Padding queries see position 0, so no row is empty."""
@@ -103,8 +102,8 @@ def prefix_shared_attention(
     _refuse_unknown(attention_mask, kwargs)
     if prefix_layout.trace is not None:
         prefix_layout.trace.append((sliding_window, query.shape[-1]))
-    if prefix_layout.backend == "varlen":
-        return _varlen(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
+    if prefix_layout.backend == "varlen" and not dropout:  # the kernel has no dropout
+        return _varlen(prefix_layout, query, key, value, scaling, sliding_window), None
     return _dense(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
 
 
@@ -136,11 +135,7 @@ def _dense(
     return out_EHBD.transpose(1, 2)[filled][None]
 
 
-def _varlen(
-    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None
-) -> Tensor:
-    if dropout:
-        raise CannotShareError("the varlen kernel has no attention dropout")
+def _varlen(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
     batch = plan.batch
     assert batch.kv_index is not None
     size = v.shape[-1]
