@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from .card import RunSummary, figures_of, framework_versions, save_model_card
+from .card import Figures, RunSummary, figures_of, framework_versions, save_model_card
 from .data import DataReport
 from .losses import REGISTRY
 from .modeling import storage_report
@@ -68,7 +68,7 @@ def _summary(
     folder: Path,
     model: PeftModel,
     options: Mapping[str, Any],
-    figures: Mapping[str, Mapping[str, float]],
+    figures: Figures,
     data_reports: Mapping[str, DataReport],
     has_chat_template: bool,
     trained: bool,

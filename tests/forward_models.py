@@ -151,7 +151,19 @@ FALLING_BACK: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v3.2 (sparse)": (
         "DeepseekV32",
         dict(MLA, index_topk=64, index_n_heads=2, index_head_dim=16),
-        "indexed_attention",
+        "layers of the kind",
+    ),
+    "qwen2-moe (window by mask only)": (
+        "Qwen2Moe",
+        dict(
+            SLIDING,
+            sliding_window=64,
+            use_sliding_window=True,
+            max_window_layers=1,
+            shared_expert_intermediate_size=32,
+            decoder_sparse_step=1,
+        ),
+        "not told the sliding window",
     ),
     "bloom (alibi)": ("Bloom", dict(n_layer=2, n_head=4), "attention interface"),
     "mpt (alibi)": ("Mpt", dict(d_model=64, n_heads=4, n_layers=2, max_seq_len=256), "attention interface"),

@@ -110,7 +110,8 @@ def test_what_the_template_leaves_out_is_an_error(make_tokenizer, template, row,
 def test_a_turn_that_the_template_rewrites_is_not_left_out(make_tokenizer):
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{{ m['content'].replace('/no_think', '') | upper }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ m['content'].replace('/no_think', '') | upper }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     row = {**chat_pair(), "prompt": turns("Hi", system="/no_think")}
     assert prepare_texts(make_tokenizer(chat_template=template), row)[1] == "BLUE.<|im_end|>\n"
@@ -254,6 +255,18 @@ def test_same_ids_as_trl_with_tools_and_template_kwargs(make_tokenizer):
     dataset = Dataset.from_list([{**chat_pair(), "chat_template_kwargs": {"enable_thinking": False}}])
     tokenizer = make_tokenizer(chat_template=THINK_LIKE)
     assert_same_as_trl(prepare_dataset(dataset, tokenizer)[0], trl_prepare(dataset, tokenizer))
+
+
+def test_null_arguments_that_arrow_adds_to_tool_calls_are_not_rendered(make_tokenizer):
+    def call(**arguments):
+        return {**CALL, "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]}
+
+    calls = call(city="Rome"), call(town="Oslo")
+    dataset = Dataset.from_list([{**chat_pair(), "chosen": [message]} for message in calls])
+    assert dataset[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "town": None}
+    tokenizer = make_tokenizer()
+    chosen = tokenizer.decode(prepare_dataset(dataset, tokenizer)[0][0]["completion_ids"][0])
+    assert '"arguments": {"city": "Rome"}' in chosen and "town" not in chosen
 
 
 def test_completion_of_several_turns_is_as_in_trl_and_reported(make_tokenizer):

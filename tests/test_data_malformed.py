@@ -7,7 +7,7 @@ import json
 
 import pytest
 from data_helpers import answer, chat_pair, pair, turns
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Sequence, Value
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from dpo_peft.data import from_alpaca, from_hh, from_pandalm, from_sharegpt, prepare_dataset
 from dpo_peft.errors import DataError, OptionError
@@ -168,17 +168,6 @@ def test_malformed_dataset(make_tokenizer, case):
     make, words = BAD_DATASETS[case]
     with pytest.raises(DataError, match=f"^train.*{words}"):
         prepare_dataset(make(), make_tokenizer())
-
-
-def test_dict_of_lists_feature_names_the_remedy(make_tokenizer):
-    turn = {"role": Value("string"), "content": Value("string")}
-    features = Features({column: Sequence(turn) for column in ("prompt", "chosen", "rejected")})
-    row = {column: {"role": ["user"], "content": ["Hi"]} for column in features}
-    dataset = Dataset.from_list([row], features=features)
-    if isinstance(dataset[0]["prompt"], list):
-        pytest.skip("this version of datasets gives a list of dicts")
-    with pytest.raises(DataError, match="field 'chosen'"):
-        prepare_dataset(dataset, make_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,10 @@ def test_swapped_completions_swap_their_log_probs(name: str) -> None:
 # ---- What a short probe can't see is refused beforehand -------------------------------------------------------------
 
 
-def test_chunked_attention_would_pass_a_short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama 4 packs exactly while samples are shorter than its chunk, which is why its layers are refused by kind."""
-    config_name, options, _ = FALLING_BACK["llama4 (chunks)"]
+@pytest.mark.parametrize("name", ["llama4 (chunks)", "qwen2-moe (window by mask only)"])
+def test_some_attention_would_pass_a_short_probe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of two checks: without them these models pack exactly up to 64 tokens, and wrongly beyond."""
+    config_name, options, _ = FALLING_BACK[name]
     model = build(config_name, options)
     monkeypatch.setattr(probe, "_check_layer_types", lambda config: None)
     monkeypatch.setattr(probe, "_check_trace", lambda trace, config: None)

@@ -115,14 +115,18 @@ def test_models_that_cannot_share_fall_back_and_are_exact(name: str) -> None:
         assert grad_difference(checkpointed_grads, rows_grads) < EXACT
 
 
-def test_sums_are_those_of_the_tokens() -> None:
+@pytest.mark.parametrize("layout", [pack, pad_rows])
+def test_sums_are_those_of_the_tokens(layout: Any) -> None:
     model = build("Llama")
     plan_forward(model)
     with torch.no_grad():
-        scores = completion_logps(model, pack(SAMPLES))
-        expected = torch.stack([x.sum() for x in own_token_logps(model, SAMPLES)])
-    assert scores.logps_C.dtype == torch.float32
-    assert torch.allclose(scores.logps_C, expected, atol=EXACT, rtol=0)
+        scores = completion_logps(model, layout(SAMPLES))
+        own_C = torch.stack([x.double().sum() for x in own_token_logps(model, SAMPLES)])
+    lengths = [len(c) for s in SAMPLES for c in s.completions]
+    summed_C = torch.stack([x.double().sum() for x in scores.token_logps_N.split(lengths)])
+    assert scores.token_logps_N.dtype == torch.float32 and scores.logps_C.dtype == torch.float64
+    assert torch.allclose(scores.logps_C, summed_C, atol=1e-12, rtol=0)  # no rounding in the sum
+    assert torch.allclose(scores.logps_C, own_C, atol=EXACT, rtol=0)
 
 
 # ---- T21: a completion's log-prob is its own ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from trainer_helpers import COMPARED, id_pairs, largest_difference, ours, step_logs, text_pairs, theirs
+from trainer_helpers import LOGPS, REWARDS, id_pairs, largest_difference, ours, step_logs, text_pairs, theirs
 
 from dpo_peft.data import from_hh, from_sharegpt, prepare_dataset
 
@@ -35,7 +35,8 @@ def both(tiny_llama: Any, rows: Dataset, tokenizer: Any, folder: Path, **changed
 def test_float32_steps(tiny_llama, make_tokenizer, tmp_path, steps, tolerance):
     mine, trl = both(tiny_llama, text_pairs(24), make_tokenizer(), tmp_path, max_steps=steps)
     assert len(step_logs(mine)) == steps
-    assert largest_difference(mine, trl, [*COMPARED, "grad_norm"]) < tolerance
+    assert largest_difference(mine, trl, [*REWARDS, "grad_norm"]) < tolerance
+    assert largest_difference(mine, trl, LOGPS) < 1e-4
     assert step_logs(mine)[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     # The comparison can fail: these runs go somewhere, and TRL's own steps differ from each other by far more.
     assert step_logs(mine)[-1]["rewards/margins"] > 100 * tolerance
@@ -68,14 +69,14 @@ def test_uneven_last_batch(tiny_llama, make_tokenizer, tmp_path):
         tiny_llama, id_pairs(11), make_tokenizer(), tmp_path, max_steps=-1, num_train_epochs=3
     )
     assert len(step_logs(mine)) == 9
-    assert largest_difference(mine, trl, [*COMPARED, "grad_norm"]) < 1e-5
+    assert largest_difference(mine, trl, [*REWARDS, "grad_norm"]) < 1e-5
 
 
 def test_gradient_accumulation(tiny_llama, make_tokenizer, tmp_path):
     mine, trl = both(
         tiny_llama, id_pairs(24), make_tokenizer(), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3
     )
-    assert largest_difference(mine, trl, [*COMPARED, "grad_norm"]) < 1e-5
+    assert largest_difference(mine, trl, [*REWARDS, "grad_norm"]) < 1e-5
 
 
 def test_uneven_accumulation_differs_where_trl_weighs_pairs_unequally(tiny_llama, make_tokenizer, tmp_path):
@@ -92,7 +93,7 @@ def test_uneven_accumulation_differs_where_trl_weighs_pairs_unequally(tiny_llama
 def test_gradient_checkpointing_and_schedules(tiny_llama, make_tokenizer, tmp_path):
     changed = {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.1}
     mine, trl = both(tiny_llama, id_pairs(24), make_tokenizer(), tmp_path, max_grad_norm=0.3, **changed)
-    assert largest_difference(mine, trl, [*COMPARED, "grad_norm", "learning_rate"]) < 1e-5
+    assert largest_difference(mine, trl, [*REWARDS, "grad_norm", "learning_rate"]) < 1e-5
 
 
 def test_mixed_precision_is_used_as_in_trl(tiny_llama, make_tokenizer, tmp_path):
@@ -114,7 +115,7 @@ def test_mixed_precision_is_used_as_in_trl(tiny_llama, make_tokenizer, tmp_path)
 def test_evaluation(tiny_llama, make_tokenizer, tmp_path):
     changed = {"eval_dataset": text_pairs(12, seed=1), "eval_strategy": "steps", "eval_steps": 4, "max_steps": 8}
     mine, trl = both(tiny_llama, text_pairs(16), make_tokenizer(), tmp_path, **changed)
-    names = [f"eval_{name}" for name in [*COMPARED, "rewards/accuracies"]]
+    names = [f"eval_{name}" for name in [*REWARDS, "rewards/accuracies"]]
     evaluations = [[log for log in t.state.log_history if "eval_loss" in log] for t in (mine, trl)]
     assert len(evaluations[0]) == len(evaluations[1]) == 2
     for a, b in zip(*evaluations, strict=True):
@@ -150,7 +151,7 @@ def test_nf4_base(make_tokenizer, tmp_path, base_folder, trl_lora, tolerance):
                 p.data = start[name].clone()
     mine.train()
     trl.train()
-    assert largest_difference(mine, trl, ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins"]) < tolerance
+    assert largest_difference(mine, trl) < tolerance
     assert abs(step_logs(mine)[-1]["rewards/margins"]) > 1e-3
 
 
@@ -169,7 +170,7 @@ def test_nf4_base_in_bfloat16(make_tokenizer, tmp_path, base_folder):
 
 # ---- Real rows and chat templates -------------------------------------------------------------------------------------
 
-ROWS, LONGEST = 12, 128
+ROWS, LONGEST = 12, 96
 
 
 def real_rows(name: str, data_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -202,5 +203,5 @@ def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path
     mine, trl = both(tiny_llama, rows, tokenizer, tmp_path, **changed)
     assert mine.data_reports["train"].kept_rows == ROWS == len(trl.train_dataset)
     assert len(step_logs(mine)) == 10
-    assert largest_difference(mine, trl, ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins"]) < 1e-5
-    assert largest_difference(mine, trl, ["logps/chosen", "logps/rejected"]) < 2e-4  # float32, sums of about -500
+    assert largest_difference(mine, trl) < 1e-5
+    assert largest_difference(mine, trl, LOGPS) < 2e-4
