@@ -128,7 +128,9 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments
     groups = (DataArguments, DPOConfig, ModelArguments)
     known = {f.name for group in groups for f in fields(group)}
     check_option_names(_read_config_file(argv), known | {"env"})
-    *parsed, unknown = TrlParser(groups, prog="dpo-peft train").parse_args_and_config(argv, return_remaining_strings=True)
+    *parsed, unknown = TrlParser(groups, prog="dpo-peft train").parse_args_and_config(
+        argv, return_remaining_strings=True
+    )
     data, args, model = parsed
     words = zip(unknown, [*unknown[1:], ""], strict=False)
     named = {word[2:].split("=")[0]: value for word, value in words if word.startswith("--")}
@@ -165,7 +167,9 @@ def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:
     train_dataset = _load_rows(data.dataset_name, data.dataset_train_split, data)
     if not evaluate:
         if data.eval_dataset_name is not None:
-            raise OptionError("eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out.")
+            raise OptionError(
+                "eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out."
+            )
         return train_dataset, None
     if data.eval_dataset_name is None and Path(data.dataset_name).is_file():
         raise OptionError("eval_strategy is set, but a file has no test split: give eval_dataset_name.")

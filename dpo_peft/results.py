@@ -92,7 +92,9 @@ def _summary(
             "target modules": lora.target_modules,
         },
         hyperparameters=shown,
-        facts={f"Rows ({name})": f"{report.kept_rows} of {report.source_rows}" for name, report in data_reports.items()},
+        facts={
+            f"Rows ({name})": f"{report.kept_rows} of {report.source_rows}" for name, report in data_reports.items()
+        },
         curves="curves.png" if trained else None,
         has_chat_template=has_chat_template,
         **figures,

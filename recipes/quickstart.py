@@ -2,9 +2,9 @@
 
     make quickstart            or            python recipes/quickstart.py [--any_option value]
 
-| GPU  | memory | time on 2 CPU cores | expected                                                             |
-|------|--------|---------------------|----------------------------------------------------------------------|
-| none | 2 GiB  | see docs/quickstart.md | held-out preference accuracy >= 0.90, mean true reward up by >= 2 standard deviations |
+| GPU  | time on 2 CPU cores | expected                                                                      |
+|------|---------------------|-------------------------------------------------------------------------------|
+| none | @TIME@ | held-out preference accuracy >= 0.90, mean true reward up by >= 2 standard deviations |
 
 The task is controlled sentiment (Rafailov et al. 2023, section 6): write reviews, the more positive the better. Its
 true reward is a documented function of the text, so the run can be judged by more than its own loss. The pairs were
@@ -102,7 +102,15 @@ def write_report(folder: Path, figures: dict, prompts: list, before: list[str], 
         f"- after ({quickstart.true_reward(s['after']):+.2f}): {s['after']}\n"
         for s in samples[:10]
     ]
-    lines = ["# Quickstart report", "", "| figure | value |", "|---|---:|", *rows, "", "![Training curves](curves.png)"]
+    lines = [
+        "# Quickstart report",
+        "",
+        "| figure | value |",
+        "|---|---:|",
+        *rows,
+        "",
+        "![Training curves](curves.png)",
+    ]
     (folder / "report.md").write_text("\n".join([*lines, "", "## Samples (true reward in brackets)", "", *shown]))
 
 

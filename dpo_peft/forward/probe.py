@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Largest difference of one token's log-prob that rounding explains, by the dtype of the computation.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# In half precision a few tokens of a mixture of experts may go to another expert, so that share of them must agree.
+_SHARE = {torch.float64: 1.0, torch.float32: 1.0, torch.float16: 0.8, torch.bfloat16: 0.8}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ForwardPlan:
     """How a model's batches are laid out: what the probe found.
 
     `max_difference` is the largest difference of a token's log-prob (nats) between the chosen layout and the model's
-    own logits on the probe's samples.
+    own logits on the probe's samples; in half precision the largest but for a fifth of the tokens.
     """
 
     shared: bool
@@ -65,8 +67,9 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
     with torch.no_grad(), eval_mode(model), autocast:
         plain = pad_rows(samples).to(device)
         own_N = _own_logps(causal_lm, plain)
-        tolerance = _TOLERANCE[compute_dtype] + 4 * _noise_floor(causal_lm, samples, own_N, device)
-        rows_difference = _difference(completion_logps(model, plain).token_logps_N, own_N)
+        share = _SHARE[compute_dtype]
+        tolerance = _TOLERANCE[compute_dtype] + 4 * _difference(_alone(causal_lm, samples, device), own_N, share)
+        rows_difference = _difference(completion_logps(model, plain).token_logps_N, own_N, share)
         if not rows_difference <= tolerance:
             raise ValueError(
                 f"{type(causal_lm).__name__} changes its logits after the output layer in a way that is not known "
@@ -78,7 +81,7 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
         original = causal_lm.config._attn_implementation
         try:
             _check_layer_types(causal_lm.config.get_text_config())
-            difference, head_dim = _probe_shared(model, samples, own_N, "dense", tolerance, device)
+            difference, head_dim = _probe_shared(model, samples, own_N, "dense", tolerance, share)
         except Exception as error:  # a model's forward may fail in any way; each means that it can't share
             causal_lm.set_attn_implementation(original)
             logger.debug("The packed probe failed.", exc_info=True)
@@ -86,7 +89,7 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
         backend = choose_backend(device, compute_dtype, head_dim)
         if backend != "dense":
             try:
-                difference, _ = _probe_shared(model, samples, own_N, backend, tolerance, device)
+                difference, _ = _probe_shared(model, samples, own_N, backend, tolerance, share)
             except Exception as error:  # a kernel may refuse this GPU or this shape
                 logger.warning("The %s attention backend does not work here (%s).", backend, _short(error))
                 backend = "dense"
@@ -101,27 +104,27 @@ def _check_layer_types(config: Any) -> None:
 
 
 def _probe_shared(
-    model: nn.Module, samples: list[Sample], own_N: Tensor, backend: str, tolerance: float, device: torch.device
+    model: nn.Module, samples: list[Sample], own_N: Tensor, backend: str, tolerance: float, share: float
 ) -> tuple[float, int]:
-    """Largest difference of a token's log-prob, and the largest head size that the attention function saw."""
+    """The difference of the token log-probs, and the largest head size that the attention function saw."""
     causal_lm = unwrap(model)
     causal_lm.set_attn_implementation(IMPLEMENTATION)
     if causal_lm.config._attn_implementation != IMPLEMENTATION:
         raise CannotShareError("it does not use transformers' attention interface")
-    batch = pack(samples).to(device)
+    batch = pack(samples).to(own_N.device)
     plan = AttentionPlan(batch, backend)
     trace: list[tuple[int | None, int]] = []
     plan.trace = trace
     token_logps_N = completion_logps(model, batch, plan).token_logps_N
     _check_trace(trace, causal_lm.config.get_text_config())
-    difference = _difference(token_logps_N, own_N)
+    difference = _difference(token_logps_N, own_N, share)
     if not difference <= tolerance:
         raise CannotShareError(f"shared log-probs differ by {difference:.2g}, more than {tolerance:.1g}")
-    edited_N = completion_logps(model, _edit_second(samples).to(device), backend).token_logps_N
-    moved = (edited_N - token_logps_N).abs()
-    edited = batch.completion_of == 1
+    edited_N = completion_logps(model, _edit_second(samples).to(own_N.device), backend).token_logps_N
+    mine, others = batch.completion_of == 1, batch.completion_of != 1
     # Same shapes, same kernels: what the others can't see may not move them, whatever the dtype.
-    if moved[~edited].max() > 0.02 * moved[edited].max():
+    moved = _difference(edited_N[mine], token_logps_N[mine], share)
+    if _difference(edited_N[others], token_logps_N[others], share) > 0.02 * moved:
         raise CannotShareError("a completion sees its neighbour")
     return difference, max(head_dim for _, head_dim in trace)
 
@@ -161,14 +164,15 @@ def _own_logps(causal_lm: Any, batch: PackedBatch) -> Tensor:
     return logps.gather(1, batch.target[:, None])[:, 0]
 
 
-def _noise_floor(causal_lm: Any, samples: list[Sample], own_N: Tensor, device: torch.device) -> float:
-    """How much the model's own log-probs move with the shape of the batch alone."""
-    alone = [_own_logps(causal_lm, pad_rows([s._replace(completions=[c])]).to(device)) for s in samples for c in s[1]]
-    return _difference(torch.cat(alone), own_N)
+def _alone(causal_lm: Any, samples: list[Sample], device: torch.device) -> Tensor:
+    """(N,) the same in other batch shapes, each completion alone: what rounding makes of it is the noise floor."""
+    parts = [pad_rows([s._replace(completions=[c])]) for s in samples for c in s.completions]
+    return torch.cat([_own_logps(causal_lm, part.to(device)) for part in parts])
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+def _difference(a_N: Tensor, b_N: Tensor, share: float) -> float:
+    """The largest difference among that share of the tokens that differ least; NaN if any is."""
+    return float((a_N - b_N).abs().quantile(share))
 
 
 def _short(error: Exception) -> str:
