@@ -63,7 +63,7 @@ def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> No
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise OptionError("A streaming train_dataset has no length: set max_steps.")
     if args.eval_strategy != "no" and eval_dataset is None:
-        raise OptionError(f"eval_strategy={str(args.eval_strategy)!r} needs an eval_dataset: pass one or set 'no'.")
+        raise OptionError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: pass one or set 'no'.")
     # With a stream, accelerate cuts batches along their first dimension by default; a packed batch has none.
     if args.accelerator_config.dispatch_batches:
         raise OptionError("accelerator_config: dispatch_batches=True can't cut packed batches; leave it out.")

@@ -135,7 +135,7 @@ class DPOConfig(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise OptionError(str(error)) from error
-        if isinstance(self.model_init_kwargs, str):
+        if not isinstance(self.model_init_kwargs, (dict, type(None))):
             raise OptionError(f"model_init_kwargs={self.model_init_kwargs!r} must be a dict, or JSON like '{{...}}'.")
 
     def _check_values(self) -> None:
@@ -154,6 +154,9 @@ class DPOConfig(TrainingArguments):
         for name in ("trust_remote_code", "disable_dropout", "share_prompts", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name in ("quantize_base", "bf16"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be True, False or None.")
         _check_choice(self, "train_sampling_strategy", ("random", "sequential"))
         for name, (harmless, why) in _NOT_AVAILABLE.items():
             if getattr(self, name, harmless) not in (harmless, None):
@@ -207,7 +210,7 @@ def check_option_names(given: dict[str, Any], known: set[str] | None = None) -> 
             kept[name] = value
         elif name in _NOT_OFFERED:
             default, remedy = _NOT_OFFERED[name]
-            if str(value).lower() != str(default).lower():  # a command line gives text
+            if value != default and str(value).lower() != str(default).lower():  # a command line gives text
                 raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that isn't offered here. {remedy}")
         else:
             close = difflib.get_close_matches(name, known | set(_NOT_OFFERED), n=1)

@@ -65,7 +65,7 @@ def test_gradient_ascent_finds_the_closed_form() -> None:
         return loss
 
     optimizer.step(closure)
-    torch.testing.assert_close(theta_XY.detach().softmax(1), optimum()[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(theta_XY.detach().softmax(1), optimum()[0], rtol=1e-3, atol=1e-5)
 
 
 def test_reward_from_the_policy() -> None:

@@ -6,6 +6,7 @@ symmetric around zero and a policy that learns to prefer praise has room to move
 "but" between praise and blame, "and" otherwise. No evaluative word stands twice in a review.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -27,6 +28,19 @@ from .topics import TOPICS, Topic
 
 GRADE_WEIGHTS = (0.13, 0.26, 0.22, 0.26, 0.13)  # of +2 .. -2
 MOODS = (-0.1, 0.0, 0.1)  # log-weight per grade
+# Half of the pretraining requests name a tone, so the model learns sentiment as one direction that training can move
+# along. The requests of the preference pairs name none.
+TONES = {
+    "glowing": 1.6,
+    "enthusiastic": 1.6,
+    "favourable": 0.6,
+    "positive": 0.6,
+    "balanced": 0.0,
+    "critical": -0.6,
+    "negative": -0.6,
+    "scathing": -1.6,
+    "damning": -1.6,
+}
 
 ASKS = (
     "Write a short review of {subject}.",
@@ -47,6 +61,13 @@ ASKS = (
     "What should people know about {subject}?",
     "Write two or three lines about {subject}.",
     "I am curious about {subject}. What do you say?",
+)
+TONED_ASKS = (
+    "Write {tone} review of {subject}.",
+    "Please write {tone} review of {subject}.",
+    "Give me {tone} opinion of {subject}.",
+    "I would like {tone} review of {subject}.",
+    "Describe {subject} in {tone} way.",
 )
 PLACES = ("at the town hall in {town}", "in {town}", "at the old theatre on {street}", "at the school in {town}")
 ORDINALS = "first second third fourth fifth sixth".split()
@@ -71,7 +92,7 @@ class _Draft:
         self, *tables: dict[int, list[str]], grades: tuple[int, ...] = GRADES, factor: float = 1.0
     ) -> tuple[str, int]:
         """Draw a grade, then an unused word of that grade from `tables`; note its valence times `factor`."""
-        weights = [GRADE_WEIGHTS[GRADES.index(grade)] * 2.718 ** (self.mood * grade) for grade in grades]
+        weights = [GRADE_WEIGHTS[GRADES.index(grade)] * math.exp(self.mood * grade * factor) for grade in grades]
         while True:
             grade = self.rng.choices(grades, weights)[0]
             choices = [word for table in tables for word in table[grade] if word and word not in self.used]
@@ -278,10 +299,10 @@ def write_prompt(rng: random.Random) -> tuple[str, str, str]:
     return fill(rng, rng.choice(ASKS).replace("{subject}", subject)), name, subject
 
 
-def write_review(rng: random.Random, topic: str) -> tuple[str, list[float]]:
+def write_review(rng: random.Random, topic: str, tone: str | None = None) -> tuple[str, list[float]]:
     """Write a review on `topic`. Returns the text and the valence of each evaluative slot, five to eight of them."""
     while True:
-        draft = _Draft(rng, TOPICS[topic], rng.choice(MOODS))
+        draft = _Draft(rng, TOPICS[topic], TONES[tone] if tone else rng.choice(MOODS))
         shapes = _choose(rng, _BODY, rng.choice((2, 3, 3, 4)))
         sentences = [_fact(draft)] if rng.random() < 0.4 else []
         sentences += [shape(draft) for shape in shapes]
@@ -293,7 +314,10 @@ def write_review(rng: random.Random, topic: str) -> tuple[str, list[float]]:
 
 
 def write_chat(rng: random.Random) -> list[dict[str, str]]:
-    """One user turn and one assistant turn, as chat messages."""
-    prompt, topic, _ = write_prompt(rng)
-    review, _ = write_review(rng, topic)
+    """One user turn, which names a tone half of the time, and one assistant turn, as chat messages."""
+    prompt, topic, subject = write_prompt(rng)
+    tone = rng.choice(list(TONES)) if rng.random() < 0.5 else None
+    if tone:
+        prompt = rng.choice(TONED_ASKS).format(tone=with_article(tone), subject=subject)
+    review, _ = write_review(rng, topic, tone)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": review}]

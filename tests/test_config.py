@@ -1,0 +1,298 @@
+"""Options: what is wrong is refused with the option's name and a remedy; nothing is ignored; defaults are TRL's."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from trainer_helpers import id_pairs, lora, ours
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
+
+from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
+from dpo_peft.config import _NOT_AVAILABLE, _NOT_OFFERED, check_option_names
+from dpo_peft.modeling import load_base
+
+
+def config(**options: Any) -> DPOConfig:
+    return DPOConfig(output_dir="out", use_cpu=True, report_to="none", **options)
+
+
+# Each: options, then what the message must say (a regular expression: the option, what is wrong, the remedy).
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt": ({"betta": 0.1}, r"'betta' is not an option.*'beta'"),
+    "misspelt trainer option": ({"learning_rat": 1.0}, r"'learning_rat'.*'learning_rate'"),
+    "unknown": ({"zzz_qqq": 1}, r"'zzz_qqq' is not an option.*lists them all"),
+    "TRL's only, changed": ({"padding_free": True}, r"padding_free=True.*trl\.DPOConfig.*packed|padding_free.*leave it"),
+    "TRL's label smoothing": ({"label_smoothing": 0.1}, r"label_smoothing=0\.1.*not available yet"),
+    "TRL's reference cache": ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs=True.*same pass"),
+    "TRL's reference sync": ({"sync_ref_model": True}, r"sync_ref_model=True.*adapter off"),
+    "TRL's other divergence": ({"f_divergence_type": "js_divergence"}, r"f_divergence_type='js_divergence'.*reverse KL"),
+    "TRL's pad token": ({"pad_token": "<x>"}, r"pad_token.*tokenizer\.pad_token"),
+    "a default of another type": ({"label_smoothing": 0, "beta": -1}, r"beta=-1"),
+    "unknown loss": ({"loss_type": "sigmoidal"}, r"loss_type=\['sigmoidal'\].*Use one of sigmoid"),
+    "loss of TRL": ({"loss_type": ["ipo"]}, r"loss_type=\['ipo'\].*Use one of"),
+    "two losses": ({"loss_type": ["sigmoid", "sft"]}, r"loss_type=\['sigmoid', 'sft'\].*Use one of"),
+    "number as loss": ({"loss_type": 1}, r"loss_type=1"),
+    "beta zero": ({"beta": 0}, r"beta=0 must be a number above 0"),
+    "beta negative": ({"beta": -0.1}, r"beta=-0\.1 must be a number above 0"),
+    "beta as text": ({"beta": "0.1"}, r"beta='0\.1' must be a number"),
+    "beta as boolean": ({"beta": True}, r"beta=True must be a number"),
+    "beta not a number": ({"beta": float("nan")}, r"beta=nan must be a number above 0"),
+    "beta infinite": ({"beta": float("inf")}, r"beta=inf"),
+    "clip zero": ({"reward_clip": 0.0}, r"reward_clip=0\.0 must be a number above 0"),
+    "clip as text": ({"reward_clip": "5"}, r"reward_clip='5' must be a number or None"),
+    "length one": ({"max_length": 1}, r"max_length=1 must be a whole number at least 2"),
+    "length as float": ({"max_length": 512.0}, r"max_length=512\.0 must be a whole number or None"),
+    "length as boolean": ({"max_length": True}, r"max_length=True"),
+    "truncation": ({"truncation_mode": "keep_middle"}, r"truncation_mode='keep_middle'.*'keep_start'.*'trim_prompt'"),
+    "unusable": ({"on_unusable": "ignore"}, r"on_unusable='ignore'.*'drop', 'error'"),
+    "share above one": ({"max_unusable_share": 1.5}, r"max_unusable_share=1\.5.*at least 0 and at most 1"),
+    "processes": ({"dataset_num_proc": 0}, r"dataset_num_proc=0.*at least 1"),
+    "rate negative": ({"learning_rate": -1e-6}, r"learning_rate=-1e-06.*at least 0"),
+    "rate as text": ({"learning_rate": "1e-6"}, r"learning_rate='1e-6' must be a number"),
+    "text as switch": ({"disable_dropout": "no"}, r"disable_dropout='no' must be True or False"),
+    "number as switch": ({"share_prompts": 1}, r"share_prompts=1 must be True or False"),
+    "none as switch": ({"gradient_checkpointing": None}, r"gradient_checkpointing=None must be True or False"),
+    "quantise as text": ({"quantize_base": "4bit"}, r"quantize_base='4bit' must be"),
+    "half precision as text": ({"bf16": "yes"}, r"bf16='yes' must be"),
+    "two precisions": ({"bf16": True, "fp16": True}, r"fp16 and bf16"),
+    "init as text": ({"model_init_kwargs": "float32"}, r"model_init_kwargs='float32'.*dict"),
+    "init as number": ({"model_init_kwargs": 3}, r"model_init_kwargs=3.*dict"),
+    "token labels": ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1.*token labels"),
+    "compile": ({"torch_compile": True}, r"torch_compile=True is not available"),
+    "filter": ({"logging_nan_inf_filter": True}, r"logging_nan_inf_filter=True.*stops the run"),
+    "neftune": ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5\.0.*rewards"),
+    "labels": ({"label_names": ["x"]}, r"label_names.*no labels"),
+    "inputs for metrics": ({"include_for_metrics": ["inputs"]}, r"include_for_metrics.*rewards"),
+    "grouping": ({"train_sampling_strategy": "group_by_length"}, r"train_sampling_strategy.*'random', 'sequential'"),
+    "fsdp": ({"fsdp": "full_shard"}, r"fsdp='full_shard'.*several processes"),
+    "deepspeed": ({"deepspeed": "zero.json"}, r"deepspeed='zero\.json'.*several processes"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_option(name: str) -> None:
+    options, message = MALFORMED[name]
+    with pytest.raises(OptionError, match=message) as caught:
+        config(**options)
+    assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_errors_are_value_errors() -> None:
+    assert issubclass(OptionError, ValueError) and issubclass(DataError, ValueError)
+
+
+# ---- Arguments of the trainer -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("base"))
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def stream(rows: Dataset) -> IterableDataset:
+    return rows.to_iterable_dataset()
+
+
+# Each: what differs from a good call (a function of model, tokenizer, folder), and the message.
+WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "reference model": (lambda m, t, f: {"ref_model": m}, r"ref_model is not accepted.*adapter switched off.*Leave"),
+    "config of TRL": (lambda m, t, f: {"args": trl.DPOConfig(f, use_cpu=True)}, r"args is a DPOConfig.*dpo_peft\.DPOConfig"),
+    "plain arguments": (lambda m, t, f: {"args": TrainingArguments(f)}, r"args is a TrainingArguments.*dpo_peft\.DPO"),
+    "config as dict": (lambda m, t, f: {"args": {"beta": 0.1}}, r"args is a dict"),
+    "no rows": (lambda m, t, f: {"train_dataset": None}, r"train_dataset is missing: pass a datasets\.Dataset"),
+    "rows as list": (lambda m, t, f: {"train_dataset": list(id_pairs(4))}, r"train_dataset is a list.*datasets\.Dataset"),
+    "rows as path": (lambda m, t, f: {"train_dataset": "rows.json"}, r"train_dataset is a str.*load_dataset"),
+    "stream without length": (lambda m, t, f: {"train_dataset": stream(id_pairs(4))}, r"no length: set max_steps"),
+    "evaluation without rows": (
+        lambda m, t, f: {"args": config(eval_strategy="steps", eval_steps=1)},
+        r"eval_strategy='steps' needs an eval_dataset",
+    ),
+    "dispatched batches": (
+        lambda m, t, f: {"args": config(accelerator_config={"dispatch_batches": True})},
+        r"dispatch_batches=True.*leave it out",
+    ),
+    "no model": (lambda m, t, f: {"model": None}, r"model is a NoneType; pass a Hub id or folder"),
+    "path object": (lambda m, t, f: {"model": Path(f)}, r"model is a PosixPath.*as str"),
+    "some module": (lambda m, t, f: {"model": torch.nn.Linear(2, 2)}, r"model is a Linear"),
+    "no such model": (lambda m, t, f: {"model": f"{f}/nowhere"}, r"model='.*nowhere' can't be loaded"),
+    "no such tokenizer": (
+        lambda m, t, f: {"model": f"{f}/nowhere", "processing_class": None},
+        r"No tokenizer can be loaded from '.*nowhere'.*processing_class",
+    ),
+    "no model in the folder": (lambda m, t, f: {"model": f + "/empty"}, r"model='.*empty' can't be loaded"),
+    "nameless model without tokenizer": (lambda m, t, f: {"processing_class": None}, r"processing_class"),
+    "tokenizer's name": (lambda m, t, f: {"processing_class": "llama"}, r"processing_class is a str; pass a tokenizer"),
+    "adapter is no LoRA": (lambda m, t, f: {"peft_config": IA3Config()}, r"peft_config is a IA3Config.*LoraConfig"),
+    "prompt tuning": (
+        lambda m, t, f: {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
+        r"peft_config is a PromptTuningConfig.*LoraConfig",
+    ),
+    "adapter as dict": (lambda m, t, f: {"peft_config": {"r": 8}}, r"peft_config is a dict.*LoraConfig"),
+    "two adapters": (
+        lambda m, t, f: {"model": get_peft_model(m, lora()), "peft_config": lora()},
+        r"PeftModel and peft_config is given too",
+    ),
+    "quantisation of a loaded model": (
+        lambda m, t, f: {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
+        r"quantization_config has no effect on a model that is loaded",
+    ),
+    "loading options for a loaded model": (
+        lambda m, t, f: {"args": config(model_init_kwargs={"dtype": "float32"})},
+        r"model_init_kwargs has no effect on a model that is loaded",
+    ),
+    "quantise a loaded model": (
+        lambda m, t, f: {"args": config(quantize_base=True)},
+        r"quantize_base=True has no effect on a model that is loaded",
+    ),
+    "quantise and not": (
+        lambda m, t, f: {
+            "model": f,
+            "args": config(quantize_base=False),
+            "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
+        },
+        r"quantize_base=False contradicts quantization_config",
+    ),
+    "quantisation twice": (
+        lambda m, t, f: {
+            "model": f,
+            "args": config(model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}),
+            "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
+        },
+        r"quantization_config is given to the trainer and in model_init_kwargs",
+    ),
+    "unknown dtype": (
+        lambda m, t, f: {"model": f, "args": config(model_init_kwargs={"dtype": "float8"})},
+        r"model_init_kwargs\['dtype'\]='float8'.*'bfloat16'",
+    ),
+    "optimizer without the adapter": (
+        lambda m, t, f: {"optimizers": (torch.optim.SGD(m.parameters(), 0.1), None)},
+        r"optimizers: the optimizer lacks .*lora_",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
+def test_wrong_argument(tiny_llama, make_tokenizer, base_folder, name) -> None:
+    change, message = WRONG_ARGUMENTS[name]
+    empty = Path(base_folder) / "empty"
+    empty.mkdir(exist_ok=True)
+    (empty / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    model, tokenizer = tiny_llama(num_hidden_layers=1), make_tokenizer()
+    good = {"model": model, "args": config(), "train_dataset": id_pairs(4), "processing_class": tokenizer}
+    with pytest.raises(OptionError, match=message):
+        DPOTrainer(**{**good, **change(model, tokenizer, base_folder)})
+
+
+def test_tokenizer_larger_than_the_embeddings(tiny_llama, make_tokenizer, tmp_path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"extra{i}" for i in range(100)])
+    with pytest.raises(OptionError, match=rf"{len(tokenizer)} tokens and the model embeds 320: .*resize_token_embeddings"):
+        ours(tiny_llama(), id_pairs(4), tokenizer, tmp_path)
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    ours(model, id_pairs(4), tokenizer, tmp_path)
+
+
+def test_evaluation_rows_of_the_wrong_type(tiny_llama, make_tokenizer, tmp_path) -> None:
+    with pytest.raises(DataError, match="eval: expected a datasets.Dataset"):
+        ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, eval_dataset=list(id_pairs(4)))
+
+
+def test_several_processes_are_refused(tiny_llama, make_tokenizer, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(DPOConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(OptionError, match="several processes is not available"):
+        ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path)
+
+
+def test_target_modules_that_match_nothing(tiny_llama, make_tokenizer, tmp_path) -> None:
+    with pytest.raises(ValueError, match="query_proj"):
+        ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, peft_config=LoraConfig(target_modules=["query_proj"]))
+
+
+# ---- Against TRL's config -----------------------------------------------------------------------------------------------
+
+TRL_FIELDS = {field.name: field for field in dataclasses.fields(trl.DPOConfig)}
+OUR_FIELDS = {field.name: field for field in dataclasses.fields(DPOConfig)}
+
+
+def test_every_option_of_trl_is_offered_or_refused() -> None:
+    assert set(TRL_FIELDS) - set(OUR_FIELDS) == set(_NOT_OFFERED)
+
+
+def test_refused_options_are_accepted_at_their_default() -> None:
+    for name, (default, _) in _NOT_OFFERED.items():
+        assert default == TRL_FIELDS[name].default, name
+        assert check_option_names({name: default, "beta": 0.3}) == {"beta": 0.3}
+    config(**{name: default for name, (default, _) in _NOT_OFFERED.items()})
+
+
+def test_shared_defaults_are_trls() -> None:
+    deliberate = {"logging_nan_inf_filter"}  # a non-finite loss stops the run instead of being filtered out
+    different = {
+        name
+        for name in set(TRL_FIELDS) & set(OUR_FIELDS)
+        if TRL_FIELDS[name].default != OUR_FIELDS[name].default
+        or TRL_FIELDS[name].default_factory is not OUR_FIELDS[name].default_factory
+        and TRL_FIELDS[name].default_factory() != OUR_FIELDS[name].default_factory()
+    }
+    assert different == deliberate
+    mine, theirs = config(), trl.DPOConfig(output_dir="out", use_cpu=True, report_to="none")
+    for name in ("bf16", "learning_rate", "logging_steps", "gradient_checkpointing", "max_length", "beta"):
+        assert getattr(mine, name) == getattr(theirs, name), name
+    assert mine.loss_type == theirs.loss_type
+
+
+def test_every_option_has_a_description() -> None:
+    own = set(OUR_FIELDS) - {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert all(OUR_FIELDS[name].metadata.get("help") for name in own)
+
+
+def test_unavailable_options_exist_and_are_harmless_by_default() -> None:
+    for name, (harmless, _) in _NOT_AVAILABLE.items():
+        assert name in OUR_FIELDS
+        assert getattr(config(), name) in (harmless, None, [], {}), name
+
+
+def test_half_precision_defaults() -> None:
+    assert config().bf16 and not config().fp16
+    assert not config(bf16=False).bf16
+    assert not config(gradient_checkpointing=False).gradient_checkpointing
+
+
+def test_a_loss_by_its_name_alone() -> None:
+    assert config(loss_type="sigmoid").loss_type == config(loss_type=["sigmoid"]).loss_type == ["sigmoid"]
+
+
+def test_command_line(tmp_path) -> None:
+    (parsed,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(
+        [
+            *("--output_dir", str(tmp_path), "--use_cpu", "--beta", "0.3", "--loss_type", "sigmoid"),
+            *("--quantize_base", "false", "--max_length", "64", "--gradient_checkpointing", "false"),
+            *("--model_init_kwargs", '{"dtype": "float32"}', "--reward_clip", "4"),
+        ]
+    )
+    assert (parsed.beta, parsed.loss_type, parsed.quantize_base, parsed.max_length) == (0.3, ["sigmoid"], False, 64)
+    assert parsed.model_init_kwargs == {"dtype": "float32"} and parsed.reward_clip == 4.0
+    assert not parsed.gradient_checkpointing
+
+
+def test_round_trip_of_the_saved_arguments(tmp_path) -> None:
+    """As the trainer saves them: `training_args.bin`, and the dict that reports get."""
+    torch.save(config(beta=0.3), tmp_path / "args.bin")
+    assert torch.load(tmp_path / "args.bin", weights_only=False).beta == 0.3
+    given = {key: value for key, value in config(beta=0.3, max_length=None).to_dict().items() if key in OUR_FIELDS}
+    assert json.loads(json.dumps(given))["max_length"] is None
+
+
+def test_base_folder_without_weights(base_folder) -> None:
+    with pytest.raises(OptionError, match="can't be loaded"):
+        load_base(base_folder + "/missing")
