@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from .errors import OptionError
 from .reference import base_kept, check_adapter
@@ -160,21 +160,34 @@ def keep_weights(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
-    """Turn every kind of dropout off: modules, and rates that attention and layers keep as plain attributes.
+    """Turn every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers.
+
+    Layer drop and the noise on a router's input, which act in training only too, count as dropout.
 
     Returns:
         The distinct names of what was on, for the log.
     """
     found = set()
+    holders: list[Any] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             found.add("lora_dropout" if "lora_dropout" in name else name.rsplit(".", 1)[-1])
             module.p = 0.0
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, float) and value > 0 and ("dropout" in attribute or attribute.endswith("_pdrop")):
+        holders.append(module)
+        if isinstance(getattr(module, "config", None), PretrainedConfig):  # some models read it at run time
+            holders.append(module.config)
+    for holder in holders:
+        for attribute, value in list(vars(holder).items()):
+            if isinstance(value, float) and value > 0 and _is_dropout(attribute):
                 found.add(attribute)
-                setattr(module, attribute, 0.0)
+                setattr(holder, attribute, 0.0)
     return sorted(found)
+
+
+def _is_dropout(name: str) -> bool:
+    return (
+        "dropout" in name or name.endswith(("_pdrop", "layerdrop")) or name in ("jitter_noise", "input_jitter_noise")
+    )
 
 
 @dataclass
