@@ -12,13 +12,17 @@ sampled from the model itself and ranked by that reward.
 """
 
 import json
+import logging
 import os
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore", category=FutureWarning)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that is not used here
 
 import torch
 

@@ -27,11 +27,17 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt": ({"betta": 0.1}, r"'betta' is not an option.*'beta'"),
     "misspelt trainer option": ({"learning_rat": 1.0}, r"'learning_rat'.*'learning_rate'"),
     "unknown": ({"zzz_qqq": 1}, r"'zzz_qqq' is not an option.*lists them all"),
-    "TRL's only, changed": ({"padding_free": True}, r"padding_free=True.*trl\.DPOConfig.*packed|padding_free.*leave it"),
+    "TRL's only, changed": (
+        {"padding_free": True},
+        r"padding_free=True.*trl\.DPOConfig.*packed|padding_free.*leave it",
+    ),
     "TRL's label smoothing": ({"label_smoothing": 0.1}, r"label_smoothing=0\.1.*not available yet"),
     "TRL's reference cache": ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs=True.*same pass"),
     "TRL's reference sync": ({"sync_ref_model": True}, r"sync_ref_model=True.*adapter off"),
-    "TRL's other divergence": ({"f_divergence_type": "js_divergence"}, r"f_divergence_type='js_divergence'.*reverse KL"),
+    "TRL's other divergence": (
+        {"f_divergence_type": "js_divergence"},
+        r"f_divergence_type='js_divergence'.*reverse KL",
+    ),
     "TRL's pad token": ({"pad_token": "<x>"}, r"pad_token.*tokenizer\.pad_token"),
     "a default of another type": ({"label_smoothing": 0, "beta": -1}, r"beta=-1"),
     "unknown loss": ({"loss_type": "sigmoidal"}, r"loss_type=\['sigmoidal'\].*Use one of sigmoid"),
@@ -87,7 +93,7 @@ def test_errors_are_value_errors() -> None:
     assert issubclass(OptionError, ValueError) and issubclass(DataError, ValueError)
 
 
-# ---- Arguments of the trainer -----------------------------------------------------------------------------------------
+# ---- Arguments of the trainer ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +111,17 @@ def stream(rows: Dataset) -> IterableDataset:
 # Each: what differs from a good call (a function of model, tokenizer, folder), and the message.
 WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "reference model": (lambda m, t, f: {"ref_model": m}, r"ref_model is not accepted.*adapter switched off.*Leave"),
-    "config of TRL": (lambda m, t, f: {"args": trl.DPOConfig(f, use_cpu=True)}, r"args is a DPOConfig.*dpo_peft\.DPOConfig"),
+    "config of TRL": (
+        lambda m, t, f: {"args": trl.DPOConfig(f, use_cpu=True)},
+        r"args is a DPOConfig.*dpo_peft\.DPOConfig",
+    ),
     "plain arguments": (lambda m, t, f: {"args": TrainingArguments(f)}, r"args is a TrainingArguments.*dpo_peft\.DPO"),
     "config as dict": (lambda m, t, f: {"args": {"beta": 0.1}}, r"args is a dict"),
     "no rows": (lambda m, t, f: {"train_dataset": None}, r"train_dataset is missing: pass a datasets\.Dataset"),
-    "rows as list": (lambda m, t, f: {"train_dataset": list(id_pairs(4))}, r"train_dataset is a list.*datasets\.Dataset"),
+    "rows as list": (
+        lambda m, t, f: {"train_dataset": list(id_pairs(4))},
+        r"train_dataset is a list.*datasets\.Dataset",
+    ),
     "rows as path": (lambda m, t, f: {"train_dataset": "rows.json"}, r"train_dataset is a str.*load_dataset"),
     "stream without length": (lambda m, t, f: {"train_dataset": stream(id_pairs(4))}, r"no length: set max_steps"),
     "evaluation without rows": (
@@ -130,7 +142,10 @@ WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
     ),
     "no model in the folder": (lambda m, t, f: {"model": f + "/empty"}, r"model='.*empty' can't be loaded"),
     "nameless model without tokenizer": (lambda m, t, f: {"processing_class": None}, r"processing_class"),
-    "tokenizer's name": (lambda m, t, f: {"processing_class": "llama"}, r"processing_class is a str; pass a tokenizer"),
+    "tokenizer's name": (
+        lambda m, t, f: {"processing_class": "llama"},
+        r"processing_class is a str; pass a tokenizer",
+    ),
     "adapter is no LoRA": (lambda m, t, f: {"peft_config": IA3Config()}, r"peft_config is a IA3Config.*LoraConfig"),
     "prompt tuning": (
         lambda m, t, f: {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
@@ -195,7 +210,9 @@ def test_wrong_argument(tiny_llama, make_tokenizer, base_folder, name) -> None:
 def test_tokenizer_larger_than_the_embeddings(tiny_llama, make_tokenizer, tmp_path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"extra{i}" for i in range(100)])
-    with pytest.raises(OptionError, match=rf"{len(tokenizer)} tokens and the model embeds 320: .*resize_token_embeddings"):
+    with pytest.raises(
+        OptionError, match=rf"{len(tokenizer)} tokens and the model embeds 320: .*resize_token_embeddings"
+    ):
         ours(tiny_llama(), id_pairs(4), tokenizer, tmp_path)
     model = tiny_llama()
     model.resize_token_embeddings(len(tokenizer))
@@ -215,10 +232,16 @@ def test_several_processes_are_refused(tiny_llama, make_tokenizer, tmp_path, mon
 
 def test_target_modules_that_match_nothing(tiny_llama, make_tokenizer, tmp_path) -> None:
     with pytest.raises(ValueError, match="query_proj"):
-        ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, peft_config=LoraConfig(target_modules=["query_proj"]))
+        ours(
+            tiny_llama(),
+            id_pairs(4),
+            make_tokenizer(),
+            tmp_path,
+            peft_config=LoraConfig(target_modules=["query_proj"]),
+        )
 
 
-# ---- Against TRL's config -----------------------------------------------------------------------------------------------
+# ---- Against TRL's config -------------------------------------------------------------------------------------------
 
 TRL_FIELDS = {field.name: field for field in dataclasses.fields(trl.DPOConfig)}
 OUR_FIELDS = {field.name: field for field in dataclasses.fields(DPOConfig)}

@@ -11,6 +11,7 @@ from forward_models import FALLING_BACK, SHARING, WINDOW, add_lora, build, own_t
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from dpo_peft.errors import NonFiniteError
 from dpo_peft.forward import attention, completion_logps, pack, pad_rows, plan_forward, probe, sequence_logps
 from dpo_peft.forward.attention import IMPLEMENTATION, AttentionPlan, CannotShareError, prefix_shared_attention
 from dpo_peft.forward.layout import visible
@@ -233,6 +234,14 @@ class DoubledLogits(LlamaForCausalLM):
 def test_unknown_logit_transforms_are_an_error() -> None:
     model = DoubledLogits(build("Llama").config).float()
     with pytest.raises(ValueError, match="DoubledLogits changes its logits"):
+        plan_forward(model)
+
+
+def test_weights_that_are_not_finite_are_an_error() -> None:
+    model = build("Llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="LlamaForCausalLM are not finite.*Check the checkpoint"):
         plan_forward(model)
 
 

@@ -141,7 +141,7 @@ def test_rewards_are_detached_and_the_loss_is_not() -> None:
 
 
 def test_registry_agrees_with_functions_and_config() -> None:
-    options = {name for name in DPOConfig.__dataclass_fields__}
+    options = set(DPOConfig.__dataclass_fields__)
     for name, objective in REGISTRY.items():
         taken = inspect.signature(objective.loss).parameters
         assert set(objective.options) <= set(taken) and set(objective.options) <= options, name

@@ -60,7 +60,7 @@ def test_length_only_is_about_tokens_not_rewards() -> None:
 
 
 def test_kl_estimate() -> None:
-    """Zero where policy and reference agree, positive elsewhere; on samples of the reference it is KL(ref || policy)."""
+    """Zero where policy and reference agree, positive elsewhere; on samples of the reference KL(ref || policy)."""
     assert read(metrics([2]))["kl"] == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-0.5) - 0.5) / 2)
     draw = torch.Generator().manual_seed(0)
     policy, ref = (torch.randn(6, generator=draw).log_softmax(0) for _ in range(2))

@@ -81,7 +81,14 @@ def test_plain_peft_in_a_new_process_reproduces_the_margins(run: Any, tmp_path: 
     folder = Path(run.args.output_dir)
     result = run.predict(run.eval_dataset)
     margins = torch.from_numpy(result.predictions[:, 0] - result.predictions[:, 1])
-    command = [sys.executable, "-c", PLAIN_PEFT, str(folder), str(folder.parent / "held_out.jsonl"), str(tmp_path / "r")]
+    command = [
+        sys.executable,
+        "-c",
+        PLAIN_PEFT,
+        str(folder),
+        str(folder.parent / "held_out.jsonl"),
+        str(tmp_path / "r"),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     plain = torch.load(tmp_path / "r")
     assert margins.abs().max() > 0.1
@@ -90,7 +97,10 @@ def test_plain_peft_in_a_new_process_reproduces_the_margins(run: Any, tmp_path: 
 
 def test_the_report_holds_the_run_s_own_figures(recipe: ModuleType, run: Any, tmp_path: Path) -> None:
     prompts = quickstart.eval_prompts()[:2]
-    before, after = ["The tea was awful. It was a bad, dull place."], ["The tea was superb. It was a good, warm place."]
+    before, after = (
+        ["The tea was awful. It was a bad, dull place."],
+        ["The tea was superb. It was a good, warm place."],
+    )
     chance = {"eval_rewards/accuracies": 0.5}
     end = {"eval_rewards/accuracies": 0.9, "eval_accuracies/length_only": 0.5, "eval_rewards/margins": 1.0}
     figures = recipe.judge(before * 2 + after, after * 3, chance, end)

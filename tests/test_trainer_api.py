@@ -36,7 +36,7 @@ def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
     return folder
 
 
-# ---- Forms of the model -------------------------------------------------------------------------------------------------
+# ---- Forms of the model ---------------------------------------------------------------------------------------------
 
 
 def test_name_model_and_peft_model_train_alike(tiny_llama, make_tokenizer, tmp_path, base_folder):
@@ -70,7 +70,7 @@ def test_quantization_config_replaces_the_default(base_folder, tmp_path):
     assert step_logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
 
 
-# ---- Datasets -----------------------------------------------------------------------------------------------------------
+# ---- Datasets -------------------------------------------------------------------------------------------------------
 
 
 def test_streams_train_as_datasets_do(tiny_llama, make_tokenizer, tmp_path):
@@ -108,7 +108,13 @@ def test_evaluation_metrics_do_not_depend_on_the_batch_size(tiny_llama, make_tok
     held_out = text_pairs(7, seed=4)
     for size in (7, 3, 1):
         trainer = ours(
-            tiny_llama(), rows, tokenizer, tmp_path, eval_dataset=held_out, per_device_eval_batch_size=size, max_steps=3
+            tiny_llama(),
+            rows,
+            tokenizer,
+            tmp_path,
+            eval_dataset=held_out,
+            per_device_eval_batch_size=size,
+            max_steps=3,
         )
         trainer.train()
         results.append(trainer.evaluate())
@@ -137,7 +143,7 @@ def test_rows_given_to_evaluate_and_predict_are_prepared(tiny_llama, make_tokeni
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == prepared["eval_loss"]
 
 
-# ---- Callbacks, optimizers, metrics, collator ------------------------------------------------------------------------------
+# ---- Callbacks, optimizers, metrics, collator -----------------------------------------------------------------------
 
 
 def test_callbacks_are_called(tiny_llama, make_tokenizer, tmp_path):
@@ -165,7 +171,13 @@ def test_callbacks_are_called(tiny_llama, make_tokenizer, tmp_path):
 def test_given_optimizer_and_schedule_are_used(tiny_llama, make_tokenizer, tmp_path):
     """The same AdamW and constant rate, once by options and once by hand."""
     expected = ours(
-        tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, lr_scheduler_type="constant", max_steps=4, optim="adamw_torch"
+        tiny_llama(),
+        id_pairs(8),
+        make_tokenizer(),
+        tmp_path,
+        lr_scheduler_type="constant",
+        max_steps=4,
+        optim="adamw_torch",
     )
     set_seed(3)
     model = get_peft_model(tiny_llama(), lora())
@@ -209,7 +221,9 @@ def test_custom_collator(tiny_llama, make_tokenizer, tmp_path):
         return PreferenceCollator()(cut)
 
     rows = id_pairs(8)
-    cut_rows = Dataset.from_list([{k: ids[:2] if k != "prompt_ids" else ids for k, ids in row.items()} for row in rows])
+    cut_rows = Dataset.from_list(
+        [{k: ids[:2] if k != "prompt_ids" else ids for k, ids in row.items()} for row in rows]
+    )
     expected = ours(tiny_llama(), cut_rows, make_tokenizer(), tmp_path, max_steps=4)
     collated = ours(tiny_llama(), rows, make_tokenizer(), tmp_path, max_steps=4, data_collator=short)
     padded = ours(tiny_llama(), rows, make_tokenizer(), tmp_path, max_steps=4, data_collator=PreferenceCollator(False))
@@ -233,14 +247,16 @@ def test_sharing_off_trains_alike(tiny_llama, make_tokenizer, tmp_path):
 def test_reward_clip_reaches_the_loss(tiny_llama, make_tokenizer, tmp_path):
     """With a clip far below the rewards no pair beyond it has a gradient: the run stops moving."""
     free = ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, learning_rate=1e-2, max_steps=12)
-    clipped = ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, learning_rate=1e-2, max_steps=12, reward_clip=0.05)
+    clipped = ours(
+        tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, learning_rate=1e-2, max_steps=12, reward_clip=0.05
+    )
     for trainer in (free, clipped):
         trainer.train()
     assert step_logs(clipped)[-1]["loss"] >= 0.6443 - 1e-3  # log(1 + exp(-0.1)), the least a clipped pair can have
     assert step_logs(free)[-1]["loss"] < 0.6
 
 
-# ---- TRL's own script ---------------------------------------------------------------------------------------------------------
+# ---- TRL's own script -----------------------------------------------------------------------------------------------
 
 
 def trl_script(folder: Path, ours_imported: bool) -> Path:
@@ -250,7 +266,10 @@ def trl_script(folder: Path, ours_imported: bool) -> Path:
     if ours_imported:
         for old, new in (
             ("from trl import DPOTrainer, ", "from dpo_peft import DPOTrainer\n    from trl import "),
-            ("from trl import DatasetMixtureConfig, DPOConfig, ", "from dpo_peft import DPOConfig\n    from trl import DatasetMixtureConfig, "),
+            (
+                "from trl import DatasetMixtureConfig, DPOConfig, ",
+                "from dpo_peft import DPOConfig\n    from trl import DatasetMixtureConfig, ",
+            ),
         ):
             if old not in code:
                 pytest.skip("another release of TRL: its script imports differently")
@@ -303,7 +322,7 @@ def test_trl_script_runs_with_its_import_changed(
     assert mine[-1]["eval_rewards/margins"] != 0
 
 
-# ---- The saved adapter ---------------------------------------------------------------------------------------------------------
+# ---- The saved adapter ----------------------------------------------------------------------------------------------
 
 RELOAD = """
 import json, sys
@@ -317,8 +336,8 @@ config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4b
 model = AutoPeftModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, **({"quantization_config": config} if quantize else {})
 )
-# On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in eval mode and computes in bfloat16 from then on. There
-# is no dropout here, so training mode computes the same without that.
+# On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights in eval mode and computes in bfloat16 from then on.
+# There is no dropout here, so training mode computes the same without that.
 model.train()
 
 def logp(prompt, completion):

@@ -109,7 +109,9 @@ def test_only_the_adapter_gets_gradients_and_moves(base_folder, make_tokenizer, 
         names: set[str] = set()
 
         def on_pre_optimizer_step(self, *args, model=None, **kwargs):
-            self.names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+            self.names = {
+                name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+            }
 
     seen = Gradients()
     trainer = ours(
@@ -129,7 +131,7 @@ def test_only_the_adapter_gets_gradients_and_moves(base_folder, make_tokenizer, 
     assert seen.names == moved == adapter
 
 
-# ---- Peak of a step ---------------------------------------------------------------------------------------------------
+# ---- Peak of a step -------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(trainer: Any, inputs: dict[str, Any]) -> int:
@@ -172,7 +174,7 @@ def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp
     assert peak_bytes(trainer, inputs) - without > 20 * logps
 
 
-# ---- The state of the adapter -------------------------------------------------------------------------------------------
+# ---- The state of the adapter ---------------------------------------------------------------------------------------
 
 
 SWITCHES = (BaseTunerLayer, AuxiliaryTrainingWrapper)

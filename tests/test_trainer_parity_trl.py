@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from trainer_helpers import LOGPS, REWARDS, id_pairs, largest_difference, ours, step_logs, text_pairs, theirs
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from dpo_peft.data import from_hh, from_sharegpt, prepare_dataset
 
@@ -65,16 +65,19 @@ def test_trained_adapters_are_equal(tiny_llama, make_tokenizer, tmp_path):
 
 
 def test_uneven_last_batch(tiny_llama, make_tokenizer, tmp_path):
-    mine, trl = both(
-        tiny_llama, id_pairs(11), make_tokenizer(), tmp_path, max_steps=-1, num_train_epochs=3
-    )
+    mine, trl = both(tiny_llama, id_pairs(11), make_tokenizer(), tmp_path, max_steps=-1, num_train_epochs=3)
     assert len(step_logs(mine)) == 9
     assert largest_difference(mine, trl, [*REWARDS, "grad_norm"]) < 1e-5
 
 
 def test_gradient_accumulation(tiny_llama, make_tokenizer, tmp_path):
     mine, trl = both(
-        tiny_llama, id_pairs(24), make_tokenizer(), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3
+        tiny_llama,
+        id_pairs(24),
+        make_tokenizer(),
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
     )
     assert largest_difference(mine, trl, [*REWARDS, "grad_norm"]) < 1e-5
 
@@ -168,7 +171,7 @@ def test_nf4_base_in_bfloat16(make_tokenizer, tmp_path, base_folder):
     assert step_logs(mine)[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
 
 
-# ---- Real rows and chat templates -------------------------------------------------------------------------------------
+# ---- Real rows and chat templates -----------------------------------------------------------------------------------
 
 ROWS, LONGEST = 12, 96
 
@@ -198,7 +201,12 @@ def real_tokenizer(name: str, tokenizer_dir: Any, make_tokenizer: Any) -> PreTra
 def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path, dataset, template):
     tokenizer = real_tokenizer(template, tokenizer_dir, make_tokenizer)
     rows = real_rows(dataset, data_dir, tokenizer)
-    config = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 8192, "initializer_range": 0.1}
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.1,
+    }
     changed = {"model": config, "per_device_train_batch_size": 1, "max_length": LONGEST}
     mine, trl = both(tiny_llama, rows, tokenizer, tmp_path, **changed)
     assert mine.data_reports["train"].kept_rows == ROWS == len(trl.train_dataset)

@@ -33,7 +33,7 @@ def base_logps(model: Any) -> Tensor:
         return completion_logps(model, pack(SAMPLES)).logps_C
 
 
-# ---- T1: what initialisations do to the base --------------------------------------------------------------------------
+# ---- T1: what initialisations do to the base ------------------------------------------------------------------------
 
 KEEPING = {
     "default": {},
@@ -104,7 +104,7 @@ def test_activated_lora_is_refused(tiny_llama):
         attach_adapter(tiny_llama(), lora(alora_invocation_tokens=[5, 6]))
 
 
-# ---- The step-0 gate --------------------------------------------------------------------------------------------------
+# ---- The step-0 gate ------------------------------------------------------------------------------------------------
 
 
 def test_gate_finds_a_trained_adapter(tiny_llama, make_tokenizer, tmp_path):
@@ -142,7 +142,7 @@ def test_gate_finds_dropout_that_came_back(tiny_llama, make_tokenizer, tmp_path)
         trainer.train()
 
 
-# ---- T3, T7: trained weights are float32 ------------------------------------------------------------------------------
+# ---- T3, T7: trained weights are float32 ----------------------------------------------------------------------------
 
 
 def moved_share(tiny_llama: Any, make_tokenizer: Any, folder: Path, dtype: torch.dtype) -> float:
@@ -178,7 +178,7 @@ def test_t3_trained_weights_are_float32_on_a_bfloat16_base(tiny_llama, make_toke
     assert step_logs(trainer)[0]["rewards/margins"] == pytest.approx(0, abs=5e-3)
 
 
-# ---- T4, T9, T15, T17 -------------------------------------------------------------------------------------------------
+# ---- T4, T9, T15, T17 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -255,7 +255,7 @@ def test_t17_a_trained_head_is_not_the_references(tiny_llama, make_tokenizer, tm
     assert torch.equal(reference_logps(trainer.model, pack(SAMPLES)).logps_C, expected)
 
 
-# ---- T19, T24: what is stored how --------------------------------------------------------------------------------------
+# ---- T19, T24: what is stored how -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,9 @@ def test_t19_default_of_a_model_given_by_name(base_folder, tmp_path, caplog):
     assert frozen == {torch.uint8, torch.bfloat16}
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.bias) == (16, 32, "none")
-    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
+    adapted = {
+        name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name
+    }
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     # Counted by hand, see test_storage_report_by_hand; rank 16 on 7 layers of 2 blocks.
     lora_weights = 2 * 16 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
@@ -331,7 +333,7 @@ def test_t24_experts_that_stay_unquantised_are_listed(tmp_path):
     assert "experts" in names[0] and names[0] in str(report)
 
 
-# ---- T27: the first non-finite value stops the run ----------------------------------------------------------------------
+# ---- T27: the first non-finite value stops the run ------------------------------------------------------------------
 
 
 class Snapshots(TrainerCallback):
@@ -342,7 +344,9 @@ class Snapshots(TrainerCallback):
         self.after, self.plant = after, plant
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.weights[state.global_step] = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
         if state.global_step == self.after and self.plant is not None:
             self.plant(model)
 
@@ -407,7 +411,9 @@ def test_t27_a_broken_weight(tiny_llama, make_tokenizer, tmp_path):
         weight.data[0, 0] = float("nan")
 
     trainer = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, per_device_train_batch_size=2)
-    assert run_into_nan(trainer, Snapshots(3, plant), r"Step 4: the loss is not finite, on training rows \d, \d\.") == 3
+    assert (
+        run_into_nan(trainer, Snapshots(3, plant), r"Step 4: the loss is not finite, on training rows \d, \d\.") == 3
+    )
 
 
 def test_t27_a_gradient_alone(tiny_llama, make_tokenizer, tmp_path):
@@ -416,13 +422,18 @@ def test_t27_a_gradient_alone(tiny_llama, make_tokenizer, tmp_path):
         weight.register_hook(lambda grad: grad * float("inf"))
 
     trainer = ours(
-        tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2
+        tiny_llama(),
+        id_pairs(8),
+        make_tokenizer(),
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
     )
     pattern = r"Step 3: the gradient is not finite, on training rows \d, \d, \d, \d\."
     assert run_into_nan(trainer, Snapshots(2, plant), pattern) == 2
 
 
-# ---- T10: micro-batches don't change the step ----------------------------------------------------------------------------
+# ---- T10: micro-batches don't change the step -----------------------------------------------------------------------
 
 
 def one_step(tiny_llama: Any, tokenizer: Any, folder: Path, rows: int, size: int, accumulate: int, cls: Any = None):
@@ -469,7 +480,7 @@ def test_t10_a_mean_per_micro_batch_is_another_step(tiny_llama, make_tokenizer, 
     assert apart(even, one_step(tiny_llama, make_tokenizer(), tmp_path, 8, 4, 2, MeanOfMeans)) < 1e-6
 
 
-# ---- Adapters given as models ---------------------------------------------------------------------------------------------
+# ---- Adapters given as models ---------------------------------------------------------------------------------------
 
 
 def test_an_adapters_folder_is_no_base(tiny_llama, make_tokenizer, tmp_path, base_folder):
@@ -483,5 +494,7 @@ def test_an_adapters_folder_is_no_base(tiny_llama, make_tokenizer, tmp_path, bas
 def test_a_trainable_base_is_refused(tiny_llama):
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.raises(OptionError, match=r"1 weights outside the adapter 'default'.*model\.norm\.weight.*requires_grad_"):
+    with pytest.raises(
+        OptionError, match=r"1 weights outside the adapter 'default'.*model\.norm\.weight.*requires_grad_"
+    ):
         attach_adapter(model)

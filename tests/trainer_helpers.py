@@ -39,7 +39,9 @@ def text_pairs(number: int, seed: int = 0) -> Dataset:
     def text(shortest: int, longest: int) -> str:
         return " ".join(draw.choice(words) for _ in range(draw.randint(shortest, longest)))
 
-    rows = [{"prompt": text(2, 6) + "?", "chosen": " " + text(1, 5), "rejected": " " + text(1, 5)} for _ in range(number)]
+    rows = [
+        {"prompt": text(2, 6) + "?", "chosen": " " + text(1, 5), "rejected": " " + text(1, 5)} for _ in range(number)
+    ]
     return Dataset.from_list(rows)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import NonFiniteError, OptionError
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, choose_backend
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .score import completion_logps, eval_mode, unwrap
@@ -57,7 +58,8 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
         dtype: the dtype under autocast, if training uses it.
 
     Raises:
-        ValueError: the model transforms its logits in a way that we don't know, so its log-probs would be wrong.
+        NonFiniteError: the model's log-probs are NaN or infinite.
+        OptionError: the model transforms its logits in a way that we don't know, so its log-probs would be wrong.
     """
     causal_lm = unwrap(model)
     device = causal_lm.get_input_embeddings().weight.device
@@ -67,11 +69,16 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
     with torch.no_grad(), eval_mode(model), autocast:
         plain = pad_rows(samples).to(device)
         own_N = _own_logps(causal_lm, plain)
+        if not torch.isfinite(own_N).all():
+            raise NonFiniteError(
+                f"The log-probs of {type(causal_lm).__name__} are not finite: a weight is NaN or infinite, or the model "
+                "overflows in this dtype. Check the checkpoint, or compute in bfloat16 or float32."
+            )
         share = _SHARE[compute_dtype]
         tolerance = _TOLERANCE[compute_dtype] + 4 * _difference(_alone(causal_lm, samples, device), own_N, share)
         rows_difference = _difference(completion_logps(model, plain).token_logps_N, own_N, share)
         if not rows_difference <= tolerance:
-            raise ValueError(
+            raise OptionError(
                 f"{type(causal_lm).__name__} changes its logits after the output layer in a way that is not known "
                 f"here: log-probs differ by {rows_difference:.3g} from the model's own. It can't be trained with this "
                 "version; please report the model's name."
