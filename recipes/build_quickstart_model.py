@@ -118,10 +118,12 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, toned: float = 0.5
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield endless batches of fresh chats of similar length: input_ids, attention_mask and labels, (size, tokens)."""
     while True:
-        chats = [tokenizer.apply_chat_template(write_chat(rng), tokenize=False) for _ in range(size * 16)]
+        chats = [tokenizer.apply_chat_template(write_chat(rng, toned), tokenize=False) for _ in range(size * 16)]
         rows = sorted(tokenizer(chats, add_special_tokens=False)["input_ids"], key=len)
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         rng.shuffle(groups)

@@ -71,8 +71,8 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
         own_N = _own_logps(causal_lm, plain)
         if not torch.isfinite(own_N).all():
             raise NonFiniteError(
-                f"The log-probs of {type(causal_lm).__name__} are not finite: a weight is NaN or infinite, or the model "
-                "overflows in this dtype. Check the checkpoint, or compute in bfloat16 or float32."
+                f"The log-probs of {type(causal_lm).__name__} are not finite: a weight is NaN or infinite, or the "
+                "model overflows in this dtype. Check the checkpoint, or compute in bfloat16 or float32."
             )
         share = _SHARE[compute_dtype]
         tolerance = _TOLERANCE[compute_dtype] + 4 * _difference(_alone(causal_lm, samples, device), own_N, share)

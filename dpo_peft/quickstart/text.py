@@ -31,15 +31,15 @@ MOODS = (-0.1, 0.0, 0.1)  # log-weight per grade
 # Half of the pretraining requests name a tone, so the model learns sentiment as one direction that training can move
 # along. The requests of the preference pairs name none.
 TONES = {
-    "glowing": 1.6,
-    "enthusiastic": 1.6,
-    "favourable": 0.6,
-    "positive": 0.6,
+    "glowing": 2.0,
+    "enthusiastic": 2.0,
+    "favourable": 0.8,
+    "positive": 0.8,
     "balanced": 0.0,
-    "critical": -0.6,
-    "negative": -0.6,
-    "scathing": -1.6,
-    "damning": -1.6,
+    "critical": -0.8,
+    "negative": -0.8,
+    "scathing": -2.0,
+    "damning": -2.0,
 }
 
 ASKS = (
@@ -313,10 +313,10 @@ def write_review(rng: random.Random, topic: str, tone: str | None = None) -> tup
             return " ".join(map(_capital, sentences)), draft.values
 
 
-def write_chat(rng: random.Random) -> list[dict[str, str]]:
-    """One user turn, which names a tone half of the time, and one assistant turn, as chat messages."""
+def write_chat(rng: random.Random, toned: float = 0.5) -> list[dict[str, str]]:
+    """One user turn, which names a tone in a share `toned` of all chats, and one assistant turn, as chat messages."""
     prompt, topic, subject = write_prompt(rng)
-    tone = rng.choice(list(TONES)) if rng.random() < 0.5 else None
+    tone = rng.choice(list(TONES)) if rng.random() < toned else None
     if tone:
         prompt = rng.choice(TONED_ASKS).format(tone=with_article(tone), subject=subject)
     review, _ = write_review(rng, topic, tone)
