@@ -14,6 +14,7 @@ reward. Held-out prompts ask about subjects that no training prompt names.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -42,6 +43,7 @@ from dpo_peft.quickstart.text import write_chat, write_prompt
 VOCAB_SIZE = 2048
 TRAIN_PROMPTS, TEST_PROMPTS, CANDIDATES = 1400, 300, 6
 MIN_GAP = 0.9  # in units of the reward; its standard deviation at the start is about 0.55
+TONED_START = 0.4  # share of the steps
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 # A completion is exactly content + <|im_end|>, which is what a sampler returns; the newline belongs to the next turn.
 CHAT_TEMPLATE = (
@@ -132,23 +134,37 @@ def batches(
             yield {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
+def new_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embedding and norms; learning rates are set per step."""
+    inner = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    outer = [p for name, p in model.named_parameters() if name not in inner]
+    muon = torch.optim.Muon(list(inner.values()), lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(outer, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
 def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, batch_size: int = 32) -> LlamaForCausalLM:
-    """Next-token training on prompts and answers, AdamW, cosine to zero, bf16 autocast."""
+    """Next-token training on prompts and answers, cosine to zero, bf16 autocast.
+
+    In the first part every request names a tone. Without this start the model writes just as fluently but does not
+    learn in this time which words praise and which blame, and then no preference training generalises.
+    """
     torch.manual_seed(seed)
     model = new_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizers = new_optimizers(model)
+    toned = batches(tokenizer, random.Random(seed + 1), batch_size, toned=1.0)
+    mixed = batches(tokenizer, random.Random(seed + 2), batch_size)
     peak, warmup, started = 3e-3, 100, time.time()
-    source = batches(tokenizer, random.Random(seed + 1), batch_size)
     for step in range(steps):
         rate = peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**next(source)).loss
+            loss = model(**next(toned if step < TONED_START * steps else mixed)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {loss.item():.4f}  {time.time() - started:6.0f} s", flush=True)
     return model
@@ -265,7 +281,7 @@ def report(title: str, figures: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder that gets model/ and data/")
-    parser.add_argument("--steps", type=int, default=1400, help="pretraining steps of 32 chats")
+    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps of 32 chats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the exact weights depend on it")
     parser.add_argument("--pairs_only", action="store_true", help="keep the model in --output, sample new pairs")

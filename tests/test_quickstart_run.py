@@ -21,7 +21,7 @@ PLAIN_PEFT = """
 import json, sys, torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, BitsAndBytesConfig
-folder, rows_file, out = sys.argv[1:]
+folder, rows_file, out, beta = sys.argv[1:]
 torch.set_num_threads(1)
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.float32)
@@ -42,7 +42,7 @@ with torch.no_grad():
     on = torch.tensor([rewards(row) for row in rows])
     with model.disable_adapter():
         off = torch.tensor([rewards(row) for row in rows])
-torch.save(0.1 * (on - off), out)
+torch.save(float(beta) * (on - off), out)
 """
 
 
@@ -61,8 +61,8 @@ def run(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("quickstart")
     held_out = folder / "held_out.jsonl"
     held_out.write_text("\n".join(Path(quickstart.test_file()).read_text().splitlines()[:40]) + "\n")
-    options = {"output_dir": folder / "out", "eval_dataset_name": held_out, "max_steps": 12, "eval_strategy": "no"}
-    options |= {"eval_strategy": "epoch", "lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate": 1e-3}
+    options = {"output_dir": folder / "out", "eval_dataset_name": held_out, "max_steps": 12, "eval_strategy": "epoch"}
+    options |= {"lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate": 5e-4}
     trainer = recipe.build_trainer([word for name, value in options.items() for word in (f"--{name}", str(value))])
     trainer.train()
     trainer.save_model()
