@@ -81,18 +81,13 @@ def test_plain_peft_in_a_new_process_reproduces_the_margins(run: Any, tmp_path: 
     folder = Path(run.args.output_dir)
     result = run.predict(run.eval_dataset)
     margins = torch.from_numpy(result.predictions[:, 0] - result.predictions[:, 1])
-    command = [
-        sys.executable,
-        "-c",
-        PLAIN_PEFT,
-        str(folder),
-        str(folder.parent / "held_out.jsonl"),
-        str(tmp_path / "r"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    paths = [str(folder), str(folder.parent / "held_out.jsonl"), str(tmp_path / "r")]
+    arguments = [sys.executable, "-c", PLAIN_PEFT, *paths, str(run.args.beta)]
+    plain_peft = subprocess.run(arguments, capture_output=True, text=True)
+    assert plain_peft.returncode == 0, plain_peft.stderr
     plain = torch.load(tmp_path / "r")
     assert margins.abs().max() > 0.1
-    torch.testing.assert_close(margins, plain[:, 0] - plain[:, 1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(margins, plain[:, 0] - plain[:, 1], atol=1e-4, rtol=0, check_dtype=False)
 
 
 def test_the_report_holds_the_run_s_own_figures(recipe: ModuleType, run: Any, tmp_path: Path) -> None:
