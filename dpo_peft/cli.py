@@ -99,11 +99,11 @@ def train(argv: Sequence[str]) -> Any:
     return trainer
 
 
-def build_trainer(data: "DataArguments", args: DPOConfig, model: "ModelArguments") -> Any:
+def build_trainer(data: DataArguments, args: DPOConfig, model: ModelArguments) -> Any:
     """Load the data and build the `DPOTrainer` that the options describe."""
     from .trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
-    train_dataset, eval_dataset = load_datasets(data, evaluate=str(args.eval_strategy.value) != "no")
+    train_dataset, eval_dataset = load_datasets(data, evaluate=args.eval_strategy != "no")
     args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     if model.model_revision is not None:
         args.model_init_kwargs.setdefault("revision", model.model_revision)

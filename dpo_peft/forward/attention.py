@@ -13,7 +13,7 @@ Shape suffixes: H query heads, G key/value heads, T packed tokens, D head size, 
 
 import importlib.util
 import inspect
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -51,6 +51,11 @@ class AttentionPlan:
         assert batch.sample_index is not None
         self.filled_EB = batch.sample_index >= 0
         self.index_EB = batch.sample_index.clamp(min=0)
+
+    @cached_property
+    def filled_T(self) -> Tensor:
+        """Where the tokens are in (E, B). Samples follow each other in the packed row, so this is its order."""
+        return self.filled_EB.flatten().nonzero()[:, 0]
 
     def mask_EBB(self, window: int | None) -> Tensor:
         """The mask predicate on every sample's own tokens. Padding queries see position 0, so no row is empty."""
@@ -120,7 +125,7 @@ def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> No
 def _dense(
     plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
-    index, filled = plan.index_EB, plan.filled_EB
+    index = plan.index_EB
     groups = q.shape[1] // k.shape[1]
     q_EHBD, k_EGBD, v_EGBD = (x[0][:, index].transpose(0, 1) for x in (q, k, v))
     out_EHBD = F.scaled_dot_product_attention(
@@ -131,8 +136,7 @@ def _dense(
         dropout_p=dropout,
         scale=scaling,
     )
-    # Samples stand in the packed row one after the other, so dropping the padding restores its order.
-    return out_EHBD.transpose(1, 2)[filled][None]
+    return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, plan.filled_T)[None]
 
 
 def _varlen(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
