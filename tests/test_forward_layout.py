@@ -104,6 +104,7 @@ def test_pad_rows_by_hand() -> None:
     expected = dict(
         input_ids=[[10, 11, 12, 20, 21], [10, 11, 12, 30, 99], [13, 40, 41, 42, 99]],
         attention_mask=[[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]],
+        lengths=[2, 1, 3],
         position_ids=[[0, 1, 2, 3, 4]] * 3,
         pred_pos=[2, 3, 7, 10, 11, 12],
         target=[20, 21, 30, 40, 41, 42],
@@ -113,7 +114,7 @@ def test_pad_rows_by_hand() -> None:
     )
     for field, value in expected.items():
         assert getattr(batch, field).tolist() == value, field
-    assert not batch.shared and set(batch.as_dict()) == {*expected, "max_q", "max_k"}
+    assert not batch.shared and set(batch.as_dict()) == {*expected, "max_q", "max_k", "num_own"}
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
@@ -209,7 +210,7 @@ def test_as_dict_gives_the_batch_back() -> None:
 )
 def test_empty_parts_are_refused_by_row(layout, bad: Sample) -> None:
     with pytest.raises(
-        ValueError, match=r"Sample 1 of the batch \(row 41\).*empty.*Give the prompt at least one token"
+        ValueError, match=r"Sample 1 of the batch \(row 41\).*empty.*(Drop the row|at least one token)"
     ):
         layout([BY_HAND[0], bad])
 
@@ -218,3 +219,61 @@ def test_empty_parts_are_refused_by_row(layout, bad: Sample) -> None:
 def test_empty_batch_is_refused(layout) -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         layout([])
+
+
+# A trajectory pair that shares its first two tokens; in both, another speaker's turn is read and not predicted.
+SHARED = Sample([10, 11], [[20, 21, 22], [30, 31]], 5, steps=[[0, -1, 1], [0, 0]], preference=0.5, margin=0.25)
+# One that shares nothing: nobody predicts the first tokens.
+APART = Sample([], [[40, 41, 42], [50, 51]], 6, steps=[[-1, 0, 1], [-1, 0]], preference=1.0, margin=-1.0)
+
+
+def test_trajectories_by_hand() -> None:
+    batch = pack([SHARED, APART])
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 22, 30, 31, 40, 41, 42, 50, 51]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 0, 1]]
+    assert batch.pred_pos.tolist() == [1, 3, 1, 5, 7, 8, 10]
+    assert batch.target.tolist() == [20, 22, 30, 31, 41, 42, 51]
+    assert batch.step.tolist() == [0, 1, 0, 0, 0, 1, 0]
+    assert batch.completion_of.tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert batch.lengths.tolist() == [2, 2, 2, 1]
+    assert batch.preference.tolist() == [0.5, 1.0]
+    assert batch.margin.tolist() == [0.25, -1.0]
+    rows = ["1", "11", "111", "1111", "11111", "11...1", "11...11"]
+    rows += [".......1", ".......11", ".......111", "..........1", "..........11"]
+    assert ["".join(".1"[x] for x in row) for row in token_mask(batch).tolist()] == [
+        row.ljust(12, ".") for row in rows
+    ]
+    assert batch.cu_seq_q.tolist() == [0, 2, 5, 7, 10, 12]
+    assert batch.cu_seq_k.tolist() == [0, 2, 7, 11, 14, 16]
+    assert batch.kv_index.tolist() == [0, 1] + [0, 1, 2, 3, 4] + [0, 1, 5, 6] + [7, 8, 9] + [10, 11]
+    padded = pad_rows([SHARED, APART])
+    flat = padded.input_ids.flatten()
+    assert flat[padded.pred_pos + 1].tolist() == padded.target.tolist() == batch.target.tolist()
+    assert padded.step.tolist() == batch.step.tolist()
+
+
+def test_mismatched_answers_stand_last_and_are_marked() -> None:
+    sample = Sample([10], [[20, 21]], 3, grades=[1.0], mismatched=[[30, 31, 32]])
+    other = Sample([11], [[30, 31, 32]], 4, grades=[0.0], mismatched=[[20, 21]])
+    for batch in (pack([sample, other]), pad_rows([sample, other])):
+        assert batch.mismatched.tolist() == [False, True, False, True]
+        assert batch.grade.tolist() == [1.0, 0.0, 0.0, 0.0]
+        assert batch.sample_of.tolist() == [0, 0, 1, 1]
+        assert batch.target.tolist() == [20, 21, 30, 31, 32, 30, 31, 32, 20, 21]
+        assert batch.num_own == 2
+
+
+@pytest.mark.parametrize("layout", [pack, pad_rows])
+def test_an_unpredictable_token_is_refused(layout) -> None:
+    with pytest.raises(ValueError, match=r"row 6.*nothing predicts the first token"):
+        layout([SHARED, APART._replace(steps=[[0, 0, 1], [-1, 0]])])
+    with pytest.raises(ValueError, match=r"row 5.*without scored tokens"):
+        layout([SHARED._replace(steps=[[-1, -1, -1], [0, 0]])])
+
+
+def test_a_list_costs_its_prompt_once() -> None:
+    """P + the sum of C tokens go through the model, for lists of 1 + m answers, m from 1 to 7."""
+    samples = [Sample([1] * 50, [[2] * (3 + k) for k in range(1 + m)]) for m in range(1, 8)]
+    tokens = sum(len(s.prompt) + sum(map(len, s.completions)) for s in samples)
+    assert pack(samples).input_ids.shape == (1, tokens)
+    assert int(pad_rows(samples).attention_mask.sum()) == tokens + 50 * sum(range(1, 8))

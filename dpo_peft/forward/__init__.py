@@ -5,7 +5,7 @@ Nothing here knows dataset formats, losses or configs.
 
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .probe import ForwardPlan, plan_forward
-from .score import Scores, completion_logps, sequence_logps
+from .score import Scores, completion_logps, sequence_logps, sum_by_completion
 
 __all__ = [
     "ForwardPlan",
@@ -17,4 +17,5 @@ __all__ = [
     "pad_rows",
     "plan_forward",
     "sequence_logps",
+    "sum_by_completion",
 ]

@@ -10,7 +10,8 @@ Position ids restart after the prompt for each completion. `visible` is the only
 
 In both layouts log-probs need no label shifting: `pred_pos` holds the flat positions whose hidden states predict,
 `target` the predicted tokens and `completion_of` whose tokens they are. The prompt's last position stands once per
-completion in `pred_pos`.
+completion in `pred_pos`. Tokens of a completion that the model did not write (another speaker's turn in a trajectory)
+are read but not predicted. Two trajectories that share no beginning are completions of an empty prompt.
 
 Shape suffixes: R rows, L row length, T = R * L flat positions, S segments (a prompt or a completion), E samples,
 B longest sample in tokens, C completions, N predicted tokens.
@@ -26,11 +27,19 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """One prompt with K >= 1 completions, as token ids. `row` is the dataset row that it came from."""
+    """One prompt with K >= 1 completions, as token ids, and what is known about them.
+
+    The prompt may be empty only where `steps` leaves the first token of every completion unscored.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
-    row: int = -1
+    row: int = -1  # the dataset row that it came from
+    steps: Sequence[Sequence[int]] | None = None  # step of each completion token, -1 where it isn't scored
+    grades: Sequence[float] | None = None  # one per completion, higher is better
+    preference: float | None = None  # probability that the first completion is the better one
+    margin: float | None = None  # by how much its reward should be ahead
+    mismatched: Sequence[Sequence[int]] = ()  # answers to other prompts, laid out as further completions
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,13 @@ class PackedBatch:
     completion_of: Tensor  # (N,) index of the completion, 0..C-1
     sample_of: Tensor  # (C,) index of the sample that a completion belongs to, 0..E-1
     rows: Tensor  # (E,) dataset row of each sample
+    lengths: Tensor  # (C,) predicted tokens of each completion
+    # Labels, where the data have them.
+    step: Tensor | None = None  # (N,) step of a trajectory that a token belongs to
+    grade: Tensor | None = None  # (C,) float64, higher is better; 0 for mismatched answers
+    preference: Tensor | None = None  # (E,) float64, probability that the first completion is the better one
+    margin: Tensor | None = None  # (E,) float64, in rewards
+    mismatched: Tensor | None = None  # (C,) bool, True for an answer to another prompt
     attention_mask: Tensor | None = None  # (R, L) 1 for tokens, 0 for padding; None when prompts are shared
     # The rest exists only when prompts are shared.
     segment: Tensor | None = None  # (T,) segment of each token
@@ -54,6 +70,7 @@ class PackedBatch:
     cu_seq_k: Tensor | None = None  # (S + 1,) int32 bounds of the segments in kv_index
     max_q: int = 0  # longest segment
     max_k: int = 0  # longest [prompt; own tokens]
+    num_own: int = 0  # completions that are no mismatched answers
 
     @property
     def shared(self) -> bool:
@@ -99,19 +116,34 @@ def _check(samples: Sequence[Sample]) -> None:
     if not samples:
         raise ValueError("A batch needs at least one sample.")
     for i, sample in enumerate(samples):
-        if not len(sample.prompt) or not len(sample.completions) or not all(map(len, sample.completions)):
+        if not len(sample.completions) or not all(map(len, [*sample.completions, *sample.mismatched])):
             raise ValueError(
-                f"Sample {i} of the batch (row {sample.row}) has an empty prompt or completion, or no completion: "
-                "nothing can predict or be predicted there. Give the prompt at least one token, such as BOS, and drop "
-                "the empty completion."
+                f"Sample {i} of the batch (row {sample.row}) has an empty completion or none: nothing can be "
+                "predicted there. Drop the row."
             )
+        if not len(sample.prompt) and (sample.steps is None or any(steps[0] >= 0 for steps in sample.steps)):
+            raise ValueError(
+                f"Sample {i} of the batch (row {sample.row}) has an empty prompt: nothing predicts the first token. "
+                "Give the prompt at least one token, such as BOS."
+            )
+        if sample.steps is not None and not all(max(steps) >= 0 for steps in sample.steps):
+            raise ValueError(f"Sample {i} of the batch (row {sample.row}) has a completion without scored tokens.")
+
+
+def _scored(sample: Sample) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each completion, mismatched ones last: its ids, and the places in it that are predicted."""
+    ids = [np.asarray(c) for c in (*sample.completions, *sample.mismatched)]
+    if sample.steps is None:
+        return [(c, np.arange(len(c))) for c in ids]
+    own = [(c, np.flatnonzero(np.asarray(steps) >= 0)) for c, steps in zip(ids, sample.steps, strict=False)]
+    return own + [(c, np.arange(len(c))) for c in ids[len(own) :]]
 
 
 def pack(samples: Sequence[Sample]) -> PackedBatch:
     """Lay samples out in one row, each prompt once (see the head of this file).
 
     Raises:
-        ValueError: no samples, or a sample with an empty prompt or completion.
+        ValueError: no samples, or a sample in which nothing can predict or be predicted.
     """
     _check(samples)
     ids: list[np.ndarray] = []
@@ -119,44 +151,41 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     kv_index: list[np.ndarray] = []
     seg_len: list[int] = []
     seg_context: list[int] = []
-    pred_pos, target, sample_of, sample_bounds = [], [], [], [0]
-    start = 0
-    for i, (prompt, completions, _) in enumerate(samples):
-        p = len(prompt)
+    pred_pos, target, sample_bounds = [], [], [0]
+    end = 0
+    for sample in samples:
+        p = len(sample.prompt)
+        prompt_range = np.arange(end, end + p)
         prompt_segment = len(seg_len)
-        prompt_range = np.arange(start, start + p)
-        ids.append(np.asarray(prompt))
-        positions.append(np.arange(p))
-        seg_len.append(p)
-        seg_context.append(prompt_segment)
-        kv_index.append(prompt_range)
-        end = start + p
-        for completion in completions:
+        if p:
+            ids.append(np.asarray(sample.prompt))
+            positions.append(np.arange(p))
+            kv_index.append(prompt_range)
+            seg_len.append(p)
+            seg_context.append(prompt_segment)
+        end += p
+        for completion, scored in _scored(sample):
             c = len(completion)
             own = np.arange(end, end + c)
-            ids.append(np.asarray(completion))
+            ids.append(completion)
             positions.append(np.arange(p, p + c))
-            seg_len.append(c)
-            seg_context.append(prompt_segment)
             kv_index += [prompt_range, own]
-            pred_pos.append(np.concatenate([prompt_range[-1:], own[:-1]]))
-            target.append(np.asarray(completion))
-            sample_of.append(i)
+            seg_context.append(prompt_segment if p else len(seg_len))
+            seg_len.append(c)
+            pred_pos.append(np.concatenate([prompt_range[-1:] if p else [-1], own[:-1]])[scored])
+            target.append(completion[scored])
             end += c
-        start = end
         sample_bounds.append(end)
     lengths = np.asarray(seg_len)
     contexts = np.asarray(seg_context)
-    is_prompt = contexts == np.arange(len(lengths))
-    key_lengths = np.where(is_prompt, lengths, lengths + lengths[contexts])
+    alone = contexts == np.arange(len(lengths))
+    key_lengths = np.where(alone, lengths, lengths + lengths[contexts])
     return PackedBatch(
         input_ids=_long(np.concatenate(ids))[None],
         position_ids=_long(np.concatenate(positions))[None],
         pred_pos=_long(np.concatenate(pred_pos)),
         target=_long(np.concatenate(target)),
-        completion_of=_long(np.repeat(np.arange(len(sample_of)), lengths[~is_prompt])),
-        sample_of=_long(np.asarray(sample_of)),
-        rows=_long(np.asarray([s.row for s in samples])),
+        **_labels(samples, target),
         segment=_long(np.repeat(np.arange(len(lengths)), lengths)),
         context=_long(np.repeat(contexts, lengths)),
         sample_index=_long(_ragged_ranges(np.asarray(sample_bounds))),
@@ -172,31 +201,60 @@ def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
     """Lay samples out as one right-padded row per completion, prompt + completion in each.
 
     Raises:
-        ValueError: no samples, or a sample with an empty prompt or completion.
+        ValueError: no samples, or a sample in which nothing can predict or be predicted.
     """
     _check(samples)
-    pairs = [(i, s.prompt, c) for i, s in enumerate(samples) for c in s.completions]
-    length = max(len(p) + len(c) for _, p, c in pairs)
-    input_ids = np.full((len(pairs), length), pad_token_id)
-    attention_mask = np.zeros((len(pairs), length), dtype=np.int64)
+    rows = [(np.asarray(s.prompt), completion, scored) for s in samples for completion, scored in _scored(s)]
+    length = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
+    input_ids = np.full((len(rows), length), pad_token_id)
+    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
     pred_pos, target = [], []
-    for r, (_, prompt, completion) in enumerate(pairs):
+    for r, (prompt, completion, scored) in enumerate(rows):
         p, c = len(prompt), len(completion)
         input_ids[r, :p] = prompt
         input_ids[r, p : p + c] = completion
         attention_mask[r, : p + c] = 1
-        pred_pos.append(r * length + np.arange(p - 1, p + c - 1))
-        target.append(np.asarray(completion))
+        pred_pos.append(r * length + p - 1 + scored)
+        target.append(completion[scored])
     return PackedBatch(
         input_ids=_long(input_ids),
-        position_ids=_long(np.arange(length))[None].expand(len(pairs), length).contiguous(),
+        position_ids=_long(np.arange(length))[None].expand(len(rows), length).contiguous(),
         pred_pos=_long(np.concatenate(pred_pos)),
         target=_long(np.concatenate(target)),
-        completion_of=_long(np.repeat(np.arange(len(pairs)), [len(c) for _, _, c in pairs])),
-        sample_of=_long(np.asarray([i for i, _, _ in pairs])),
-        rows=_long(np.asarray([s.row for s in samples])),
+        **_labels(samples, target),
         attention_mask=_long(attention_mask),
     )
+
+
+def _labels(samples: Sequence[Sample], target: list[np.ndarray]) -> dict[str, Any]:
+    """Whose completion is whose, and what the samples say about them."""
+    own = [len(s.completions) for s in samples]
+    others = [len(s.mismatched) for s in samples]
+    lengths = np.asarray([len(t) for t in target])
+    found: dict[str, Any] = {
+        "completion_of": _long(np.repeat(np.arange(len(target)), lengths)),
+        "sample_of": _long(np.repeat(np.arange(len(samples)), np.add(own, others))),
+        "rows": _long(np.asarray([s.row for s in samples])),
+        "lengths": _long(lengths),
+        "num_own": sum(own),
+    }
+    first = samples[0]
+    if first.steps is not None:
+        steps = [np.asarray(step) for s in samples for step in s.steps or ()]
+        found["step"] = _long(np.concatenate([step[step >= 0] for step in steps]))
+    if first.grades is not None:
+        found["grade"] = _double([g for s, m in zip(samples, others, strict=True) for g in (*s.grades, *[0.0] * m)])  # type: ignore[misc]
+    if first.preference is not None:
+        found["preference"] = _double([s.preference for s in samples])
+    if first.margin is not None:
+        found["margin"] = _double([s.margin for s in samples])
+    if any(others):
+        found["mismatched"] = torch.tensor([i >= k for k, m in zip(own, others, strict=True) for i in range(k + m)])
+    return found
+
+
+def _double(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _long(array: np.ndarray) -> Tensor:

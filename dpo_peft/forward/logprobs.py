@@ -66,7 +66,13 @@ def read_head(model: nn.Module) -> Head:
     return Head(module, 1.0 if scale is None else float(scale), next((c for c in caps if c is not None), None))
 
 
-def token_logps(hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def token_logps(
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    head: Head,
+    chunk_rows: int = CHUNK_ROWS,
+    log_sum_sq_N: Tensor | None = None,
+) -> Tensor:
     """Log-probability of each target token given the hidden state that predicts it (note eq. 49, term by term).
 
     Args:
@@ -74,21 +80,34 @@ def token_logps(hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int
         target_N: (N,) token ids.
         head: from `read_head`.
         chunk_rows: rows of logits that exist at a time.
+        log_sum_sq_N: (N,) float32; if given, filled with the log of the sum over the vocabulary of squared
+            probabilities, without a gradient.
 
     Returns:
         (N,) float32 log-probs in nats, differentiable in the hidden states and in the head where it is trained.
     """
     if head.frozen:
-        return _FrozenHeadLogps.apply(hidden_NH, target_N, head, chunk_rows)
+        return _FrozenHeadLogps.apply(hidden_NH, target_N, head, chunk_rows, log_sum_sq_N)
     chunks = zip(hidden_NH.split(chunk_rows), target_N.split(chunk_rows), strict=True)
+    extra = log_sum_sq_N is not None
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(_module_chunk, h, y, head, use_reentrant=False) for h, y in chunks])
-    return torch.cat([_module_chunk(h, y, head) for h, y in chunks])
+        parts = [checkpoint(_module_chunk, h, y, head, extra, use_reentrant=False) for h, y in chunks]
+    else:
+        parts = [_module_chunk(h, y, head, extra) for h, y in chunks]
+    if log_sum_sq_N is not None:
+        log_sum_sq_N.copy_(torch.cat([log_sum_sq for _, log_sum_sq in parts]))
+    return torch.cat([logps for logps, _ in parts])
 
 
-def _module_chunk(hidden_KH: Tensor, target_K: Tensor, head: Head) -> Tensor:
+def _module_chunk(hidden_KH: Tensor, target_K: Tensor, head: Head, extra: bool) -> tuple[Tensor, Tensor]:
     logits_KV = head.logits(hidden_KH)
-    return logits_KV.gather(1, target_K[:, None])[:, 0] - logits_KV.logsumexp(1)
+    lse_K1 = logits_KV.logsumexp(1, keepdim=True)
+    logps_K = (logits_KV.gather(1, target_K[:, None]) - lse_K1)[:, 0]
+    return logps_K, _log_sum_sq(logits_KV.detach(), lse_K1.detach()) if extra else logps_K.detach()
+
+
+def _log_sum_sq(logits_KV: Tensor, lse_K1: Tensor) -> Tensor:
+    return (2 * logits_KV).logsumexp(1) - 2 * lse_K1[:, 0]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -99,7 +118,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
     """See the head of this file. Works in the dtype that a linear layer would use here, sums in float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, target_N: Tensor, head: Head, chunk_rows: int, log_sum_sq_N: Tensor | None
+    ) -> Tensor:
         linear = cast(nn.Linear, head.module)
         weight_VH: Tensor = linear.weight
         bias_V = linear.bias
@@ -120,6 +141,8 @@ class _FrozenHeadLogps(torch.autograd.Function):
                 target_K1 = target_N[rows, None]
                 lse_K1 = logits_KV.logsumexp(1, keepdim=True)
                 logps_N[rows] = (logits_KV.gather(1, target_K1) - lse_K1)[:, 0]
+                if log_sum_sq_N is not None:
+                    log_sum_sq_N[rows] = _log_sum_sq(logits_KV, lse_K1)
                 if grad_NH is not None:
                     grad_NH[rows] = _grad_to_hidden(logits_KV, lse_K1, target_K1, head, weight_VH).to(grad_NH.dtype)
         ctx.save_for_backward(grad_NH)
@@ -127,9 +150,9 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NH,) = ctx.saved_tensors
-        return (grad_NH * grad_outputs[0][:, None]).to(grad_NH.dtype), None, None, None
+        return (grad_NH * grad_outputs[0][:, None]).to(grad_NH.dtype), None, None, None, None
 
 
 def _grad_to_hidden(logits_KV: Tensor, lse_K1: Tensor, target_K1: Tensor, head: Head, weight_VH: Tensor) -> Tensor:

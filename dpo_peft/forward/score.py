@@ -20,8 +20,9 @@ from .logprobs import CHUNK_ROWS, read_head, token_logps
 class Scores:
     """What one forward pass over a batch gives, in nats."""
 
-    token_logps_N: Tensor  # log-prob of every completion token, float32
+    token_logps_N: Tensor  # log-prob of every predicted token, float32
     logps_C: Tensor  # their sum per completion (note eq. 49), float64
+    log_sum_sq_N: Tensor | None = None  # log of the sum over the vocabulary of squared probabilities, float32
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -42,7 +43,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def completion_logps(
-    model: nn.Module, batch: PackedBatch, backend: str | AttentionPlan = "dense", chunk_rows: int = CHUNK_ROWS
+    model: nn.Module,
+    batch: PackedBatch,
+    backend: str | AttentionPlan = "dense",
+    chunk_rows: int = CHUNK_ROWS,
+    log_sum_sq: bool = False,
 ) -> Scores:
     """Log-probs of every completion of a batch under `model`, in whatever state its adapter is.
 
@@ -52,6 +57,7 @@ def completion_logps(
         batch: from `pack` or `pad_rows`, on the model's device.
         backend: attention backend of a shared batch, "dense" or "varlen" (or a plan already made for this batch).
         chunk_rows: rows of logits that exist at a time.
+        log_sum_sq: whether to fill `Scores.log_sum_sq_N`, which WPO's weights read.
 
     Raises:
         CannotShareError: the model's attention can't read a shared batch.
@@ -59,11 +65,18 @@ def completion_logps(
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
     hidden_NH = _hidden_states(causal_lm, batch, backend).flatten(0, 1).index_select(0, batch.pred_pos)
-    token_logps_N = token_logps(hidden_NH, batch.target, head, chunk_rows)
-    # Summed in float64: float32 loses 1e-4 nats over 60 tokens, and on a GPU another amount each time.
-    zeros_C = token_logps_N.new_zeros(batch.num_completions, dtype=torch.float64)
-    logps_C = zeros_C.index_add(0, batch.completion_of, token_logps_N.double())
-    return Scores(token_logps_N, logps_C)
+    log_sum_sq_N = torch.empty_like(batch.target, dtype=torch.float32) if log_sum_sq else None
+    token_logps_N = token_logps(hidden_NH, batch.target, head, chunk_rows, log_sum_sq_N)
+    return Scores(token_logps_N, sum_by_completion(token_logps_N, batch), log_sum_sq_N)
+
+
+def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
+    """(N,) values of predicted tokens to their (C,) float64 sums.
+
+    float32 loses 1e-4 nats over 60 tokens, and on a GPU another amount each time.
+    """
+    zeros_C = x_N.new_zeros(batch.num_completions, dtype=torch.float64)
+    return zeros_C.index_add(0, batch.completion_of, x_N.double())
 
 
 def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: str | AttentionPlan) -> Tensor:
