@@ -1,12 +1,19 @@
-"""Losses of pairs: one chosen and one rejected completion of the same prompt.
+"""Losses of pairs that look at the difference of the two rewards: one chosen, one rejected completion.
 
-Shape suffix: B pairs. All log-probs are sums over completion tokens, in nats.
+A score is log pi(y|x) - log pi_ref(y|x), in nats, weighted, shaped and clipped by `scores.py` where the run asks it.
+The example of most docstrings is the note's 3.1: scores 2 and -1, beta 0.1, so h = 0.1 * (2 + 1) = 0.3.
+
+Shape suffix: B pairs. Every loss returns (B,), in the dtype of its inputs.
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import OptionError
+from .scores import shape_scores
 
 
 class PairLoss(NamedTuple):
@@ -17,6 +24,191 @@ class PairLoss(NamedTuple):
     rejected_rewards_B: Tensor  # the same of the rejected completion, detached
 
 
+def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(h) - e log sigmoid(-h): the label is wrong with probability e.
+
+    Raises:
+        OptionError: e outside [0, 0.5].
+    """
+    if not 0 <= label_smoothing <= 0.5:
+        raise OptionError(f"label_smoothing={label_smoothing!r} must lie in [0, 0.5]: the chance of a wrong label.")
+    if label_smoothing == 0:
+        return -F.logsigmoid(h)
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def sigmoid_loss(
+    chosen_scores_B: Tensor,
+    rejected_scores_B: Tensor,
+    margin_B: Tensor | float = 0.0,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """DPO: -log sigmoid(h), h = beta * (chosen - rejected) - margin.
+
+    By hand (scores 2 and -1, beta 0.1): h = 0.3, log(1 + exp(-0.3)) = 0.5544. With margin 0.1, h = 0.2: 0.5981. With
+    label_smoothing 0.1 (conservative DPO): 0.9 * 0.5544 + 0.1 * 0.8544 = 0.5844.
+
+    Args:
+        chosen_scores_B: (B,).
+        rejected_scores_B: (B,).
+        margin_B: (B,) or a number: by how much the chosen reward should be the larger, in rewards.
+        beta: strength of the tie to the reference.
+        label_smoothing: probability that a label is wrong, in [0, 0.5].
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (note eqs. 8, 9, 11); smoothing: Mitchell 2023, cDPO;
+    margin: Amini et al. 2024, ODPO, arXiv:2402.10571.
+    """
+    return smoothed_logistic(beta * (chosen_scores_B - rejected_scores_B) - margin_B, label_smoothing)
+
+
+def trajectory_loss(
+    chosen_scores_B: Tensor, rejected_scores_B: Tensor, margin_B: Tensor | float = 0.0, *, beta: float = 0.1
+) -> Tensor:
+    """Advantage DPO: -log sigmoid(h) of discounted scores, each the sum over steps of gamma^t * log-ratio.
+
+    The caller discounts (`scores.discounts`). By hand: gamma 0.5, log-ratios 1 and 2 of the chosen trajectory's two
+    steps make 1 + 0.5 * 2 = 2, one step of -1 makes -1; beta 0.1: log(1 + exp(-0.3)) = 0.5544.
+
+    Args:
+        chosen_scores_B: (B,) discounted.
+        rejected_scores_B: (B,) discounted; number of steps and start state may differ from the chosen one's.
+        margin_B: (B,) or a number, in rewards.
+        beta: strength of the tie to the reference.
+
+    Source: note eqs. 31, 46, 47 (48 is one step); Hejna et al. 2023, Contrastive Preference Learning,
+    arXiv:2310.13639, has the same form.
+    """
+    return sigmoid_loss(chosen_scores_B, rejected_scores_B, margin_B, beta=beta)
+
+
+def hinge_loss(
+    chosen_scores_B: Tensor, rejected_scores_B: Tensor, margin_B: Tensor | float = 0.0, *, beta: float = 0.1
+) -> Tensor:
+    """max(0, 1 - h): no gradient once the rewards are 1 (plus the margin) apart.
+
+    By hand: 1 - 0.3 = 0.7.
+
+    Source: Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; on log-ratios: Liu et al. 2023, RSO, arXiv:2309.06657.
+    """
+    return torch.relu(1 - (beta * (chosen_scores_B - rejected_scores_B) - margin_B))
+
+
+def ipo_loss(
+    chosen_scores_B: Tensor,
+    rejected_scores_B: Tensor,
+    chosen_lengths_B: Tensor,
+    rejected_lengths_B: Tensor,
+    *,
+    beta: float = 0.1,
+    ipo_length_normalize: bool = False,
+) -> Tensor:
+    """IPO: (chosen - rejected - 1 / (2 beta))^2.
+
+    The default takes scores as sums over tokens, as paper and note print it. `ipo_length_normalize` divides each score
+    by its number of tokens first: the target then is a difference per token, which long completions reach at the price
+    of a far larger distance from the reference.
+
+    By hand: (3 - 5)^2 = 4.0. Normalised, with 4 and 2 tokens: (2 / 4 + 1 / 2 - 5)^2 = 16.0.
+
+    Source: Azar et al. 2023, arXiv:2310.12036, eq. 17 (note eq. 50).
+    """
+    if ipo_length_normalize:
+        chosen_scores_B = chosen_scores_B / chosen_lengths_B
+        rejected_scores_B = rejected_scores_B / rejected_lengths_B
+    return (chosen_scores_B - rejected_scores_B - 1 / (2 * beta)) ** 2
+
+
+def exo_pair_loss(
+    chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: float = 0.1, label_smoothing: float = 1e-3
+) -> Tensor:
+    """EXO: KL(q || p) of q = (sigmoid(h), sigmoid(-h)) from the labels p = (1 - e, e).
+
+    By hand (h = 0.3, label_smoothing 0.1): q = 0.5744, 0.4256; 0.5744 * (log 0.5744 - log 0.9) +
+    0.4256 * (log 0.4256 - log 0.1) = -0.2579 + 0.6163 = 0.3584.
+
+    Raises:
+        OptionError: label_smoothing outside (0, 0.5). At 0 the loss is infinite.
+
+    Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
+    """
+    if not 0 < label_smoothing < 0.5:
+        raise OptionError(
+            f"label_smoothing={label_smoothing!r}: exo_pair needs a value in (0, 0.5), such as 0.001; "
+            "at 0 its loss is infinite."
+        )
+    h_B = beta * (chosen_scores_B - rejected_scores_B)
+    smoothing = h_B.new_tensor(label_smoothing)
+    log_q_B, log_not_q_B = F.logsigmoid(h_B), F.logsigmoid(-h_B)
+    chosen_B = log_q_B.exp() * (log_q_B - torch.log1p(-smoothing))
+    return chosen_B + log_not_q_B.exp() * (log_not_q_B - smoothing.log())
+
+
+def robust_loss(
+    chosen_scores_B: Tensor,
+    rejected_scores_B: Tensor,
+    margin_B: Tensor | float = 0.0,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Robust DPO: unbiased under labels that are flipped with probability e.
+
+        (-(1 - e) log sigmoid(h) + e log sigmoid(-h)) / (1 - 2 e)
+
+    By hand (label_smoothing 0.1): (0.9 * 0.5544 - 0.1 * 0.8544) / 0.8 = 0.5169.
+
+    Raises:
+        OptionError: label_smoothing outside [0, 0.5).
+
+    Source: Chowdhury et al. 2024, arXiv:2403.00409.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise OptionError(f"label_smoothing={label_smoothing!r}: robust needs a value in [0, 0.5).")
+    h_B = beta * (chosen_scores_B - rejected_scores_B) - margin_B
+    straight_B = -(1 - label_smoothing) * F.logsigmoid(h_B)
+    return (straight_B + label_smoothing * F.logsigmoid(-h_B)) / (1 - 2 * label_smoothing)
+
+
+def discopop_loss(
+    chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: float = 0.1, discopop_tau: float = 0.05
+) -> Tensor:
+    """DiscoPOP: a blend of the logistic and the exponential loss, w = sigmoid(h / tau).
+
+        (1 - w) * -log sigmoid(h) + w * exp(-h)
+
+    By hand (h = 0.3, discopop_tau 0.3): w = 0.7311; 0.2689 * 0.5544 + 0.7311 * 0.7408 = 0.6907.
+
+    w * exp(-h) is formed as one exponential: apart, they become 0 * inf at a large negative h.
+
+    Source: Lu et al. 2024, arXiv:2406.08414, eq. 5.
+    """
+    h_B = beta * (chosen_scores_B - rejected_scores_B)
+    logistic_B = -F.logsigmoid(h_B) * torch.sigmoid(-h_B / discopop_tau)
+    return logistic_B + torch.exp(F.logsigmoid(h_B / discopop_tau) - h_B)
+
+
+def sigmoid_norm_loss(
+    chosen_scores_B: Tensor,
+    rejected_scores_B: Tensor,
+    chosen_lengths_B: Tensor,
+    rejected_lengths_B: Tensor,
+    margin_B: Tensor | float = 0.0,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """DPO on scores per token: -log sigmoid(beta * (chosen / |y_w| - rejected / |y_l|) - margin).
+
+    By hand (4 and 2 tokens): 0.1 * (2 / 4 + 1 / 2) = 0.1, log(1 + exp(-0.1)) = 0.6444.
+
+    Source: Lambert et al. 2024, Tulu 3, arXiv:2411.15124, its length-normalized DPO.
+    """
+    return sigmoid_loss(
+        chosen_scores_B / chosen_lengths_B, rejected_scores_B / rejected_lengths_B, margin_B, beta=beta
+    )
+
+
 def dpo_loss(
     chosen_logps_B: Tensor,
     rejected_logps_B: Tensor,
@@ -25,7 +217,7 @@ def dpo_loss(
     beta: float = 0.1,
     reward_clip: float | None = None,
 ) -> PairLoss:
-    """The DPO loss, -log sigmoid of the difference of implicit rewards.
+    """The DPO loss from four log-probs, -log sigmoid of the difference of implicit rewards.
 
         r(x, y) = beta * (log pi(y|x) - log pi_ref(y|x))        loss = -log sigmoid(r(x, y_w) - r(x, y_l))
 
@@ -47,10 +239,10 @@ def dpo_loss(
 
     Source: Rafailov et al. 2023, eq. 7 (note eqs. 8, 9, 11, listing 2).
     """
-    chosen_rewards_B = beta * (chosen_logps_B - ref_chosen_logps_B)
-    rejected_rewards_B = beta * (rejected_logps_B - ref_rejected_logps_B)
-    chosen_B, rejected_B = chosen_rewards_B, rejected_rewards_B
-    if reward_clip is not None:
-        chosen_B = chosen_B.clamp(-reward_clip, reward_clip)
-        rejected_B = rejected_B.clamp(-reward_clip, reward_clip)
-    return PairLoss(-F.logsigmoid(chosen_B - rejected_B), chosen_rewards_B.detach(), rejected_rewards_B.detach())
+    chosen_B, rejected_B = chosen_logps_B - ref_chosen_logps_B, rejected_logps_B - ref_rejected_logps_B
+    losses_B = sigmoid_loss(
+        shape_scores(chosen_B, beta, reward_clip=reward_clip),
+        shape_scores(rejected_B, beta, reward_clip=reward_clip),
+        beta=beta,
+    )
+    return PairLoss(losses_B, beta * chosen_B.detach(), beta * rejected_B.detach())

@@ -1,0 +1,106 @@
+"""Losses of pairs that need no reference at all.
+
+Log-probs are sums over completion tokens, in nats. `mean_chosen_length` is the mean number of chosen tokens per pair
+over the whole optimizer batch: the mean over pairs of chosen_nll / mean_chosen_length then is the mean over tokens,
+whatever the split into micro-batches.
+
+Shape suffix: B pairs. Every loss returns (B,), in the dtype of its inputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pairwise import smoothed_logistic
+
+
+def sft_loss(chosen_nll_B: Tensor, mean_chosen_length: Tensor | float) -> Tensor:
+    """Cross-entropy per token of the chosen completions. The rejected ones aren't read.
+
+    By hand: nats 6 and 2 over 3 and 1 tokens, so 2 tokens a pair: 3.0 and 1.0, whose mean is 8 nats / 4 tokens.
+
+    Args:
+        chosen_nll_B: (B,) -log pi of the chosen completions, unweighted.
+        mean_chosen_length: 0-dim, tokens.
+
+    Source: plain maximum likelihood (the SFT term of note eq. 53).
+    """
+    return chosen_nll_B / mean_chosen_length
+
+
+def simpo_loss(
+    chosen_logps_B: Tensor,
+    rejected_logps_B: Tensor,
+    chosen_lengths_B: Tensor,
+    rejected_lengths_B: Tensor,
+    margin_B: Tensor | float = 0.0,
+    *,
+    beta: float = 2.0,
+    simpo_gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """SimPO: -log sigmoid(beta * (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma).
+
+    By hand: log-probs -10 and -15 over 5 tokens each, beta 2, simpo_gamma 1: 2 * (-2 + 3) - 1 = 1,
+    log(1 + exp(-1)) = 0.3133.
+
+    `margin_B` is taken off beside gamma, in the same unit.
+
+    Source: Meng et al. 2024, arXiv:2405.14734, eq. 6 (note eq. 52).
+    """
+    means_B = chosen_logps_B / chosen_lengths_B - rejected_logps_B / rejected_lengths_B
+    return smoothed_logistic(beta * means_B - simpo_gamma - margin_B, label_smoothing)
+
+
+def log_odds(mean_logps_B: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(mean_logps), finite up to p = 1: 1 - p counts as at least the dtype's epsilon."""
+    below_one_B = mean_logps_B.clamp(max=-torch.finfo(mean_logps_B.dtype).eps)
+    return below_one_B - torch.log(-torch.expm1(below_one_B))
+
+
+def orpo_loss(
+    chosen_logps_B: Tensor,
+    rejected_logps_B: Tensor,
+    chosen_lengths_B: Tensor,
+    rejected_lengths_B: Tensor,
+    chosen_nll_B: Tensor,
+    mean_chosen_length: Tensor | float,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """ORPO: cross-entropy per token of the chosen completion - beta * log sigmoid(log(odds(y_w) / odds(y_l))).
+
+    odds = p / (1 - p) with p = exp(log pi(y) / |y|), the geometric mean of the token probabilities. beta is the note's
+    lambda. The cross-entropy is that of the completion, not of prompt and completion.
+
+    By hand (beta 0.1): two chosen tokens of probability 0.5 each, one rejected token of probability 0.2. The odds are
+    1 and 0.25, their ratio 4, -log(4 / 5) = 0.2231; 2 * 0.6931 nats over 2 tokens: 0.6931 + 0.1 * 0.2231 = 0.7155.
+
+    Source: Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7 (note eq. 53).
+    """
+    ratio_B = log_odds(chosen_logps_B / chosen_lengths_B) - log_odds(rejected_logps_B / rejected_lengths_B)
+    return sft_loss(chosen_nll_B, mean_chosen_length) - beta * F.logsigmoid(ratio_B)
+
+
+def cpo_loss(
+    chosen_logps_B: Tensor,
+    rejected_logps_B: Tensor,
+    chosen_nll_B: Tensor,
+    mean_chosen_length: Tensor | float,
+    margin_B: Tensor | float = 0.0,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    cpo_alpha: float = 1.0,
+) -> Tensor:
+    """CPO: -log sigmoid(beta * (log pi(y_w) - log pi(y_l))) + alpha * cross-entropy per token of the chosen one.
+
+    DPO with a uniform reference, held by the second term.
+
+    By hand (beta 0.1, cpo_alpha 1): log-probs -10 and -15, 5 chosen tokens: log(1 + exp(-0.5)) + 10 / 5 = 0.4741 + 2 =
+    2.4741.
+
+    Source: Xu et al. 2024, Contrastive Preference Optimization, arXiv:2401.08417, eq. 3.
+    """
+    h_B = beta * (chosen_logps_B - rejected_logps_B) - margin_B
+    return smoothed_logistic(h_B, label_smoothing) + cpo_alpha * sft_loss(chosen_nll_B, mean_chosen_length)

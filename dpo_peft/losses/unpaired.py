@@ -1,0 +1,80 @@
+"""Losses of single completions, each judged good or bad.
+
+A score is log pi(y|x) - log pi_ref(y|x), in nats.
+
+Shape suffixes: C completions, M mismatched answers. Every loss returns (C,), in the dtype of the scores.
+"""
+
+import torch
+from torch import Tensor
+
+
+def reference_point(mismatched_scores_M: Tensor) -> Tensor:
+    """KTO's z_ref: the mean score of answers that belong to other prompts, at least 0; 0-dim, detached, nats.
+
+    It estimates KL(policy || reference) over the whole optimizer batch, which can't be negative. Without mismatched
+    answers it is 0.
+
+    By hand: scores 0.5 and 1.5 give 1.0; -2 and 1 give 0.0.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1.
+    """
+    if mismatched_scores_M.numel() == 0:
+        return mismatched_scores_M.new_zeros(())
+    return mismatched_scores_M.detach().mean().clamp(min=0)
+
+
+def kto_loss(
+    scores_C: Tensor,
+    grades_C: Tensor,
+    mismatched_scores_M: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO: w * (1 - sigmoid(beta * (s - z_ref))) for a good answer, w * sigmoid(beta * (s - z_ref)) for a bad one.
+
+    The note's (51) writes beta * r, where its r of (10) already holds beta: as in the paper, beta is applied once, to
+    score and reference point alike.
+
+    By hand (beta 0.1, z_ref 1.0 from mismatched scores 0.5 and 1.5): a good answer of score 2: 1 - sigmoid(0.1) =
+    0.4750; a bad one of score -1: sigmoid(-0.2) = 0.4502.
+
+    Args:
+        scores_C: (C,).
+        grades_C: (C,) 1 good, 0 bad.
+        mismatched_scores_M: (M,) scores of mismatched answers; no gradient flows into them.
+        beta: strength of the tie to the reference.
+        desirable_weight: w of good answers.
+        undesirable_weight: w of bad answers.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 (note eq. 51).
+    """
+    scores_C = scores_C - reference_point(mismatched_scores_M)
+    return _judged(beta * scores_C, grades_C, desirable_weight, undesirable_weight)
+
+
+def apo_zero_unpaired_loss(
+    scores_C: Tensor,
+    grades_C: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """APO-zero of single answers, KTO with z_ref = 0: w * (1 - sigmoid(r)) if good, w * sigmoid(r) if bad.
+
+    By hand (beta 0.1): a good answer of score 2: 1 - sigmoid(0.2) = 0.4502; a bad one of score -1: sigmoid(-0.1) =
+    0.4750.
+
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, one term per answer.
+    """
+    return _judged(beta * scores_C, grades_C, desirable_weight, undesirable_weight)
+
+
+def _judged(rewards_C: Tensor, grades_C: Tensor, desirable_weight: float, undesirable_weight: float) -> Tensor:
+    good_C = grades_C > 0.5
+    return torch.where(
+        good_C, desirable_weight * torch.sigmoid(-rewards_C), undesirable_weight * torch.sigmoid(rewards_C)
+    )
