@@ -21,6 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from .errors import OptionError
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+REWARDS = {  # of an `Objective`, as a reader should see it
+    "log_ratio": "β·log(π/π_ref)",
+    "logp": "β·log π",
+    "mean_logp": "β·log π per token",
+}
 ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
 PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
@@ -42,7 +47,8 @@ class RunSummary:
     Attributes:
         name: the adapter's name: a Hub id, or the name or path of its folder (of a path only the last part is shown).
         base_model: Hub id or local path of the base. A local base is called by its folder's name.
-        beta: β of the loss.
+        beta: β of the loss; None if it has none.
+        reward: the implicit reward whose figures are shown: a key of `REWARDS`.
         objective: what was optimised, as a reader should see it.
         datasets: Hub ids or paths of the training data. Paths are called by their last part.
         eval_dataset: the same for what was evaluated on.
@@ -63,7 +69,8 @@ class RunSummary:
 
     name: str
     base_model: str
-    beta: float
+    beta: float | None
+    reward: str = "log_ratio"
     objective: str = "Direct Preference Optimization (DPO)"
     datasets: Sequence[str] = ()
     eval_dataset: str = "preference pairs"
@@ -143,7 +150,9 @@ def model_card(run: RunSummary) -> ModelCard:
         quantization=quantization_text(run),
         facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
         snippet=snippet(run),
-        beta=cell(run.beta),
+        beta="1" if run.beta is None else cell(run.beta),
+        reward=REWARDS[run.reward],
+        is_reward_model=run.reward == "log_ratio",
         columns=columns,
         figures=figures,
         curves=run.curves,

@@ -17,10 +17,11 @@ from .errors import DataError, NonFiniteError, OptionError, ReferenceMismatchErr
 
 USAGE = """usage: dpo-peft COMMAND [options]
 
-  train   train a LoRA adapter by DPO:  dpo-peft train --config FILE.yaml [--any_option value]
+  train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
 
 dpo-peft train --help lists every option."""
 
+_CONVERTERS = ("sharegpt", "alpaca", "hh", "pandalm", "tulu", "oasst_tree")
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".gz": "json"}
 
 
@@ -38,7 +39,7 @@ class DataArguments:
     dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs max_steps."})
     dataset_format: str | None = field(
         default=None,
-        metadata={"help": "Convert rows first.", "choices": ["sharegpt", "alpaca", "hh", "pandalm"]},
+        metadata={"help": "Convert rows first.", "choices": list(_CONVERTERS)},
     )
 
 
@@ -199,7 +200,17 @@ def _load_rows(name: str, split: str, data: DataArguments) -> Any:
         raise OptionError(f"dataset {name!r} can't be read: {str(error).strip() or type(error).__name__}") from error
     if data.dataset_format is None:
         return rows
+    if data.dataset_format == "oasst_tree":  # one tree holds several ranked lists
+        return rows.map(_split_trees, batched=True, remove_columns=rows.column_names)
     return rows.map(getattr(formats, f"from_{data.dataset_format}"), remove_columns=rows.column_names)
+
+
+def _split_trees(batch: Any) -> dict[str, list[Any]]:
+    from .data import from_oasst_tree
+
+    trees = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    lists = [row for tree in trees for row in from_oasst_tree(tree)]
+    return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
 
 
 def lora_config(model: ModelArguments, args: DPOConfig) -> Any:

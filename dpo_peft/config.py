@@ -14,6 +14,14 @@ from transformers import TrainingArguments
 from .data import TRUNCATION_MODES
 from .errors import OptionError
 from .losses import REGISTRY
+from .objective_options import (
+    DISCOUNT_UNITS,
+    F_DIVERGENCES,
+    OBJECTIVE_OPTIONS,
+    check_loss_type,
+    check_objective_options,
+    resolve_beta,
+)
 
 # Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
 # default they change nothing and are accepted.
@@ -22,13 +30,6 @@ _NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
     "precompute_ref_log_probs": (False, "The reference is computed in the same pass; leave it out."),
     "precompute_ref_batch_size": (None, "The reference is computed in the same pass; leave it out."),
-    "loss_weights": (None, "Only one loss at a time is available yet."),
-    "ld_alpha": (None, "Length-desensitised DPO is not available yet."),
-    "f_divergence_type": ("reverse_kl", "Only the reverse KL (plain DPO) is available yet."),
-    "f_alpha_divergence_coef": (0.5, "Only the reverse KL (plain DPO) is available yet."),
-    "label_smoothing": (0.0, "Robust and conservative DPO are not available yet."),
-    "use_weighting": (False, "WPO weighting is not available yet."),
-    "discopop_tau": (0.05, "The discopop loss is not available yet."),
     "activation_offloading": (False, "Use gradient_checkpointing, which is on by default."),
     "sync_ref_model": (False, "The reference is the base with the adapter off and stays as it is."),
     "ref_model_mixup_alpha": (0.6, "The reference is the base with the adapter off and stays as it is."),
@@ -102,13 +103,52 @@ class DPOConfig(TrainingArguments):
     )
     max_unusable_share: float = field(default=0.5, metadata={"help": "Stop if more than this share would be dropped."})
 
-    # Objective
+    # Objective; docs/objectives.md has an entry for each loss
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"], metadata={"help": "The objective. Available: 'sigmoid'."}
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": f"The objective, or several for a weighted mix. Available: {', '.join(REGISTRY)}."},
     )
-    beta: float = field(default=0.1, metadata={"help": "How strongly the policy is held to the reference."})
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of a mix, one per loss. Default: 1 each."}
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "How strongly the policy is held to the reference. Default: the objective's own (DPO: 0.1)."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of the labels taken to be wrong (cDPO, robust, exo_pair, aot, ...)."}
+    )
     reward_clip: float | None = field(
         default=None, metadata={"help": "Clip implicit rewards to [-reward_clip, reward_clip] inside the loss."}
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference that is regularised.", "choices": list(F_DIVERGENCES)},
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of the alpha divergence."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the tokens by which a completion is longer than its partner (LD-DPO)."},
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weight pairs by how likely the policy is to write them (WPO)."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
+    ipo_length_normalize: bool = field(
+        default=False, metadata={"help": "ipo: log-ratios per token, as TRL has them, instead of their sums."}
+    )
+    simpo_gamma: float = field(default=1.0, metadata={"help": "simpo: target margin of the rewards."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "cpo: weight of its SFT term."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of desirable answers."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of undesirable answers."})
+    discount_gamma: float = field(
+        default=1.0, metadata={"help": "trajectory: step t counts discount_gamma to the power of t."}
+    )
+    discount_unit: str = field(
+        default="turn",
+        metadata={"help": "trajectory: a step is an assistant's 'turn' or 'token'.", "choices": list(DISCOUNT_UNITS)},
     )
 
     # Defaults that differ from TrainingArguments
@@ -141,12 +181,12 @@ class DPOConfig(TrainingArguments):
     def _check_values(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if not isinstance(self.loss_type, list) or len(self.loss_type) != 1 or self.loss_type[0] not in REGISTRY:
-            raise OptionError(f"loss_type={self.loss_type!r} is not available. Use one of {', '.join(REGISTRY)}.")
-        _check_number(self, "beta", above=0)
+        check_loss_type(self.loss_type, self.loss_weights)
+        self.beta = resolve_beta(self.loss_type, self.beta)
+        check_objective_options(self.loss_type, {name: getattr(self, name) for name in OBJECTIVE_OPTIONS})
+        self._check_batch()
         _check_number(self, "learning_rate", minimum=0)
         _check_number(self, "max_unusable_share", minimum=0, maximum=1)
-        _check_number(self, "reward_clip", above=0, optional=True)
         _check_number(self, "max_length", minimum=2, optional=True, whole=True)
         _check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
         _check_choice(self, "truncation_mode", TRUNCATION_MODES)
@@ -161,6 +201,22 @@ class DPOConfig(TrainingArguments):
         for name, (harmless, why) in _NOT_AVAILABLE.items():
             if getattr(self, name, harmless) not in (harmless, None):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not available here. {why}")
+
+    def _check_batch(self) -> None:
+        """What an objective that couples the samples of an optimizer batch needs of it."""
+        names = ", ".join(name for name in self.loss_type if REGISTRY[name].batch_coupled)
+        if not names:
+            return
+        if self.gradient_accumulation_steps > 1 and self.disable_dropout is False:
+            raise OptionError(
+                f"disable_dropout=False with loss_type {names} needs gradient_accumulation_steps=1: this loss couples "
+                "micro-batches through a pass of its own, which would draw other dropout masks."
+            )
+        if self.per_device_train_batch_size * self.gradient_accumulation_steps < 2:
+            raise OptionError(
+                f"loss_type {names} compares the samples of a batch with each other: set per_device_train_batch_size "
+                "or gradient_accumulation_steps to at least 2."
+            )
 
 
 def _check_number(
@@ -188,6 +244,11 @@ def _check_number(
 def _check_choice(config: DPOConfig, name: str, choices: Any) -> None:
     if getattr(config, name) not in choices:
         raise OptionError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def objective_options(config: DPOConfig) -> dict[str, Any]:
+    """The options that losses read, by name."""
+    return {name: getattr(config, name) for name in ("beta", *OBJECTIVE_OPTIONS)}
 
 
 def check_option_names(given: dict[str, Any], known: set[str] | None = None) -> dict[str, Any]:

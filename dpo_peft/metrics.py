@@ -1,9 +1,9 @@
-"""What a training run reports about its pairs, under TRL's names, and how it adds up over micro-batches.
+"""What a training run reports about its completions, under TRL's names, and how it adds up over micro-batches.
 
 Every metric is a sum and a count kept on the device; they meet the host once, when they are logged. So a mean is over
 pairs (or tokens), whatever the split into micro-batches.
 
-Shape suffixes: B pairs, N completion tokens, C completions.
+Shape suffixes: N predicted tokens, C completions; CC compares the completion of the row with that of the column.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import PairLoss
+from .forward import PackedBatch, Scores
+from .objective import Scored
 
 
 class Mean(NamedTuple):
@@ -21,47 +22,81 @@ class Mean(NamedTuple):
     number: Tensor
 
 
-def pair_metrics(
-    loss: PairLoss,
-    logps_C: Tensor,
-    token_logps_N: Tensor,
-    ref_token_logps_N: Tensor,
-    completion_of_N: Tensor,
+def preference_metrics(
+    data: str, scored: Scored, rewards_C: Tensor, policy: Scores, ref: Scores | None, batch: PackedBatch
 ) -> dict[str, Mean]:
-    """The metrics of one batch of pairs, chosen at even and rejected at odd completions.
+    """The metrics of one batch. "Better" and "worse" are two completions whose order is known: those of a pair (unless
+    it ties), any two of a list that are ranked apart, any desirable and any undesirable answer of the batch.
 
-    - `rewards/chosen`, `rewards/rejected`, `rewards/margins`: implicit rewards beta * log(policy / reference), nats.
-    - `rewards/accuracies`: share of pairs whose chosen reward is the larger; a tie counts as half.
+    - `rewards/chosen`, `rewards/rejected`: implicit rewards, nats times beta, of the best completions (pairs: chosen;
+      lists: the top; single answers: desirable) and of the rest.
+    - `rewards/margins`: reward of the better minus that of the worse completion.
+    - `rewards/accuracies`: share of (better, worse) whose rewards are in that order; equal ones count as half.
     - `accuracies/length_only`: the same for "the longer completion is the better one". Beside accuracy, it tells how
       much of it length alone explains.
     - `logps/chosen`, `logps/rejected`: log-probs of whole completions under the policy, nats.
-    - `sample_weight`: 1 - sigmoid(margin), the weight of a pair in the gradient (note eq. 12).
-    - `kl`: estimate of the policy's distance from the reference (note eq. 20), nats per completion: the sum over
-      tokens of r - 1 - log r with r = policy / reference (Schulman's k3). It is KL(reference || policy) if the
+    - `sample_weight` (pairs, trajectories): 1 - sigmoid(margin), the weight of a pair in DPO's gradient (note eq. 12).
+    - `kl` (with a reference): estimate of the policy's distance from it (note eq. 20), nats per completion: the sum
+      over tokens of r - 1 - log r with r = policy / reference (Schulman's k3). It is KL(reference || policy) if the
       completions come from the reference, and an indication otherwise.
+    - `z_ref` (with mismatched answers): mean of beta * log(policy / reference) over them, KTO's reference point before
+      its floor at 0.
+
+    Args:
+        data: "pairs", "lists", "singles" or "trajectories".
+        scored: what the losses read.
+        rewards_C: (C,) implicit rewards, detached.
+        policy, ref: the log-probs that `scored` was made from.
+        batch: whose they are.
 
     Returns:
         Name to `Mean`, on the device of the inputs, detached.
     """
     with torch.no_grad():
-        chosen_B, rejected_B = loss.chosen_rewards_B, loss.rejected_rewards_B
-        margins_B = chosen_B - rejected_B
-        ones_N = torch.ones_like(completion_of_N, dtype=logps_C.dtype)
-        lengths_B2 = torch.zeros_like(logps_C).index_add(0, completion_of_N, ones_N).view(-1, 2)
-        logps_B2 = logps_C.detach().view(-1, 2)
-        log_ratio_N = token_logps_N.detach() - ref_token_logps_N
-        kl_N = torch.expm1(log_ratio_N) - log_ratio_N
-        return {
-            "rewards/chosen": mean_of(chosen_B),
-            "rewards/rejected": mean_of(rejected_B),
-            "rewards/margins": mean_of(margins_B),
-            "rewards/accuracies": mean_of(_wins(margins_B)),
-            "accuracies/length_only": mean_of(_wins(lengths_B2[:, 0] - lengths_B2[:, 1])),
-            "logps/chosen": mean_of(logps_B2[:, 0]),
-            "logps/rejected": mean_of(logps_B2[:, 1]),
-            "sample_weight": mean_of(torch.sigmoid(-margins_B)),
-            "kl": Mean(kl_N.sum(), torch.tensor(float(logps_C.shape[0]), device=kl_N.device)),
+        better_CC = _better(data, scored)
+        best_C, rest_C = _best_and_rest(data, scored, better_CC)
+        margins_CC = rewards_C[:, None] - rewards_C
+        logps_C, lengths_C = scored.logps_C, scored.lengths_C
+        metrics = {
+            "rewards/chosen": _mean_where(rewards_C, best_C),
+            "rewards/rejected": _mean_where(rewards_C, rest_C),
+            "rewards/margins": _mean_where(margins_CC, better_CC),
+            "rewards/accuracies": _mean_where(_wins(margins_CC), better_CC),
+            "accuracies/length_only": _mean_where(_wins(lengths_C[:, None] - lengths_C), better_CC),
+            "logps/chosen": _mean_where(logps_C, best_C),
+            "logps/rejected": _mean_where(logps_C, rest_C),
         }
+        if data in ("pairs", "trajectories"):
+            metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_CC), better_CC)
+        if ref is not None:
+            log_ratio_N = policy.token_logps_N - ref.token_logps_N
+            kl_N = torch.expm1(log_ratio_N) - log_ratio_N
+            own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
+            metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
+        if scored.own_C is not None:
+            metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
+        return metrics
+
+
+def _better(data: str, scored: Scored) -> Tensor:
+    """(C, C) True where the row's completion is known to be better than the column's."""
+    grade_C, sample_of_C = scored.grade_C, scored.sample_of_C
+    better_CC = grade_C[:, None] > grade_C
+    if data != "singles":
+        return better_CC & (sample_of_C[:, None] == sample_of_C)
+    return better_CC if scored.own_C is None else better_CC & scored.own_C & scored.own_C[:, None]
+
+
+def _best_and_rest(data: str, scored: Scored, better_CC: Tensor) -> tuple[Tensor, Tensor]:
+    if data == "singles":
+        own_C = torch.ones_like(scored.grade_C, dtype=torch.bool) if scored.own_C is None else scored.own_C
+        return own_C & (scored.grade_C > 0), own_C & (scored.grade_C <= 0)
+    rest_C = better_CC.any(0)
+    return better_CC.any(1) & ~rest_C, rest_C
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Mean:
+    return Mean(torch.where(mask, values, 0.0).sum().double(), mask.sum().double())
 
 
 def mean_of(values: Tensor) -> Mean:
@@ -70,8 +105,8 @@ def mean_of(values: Tensor) -> Mean:
     return Mean(values.sum(), torch.tensor(float(values.shape[0]), device=values.device))
 
 
-def _wins(difference_B: Tensor) -> Tensor:
-    return (difference_B.sign() + 1) / 2
+def _wins(difference: Tensor) -> Tensor:
+    return (difference.sign() + 1) / 2
 
 
 class MetricStore:
@@ -93,4 +128,5 @@ class MetricStore:
         if not sums:
             return {}
         totals, counts = torch.stack([torch.stack(tuple(mean)).double() for mean in sums.values()]).T.tolist()
-        return {name: total / count for name, total, count in zip(sums, totals, counts, strict=True)}
+        # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
+        return {name: total / count for name, total, count in zip(sums, totals, counts, strict=True) if count}

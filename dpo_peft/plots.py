@@ -5,7 +5,7 @@ Left out on purpose: smoothing (a smoothed curve hides the step at which a run b
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", (Curve("loss", "loss", BLUE),), math.log(2), "ln 2, no preference"),
+    Panel("Loss", (Curve("loss", "loss", BLUE),), guide_label="no preference"),
     Panel(
         "Accuracy",
         (
@@ -85,7 +85,9 @@ PANELS = (
 Series = list[tuple[float, float]]  # (step, value)
 
 
-def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> Path:
+def plot_training_curves(
+    log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "", start_loss: float | None = None
+) -> Path:
     """Draw the metrics of a run over its steps and return the path of the PNG.
 
     Args:
@@ -94,11 +96,13 @@ def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | P
             Values that are not finite are left out of the curves.
         path: where the PNG goes; missing folders are made.
         title: a line above the panels.
+        start_loss: the loss of a policy that equals its reference, such as ln 2, drawn as a guide.
 
     Raises:
         OptionError: the history has no metric that any panel shows.
     """
-    found = [(panel, series) for panel in PANELS if (series := panel_series(panel, log_history))]
+    panels = [replace(panel, guide=start_loss) if panel.title == "Loss" else panel for panel in PANELS]
+    found = [(panel, series) for panel in panels if (series := panel_series(panel, log_history))]
     if not found:
         keys = sorted({key for entry in log_history for key in entry})
         raise OptionError(

@@ -9,10 +9,11 @@ from typing import Any
 
 from peft import PeftModel
 
-from .card import Figures, RunSummary, figures_of, framework_versions, save_model_card
+from .card import ADAPTER_OFF, Figures, RunSummary, figures_of, framework_versions, save_model_card
 from .data import DataReport
 from .losses import REGISTRY
 from .modeling import storage_report
+from .objective_options import OBJECTIVE_OPTIONS
 from .plots import plot_training_curves
 
 _SHOWN_OPTIONS = (
@@ -24,7 +25,6 @@ _SHOWN_OPTIONS = (
     "gradient_accumulation_steps",
     "max_length",
     "truncation_mode",
-    "reward_clip",
     "seed",
 )
 
@@ -60,7 +60,7 @@ def save_results(
     (folder / "metrics.json").write_text(json.dumps(_strict(contents), indent=2) + "\n")
     trained = any("loss" in entry for entry in log_history)
     if trained:
-        plot_training_curves(log_history, folder / "curves.png")
+        plot_training_curves(log_history, folder / "curves.png", start_loss=_start_loss(options))
     save_model_card(_summary(folder, model, options, figures, data_reports, has_chat_template, trained), folder)
 
 
@@ -74,15 +74,17 @@ def _summary(
     trained: bool,
 ) -> RunSummary:
     lora = model.peft_config[model.active_adapters[0]]
-    (loss_type,) = options["loss_type"]
-    objective = REGISTRY[loss_type]
+    objectives = [REGISTRY[name] for name in options["loss_type"]]
     shown = {name: options[name] for name in _SHOWN_OPTIONS if options.get(name) is not None}
+    shown |= {name: options[name] for name, default in OBJECTIVE_OPTIONS.items() if options[name] != default}
     quantization = getattr(model.config, "quantization_config", None)
     return RunSummary(
         name=str(options.get("hub_model_id") or folder.resolve().name),
         base_model=lora.base_model_name_or_path or model.config.model_type,
-        beta=float(options["beta"]),
-        objective=f"DPO (`{loss_type}`: {objective.paper}, eq. {objective.equation})",
+        beta=options["beta"],
+        reward=objectives[0].reward,
+        objective=_named_objective(options),
+        reference=ADAPTER_OFF if any(objective.needs_reference for objective in objectives) else "none is needed",
         quantization=_quantization_options(quantization),
         quantization_report=str(storage_report(model)),
         lora={
@@ -99,6 +101,22 @@ def _summary(
         has_chat_template=has_chat_template,
         **figures,
     )
+
+
+def _start_loss(options: Mapping[str, Any]) -> float | None:
+    """The loss before training, when the policy is its reference: of DPO as such it is known."""
+    plain = options["loss_type"] in (["sigmoid"], ["trajectory"])
+    return math.log(2) if plain else None
+
+
+def _named_objective(options: Mapping[str, Any]) -> str:
+    weights = options["loss_weights"] or [1.0] * len(options["loss_type"])
+    parts = []
+    for name, weight in zip(options["loss_type"], weights, strict=True):
+        entry = REGISTRY[name]
+        share = f"{weight:g} × " if len(weights) > 1 else ""
+        parts.append(f"{share}`{name}` ({entry.paper}, eq. {entry.equation})")
+    return " + ".join(parts)
 
 
 def _quantization_options(quantization: Any) -> dict[str, Any]:

@@ -1,19 +1,21 @@
-"""Open this first: how DPO over LoRA on a frozen base comes together.
+"""Open this first: how preference training over LoRA on a frozen base comes together.
 
 `DPOTrainer` is a `transformers.Trainer`. It prepares the data, builds the PEFT model, lets the model show how its
 batches can be laid out, and then `compute_loss` is the whole method:
 
     score the batch with the adapter off (reference), score it with the adapter on (policy), take the loss.
 
-Constructor, option names, metric names and dataset formats are those of `trl.DPOTrainer`.
+The loss is any of the registry in `losses/`, or a mix. Constructor, option names, metric names and dataset formats are
+those of `trl.DPOTrainer`.
 
-Shape suffixes: B pairs, C completions (chosen at even, rejected at odd indices), N completion tokens.
+Shape suffixes: I items of the loss (pairs, lists or single answers), B pairs, C completions (of a pair: chosen at
+even, rejected at odd indices), N predicted tokens.
 """
 
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict, IterableDatasetDict
@@ -24,9 +26,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
@@ -40,33 +39,42 @@ from .arguments import (
     load_tokenizer,
     name_of,
 )
-from .config import DPOConfig
+from .config import DPOConfig, objective_options
 from .data import DataReport, prepare_dataset
-from .data.batch import PreferenceCollator
-from .errors import NonFiniteError
+from .data.batch import PREPARED_COLUMNS, KeepRows, PreferenceCollator, mismatch
 from .forward import PackedBatch, Scores, completion_logps, plan_forward
-from .losses import REGISTRY, PairLoss
-from .metrics import MetricStore, mean_of, pair_metrics
+from .metrics import MetricStore, mean_of, preference_metrics
 from .modeling import attach_adapter, disable_dropout, load_base, storage_report
+from .objective import Scored, Totals, TrainingObjective
 from .reference import check_start, reference_logps
 from .results import save_results
+from .watch import StopWhenNonFinite
 
 logger = logging.getLogger(__name__)
 
 
+class LossOutput(NamedTuple):
+    """What `compute_loss` gives beside the loss; detached."""
+
+    losses_I: Tensor  # loss of every item of the micro-batch
+    rewards_C: Tensor  # implicit rewards: beta * log(policy / reference), or what the objective has in its place
+    scored: Scored  # what the losses read
+
+
 class DPOTrainer(Trainer):
-    """Trains a LoRA adapter by Direct Preference Optimization against the same model without it.
+    """Trains a LoRA adapter on preferences, by DPO or another objective, against the same model without it.
 
     Args:
         model: a Hub id or folder (loaded in NF4 by default), a causal LM, or a PeftModel with an untrained adapter.
         ref_model: not accepted: the reference is `model` with the adapter off.
         args: the options; defaults to `DPOConfig(output_dir="<model>-DPO")`.
-        data_collator: prepared rows (`prompt_ids`, `completion_ids`, `row`) to the fields of `PackedBatch`.
+        data_collator: prepared rows (see `prepare_dataset`) to the fields of `PackedBatch`.
         train_dataset: preference rows in any of TRL's formats.
         eval_dataset: the same, or a dict of several by name.
         processing_class: the tokenizer; loaded from the model's name if None.
-        compute_metrics: gets `predictions` (pairs, 2), the implicit rewards of chosen and rejected, and `label_ids`
-            (pairs,), all zeros: the index of the better one.
+        compute_metrics: gets, for pairs, `predictions` (pairs, 2), the implicit rewards of chosen and rejected, and
+            `label_ids` (pairs,), all zeros: the index of the better one. For lists and single answers, `predictions`
+            (completions,) and `label_ids` (completions, 2): grade (higher is better) and dataset row.
         callbacks, optimizers: as in `transformers.Trainer`.
         quantization_config: replaces the default NF4 configuration of a model given by name.
         peft_config: a LoraConfig; defaults to rank 16 on all linear layers.
@@ -99,6 +107,7 @@ class DPOTrainer(Trainer):
         check_datasets(args, train_dataset, eval_dataset)
         tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
         check_tokenizer(tokenizer)
+        self.objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
 
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.data_reports: dict[str, DataReport] = {}
@@ -108,8 +117,6 @@ class DPOTrainer(Trainer):
         set_seed(args.seed)  # the adapter's start is drawn at random
         model = _build_model(model, args, tokenizer, quantization_config, peft_config)
 
-        self.objective = REGISTRY[args.loss_type[0]]
-        self.loss_options = {name: getattr(args, name) for name in self.objective.options}
         self.metric_store = MetricStore()
         self._start_checked = False
         super().__init__(
@@ -127,51 +134,66 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
-        self.add_callback(_StopWhenNonFinite(self))
-        self._step_finite: list[tuple[Tensor, Tensor]] = []  # rows and whether their loss is finite, per micro-batch
+        self.add_callback(StopWhenNonFinite(self))
+        self.step_finite: list[tuple[Tensor, Tensor]] = []  # rows and whether their loss is finite, per micro-batch
 
         # The model is on its device now and can show how its batches are laid out.
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.forward_plan = plan_forward(self.model, args.share_prompts, dtype)
-        if data_collator is None:
-            pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-            self.data_collator = PreferenceCollator(self.forward_plan.shared, pad_token_id)
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id)
+        # Mismatched answers come from the whole optimizer batch, so its rows are laid out when all are there.
+        self.data_collator = KeepRows() if self.objective.needs_mismatched else self.collate
         logger.warning("%s", storage_report(self.model))
         logger.warning("%s", self.forward_plan)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Totals | None = None,
     ) -> Any:
-        """The loss of one micro-batch; with `return_outputs` also the `PairLoss`.
+        """The loss of one micro-batch; with `return_outputs` also a `LossOutput`.
 
         Args:
             model: the PEFT model.
-            inputs: the fields of a `PackedBatch`, on the model's device.
-            return_outputs: whether to return the loss per pair too.
-            num_items_in_batch: pairs in the whole optimizer batch; those of this micro-batch if None.
+            inputs: the fields of a `PackedBatch`, on the model's device, from `get_batch_samples`.
+            return_outputs: whether to return the loss per item too.
+            num_items_in_batch: the `Totals` of the whole optimizer batch; those of this micro-batch if None.
         """
-        batch = PackedBatch(**inputs)
-        backend = self.forward_plan.backend
-        ref = reference_logps(self.model, batch, backend)
-        policy = completion_logps(self.model, batch, backend)
-        pair_loss = self.objective.loss(*_pairs(policy.logps_C), *_pairs(ref.logps_C), **self.loss_options)
-        loss = pair_loss.losses_B.sum() / (num_items_in_batch or batch.num_samples)
-        self._record(batch, pair_loss, policy, ref)
-        return (loss, pair_loss) if return_outputs else loss
+        coupled = inputs.get("coupled")
+        batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
+        totals = num_items_in_batch or self.objective.totals([inputs])
+        ref = coupled.ref if coupled else self._reference(batch)
+        policy = self._policy(batch)
+        scored = self.objective.score(policy, ref, batch)
+        if coupled:
+            losses_I, loss = coupled.losses_I, coupled.loss(policy.token_logps_N, totals.items)
+        else:
+            losses_I = self.objective.losses(scored, totals)
+            loss = losses_I.sum() / totals.items
+        output = LossOutput(losses_I.detach(), self.objective.rewards(scored), scored)
+        self._record(batch, output, policy, ref)
+        return (loss, output) if return_outputs else loss
 
-    def _record(self, batch: PackedBatch, pair_loss: PairLoss, policy: Scores, ref: Scores) -> None:
-        metrics = pair_metrics(pair_loss, policy.logps_C, policy.token_logps_N, ref.token_logps_N, batch.completion_of)
+    def _policy(self, batch: PackedBatch) -> Scores:
+        return completion_logps(self.model, batch, self.forward_plan.backend, log_sum_sq=self.objective.log_sum_sq)
+
+    def _reference(self, batch: PackedBatch) -> Scores | None:
+        if not self.objective.needs_reference:
+            return None
+        return reference_logps(self.model, batch, self.forward_plan.backend)
+
+    def _record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
+        metrics = preference_metrics(self.objective.data, output.scored, output.rewards_C, policy, ref, batch)
         if self.model.training:
-            self._step_finite.append((batch.rows, torch.isfinite(pair_loss.losses_B.detach())))
+            self.step_finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
             self.metric_store.add("train", metrics)
         else:
-            self.metric_store.add("eval", {"loss": mean_of(pair_loss.losses_B), **metrics})
+            self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics})
 
     # ---- Hooks of transformers.Trainer --------------------------------------------------------------------------
 
@@ -182,7 +204,7 @@ class DPOTrainer(Trainer):
             ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
             NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
         """
-        if not self._start_checked:
+        if self.objective.needs_reference and not self._start_checked:
             self._check_start()
             self._start_checked = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -194,15 +216,42 @@ class DPOTrainer(Trainer):
     def _check_start(self, samples: int = 4) -> None:
         rows = list(itertools.islice(self.train_dataset, samples))
         parts = [rows, *([row] for row in rows)]
-        batches = [PackedBatch(**self.data_collator(part)).to(self.args.device) for part in parts]
+        batches = [PackedBatch(**self.collate(part)).to(self.args.device) for part in parts]
         self.model.train(self.args.disable_dropout)
         with self.compute_loss_context_manager():
             check_start(self.model, batches, self.forward_plan.backend)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step, and the number of their samples."""
+        """The micro-batches of one optimizer step, and its `Totals`.
+
+        An objective that couples the samples of a batch takes its loss here, over all of them, so that any split into
+        micro-batches gives the same step.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(len(batch["rows"]) for batch in batches)
+        if not batches:
+            return batches, None
+        batches = self._lay_out(batches)
+        totals = self.objective.totals(batches)
+        if self.objective.batch_coupled and len(batches) > 1:
+            self._couple(batches, totals)
+        return batches, totals
+
+    def _lay_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that were kept become micro-batches, each with the answers of another row beside its own."""
+        if not self.objective.needs_mismatched:
+            return batches
+        rows = iter(mismatch([row for batch in batches for row in batch["kept"].rows]))
+        sizes = [len(batch["kept"].rows) for batch in batches]
+        return [self._prepare_inputs(self.collate(list(itertools.islice(rows, size)))) for size in sizes]
+
+    def _couple(self, batches: list[dict[str, Any]], totals: Totals) -> None:
+        self.model.train()
+        packed = [PackedBatch(**self._prepare_inputs(batch)) for batch in batches]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            refs = [self._reference(batch) for batch in packed]
+            policies = [self._policy(batch) for batch in packed]
+        for batch, coupled in zip(batches, self.objective.couple(packed, policies, refs, totals), strict=True):
+            batch["coupled"] = coupled
 
     def prediction_step(
         self,
@@ -211,14 +260,21 @@ class DPOTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One evaluation batch: loss, implicit rewards (B, 2) and zeros (B,)."""
-        inputs = self._prepare_inputs(inputs)
+        """One evaluation batch: its loss, implicit rewards and labels (see `compute_metrics` of the class).
+
+        What couples a batch is taken over the evaluation batch.
+        """
+        inputs = self._prepare_inputs(self._lay_out([inputs])[0])
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, pairs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        rewards_B2 = torch.stack([pairs.chosen_rewards_B, pairs.rejected_rewards_B], dim=1)
-        return loss, rewards_B2, torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
+        if self.objective.data in ("pairs", "trajectories"):
+            rewards_B2 = output.rewards_C.view(-1, 2)
+            return loss, rewards_B2, torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
+        scored = output.scored
+        rows_C = inputs["rows"][scored.own(scored.sample_of_C)].to(scored.grade_C.dtype)
+        return loss, scored.own(output.rewards_C), torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the pair metrics as means over all pairs of the dataset."""
@@ -269,7 +325,7 @@ class DPOTrainer(Trainer):
         return self._prepare(dataset, self.processing_class, self.args, name)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids", "row"]
+        self._signature_columns = PREPARED_COLUMNS
 
     # ---- Data ---------------------------------------------------------------------------------------------------
 
@@ -284,6 +340,10 @@ class DPOTrainer(Trainer):
                 num_proc=args.dataset_num_proc,
                 on_unusable=args.on_unusable,
                 max_unusable_share=args.max_unusable_share,
+                data=self.objective.data,
+                label_columns=self.objective.label_columns,
+                discount_unit=args.discount_unit,
+                single_best=self.objective.single_best,
             )
         self.data_reports[name] = report
         logger.warning("%s", report)
@@ -295,35 +355,6 @@ class DPOTrainer(Trainer):
         if isinstance(dataset, dict):
             return {name: self._prepare(part, tokenizer, args, f"eval_{name}") for name, part in dataset.items()}
         return self._prepare(dataset, tokenizer, args, "eval")
-
-
-class _StopWhenNonFinite(TrainerCallback):
-    """Before every optimizer step: one look at the losses and gradients of its micro-batches."""
-
-    def __init__(self, trainer: DPOTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        if not trainer._step_finite:
-            return
-        rows, finite = map(torch.cat, zip(*trainer._step_finite, strict=True))
-        trainer._step_finite = []
-        all_finite = finite.all()
-        # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
-        if not args.fp16:
-            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-            all_finite &= torch.isfinite(torch.nn.utils.get_total_norm(grads))
-        if not all_finite:
-            bad = rows if finite.all() else rows[~finite]
-            what = "gradient" if finite.all() else "loss"
-            raise NonFiniteError(
-                f"Step {state.global_step + 1}: the {what} is not finite, on training rows "
-                f"{', '.join(map(str, bad.tolist()))}. The optimizer has not stepped; the last checkpoint is intact. "
-                "Look at these rows, lower learning_rate, or use bf16 instead of fp16."
-            )
 
 
 def _build_model(
@@ -341,9 +372,3 @@ def _build_model(
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
-
-
-def _pairs(x_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) to the values of the chosen and of the rejected completions, (B,) each."""
-    x_B2 = x_C.view(-1, 2)
-    return x_B2[:, 0], x_B2[:, 1]

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from dpo_peft.losses import PairLoss
-from dpo_peft.metrics import Mean, MetricStore, mean_of, pair_metrics
+from dpo_peft.forward import PackedBatch, Sample, Scores, pack, sum_by_completion
+from dpo_peft.metrics import Mean, MetricStore, mean_of, preference_metrics
+from dpo_peft.objective import TrainingObjective
 
 # Rewards of three pairs: won, lost, tied.
 CHOSEN, REJECTED = [0.5, -0.25, 0.125], [-0.5, 0.75, 0.125]
@@ -32,17 +32,23 @@ def by_hand() -> dict[str, float]:
     }
 
 
-def metrics(pairs: list[int] | None = None) -> dict[str, Mean]:
+def measure(
+    data: str, batch: PackedBatch, rewards: list[float], logps_N: torch.Tensor, ref_N: torch.Tensor | None
+) -> dict[str, Mean]:
+    policy = Scores(logps_N, sum_by_completion(logps_N, batch))
+    ref = None if ref_N is None else Scores(ref_N, sum_by_completion(ref_N, batch))
+    scored = TrainingObjective(["sigmoid"]).score(policy, ref, batch)
+    return preference_metrics(data, scored, torch.tensor(rewards), policy, ref, batch)
+
+
+def metrics(pairs: list[int] | None = None, grad: bool = False) -> dict[str, Mean]:
     """The metrics of some of the pairs."""
     pairs = [0, 1, 2] if pairs is None else pairs
     bounds = [sum(LENGTHS[:i]) for i in range(7)]
-    completions = [c for p in pairs for c in (2 * p, 2 * p + 1)]
-    tokens = [t for c in completions for t in range(bounds[c], bounds[c + 1])]
-    owner = torch.tensor([i for i, c in enumerate(completions) for _ in range(LENGTHS[c])])
-    logps_N, ref_N = (torch.tensor([values[t] for t in tokens]) for values in (LOGPS, REF))
-    logps_C = torch.zeros(len(completions), dtype=torch.float64).index_add(0, owner, logps_N.double())
-    loss = PairLoss(*(torch.tensor([values[p] for p in pairs]) for values in ([0.1, 0.2, 0.3], CHOSEN, REJECTED)))
-    return pair_metrics(loss, logps_C, logps_N, ref_N, owner)
+    tokens = [t for p in pairs for c in (2 * p, 2 * p + 1) for t in range(bounds[c], bounds[c + 1])]
+    logps_N, ref_N = (torch.tensor([values[t] for t in tokens], requires_grad=grad) for values in (LOGPS, REF))
+    batch = pack([Sample([1], [[1] * LENGTHS[2 * p], [1] * LENGTHS[2 * p + 1]], p) for p in pairs])
+    return measure("pairs", batch, [side[p] for p in pairs for side in (CHOSEN, REJECTED)], logps_N, ref_N)
 
 
 def read(means: dict[str, Mean]) -> dict[str, float]:
@@ -65,22 +71,68 @@ def test_kl_estimate() -> None:
     draw = torch.Generator().manual_seed(0)
     policy, ref = (torch.randn(6, generator=draw).log_softmax(0) for _ in range(2))
     tokens = torch.multinomial(ref.exp(), 200_000, replacement=True, generator=draw)
-    zeros = torch.zeros(1)
-    loss = PairLoss(zeros, zeros, zeros)
-    half = torch.arange(200_000) // 100_000
-    kl = pair_metrics(loss, torch.zeros(2), policy[tokens], ref[tokens], half)["kl"]
+    batch = pack([Sample([1], [[1] * 100_000] * 2)])
+    kl = measure("pairs", batch, [0.0, 0.0], policy[tokens], ref[tokens])["kl"]
     exact = float((ref.exp() * (ref - policy)).sum())
     assert float(kl.total / kl.number) / 100_000 == pytest.approx(exact, rel=0.02)
 
 
 def test_nothing_carries_gradients() -> None:
-    logps_N = torch.tensor(LOGPS, requires_grad=True)
-    owner = torch.repeat_interleave(torch.arange(6), torch.tensor(LENGTHS))
-    logps_C = torch.zeros(6).index_add(0, owner, logps_N)
-    rewards: list[Tensor] = [logps_C[0::2].detach(), logps_C[1::2].detach()]
-    means = pair_metrics(PairLoss(logps_C[0::2], *rewards), logps_C, logps_N, torch.tensor(REF), owner)
-    assert not any(tensor.requires_grad for mean in means.values() for tensor in mean)
-    assert not mean_of(logps_C).total.requires_grad
+    assert not any(tensor.requires_grad for mean in metrics(grad=True).values() for tensor in mean)
+    assert not mean_of(torch.ones(3, requires_grad=True)).total.requires_grad
+
+
+def test_ties_count_on_neither_side() -> None:
+    """Three pairs of which the second ties: the means are those of the other two."""
+    samples = [Sample([1], [[1, 1], [1]], p, preference=preference) for p, preference in enumerate((1.0, 0.5, 0.8))]
+    found = read(measure("pairs", pack(samples), [3.0, 1.0, 9.0, -9.0, 1.0, 2.0], -torch.ones(9), None))
+    assert found["rewards/margins"] == pytest.approx((2 - 1) / 2)
+    assert found["rewards/accuracies"] == 0.5
+    assert (found["rewards/chosen"], found["rewards/rejected"]) == (2.0, 1.5)
+    assert "kl" not in found
+
+
+def test_lists_by_hand() -> None:
+    """Every two answers that are ranked apart: 3 + 1 pairs of the lists of 3 and 2; the last list ties."""
+    samples = [
+        Sample([1], [[1], [1, 1], [1, 1, 1]], 0, grades=[2.0, 1.0, 0.0]),
+        Sample([1], [[1, 1], [1]], 1, grades=[1.0, 0.0]),
+        Sample([1], [[1], [1]], 2, grades=[0.5, 0.5]),
+    ]
+    rewards = [3.0, 4.0, 1.0, 0.0, 5.0, 7.0, 7.0]
+    found = read(measure("lists", pack(samples), rewards, -torch.ones(11), None))
+    assert found["rewards/margins"] == pytest.approx((-1 + 2 + 3 - 5) / 4)
+    assert found["rewards/accuracies"] == pytest.approx(2 / 4)
+    assert found["accuracies/length_only"] == pytest.approx(1 / 4)
+    assert found["rewards/chosen"] == pytest.approx((3 + 0) / 2)
+    assert found["rewards/rejected"] == pytest.approx((4 + 1 + 5) / 3)
+    assert found["logps/chosen"] == pytest.approx(-1.5)
+    assert "sample_weight" not in found
+
+
+def test_single_answers_by_hand() -> None:
+    """Good answers against bad ones of the whole batch; mismatched ones only make z_ref."""
+    samples = [
+        Sample([1], [[1, 1]], 0, grades=[1.0], mismatched=[[2]]),
+        Sample([1], [[1]], 1, grades=[0.0], mismatched=[[2, 2]]),
+        Sample([1], [[1]], 2, grades=[1.0], mismatched=[[2]]),
+    ]
+    rewards = [2.0, 10.0, 1.0, 20.0, 0.5, 60.0]
+    tokens = torch.arange(8.0)
+    found = read(measure("singles", pack(samples), rewards, tokens, tokens - 1))
+    assert found["rewards/margins"] == pytest.approx((2 - 1 + 0.5 - 1) / 2)
+    assert found["rewards/accuracies"] == 0.5
+    assert (found["rewards/chosen"], found["rewards/rejected"]) == (1.25, 1.0)
+    assert found["z_ref"] == pytest.approx(30.0)
+    assert found["kl"] == pytest.approx(4 * (math.e - 2) / 3)  # four own tokens, each one nat up, in three answers
+
+
+def test_what_a_batch_does_not_have_is_left_out() -> None:
+    """A batch of desirable answers alone has no rejected reward: its sum over nothing is not a zero."""
+    store = MetricStore()
+    batch = pack([Sample([1], [[1]], 0, grades=[1.0])])
+    store.add("train", measure("singles", batch, [2.0], -torch.ones(1), None))
+    assert store.pop("train") == {"rewards/chosen": 2.0, "logps/chosen": -1.0}
 
 
 @pytest.mark.parametrize("split", [[[0, 1, 2]], [[0], [1, 2]], [[0, 1], [2]], [[2], [0], [1]]])

@@ -15,17 +15,22 @@ LAYERS = [
     ["errors", "losses"],
     ["forward"],
     ["data"],
-    ["reference", "modeling", "metrics", "plots", "card", "results"],
+    ["reference", "modeling", "objective_options", "objective", "metrics", "watch", "plots", "card", "results"],
     ["config", "arguments"],
     ["trainer"],
     ["quickstart", "cli", "__init__"],
 ]
 # The same inside a package: a module may import the modules left of it; its `__init__` may import all of them.
 ORDER_WITHIN = {
-    "losses": "pairwise".split(),
+    "losses": (
+        "objective scores pairwise anchored distributional reference_free listwise unpaired "
+        "registry_reference registry_others"
+    ).split(),
     "forward": "layout attention logprobs score probe".split(),
-    "data": "report values fingerprint tokenize truncate schema chat sample convert worker prepare batch".split(),
-    "quickstart": "lexicon topics reward text fluency sampling".split(),
+    "data": (
+        "report values fingerprint tokenize truncate schema parse chat turns sample convert worker prepare batch"
+    ).split(),
+    "quickstart": "lexicon topics reward text fluency sampling forms judging".split(),
 }
 # Narrower than the layers: these may import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "losses"}}

@@ -154,7 +154,7 @@ def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp
         base_folder, id_pairs(8), make_tokenizer(), tmp_path, max_steps=1, gradient_checkpointing=checkpointing
     )
     trainer.train()  # one-time allocations: gradients, buffers
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    inputs = trainer.collate([trainer.train_dataset[i] for i in range(8)])
     batch = PackedBatch(**inputs)
     ref = reference_logps(trainer.model, batch)
 

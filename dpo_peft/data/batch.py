@@ -1,12 +1,17 @@
 """From prepared rows to a batch: the collator.
 
-Rows come from `prepare_dataset`: `prompt_ids`, `completion_ids` (K lists) and `row`.
+Rows come from `prepare_dataset`: `prompt_ids`, `completion_ids` (K lists), `row`, and the labels that the objective
+reads.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..forward.layout import Sample, pack, pad_rows
+
+# All that a prepared row may hold.
+PREPARED_COLUMNS = ["prompt_ids", "completion_ids", "row", "steps", "grades", "preference", "margin"]
 
 
 class PreferenceCollator:
@@ -23,5 +28,46 @@ class PreferenceCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Prepared rows to `PackedBatch` fields, on the CPU."""
-        samples = [Sample(row["prompt_ids"], row["completion_ids"], row.get("row", -1)) for row in rows]
+        samples = [_sample(row) for row in rows]
         return (pack(samples) if self.shared else pad_rows(samples, self.pad_token_id)).as_dict()
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    return Sample(
+        row["prompt_ids"],
+        row["completion_ids"],
+        row.get("row", -1),
+        steps=row.get("steps"),
+        grades=row.get("grades"),
+        preference=row.get("preference"),
+        margin=row.get("margin"),
+        mismatched=row.get("mismatched_ids", ()),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows on their way through a data loader. What moves batches to a device does not look inside."""
+
+    rows: list[dict[str, Any]]
+
+
+class KeepRows:
+    """The collator that leaves rows as they are, for objectives that lay out an optimizer batch as a whole."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Prepared rows to `{"kept": ...}`."""
+        return {"kept": Rows(list(rows))}
+
+
+def mismatch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each row the answers of the row before it, the first row those of the last, as `mismatched_ids`.
+
+    KTO estimates its reference point on such pairs of a prompt with an answer to another one (Ethayarajh et al. 2024,
+    section 4.1): the mismatched answers of a batch are its own answers, each once. A single row has no other to take
+    from, and gets none.
+    """
+    if len(rows) < 2:
+        return list(rows)
+    before = [rows[-1], *rows[:-1]]
+    return [{**row, "mismatched_ids": other["completion_ids"]} for row, other in zip(rows, before, strict=True)]

@@ -70,7 +70,7 @@ def sampled_kl(trainer: Any, prompts: list[Messages], answers: list[list[int]], 
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for start in range(0, len(rows), batch_size):
-            batch = PackedBatch(**trainer.data_collator(rows[start : start + batch_size])).to(trainer.model.device)
+            batch = PackedBatch(**trainer.collate(rows[start : start + batch_size])).to(trainer.model.device)
             policy_C = completion_logps(trainer.model, batch, backend).logps_C
             total += float((policy_C - reference_logps(trainer.model, batch, backend).logps_C).sum())
     return total / len(rows)

@@ -1,0 +1,270 @@
+"""From the log-probs of a batch to its loss: one objective of the registry, or a weighted mix of several.
+
+`score` gathers what the losses may read about each completion, `losses` calls them. What couples the samples of an
+optimizer batch (a sort, a mean over mismatched answers) reaches the policy through its log-probs only, so `couple`
+takes the gradient with respect to them on the whole batch, and each micro-batch back-propagates its own part.
+
+Shape suffixes: N predicted tokens, C completions, E samples, B pairs, M mismatched answers, I items (what a loss
+averages over: pairs, lists, or single answers).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .forward import PackedBatch, Scores, sum_by_completion
+from .losses import REGISTRY, Objective, discounts, length_desensitized_weights, shape_scores, wpo_weights
+
+# Options that change what a loss is given; the rest go to its function.
+SHAPE_OPTIONS = ("f_divergence_type", "f_alpha_divergence_coef", "reward_clip")
+SCORE_OPTIONS = (*SHAPE_OPTIONS, "ld_alpha", "discount_gamma", "discount_unit", "use_weighting")
+_SIDES = ("chosen", "rejected")
+
+
+class Totals(NamedTuple):
+    """What is known of an optimizer batch before any forward pass: its split into micro-batches has no effect."""
+
+    items: int
+    mean_chosen_length: Tensor | float  # predicted tokens of the chosen completions, per pair
+
+
+@dataclass(frozen=True)
+class Scored:
+    """All that a loss may read about the completions of a batch. Log-probs are float64 sums in nats."""
+
+    logps_C: Tensor  # every predicted token counts once
+    weighted_logps_C: Tensor  # the same with the objective's token weights (discounts, ld_alpha)
+    ref_weighted_logps_C: Tensor | None  # under the reference; None if the objective needs none
+    wpo_C: Tensor | None  # WPO's weight of each completion
+    lengths_C: Tensor
+    sample_of_C: Tensor
+    grade_C: Tensor  # higher is better
+    own_C: Tensor | None  # False for an answer to another prompt; None if there are none of these
+    preference_E: Tensor | None
+    margin_E: Tensor | None
+    num_samples: int
+
+    @property
+    def log_ratios_C(self) -> Tensor:
+        """log(policy / reference), with the token weights."""
+        assert self.ref_weighted_logps_C is not None
+        return self.weighted_logps_C - self.ref_weighted_logps_C
+
+    def own(self, x_C: Tensor) -> Tensor:
+        """`x_C` without the mismatched answers."""
+        return x_C if self.own_C is None else x_C[self.own_C]
+
+    def mismatched(self, x_C: Tensor) -> Tensor:
+        """`x_C` of the mismatched answers alone, (M,)."""
+        return x_C[:0] if self.own_C is None else x_C[~self.own_C]
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A micro-batch's part of a loss that was taken over the whole optimizer batch."""
+
+    ref: Scores | None
+    losses_I: Tensor  # its share of the items
+    grad_N: Tensor  # d loss / d token log-prob
+
+    def loss(self, token_logps_N: Tensor, items: int) -> Tensor:
+        """The part's loss, with the whole batch's gradient. Its log-probs must be those that `couple` saw."""
+        return self.losses_I.sum() / items + (self.grad_N * (token_logps_N - token_logps_N.detach())).sum()
+
+
+class TrainingObjective:
+    """The losses that a run minimises, with their options.
+
+    Args:
+        loss_type: names in the registry; all of them learn from the same kind of data.
+        loss_weights: one factor per loss; 1 each if None.
+        options: option name to value; each loss takes those that it reads.
+    """
+
+    def __init__(self, loss_type: Sequence[str], loss_weights: Sequence[float] | None = None, **options: Any):
+        self.parts: list[Objective] = [REGISTRY[name] for name in loss_type]
+        self.weights = [1.0] * len(self.parts) if loss_weights is None else list(loss_weights)
+        self.options = options
+        self.data = self.parts[0].data
+        self.needs_reference = any(part.needs_reference for part in self.parts)
+        self.batch_coupled = any(part.batch_coupled for part in self.parts)
+        self.needs_mismatched = any("mismatched_scores_M" in part.inputs for part in self.parts)
+        self.log_sum_sq = bool(options.get("use_weighting"))
+        self.single_best = "multi_negative" in loss_type
+        # A soft label concerns every loss of a mix, a margin only those that compare two rewards.
+        soft = all(part.soft_labels for part in self.parts)
+        margin = any("margin_B" in part.inputs for part in self.parts)
+        self.label_columns = ("preference",) * soft + ("margin",) * margin
+
+    # ---- Before the forward pass ---------------------------------------------------------------------------------
+
+    def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
+        """Of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
+        if self.data == "singles":
+            return Totals(sum(batch["num_own"] for batch in batches), 1.0)
+        items = sum(len(batch["rows"]) for batch in batches)
+        if self.data == "lists":
+            return Totals(items, 1.0)
+        return Totals(items, sum(batch["lengths"][::2].sum() for batch in batches) / items)
+
+    def rows(self, batch: PackedBatch) -> Tensor:
+        """(I,) the dataset row of each item."""
+        if self.data != "singles":
+            return batch.rows
+        own_C = slice(None) if batch.mismatched is None else ~batch.mismatched
+        return batch.rows[batch.sample_of[own_C]]
+
+    # ---- Scores to losses ----------------------------------------------------------------------------------------
+
+    def score(self, policy: Scores, ref: Scores | None, batch: PackedBatch) -> Scored:
+        """What the losses may read, from the log-probs of a batch."""
+        weight_N = self._token_weights(batch)
+        weighted_C, ref_weighted_C = policy.logps_C, None if ref is None else ref.logps_C
+        if weight_N is not None:
+            weighted_C = sum_by_completion(weight_N * policy.token_logps_N, batch)
+            ref_weighted_C = None if ref is None else sum_by_completion(weight_N * ref.token_logps_N, batch)
+        wpo_C = None
+        if policy.log_sum_sq_N is not None:
+            tokens = (policy.token_logps_N, policy.log_sum_sq_N, batch.completion_of)
+            wpo_C = wpo_weights(*tokens, batch.num_completions)
+        return Scored(
+            logps_C=policy.logps_C,
+            weighted_logps_C=weighted_C,
+            ref_weighted_logps_C=ref_weighted_C,
+            wpo_C=wpo_C,
+            lengths_C=batch.lengths.to(policy.logps_C.dtype),
+            sample_of_C=batch.sample_of,
+            grade_C=_grades(batch),
+            own_C=None if batch.mismatched is None else ~batch.mismatched,
+            preference_E=batch.preference,
+            margin_E=batch.margin,
+            num_samples=batch.num_samples,
+        )
+
+    def _token_weights(self, batch: PackedBatch) -> Tensor | None:
+        gamma, ld_alpha = self.options.get("discount_gamma", 1.0), self.options.get("ld_alpha")
+        if batch.step is not None and gamma != 1.0:
+            return discounts(batch.step, gamma)
+        if ld_alpha is None:
+            return None
+        first_C = batch.lengths.cumsum(0) - batch.lengths
+        position_N = torch.arange(len(batch.target), device=batch.target.device) - first_C[batch.completion_of]
+        shared_C = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        return length_desensitized_weights(position_N, shared_C[batch.completion_of], ld_alpha)
+
+    def losses(self, scored: Scored, totals: Totals) -> Tensor:
+        """(I,) the loss of each item, summed over the mix. Its mean over the optimizer batch is the loss."""
+        return sum(  # type: ignore[return-value]
+            weight * self._losses_of(part, scored, totals)
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        )
+
+    def _losses_of(self, part: Objective, scored: Scored, totals: Totals) -> Tensor:
+        inputs = self._inputs(part, scored, totals)
+        options = {name: self.options[name] for name in part.options if name not in SCORE_OPTIONS}
+        losses_I = part.loss(**{name: inputs[name] for name in part.inputs}, **options)
+        if scored.preference_E is not None:
+            swapped = _swap(inputs)
+            other_I = part.loss(**{name: swapped[name] for name in part.inputs}, **options)
+            losses_I = scored.preference_E * losses_I + (1 - scored.preference_E) * other_I
+        if scored.wpo_C is not None and "use_weighting" in part.options:
+            losses_I = losses_I * scored.wpo_C[::2] * scored.wpo_C[1::2]
+        return losses_I
+
+    def _inputs(self, part: Objective, scored: Scored, totals: Totals) -> dict[str, Any]:
+        """Every tensor that a loss of this kind of data may name."""
+        scores_C = scored.log_ratios_C if part.needs_reference else scored.weighted_logps_C
+        shape = {name: self.options[name] for name in SHAPE_OPTIONS if name in part.options}
+        if shape:
+            scores_C = shape_scores(scores_C, self.options["beta"], **shape)
+        if self.data == "lists":
+            return {
+                "scores_C": scores_C,
+                "grades_C": scored.grade_C,
+                "sample_of_C": scored.sample_of_C,
+                "num_samples": scored.num_samples,
+            }
+        if self.data == "singles":
+            return {
+                "scores_C": scored.own(scores_C),
+                "grades_C": scored.own(scored.grade_C),
+                "mismatched_scores_M": scored.mismatched(scores_C).detach(),
+            }
+        by_completion = {"scores": scores_C, "logps": scored.weighted_logps_C, "lengths": scored.lengths_C}
+        by_completion["nll"] = -scored.logps_C
+        pairs = {f"{side}_{name}_B": x_C[i::2] for name, x_C in by_completion.items() for i, side in enumerate(_SIDES)}
+        if scored.ref_weighted_logps_C is not None:
+            pairs |= {f"ref_{side}_logps_B": scored.ref_weighted_logps_C[i::2] for i, side in enumerate(_SIDES)}
+        margin_B: Any = 0.0 if scored.margin_E is None else scored.margin_E
+        return {**pairs, "margin_B": margin_B, "mean_chosen_length": totals.mean_chosen_length}
+
+    def rewards(self, scored: Scored) -> Tensor:
+        """(C,) implicit rewards, detached: beta times what the first loss of the mix compares."""
+        kind, beta = self.parts[0].reward, self.options.get("beta")
+        if kind == "log_ratio":
+            rewards_C = scored.log_ratios_C
+        else:
+            rewards_C = scored.logps_C if kind == "logp" else scored.logps_C / scored.lengths_C
+        return (1.0 if beta is None else beta) * rewards_C.detach()
+
+    # ---- Losses that couple the batch ----------------------------------------------------------------------------
+
+    def couple(
+        self, batches: Sequence[PackedBatch], policies: Sequence[Scores], refs: Sequence[Scores | None], totals: Totals
+    ) -> list[Coupled]:
+        """The loss over all micro-batches of an optimizer step, as each one's part of it.
+
+        Args:
+            batches: the micro-batches.
+            policies, refs: their log-probs, without a graph.
+            totals: of the whole optimizer batch.
+        """
+        leaves = [policy.token_logps_N.detach().requires_grad_() for policy in policies]
+        with torch.enable_grad():
+            parts = []
+            for batch, policy, ref, leaf_N in zip(batches, policies, refs, leaves, strict=True):
+                logps_C = sum_by_completion(leaf_N, batch)
+                parts.append(self.score(Scores(leaf_N, logps_C, policy.log_sum_sq_N), ref, batch))
+            losses_I = self.losses(_concatenate(parts), totals)
+            grads = torch.autograd.grad(losses_I.sum() / totals.items, leaves)
+        shares = losses_I.detach().split([self.totals([batch.as_dict()]).items for batch in batches])
+        return [Coupled(*part) for part in zip(refs, shares, grads, strict=True)]
+
+
+def _swap(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Pairs with chosen and rejected exchanged."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    swapped = {"_".join(other.get(word, word) for word in name.split("_")): x for name, x in inputs.items()}
+    return {**swapped, "margin_B": -inputs["margin_B"]}
+
+
+def _grades(batch: PackedBatch) -> Tensor:
+    if batch.grade is not None:
+        return batch.grade
+    # Pairs: the first is the better one, unless its preference says that they tie.
+    best_C = torch.ones(batch.num_completions, dtype=torch.float64, device=batch.rows.device)
+    best_C[1::2] = 0.0 if batch.preference is None else (batch.preference == 0.5).to(best_C.dtype)
+    return best_C
+
+
+def _concatenate(parts: Sequence[Scored]) -> Scored:
+    """The micro-batches of an optimizer step as one batch."""
+
+    def cat(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    names = [name for name in Scored.__dataclass_fields__ if name not in ("sample_of_C", "num_samples", "own_C")]
+    offsets = [0]
+    for part in parts:
+        offsets.append(offsets[-1] + part.num_samples)
+    own = [torch.ones_like(p.lengths_C, dtype=torch.bool) if p.own_C is None else p.own_C for p in parts]
+    return Scored(
+        **{name: cat(name) for name in names},
+        sample_of_C=torch.cat([p.sample_of_C + offset for p, offset in zip(parts, offsets, strict=False)]),
+        own_C=None if all(p.own_C is None for p in parts) else torch.cat(own),
+        num_samples=offsets[-1],
+    )
