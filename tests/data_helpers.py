@@ -4,6 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 # Strips the text of a turn, opens with BOS, closes turns with its own end token.
@@ -28,6 +30,30 @@ THINK_LIKE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# ChatML that marks what the model writes, so that transformers can say which tokens those are.
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>\n{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# "user a end assistant b end": every word one token of word_tokenizer.
+WORDS_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} end {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def word_tokenizer(bos: bool = False, eos_appended: bool = False) -> PreTrainedTokenizerFast:
+    """Words by whitespace: <unk> 0, <s> 1, </s> 2, a 3, b 4, c 5, d 6, user 7, assistant 8, end 9, system 10, …"""
+    words = ["<unk>", "<s>", "</s>", "a", "b", "c", "d", "user", "assistant", "end", "system", "tool"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    single = ("<s> " if bos else "") + "$A" + (" </s>" if eos_appended else "")
+    if bos or eos_appended:
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = WORDS_TEMPLATE
+    return tokenizer
 
 
 def trl_prepare(dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:

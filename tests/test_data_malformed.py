@@ -144,10 +144,16 @@ BAD_DATASETS = {
         r"column 'chosen', 'rejected' is missing; the columns are \['text'\]",
     ),
     "images": (lambda: rows({**pair(), "images": "x"}), "'images' holds images, and vision.*remove_columns"),
-    "ranked": (lambda: rows({"prompt": "a", "completions": ["b"], "ranks": [1]}), "'completions'.*multi-completion"),
-    "judged": (lambda: rows({"prompt": "a", "completion": "b", "label": True}), "'label'.*needs the KTO objective"),
-    "soft": (lambda: rows({**pair(), "preference": 0.5}), "'preference'.*soft-label objective"),
-    "several rejected": (lambda: rows({**pair(), "rejected": ["a", "b"]}), "'rejected' as a list.*multi-negative"),
+    "ranked": (
+        lambda: rows({"prompt": "a", "completions": ["b"], "ranks": [1]}),
+        "'completions'.*'multi_negative' or 'plackett_luce'",
+    ),
+    "judged": (
+        lambda: rows({"prompt": "a", "completion": "b", "label": True}),
+        "'label'.*'kto' or 'apo_zero_unpaired'",
+    ),
+    "soft": (lambda: rows({**pair(), "preference": 0.5}), r"'preference' would have no effect.*remove_columns\('pref"),
+    "several rejected": (lambda: rows({**pair(), "rejected": ["a", "b"]}), "'rejected' as a list.*'multi_negative'"),
     "sharegpt": (
         lambda: rows({"conversations": [{"from": "human", "value": "x"}], "chosen": {}, "rejected": {}}),
         r"ShareGPT rows.*dataset.map\(dpo_peft.data.from_sharegpt\)",

@@ -3,11 +3,19 @@
 import random
 
 import pytest
-from data_helpers import chat_pair, pair, turns
+from data_helpers import answer, chat_pair, pair, turns
 from datasets import Dataset, IterableDataset, load_from_disk
 from tokenizers import AddedToken
 
-from dpo_peft.data import from_alpaca, from_hh, from_sharegpt, pandalm_decided, prepare_dataset
+from dpo_peft.data import (
+    from_alpaca,
+    from_hh,
+    from_oasst_tree,
+    from_sharegpt,
+    from_tulu,
+    pandalm_decided,
+    prepare_dataset,
+)
 from dpo_peft.data.fingerprint import tokenizer_hash
 from dpo_peft.data.worker import RowWorker
 from dpo_peft.errors import DataError
@@ -81,6 +89,64 @@ def test_a_changed_option_misses_the_cache_but_not_the_check(tmp_path, make_toke
     prepare_dataset(from_disk(tmp_path / "d", ROWS), make_tokenizer(), max_length=55)
     prepare_dataset(from_disk(tmp_path / "d", ROWS), make_tokenizer(), **{"max_length": 55, **options})
     assert calls == {"check_batch": 1, "record_batch": 2}
+
+
+SOFT = [{**row, "preference": 0.25 + i % 3 / 4} for i, row in enumerate(ROWS)]
+TIED = [
+    {"prompt": turns(f"q{i}"), "completions": [answer(t) for t in "abc"], "ranks": [0, i % 2, 1]} for i in range(10)
+]
+CHANGES = {
+    "data": (ROWS, {"data": "pairs"}, {"data": "lists"}),
+    "data between graded kinds": (ROWS, {"data": "singles"}, {"data": "lists"}),
+    "discount_unit": (ROWS, {"data": "trajectories"}, {"data": "trajectories", "discount_unit": "token"}),
+    "single_best": (TIED, {"data": "lists"}, {"data": "lists", "single_best": True}),
+    "label_columns": (
+        SOFT,
+        {"label_columns": ("preference",)},
+        {"label_columns": ("preference",), "data": "trajectories"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_the_objective_learns_from_is_part_of_the_cache_key(tmp_path, make_tokenizer, calls, case):
+    rows, first, second = CHANGES[case]
+    for options, number in ((first, 1), (second, 2), (first, 2), (second, 2)):
+        prepared, report = prepare_dataset(from_disk(tmp_path / "d", rows), make_tokenizer(), **options)
+        assert calls["record_batch"] == number
+        fresh = prepare_dataset(Dataset.from_list(rows), make_tokenizer(), load_from_cache_file=False, **options)
+        calls["record_batch"] = number
+        assert prepared[:] == fresh[0][:] and report == fresh[1]
+
+
+def test_readable_labels_that_the_dataset_lacks_do_not_miss_the_cache(tmp_path, make_tokenizer, calls):
+    for labels in ((), ("margin",), ["preference", "margin"]):
+        prepare_dataset(from_disk(tmp_path / "d", ROWS), make_tokenizer(), label_columns=labels)
+    assert calls["record_batch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (SOFT, {"label_columns": ("preference", "margin")}),
+        (SOFT, {"label_columns": ("preference",), "data": "trajectories", "discount_unit": "token"}),
+        (TIED, {"data": "lists", "single_best": True}),
+        (ROWS, {"data": "singles"}),
+    ],
+    ids=["soft pairs", "trajectories", "lists", "singles"],
+)
+def test_streams_and_worker_processes_give_the_same_of_every_kind(make_tokenizer, rows, options):
+    options = {"max_length": 50, **options}
+    alone, report = prepare_dataset(Dataset.from_list(rows), make_tokenizer(), **options)
+    assert report.dropped and set(report.dropped) & {"no_single_best", "identical_completions"}
+    together = prepare_dataset(Dataset.from_list(rows), make_tokenizer(), num_proc=2, **options)
+    assert together[0][:] == alone[:] and together[1] == report
+    stream, stream_report = prepare_dataset(
+        IterableDataset.from_generator(lambda: iter(rows)), make_tokenizer(), **options
+    )
+    assert stream.column_names == alone.column_names and stream.features == alone.features
+    for _ in range(2):
+        assert list(stream) == list(alone) and stream_report == report
 
 
 def test_changed_rows_miss_the_cache(tmp_path, make_tokenizer, calls):
@@ -242,10 +308,54 @@ def test_converters():
     assert from_alpaca(alpaca)["prompt"] == turns("Do\n\nit")
     history = {**alpaca, "input": "", "history": [["q", "a"]], "system": "S"}
     assert from_alpaca(history)["prompt"] == turns("q", "a", "Do", system="S")
+    ranked = {"instruction": "Do", "input": "", "output": ["a", "b", "c"], "history": [["q", "a"]]}
+    assert from_alpaca(ranked) == {
+        "prompt": turns("q", "a", "Do"),
+        "completions": [answer("a"), answer("b"), answer("c")],
+        "ranks": [0, 1, 2],
+    }
     votes = [{"annotator1": a, "annotator2": b, "annotator3": c} for a, b, c in [(1, 2, 0), (1, 1, 2), (0, 0, 2)]]
     assert [pandalm_decided(row) for row in votes] == [False, True, True]
     same_role = from_hh({"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": "\n\nHuman: a"})
     assert [m["role"] for m in same_role["chosen"]] == ["user", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("words", "preference"),
+    [
+        ("a-is-better", 1.0),
+        ("a-is-slightly-better", 0.75),
+        ("tie", 0.5),
+        ("b-is-slightly-better", 0.25),
+        ("b-is-better", 0.0),
+    ],
+)
+def test_tulu_converter(words, preference):
+    row = {"id": 1, "prompt": "q", "completion_a": "x", "completion_b": "y", "preference": words}
+    assert from_tulu(row) == {
+        "prompt": turns("q"),
+        "chosen": answer("x"),
+        "rejected": answer("y"),
+        "preference": preference,
+    }
+
+
+def test_tree_converter():
+    """Two ranked groups; a lone reply, replies without a rank and the prompters' own ranks make none."""
+
+    def reply(role, text, rank, *replies):
+        return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
+
+    deep = [reply("assistant", "d1", 1), reply("assistant", "d0", 0), reply("assistant", "d?", None)]
+    asks = [reply("prompter", "c", 0, *deep), reply("prompter", "e", 1, reply("assistant", "lone", None))]
+    tree = {
+        "message_tree_id": "t",
+        "prompt": reply("prompter", "a", None, reply("assistant", "b0", 0, *asks), reply("assistant", "b1", 1)),
+    }
+    assert from_oasst_tree(tree) == [
+        {"prompt": turns("a"), "completions": [answer("b0"), answer("b1")], "ranks": [0, 1]},
+        {"prompt": turns("a", "b0", "c"), "completions": [answer("d1"), answer("d0")], "ranks": [1, 0]},
+    ]
 
 
 def test_row_order_of_random_datasets_is_kept_by_stream_and_processes(make_tokenizer):

@@ -2,13 +2,23 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
-from data_helpers import assert_same_as_trl, trl_prepare
+from data_helpers import assert_same_as_trl, trl_prepare, turns
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
-from dpo_peft.data import from_alpaca, from_hh, from_pandalm, from_sharegpt, pandalm_decided, prepare_dataset
+from dpo_peft.data import (
+    from_alpaca,
+    from_hh,
+    from_oasst_tree,
+    from_pandalm,
+    from_sharegpt,
+    from_tulu,
+    pandalm_decided,
+    prepare_dataset,
+)
 from dpo_peft.errors import DataError
 
 ASSISTANT = "\n\nAssistant:"
@@ -152,7 +162,115 @@ def test_alpaca_like_set(data_dir, minimind):
     assert (report.source_rows, report.kept_rows, report.dropped) == (1100, 1094, {"identical_completions": 6})
 
 
-def test_kto_and_ranked_sets_name_what_they_need(data_dir, minimind):
-    kto = json.loads((data_dir / "llama-factory-demo" / "kto_en_demo.json").read_text(encoding="utf-8"))
-    with pytest.raises(DataError, match="'label' .* needs the KTO objective"):
-        prepare_dataset(Dataset.from_list(kto), minimind)
+def test_ranked_alpaca_like_set(data_dir, minimind):
+    """775 ranked lists of 2 to 10 answers, 6 of them with the same text twice; 392 with a history."""
+    raw = json.loads((data_dir / "oasst-ranked-zh" / "oaast_rm_zh.json").read_text(encoding="utf-8"))
+    dataset = Dataset.from_list(raw).map(from_alpaca)
+    assert sum(len(row["prompt"]) > 1 for row in dataset) == 392
+    prepared, report = prepare_dataset(dataset, minimind, max_length=None, data="lists", single_best=True)
+    assert (report.source_rows, report.kept_rows) == (775, 769)
+    assert report.dropped == {"identical_completions": 3, "same_text_ranked_apart": 3}
+    repeated = [row for row, source in enumerate(raw) if len(set(source["output"])) < len(source["output"])]
+    assert sorted(row for rows in report.dropped_rows.values() for row in rows) == repeated
+    sizes = Counter(len(source["output"]) for source in raw)
+    assert sizes == {2: 434, 3: 263, 4: 63, 5: 12, 6: 1, 8: 1, 10: 1}
+    assert Counter(map(len, prepared["completion_ids"])) == sizes - Counter(
+        len(raw[row]["output"]) for row in repeated
+    )
+    for row in prepared:
+        texts = [minimind.decode(ids) for ids in row["completion_ids"]]
+        assert texts == [text.lstrip("\n") + "<|im_end|>\n" for text in raw[row["row"]]["output"]]
+        assert row["grades"] == [-float(rank) for rank in range(len(texts))]
+
+
+def test_message_trees(data_dir, minimind):
+    """100 trees with 212 ranked groups, 754 ordered pairs; each answer is ranked once in its group."""
+    lines = (data_dir / "oasst-en-tree" / "en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for line in lines for row in from_oasst_tree(json.loads(line))]
+    sizes = Counter(len(row["completions"]) for row in rows)
+    assert (len(lines), len(rows)) == (100, 212) and sizes == {2: 57, 3: 117, 4: 27, 5: 3, 6: 6, 8: 1, 9: 1}
+    pairs = [(len(row["prompt"]) > 1, len(row["ranks"]) * (len(row["ranks"]) - 1) // 2) for row in rows]
+    assert (sum(n for _, n in pairs), sum(n for several, n in pairs if several)) == (754, 316)
+    assert all(row["prompt"] == turns(*(m["content"] for m in row["prompt"])) for row in rows)
+    assert all(row["prompt"][-1]["role"] == "user" for row in rows)
+    prepared, report = prepare_dataset(Dataset.from_list(rows), minimind, max_length=None, data="lists")
+    assert (report.kept_rows, report.dropped, report.completions) == (212, {}, sum(k * n for k, n in sizes.items()))
+    for row in prepared:
+        source = rows[row["row"]]
+        best = [minimind.decode(ids) for ids in row["completion_ids"]]
+        wanted = sorted(zip(source["ranks"], source["completions"], strict=True), key=lambda pair: pair[0])
+        assert best == [messages[0]["content"].lstrip("\n") + "<|im_end|>\n" for _, messages in wanted]
+        assert row["grades"] == [-float(rank) for rank, _ in wanted]
+
+
+def test_graded_human_judgements(data_dir, minimind):
+    """1150 = 188 + 235 + 376 + 191 + 160, 39 of them of two equal answers."""
+    lines = (data_dir / "tulu-human-eval" / "tulu1_human_eval.jsonl").read_text(encoding="utf-8").splitlines()
+    raw = [json.loads(line) for line in lines]
+    dataset = Dataset.from_list(raw).map(from_tulu)
+    assert Counter(dataset["preference"][:]) == {1.0: 188, 0.75: 235, 0.5: 376, 0.25: 191, 0.0: 160}
+    prepared, report = prepare_dataset(dataset, minimind, max_length=None, label_columns=("preference",))
+    same = [i for i, row in enumerate(raw) if row["completion_a"] == row["completion_b"]]
+    assert (len(same), report.source_rows, report.kept_rows) == (39, 1150, 1111)
+    assert report.dropped == {"identical_completions": 39} and report.dropped_rows["identical_completions"] == same[:5]
+    left = Counter(row["preference"] for i, row in enumerate(raw) if i not in same)
+    assert report.ties == left["tie"] == 337
+    assert report.swapped == left["b-is-slightly-better"] + left["b-is-better"] == 351
+    assert Counter(prepared["preference"][:]) == {
+        1.0: left["a-is-better"] + left["b-is-better"],
+        0.75: left["a-is-slightly-better"] + left["b-is-slightly-better"],
+        0.5: left["tie"],
+    }
+    for row in prepared.select(range(0, 1111, 11)):
+        source = raw[row["row"]]
+        better = "b" if source["preference"].startswith("b") else "a"
+        assert (
+            minimind.decode(row["completion_ids"][0]) == source[f"completion_{better}"].lstrip("\n") + "<|im_end|>\n"
+        )
+
+
+def test_judged_answers(data_dir, minimind):
+    """300 rows, 150 of each kind; 77 conversations of several turns."""
+    raw = json.loads((data_dir / "llama-factory-demo" / "kto_en_demo.json").read_text(encoding="utf-8"))
+    prepared, report = prepare_dataset(Dataset.from_list(raw), minimind, max_length=None, data="singles")
+    assert (report.kept_rows, report.desirable, report.undesirable) == (300, 150, 150)
+    assert sum(len(row["messages"]) > 2 for row in raw) == 77
+    for row in prepared:
+        source = raw[row["row"]]
+        assert row["grades"] == [float(source["label"])] and len(row["completion_ids"]) == 1
+        text = source["messages"][-1]["content"].lstrip("\n")
+        assert minimind.decode(row["completion_ids"][0]) == text + "<|im_end|>\n"
+        prompt = minimind.apply_chat_template(source["messages"][:-1], add_generation_prompt=True)["input_ids"]
+        assert row["prompt_ids"] == prompt
+    pairs = json.loads((data_dir / "llama-factory-demo" / "dpo_en_demo.json").read_text(encoding="utf-8"))
+    dataset = Dataset.from_list(pairs).map(from_sharegpt)
+    report = prepare_dataset(dataset, minimind, max_length=None, data="singles")[1]
+    assert (report.kept_rows, report.completions, report.desirable, report.undesirable) == (299, 598, 299, 299)
+
+
+def test_hh_as_trajectories(hh, tokenizer):
+    """The 5 pairs whose transcripts differ before the last reply are usable; 4 empty replies stay unusable."""
+    rows = [from_hh(row) for row in hh]
+    prepared, report = prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=None, data="trajectories")
+    assert (report.source_rows, report.kept_rows, report.dropped) == (2312, 2308, {"empty_completion": 4})
+    differing = [1254, 1688, 1950, 1952, 2036]
+    assert set(differing) < set(prepared["row"][:])
+    for row in prepared:
+        if row["row"] % 7 and row["row"] not in differing:
+            continue
+        source, prompt_ids, sides = rows[row["row"]], row["prompt_ids"], row["completion_ids"]
+        shared = next((i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides)) - 1)
+        assert shared == 0
+        for side, ids, steps in zip(("chosen", "rejected"), sides, row["steps"], strict=True):
+            assert prompt_ids + ids == tokenizer.apply_chat_template(source[side])["input_ids"]
+            written = [m["content"] for m in source[side] if m["role"] == "assistant"]
+            assert len(ids) == len(steps) and max(steps) == len(written) - 1
+            first, *later = sorted(set(steps) - {-1})
+            scored = {
+                step: tokenizer.decode([t for t, s in zip(ids, steps, strict=True) if s == step])
+                for step in (first, *later)
+            }
+            assert (written[first] + "<|im_end|>\n").endswith(scored[first])  # less what both say alike
+            assert all(scored[step] == written[step] + "<|im_end|>\n" for step in later)
+    one_turn = [i for i, row in enumerate(rows) if len(row["chosen"]) == len(row["rejected"]) == 2]
+    assert {s for row in prepared if row["row"] in one_turn[:50] for steps in row["steps"] for s in steps} == {0}

@@ -1,7 +1,7 @@
 """Text rows: golden ids for each family of tokenizers, special tokens exactly once, the border (traps T13, T14)."""
 
 import pytest
-from data_helpers import assert_same_as_trl, pair, trl_prepare
+from data_helpers import assert_same_as_trl, pair, trl_prepare, word_tokenizer
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -9,17 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from dpo_peft.data import prepare_dataset, preprocess_dpo_sample
 from dpo_peft.data.tokenize import leading_ids, split_at_border
 from dpo_peft.errors import DataError, OptionError
-
-
-def word_tokenizer(bos: bool = False, eos_appended: bool = False) -> PreTrainedTokenizerFast:
-    """Words by whitespace: <unk> 0, <s> 1, </s> 2, a 3, b 4, c 5, d 6."""
-    vocab = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c", "d"])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    single = ("<s> " if bos else "") + "$A" + (" </s>" if eos_appended else "")
-    if bos or eos_appended:
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """Preference data: any supported row format in, token ids of one prompt with K completions out."""
 
-from .convert import from_alpaca, from_hh, from_pandalm, from_sharegpt, pandalm_decided
+from .convert import from_alpaca, from_hh, from_oasst_tree, from_pandalm, from_sharegpt, from_tulu, pandalm_decided
 from .prepare import prepare_dataset
 from .report import REASONS, DataReport
 from .sample import preprocess_dpo_sample
@@ -12,8 +12,10 @@ __all__ = [
     "DataReport",
     "from_alpaca",
     "from_hh",
+    "from_oasst_tree",
     "from_pandalm",
     "from_sharegpt",
+    "from_tulu",
     "pandalm_decided",
     "prepare_dataset",
     "preprocess_dpo_sample",

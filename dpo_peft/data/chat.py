@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .schema import Example
-from .tokenize import Encoded, border_problem, completion_field, split_at_border
+from .tokenize import Encoded, border_problem, split_at_border
 from .values import RowProblem
 
 Messages = list[dict[str, Any]]
@@ -33,14 +33,13 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
     """Render and tokenise one conversation; `RowProblem` when the template refuses it or the prompt is no prefix."""
-    prompt_ids = _render(tokenizer, example, example.prompt, "prompt", opens_answer=True)
+    prompt_ids = render(tokenizer, example, example.prompt, "prompt", opens_answer=True)
     if not prompt_ids:
         raise RowProblem("prompt", "the chat template renders it to nothing", "check the chat template")
     completion_ids, resplits = [], 0
-    for index, messages in enumerate(example.completions):
-        field = completion_field(index)
+    for field, messages in zip(example.fields, example.completions, strict=True):
         whole = join_turns(example, messages)
-        joint = _render(tokenizer, example, whole, field)
+        joint = render(tokenizer, example, whole, field)
         ids = joint[len(prompt_ids) :]
         if joint[: len(prompt_ids)] != prompt_ids:
             split = _split_text(tokenizer, example, whole, prompt_ids, joint, field)
@@ -59,38 +58,47 @@ def join_turns(example: Example, completion: Messages) -> Messages:
     return [*example.prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *completion[1:]]
 
 
+def turn_field(example: Example, index: int, number: int) -> str:
+    """How messages call turn `number` of the whole conversation with completion `index`."""
+    start = len(example.prompt) - example.continues
+    return f"prompt[{number}]" if number < start else f"{example.fields[index]}[{number - start}]"
+
+
 def check_rendering(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     """Raise `RowProblem` when the template leaves out tools, tool calls or a turn of this row.
 
     Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
+    Trajectories may have no prompt, and any of their turns may be the user's.
     """
 
     def prompt_text(messages: Messages, **changes: Any) -> str:
-        return _render(tokenizer, example, messages, "prompt", opens_answer=True, tokenize=False, **changes)
+        return render(tokenizer, example, messages, "prompt", opens_answer=True, tokenize=False, **changes)
 
-    if example.tools and prompt_text(example.prompt) == prompt_text(example.prompt, tools=None):
+    wholes = [join_turns(example, messages) for messages in example.completions]
+    shows = [partial(render, tokenizer, example, field=field, tokenize=False) for field in example.fields]
+    opens = bool(example.prompt) and example.prompt[-1]["role"] != "assistant" or example.continues
+    show, shared = (prompt_text, example.prompt) if opens else (shows[0], wholes[0])
+    if example.tools and show(shared) == show(shared, tools=None):
         raise RowProblem(
             "tools",
             "the chat template leaves the tools out",
             "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
         )
-    _check_turns_shown(prompt_text, example.prompt, 0, "prompt")
-    for index, messages in enumerate(example.completions):
-        field = completion_field(index)
-        whole = join_turns(example, messages)
-        show = partial(_render, tokenizer, example, field=field, tokenize=False)
-        _check_turns_shown(show, whole, len(whole) - len(messages), field)
+    start = len(example.prompt) if opens else 0
+    if opens:
+        _check_turns_shown(show, example, example.prompt, 0, 0)
+    for index, whole in enumerate(wholes):
+        _check_turns_shown(shows[index], example, whole, index, max(start - example.continues, 0))
 
 
-def _check_turns_shown(show: Callable[[Messages], str], messages: Messages, start: int, field: str) -> None:
+def _check_turns_shown(show: Callable[..., str], example: Example, messages: Messages, index: int, start: int) -> None:
     """Change each turn from `start` on, and ask whether `show` shows it."""
     shown = show(messages)
-    for index, message in enumerate(messages[start:]):
+    for at, message in enumerate(messages[start:], start):
         for what, changed in _changed_turns(message):
-            at = start + index
             if show([*messages[:at], changed, *messages[at + 1 :]]) == shown:
                 raise RowProblem(
-                    f"{field}[{index}]",
+                    turn_field(example, index, at),
                     f"the chat template leaves {what} out",
                     "use a chat template that renders it, or remove the message",
                 )
@@ -104,7 +112,7 @@ def _changed_turns(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
         yield "a tool call", {"content": "", **others}
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase,
     example: Example,
     messages: Messages,
@@ -140,8 +148,8 @@ def _split_text(
     field: str,
 ) -> list[int] | None:
     """A merge across the border, or texts that really differ (None)?"""
-    prompt_text = _render(tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False)
-    text = _render(tokenizer, example, whole, field, tokenize=False)
+    prompt_text = render(tokenizer, example, example.prompt, "prompt", opens_answer=True, tokenize=False)
+    text = render(tokenizer, example, whole, field, tokenize=False)
     if not text.startswith(prompt_text):
         return None
     return split_at_border(tokenizer, prompt_ids, joint, text[len(prompt_text) :])

@@ -21,6 +21,15 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 
+OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+TULU_PREFERENCES = {
+    "a-is-better": 1.0,
+    "a-is-slightly-better": 0.75,
+    "tie": 0.5,
+    "b-is-slightly-better": 0.25,
+    "b-is-better": 0.0,
+}
+
 
 def from_sharegpt(row: Mapping[str, Any]) -> dict[str, list[Message]]:
     """`conversations` plus one `chosen` and one `rejected` message, all {from, value}; an optional `system` text."""
@@ -31,14 +40,20 @@ def from_sharegpt(row: Mapping[str, Any]) -> dict[str, list[Message]]:
     return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
 
 
-def from_alpaca(row: Mapping[str, Any]) -> dict[str, list[Message]]:
-    """`instruction`, optional `input`, `system` and `history` ([[question, answer], …]), and two answers as text."""
+def from_alpaca(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """`instruction`, optional `input`, `system` and `history` ([[question, answer], …]), and answers as text.
+
+    The answers are `chosen` and `rejected`, or a list in `output` from the best to the worst, which becomes
+    `completions` and `ranks`.
+    """
     prompt: list[Message] = []
     if row.get("system"):
         prompt.append({"role": "system", "content": _text(row, "system")})
     for question, answer in row.get("history") or []:
         prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     prompt.append({"role": "user", "content": _instruction(row)})
+    if isinstance(row.get("output"), list) and "chosen" not in row:
+        return {"prompt": prompt, **_ranked([_get({"output": text}, "output", str) for text in row["output"]])}
     return {"prompt": prompt, "chosen": _answer(_text(row, "chosen")), "rejected": _answer(_text(row, "rejected"))}
 
 
@@ -61,6 +76,47 @@ def from_pandalm(row: Mapping[str, Any]) -> dict[str, list[Message]]:
     chosen, rejected = (first, second) if votes > 0 else (second, first)
     prompt = [{"role": "user", "content": _instruction(row)}]
     return {"prompt": prompt, "chosen": _answer(chosen), "rejected": _answer(rejected)}
+
+
+def from_tulu(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`prompt`, `completion_a`, `completion_b`, `preference` in words: `chosen` is a, `preference` a number."""
+    preference = TULU_PREFERENCES.get(row.get("preference") or "")
+    if preference is None:
+        raise DataError(
+            f"{_where(row)}, field 'preference': {row.get('preference')!r} is none of {', '.join(TULU_PREFERENCES)}. "
+            "Repair the row or filter it out."
+        )
+    prompt = [{"role": "user", "content": _text(row, "prompt")}]
+    first, second = (_answer(_text(row, field)) for field in ("completion_a", "completion_b"))
+    return {"prompt": prompt, "chosen": first, "rejected": second, "preference": preference}
+
+
+def from_oasst_tree(row: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
+    """One message tree to rows of `prompt`, `completions`, `ranks`: one for each group of ranked replies to a prompt.
+
+    For a list of trees: `Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])`. A group needs
+    two ranked replies of the assistant's; a reply without a rank is left out.
+    """
+    rows: list[dict[str, list[Any]]] = []
+    waiting: list[tuple[Any, list[Message]]] = [(_get(row, "prompt", Mapping), [])]
+    while waiting:
+        message, path = waiting.pop(0)
+        role = OASST_ROLES.get(_text(message, "role"))
+        if role is None:
+            raise DataError(f"{_where(row)}: unknown role {message['role']!r}. Use one of {', '.join(OASST_ROLES)}.")
+        path = [*path, {"role": role, "content": _text(message, "text")}]
+        replies = message.get("replies") or []
+        ranked = [reply for reply in replies if role == "user" and reply.get("rank") is not None]
+        if len(ranked) > 1:
+            answers = _ranked([_text(reply, "text") for reply in ranked], [_get(r, "rank", int) for r in ranked])
+            rows.append({"prompt": path, **answers})
+        waiting += [(reply, path) for reply in replies]
+    return rows
+
+
+def _ranked(texts: list[str], ranks: list[int] | None = None) -> dict[str, list[Any]]:
+    """Answers from the best to the worst, unless there are ranks (lower is better)."""
+    return {"completions": [_answer(text) for text in texts], "ranks": ranks or list(range(len(texts)))}
 
 
 def _pandalm_votes(row: Mapping[str, Any]) -> int:
@@ -119,4 +175,5 @@ def _get(row: Mapping[str, Any], field: str, kind: type) -> Any:
 
 
 def _where(row: Mapping[str, Any]) -> str:
-    return f"row with idx {row['idx']}" if "idx" in row else "row"
+    names = [name for name in ("idx", "id", "message_tree_id") if name in row]
+    return f"row with {names[0]} {row[names[0]]}" if names else "row"

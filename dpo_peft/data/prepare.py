@@ -1,4 +1,4 @@
-"""Rows of any supported format to `prompt_ids`, `completion_ids`, `row`; the one entry to the data pipeline.
+"""Rows of any supported format to `prompt_ids`, `completion_ids`, `row` and labels: the entry to the data pipeline.
 
 Two passes over a `Dataset`: one that checks every row and tokenises nothing but one row of each shape, then one that
 tokenises and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
@@ -7,6 +7,8 @@ counted from these records. A stream does both row by row, as it is read.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -16,15 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError, OptionError
 from .fingerprint import digest, tokenizer_hash
 from .report import REASONS, DataReport
-from .schema import USED_COLUMNS, Row, detect_format
+from .schema import Row, Wanted, detect_format, used_columns
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
 from .values import RowProblem
-from .worker import COUNTERS, RECORD, RowWorker, rows_of
+from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
-SCHEMA_VERSION = 1
-PREPARED_COLUMNS = ["prompt_ids", "completion_ids", "row"]
+SCHEMA_VERSION = 2
 PROBLEMS_NAMED = 3
 STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
 
@@ -39,6 +40,10 @@ def prepare_dataset(
     on_unusable: str = "drop",
     max_unusable_share: float = 0.5,
     load_from_cache_file: bool = True,
+    data: str = "pairs",
+    label_columns: Sequence[str] = (),
+    discount_unit: str = "turn",
+    single_best: bool = False,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Tokenise a preference dataset.
 
@@ -52,11 +57,25 @@ def prepare_dataset(
         on_unusable: "drop" counts and drops well-formed rows that carry no signal, "error" refuses the first one.
         max_unusable_share: Above this share of dropped rows the dataset is refused.
         load_from_cache_file: False tokenises again even if the cache has the result.
+        data: What the objective learns from: "pairs", "lists" (K graded answers of one prompt), "singles" (answers
+            judged one by one) or "trajectories" (pairs of conversations that may differ from any turn on).
+        label_columns: Which of "preference" and "margin" the objective reads, where the dataset has them. A dataset
+            with one that is not read is refused.
+        discount_unit: What a step of a trajectory is, an assistant "turn" or a "token" of one.
+        single_best: For lists: a row whose best grade is shared is unusable.
 
     Returns:
-        The prepared rows, with `prompt_ids` (list of int), `completion_ids` (one list per completion, chosen first)
-        and `row` (number in `dataset`), and the report. A stream comes back as a stream, and fills the report later;
-        it is refused when none of its first 100 rows is usable.
+        The prepared rows and the report. A row has `prompt_ids` (list of int), `completion_ids` (one list per
+        completion, the best first), `row` (number in `dataset`), and by `data`
+
+        - pairs, trajectories: `preference` and `margin` (float) if the dataset has them. A preference below 0.5 comes
+          back swapped: the other answer first, 1 - preference, -margin;
+        - lists, singles: `grades` (one float per completion, higher is better; singles: 1 desirable, 0 undesirable);
+        - trajectories: `steps` (one int per completion token, -1 for those that the model does not write).
+          `prompt_ids` is what both share at the start, and may be empty.
+
+        A stream comes back as a stream, and fills the report later; it is refused when none of its first 100 rows is
+        usable.
 
     Raises:
         OptionError: an argument is wrong.
@@ -65,16 +84,19 @@ def prepare_dataset(
     check_truncation(max_length, truncation_mode)
     _check_options(on_unusable, max_unusable_share, num_proc)
     check_tokenizer(tokenizer, need_eos=False)
+    wanted = Wanted(data, tuple(label_columns), discount_unit, single_best)
     columns, first = _first_row(dataset, name)
-    fmt = detect_format(name, columns, first)
-    unused = tuple(column for column in columns if column not in USED_COLUMNS[fmt])
+    fmt = detect_format(name, columns, first, wanted)
+    wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
+    used = {*used_columns(fmt), *wanted.label_columns}
+    unused = tuple(column for column in columns if column not in used)
     report = DataReport(name, fmt, max_length, truncation_mode, unused_columns=unused)
-    worker = RowWorker(name, fmt, tokenizer, max_length, truncation_mode)
+    worker = RowWorker(name, fmt, tokenizer, max_length, truncation_mode, wanted)
     if isinstance(dataset, IterableDataset):
         stream = StreamWorker(worker, report, max_unusable_share if on_unusable == "drop" else None)
         return _prepare_stream(dataset, stream, columns), report
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    return _keep_usable(records, report, on_unusable, max_unusable_share), report
+    return _keep_usable(records, worker, report, on_unusable, max_unusable_share), report
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -113,8 +135,10 @@ def _map_records(
 ) -> Dataset:
     rows = _plain(dataset)
     if rows.format["type"] != "custom":
-        rows = rows.select_columns([column for column in USED_COLUMNS[worker.fmt] if column in first])
-    content = [dataset._fingerprint, worker.fmt, tokenizer_hash(worker.tokenizer), SCHEMA_VERSION]
+        used = [*used_columns(worker.fmt), *worker.wanted.label_columns]
+        rows = rows.select_columns([column for column in used if column in first])
+    tokenizer = tokenizer_hash(worker.tokenizer)
+    content = [dataset._fingerprint, worker.fmt, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
     options = {
         "num_proc": num_proc,
         "batched": True,
@@ -132,7 +156,7 @@ def _map_records(
     records = rows.map(
         worker.record_batch,
         with_indices=True,
-        features=RECORD,
+        features=worker.features,
         new_fingerprint=digest(["records", *content, worker.max_length, worker.truncation_mode]),
         desc=f"Tokenizing {worker.name} rows",
         **options,
@@ -149,7 +173,9 @@ def _raise_problems(checked: Dataset, name: str) -> None:
     raise DataError(count + " | ".join(map(str, errors)))
 
 
-def _keep_usable(records: Dataset, report: DataReport, on_unusable: str, max_unusable_share: float) -> Dataset:
+def _keep_usable(
+    records: Dataset, worker: RowWorker, report: DataReport, on_unusable: str, max_unusable_share: float
+) -> Dataset:
     for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
             report.add(record)
@@ -158,7 +184,7 @@ def _keep_usable(records: Dataset, report: DataReport, on_unusable: str, max_unu
         reason, rows = next(iter(report.dropped_rows.items()))
         raise unusable_error(report.name, rows[0], reason)
     report.check_share(max_unusable_share)
-    prepared = records.select_columns(PREPARED_COLUMNS)
+    prepared = records.select_columns(worker.prepared_columns)
     if report.dropped:
         prepared = prepared.select(_rows_where(records, "drop", empty=True))
     return prepared
@@ -191,6 +217,7 @@ class StreamWorker:
             record = self.worker.record(row, index)
         except RowProblem as problem:
             raise problem.located(self.worker.name, index) from problem.__cause__
+        record = {column: record[column] for column in self.worker.features}
         self.report.add(record)
         if record["drop"] and self.max_unusable_share is None:
             raise unusable_error(self.worker.name, index, record["drop"])
@@ -200,8 +227,9 @@ class StreamWorker:
 
 
 def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: list[str]) -> IterableDataset:
-    records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=RECORD)
-    prepared = records.filter(_is_kept).select_columns(PREPARED_COLUMNS)
+    features, prepared_columns = worker.worker.features, worker.worker.prepared_columns
+    records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=features)
+    prepared = records.filter(_is_kept).select_columns(prepared_columns)
     if next(iter(prepared), None) is None:
         worker.report.check_share(1.0)
     worker.report.reset()

@@ -11,6 +11,10 @@ PROMPT_TOO_LONG = "prompt_too_long"
 COMPLETION_TOO_LONG = "completion_too_long"
 TRANSCRIPTS_DIFFER = "transcripts_differ"
 NO_COMMON_PROMPT = "no_common_prompt"
+NO_RANKING = "no_ranking"
+NO_SINGLE_BEST = "no_single_best"
+SAME_TEXT = "same_text_ranked_apart"
+NOTHING_SCORED = "nothing_scored"
 
 # reason -> (what it means, what to do about it)
 REASONS = {
@@ -33,6 +37,16 @@ REASONS = {
         "remove these rows or give prompt, chosen and rejected yourself",
     ),
     NO_COMMON_PROMPT: ("chosen and rejected share no start", "add a 'prompt' column"),
+    NO_RANKING: ("all answers have the same grade", "remove these rows"),
+    NO_SINGLE_BEST: (
+        "several answers share the best grade, and the objective needs one best",
+        "remove all but one of them or use loss_type='plackett_luce'",
+    ),
+    SAME_TEXT: ("the same text has two grades", "remove these rows or the repeated answers"),
+    NOTHING_SCORED: (
+        "a trajectory has no token of the assistant's where it differs, or truncation took them",
+        "remove these rows, raise max_length or use another truncation_mode",
+    ),
 }
 ROWS_NAMED = 5
 
@@ -59,6 +73,10 @@ class DataReport:
     completions_trimmed: int = 0  # completions
     ends_lost: int = 0  # completions whose end token was cut off
     boundary_resplits: int = 0  # completions tokenised on their own, as a token would have crossed the border
+    swapped: int = 0  # pairs whose preference was below 0.5: the rejected answer now stands first
+    ties: int = 0  # pairs with preference 0.5
+    desirable: int = 0  # answers, for single judged answers
+    undesirable: int = 0
     foreign_turns: int = 0  # completions that hold user or tool turns, whose tokens are scored like the rest
     prompt_tokens: int = 0  # each prompt once
     completion_tokens: int = 0
@@ -115,6 +133,10 @@ class DataReport:
         self.ends_lost += int(record["ends_lost"])
         self.boundary_resplits += int(record["resplits"])
         self.foreign_turns += int(record["foreign_turns"])
+        self.swapped += int(record["swapped"])
+        self.ties += int(record["ties"])
+        self.desirable += int(record["desirable"])
+        self.undesirable += int(record["undesirable"])
         self.prompt_tokens += int(record["prompt_tokens"])
         self.completion_tokens += int(record["completion_tokens"])
         self.unshared_tokens += int(record["prompt_tokens"]) * int(record["completions"])
@@ -155,6 +177,13 @@ class DataReport:
             )
         if self.foreign_turns:
             lines.append(f"  {self.foreign_turns} completions hold user or tool turns; their tokens are scored too")
+        if self.swapped:
+            lines.append(f"  {self.swapped} rows swapped: preference below 0.5")
+        if self.ties:
+            lines.append(f"  {self.ties} ties: preference 0.5")
+        if self.desirable or self.undesirable:
+            alone = "" if self.desirable and self.undesirable else "; with one kind alone there is nothing to compare"
+            lines.append(f"  answers: {self.desirable} desirable, {self.undesirable} undesirable{alone}")
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)

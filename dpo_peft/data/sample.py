@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .report import REASONS
-from .tokenize import check_tokenizer, completion_field, encode_text, leading_ids
+from .tokenize import PAIR, check_tokenizer, encode_text, leading_ids
 from .truncate import check_truncation, fit
 from .values import RowProblem, read_text
 
@@ -51,8 +51,7 @@ def preprocess_dpo_sample(
         meaning, remedy = REASONS[fitted]
         raise DataError(f"sample: {fitted}: {meaning}. Remedy: {remedy}.")
     sample: dict[str, list[int]] = {}
-    for index, ids in enumerate(fitted.completion_ids):
-        side = completion_field(index)
+    for side, ids in zip(PAIR, fitted.completion_ids, strict=True):
         sample[f"{side}_input_ids"] = fitted.prompt_ids + ids
         sample[f"{side}_attention_mask"] = [1] * (len(fitted.prompt_ids) + len(ids))
         sample[f"{side}_labels"] = [IGNORE] * len(fitted.prompt_ids) + ids

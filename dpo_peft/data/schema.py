@@ -1,94 +1,237 @@
-"""What a row may look like, and how it becomes an `Example`: one prompt with K completions.
+"""What a dataset may look like: `detect_format` names one format for all its rows; `parse.py` reads them.
 
-`detect_format` looks at the columns and the first row and names one format for the whole dataset; `parse_row` turns a
-row of that format into an `Example`. A row that is wrong raises `RowProblem` (the caller adds dataset and row number);
-a row that is well formed but can't teach anything comes back as the name of the reason (see `report.py`).
+A format is a way to give the prompt and, after it, a way to give the answers.
 
-| format        | columns                                                                                     |
-|---------------|---------------------------------------------------------------------------------------------|
-| text          | `prompt`, `chosen`, `rejected`: text                                                        |
-| text_implicit | `chosen`, `rejected`: text that starts alike                                                |
-| transcript    | `chosen`, `rejected`: raw HH text, "\\n\\nHuman: … \\n\\nAssistant: …"                          |
-| chat          | `prompt`, `chosen`, `rejected`: lists of {role, content}; `tools`, `chat_template_kwargs`   |
-| chat_implicit | `chosen`, `rejected`: whole conversations that start alike (a text `prompt` is then unused) |
-| ids           | `prompt_ids`, `chosen_ids`, `rejected_ids`: token ids, used as they are                     |
+| prompt        | columns                                                                                   |
+|---------------|-------------------------------------------------------------------------------------------|
+| text          | `prompt`: text; answers as text                                                           |
+| text_implicit | none: answers are texts that start alike                                                  |
+| transcript    | none: answers are raw HH texts, "\\n\\nHuman: … \\n\\nAssistant: …"                           |
+| chat          | `prompt` and answers: lists of {role, content}; `tools`, `chat_template_kwargs`           |
+| chat_implicit | answers are whole conversations that start alike (a text `prompt` is then unused)         |
+| ids           | `prompt_ids` and answers: token ids, used as they are                                     |
+
+| answers | columns                                                                       | for                       |
+|---------|-------------------------------------------------------------------------------|---------------------------|
+| (pair)  | `chosen`, `rejected`                                                          | every objective           |
+| (pair)  | `chosen`, `rejected` as a list of answers                                     | lists, singles            |
+| _ranked | `completions` with `ranks` (lower is better) or `scores` (higher is better)   | lists                     |
+| _label  | `completion` and `label`; a whole conversation in `messages` (chat_implicit)  | singles                   |
+
+With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `completion_ids`. A pair may carry a
+`preference` (probability in [0, 1] that chosen is the better one) and a `margin`, where the objective reads them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import DataError
-from .report import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, TRANSCRIPTS_DIFFER
-from .values import RowProblem, read_ids, read_messages, read_template_kwargs, read_text, read_tools
+from ..errors import DataError, OptionError
+from .values import RowProblem, read_text
 
 Row = Mapping[str, Any]
 
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+DATA_KINDS = ("pairs", "lists", "singles", "trajectories")
+DISCOUNT_UNITS = ("turn", "token")
+LABEL_COLUMNS = ("preference", "margin")
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
-USED_COLUMNS = {
-    "text": TEXT_COLUMNS,
-    "text_implicit": TEXT_COLUMNS[1:],
-    "transcript": TEXT_COLUMNS[1:],
-    "chat": TEXT_COLUMNS + CHAT_COLUMNS,
-    "chat_implicit": TEXT_COLUMNS[1:] + CHAT_COLUMNS,
-    "ids": ID_COLUMNS,
-}
+GRADE_COLUMNS = ("ranks", "scores")
 ASKING_ROLES = ("user", "system", "developer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ACCEPTED = (
+
+LISTS = "an objective that learns from lists (loss_type 'multi_negative' or 'plackett_luce')"
+SINGLES = "an objective that learns from single judged answers (loss_type 'kto' or 'apo_zero_unpaired')"
+PAIRS = (
     "prompt/chosen/rejected as text or lists of messages, chosen/rejected that start alike (implicit prompt), raw HH "
     "transcripts, or prompt_ids/chosen_ids/rejected_ids"
 )
+ACCEPTED = {
+    "pairs": PAIRS,
+    "trajectories": "chosen/rejected as whole conversations, or prompt/chosen/rejected as messages, text or ids",
+    "lists": f"prompt/completions with ranks or scores, or (rejected may be a list) {PAIRS}",
+    "singles": f"prompt/completion/label, messages/label, or (rejected may be a list) {PAIRS}",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the objective learns from; the arguments of the same names of `prepare_dataset`."""
+
+    data: str = "pairs"
+    label_columns: tuple[str, ...] = ()
+    discount_unit: str = "turn"
+    single_best: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data not in DATA_KINDS:
+            raise OptionError(f"data={self.data!r} is unknown. Use one of {', '.join(DATA_KINDS)}.")
+        if self.discount_unit not in DISCOUNT_UNITS:
+            raise OptionError(f"discount_unit={self.discount_unit!r} is unknown. Use one of 'turn' and 'token'.")
+        if not isinstance(self.label_columns, tuple) or not set(self.label_columns) <= set(LABEL_COLUMNS):
+            raise OptionError(f"label_columns={self.label_columns!r} must hold nothing but {LABEL_COLUMNS}.")
+
+    @property
+    def graded(self) -> bool:
+        """Whether each answer of a row has a grade of its own."""
+        return self.data in ("lists", "singles")
+
+
+PLAIN_PAIRS = Wanted()
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with K completions before tokenisation; for pairs the chosen one comes first.
+    """One prompt with K completions before tokenisation, the best first.
 
     `kind` is "text" (str), "chat" (lists of messages) or "ids" (lists of int) and holds for prompt and completions.
-    `continues` says that the completions go on with the prompt's last message instead of starting a new one.
+    `fields` are the names of the completions in messages, `grades` one number each (higher is better) for lists and
+    singles. `continues` says that the completions go on with the prompt's last message instead of starting a new one.
     """
 
     kind: str
     prompt: Any
     completions: list[Any]
+    fields: tuple[str, ...]
+    grades: list[float] | None = None
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     continues: bool = False
 
 
-def detect_format(name: str, columns: list[str], first: Row) -> str:
-    """Name the format of dataset `name` from its columns and its first row; a `DataError` if there is none."""
-    have = set(columns)
-    _refuse_other_formats(name, have, first)
-    if have.intersection(ID_COLUMNS) and not {"chosen", "rejected"} <= have:
-        _need(name, have, ID_COLUMNS)
+def split_format(fmt: str) -> tuple[str, str]:
+    """How a format gives its prompt and its answers: "chat_ranked" -> ("chat", "ranked"), "ids" -> ("ids", "pair")."""
+    base, _, answers = fmt.rpartition("_")
+    return (base, answers) if answers in ("ranked", "label") else (fmt, "pair")
+
+
+def used_columns(fmt: str) -> tuple[str, ...]:
+    """The columns that rows of a format are read from, labels of a pair apart."""
+    base, answers = split_format(fmt)
+    end = "_ids" if base == "ids" else ""
+    prompt = (f"prompt{end}",) if base in ("text", "chat", "ids") else ()
+    if answers == "pair":
+        given: tuple[str, ...] = (f"chosen{end}", f"rejected{end}")
+    elif answers == "ranked":
+        given = (f"completions{end}", *GRADE_COLUMNS)
+    else:
+        given = ("messages" if base == "chat_implicit" else f"completion{end}", "label")
+    return prompt + given + (CHAT_COLUMNS if base.startswith("chat") else ())
+
+
+def detect_format(name: str, columns: list[str], first: Row, wanted: Wanted = PLAIN_PAIRS) -> str:
+    """Name the format of dataset `name` from its columns and its first row.
+
+    Raises `DataError` when there is none, or none that the objective can learn from.
+    """
+    have, data = set(columns), wanted.data
+    _refuse_raw_formats(name, have, first)
+    answers = _detect_answers(name, have, first, data)
+    _refuse_unread_labels(name, have, wanted)
+    if answers == "ranked":
+        return _detect_ranked(name, have, first)
+    if answers == "label":
+        return _detect_label(name, have, first)
+    if have.intersection(("prompt_ids", "chosen_ids", "rejected_ids")) and not {"chosen", "rejected"} <= have:
+        _need(name, have, ("prompt_ids", "chosen_ids", "rejected_ids"), data)
         return "ids"
-    _need(name, have, ("chosen", "rejected"))
-    kinds = {column: _kind_of(first.get(column)) for column in TEXT_COLUMNS if column in have}
-    if kinds["chosen"] == kinds["rejected"] == "text":
-        return _detect_text(name, have, kinds, first)
-    if kinds["chosen"] == kinds["rejected"] == "list":
-        return _detect_chat(name, kinds, first)
-    for column in ("chosen", "rejected"):  # something odd: let the readers say what
-        if kinds[column] == "text" or kinds[column] == "list":
-            continue
-        _raise_problem(name, read_text, first, column)
+    _need(name, have, ("chosen", "rejected"), data)
+    rejected = first.get("rejected")
+    if wanted.graded and is_several(rejected, kind_of(first.get("chosen"))):
+        rejected = rejected[0] if rejected else first["chosen"]
+    base = _detect_base(name, have, {**first, "rejected": rejected}, ("chosen", "rejected"))
+    if base == "transcript" and data == "trajectories":
+        raise DataError(
+            f"{name}: raw HH transcripts hold their turns as one text. Convert them first: "
+            "dataset.map(dpo_peft.data.from_hh), or dataset_format='hh' on the command line."
+        )
+    return base
+
+
+def _detect_answers(name: str, have: set[str], first: Row, data: str) -> str:
+    """How the rows give their answers, if that suits `data`."""
+    paired = {"chosen", "rejected"} <= have or {"chosen_ids", "rejected_ids"} <= have
+    lists, judged = have & {"completions", "completions_ids"}, have & {"completion", "completion_ids", "messages"}
+    needs = None
+    if lists and data == "lists" and (not paired or have.intersection(GRADE_COLUMNS)):
+        return "ranked"
+    if lists and not paired:
+        needs = f"{sorted(lists)[0]!r} (ranked or scored lists) needs {LISTS}"
+    elif "label" in have and judged and not paired:
+        if data == "singles":
+            return "label"
+        needs = f"'label' (one judged answer per row) needs {SINGLES}"
+    elif data in ("pairs", "trajectories"):
+        several = [column for column in ("rejected", "rejected_ids") if _list_of_answers(first.get(column))]
+        needs = f"{several[0]!r} as a list of answers needs {LISTS}" if several else None
+    elif data == "singles" and judged and not paired:
+        needs = "a judged answer needs a 'label' column (True for desirable)"
+    if needs:
+        raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
+    return "pair"
+
+
+def is_several(value: Any, kind: str) -> bool:
+    """Whether `value` holds a list of answers where it could be one; `kind` says what an answer is."""
+    return isinstance(value, list) and (kind == "text" or not value or isinstance(value[0], list))
+
+
+def _list_of_answers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], (str, list))
+
+
+def _detect_ranked(name: str, have: set[str], first: Row) -> str:
+    column = "completions" if "completions" in have else "completions_ids"
+    grades = [grade for grade in GRADE_COLUMNS if grade in have]
+    if len(grades) != 1:
+        found = "both are there" if grades else "there is neither"
+        raise DataError(
+            f"{name}: {column!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and {found}. "
+            "Add or remove a column, e.g. dataset.remove_columns('ranks')."
+        )
+    if column == "completions_ids":
+        _need(name, have, ("prompt_ids",), "lists")
+        return "ids_ranked"
+    answers = first.get(column)
+    if not isinstance(answers, list) or not answers:
+        what = "an empty list" if isinstance(answers, list) else type(answers).__name__
+        problem = RowProblem(column, f"expected a list of answers, found {what}", "give every row its answers")
+        raise problem.located(name, 0)
+    return _detect_base(name, have, {"prompt": first.get("prompt"), column: answers[0]}, (column,)) + "_ranked"
+
+
+def _detect_label(name: str, have: set[str], first: Row) -> str:
+    if "completion" in have:
+        return _detect_base(name, have, first, ("completion",)) + "_label"
+    if "completion_ids" in have:
+        _need(name, have, ("prompt_ids",), "singles")
+        return "ids_label"
+    return "chat_implicit_label"
+
+
+def _detect_base(name: str, have: set[str], first: Row, answers: tuple[str, ...]) -> str:
+    """How the rows give their prompt; `first` holds one answer in each of the columns `answers`."""
+    kinds = [kind_of(first.get(column)) for column in answers]
+    prompt = kind_of(first.get("prompt")) if "prompt" in have else None
+    if set(kinds) == {"text"}:
+        return _detect_text(name, have, prompt, first, answers)
+    if set(kinds) == {"list"}:
+        return _detect_chat(name, prompt, first, answers)
+    for column, kind in zip(answers, kinds, strict=True):  # something odd: let the readers say what
+        if kind not in ("text", "list"):
+            _raise_problem(name, read_text, first, column)
     raise DataError(
-        f"{name}: 'chosen' is {kinds['chosen']} but 'rejected' is {kinds['rejected']}. Give both as text or both as "
-        "lists of messages."
+        f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
+        "messages."
     )
 
 
-def _detect_text(name: str, have: set[str], kinds: dict[str, str], first: Row) -> str:
-    if "prompt" in have:
-        if kinds["prompt"] == "list":
-            raise DataError(
-                f"{name}: 'prompt' is a list of messages but 'chosen' and 'rejected' are text. Make the answers "
-                'messages too: [{"role": "assistant", "content": text}].'
-            )
+def _detect_text(name: str, have: set[str], prompt: str | None, first: Row, answers: tuple[str, ...]) -> str:
+    if prompt == "list":
+        raise DataError(
+            f"{name}: 'prompt' is a list of messages but {_names(answers)} hold text. Make the answers "
+            'messages too: [{"role": "assistant", "content": text}].'
+        )
+    if prompt:
         return "text"
     questions = sorted(have & {"instruction", "question", "query", "input"})
     if questions:
@@ -96,68 +239,75 @@ def _detect_text(name: str, have: set[str], kinds: dict[str, str], first: Row) -
             f"{name}: no 'prompt' column, but {', '.join(map(repr, questions))} looks like one. Alpaca-like rows: "
             "dataset.map(dpo_peft.data.from_alpaca); otherwise rename the column to 'prompt'."
         )
-    if first["chosen"].startswith(HUMAN) and first["rejected"].startswith(HUMAN):
-        return "transcript"
-    return "text_implicit"
+    if answers == ("completion",):
+        raise DataError(f"{name}: no 'prompt' column. Add it: one answer alone doesn't show where its prompt ends.")
+    return "transcript" if all(first[column].startswith(HUMAN) for column in answers) else "text_implicit"
 
 
-def _detect_chat(name: str, kinds: dict[str, str], first: Row) -> str:
-    if kinds.get("prompt") == "list":
+def _detect_chat(name: str, prompt: str | None, first: Row, answers: tuple[str, ...]) -> str:
+    if prompt == "list":
         return "chat"
-    if "prompt" not in kinds:
+    if prompt is None and answers != ("completion",):
         return "chat_implicit"
     # Some public sets repeat the question as text beside two whole conversations.
-    opening = first["chosen"][0] if first["chosen"] else None
-    if isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES:
+    opening = first[answers[0]][0] if first[answers[0]] else None
+    if answers != ("completion",) and isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES:
         return "chat_implicit"
+    found = f"'prompt' is {prompt}" if prompt else "there is no 'prompt'"
     raise DataError(
-        f"{name}: 'prompt' is {kinds['prompt']} but 'chosen' and 'rejected' are lists of messages. Make the prompt a "
-        'list of messages too: [{"role": "user", "content": text}].'
+        f"{name}: {found} but {_names(answers)} hold lists of messages. Make the prompt a list of messages too: "
+        '[{"role": "user", "content": text}].'
     )
 
 
-def _refuse_other_formats(name: str, have: set[str], first: Row) -> None:
-    """Name formats that need another objective, a converter or a vision model, before anything else is said."""
+def _names(columns: tuple[str, ...]) -> str:
+    return " and ".join(map(repr, columns))
+
+
+def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
+    """Name formats that need a converter or a vision model, before anything else is said."""
     vision = sorted(have & {"image", "images"})
     if vision:
         raise DataError(
             f"{name}: column {vision[0]!r} holds images, and vision models are not supported. Remove the column if "
             f"the text alone is meant: dataset.remove_columns({vision!r})."
         )
-    later, paired = None, {"chosen", "rejected"} <= have
-    if "completions" in have and not paired:
-        later = "'completions' (ranked or scored lists) needs a multi-completion objective"
-    elif "label" in have and have & {"completion", "messages"} and not paired:
-        later = "'label' (one judged answer per row) needs the KTO objective"
-    elif "preference" in have:
-        later = "'preference' (a soft label) needs a soft-label objective; hard pairs: remove the column"
-    elif _list_of_answers(first.get("rejected")):
-        later = "'rejected' as a list of answers needs the multi-negative objective"
-    if later:
-        raise DataError(f"{name}: {later}. DPO pairs here need one chosen and one rejected answer: {ACCEPTED}.")
-    if {"response1", "response2"} <= have and not paired:
-        raise DataError(
-            f"{name}: PandaLM comparisons. Convert them first: dataset.filter(dpo_peft.data.pandalm_decided)"
-            ".map(dpo_peft.data.from_pandalm)."
-        )
+    ready = have & {"chosen", "completions", "completion", "messages"}  # converters leave the raw columns beside these
+    convert = "dataset.map(dpo_peft.data.from_{})".format
+    raw = None
     if "conversations" in have and "prompt" not in have:
-        raise DataError(f"{name}: ShareGPT rows. Convert them first: dataset.map(dpo_peft.data.from_sharegpt).")
+        raw = "ShareGPT rows", convert("sharegpt")
+    elif {"response1", "response2"} <= have and not ready:
+        raw = "PandaLM comparisons", f"dataset.filter(dpo_peft.data.pandalm_decided).{convert('pandalm')[8:]}"
+    elif {"completion_a", "completion_b"} <= have and not ready:
+        raw = "Tulu human evaluation", convert("tulu")
+    elif "message_tree_id" in have and not ready:
+        raw = "Open-Assistant trees", "Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])"
+    elif isinstance(first.get("output"), list) and not ready:
+        raw = "Alpaca-like rows with a ranked list of outputs", convert("alpaca")
+    if raw:
+        raise DataError(f"{name}: {raw[0]}. Convert them first: {raw[1]}, or dataset_format on the command line.")
 
 
-def _list_of_answers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], (str, list))
+def _refuse_unread_labels(name: str, have: set[str], wanted: Wanted) -> None:
+    for column in LABEL_COLUMNS:
+        if column in have and (wanted.graded or column not in wanted.label_columns):
+            raise DataError(
+                f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
+                f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
+            )
 
 
-def _need(name: str, have: set[str], wanted: tuple[str, ...]) -> None:
+def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None:
     missing = [column for column in wanted if column not in have]
     if missing:
         raise DataError(
             f"{name}: column {', '.join(map(repr, missing))} is missing; the columns are {sorted(have)}. Accepted: "
-            f"{ACCEPTED}. Rename with dataset.rename_column(old, new)."
+            f"{ACCEPTED[data]}. Rename with dataset.rename_column(old, new)."
         )
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     return "list" if isinstance(value, list) else type(value).__name__
@@ -168,127 +318,3 @@ def _raise_problem(name: str, read: Callable[[Row, str], Any], row: Row, column:
         read(row, column)
     except RowProblem as problem:
         raise problem.located(name, 0) from None
-
-
-def parse_row(row: Row, fmt: str, vocab_size: int) -> Example | str:
-    """Turn one row of format `fmt` into an `Example`, or into the reason why it carries no signal.
-
-    Raises `RowProblem` when the row is malformed. `vocab_size` bounds pre-tokenised ids.
-    """
-    if fmt == "text":
-        prompt, *completions = (read_text(row, column) for column in TEXT_COLUMNS)
-        return Example("text", prompt, completions)
-    if fmt == "text_implicit":
-        return _parse_text_implicit(read_text(row, "chosen"), read_text(row, "rejected"))
-    if fmt == "transcript":
-        return _parse_transcript(row)
-    if fmt == "ids":
-        prompt_ids, *completion_ids = (read_ids(row, column, vocab_size) for column in ID_COLUMNS)
-        if not prompt_ids:
-            raise RowProblem("prompt_ids", "is empty", "give at least one prompt token, e.g. the BOS id")
-        return Example("ids", prompt_ids, completion_ids)
-    return _parse_chat(row, implicit=fmt == "chat_implicit")
-
-
-def _parse_text_implicit(chosen: str, rejected: str) -> Example | str:
-    """Split where the texts begin to differ, backing up to the start of the word (a lone blank goes with the word)."""
-    if chosen == rejected:
-        return IDENTICAL
-    cut = _common(chosen, rejected)
-    spaced = {text[cut] for text in (chosen, rejected) if cut < len(text)}
-    if any(_in_spaced_word(char) for char in spaced):
-        while cut and _in_spaced_word(chosen[cut - 1]):
-            cut -= 1
-    if cut and chosen[cut - 1] == " ":
-        cut -= 1
-    if not cut:
-        return NO_COMMON_PROMPT
-    return Example("text", chosen[:cut], [chosen[cut:], rejected[cut:]])
-
-
-def _in_spaced_word(char: str) -> bool:
-    return char.isalnum() and ord(char) < 0x2E80  # Chinese, Japanese and Korean blocks have no blanks to back up to
-
-
-def _parse_transcript(row: Row) -> Example | str:
-    """Cut behind the last "Assistant:" of each transcript; the parts before it must be the same text."""
-    prompts, replies = [], []
-    for column in ("chosen", "rejected"):
-        text = read_text(row, column)
-        cut = text.rfind(ASSISTANT) + len(ASSISTANT)
-        if not text.startswith(HUMAN) or cut < len(ASSISTANT):
-            raise RowProblem(
-                column,
-                f"is no transcript: it must start with {HUMAN!r} and hold {ASSISTANT!r}, found {text[:60]!r}",
-                "remove the row, or give the dataset a 'prompt' column",
-            )
-        prompts.append(text[:cut])
-        replies.append(text[cut:])
-    if prompts[0] != prompts[1]:
-        return TRANSCRIPTS_DIFFER
-    return Example("text", prompts[0], replies)
-
-
-def _parse_chat(row: Row, implicit: bool) -> Example | str:
-    chosen, rejected = (read_messages(row, column) for column in ("chosen", "rejected"))
-    if implicit:
-        if not chosen or not rejected:
-            raise RowProblem("rejected" if chosen else "chosen", "is an empty conversation", "remove the row")
-        # Each side keeps at least its last message as the answer, even when one conversation holds the other.
-        cut = min(_common(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        prompt, completions = chosen[:cut], [chosen[cut:], rejected[cut:]]
-        if not prompt:
-            return NO_COMMON_PROMPT
-        if not all(_is_one_answer(answer) for answer in completions):
-            return TRANSCRIPTS_DIFFER
-    else:
-        prompt, completions = read_messages(row, "prompt"), [chosen, rejected]
-        if not prompt:
-            raise RowProblem("prompt", "is an empty conversation", "give at least one message")
-    if any(_says_nothing(answer) for answer in completions):
-        return EMPTY_COMPLETION
-    for column, answer in zip(("chosen", "rejected"), completions, strict=True):
-        if answer[0]["role"] in ASKING_ROLES:
-            raise RowProblem(
-                column,
-                f"starts with a {answer[0]['role']!r} turn, which the model never writes",
-                "move shared turns into 'prompt', or drop the 'prompt' column if these are whole conversations",
-            )
-    continues = not implicit and prompt[-1]["role"] == "assistant"
-    if continues:
-        _check_continuation(prompt, completions)
-    return Example("chat", prompt, completions, read_tools(row), read_template_kwargs(row), continues)
-
-
-def _is_one_answer(messages: list[dict[str, Any]]) -> bool:
-    """One assistant turn, or several with tool results between them."""
-    roles = [message["role"] for message in messages]
-    twice = any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False))
-    return roles[0] != "tool" and not twice and not count_turns(messages, ASKING_ROLES)
-
-
-def count_turns(messages: list[dict[str, Any]], roles: tuple[str, ...]) -> int:
-    """Number of messages with one of these roles."""
-    return sum(message["role"] in roles for message in messages)
-
-
-def _says_nothing(answer: list[dict[str, Any]]) -> bool:
-    return not any(m.get("tool_calls") or m.get("content") and str(m["content"]).strip() for m in answer)
-
-
-def _check_continuation(prompt: list[dict[str, Any]], completions: list[list[dict[str, Any]]]) -> None:
-    joined = [prompt[-1], *(answer[0] for answer in completions)]
-    if not all(isinstance(message.get("content"), str) and message["role"] == "assistant" for message in joined):
-        raise RowProblem(
-            "prompt",
-            "ends with an assistant turn, so the answers go on with it; that needs plain text on both sides",
-            "end the prompt with the user's turn, or make the last and the first content plain text",
-        )
-
-
-def _common(first: Any, second: Any) -> int:
-    """Length of the common start of two sequences."""
-    limit = min(len(first), len(second))
-    if first[:limit] == second[:limit]:
-        return limit
-    return next(index for index in range(limit) if first[index] != second[index])

@@ -5,6 +5,7 @@ Prompt and completion are tokenised jointly first. When a token would cross the 
 its own, and that is accepted only if it decodes to the same text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +17,21 @@ from .values import RowProblem
 
 # Leading characters that keep a tokenizer from adding a blank before a text that continues another one.
 ANCHORS = ("", "\n", "a")
+PAIR = ("chosen", "rejected")
 TEXT_REMEDY = "end the prompt, or begin the completions, with a blank or a line break"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one row; `resplits` counts completions that were tokenised apart from their prompt."""
+    """Token ids of one row; `resplits` counts completions that were tokenised apart from their prompt.
+
+    Trajectories have a step for each completion token (`turns.py`).
+    """
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     resplits: int = 0
+    steps: list[list[int]] | None = None
 
 
 def check_tokenizer(tokenizer: Any, need_eos: bool) -> None:
@@ -67,23 +73,30 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, leading: list[int]) 
 
 
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completions: list[str], leading: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    completions: list[str],
+    leading: list[int],
+    fields: Sequence[str] = PAIR,
 ) -> Encoded | str:
-    """[BOS] + prompt, and each completion with one end token; or the reason why a completion is empty."""
+    """[BOS] + prompt, and each completion with one end token; or the reason why a completion is empty.
+
+    `fields` are the names of the completions in messages.
+    """
     prompt_ids = text_ids(tokenizer, prompt, leading)
     if not prompt_ids:
         raise RowProblem(
             "prompt", "is empty and the tokenizer puts no BOS before it", "give a prompt of at least one token"
         )
     completion_ids, resplits = [], 0
-    for index, text in enumerate(completions):
+    for field, text in zip(fields, completions, strict=True):
         body = without_eos(tokenizer, text)
         if not body.strip():
             return EMPTY_COMPLETION
         joint = text_ids(tokenizer, prompt + body, leading)
         ids = split_at_border(tokenizer, prompt_ids, joint, body)
         if ids is None:
-            raise border_problem(tokenizer, prompt_ids, joint, completion_field(index), TEXT_REMEDY)
+            raise border_problem(tokenizer, prompt_ids, joint, field, TEXT_REMEDY)
         resplits += joint[: len(prompt_ids)] != prompt_ids
         completion_ids.append([*ids, tokenizer.eos_token_id])
     return Encoded(prompt_ids, completion_ids, resplits)
@@ -116,22 +129,24 @@ def split_at_border(
 
 
 def border_problem(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joint_ids: list[int], field: str, remedy: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    joint_ids: list[int],
+    field: str,
+    remedy: str,
+    prompt: str = "the prompt",
+    joint: str = "prompt + completion",
 ) -> RowProblem:
     """Say where the prompt alone and the prompt in front of this completion part."""
     at = next((i for i, (a, b) in enumerate(zip(prompt_ids, joint_ids, strict=False)) if a != b), len(joint_ids))
     alone = tokenizer.decode(prompt_ids[at : at + 12], clean_up_tokenization_spaces=False)
-    joint = tokenizer.decode(joint_ids[at : at + 12], clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode(joint_ids[at : at + 12], clean_up_tokenization_spaces=False)
     return RowProblem(
         field,
-        f"the prompt's tokens are not the start of prompt + completion: from token {at} on the prompt alone reads "
-        f"{alone!r}, the whole sequence {joint!r}",
+        f"{prompt}'s tokens are not the start of {joint}: from token {at} on {prompt} alone reads {alone!r}, the "
+        f"whole sequence {whole!r}",
         remedy,
     )
-
-
-def completion_field(index: int) -> str:
-    return ("chosen", "rejected")[index] if index < 2 else f"completions[{index}]"
 
 
 def is_empty(ids: list[int], eos_token_id: int | None) -> bool:

@@ -46,7 +46,8 @@ def fit(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int 
     elif mode == "keep_end":
         fitted = _keep_end(prompt_ids, completion_ids, max_length)
     else:
-        fitted = COMPLETION_TOO_LONG if longest > max_length - 1 else _keep_end(prompt_ids, completion_ids, max_length)
+        room = max_length - min(len(prompt_ids), 1)
+        fitted = COMPLETION_TOO_LONG if longest > room else _keep_end(prompt_ids, completion_ids, max_length)
     if isinstance(fitted, Fitted) and all_same(fitted.completion_ids):
         return IDENTICAL_AFTER
     return fitted
@@ -65,11 +66,16 @@ def _keep_end(prompt_ids: list[int], completion_ids: list[list[int]], max_length
     prompt_left = min(len(prompt_ids), max(room, 1))
     room = max_length - prompt_left
     return Fitted(
-        prompt_ids[-prompt_left:],
+        prompt_ids[len(prompt_ids) - prompt_left :],
         [ids[-room:] for ids in completion_ids],
         prompt_cut=len(prompt_ids) - prompt_left,
         completions_cut=sum(len(ids) > room for ids in completion_ids),
     )
+
+
+def cut_alike(values: list[int], ids: list[int], mode: str) -> list[int]:
+    """What is left of `values`, one per token, where truncation left `ids`."""
+    return values[: len(ids)] if mode == "keep_start" else values[len(values) - len(ids) :]
 
 
 def all_same(completion_ids: list[list[int]]) -> bool:

@@ -5,6 +5,7 @@ absent. A schema that needs a real null can be given as a JSON string, which is 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,57 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
                 "tokenise with the tokenizer that is passed to the trainer",
             )
     return value
+
+
+def read_entries(row: Row, column: str, least: int = 1) -> dict[str, Any]:
+    """The answers of a list, each under the name by which messages call it: {"completions[0]": …}."""
+    value = _get(row, column)
+    if not isinstance(value, list):
+        raise RowProblem(column, f"expected a list of answers, found {_name(value)}", "store a list")
+    if len(value) < least:
+        wanted = "at least one answer" if least == 1 else f"at least {least} answers to compare"
+        raise RowProblem(column, f"holds {len(value)} answers", f"give every row {wanted}, or remove the row")
+    return {f"{column}[{index}]": answer for index, answer in enumerate(value)}
+
+
+def read_number(row: Row, column: str) -> float:
+    """A finite number."""
+    value = _get(row, column)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowProblem(column, f"expected a number, found {_name(value)}", "store a number, or remove the row")
+    if not math.isfinite(value):
+        raise RowProblem(column, f"expected a finite number, found {value}", "store a number, or remove the row")
+    return float(value)
+
+
+def read_preference(row: Row) -> float:
+    """Probability in [0, 1] that the chosen answer is the better one."""
+    value = read_number(row, "preference")
+    if not 0 <= value <= 1:
+        raise RowProblem(
+            "preference",
+            f"{value:g} is no probability",
+            "give the probability that chosen is better: 1 certain, 0.5 a tie, 0 rejected is better",
+        )
+    return value
+
+
+def read_label(row: Row) -> float:
+    """1.0 for a desirable answer, 0.0 for an undesirable one."""
+    value = _get(row, "label")
+    if type(value) not in (bool, int) or value not in (0, 1):
+        raise RowProblem("label", f"expected True or False, found {_name(value)}", "store True for a desirable answer")
+    return float(value)
+
+
+def read_grades(row: Row, count: int) -> list[float]:
+    """One number per answer, higher is better: `scores`, or minus the `ranks`."""
+    column = "ranks" if "ranks" in row else "scores"
+    entries = read_entries(row, column, least=0)
+    if len(entries) != count:
+        raise RowProblem(column, f"{len(entries)} {column} for {count} answers", "give each answer one")
+    grades = [read_number(entries, entry) for entry in entries]
+    return [0.0 - grade for grade in grades] if column == "ranks" else grades
 
 
 def read_messages(row: Row, column: str) -> list[dict[str, Any]]:

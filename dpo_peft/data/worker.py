@@ -7,45 +7,76 @@ from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import check_chat_template, check_rendering, encode_chat
-from .report import EMPTY_COMPLETION, IDENTICAL
-from .schema import ASKING_ROLES, Example, Row, count_turns, parse_row
+from .parse import count_turns, parse_row
+from .report import (
+    EMPTY_COMPLETION,
+    IDENTICAL,
+    IDENTICAL_AFTER,
+    NO_RANKING,
+    NO_SINGLE_BEST,
+    NOTHING_SCORED,
+    SAME_TEXT,
+)
+from .schema import ASKING_ROLES, PLAIN_PAIRS, Example, Row, Wanted
 from .tokenize import Encoded, check_tokenizer, encode_text, is_empty, leading_ids
-from .truncate import Fitted, all_same, fit
-from .values import RowProblem
+from .truncate import Fitted, all_same, cut_alike, fit
+from .turns import GIVEN, encode_trajectories, one_turn_each, unscore_first
+from .values import RowProblem, read_number, read_preference
 
 COUNTERS = (
-    "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest"
+    "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest "
+    "swapped ties desirable undesirable"
 ).split()
-RECORD = Features(
-    {
-        "prompt_ids": Sequence(Value("int32")),
-        "completion_ids": Sequence(Sequence(Value("int32"))),
-        "row": Value("int64"),
-        "drop": Value("string"),
-        **{counter: Value("int32") for counter in COUNTERS},
-    }
-)
+IDS = {
+    "prompt_ids": Sequence(Value("int32")),
+    "completion_ids": Sequence(Sequence(Value("int32"))),
+    "row": Value("int64"),
+}
+STATISTICS = {"drop": Value("string"), **{counter: Value("int32") for counter in COUNTERS}}
+# What a row holds beside its ids, by what the objective learns from.
+EXTRAS = {
+    "preference": Value("float64"),
+    "margin": Value("float64"),
+    "grades": Sequence(Value("float64")),
+    "steps": Sequence(Sequence(Value("int32"))),
+}
+NOTHING: dict[str, Any] = {"preference": 0.0, "margin": 0.0, "grades": [], "steps": []}
 
 
 class RowWorker:
-    """Checks and tokenises single rows of one dataset; goes to worker processes as a whole."""
+    """Checks and tokenises single rows of one dataset; goes to worker processes as a whole.
+
+    `wanted.label_columns` must be columns of the dataset. `prepared_columns` are those that training reads, `features`
+    those and the statistics.
+    """
 
     def __init__(
-        self, name: str, fmt: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, truncation_mode: str
+        self,
+        name: str,
+        fmt: str,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        truncation_mode: str,
+        wanted: Wanted = PLAIN_PAIRS,
     ):
-        self.name, self.fmt, self.tokenizer = name, fmt, tokenizer
+        self.name, self.fmt, self.tokenizer, self.wanted = name, fmt, tokenizer, wanted
         self.max_length, self.truncation_mode = max_length, truncation_mode
-        is_text = fmt in ("text", "text_implicit", "transcript")
+        is_text = fmt.startswith(("text", "transcript"))
         check_tokenizer(tokenizer, need_eos=is_text)
-        if fmt in ("chat", "chat_implicit"):
+        if fmt.startswith("chat"):
             check_chat_template(tokenizer, name)
         self.leading = leading_ids(tokenizer) if is_text else []
         self.vocab_size = len(tokenizer)
         self.tried: set[str] = set()
+        steps = ["steps"] if wanted.data == "trajectories" else []
+        extras = [*wanted.label_columns, *(["grades"] if wanted.graded else []), *steps]
+        self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
+        self.prepared_columns = [*IDS, *extras]
 
     def check(self, row: Row) -> None:
         """Raise `RowProblem` for a malformed row. The first row of each shape goes through the chat template."""
-        example = parse_row(row, self.fmt, self.vocab_size)
+        example = parse_row(row, self.fmt, self.vocab_size, self.wanted.data)
+        self._labels(row)
         if not isinstance(example, Example):
             return
         if example.kind == "text" and not example.prompt and not self.leading:
@@ -57,46 +88,99 @@ class RowWorker:
 
     def encode(self, example: Example) -> Encoded | str:
         """Ids of an example, or the reason why there is nothing to learn from it."""
+        turns = self.wanted.data == "trajectories"
         encoded: Encoded | str
         if example.kind == "text":
-            encoded = encode_text(self.tokenizer, example.prompt, example.completions, self.leading)
-        elif example.kind == "chat":
-            encoded = encode_chat(self.tokenizer, example)
-        else:
+            encoded = encode_text(self.tokenizer, example.prompt, example.completions, self.leading, example.fields)
+        elif example.kind == "ids":
             encoded = Encoded(example.prompt, example.completions)
+        elif turns:
+            encoded = encode_trajectories(self.tokenizer, example, self.wanted.discount_unit)
+        else:
+            encoded = encode_chat(self.tokenizer, example)
         if isinstance(encoded, str):
             return encoded
-        if any(is_empty(ids, self.tokenizer.eos_token_id) for ids in encoded.completion_ids):
+        # What is left of a trajectory behind the shared start may well be no more than its end.
+        if not encoded.steps and any(is_empty(ids, self.tokenizer.eos_token_id) for ids in encoded.completion_ids):
             return EMPTY_COMPLETION
-        return IDENTICAL if all_same(encoded.completion_ids) else encoded
+        if turns and not encoded.steps:
+            encoded = one_turn_each(encoded, self.wanted.discount_unit)
+        if all_same(encoded.completion_ids):
+            return IDENTICAL
+        return SAME_TEXT if graded_apart(encoded.completion_ids, example.grades) else encoded
 
     def record(self, row: Row, index: int) -> dict[str, Any]:
         """The prepared row with its statistics; a dropped one has no ids and names the reason."""
-        example = parse_row(row, self.fmt, self.vocab_size)
-        encoded = self.encode(example) if isinstance(example, Example) else example
-        fitted: Fitted | str
-        if isinstance(encoded, Encoded):
-            fitted = fit(encoded.prompt_ids, encoded.completion_ids, self.max_length, self.truncation_mode)
-        else:
-            fitted = encoded
-        if not isinstance(encoded, Encoded) or not isinstance(fitted, Fitted):
-            return {"prompt_ids": [], "completion_ids": [], "row": index, "drop": fitted, **dict.fromkeys(COUNTERS, 0)}
+        example = parse_row(row, self.fmt, self.vocab_size, self.wanted.data)
+        labels = self._labels(row)
+        made = self._prepare(example) if isinstance(example, Example) else example
+        if isinstance(example, str) or isinstance(made, str):
+            ids: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "row": index, "drop": made}
+            return {**dict.fromkeys(COUNTERS, 0), **NOTHING, **ids}
+        fitted, resplits, steps = made
         lengths = [len(ids) for ids in fitted.completion_ids]
-        return {
+        record = {
             "prompt_ids": fitted.prompt_ids,
             "completion_ids": fitted.completion_ids,
             "row": index,
             "drop": "",
             "completions": len(lengths),
-            "foreign_turns": _foreign_turns(example),
+            "foreign_turns": 0 if self.wanted.data == "trajectories" else _foreign_turns(example),
             "prompt_cut": fitted.prompt_cut,
             "completions_cut": fitted.completions_cut,
             "ends_lost": fitted.ends_lost,
-            "resplits": encoded.resplits,
+            "resplits": resplits,
             "prompt_tokens": len(fitted.prompt_ids),
             "completion_tokens": sum(lengths),
             "longest": len(fitted.prompt_ids) + max(lengths),
+            "grades": example.grades,
+            "steps": steps,
+            **labels,
         }
+        return {**record, **self._judgements(record)}
+
+    def _prepare(self, example: Example) -> tuple[Fitted, int, list[list[int]]] | str:
+        """Ids after truncation, number of re-splits and steps; or the reason why nothing useful is left."""
+        encoded = self._no_ranking(example) or self.encode(example)
+        if isinstance(encoded, str):
+            return encoded
+        fitted = fit(encoded.prompt_ids, encoded.completion_ids, self.max_length, self.truncation_mode)
+        if isinstance(fitted, str):
+            return fitted
+        if graded_apart(fitted.completion_ids, example.grades):
+            return IDENTICAL_AFTER
+        kept = zip(encoded.steps or [], fitted.completion_ids, strict=bool(encoded.steps))
+        steps = [cut_alike(values, ids, self.truncation_mode) for values, ids in kept]
+        steps = unscore_first(fitted.prompt_ids, steps)
+        if any(set(values) <= {GIVEN} for values in steps):
+            return NOTHING_SCORED
+        return fitted, encoded.resplits, steps
+
+    def _labels(self, row: Row) -> dict[str, float]:
+        """The label columns that the dataset has."""
+        read = {"preference": read_preference, "margin": lambda row: read_number(row, "margin")}
+        return {column: read[column](row) for column in self.wanted.label_columns}
+
+    def _no_ranking(self, example: Example) -> str:
+        """Why the grades of a list teach nothing, if so."""
+        if self.wanted.data != "lists" or not example.grades:
+            return ""
+        if example.grades[0] == example.grades[-1]:
+            return NO_RANKING
+        return NO_SINGLE_BEST if self.wanted.single_best and example.grades[0] == example.grades[1] else ""
+
+    def _judgements(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What the labels change: the less likely answer never stands first; and how many labels of each kind."""
+        counts: dict[str, Any] = {"swapped": 0, "ties": 0, "desirable": 0, "undesirable": 0}
+        if self.wanted.data == "singles":
+            counts["desirable"] = record["grades"].count(1.0)
+            counts["undesirable"] = record["grades"].count(0.0)
+        counts["ties"] = int(record.get("preference") == 0.5)
+        if record.get("preference", 1.0) >= 0.5:
+            return counts
+        counts |= {"swapped": 1, "preference": 1 - record["preference"]}
+        counts |= {column: record[column][::-1] for column in ("completion_ids", "steps")}
+        return counts | ({"margin": 0.0 - record["margin"]} if "margin" in record else {})
 
     def check_batch(self, batch: Any) -> dict[str, list[str]]:
         """Map function of the first pass: what is wrong with each row, as JSON, or nothing."""
@@ -110,7 +194,7 @@ class RowWorker:
                 records.append(self.record(row, index))
             except RowProblem as problem:
                 raise problem.located(self.name, index) from problem.__cause__
-        return {column: [record[column] for record in records] for column in RECORD}
+        return {column: [record[column] for record in records] for column in self.features}
 
     def _problem(self, row: Row) -> str:
         try:
@@ -126,9 +210,17 @@ def rows_of(batch: Any) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*(batch[c] for c in columns), strict=True)]
 
 
-def _foreign_turns(example: Example | str) -> int:
+def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) -> bool:
+    """Whether the same completion stands there with two grades."""
+    if not grades:
+        return False
+    found: dict[tuple[int, ...], float] = {}
+    return any(found.setdefault(tuple(ids), grade) != grade for ids, grade in zip(completion_ids, grades, strict=True))
+
+
+def _foreign_turns(example: Example) -> int:
     """How many completions hold turns that the model does not write."""
-    if isinstance(example, str) or example.kind != "chat":
+    if example.kind != "chat":
         return 0
     return sum(count_turns(messages, (*ASKING_ROLES, "tool")) > 0 for messages in example.completions)
 
