@@ -113,9 +113,8 @@ def _named_objective(options: Mapping[str, Any]) -> str:
     weights = options["loss_weights"] or [1.0] * len(options["loss_type"])
     parts = []
     for name, weight in zip(options["loss_type"], weights, strict=True):
-        entry = REGISTRY[name]
         share = f"{weight:g} × " if len(weights) > 1 else ""
-        parts.append(f"{share}`{name}` ({entry.paper}, eq. {entry.equation})")
+        parts.append(f"{share}`{name}` ({REGISTRY[name].source})")
     return " + ".join(parts)
 
 

@@ -23,7 +23,7 @@ def aot_loss(
 
     A gap is log pi(y_w) - log pi(y_l).
 
-    By hand (beta 0.1): gaps 5 and 1 under the policy, -1 and 2 under the reference; sorted 1, 5 and -1, 2, so the
+    By hand (beta 0.1): gaps 5 and 1 under the policy, 2 and -1 under the reference; sorted 1, 5 and -1, 2, so the
     differences are 2 and 3: 0.5981 and 0.5544.
 
     Source: Melnyk et al. 2024, Distributional Preference Alignment via Optimal Transport, arXiv:2406.05882.

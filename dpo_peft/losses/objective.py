@@ -25,3 +25,8 @@ class Objective:
     paper: str
     equation: str  # in the paper; the note's number follows in brackets
     use_when: str
+
+    @property
+    def source(self) -> str:
+        """Paper and equation in one line."""
+        return f"{self.paper}, {'eq. ' if self.equation[0].isdigit() else ''}{self.equation}"
