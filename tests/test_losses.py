@@ -1,20 +1,181 @@
-"""The DPO loss against hand numbers, its published gradient, and TRL's own expression."""
+"""Every objective's docstring numbers and registry entry; and `dpo_loss`, the note's listing 2.
+
+Gradients and extreme inputs are in test_losses_numerics.py, equality with TRL in test_losses_trl.py, identities
+between losses in test_losses_identities.py.
+"""
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_peft import dpo_loss
-from dpo_peft.config import DPOConfig
-from dpo_peft.losses import REGISTRY
+from dpo_peft.losses import (
+    REGISTRY,
+    discounts,
+    dpo_loss,
+    length_desensitized_weights,
+    reference_point,
+    shape_scores,
+    wpo_weights,
+)
+from dpo_peft.losses.anchored import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
+from dpo_peft.losses.distributional import aot_loss, aot_unpaired_loss
+from dpo_peft.losses.listwise import multi_negative_loss, plackett_luce_loss
+from dpo_peft.losses.pairwise import (
+    discopop_loss,
+    exo_pair_loss,
+    hinge_loss,
+    ipo_loss,
+    robust_loss,
+    sigmoid_loss,
+    sigmoid_norm_loss,
+    trajectory_loss,
+)
+from dpo_peft.losses.reference_free import cpo_loss, orpo_loss, sft_loss, simpo_loss
+from dpo_peft.losses.unpaired import apo_zero_unpaired_loss, kto_loss
 
 
 def column(*values: float, grad: bool = False) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The docstrings' numbers: function, positional inputs, options, the figures as its docstring prints them.
+
+LOG_HALF, LOG_FIFTH = math.log(0.5), math.log(0.2)
+HAND: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[str]]] = [
+    (sigmoid_loss, [[2], [-1]], {}, ["0.5544"]),
+    (sigmoid_loss, [[2], [-1], [0.1]], {}, ["0.5981"]),
+    (sigmoid_loss, [[2], [-1]], {"label_smoothing": 0.1}, ["0.5844"]),
+    (trajectory_loss, [[1 + 0.5 * 2], [-1]], {}, ["0.5544"]),
+    (hinge_loss, [[2], [-1]], {}, ["0.7"]),
+    (ipo_loss, [[2], [-1], [4], [2]], {}, ["4.0"]),
+    (ipo_loss, [[2], [-1], [4], [2]], {"ipo_length_normalize": True}, ["16.0"]),
+    (exo_pair_loss, [[2], [-1]], {"label_smoothing": 0.1}, ["0.3584"]),
+    (robust_loss, [[2], [-1]], {"label_smoothing": 0.1}, ["0.5169"]),
+    (discopop_loss, [[2], [-1]], {"discopop_tau": 0.3}, ["0.6907"]),
+    (sigmoid_norm_loss, [[2], [-1], [4], [2]], {}, ["0.6444"]),
+    (nca_pair_loss, [[2], [-1]], {}, ["1.3194"]),
+    (bco_pair_loss, [[2], [-1]], {}, ["1.2425"]),
+    (sppo_hard_loss, [[2], [-1]], {}, ["25.0"]),
+    (apo_zero_loss, [[2], [-1]], {}, ["0.9252"]),
+    (apo_down_loss, [[2], [-1]], {}, ["0.9754"]),
+    (aot_loss, [[-10, -12], [-15, -13], [-14, -13], [-16, -12]], {}, ["0.5981", "0.5544"]),
+    (aot_unpaired_loss, [[3, 1], [-2, 1]], {}, ["0.5544", "0.5981"]),
+    (sft_loss, [[6, 2], 2.0], {}, ["3.0", "1.0"]),
+    (simpo_loss, [[-10], [-15], [5], [5]], {"beta": 2.0, "simpo_gamma": 1.0}, ["0.3133"]),
+    (orpo_loss, [[2 * LOG_HALF], [LOG_FIFTH], [2], [1], [-2 * LOG_HALF], 2.0], {}, ["0.7155"]),
+    (cpo_loss, [[-10], [-15], [10], 5.0], {}, ["2.4741"]),
+    (multi_negative_loss, [[2, -1, 0, 1], [1, 0, 0, 0], torch.tensor([0] * 4), 1], {"beta": 0.5}, ["0.7873"]),
+    (plackett_luce_loss, [[2, 1, -1], [3, 2, 1], torch.tensor([0] * 3), 1], {"beta": 0.5}, ["0.9174"]),
+    (kto_loss, [[2, -1], [1, 0], [0.5, 1.5]], {}, ["0.4750", "0.4502"]),
+    (apo_zero_unpaired_loss, [[2, -1], [1, 0]], {}, ["0.4502", "0.4750"]),
+    (reference_point, [[0.5, 1.5]], {}, ["1.0"]),
+    (reference_point, [[-2, 1]], {}, ["0.0"]),
+    (shape_scores, [[1], 0.1], {}, ["1.0"]),
+    (shape_scores, [[1], 0.1], {"f_divergence_type": "forward_kl"}, ["0.6321"]),
+    (shape_scores, [[1], 0.1], {"f_divergence_type": "js_divergence"}, ["0.3799"]),
+    (shape_scores, [[1], 0.1], {"f_divergence_type": "alpha_divergence"}, ["0.7869"]),
+    (discounts, [torch.tensor([0, 1, 3]), 0.5], {}, ["1", "0.5", "0.125"]),
+    (
+        length_desensitized_weights,
+        [torch.arange(5), torch.full((5,), 3), 0.2],
+        {},
+        ["1", "1", "1", "0.2", "0.2"],
+    ),
+    (wpo_weights, [[LOG_HALF, math.log(0.25)], [LOG_HALF] * 2, torch.tensor([0, 0]), 1], {}, ["0.7071"]),
+]
+
+
+@pytest.mark.parametrize(("function", "inputs", "options", "figures"), HAND, ids=lambda v: getattr(v, "__name__", ""))
+def test_hand_numbers_of_the_docstring(function: Any, inputs: list[Any], options: dict, figures: list[str]) -> None:
+    arguments = [column(*value) if isinstance(value, list) else value for value in inputs]
+    result = torch.atleast_1d(function(*arguments, **options))
+    for value, figure in zip(result.tolist(), figures, strict=True):
+        rounded = len(figure.partition(".")[2]) == 4  # shorter figures are exact
+        assert value == pytest.approx(float(figure), abs=5.0001e-5 if rounded else 1e-12)
+        assert figure in (inspect.getdoc(function) or "")
+
+
+def test_every_objective_has_hand_numbers() -> None:
+    assert {objective.loss for objective in REGISTRY.values()} <= {row[0] for row in HAND}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry's entries.
+
+SCORE_OPTIONS = {"reward_clip", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"}
+SCORE_OPTIONS |= {"discount_gamma", "discount_unit"}
+EVERY = pytest.mark.parametrize("name", REGISTRY)
+
+
+def test_the_registry_is_complete() -> None:
+    """All that the note and TRL 1.16 have, under TRL's names where it has one."""
+    pairs = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop"
+    pairs += " sft sigmoid_norm simpo orpo cpo"
+    others = "trajectory multi_negative plackett_luce kto apo_zero_unpaired"
+    assert set(REGISTRY) == set(f"{pairs} {others}".split())
+    assert {name for name, entry in REGISTRY.items() if entry.data == "pairs"} == set(pairs.split())
+    assert {name for name, entry in REGISTRY.items() if entry.batch_coupled} == {"aot", "aot_unpaired", "kto"}
+    assert {name for name, entry in REGISTRY.items() if not entry.needs_reference} == {"sft", "simpo", "orpo", "cpo"}
+    soft = {name for name, entry in REGISTRY.items() if entry.soft_labels}
+    assert soft == set(f"{pairs} trajectory".split()) - set("aot aot_unpaired sft orpo cpo".split())
+    margins = {name for name, entry in REGISTRY.items() if "margin_B" in entry.inputs}
+    assert margins == set("sigmoid hinge robust sigmoid_norm simpo cpo trajectory".split())
+
+
+def test_score_options_go_where_they_apply() -> None:
+    having = {option: {n for n, entry in REGISTRY.items() if option in entry.options} for option in SCORE_OPTIONS}
+    shaped = set("sigmoid hinge ipo exo_pair robust discopop sigmoid_norm".split())
+    assert having["f_divergence_type"] == having["f_alpha_divergence_coef"] == shaped
+    assert having["reward_clip"] == shaped | set("multi_negative plackett_luce trajectory".split())
+    with_reference = {n for n, entry in REGISTRY.items() if entry.data == "pairs" and entry.needs_reference}
+    assert having["ld_alpha"] == with_reference
+    assert having["use_weighting"] == with_reference - {"aot", "aot_unpaired"}
+    assert having["discount_gamma"] == having["discount_unit"] == {"trajectory"}
+
+
+@EVERY
+def test_an_entry_says_what_its_function_takes(name: str) -> None:
+    entry = REGISTRY[name]
+    parameters = inspect.signature(entry.loss).parameters.values()
+    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keyword = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert entry.inputs == tuple(p.name for p in positional)
+    assert all(p.default is p.empty or p.name == "margin_B" for p in positional)
+    assert set(entry.options) - SCORE_OPTIONS == set(keyword) and len(set(entry.options)) == len(entry.options)
+    assert all(p.default is not p.empty for p in keyword.values())
+    assert entry.default_beta == (keyword["beta"].default if "beta" in keyword else None)
+    referring = [i for i in entry.inputs if "scores" in i or i.startswith("ref_")]
+    assert entry.needs_reference is bool(referring)
+    assert entry.token_extras == (("log_sum_sq",) if "use_weighting" in entry.options else ())
+
+
+@EVERY
+def test_an_entry_reads_well(name: str) -> None:
+    entry = REGISTRY[name]
+    assert entry.data in ("pairs", "trajectories", "lists", "singles")
+    rewards = {"sft": "logp", "cpo": "logp", "simpo": "mean_logp", "orpo": "mean_logp"}
+    assert entry.reward == rewards.get(name, "log_ratio")
+    assert "arXiv:" in entry.paper or name == "sft"
+    assert entry.equation and entry.formula and entry.formula.isascii()
+    assert entry.why_beta.endswith(".") and entry.use_when.endswith(".")
+    doc = inspect.getdoc(entry.loss) or ""
+    assert "By hand" in doc and "Source: " in doc
+    for number in {
+        word.strip("().,") for word in entry.equation.split("note eq")[-1].split() if "note" in entry.equation
+    }:
+        if number.isdigit():
+            assert number in doc, f"note eq. {number} isn't named in {entry.loss.__name__}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `dpo_loss`, the note's listing 2.
 
 
 def random_logps(pairs: int = 6, grad: bool = False) -> list[Tensor]:
@@ -64,7 +225,7 @@ def test_a_flipped_label_is_a_swapped_pair() -> None:
     torch.testing.assert_close(swapped.chosen_rewards_B, straight.rejected_rewards_B)
 
 
-def test_gradcheck() -> None:
+def test_gradcheck_of_dpo_loss() -> None:
     chosen, rejected, ref_chosen, ref_rejected = random_logps(grad=True)
     for options in ({"beta": 0.3}, {"beta": 0.3, "reward_clip": 1.5}):
         assert torch.autograd.gradcheck(
@@ -88,17 +249,6 @@ def test_gradient_is_that_of_the_note() -> None:
         margin = beta * ((logps - ref)[pairs, won] - (logps - ref)[pairs, lost])
         expected = -beta * (1 - torch.sigmoid(margin))[:, None] * difference / 6
     torch.testing.assert_close(theta.grad, expected, rtol=1e-12, atol=1e-15)
-
-
-def test_value_and_gradient_are_trls() -> None:
-    """TRL 1.16 writes the sigmoid loss as -logsigmoid(beta * ((c - ref_c) - (r - ref_r)))."""
-    mine, other = random_logps(grad=True), random_logps(grad=True)
-    dpo_loss(*mine, beta=0.25).losses_B.mean().backward()
-    expected = -F.logsigmoid(0.25 * ((other[0] - other[2]) - (other[1] - other[3])))
-    expected.mean().backward()
-    torch.testing.assert_close(dpo_loss(*mine, beta=0.25).losses_B, expected, rtol=1e-12, atol=0)
-    for a, b in zip(mine[:2], other[:2], strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -138,12 +288,3 @@ def test_rewards_are_detached_and_the_loss_is_not() -> None:
     loss = dpo_loss(*random_logps(grad=True))
     assert loss.losses_B.requires_grad
     assert not loss.chosen_rewards_B.requires_grad and not loss.rejected_rewards_B.requires_grad
-
-
-def test_registry_agrees_with_functions_and_config() -> None:
-    options = set(DPOConfig.__dataclass_fields__)
-    for name, objective in REGISTRY.items():
-        taken = inspect.signature(objective.loss).parameters
-        assert set(objective.options) <= set(taken) and set(objective.options) <= options, name
-        assert objective.default_beta == taken["beta"].default
-        assert objective.data == "pairs" and "arXiv" in objective.paper and "note" in objective.equation
