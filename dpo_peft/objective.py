@@ -193,8 +193,8 @@ class TrainingObjective:
                 "grades_C": scored.own(scored.grade_C),
                 "mismatched_scores_M": scored.mismatched(scores_C).detach(),
             }
-        by_completion = {"scores": scores_C, "logps": scored.weighted_logps_C, "lengths": scored.lengths_C}
-        by_completion["nll"] = -scored.logps_C
+        by_completion = {"scores": scores_C, "lengths": scored.lengths_C, "nll": -scored.logps_C}
+        by_completion["logps"] = scored.weighted_logps_C if "ld_alpha" in part.options else scored.logps_C
         pairs = {f"{side}_{name}_B": x_C[i::2] for name, x_C in by_completion.items() for i, side in enumerate(_SIDES)}
         if scored.ref_weighted_logps_C is not None:
             pairs |= {f"ref_{side}_logps_B": scored.ref_weighted_logps_C[i::2] for i, side in enumerate(_SIDES)}
