@@ -11,17 +11,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .data import TRUNCATION_MODES
+from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
-from .losses import REGISTRY
-from .objective_options import (
-    DISCOUNT_UNITS,
-    F_DIVERGENCES,
-    OBJECTIVE_OPTIONS,
-    check_loss_type,
-    check_objective_options,
-    resolve_beta,
-)
+from .losses import F_DIVERGENCES, REGISTRY
+from .objective_options import OBJECTIVE_OPTIONS, check_loss_type, check_objective_options, resolve_beta
 
 # Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
 # default they change nothing and are accepted.

@@ -92,7 +92,8 @@ class TrainingObjective:
         self.needs_reference = any(part.needs_reference for part in self.parts)
         self.batch_coupled = any(part.batch_coupled for part in self.parts)
         self.needs_mismatched = any("mismatched_scores_M" in part.inputs for part in self.parts)
-        self.log_sum_sq = bool(options.get("use_weighting"))
+        extras = {extra for part in self.parts for extra in part.token_extras}
+        self.log_sum_sq = "log_sum_sq" in extras and bool(options.get("use_weighting"))
         self.single_best = "multi_negative" in loss_type
         # A soft label concerns every loss of a mix, a margin only those that compare two rewards.
         soft = all(part.soft_labels for part in self.parts)

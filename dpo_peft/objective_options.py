@@ -7,11 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .data import DISCOUNT_UNITS
 from .errors import OptionError
-from .losses import REGISTRY
-
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-DISCOUNT_UNITS = ("turn", "token")
+from .losses import F_DIVERGENCES, REGISTRY
 
 # Option -> its default, with which it changes nothing or is every loss's own choice. `beta` is apart: its default is
 # the objective's.

@@ -149,7 +149,7 @@ class DPOTrainer(Trainer):
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],

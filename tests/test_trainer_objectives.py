@@ -248,3 +248,43 @@ def test_a_coupled_run_resumes_exactly(loss: str, tiny_llama: Any, make_tokenize
     for name, weight in adapter_weights(straight).items():
         assert torch.equal(weight, adapter_weights(again)[name]), name
     assert step_logs(straight)[-1]["loss"] == step_logs(again)[-1]["loss"]
+
+
+@pytest.mark.parametrize("loss", ["kto", "multi_negative", "trajectory"])
+def test_streams_train_as_datasets_do(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    rows, tokenizer = rows_for(loss, 16), make_tokenizer()
+    options = {"loss_type": loss, "max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    whole = trained(tiny_llama(), rows, tokenizer, tmp_path, train_sampling_strategy="sequential", **options)
+    stream = trained(tiny_llama(), rows.to_iterable_dataset(), tokenizer, tmp_path, **options)
+    assert largest_difference(whole, stream, ["loss", "grad_norm"]) == 0
+
+
+def test_a_last_batch_of_one_row_has_no_mismatched_answer(
+    tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """5 rows by 4: z_ref of the last one is 0, so its loss is that of APO; it is not dropped."""
+    rows, tokenizer = rows_for("kto", 5), make_tokenizer()
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    kto, apo = (
+        trained(tiny_llama(), rows, tokenizer, tmp_path, loss_type=loss, learning_rate=0.0, **options)
+        for loss in ("kto", "apo_zero_unpaired")
+    )
+    assert "z_ref" in step_logs(kto)[0] and "z_ref" not in step_logs(kto)[1]
+    assert largest_difference(kto, apo, ["loss"]) < 1e-7
+
+
+# ---- What is left behind --------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_was_trained(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    """Names, weights, options and the meaning of the rewards; only log-ratios make the adapter a reward model."""
+    rows, tokenizer = id_pairs(8), make_tokenizer()
+    mix = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.25], "ld_alpha": 0.5}
+    trained(tiny_llama(), rows, tokenizer, tmp_path / "mix", **mix).save_model()
+    card = (tmp_path / "mix" / "README.md").read_text()
+    assert "trained with 1 × `sigmoid` (Rafailov et al. 2023" in card and "+ 0.25 × `sft` (maximum likelihood" in card
+    assert "ld_alpha" in card and "also a reward model" in card and "Rewards are β·log(π/π_ref)" in card
+    trained(tiny_llama(), rows, tokenizer, tmp_path / "simpo", loss_type="simpo").save_model()
+    card = (tmp_path / "simpo" / "README.md").read_text()
+    assert "`simpo` (Meng et al. 2024" in card and "Rewards are β·log π per token" in card
+    assert "**Reference:** none is needed" in card and "also a reward model" not in card

@@ -4,9 +4,11 @@ from .convert import from_alpaca, from_hh, from_oasst_tree, from_pandalm, from_s
 from .prepare import prepare_dataset
 from .report import REASONS, DataReport
 from .sample import preprocess_dpo_sample
+from .schema import DISCOUNT_UNITS
 from .truncate import TRUNCATION_MODES
 
 __all__ = [
+    "DISCOUNT_UNITS",
     "REASONS",
     "TRUNCATION_MODES",
     "DataReport",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..forward.layout import Sample, pack, pad_rows
+from .worker import EXTRAS, IDS
 
-# All that a prepared row may hold.
-PREPARED_COLUMNS = ["prompt_ids", "completion_ids", "row", "steps", "grades", "preference", "margin"]
+PREPARED_COLUMNS = [*IDS, *EXTRAS]  # all that a prepared row may hold
 
 
 class PreferenceCollator:
