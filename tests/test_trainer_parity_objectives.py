@@ -44,11 +44,14 @@ def run(trainer: Any) -> Any:
     return trainer
 
 
-def assert_same_path(mine: Any, trl: Any, names: list[str], moves: float = 1e-3) -> None:
-    """Within the tolerance at every step, in a run that goes somewhere."""
+def assert_same_path(mine: Any, trl: Any, names: list[str], least: float = TOLERANCE) -> None:
+    """Within the tolerance at every step, in a run that goes somewhere. `least`: absolute tolerance of the loss."""
     assert largest_difference(mine, trl, names) < TOLERANCE
+    for a, b in zip(step_logs(mine), step_logs(trl), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE, abs=least)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=TOLERANCE, abs=least)
     losses = [log["loss"] for log in step_logs(mine)]
-    assert max(losses) - min(losses) > moves
+    assert max(losses) - min(losses) > 100 * least
 
 
 @pytest.mark.parametrize("name", DPO_RUNS)
@@ -58,10 +61,9 @@ def test_dpo_trainer(name: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: 
     mine = run(ours(tiny_llama(), rows, tokenizer, tmp_path, **STEPS, **changed))
     for_trl = {key: value for key, value in {**changed, **trls}.items() if value is not None}
     trl = run(theirs(tiny_llama(), rows, tokenizer, tmp_path, **STEPS, **for_trl))
-    # WPO: random ids weigh next to nothing.
-    assert_same_path(
-        mine, trl, ["loss", "grad_norm", "rewards/chosen", "rewards/rejected"], 1e-9 if "WPO" in name else 1e-3
-    )
+    # Random ids weigh next to nothing in WPO, and their loss is as small.
+    least = 1e-8 if "WPO" in name else TOLERANCE
+    assert_same_path(mine, trl, ["loss", "rewards/chosen", "rewards/rejected"], least)
 
 
 def test_the_comparison_tells_losses_apart(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_kto_trainer(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: 
     mine = run(ours(tiny_llama(), rows, tokenizer, tmp_path, **changed))
     args = KTOConfig(**options(tmp_path, **{**changed, "loss_type": loss}))
     trl = IdsKTOTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
-    assert_same_path(mine, run(trl), ["loss", "grad_norm"])
+    assert_same_path(mine, run(trl), ["loss"])
     if loss == "kto":
         assert max(log["z_ref"] for log in step_logs(mine)) > 0.01
         for a, b in zip(step_logs(mine), step_logs(trl), strict=True):
@@ -150,7 +152,7 @@ def test_cpo_trainer(name: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: 
     trl = IdsCPOTrainer(
         tiny_llama(), args=args, train_dataset=with_text(rows), processing_class=tokenizer, peft_config=lora()
     )
-    assert_same_path(mine, run(trl), ["loss", "grad_norm", "rewards/chosen", "rewards/rejected"])
+    assert_same_path(mine, run(trl), ["loss", "rewards/chosen", "rewards/rejected"])
 
 
 def test_orpo_trainer(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
@@ -160,4 +162,4 @@ def test_orpo_trainer(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> N
     trl = IdsORPOTrainer(
         tiny_llama(), args=args, train_dataset=with_text(rows), processing_class=tokenizer, peft_config=lora()
     )
-    assert_same_path(mine, run(trl), ["loss", "grad_norm", "rewards/chosen", "rewards/rejected"])
+    assert_same_path(mine, run(trl), ["loss", "rewards/chosen", "rewards/rejected"])
