@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, int | None, int, dict[str, Any]]] = {
         "llama-factory-demo/kto_en_demo.json",
         None,
         100,
-        {"loss_type": "kto", "beta": 0.5, "learning_rate": 1e-4, "max_length": 256, "per_device_train_batch_size": 32},
+        {"loss_type": "kto", "beta": 0.5, "max_length": 256, "per_device_train_batch_size": 32},
     ),
     "conversations": (
         "hh-harmless-base-test/test.jsonl.gz",
