@@ -10,7 +10,9 @@ from datasets import Dataset
 from objective_rows import rows_for
 from trainer_helpers import adapter_weights, id_pairs, largest_difference, ours, step_logs
 
+from dpo_peft.forward import Sample, Scores, pack, sum_by_completion
 from dpo_peft.losses import REGISTRY
+from dpo_peft.objective import Scored, Totals, TrainingObjective, _concatenate
 
 REFERENCE_FREE: list[dict[str, Any]] = [
     {"loss_type": "sft"},
@@ -143,6 +145,32 @@ def test_discounted_rewards_against_plain_logits(tiny_llama: Any, make_tokenizer
     torch.testing.assert_close(
         torch.tensor(rewards[:, 0] - rewards[:, 1]), torch.tensor(margins, dtype=torch.float64), rtol=0, atol=1e-5
     )
+
+
+def test_items_know_their_rows() -> None:
+    """What a non-finite loss is reported with: of single answers each own one, of pairs and lists the sample."""
+    answers = [Sample([1], [[2], [3]], 40, mismatched=[[4]]), Sample([1], [[4]], 41, mismatched=[[2]])]
+    assert TrainingObjective(["kto"]).rows(pack(answers)).tolist() == [40, 40, 41]
+    assert TrainingObjective(["multi_negative"]).rows(pack(answers[:1])).tolist() == [40]
+
+
+def test_micro_batches_joined_are_the_whole_batch() -> None:
+    """What a coupled loss reads of the optimizer batch, whatever its split; the samples keep their own numbers."""
+    samples = [Sample([1], [[2, 3], [4], [5, 6, 7]], row, grades=[2.0, 1.0, 0.0]) for row in range(4)]
+    objective = TrainingObjective(["plackett_luce"], beta=1.0, reward_clip=None)
+
+    def score(part: list[Sample]) -> Scored:
+        batch = pack(part)
+        tokens = [-(row + 1.0) * (1 + place) for row in batch.rows.tolist() for place in range(6)]
+        policy, ref = (
+            Scores(x, sum_by_completion(x, batch)) for x in (torch.tensor(tokens), torch.zeros(len(tokens)))
+        )
+        return objective.score(policy, ref, batch)
+
+    whole, joined = score(samples), _concatenate([score(samples[:1]), score(samples[1:])])
+    assert joined.sample_of_C.tolist() == whole.sample_of_C.tolist() and joined.num_samples == 4
+    totals = Totals(4, 1.0)
+    assert objective.losses(joined, totals).tolist() == objective.losses(whole, totals).tolist()
 
 
 # ---- Labels of rows -------------------------------------------------------------------------------------------------
