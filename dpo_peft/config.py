@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
 from .losses import F_DIVERGENCES, REGISTRY
-from .objective_options import OBJECTIVE_OPTIONS, check_loss_type, check_objective_options, resolve_beta
+from .objective_options import OBJECTIVE_OPTIONS, check_choice, check_loss_type, check_objective_options, resolve_beta
 
 # Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
 # default they change nothing and are accepted.
@@ -182,15 +182,15 @@ class DPOConfig(TrainingArguments):
         _check_number(self, "max_unusable_share", minimum=0, maximum=1)
         _check_number(self, "max_length", minimum=2, optional=True, whole=True)
         _check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
-        _check_choice(self, "truncation_mode", TRUNCATION_MODES)
-        _check_choice(self, "on_unusable", ("drop", "error"))
+        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        check_choice("on_unusable", self.on_unusable, ("drop", "error"))
         for name in ("trust_remote_code", "disable_dropout", "share_prompts", "gradient_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         for name in ("quantize_base", "bf16"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True, False or None.")
-        _check_choice(self, "train_sampling_strategy", ("random", "sequential"))
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         for name, (harmless, why) in _NOT_AVAILABLE.items():
             if getattr(self, name, harmless) not in (harmless, None):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not available here. {why}")
@@ -232,11 +232,6 @@ def _check_number(
         bounds += [f"at least {minimum}"] if minimum > -math.inf else []
         bounds += [f"at most {maximum}"] if maximum < math.inf else []
         raise OptionError(f"{name}={value!r} must be {kind} {' and '.join(bounds)}.")
-
-
-def _check_choice(config: DPOConfig, name: str, choices: Any) -> None:
-    if getattr(config, name) not in choices:
-        raise OptionError(f"{name}={getattr(config, name)!r} must be one of {', '.join(map(repr, choices))}.")
 
 
 def objective_options(config: DPOConfig) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def check_objective_options(loss_type: Sequence[str], given: Mapping[str, Any]) 
             )
         if name in _RANGES:
             _in_range(name, value)
-    _check_choice("f_divergence_type", given["f_divergence_type"], F_DIVERGENCES)
-    _check_choice("discount_unit", given["discount_unit"], DISCOUNT_UNITS)
+    check_choice("f_divergence_type", given["f_divergence_type"], F_DIVERGENCES)
+    check_choice("discount_unit", given["discount_unit"], DISCOUNT_UNITS)
     for name in ("use_weighting", "ipo_length_normalize"):
         if not isinstance(given[name], bool):
             raise OptionError(f"{name}={given[name]!r} must be True or False.")
@@ -133,6 +133,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices of the option `name`."""
     if value not in choices:
         raise OptionError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")

@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
+
+from dpo_peft import DataError
 
 # Strips the text of a turn, opens with BOS, closes turns with its own end token.
 LLAMA3_LIKE = (
@@ -86,3 +89,13 @@ def pair(prompt: str = "Name a color:", chosen: str = " blue", rejected: str = "
 
 def chat_pair(prompt: str = "Name a color.", chosen: str = "Blue.", rejected: str = "Seven.") -> dict[str, Any]:
     return {"prompt": turns(prompt), "chosen": answer(chosen), "rejected": answer(rejected)}
+
+
+def assert_third_row_refused(prepared: Any, field: str, problem: str, remedy: str) -> None:
+    """Reading the stream stops at its row 2, with the field, what is wrong and what to do."""
+    with pytest.raises(DataError) as error:
+        list(prepared)
+    assert type(error.value) is DataError
+    where, _, rest = str(error.value).partition(": ")
+    assert where == f"eval row 2, field '{field}'"
+    assert problem in rest.split("Remedy: ")[0] and remedy in rest.split("Remedy: ")[1]

@@ -6,7 +6,7 @@ Rows come in as streams of plain Python rows, as Arrow itself would refuse some 
 import math
 
 import pytest
-from data_helpers import answer, chat_pair, pair, turns
+from data_helpers import answer, assert_third_row_refused, chat_pair, pair, turns
 from datasets import Dataset, IterableDataset
 
 from dpo_peft.data import from_alpaca, from_oasst_tree, from_tulu, prepare_dataset
@@ -201,12 +201,7 @@ def test_malformed_row(make_tokenizer, case):
     labels = ("preference", "margin") if data in ("pairs", "trajectories") else ()
     stream = IterableDataset.from_generator(lambda: iter([good, good, bad]))
     prepared, _ = prepare_dataset(stream, make_tokenizer(), name="eval", data=data, label_columns=labels)
-    with pytest.raises(DataError) as error:
-        list(prepared)
-    assert type(error.value) is DataError
-    where, _, rest = str(error.value).partition(": ")
-    assert where == f"eval row 2, field '{field}'"
-    assert problem in rest.split("Remedy: ")[0] and remedy in rest.split("Remedy: ")[1]
+    assert_third_row_refused(prepared, field, problem, remedy)
 
 
 @pytest.mark.parametrize("case", ["ranks too few", "one answer", "preference above", "label two", "assistant first"])
