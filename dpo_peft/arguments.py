@@ -3,6 +3,8 @@
 All functions raise `OptionError` with the argument's name and the remedy.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -27,12 +29,13 @@ def name_of(model: Any) -> str:
     return model.config._name_or_path
 
 
-def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> None:
+def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: Any, compute_metrics: Any) -> None:
     """Refuse arguments of the wrong type, contradictory ones and those without effect."""
     if ref_model is not None:
         raise OptionError(
-            "ref_model is not accepted: the reference is the model itself with the adapter switched off, so a second "
-            "copy would only cost memory. Leave ref_model out. To use another reference, merge it into the base first."
+            "ref_model is not accepted: the reference is the model itself, with the adapter switched off or a frozen "
+            "copy of it, so a second model would only cost memory. Leave ref_model out. For another reference than the "
+            "model as it comes in, set reference='base' or the folder of an adapter."
         )
     if not isinstance(args, DPOConfig):
         raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
@@ -45,8 +48,8 @@ def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: 
             raise OptionError("quantize_base=True has no effect on a model that is loaded already: pass its name.")
     elif args.quantize_base is False and quantization_config is not None:
         raise OptionError("quantize_base=False contradicts quantization_config: give one of them.")
-    if args.world_size > 1:
-        raise OptionError("Training in several processes is not available yet: start a single one.")
+    if args.world_size > 1 and compute_metrics is not None:
+        raise OptionError("compute_metrics is not available in several processes: evaluate in a single one.")
     if args.n_gpu > 1:
         raise OptionError(f"{args.n_gpu} GPUs are visible to one process: show it one by CUDA_VISIBLE_DEVICES=0.")
 
@@ -62,6 +65,10 @@ def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> No
         )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise OptionError("A streaming train_dataset has no length: set max_steps.")
+    if isinstance(train_dataset, IterableDataset) and args.world_size > 1:
+        raise OptionError("A streaming train_dataset is not available in several processes: download it first.")
+    if isinstance(train_dataset, IterableDataset) and args.precompute_ref_log_probs:
+        raise OptionError("precompute_ref_log_probs can't read a stream ahead: set cache_ref_log_probs instead.")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise OptionError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: pass one or set 'no'.")
     # With a stream, accelerate cuts batches along their first dimension by default; a packed batch has none.
@@ -84,7 +91,8 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def load_tokenizer(name: str, args: DPOConfig) -> Any:
-    """The tokenizer that comes with a model."""
+    """The tokenizer that comes with a model; with an adapter's folder, its own or that of its base."""
+    name = _with_tokenizer(name)
     init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     try:
         return AutoTokenizer.from_pretrained(
@@ -95,6 +103,13 @@ def load_tokenizer(name: str, args: DPOConfig) -> Any:
             f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "
             "processing_class."
         ) from error
+
+
+def _with_tokenizer(name: str) -> str:
+    config = Path(name, "adapter_config.json")
+    if not config.is_file() or Path(name, "tokenizer_config.json").is_file():
+        return name
+    return json.loads(config.read_text()).get("base_model_name_or_path") or name
 
 
 def check_tokenizer(tokenizer: Any) -> None:

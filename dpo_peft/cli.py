@@ -4,6 +4,7 @@ A YAML file holds any of the options; the command line overrides it. Each option
 `DPOConfig` (training), `DataArguments` and `ModelArguments`.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -13,13 +14,14 @@ from typing import Any
 import yaml
 
 from .config import DPOConfig, check_option_names
-from .errors import DataError, NonFiniteError, OptionError, ReferenceMismatchError
+from .errors import CheckpointError, DataError, NonFiniteError, OptionError, ReferenceMismatchError
 
 USAGE = """usage: dpo-peft COMMAND [options]
 
   train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
+  cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
 
-dpo-peft train --help lists every option."""
+dpo-peft COMMAND --help lists every option."""
 
 _CONVERTERS = ("sharegpt", "alpaca", "hh", "pandalm", "tulu", "oasst_tree")
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".gz": "json"}
@@ -73,12 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("", "-h", "--help"):
         print(USAGE)
         return 0
-    if command != "train":
+    commands = {"train": train, "cache": cache}
+    if command not in commands:
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        train(rest[:-1])
-    except (OptionError, DataError, ReferenceMismatchError, NonFiniteError) as error:
+        commands[command](rest[:-1])
+    except (OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError) as error:
         print(f"dpo-peft: {error}", file=sys.stderr)
         return 2
     return 0
@@ -88,16 +91,42 @@ def train(argv: Sequence[str]) -> Any:
     """`dpo-peft train`: read options and data, train, evaluate, save. Returns the trainer.
 
     Raises:
-        OptionError, DataError, ReferenceMismatchError, NonFiniteError: with the remedy.
+        OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
+        TrainingInterrupted: after a signal, with a checkpoint saved.
     """
     trainer = build_trainer(*parse(argv))
-    resume = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() in ("true", "latest") else resume)
+    trainer.train()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
     print(f"Adapter, model card, metrics.json and curves.png are in {trainer.args.output_dir}")
     return trainer
+
+
+def cache(argv: Sequence[str]) -> None:
+    """`dpo-peft cache`: what is kept of which reference, or make room.
+
+    Raises:
+        OptionError: there is no such folder, or options that need --clear.
+    """
+    from .cache import clear, default_folder, summary
+
+    parser = argparse.ArgumentParser(prog="dpo-peft cache", description="The reference's cached log-probs.")
+    parser.add_argument("--dir", type=Path, default=default_folder(), help="folder (default: %(default)s)")
+    parser.add_argument("--clear", action="store_true", help="delete entries: all, or those that the options name")
+    parser.add_argument("--reference", help="with --clear: of this reference alone (its id)")
+    parser.add_argument("--unused_days", type=float, help="with --clear: of references unused for so many days")
+    options = parser.parse_args(argv)
+    if not options.dir.is_dir():
+        raise OptionError(f"--dir {options.dir}: there is no such folder.")
+    if options.clear:
+        entries, size = clear(options.dir, options.reference, options.unused_days)
+        print(f"Deleted {entries:,} entries, {size / 1e6:,.1f} MB.")
+        return
+    if options.reference or options.unused_days is not None:
+        raise OptionError("--reference and --unused_days have no effect without --clear.")
+    for line in summary(options.dir):
+        print(f"{line.reference}  {line.entries:>9,} entries  {line.bytes / 1e6:>9,.1f} MB  {line.last_used}  {line.about}")
 
 
 def build_trainer(data: DataArguments, args: DPOConfig, model: ModelArguments) -> Any:
@@ -214,13 +243,21 @@ def _split_trees(batch: Any) -> dict[str, list[Any]]:
 
 
 def lora_config(model: ModelArguments, args: DPOConfig) -> Any:
-    """The adapter that the options describe.
+    """The adapter that the options describe; None if the model is an adapter's folder, which goes on training.
 
     Raises:
-        OptionError: `lora_dropout` without effect.
+        OptionError: `lora_dropout` without effect, or options of a new adapter for one that there is.
     """
     from peft import LoraConfig
 
+    if Path(model.model_name_or_path, "adapter_config.json").is_file():
+        of_new = [f for f in fields(model) if f.name.startswith(("lora_", "use_"))]
+        if given := [f.name for f in of_new if getattr(model, f.name) != f.default]:
+            raise OptionError(
+                f"{', '.join(given)}: no effect, {model.model_name_or_path} is an adapter and keeps its own. Leave "
+                "out, or give its base model for a new adapter."
+            )
+        return None
     if model.lora_dropout and args.disable_dropout:
         raise OptionError("lora_dropout has no effect while disable_dropout is true: set disable_dropout to false.")
     return LoraConfig(

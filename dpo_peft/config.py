@@ -21,12 +21,8 @@ from .objective_options import OBJECTIVE_OPTIONS, check_choice, check_loss_type,
 _NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "padding_free": (False, "Batches never hold padding here; leave it out."),
     "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
-    "precompute_ref_log_probs": (False, "The reference is computed in the same pass; leave it out."),
-    "precompute_ref_batch_size": (None, "The reference is computed in the same pass; leave it out."),
+    "precompute_ref_batch_size": (None, "Set precompute_ref_tokens, the tokens of a forward pass."),
     "activation_offloading": (False, "Use gradient_checkpointing, which is on by default."),
-    "sync_ref_model": (False, "The reference is the base with the adapter off and stays as it is."),
-    "ref_model_mixup_alpha": (0.6, "The reference is the base with the adapter off and stays as it is."),
-    "ref_model_sync_steps": (512, "The reference is the base with the adapter off and stays as it is."),
     "router_aux_loss_coef": (None, "The router's auxiliary loss is not available yet."),
     "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
 }
@@ -39,8 +35,10 @@ _NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "Noise on the policy alone would enter the implicit rewards; leave it out."),
     "label_names": (None, "Pairs have no labels; leave it out."),
     "include_for_metrics": ([], "compute_metrics gets the implicit rewards; leave it out."),
-    "fsdp": (None, "Training in several processes is not available yet; leave it out."),
-    "deepspeed": (None, "Training in several processes is not available yet; leave it out."),
+    "fsdp": (None, "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."),
+    "deepspeed": (None, "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."),
+    "auto_find_batch_size": (False, "A micro-batch that runs out of memory is halved by itself; leave it out."),
+    "enable_jit_checkpoint": (False, "SIGTERM always saves a checkpoint here; leave it out."),
 }
 
 
@@ -71,6 +69,43 @@ class DPOConfig(TrainingArguments):
     share_prompts: bool = field(
         default=True,
         metadata={"help": "Compute each prompt once for all its completions, where the model can (it is probed)."},
+    )
+
+    # Reference; docs/reference.md
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the policy is compared with: 'initial', the model as it comes in (a trained adapter is copied "
+            "and frozen); 'base', the adapter off; or the folder of another adapter. Default: 'initial'."
+        },
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "TR-DPO: the reference follows the policy, a little every few steps."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "sync_ref_model: reference = alpha * policy + (1 - alpha) * reference."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "sync_ref_model: steps between two updates."})
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Compute the reference's log-probs before training and keep them on disk."}
+    )
+    precompute_ref_tokens: int = field(
+        default=16384, metadata={"help": "precompute_ref_log_probs: tokens of a forward pass."}
+    )
+    cache_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Keep the reference's log-probs on disk as they are computed; later epochs and runs read them."},
+    )
+    ref_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the cached log-probs. Default: ~/.cache/dpo-peft/reference."}
+    )
+    ref_cache_gb: float = field(default=4.0, metadata={"help": "Size that the cache keeps within, in 10^9 bytes."})
+    ref_cache_tokens: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Cache the log-prob of every token instead of sums; the kl metric needs it. Default: only if the "
+            "objective reads them."
+        },
     )
 
     # Data
@@ -178,22 +213,63 @@ class DPOConfig(TrainingArguments):
         self.beta = resolve_beta(self.loss_type, self.beta)
         check_objective_options(self.loss_type, {name: getattr(self, name) for name in OBJECTIVE_OPTIONS})
         self._check_batch()
+        self._check_reference()
         _check_number(self, "learning_rate", minimum=0)
         _check_number(self, "max_unusable_share", minimum=0, maximum=1)
         _check_number(self, "max_length", minimum=2, optional=True, whole=True)
         _check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         check_choice("on_unusable", self.on_unusable, ("drop", "error"))
-        for name in ("trust_remote_code", "disable_dropout", "share_prompts", "gradient_checkpointing"):
+        flags = "trust_remote_code disable_dropout share_prompts gradient_checkpointing sync_ref_model"
+        for name in [*flags.split(), "precompute_ref_log_probs", "cache_ref_log_probs"]:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
-        for name in ("quantize_base", "bf16"):
+        for name in ("quantize_base", "bf16", "ref_cache_tokens"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True, False or None.")
         check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         for name, (harmless, why) in _NOT_AVAILABLE.items():
             if getattr(self, name, harmless) not in (harmless, None):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not available here. {why}")
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probs are kept on disk."""
+        return self.precompute_ref_log_probs or self.cache_ref_log_probs
+
+    def _check_reference(self) -> None:
+        _check_number(self, "ref_model_mixup_alpha", above=0, maximum=1)
+        _check_number(self, "ref_model_sync_steps", minimum=1, whole=True)
+        _check_number(self, "precompute_ref_tokens", minimum=1, whole=True)
+        _check_number(self, "ref_cache_gb", above=0)
+        used_with = {
+            "ref_model_mixup_alpha": ("sync_ref_model", self.sync_ref_model),
+            "ref_model_sync_steps": ("sync_ref_model", self.sync_ref_model),
+            "precompute_ref_tokens": ("precompute_ref_log_probs", self.precompute_ref_log_probs),
+        }
+        cache = ("precompute_ref_log_probs or cache_ref_log_probs", self.caches_reference)
+        used_with |= {name: cache for name in ("ref_cache_dir", "ref_cache_gb", "ref_cache_tokens")}
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, (option, on) in used_with.items():
+            if not on and getattr(self, name) != defaults[name]:
+                raise OptionError(f"{name}={getattr(self, name)!r} has no effect without {option}: set it too.")
+        if not any(REGISTRY[name].needs_reference for name in self.loss_type):
+            names = "reference sync_ref_model precompute_ref_log_probs cache_ref_log_probs".split()
+            if given := [name for name in names if getattr(self, name)]:
+                raise OptionError(
+                    f"{', '.join(given)}: no effect, loss_type {', '.join(self.loss_type)} has no reference. Leave out."
+                )
+        if self.precompute_ref_log_probs and self.cache_ref_log_probs:
+            raise OptionError("cache_ref_log_probs has no effect with precompute_ref_log_probs: set one of them.")
+        if self.caches_reference and self.sync_ref_model:
+            raise OptionError("sync_ref_model changes the reference as it goes, so nothing of it can be cached.")
+        if self.sync_ref_model and self.reference == "base":
+            raise OptionError("reference='base' is the bare model and can't follow the policy: leave sync_ref_model out.")
+        if self.caches_reference and any("mismatched_scores_M" in REGISTRY[name].inputs for name in self.loss_type):
+            raise OptionError(
+                f"loss_type {', '.join(self.loss_type)} compares with mismatched answers that every batch draws anew: "
+                "a cache would never hold them. Leave precompute_ref_log_probs and cache_ref_log_probs out."
+            )
 
     def _check_batch(self) -> None:
         """What an objective that couples the samples of an optimizer batch needs of it."""

@@ -1,6 +1,6 @@
 """Every error this package raises on purpose, so that callers can tell a wrong input from a defect.
 
-All of them derive from `ValueError`. A message names where the trouble is (option, or dataset, row and field), what is
+All but `TrainingInterrupted` derive from `ValueError`. A message names where the trouble is (option, or dataset, row and field), what is
 wrong, and the remedy.
 """
 
@@ -19,3 +19,12 @@ class ReferenceMismatchError(ValueError):
 
 class NonFiniteError(ValueError):
     """A loss or gradient became NaN or infinite. The message names the rows of the batch."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint can't be written, or is not whole. The message names the last one that is."""
+
+
+class TrainingInterrupted(SystemExit):
+    """The run was told to stop (SIGTERM, Ctrl-C), finished its step and saved a checkpoint. `code` is the exit status
+    that a shell gives for the signal, so a script that lets it pass ends quietly and is seen as interrupted."""

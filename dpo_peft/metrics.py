@@ -6,6 +6,7 @@ pairs (or tokens), whatever the split into micro-batches.
 Shape suffixes: N predicted tokens, C completions; CC compares the completion of the row with that of the column.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .forward import PackedBatch, Scores
 from .objective import Scored
+from .parallel import gather_over_processes
 
 
 class Mean(NamedTuple):
@@ -36,7 +38,7 @@ def preference_metrics(
       much of it length alone explains.
     - `logps/chosen`, `logps/rejected`: log-probs of whole completions under the policy, nats.
     - `sample_weight` (pairs, trajectories): 1 - sigmoid(margin), the weight of a pair in DPO's gradient (note eq. 12).
-    - `kl` (with a reference): estimate of the policy's distance from it (note eq. 20), nats per completion: the sum
+    - `kl` (with a reference, unless a cache holds its sums only): estimate of the policy's distance from it (note eq. 20), nats per completion: the sum
       over tokens of r - 1 - log r with r = policy / reference (Schulman's k3). It is KL(reference || policy) if the
       completions come from the reference, and an indication otherwise.
     - `z_ref` (with mismatched answers): mean of beta * log(policy / reference) over them, KTO's reference point before
@@ -68,7 +70,7 @@ def preference_metrics(
         }
         if data in ("pairs", "trajectories"):
             metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_CC), better_CC)
-        if ref is not None:
+        if ref is not None and len(ref.token_logps_N):
             log_ratio_N = policy.token_logps_N - ref.token_logps_N
             kl_N = torch.expm1(log_ratio_N) - log_ratio_N
             own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
@@ -119,14 +121,45 @@ class MetricStore:
         """Add one batch's metrics."""
         sums = self._sums.setdefault(mode, {})
         for name, mean in metrics.items():
+            mean = Mean(mean.total.double(), mean.number.double())
             old = sums.get(name)
             sums[name] = mean if old is None else Mean(old.total + mean.total, old.number + mean.number)
 
     def pop(self, mode: str) -> dict[str, float]:
-        """The means since the last call, read from the device in one transfer, in order of arrival."""
-        sums = self._sums.pop(mode, {})
-        if not sums:
-            return {}
-        totals, counts = torch.stack([torch.stack(tuple(mean)).double() for mean in sums.values()]).T.tolist()
+        """The means since the last call over all processes, in order of arrival."""
+        sums: dict[str, tuple[float, float]] = {}
+        for process in gather_over_processes(_read(self._sums.pop(mode, {}))):
+            for name, (total, number) in process.items():
+                old_total, old_number = sums.get(name, (0.0, 0.0))
+                sums[name] = (old_total + total, old_number + number)
         # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
-        return {name: total / count for name, total, count in zip(sums, totals, counts, strict=True) if count}
+        return {name: total / number for name, (total, number) in sums.items() if number}
+
+    def clear(self, mode: str) -> None:
+        """Forget a mode's sums."""
+        self._sums.pop(mode, None)
+
+    def snapshot(self) -> dict[str, dict[str, Mean]]:
+        """What `restore` takes back."""
+        return {mode: dict(sums) for mode, sums in self._sums.items()}
+
+    def restore(self, snapshot: dict[str, dict[str, Mean]]) -> None:
+        """Forget what was added since the snapshot."""
+        self._sums = {mode: dict(sums) for mode, sums in snapshot.items()}
+
+    def state(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """This process's sums as plain numbers, exact in JSON."""
+        return {mode: _read(sums) for mode, sums in self._sums.items()}
+
+    def load(self, state: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Add what `state` gave."""
+        for mode, sums in state.items():
+            self.add(mode, {name: Mean(*torch.tensor(list(pair), dtype=torch.float64)) for name, pair in sums.items()})
+
+
+def _read(sums: Mapping[str, Mean]) -> dict[str, tuple[float, float]]:
+    """Sums from the device, in one transfer."""
+    if not sums:
+        return {}
+    totals, numbers = torch.stack([torch.stack(tuple(mean)) for mean in sums.values()]).T.tolist()
+    return dict(zip(sums, zip(totals, numbers, strict=True), strict=True))

@@ -5,6 +5,7 @@ most updates at DPO's learning rates round to nothing.
 """
 
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from .errors import OptionError
-from .reference import base_kept, check_adapter
+from .errors import OptionError, ReferenceMismatchError
+from .frozen import (
+    adapter_layers,
+    adapter_tensors,
+    check_adapter,
+    check_loaded,
+    first_lines,
+    moved_base,
+    read_config,
+)
+from .reference import Reference, add_reference, base_change, check_reference, is_identity, sample_logits
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +96,96 @@ def _read_dtype(dtype: Any) -> Any:
     raise OptionError(f"model_init_kwargs['dtype']={dtype!r}: use one of 'auto', {', '.join(map(repr, _DTYPES))}.")
 
 
-def attach_adapter(model: PreTrainedModel | PeftModel, peft_config: Any = None) -> PeftModel:
-    """The PEFT model to train: `model` itself if it has an adapter, else `model` with a new one.
+def load_model(
+    name: str,
+    quantization_config: Any = None,
+    quantize: bool = True,
+    init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+) -> PreTrainedModel | PeftModel:
+    """`load_base`, or if `name` is an adapter's folder or Hub id, its base with the adapter on it, to be trained on.
+
+    The base is the one that the adapter's config names, at the revision that it names; a `revision` in `init_kwargs`
+    is that of `name`. Arguments as for `load_base`.
+
+    Raises:
+        OptionError: as `load_base`; the base is not named or not found, or the adapter does not fit it.
+    """
+    kwargs = dict(init_kwargs or {})
+    from_hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key) is not None}
+    if not _is_adapter(name, from_hub):
+        return load_base(name, quantization_config, quantize, init_kwargs, trust_remote_code, device)
+    config = read_config(name, **from_hub)
+    check_adapter(config)
+    remedy = (
+        "Or load the base yourself and pass PeftModel.from_pretrained(base, folder, is_trainable=True) as the model."
+    )
+    if not config.base_model_name_or_path:
+        raise OptionError(
+            f"The adapter {name!r} does not say which base it belongs to: write base_model_name_or_path into its "
+            f"adapter_config.json. {remedy}"
+        )
+    kwargs.pop("revision", None)
+    if config.revision:
+        kwargs["revision"] = config.revision
+    base_name = config.base_model_name_or_path
+    try:
+        base = load_base(base_name, quantization_config, quantize, kwargs, trust_remote_code, device)
+    except OptionError as error:
+        raise OptionError(
+            f"The adapter {name!r} belongs to the base {base_name!r}, which can't be loaded: {error} If it lies "
+            f"elsewhere, put that into base_model_name_or_path of its adapter_config.json. {remedy}"
+        ) from error
+    keep_weights(base)
+    return _load_on(base, name, from_hub)
+
+
+def _is_adapter(name: str, from_hub: dict[str, Any]) -> bool:
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, "adapter_config.json"))
+    try:
+        return find_adapter_config_file(name, **from_hub) is not None
+    except (OSError, ValueError):  # no such repository: `load_base` says so
+        return False
+
+
+def _load_on(base: PreTrainedModel, name: str, from_hub: dict[str, Any]) -> PeftModel:
+    try:
+        model = PeftModel.from_pretrained(base, name, is_trainable=True, **from_hub)
+        # PEFT only warns of tensors that are missing, and keeps quiet about surplus ones: read the file once more.
+        result = model.load_adapter(name, model.active_adapters[0], is_trainable=True, **from_hub)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT and torch raise all kinds
+        raise OptionError(
+            f"The adapter {name!r} does not fit its base {base.config._name_or_path!r}, loaded like this: "
+            f"{first_lines(error)}"
+        ) from error
+    check_loaded(result, model.active_adapters[0], name)
+    return model
+
+
+def attach_adapter(
+    model: PreTrainedModel | PeftModel, peft_config: Any = None, reference: str | None = None
+) -> tuple[PeftModel, Reference]:
+    """The PEFT model to train: `model` itself if it has an adapter, else `model` with a new one; and its reference.
 
     Everything but the active adapter is frozen; trainable weights become float32.
 
+    Args:
+        model: the base, or a PEFT model with the adapter to train active.
+        peft_config: of the new adapter; rank 16 on every linear layer if None.
+        reference: "base", the adapter switched off. "initial" or None, the adapter as it came in: switched off if it
+            changes nothing yet, else a frozen copy of it. Or the folder or Hub id of another adapter on the same base
+            ("./base" is a folder).
+
     Raises:
         OptionError: an adapter that can't be trained here (see `check_adapter`), a `peft_config` for a model that has
-            an adapter already, several active adapters, or an adapter loaded for inference.
-        ReferenceMismatchError: attaching the adapter changes the base.
+            an adapter already, several active adapters, an adapter loaded for inference, or a reference that does not
+            exist or is not what the adapter started from.
+        ReferenceMismatchError: attaching the adapter changed the base and the base is to be the reference, or the
+            adapter can't be copied exactly.
     """
     keep_weights(model)
     if isinstance(model, PeftModel):
@@ -103,22 +195,48 @@ def attach_adapter(model: PreTrainedModel | PeftModel, peft_config: Any = None) 
                 "the base model with peft_config."
             )
         _check_peft_model(model)
+        config = model.peft_config[model.active_adapters[0]]
+        check_reference(config, reference, fresh=False)
+        starts_at_base = is_identity(model, model.active_adapters[0])
     elif getattr(model, "_hf_peft_config_loaded", False):
         raise OptionError(
-            "model is an adapter's folder, or a model with an adapter loaded into it. Training starts from a bare "
-            "base: give the base model's name, or merge the adapter first (merge_and_unload)."
+            "model is a base with an adapter loaded into it by transformers. Pass the adapter's folder, or "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True)."
         )
     else:
         peft_config = default_lora() if peft_config is None else peft_config
         check_adapter(peft_config)
-        with base_kept(model):
-            wrapped = get_peft_model(model, peft_config)
-        model = wrapped
+        check_reference(peft_config, reference, fresh=True)
+        model, starts_at_base = _new_adapter(model, peft_config, reference)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             logger.info("%s is trained: cast from %s to float32.", name, parameter.dtype)
             parameter.data = parameter.data.float()
-    return model
+    return model, add_reference(model, reference, starts_at_base)
+
+
+def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
+    """`base` with a fresh adapter, and whether that starts at the base."""
+    before = sample_logits(base)
+    try:
+        model = get_peft_model(base, peft_config)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT raises all kinds; some initialisations need preparation
+        raise OptionError(
+            f"peft_config can't be attached to this model (init_lora_weights={peft_config.init_lora_weights!r}): "
+            f"{first_lines(error)} If the initialisation needs preparation, do it as PEFT's documentation "
+            "says and pass the PeftModel; init_lora_weights=True needs none."
+        ) from error
+    change = base_change(base, before)
+    if change is not None and reference not in (None, "initial"):
+        raise ReferenceMismatchError(
+            "Attaching the adapter changed the base model itself: with the adapter off its logits differ by up to "
+            f"{change:.3g}, so reference={reference!r} would be on another model. Use a LoraConfig that leaves the "
+            "base alone (init_lora_weights=True, no kasa_config, no layer_replication), or leave "
+            'reference="initial".'
+        )
+    return model, change is None and moved_base(peft_config) is None
 
 
 def _check_peft_model(model: PeftModel) -> None:
@@ -126,15 +244,19 @@ def _check_peft_model(model: PeftModel) -> None:
     if len(active) != 1:
         raise OptionError(f"{len(active)} adapters are active ({active}): activate the one to train by set_adapter.")
     check_adapter(model.peft_config[active[0]])
+    merged = {name for _, layer in adapter_layers(model) for name in layer.merged_adapters}
+    if merged:
+        raise OptionError(f"Adapters are merged into the base ({sorted(merged)}): call unmerge_adapter() first.")
     if not any(p.requires_grad for p in model.parameters()):
         raise OptionError(
             f"The adapter {active[0]!r} has no trainable weights: it was loaded for inference. Load it with "
             "PeftModel.from_pretrained(..., is_trainable=True)."
         )
-    of_base = [n for n, p in model.named_parameters() if p.requires_grad and f".{active[0]}" not in n]
-    if of_base:
+    own = {id(tensor) for tensor in adapter_tensors(model, active[0]).values()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
         raise OptionError(
-            f"{len(of_base)} weights outside the adapter {active[0]!r} are trainable (such as {of_base[0]}): the "
+            f"{len(others)} weights outside the adapter {active[0]!r} are trainable (such as {others[0]}): the "
             "reference would change with them. Freeze them with requires_grad_(False)."
         )
 
@@ -196,6 +318,7 @@ class StorageReport:
 
     quantized: int = 0  # bytes of 4- or 8-bit weights with their quantisation constants
     unquantized: int = 0  # bytes of frozen weights in 16 or 32 bits
+    reference_adapter: int = 0  # bytes of the frozen adapter that is the reference
     trainable: int = 0  # bytes of trained weights
     trainable_count: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)  # dtype of the unquantised weights to bytes
@@ -204,15 +327,24 @@ class StorageReport:
     def __str__(self) -> str:
         dtypes = ", ".join(f"{name} {_mib(n)}" for name, n in sorted(self.dtypes.items()))
         largest = ", ".join(f"{name} {_mib(n)}" for name, n in self.largest_unquantized)
+        reference = f" Reference adapter: {_mib(self.reference_adapter)}." if self.reference_adapter else ""
         return (
             f"Base: {_mib(self.quantized)} quantised, {_mib(self.unquantized)} not ({dtypes or 'nothing'}; largest: "
             f"{largest or 'none'}). Adapter: {self.trainable_count:,} trained weights, {_mib(self.trainable)}."
+            f"{reference}"
         )
 
 
-def storage_report(model: nn.Module, show: int = 3) -> StorageReport:
-    """Count a model's bytes by what was quantised and what was not (a layer missed by quantisation shows up here)."""
+def storage_report(model: nn.Module, show: int = 3, reference: str | None = None) -> StorageReport:
+    """Count a model's bytes by what was quantised and what was not (a layer missed by quantisation shows up here).
+
+    Args:
+        model: the base or PEFT model.
+        show: how many of the largest unquantised weights to list.
+        reference: name of the frozen adapter that is the reference, which is counted apart.
+    """
     report = StorageReport()
+    of_reference = {id(tensor) for tensor in adapter_tensors(model, reference).values()} if reference else set()
     unquantized: dict[str, int] = {}
     seen: set[int] = set()
     for name, parameter in model.named_parameters():
@@ -223,6 +355,8 @@ def storage_report(model: nn.Module, show: int = 3) -> StorageReport:
         if parameter.requires_grad:
             report.trainable += size
             report.trainable_count += parameter.numel()
+        elif id(parameter) in of_reference:
+            report.reference_adapter += size
         elif hasattr(parameter, "quant_state") or parameter.dtype in (torch.int8, torch.uint8):
             report.quantized += size + sum(t.numel() * t.element_size() for t in _constants(parameter))
         else:

@@ -8,7 +8,7 @@ Shape suffixes: N predicted tokens, C completions, E samples, B pairs, M mismatc
 averages over: pairs, lists, or single answers).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,12 @@ class Scored:
         assert self.ref_weighted_logps_C is not None
         return self.weighted_logps_C - self.ref_weighted_logps_C
 
+    def to(self, device: torch.device | str) -> "Scored":
+        """A copy on `device` without its graph."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved: dict[str, Any] = {n: v.detach().to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Scored(**moved)
+
     def own(self, x_C: Tensor) -> Tensor:
         """`x_C` without the mismatched answers."""
         return x_C if self.own_C is None else x_C[self.own_C]
@@ -94,6 +100,7 @@ class TrainingObjective:
         self.needs_mismatched = any("mismatched_scores_M" in part.inputs for part in self.parts)
         extras = {extra for part in self.parts for extra in part.token_extras}
         self.log_sum_sq = "log_sum_sq" in extras and bool(options.get("use_weighting"))
+        self.reads_reference_tokens = options.get("ld_alpha") is not None or options.get("discount_gamma", 1.0) != 1.0
         self.single_best = "multi_negative" in loss_type
         # A soft label concerns every loss of a mix, a margin only those that compare two rewards.
         soft = all(part.soft_labels for part in self.parts)
@@ -107,7 +114,7 @@ class TrainingObjective:
         if self.data == "singles":
             return Totals(sum(batch["num_own"] for batch in batches), 1.0)
         items = sum(len(batch["rows"]) for batch in batches)
-        if self.data == "lists":
+        if self.data == "lists" or not items:
             return Totals(items, 1.0)
         return Totals(items, sum(batch["lengths"][::2].sum() for batch in batches) / items)
 
@@ -214,7 +221,12 @@ class TrainingObjective:
     # ---- Losses that couple the batch ----------------------------------------------------------------------------
 
     def couple(
-        self, batches: Sequence[PackedBatch], policies: Sequence[Scores], refs: Sequence[Scores | None], totals: Totals
+        self,
+        batches: Sequence[PackedBatch],
+        policies: Sequence[Scores],
+        refs: Sequence[Scores | None],
+        totals: Totals,
+        elsewhere: Callable[[Scored | None], list[Scored]] = lambda own: [],
     ) -> list[Coupled]:
         """The loss over all micro-batches of an optimizer step, as each one's part of it.
 
@@ -222,6 +234,8 @@ class TrainingObjective:
             batches: the micro-batches.
             policies, refs: their log-probs, without a graph.
             totals: of the whole optimizer batch.
+            elsewhere: given the scores of these micro-batches (None if there are none), gives those of the rest of the
+                optimizer batch, which other processes hold.
         """
         leaves = [policy.token_logps_N.detach().requires_grad_() for policy in policies]
         with torch.enable_grad():
@@ -229,9 +243,13 @@ class TrainingObjective:
             for batch, policy, ref, leaf_N in zip(batches, policies, refs, leaves, strict=True):
                 logps_C = sum_by_completion(leaf_N, batch)
                 parts.append(self.score(Scores(leaf_N, logps_C, policy.log_sum_sq_N), ref, batch))
-            losses_I = self.losses(_concatenate(parts), totals)
+            others = elsewhere(_concatenate(parts) if parts else None)
+            if not parts:
+                return []
+            losses_I = self.losses(_concatenate([*parts, *others]), totals)
             grads = torch.autograd.grad(losses_I.sum() / totals.items, leaves)
-        shares = losses_I.detach().split([self.totals([batch.as_dict()]).items for batch in batches])
+        sizes = [self.totals([batch.as_dict()]).items for batch in batches]
+        shares = losses_I.detach()[: sum(sizes)].split(sizes)
         return [Coupled(*part) for part in zip(refs, shares, grads, strict=True)]
 
 

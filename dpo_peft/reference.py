@@ -1,140 +1,208 @@
-"""The reference policy: the same weights with the adapter switched off. There is no second model.
+"""The reference policy: the same weights with the adapter switched off or exchanged. There is no second model.
 
-`reference_mode` is the only way to it. `check_adapter` refuses adapters that switching off does not undo. Then come
-two measurements: `base_kept`, that attaching an adapter left the base alone, and `check_start`, before the first step,
-that policy and reference really are the same.
+`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone, and
+`check_start`, before the first step, that policy and reference really are the same.
 
 Shape suffix: C completions.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import NonFiniteError, OptionError, ReferenceMismatchError
 from .forward.layout import PackedBatch
 from .forward.score import Scores, completion_logps, eval_mode
+from .frozen import (
+    adapter_layers,
+    adapter_tensors,
+    freeze_copy,
+    holds_adapter,
+    layer_tensors,
+    load_frozen,
+    moved_base,
+    same_values,
+)
 
-# What these initialisations do to the base weights, or where they start the adapter.
-_MOVED_BASE = {
-    "pissa": "takes the adapter out of the base weights, so the base without it is another model",
-    "olora": "takes the adapter out of the base weights, so the base without it is another model",
-    "corda": "takes the adapter out of the base weights, so the base without it is another model",
-    "loftq": "replaces the base weights, so the base without the adapter is another model",
-    "lora_ga": "takes the adapter out of the base weights, so the base without it is another model",
-    False: "starts the adapter off zero, so the policy is not the reference at the first step",
-}
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Reference:
+    """What the policy is compared with."""
+
+    choice: str  # "base": the bare base. "initial": the adapter as it came in. "adapter": another one, by path
+    adapter: str | None  # name of the frozen adapter in the model; None: the trained adapter is switched off
+    source: str | None = None  # folder or Hub id that the frozen adapter was loaded from
+    chosen: bool = False  # the user said which; not the default
+
+
+def check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> None:
+    """Refuse a reference on the bare base where the adapter's initialisation changes the base, or starts off it.
+
+    Args:
+        config: of the adapter to train.
+        reference: see `attach_adapter`.
+        fresh: whether the adapter is made now, rather than given by the user.
+    """
+    reason = moved_base(config)
+    starts_off_only = config.init_lora_weights is False and not (fresh and reference == "base")
+    if reference in (None, "initial") or reason is None or starts_off_only:
+        return
+    raise OptionError(
+        f"peft_config.{reason}. With reference={reference!r} that would be the wrong reference: leave "
+        'reference="initial" (a frozen copy of the adapter as it starts), or set init_lora_weights=True (or '
+        '"gaussian"), which starts at the base exactly.'
+    )
+
+
+def add_reference(model: PeftModel, reference: str | None, starts_at_base: bool) -> Reference:
+    """Find or make the reference of a model whose adapter is ready to be trained.
+
+    Args:
+        model: the PEFT model.
+        reference: see `attach_adapter`.
+        starts_at_base: whether the adapter changes nothing yet.
+
+    Raises:
+        OptionError: there is no such adapter, or it can't be a reference.
+        ReferenceMismatchError: the adapter can't be copied exactly.
+    """
+    chosen = reference is not None
+    if reference == "base":
+        return Reference("base", None, chosen=True)
+    if reference is None or reference == "initial":
+        frozen = None if starts_at_base else freeze_copy(model)
+        result = Reference("initial", frozen, chosen=chosen)
+    else:
+        result = Reference("adapter", load_frozen(model, reference), reference, chosen=True)
+    if result.adapter is not None:
+        what = f"the adapter {reference!r}" if result.source else "a frozen copy of the adapter as it came in"
+        size = sum(t.numel() * t.element_size() for t in adapter_tensors(model, result.adapter).values())
+        cost = f"{size / 2**20:,.1f} MiB more, and its share of each reference pass"
+        logger.warning("The reference is %s: %s.", what, cost)
+    return result
+
+
+def is_identity(model: nn.Module, adapter: str) -> bool:
+    """Whether the adapter provably changes nothing, so that the model with it off is the same.
+
+    Zero LoRA products and modules or token rows that equal the base's are proof. False means "not known": a fresh DoRA
+    changes nothing either, but its magnitudes show that only up to rounding.
+    """
+    return all(_adds_nothing(layer, adapter) for _, layer in adapter_layers(model))
+
+
+def _adds_nothing(layer: Any, adapter: str) -> bool:
+    tensors = dict(layer_tensors(layer, adapter))
+    if not tensors:
+        return True
+    if isinstance(layer, ModulesToSaveWrapper):
+        saved, original = layer.modules_to_save[adapter].state_dict(), layer.original_module.state_dict()
+        return saved.keys() == original.keys() and all(same_values(saved[name], original[name]) for name in saved)
+    if isinstance(layer, TrainableTokensLayer):
+        rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
+        return same_values(layer.trainable_tokens_delta[adapter], rows)
+    first = any(not t.any() for name, t in tensors.items() if name in ("lora_A.weight", "lora_embedding_A"))
+    second = any(not t.any() for name, t in tensors.items() if name in ("lora_B.weight", "lora_embedding_B"))
+    others = tensors.keys() - {"lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
+    return (first or second) and all(name == "lora_B.bias" and not tensors[name].any() for name in others)
 
 
 @contextmanager
-def reference_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is the reference: adapter off, eval mode (no dropout anywhere), no gradients.
+def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Inside, `model` is the reference: eval mode (no dropout anywhere), no gradients, and the adapter exchanged.
 
-    `model` is a PEFT model or the base inside one. Adapter, training flags and `requires_grad` flags are as before
-    afterwards, exceptions or not.
+    Adapter, training flags and `requires_grad` flags are as before afterwards, exceptions or not.
+
+    Args:
+        model: a PEFT model or the base inside one.
+        adapter: the frozen adapter that alone is on inside; None switches all adapters off. Where a module has nothing
+            of it, the module is the base's; where a module's adapter was switched off, it stays so.
+
+    Raises:
+        OptionError: the model has no such adapter.
     """
-    # What `PeftModel.disable_adapter` does, without its survey of the whole model, which takes longer than the rest of
-    # a small step. Switching a layer off and on again thaws all of its adapter, whatever a user froze.
-    switchable = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    layers = [m for m in model.modules() if isinstance(m, switchable) and not m.disable_adapters]
-    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    # What `PeftModel.disable_adapter` and `set_adapter` do, without their survey of the whole model, which takes
+    # longer than the rest of a small step, and without setting `requires_grad`, which thaws what a user froze.
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    on = [] if adapter is None else [layer for layer in layers if holds_adapter(layer, adapter)]
+    if adapter is not None and not on:
+        raise OptionError(f"The model has no adapter {adapter!r} to be the reference.")
+    before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
+        for layer in on:
+            layer._active_adapter = [adapter]
+        exchanged = set(map(id, on))
         for layer in layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = layer._disable_adapters or id(layer) not in exchanged
         with torch.no_grad(), eval_mode(model):
             yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for layer, disabled, active in before:
+            layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def reference_logps(model: PeftModel, batch: PackedBatch, backend: str = "dense") -> Scores:
+def reference_logps(
+    model: PeftModel, batch: PackedBatch, backend: str = "dense", adapter: str | None = None
+) -> Scores:
     """Log-probs of a batch under the reference: `completion_logps` in `reference_mode`."""
-    with reference_mode(model):
+    with reference_mode(model, adapter):
         return completion_logps(model, batch, backend)
 
 
-def check_adapter(config: Any) -> None:
-    """Refuse an adapter whose reference would silently be another model than the one it was built on.
+def base_change(model: PreTrainedModel, before: Tensor) -> float | None:
+    """By how much attaching an adapter to `model` changed its base, which some kinds of adapter rewrite.
+
+    It is measured on a few tokens rather than listed.
 
     Args:
-        config: the active adapter's PEFT config.
+        model: the base, now with the adapter attached.
+        before: `sample_logits` of it before.
 
-    Raises:
-        OptionError: not a LoRA adapter, or one that changes the base, trains its biases or starts off zero.
+    Returns:
+        The largest difference of a logit with the adapter off; None if all are the same bit for bit.
     """
-    if not isinstance(config, LoraConfig):
-        raise OptionError(
-            f"peft_config is a {type(config).__name__}: only LoRA (with rsLoRA, DoRA, modules_to_save) is supported, "
-            "since the reference is the model with the adapter switched off. Use peft.LoraConfig."
-        )
-    if config.bias != "none":
-        raise OptionError(
-            f"peft_config.bias={config.bias!r} trains the base model's own biases, and switching the adapter off does "
-            'not restore them: the reference would drift unnoticed. Set bias="none".'
-        )
-    init = config.init_lora_weights
-    key = init.lower().split("_niter")[0] if isinstance(init, str) else init
-    if key in _MOVED_BASE:
-        raise OptionError(
-            f"peft_config.init_lora_weights={init!r} {_MOVED_BASE[key]}. "
-            'Set init_lora_weights=True (or "gaussian"), which starts at the reference exactly.'
-        )
-    if config.alora_invocation_tokens:
-        raise OptionError(
-            "peft_config.alora_invocation_tokens is not supported: an activated LoRA acts only after its invocation "
-            "tokens, which packed prompts don't keep track of. Leave it out."
-        )
-
-
-@contextmanager
-def base_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Around the wrapping of `model`: with the adapter off it must still be, bit for bit, what it was before.
-
-    Some adapters rewrite the base when they are attached. It is measured on a few tokens rather than listed.
-
-    Raises:
-        ReferenceMismatchError: it isn't.
-    """
-    before = _sample_logits(model)
-    yield
     with reference_mode(model):
-        after = _sample_logits(model)
-    if not torch.equal(before.nan_to_num(), after.nan_to_num()):
-        raise ReferenceMismatchError(
-            "Attaching the adapter changed the base model itself: with the adapter off its logits differ by up to "
-            f"{float((before - after).abs().max()):.3g}, so the reference would be another model. Use a LoraConfig "
-            "that leaves the base alone (init_lora_weights=True, no kasa_config, no layer_replication)."
-        )
+        after = sample_logits(model)
+    if torch.equal(before.nan_to_num(), after.nan_to_num()):
+        return None
+    return float((before - after).abs().max()) if before.shape == after.shape else float("inf")
 
 
-def _sample_logits(model: PreTrainedModel) -> Tensor:
+def sample_logits(model: PreTrainedModel) -> Tensor:
+    """Logits of four tokens, (1, 4, V)."""
     weight = model.get_input_embeddings().weight
     ids = torch.arange(4, device=weight.device)[None] * (weight.shape[0] // 4)
     with torch.no_grad(), eval_mode(model):
         return model(input_ids=ids, use_cache=False).logits
 
 
-def check_start(model: PeftModel, batches: list[PackedBatch], backend: str = "dense") -> float:
+def check_start(
+    model: PeftModel, batches: list[PackedBatch], backend: str = "dense", adapter: str | None = None
+) -> float:
     """The step-0 gate: before the first step, every implicit reward must be zero within the noise floor.
 
-    The policy is scored with the adapter on and dropout as training will have it off; the floor is how far the
-    reference's own log-probs move when the same completions are scored in another batch shape.
+    It is for references that the policy starts at. The policy is scored with the adapter on and dropout as training
+    will have it off; the floor is how far the reference's own log-probs move when the same completions are scored in
+    another batch shape.
 
     Args:
         model: the PEFT model, untrained.
         batches: at least two batches over the same completions: the first as training sees it, the others hold the
             same samples in another shape.
         backend: attention backend.
+        adapter: name of the frozen adapter that is the reference; None: the adapter off.
 
     Returns:
         The largest difference found, in nats per sequence.
@@ -143,42 +211,42 @@ def check_start(model: PeftModel, batches: list[PackedBatch], backend: str = "de
         ReferenceMismatchError: policy and reference differ by more than the floor.
     """
     whole, *parts = batches
-    ref_C = reference_logps(model, whole, backend).logps_C
+    ref_C = reference_logps(model, whole, backend, adapter).logps_C
     with torch.no_grad():
         policy_C = completion_logps(model, whole, backend).logps_C
     if not torch.isfinite(ref_C).all():
         rows = ", ".join(map(str, whole.rows[whole.sample_of[~torch.isfinite(ref_C)]].unique().tolist()))
         raise NonFiniteError(
-            f"Before the first step, the base model's own log-probs of training rows {rows} are not finite. Look at "
+            f"Before the first step, the reference's own log-probs of training rows {rows} are not finite. Look at "
             "these rows and at the model's weights; a model made for bfloat16 may overflow in float16."
         )
-    floor = _floor(ref_C, torch.cat([reference_logps(model, part, backend).logps_C for part in parts]))
+    floor = noise_floor(ref_C, torch.cat([reference_logps(model, part, backend, adapter).logps_C for part in parts]))
     difference = float((policy_C - ref_C).abs().max())
     if not difference <= floor:
         raise ReferenceMismatchError(
             f"Before the first step, policy and reference differ by up to {difference:.3g} nats per completion (noise "
-            f"floor {floor:.2g}). {_likely_cause(model)}"
+            f"floor {floor:.2g}). {_likely_cause(model, adapter)}"
         )
     return difference
 
 
-def _floor(ref_C: Tensor, other_shape_C: Tensor) -> float:
+def noise_floor(ref_C: Tensor, other_shape_C: Tensor) -> float:
+    """What the shape of a batch may change, from (C,) log-probs of the same completions in two shapes; in nats."""
     rounding = 1e-4 + 1e-6 * float(ref_C.abs().max())
     return rounding + 2 * float((ref_C - other_shape_C).abs().max())
 
 
-def _likely_cause(model: PeftModel) -> str:
+def _likely_cause(model: PeftModel, adapter: str | None) -> str:
     dropouts = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0}
     if dropouts:
         return f"Dropout of {max(dropouts)} is active in the policy: leave disable_dropout=True."
-    starts_at_zero = [p for name, p in model.named_parameters() if ".lora_B." in name or "lora_embedding_A" in name]
-    if any(p.abs().max() > 0 for p in starts_at_zero):
+    if adapter is None and not is_identity(model, model.active_adapters[0]):
         return (
-            "The adapter is not at its start (its B matrices are not zero): it was trained before, or its "
-            "initialisation is not the identity. Continuing a trained adapter against itself is not available yet; "
-            "merge it into the base first (model.merge_and_unload()) and train a fresh adapter."
+            "The adapter is not at its start: it was trained before, or its initialisation is not the identity. To "
+            'train it against itself as it came in, leave the reference at "initial"; against the bare base, say '
+            'so with reference="base".'
         )
     return (
-        "The adapter's initialisation changes the model. Use a fresh LoRA adapter with init_lora_weights=True, and "
-        "check that nothing else modifies the model while the adapter is on."
+        "Something acts on the policy and not on the reference, or the other way round. Check that there are no hooks "
+        "on the model and that nothing else modifies the model while the trained adapter is on."
     )

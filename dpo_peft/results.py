@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from .card import ADAPTER_OFF, Figures, RunSummary, figures_of, framework_versions, save_model_card
+from .card import Figures, RunSummary, figures_of, framework_versions, save_model_card
 from .data import DataReport
 from .losses import REGISTRY
 from .modeling import storage_report
@@ -36,6 +36,7 @@ def save_results(
     log_history: Sequence[Mapping[str, Any]],
     data_reports: Mapping[str, DataReport],
     has_chat_template: bool,
+    reference: str,
 ) -> None:
     """Write `metrics.json` (figures, full log, data counts), `curves.png` and `README.md` into `folder`.
 
@@ -46,6 +47,7 @@ def save_results(
         log_history: `trainer.state.log_history`.
         data_reports: dataset name to what became of its rows.
         has_chat_template: whether the tokenizer has one.
+        reference: what the policy was compared with, in one sentence.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,8 @@ def save_results(
     trained = any("loss" in entry for entry in log_history)
     if trained:
         plot_training_curves(log_history, folder / "curves.png", start_loss=_start_loss(options))
-    save_model_card(_summary(folder, model, options, figures, data_reports, has_chat_template, trained), folder)
+    summary = _summary(folder, model, options, figures, data_reports, has_chat_template, trained, reference)
+    save_model_card(summary, folder)
 
 
 def _summary(
@@ -72,6 +75,7 @@ def _summary(
     data_reports: Mapping[str, DataReport],
     has_chat_template: bool,
     trained: bool,
+    reference: str,
 ) -> RunSummary:
     lora = model.peft_config[model.active_adapters[0]]
     objectives = [REGISTRY[name] for name in options["loss_type"]]
@@ -84,7 +88,7 @@ def _summary(
         beta=options["beta"],
         reward=objectives[0].reward,
         objective=_named_objective(options),
-        reference=ADAPTER_OFF if any(objective.needs_reference for objective in objectives) else "none is needed",
+        reference=reference,
         quantization=_quantization_options(quantization),
         quantization_report=str(storage_report(model)),
         lora={

@@ -12,22 +12,17 @@ Shape suffixes: I items of the loss (pairs, lists or single answers), B pairs, C
 even, rejected at odd indices), N predicted tokens.
 """
 
-import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from .arguments import (
     AnyDataset,
@@ -41,13 +36,17 @@ from .arguments import (
 )
 from .config import DPOConfig, objective_options
 from .data import DataReport, prepare_dataset
-from .data.batch import PREPARED_COLUMNS, KeepRows, PreferenceCollator, mismatch
+from .data.batch import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
 from .forward import PackedBatch, Scores, completion_logps, plan_forward
-from .metrics import MetricStore, mean_of, preference_metrics
-from .modeling import attach_adapter, disable_dropout, load_base, storage_report
+from .frozen import freeze_copy
+from .metrics import mean_of, preference_metrics
+from .modeling import attach_adapter, disable_dropout, load_model, storage_report
 from .objective import Scored, Totals, TrainingObjective
-from .reference import check_start, reference_logps
+from .parallel import ShareCollator, check_launch, copy_from_first
+from .reference import Reference
 from .results import save_results
+from .referenced import ReferencedTrainer
+from .stepping import fields_of
 from .watch import StopWhenNonFinite
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class LossOutput(NamedTuple):
     scored: Scored  # what the losses read
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(ReferencedTrainer):
     """Trains a LoRA adapter on preferences, by DPO or another objective, against the same model without it.
 
     Args:
@@ -91,7 +90,7 @@ class DPOTrainer(Trainer):
         model: str | PreTrainedModel | PeftModel,
         ref_model: Any = None,
         args: DPOConfig | None = None,
-        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -103,7 +102,8 @@ class DPOTrainer(Trainer):
     ):
         name = name_of(model)
         args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-        check_arguments(model, ref_model, args, quantization_config)
+        check_arguments(model, ref_model, args, quantization_config, compute_metrics)
+        check_launch(args)
         check_datasets(args, train_dataset, eval_dataset)
         tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
         check_tokenizer(tokenizer)
@@ -115,10 +115,8 @@ class DPOTrainer(Trainer):
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer, args)
 
         set_seed(args.seed)  # the adapter's start is drawn at random
-        model = _build_model(model, args, tokenizer, quantization_config, peft_config)
+        model, self.reference = _build_model(model, args, tokenizer, quantization_config, peft_config)
 
-        self.metric_store = MetricStore()
-        self._start_checked = False
         super().__init__(
             model=model,
             args=args,
@@ -135,17 +133,25 @@ class DPOTrainer(Trainer):
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
         self.add_callback(StopWhenNonFinite(self))
-        self.step_finite: list[tuple[Tensor, Tensor]] = []  # rows and whether their loss is finite, per micro-batch
+        self.policy_adapter = self.model.active_adapters[0]
+        self._plan_batches(data_collator)
+        if self.objective.needs_reference:
+            self.set_up_reference()
+        logger.warning("%s", storage_report(self.model, reference=self.reference.adapter))
+        logger.warning("%s", self.forward_plan)
 
-        # The model is on its device now and can show how its batches are laid out.
+    def _plan_batches(self, data_collator: Any) -> None:
+        """The model is on its device now and can show how its batches are laid out."""
+        args, tokenizer = self.args, self.processing_class
+        copy_from_first(p for p in self.model.parameters() if p.requires_grad)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.forward_plan = plan_forward(self.model, args.share_prompts, dtype)
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id)
+        if args.caches_reference:
+            self.collate = KeyedCollator(self.collate)
         # Mismatched answers come from the whole optimizer batch, so its rows are laid out when all are there.
-        self.data_collator = KeepRows() if self.objective.needs_mismatched else self.collate
-        logger.warning("%s", storage_report(self.model))
-        logger.warning("%s", self.forward_plan)
+        self.data_collator = KeepRows() if self.objective.needs_mismatched else ShareCollator(self.collate)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -165,7 +171,7 @@ class DPOTrainer(Trainer):
             num_items_in_batch: the `Totals` of the whole optimizer batch; those of this micro-batch if None.
         """
         coupled = inputs.get("coupled")
-        batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
+        batch = PackedBatch(**fields_of(inputs))
         totals = num_items_in_batch or self.objective.totals([inputs])
         ref = coupled.ref if coupled else self._reference(batch)
         policy = self._policy(batch)
@@ -182,11 +188,6 @@ class DPOTrainer(Trainer):
     def _policy(self, batch: PackedBatch) -> Scores:
         return completion_logps(self.model, batch, self.forward_plan.backend, log_sum_sq=self.objective.log_sum_sq)
 
-    def _reference(self, batch: PackedBatch) -> Scores | None:
-        if not self.objective.needs_reference:
-            return None
-        return reference_logps(self.model, batch, self.forward_plan.backend)
-
     def _record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         metrics = preference_metrics(self.objective.data, output.scored, output.rewards_C, policy, ref, batch)
         if self.model.training:
@@ -197,99 +198,20 @@ class DPOTrainer(Trainer):
 
     # ---- Hooks of transformers.Trainer --------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Check that policy and reference start equal, then train (see `transformers.Trainer.train`).
-
-        Raises:
-            ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
-            NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
-        """
-        if self.objective.needs_reference and not self._start_checked:
-            self._check_start()
-            self._start_checked = True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def compute_loss_context_manager(self) -> Any:
         """Mixed precision around both passes: they call the backbone, past the `forward` that accelerate wraps."""
         return self.accelerator.autocast()
 
-    def _check_start(self, samples: int = 4) -> None:
-        rows = list(itertools.islice(self.train_dataset, samples))
-        parts = [rows, *([row] for row in rows)]
-        batches = [PackedBatch(**self.collate(part)).to(self.args.device) for part in parts]
-        self.model.train(self.args.disable_dropout)
-        with self.compute_loss_context_manager():
-            check_start(self.model, batches, self.forward_plan.backend)
+    # ---- Saving and going on ------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step, and its `Totals`.
-
-        An objective that couples the samples of a batch takes its loss here, over all of them, so that any split into
-        micro-batches gives the same step.
-        """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        batches = self._lay_out(batches)
-        totals = self.objective.totals(batches)
-        if self.objective.batch_coupled and len(batches) > 1:
-            self._couple(batches, totals)
-        return batches, totals
-
-    def _lay_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows that were kept become micro-batches, each with the answers of another row beside its own."""
-        if not self.objective.needs_mismatched:
-            return batches
-        rows = iter(mismatch([row for batch in batches for row in batch["kept"].rows]))
-        sizes = [len(batch["kept"].rows) for batch in batches]
-        return [self._prepare_inputs(self.collate(list(itertools.islice(rows, size)))) for size in sizes]
-
-    def _couple(self, batches: list[dict[str, Any]], totals: Totals) -> None:
-        self.model.train()
-        packed = [PackedBatch(**self._prepare_inputs(batch)) for batch in batches]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            refs = [self._reference(batch) for batch in packed]
-            policies = [self._policy(batch) for batch in packed]
-        for batch, coupled in zip(batches, self.objective.couple(packed, policies, refs, totals), strict=True):
-            batch["coupled"] = coupled
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One evaluation batch: its loss, implicit rewards and labels (see `compute_metrics` of the class).
-
-        What couples a batch is taken over the evaluation batch.
-        """
-        inputs = self._prepare_inputs(self._lay_out([inputs])[0])
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        if self.objective.data in ("pairs", "trajectories"):
-            rewards_B2 = output.rewards_C.view(-1, 2)
-            return loss, rewards_B2, torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
-        scored = output.scored
-        rows_C = inputs["rows"][scored.own(scored.sample_of_C)].to(scored.grade_C.dtype)
-        return loss, scored.own(output.rewards_C), torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`, with the pair metrics as means over all pairs of the dataset."""
-        self.metric_store.pop("eval")
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        metrics = self.metric_store.pop("eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the pair metrics since the last log to a training log."""
-        if "loss" in logs:
-            logs = {**logs, **self.metric_store.pop("train")}
-        super().log(logs, start_time)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The policy's adapter, without a frozen copy that the model holds as its reference."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, selected_adapters=[self.policy_adapter])
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter and the tokenizer; called by a user also metrics.json, curves.png and the model card."""
@@ -304,10 +226,14 @@ class DPOTrainer(Trainer):
     def _save_results(self, folder: str) -> None:
         has_chat_template = self.processing_class.chat_template is not None
         history = self.state.log_history
-        save_results(folder, self.model, self.args.to_dict(), history, self.data_reports, has_chat_template)
+        reference = self.described_reference()
+        options = self.args.to_dict()
+        save_results(folder, self.model, options, history, self.data_reports, has_chat_template, reference)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""
+        if "empty" in inputs:
+            return 0
         return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -359,16 +285,18 @@ class DPOTrainer(Trainer):
 
 def _build_model(
     model: Any, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, quantization_config: Any, peft_config: Any
-) -> PeftModel:
+) -> tuple[PeftModel, Reference]:
     if isinstance(model, str):
         quantize = args.quantize_base is not False
         init_kwargs = args.model_init_kwargs
         assert not isinstance(init_kwargs, str)
-        model = load_base(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
+        model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
     check_vocabulary(model, tokenizer)
-    model = attach_adapter(model, peft_config)
+    model, reference = attach_adapter(model, peft_config, args.reference)
+    if args.sync_ref_model and reference.adapter is None:
+        reference = replace(reference, adapter=freeze_copy(model))
     if args.disable_dropout and (found := disable_dropout(model)):
         logger.warning("disable_dropout=True: turned off %s.", ", ".join(found))
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    return model
+    return model, reference

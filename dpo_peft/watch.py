@@ -1,11 +1,17 @@
-"""What is watched between micro-batches: a non-finite loss or gradient stops the run before the next step."""
+"""What is watched while a run goes on: numbers that are not finite, signals, and when the reference follows the policy."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import NonFiniteError
+from .frozen import mix_into
+from .parallel import any_process, gather_over_processes
 
 
 class StopWhenNonFinite(TrainerCallback):
@@ -18,20 +24,87 @@ class StopWhenNonFinite(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        if not trainer.step_finite:
-            return
-        rows, finite = map(torch.cat, zip(*trainer.step_finite, strict=True))
-        trainer.step_finite = []
+        # A process whose share of the batch is empty has nothing.
+        rows, finite = torch.empty(0, dtype=torch.long), torch.ones(0, dtype=torch.bool)
+        if trainer.step_finite:
+            rows, finite = map(torch.cat, zip(*trainer.step_finite, strict=True))
+            trainer.step_finite = []
         all_finite = finite.all()
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
         if not args.fp16:
             grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-            all_finite &= torch.isfinite(torch.nn.utils.get_total_norm(grads))
-        if not all_finite:
-            bad = rows if finite.all() else rows[~finite]
-            what = "gradient" if finite.all() else "loss"
-            raise NonFiniteError(
-                f"Step {state.global_step + 1}: the {what} is not finite, on training rows "
-                f"{', '.join(map(str, bad.tolist()))}. The optimizer has not stepped; the last checkpoint is intact. "
-                "Look at these rows, lower learning_rate, or use bf16 instead of fp16."
-            )
+            all_finite = all_finite & torch.isfinite(torch.nn.utils.get_total_norm(grads)).to(all_finite.device)
+        if any_process(not all_finite):
+            self._stop(state, rows, finite)
+
+    def _stop(self, state: TrainerState, rows: torch.Tensor, finite: torch.Tensor) -> None:
+        gathered = gather_over_processes((rows[~finite].tolist(), rows.tolist()))
+        bad = [row for process in gathered for row in process[0]]
+        what = "loss" if bad else "gradient"
+        bad = bad or [row for process in gathered for row in process[1]]
+        raise NonFiniteError(
+            f"Step {state.global_step + 1}: the {what} is not finite, on training rows {', '.join(map(str, bad))}. The "
+            "optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, or use "
+            "bf16 instead of fp16."
+        )
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM and Ctrl-C end a run after the step that they fall into, with a checkpoint. A second one acts at once."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self.stopped_by: str | None = None
+        self.exit_status = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the signals are kept for `on_step_end`. Without effect outside the main thread."""
+        self._received = self.stopped_by = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def receive(number: int, frame: Any) -> None:
+            self._received = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        try:
+            for number in before:
+                signal.signal(number, receive)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop, all processes at the same step."""
+        if any_process(self._received is not None):
+            number = self._received or signal.SIGTERM
+            self.stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            self.exit_status = 128 + number
+            control.should_save = control.should_training_stop = True
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a signal came."""
+        return self._received is not None
+
+
+class SyncReference(TrainerCallback):
+    """TR-DPO: every `steps` steps the frozen reference moves towards the policy (Gorbatovski et al. 2024, soft update)."""
+
+    def __init__(self, model: Any, policy: str, frozen: str, alpha: float, steps: int):
+        self.mix = lambda: mix_into(model, policy, frozen, alpha)
+        self.steps = steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mix if it is time."""
+        if state.global_step % self.steps == 0:
+            self.mix()

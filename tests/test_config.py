@@ -31,8 +31,20 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"padding_free": True},
         r"padding_free=True.*trl\.DPOConfig.*packed|padding_free.*leave it",
     ),
-    "TRL's reference cache": ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs=True.*same pass"),
-    "TRL's reference sync": ({"sync_ref_model": True}, r"sync_ref_model=True.*adapter off"),
+    "TRL's reference batch": ({"precompute_ref_batch_size": 4}, r"precompute_ref_batch_size=4.*precompute_ref_tokens"),
+    "sync interval without sync": ({"ref_model_sync_steps": 8}, r"ref_model_sync_steps=8 has no effect without sync_"),
+    "mix-up above one": ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha=1\.5"),
+    "sync of the base": ({"sync_ref_model": True, "reference": "base"}, r"reference='base' .*sync_ref_model"),
+    "cache folder without cache": ({"ref_cache_dir": "x"}, r"ref_cache_dir='x' has no effect without precompute_"),
+    "cache of nothing": ({"cache_ref_log_probs": True, "ref_cache_gb": 0}, r"ref_cache_gb=0"),
+    "two caches": (
+        {"cache_ref_log_probs": True, "precompute_ref_log_probs": True},
+        r"cache_ref_log_probs has no effect with precompute_ref_log_probs",
+    ),
+    "cache of a moving reference": ({"cache_ref_log_probs": True, "sync_ref_model": True}, r"sync_ref_model changes"),
+    "cache of mismatched answers": ({"cache_ref_log_probs": True, "loss_type": "kto"}, r"loss_type kto.*mismatched"),
+    "reference without need": ({"reference": "base", "loss_type": "simpo"}, r"reference: no effect, loss_type simpo"),
+    "HF's own halving": ({"auto_find_batch_size": True}, r"auto_find_batch_size=True.*halved by itself"),
     "TRL's pad token": ({"pad_token": "<x>"}, r"pad_token.*tokenizer\.pad_token"),
     "a default of another type": ({"label_smoothing": 0, "beta": -1}, r"beta=-1"),
     "unknown loss": ({"loss_type": "sigmoidal"}, r"loss_type=\['sigmoidal'\].*one or several of sigmoid"),
@@ -103,7 +115,7 @@ def stream(rows: Dataset) -> IterableDataset:
 
 # Each: what differs from a good call (a function of model, tokenizer, folder), and the message.
 WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "reference model": (lambda m, t, f: {"ref_model": m}, r"ref_model is not accepted.*adapter switched off.*Leave"),
+    "reference model": (lambda m, t, f: {"ref_model": m}, r"ref_model is not accepted.*adapter switched off.*Leave ref_model out"),
     "config of TRL": (
         lambda m, t, f: {"args": trl.DPOConfig(f, use_cpu=True)},
         r"args is a DPOConfig.*dpo_peft\.DPOConfig",
@@ -215,12 +227,6 @@ def test_tokenizer_larger_than_the_embeddings(tiny_llama, make_tokenizer, tmp_pa
 def test_evaluation_rows_of_the_wrong_type(tiny_llama, make_tokenizer, tmp_path) -> None:
     with pytest.raises(DataError, match="eval: expected a datasets.Dataset"):
         ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, eval_dataset=list(id_pairs(4)))
-
-
-def test_several_processes_are_refused(tiny_llama, make_tokenizer, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(DPOConfig, "world_size", property(lambda self: 2))
-    with pytest.raises(OptionError, match="several processes is not available"):
-        ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path)
 
 
 def test_target_modules_that_match_nothing(tiny_llama, make_tokenizer, tmp_path) -> None:

@@ -76,7 +76,7 @@ def test_a_quantised_folder_loads_as_it_is(base_folder, tmp_path):
 
 def test_bitsandbytes_may_not_repack_the_weights(base_folder):
     """On some CPUs its layers do so at the first eval-mode forward: the bytes change and the gradient is gone."""
-    model = attach_adapter(load_base(base_folder), lora())
+    model, _ = attach_adapter(load_base(base_folder), lora())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         model.eval()(IDS)
@@ -96,7 +96,7 @@ def test_repacked_weights_are_refused():
 
 
 def test_everything_but_the_adapter_is_frozen(tiny_llama):
-    model = attach_adapter(tiny_llama())
+    model, _ = attach_adapter(tiny_llama())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in trained if "lora_A" in name}
@@ -115,7 +115,7 @@ def test_a_model_with_nan_is_not_taken_for_a_changed_one(tiny_llama):
     """NaN differs from itself; the comparison of the base before and after must not stumble over it."""
     model = tiny_llama()
     model.model.embed_tokens.weight.data[240] = float("nan")  # one of the tokens that are compared
-    assert attach_adapter(model, lora()).peft_config
+    assert attach_adapter(model, lora())[0].peft_config
 
 
 # ---- Dropout --------------------------------------------------------------------------------------------------------

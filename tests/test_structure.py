@@ -15,8 +15,9 @@ LAYERS = [
     ["errors", "losses"],
     ["forward"],
     ["data"],
-    ["reference", "modeling", "objective_options", "objective", "metrics", "watch", "plots", "card", "results"],
-    ["config", "arguments"],
+    ["frozen", "reference", "identity", "store", "cache", "checkpoints", "parallel", "modeling"],
+    ["objective_options", "objective", "metrics", "watch", "plots", "card", "results"],
+    ["config", "arguments", "cached_reference", "resumable", "stepping", "referenced"],
     ["trainer"],
     ["quickstart", "cli", "__init__"],
 ]
@@ -26,7 +27,7 @@ ORDER_WITHIN = {
         "objective scores pairwise anchored distributional reference_free listwise unpaired "
         "registry_reference registry_others"
     ).split(),
-    "forward": "layout attention logprobs score probe".split(),
+    "forward": "layout unpack attention logprobs score probe".split(),
     "data": (
         "report values fingerprint tokenize truncate schema parse chat turns sample convert worker prepare batch"
     ).split(),
@@ -35,7 +36,7 @@ ORDER_WITHIN = {
 # Narrower than the layers: these may import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "losses"}}
 # Who may read the config: everyone else takes plain arguments.
-CONFIG_READERS = {"arguments", "trainer", "cli", "quickstart", "__init__"}
+CONFIG_READERS = {"arguments", "referenced", "trainer", "cli", "quickstart", "__init__"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring

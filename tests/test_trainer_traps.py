@@ -11,11 +11,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
+from reference_helpers import build_base, named, options_of, perturb, same
 from torch import Tensor
 from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs, text_pairs
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
-from dpo_peft import DPOTrainer, NonFiniteError, OptionError, ReferenceMismatchError, reference
+from dpo_peft import DPOTrainer, NonFiniteError, OptionError, ReferenceMismatchError, frozen
 from dpo_peft.forward import Sample, completion_logps, pack, pad_rows, plan_forward
 from dpo_peft.modeling import attach_adapter, load_base, storage_report
 from dpo_peft.reference import reference_logps
@@ -65,15 +66,16 @@ def test_t1_the_reference_is_the_starting_model(tiny_llama, make_tokenizer, tmp_
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", False])
-def test_t1_other_initialisations_are_refused_by_name(tiny_llama, init):
+def test_t1_the_base_is_no_reference_for_other_initialisations(tiny_llama, init):
     config = lora()
     config.init_lora_weights = init  # set here, since LoraConfig itself asks for optional packages for some
     with pytest.raises(OptionError, match=rf"init_lora_weights={init!r}.*init_lora_weights=True"):
-        attach_adapter(tiny_llama(), config)
+        attach_adapter(tiny_llama(), config, reference="base")
 
 
 MOVING = {
     "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
     "olora": {"init_lora_weights": "olora"},
     "kasa": {"kasa_config": KasaConfig()},
     "layer replication": {"layer_replication": [(0, 2), (1, 2)]},
@@ -83,20 +85,47 @@ MOVING = {
 @pytest.mark.parametrize("name", MOVING)
 def test_t1_a_changed_base_is_measured_too(tiny_llama, monkeypatch, name):
     """Whatever is not known by name shows on a few tokens."""
-    monkeypatch.setattr(reference, "_MOVED_BASE", {})
+    monkeypatch.setattr(frozen, "_MOVED_BASE", {})
     with pytest.raises(ReferenceMismatchError, match="changed the base model"):
-        attach_adapter(tiny_llama(), lora(**MOVING[name]))
+        attach_adapter(tiny_llama(), lora(**MOVING[name]), reference="base")
+    assert attach_adapter(tiny_llama(), lora(**MOVING[name]))[1].adapter == "reference"
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", False])
-def test_t1_wrapped_beforehand(tiny_llama, make_tokenizer, tmp_path, monkeypatch, init):
-    model = get_peft_model(tiny_llama(), lora(init_lora_weights=init))
-    with pytest.raises(OptionError, match="init_lora_weights"):
-        attach_adapter(model)
-    monkeypatch.setattr(reference, "_MOVED_BASE", {})
-    trainer = ours(model, id_pairs(8), make_tokenizer(), tmp_path)
-    with pytest.raises(ReferenceMismatchError, match="not at its start"):
-        trainer.train()
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_t1_other_initialisations_are_their_own_reference(tiny_llama, make_tokenizer, tmp_path, wrapped, init):
+    config = lora(init_lora_weights=init)
+    given = {"peft_config": config}
+    model = tiny_llama()
+    if wrapped:
+        model, given = get_peft_model(model, config), {}
+    trainer = ours(model, id_pairs(8), make_tokenizer(), tmp_path, max_steps=3, **given)
+    start = base_logps(trainer.model)
+    trainer.train()
+    assert step_logs(trainer)[0]["rewards/margins"] == 0.0 != step_logs(trainer)[-1]["rewards/margins"]
+    adapter = trainer.reference.adapter
+    assert torch.equal(reference_logps(trainer.model, pack(SAMPLES), adapter=adapter).logps_C, start)
+    # With the adapter off, which is what others take, the model is another one.
+    assert (reference_logps(trainer.model, pack(SAMPLES)).logps_C - start).abs().max() > 1e-2
+
+
+# ---- T2: going on from a trained adapter ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "embedding and head", "dora and rslora", "saved head", "some tokens", "nf4"]
+)
+def test_t2_a_trained_adapter_goes_on_against_itself(tiny_llama, make_tokenizer, tmp_path, base_folder, kind):
+    """The same for every kind of adapter, without the trainer, is in test_reference_kinds.py."""
+    config, base, name = options_of(kind)
+    model = get_peft_model(build_base(base, tiny_llama, base_folder), config, adapter_name=name)
+    perturb(model)
+    incoming = named(model, name)
+    trainer = ours(model, id_pairs(8), make_tokenizer(), tmp_path, max_steps=3)
+    trainer.train()
+    assert step_logs(trainer)[0]["rewards/margins"] == 0.0 != step_logs(trainer)[-1]["rewards/margins"]
+    assert same(named(trainer.model, trainer.reference.adapter), incoming)
+    assert any(not torch.equal(tensor, incoming[key]) for key, tensor in named(trainer.model, name).items())
 
 
 def test_activated_lora_is_refused(tiny_llama):
@@ -107,14 +136,14 @@ def test_activated_lora_is_refused(tiny_llama):
 # ---- The step-0 gate ------------------------------------------------------------------------------------------------
 
 
-def test_gate_finds_a_trained_adapter(tiny_llama, make_tokenizer, tmp_path):
-    first = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, max_steps=2)
-    first.train()
-    again = ours(first.model, id_pairs(8), make_tokenizer(), tmp_path, max_steps=2)
-    weights = adapter_weights(again)
-    with pytest.raises(ReferenceMismatchError, match="not at its start.*trained before.*merge"):
-        again.train()
-    assert all(torch.equal(weights[name], p) for name, p in adapter_weights(again).items())
+def test_gate_finds_an_adapter_that_is_not_at_its_start(tiny_llama, make_tokenizer, tmp_path):
+    """As would be, if the adapter were changed between the making of the trainer and training."""
+    trainer = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, max_steps=2)
+    perturb(trainer.model)
+    weights = adapter_weights(trainer)
+    with pytest.raises(ReferenceMismatchError, match="not at its start.*trained before.*initial"):
+        trainer.train()
+    assert all(torch.equal(weights[name], p) for name, p in adapter_weights(trainer).items())
 
 
 def test_gate_finds_a_hook_that_acts_with_the_adapter_only(tiny_llama, make_tokenizer, tmp_path):
@@ -287,7 +316,7 @@ def test_t19_default_of_a_model_given_by_name(base_folder, tmp_path, caplog):
 
 
 def test_storage_report_by_hand(base_folder):
-    report = storage_report(attach_adapter(load_base(base_folder), lora(r=4)))
+    report = storage_report(attach_adapter(load_base(base_folder), lora(r=4))[0])
     quantized = 0
     for weights in 2 * [64 * 64, 64 * 32, 64 * 32, 64 * 64, 64 * 128, 64 * 128, 128 * 64]:
         blocks = weights // 64
@@ -309,7 +338,7 @@ def test_storage_report_counts_tied_weights_once(tiny_llama):
 
 
 def test_unquantised_load(base_folder):
-    report = storage_report(attach_adapter(load_base(base_folder, quantize=False), lora()))
+    report = storage_report(attach_adapter(load_base(base_folder, quantize=False), lora())[0])
     assert report.quantized == 0 and set(report.dtypes) == {"bfloat16"}
 
 
@@ -326,7 +355,7 @@ def test_t24_experts_that_stay_unquantised_are_listed(tmp_path):
         num_experts_per_tok=2,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    report = storage_report(attach_adapter(load_base(str(tmp_path)), lora(target_modules=["q_proj"])))
+    report = storage_report(attach_adapter(load_base(str(tmp_path)), lora(target_modules=["q_proj"]))[0])
     names = [name for name, _ in report.largest_unquantized]
     experts = 2 * 4 * 3 * 64 * 64 * 2  # layers, experts, projections, weights, bytes
     assert sum(size for name, size in report.largest_unquantized if "experts" in name) == experts
@@ -483,12 +512,23 @@ def test_t10_a_mean_per_micro_batch_is_another_step(tiny_llama, make_tokenizer, 
 # ---- Adapters given as models ---------------------------------------------------------------------------------------
 
 
-def test_an_adapters_folder_is_no_base(tiny_llama, make_tokenizer, tmp_path, base_folder):
-    """transformers loads base and adapter from it, and wrapping that again would overwrite the adapter."""
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
-    get_peft_model(base, lora()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(OptionError, match="adapter's folder.*base model's name"):
-        ours(str(tmp_path / "adapter"), id_pairs(8), make_tokenizer(), tmp_path)
+def test_an_adapters_folder_is_the_model(tiny_llama, make_tokenizer, tmp_path, base_folder):
+    """transformers would load base and adapter from it, and wrapping that again would overwrite the adapter."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder, dtype="float32"), lora())
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    expected = named(model, "default")
+    loading = {"quantize_base": False, "model_init_kwargs": {"dtype": "float32"}}
+    folder = str(tmp_path / "adapter")
+    trainer = ours(folder, id_pairs(8), None, tmp_path, peft_config=None, max_steps=2, **loading)
+    assert same(named(trainer.model, "default"), expected) and same(named(trainer.model, "reference"), expected)
+    trainer.train()
+    assert step_logs(trainer)[0]["rewards/margins"] == 0.0
+    with pytest.raises(OptionError, match="PeftModel and peft_config is given too"):
+        ours(folder, id_pairs(8), None, tmp_path, peft_config=lora(), **loading)
+    with pytest.raises(OptionError, match="adapter loaded into it by transformers.*is_trainable=True"):
+        attach_adapter(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def test_a_trainable_base_is_refused(tiny_llama):

@@ -4,11 +4,12 @@ Rows come from `prepare_dataset`: `prompt_ids`, `completion_ids` (K lists), `row
 reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..forward.layout import Sample, pack, pad_rows
+from ..forward.layout import PackedBatch, Sample, pack, pad_rows
+from ..forward.unpack import content_keys
 from .worker import EXTRAS, IDS
 
 PREPARED_COLUMNS = [*IDS, *EXTRAS]  # all that a prepared row may hold
@@ -30,6 +31,21 @@ class PreferenceCollator:
         """Prepared rows to `PackedBatch` fields, on the CPU."""
         samples = [_sample(row) for row in rows]
         return (pack(samples) if self.shared else pad_rows(samples, self.pad_token_id)).as_dict()
+
+
+class KeyedCollator:
+    """A collator whose batches say what each completion's log-prob depends on, for a cache.
+
+    The keys are made from the batch as it was laid out, whoever laid it out: from the ids that the model will read.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Prepared rows to `PackedBatch` fields, with `keys`."""
+        batch = self.collate(rows)
+        return {**batch, "keys": content_keys(PackedBatch(**batch))}
 
 
 def _sample(row: dict[str, Any]) -> Sample:

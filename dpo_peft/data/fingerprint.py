@@ -27,5 +27,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def rows_digest(dataset: Any, samples: int = 256) -> str:
+    """Digest of a prepared dataset: its length, and rows spread evenly over it. A stream has none."""
+    if not hasattr(dataset, "__len__"):
+        return "stream"
+    number = len(dataset)
+    spread = sorted({i * number // samples for i in range(samples)}) if number else []
+    return f"{number} rows, {digest([dataset[i] for i in spread])}"
+
+
 def digest(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -6,6 +6,7 @@ Nothing here knows dataset formats, losses or configs.
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .probe import ForwardPlan, plan_forward
 from .score import Scores, completion_logps, sequence_logps, sum_by_completion
+from .unpack import content_keys, halves, unpack
 
 __all__ = [
     "ForwardPlan",
@@ -13,9 +14,12 @@ __all__ = [
     "Sample",
     "Scores",
     "completion_logps",
+    "content_keys",
+    "halves",
     "pack",
     "pad_rows",
     "plan_forward",
     "sequence_logps",
     "sum_by_completion",
+    "unpack",
 ]

@@ -71,6 +71,7 @@ class PackedBatch:
     max_q: int = 0  # longest segment
     max_k: int = 0  # longest [prompt; own tokens]
     num_own: int = 0  # completions that are no mismatched answers
+    keys: Any = None  # (C,) tuple of bytes: content keys, see unpack.py
 
     @property
     def shared(self) -> bool:

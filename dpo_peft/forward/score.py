@@ -20,7 +20,7 @@ from .logprobs import CHUNK_ROWS, read_head, token_logps
 class Scores:
     """What one forward pass over a batch gives, in nats."""
 
-    token_logps_N: Tensor  # log-prob of every predicted token, float32
+    token_logps_N: Tensor  # log-prob of every predicted token, float32; empty where a cache kept the sums only
     logps_C: Tensor  # their sum per completion (note eq. 49), float64
     log_sum_sq_N: Tensor | None = None  # log of the sum over the vocabulary of squared probabilities, float32
 

@@ -1,0 +1,307 @@
+"""Training in several processes, each with the whole model: only the gradients of the adapter cross.
+
+There is no wrapper around the model. Every process reads the same global micro-batch in the same order, keeps its
+share of the rows, and divides its losses by the items of the whole optimizer batch; after the last micro-batch the
+gradients are summed. So a step is that of one process with the same global batch, an uneven last batch included.
+
+Every function but the checks is the identity in a single process. Those that communicate are collectives: all
+processes must call them, in the same order.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from .errors import OptionError
+
+BUCKET_BYTES = 64 * 2**20  # gradients cross in flat pieces of at most this size: few messages, little extra memory
+
+_LAUNCHED_AS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+_SPLITS_MODEL = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
+_OFFERED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_REMEDY = (
+    "Launch with recipes/accelerate/ddp.yaml: every process holds the whole model and only LoRA's small gradients "
+    "cross. A base that is too large for one card needs 4 bits (quantize_base, the default), gradient_checkpointing, "
+    "a smaller per_device_train_batch_size or max_length, or a larger card."
+)
+# Options that all processes must agree on, or they would not take the same step.
+_SAME_OPTIONS = (
+    "seed data_seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
+    "num_train_epochs learning_rate max_grad_norm eval_steps save_steps max_length loss_type loss_weights beta"
+).split()
+
+
+def world_size() -> int:
+    """Number of processes; 1 if they aren't connected."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process; 0 if there is only one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def _device() -> torch.device | str:
+    """Where tensors must lie to be sent."""
+    on_cpu = "gloo" in dist.get_backend() or dist.get_backend() == "mpi"
+    return "cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+# ---- Values ---------------------------------------------------------------------------------------------------------
+
+
+def sum_over_processes(values: Sequence[float]) -> list[float]:
+    """Sums, one per value, in float64 (whole numbers are exact below 2**53).
+
+    Args:
+        values: as many in every process.
+    """
+    if world_size() == 1 or not values:
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather_over_processes(value: Any) -> list[Any]:
+    """Each process's value in the order of ranks; anything that can be pickled, tensors on the CPU."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process. What stops one must stop all, or the others wait for it for ever."""
+    return sum_over_processes([flag])[0] > 0
+
+
+def check_same(name: str, value: Any) -> None:
+    """Refuse a value that differs between the processes.
+
+    Raises:
+        OptionError: in all of them, with the values by rank.
+    """
+    values = gather_over_processes(value)
+    if any(other != values[0] for other in values):
+        raise OptionError(
+            f"{name} differs between the processes (by rank: {values}): start all of them with the same options and "
+            "the same data. Each takes its share of every batch by itself."
+        )
+
+
+# ---- Weights --------------------------------------------------------------------------------------------------------
+
+
+def copy_from_first(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the trainable weights of rank 0: without a seed each has drawn an adapter of its own."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            sent = parameter.detach().to(_device()).contiguous()
+            dist.broadcast(sent, src=0)
+            parameter.data.copy_(sent)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the processes.
+
+    A process without a gradient, because its share of the batch was empty, counts as zeros and gets the sum. A
+    gradient that no process has stays None.
+
+    Args:
+        parameters: the same in every process and in the same order; the frozen ones are passed over.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if world_size() == 1 or not trainable:
+        return
+    present = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=_device())
+    dist.all_reduce(present)
+    for parameter, processes in zip(trainable, present.tolist(), strict=True):
+        if processes and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([p.grad for p in trainable if p.grad is not None]):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket]).to(_device())
+        dist.all_reduce(flat)
+        for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of one dtype and device and at most `BUCKET_BYTES`, the same in every process."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for grad in grads:
+        kinds.setdefault((grad.dtype, grad.device), []).append(grad)
+    for kind in kinds.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for grad in kind:
+            if bucket and size + grad.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(grad)
+            size += grad.nbytes
+        yield bucket
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+class ShareCollator:
+    """Keeps this process's rows of a global batch, every `world_size`-th from `rank`, and collates them.
+
+    An uneven batch may leave none: then `{"empty": True}`.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]):
+        self.collator = collator
+        # Read here: a data loader's workers are processes of their own, which are not connected.
+        self.rank = rank()
+        self.world_size = world_size()
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """A global batch's rows to this process's part."""
+        share = list(rows[self.rank :: self.world_size])
+        return self.collator(share) if share else {"empty": True}
+
+
+def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """The rows of a global batch in their order, from the shares of all ranks: what `ShareCollator` took apart."""
+    total = sum(len(share) for share in shares)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
+def gather_rows(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """A global batch's values in the order of its rows, in every process.
+
+    Args:
+        values: (sum(counts), ...) those of this process's share, its rows one after the other; no gradient crosses.
+        counts: values per row; empty if the share is.
+
+    Returns:
+        On the device of `values`.
+    """
+    if world_size() == 1:
+        return values
+    shares = gather_over_processes(values.detach().cpu().split(list(counts)) if counts else ())
+    rows = interleave(shares)
+    return torch.cat(rows).to(values.device) if rows else values
+
+
+def unshard(dataloader: Any, dataset: Any = None) -> None:
+    """Make a data loader that accelerate prepared for this process give every batch to every process, in one order.
+
+    Accelerate gives each process other batches and fills the last ones up with rows from the start of the dataset;
+    after this the loader's batches, length, and count of remaining rows are those of a single process.
+
+    Args:
+        dataloader: from `Accelerator.prepare`, not iterated yet; changed in place.
+        dataset: what the loader was made from. Needed for a stream: accelerate has replaced it by a part of it.
+
+    Raises:
+        OptionError: a stream that is split between the processes already, or that isn't given.
+    """
+    if world_size() == 1:
+        return
+    if isinstance(dataloader.dataset, IterableDataset):
+        if dataset is None or getattr(dataset, "_distributed", None) is not None:
+            raise OptionError(
+                "A streaming dataset must be whole in every process: don't use split_dataset_by_node or shard, each "
+                "process takes its share of every batch by itself."
+            )
+        # Past the setter, which refuses any change; iterators read the attribute when they are made.
+        object.__setattr__(getattr(dataloader, "base_dataloader", dataloader), "dataset", dataset)
+        return
+    shard = dataloader.batch_sampler
+    # One process of one; with even_batches it would still repeat rows to fill the last batch.
+    shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+
+
+# ---- How the processes were launched --------------------------------------------------------------------------------
+
+
+def check_launch(args: Any, env: Mapping[str, str] | None = None) -> None:
+    """Refuse to start in a way that isn't offered: all processes must hold the whole model and know of each other.
+
+    Args:
+        args: a `TrainingArguments`, which has connected the processes.
+        env: the environment that the launcher has set; `os.environ` if None.
+
+    Raises:
+        OptionError: what was asked for, and the remedy.
+    """
+    env = os.environ if env is None else env
+    _check_whole_model(args, env)
+    state = getattr(args, "distributed_state", None)
+    kind = getattr(state, "distributed_type", None)
+    name = str(getattr(kind, "value", kind or "NO"))
+    if name not in _OFFERED:
+        raise OptionError(f"Training over {name} is not offered. {_REMEDY}")
+    launched = int(env.get("WORLD_SIZE") or 1)
+    if launched > 1 and args.world_size == 1:
+        raise OptionError(
+            f"WORLD_SIZE={launched} says that {launched} processes were launched, but they are not connected and each "
+            "would train alone: on a machine without a GPU pass use_cpu=True; for a single process unset WORLD_SIZE."
+        )
+    if args.world_size > 1:
+        _check_data_parallel(args)
+
+
+def _check_whole_model(args: Any, env: Mapping[str, str]) -> None:
+    for variable, name in _LAUNCHED_AS.items():
+        if _is_set(env, variable):
+            raise OptionError(f"{name} is not offered ({variable} is set, by accelerate's config). {_REMEDY}")
+    for option in ("fsdp", "deepspeed"):
+        if getattr(args, option, None):
+            raise OptionError(f"{option} is not offered. {_REMEDY}")
+    config = getattr(args, "parallelism_config", None)
+    from_env = _is_set(env, "ACCELERATE_USE_PARALLELISM_CONFIG")
+    for short, name in _SPLITS_MODEL.items():
+        size = getattr(config, f"{short}_size", 1)
+        if from_env:
+            size = max(size, int(env.get(f"PARALLELISM_CONFIG_{short.upper()}_SIZE") or 1))
+        if size > 1:
+            raise OptionError(
+                f"parallelism_config: {name} parallelism ({short}_size={size}) is not offered. {_REMEDY}"
+            )
+    init_kwargs = getattr(args, "model_init_kwargs", None)
+    for option in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):
+        if isinstance(init_kwargs, dict) and init_kwargs.get(option) is not None:
+            raise OptionError(f"model_init_kwargs: {option} splits the model, which is not offered. {_REMEDY}")
+
+
+def _check_data_parallel(args: Any) -> None:
+    accelerator = getattr(args, "accelerator_config", None)
+    if getattr(accelerator, "split_batches", False):
+        raise OptionError(
+            "accelerator_config: split_batches=True has no effect: per_device_train_batch_size is per process, and "
+            "every batch is shared out already. Leave it out."
+        )
+    if getattr(args, "average_tokens_across_devices", True) is False:
+        raise OptionError(
+            "average_tokens_across_devices=False is not available: losses are means over the whole optimizer batch, "
+            "whatever the number of processes. Leave it out."
+        )
+    init_kwargs = getattr(args, "model_init_kwargs", None)
+    device_map = init_kwargs.get("device_map") if isinstance(init_kwargs, dict) else None
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise OptionError(
+            f"model_init_kwargs: device_map={device_map!r} would spread each process's model over all cards: leave it "
+            "out, every process loads it on its own card."
+        )
+    check_same("The options", {name: str(getattr(args, name, None)) for name in _SAME_OPTIONS})
+
+
+def _is_set(env: Mapping[str, str], variable: str) -> bool:
+    return env.get(variable, "").lower() in ("1", "true", "yes", "y", "on")

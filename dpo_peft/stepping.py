@@ -1,0 +1,243 @@
+"""An optimizer step from its micro-batches, on one process or several, whatever part of it fits into memory.
+
+Every process reads the rows of all processes' micro-batches and keeps its share. Losses are divided by the items of
+the whole optimizer batch and gradients are summed, so neither the number of processes nor the split into micro-batches
+changes the step. A micro-batch that runs out of memory is halved, and the step repeated.
+
+Shape suffixes: I items of the loss, B pairs, C completions.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .data.batch import mismatch
+from .forward import PackedBatch, Scores, halves
+from .objective import Scored, Totals, TrainingObjective
+from .parallel import ShareCollator, gather_over_processes, rank, sum_gradients, sum_over_processes, unshard, world_size
+from .resumable import ResumableTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class Step(NamedTuple):
+    """The optimizer step that is being accumulated."""
+
+    batches: list[dict[str, Any]]  # micro-batches: fields of `PackedBatch`, and what `_split` and `_couple` add
+    totals: Totals
+    metrics: Any  # the metric store as it was before the step
+
+
+def fields_of(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch without what was added to the fields of `PackedBatch`."""
+    return {name: value for name, value in inputs.items() if name not in ("coupled", "parts")}
+
+
+class SteppingTrainer(ResumableTrainer):
+    """Takes optimizer steps on micro-batches. A subclass has the method: `compute_loss`, `_policy`, `_reference`."""
+
+    objective: TrainingObjective
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    step: Step
+    accumulated = 0  # micro-batches of the step whose gradients are there
+    halvings = 0  # how often each micro-batch is cut in two, since it did not fit
+    step_finite: list[tuple[Tensor, Tensor]]  # rows and whether their loss is finite, per micro-batch
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.step_finite = []
+
+    def _policy(self, batch: PackedBatch) -> Scores:
+        raise NotImplementedError
+
+    def _reference(self, batch: PackedBatch) -> Scores | None:
+        raise NotImplementedError
+
+    # ---- Micro-batches -------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(dataset, description, batch_size * world_size(), *args, **kwargs)
+        if world_size() > 1:
+            unshard(loader)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and its `Totals`.
+
+        An objective that couples the samples of a batch takes its loss here, over all of them, so that any split into
+        micro-batches gives the same step.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        batches = self._lay_out(batches)
+        self.step = Step(batches, self._totals(batches), self.metric_store.snapshot())
+        self.accumulated = 0
+        self.step_finite = []
+        self.model.train()
+        self._until_it_fits(self._split)
+        return batches, self.step.totals
+
+    def _lay_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that were kept become micro-batches, each with the answers of another row beside its own."""
+        if not self.objective.needs_mismatched:
+            return batches
+        rows = iter(mismatch([row for batch in batches for row in batch["kept"].rows]))
+        sizes = [len(batch["kept"].rows) for batch in batches]
+        collate = ShareCollator(self.collate)
+        return [self._prepare_inputs(collate(list(itertools.islice(rows, size)))) for size in sizes]
+
+    def _totals(self, batches: list[dict[str, Any]]) -> Totals:
+        own = self.objective.totals([batch for batch in batches if "empty" not in batch])
+        if world_size() == 1:
+            return own
+        items, chosen = sum_over_processes([own.items, float(own.mean_chosen_length) * own.items])
+        return Totals(int(items), chosen / items)
+
+    def _couple(self, batches: list[dict[str, Any]], totals: Totals) -> None:
+        batches = [batch for batch in batches if "empty" not in batch]
+        packed = [PackedBatch(**fields_of(self._prepare_inputs(batch))) for batch in batches]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            refs = [self._reference(batch) for batch in packed]
+            policies = [self._policy(batch) for batch in packed]
+        coupled = self.objective.couple(packed, policies, refs, totals, self._scores_elsewhere)
+        for batch, part in zip(batches, coupled, strict=True):
+            batch["coupled"] = part
+
+    def _scores_elsewhere(self, own: Scored | None) -> list[Scored]:
+        """The scores of the other processes' shares of the optimizer batch."""
+        shares = gather_over_processes(None if own is None else own.to("cpu"))
+        others = [share for process, share in enumerate(shares) if process != rank()]
+        return [share.to(self.args.device) for share in others if share is not None]
+
+    # ---- Forward and backward ------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; with the last one of a step, the sum over processes.
+
+        Returns:
+            This process's part of the loss, detached.
+        """
+        index = next(i for i, batch in enumerate(self.step.batches) if batch is inputs)
+        loss = self._until_it_fits(lambda: self._accumulate_to(model, index))
+        if index == len(self.step.batches) - 1:
+            sum_gradients(self.model.parameters())
+        return loss
+
+    def _accumulate_to(self, model: nn.Module, index: int) -> Tensor:
+        """Add the gradients up to a micro-batch, from the beginning if the step is repeated. Returns the last loss."""
+        loss = torch.zeros((), device=self.args.device)
+        for i in range(self.accumulated, index + 1):
+            loss = torch.zeros((), device=self.args.device)
+            for part in _parts_of(self.step.batches[i]):
+                if "empty" not in part:
+                    loss = loss + super().training_step(model, part, self.step.totals)
+            self.record_loss(loss, ends_step=i == len(self.step.batches) - 1)
+            self.accumulated = i + 1
+        return loss
+
+    # ---- Out of memory -------------------------------------------------------------------------------------------
+
+    def _until_it_fits(self, action: Callable[[], Any]) -> Any:
+        """Run a part of the step. When memory runs out, micro-batches are cut in two and the step is begun again."""
+        while True:
+            try:
+                return action()
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            # Outside of the handler, where the failed pass and its tensors are gone.
+            self._halve(message)
+
+    def _halve(self, message: str) -> None:
+        rows = [len(part["rows"]) for batch in self.step.batches for part in _parts_of(batch) if "empty" not in part]
+        if max(rows, default=1) < 2:
+            raise torch.OutOfMemoryError(
+                f"Out of memory with a single row in a micro-batch. Lower max_length, set gradient_checkpointing=True, "
+                f"or use a smaller model. ({message})"
+            )
+        if self.objective.batch_coupled and world_size() > 1:
+            raise torch.OutOfMemoryError(
+                "Out of memory, and in several processes this objective's micro-batches can't be cut on one of them: "
+                f"lower per_device_train_batch_size and raise gradient_accumulation_steps. ({message})"
+            )
+        self.halvings += 1
+        logger.warning(
+            "Out of memory with %d rows in a micro-batch: from here on each is run in %d parts, which gives the same "
+            "steps. The step is repeated. Lower per_device_train_batch_size to avoid this. (%s)",
+            max(rows),
+            2**self.halvings,
+            message.split("\n")[0],
+        )
+        self.model.zero_grad(set_to_none=True)
+        self.metric_store.restore(self.step.metrics)
+        self.step_finite = []
+        self.accumulated = 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._until_it_fits(self._split)
+
+    def _split(self) -> None:
+        """Cut every micro-batch as often as memory made it necessary; couple what the objective couples."""
+        for batch in self.step.batches if self.halvings else ():
+            parts = [fields_of(batch)]
+            for _ in range(self.halvings):
+                parts = [half for part in parts for half in _halves(part)]
+            batch["parts"] = parts
+        parts = [part for batch in self.step.batches for part in _parts_of(batch)]
+        if self.objective.batch_coupled and (len(parts) > 1 or world_size() > 1):
+            self._couple(parts, self.step.totals)
+
+    # ---- Evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One evaluation batch: its loss, implicit rewards and labels (see `compute_metrics` of `DPOTrainer`).
+
+        What couples a batch is taken over the evaluation batch.
+        """
+        inputs = self._prepare_inputs(self._lay_out([inputs])[0])
+        totals = self._totals([inputs])
+        if self.objective.batch_coupled and world_size() > 1:
+            self._couple([inputs], totals)
+        if "empty" in inputs:
+            return torch.zeros((), device=self.args.device), None, None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
+        if prediction_loss_only:
+            return loss, None, None
+        if self.objective.data in ("pairs", "trajectories"):
+            rewards_B2 = output.rewards_C.view(-1, 2)
+            return loss, rewards_B2, torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
+        scored = output.scored
+        rows_C = inputs["rows"][scored.own(scored.sample_of_C)].to(scored.grade_C.dtype)
+        return loss, scored.own(output.rewards_C), torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
+        self.metric_store.clear("eval")
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        metrics = self.metric_store.pop("eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+
+def _parts_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    return batch.get("parts", [batch])
+
+
+def _halves(part: dict[str, Any]) -> list[dict[str, Any]]:
+    if "empty" in part or len(part["rows"]) < 2:
+        return [part]
+    return [half.as_dict() for half in halves(PackedBatch(**part))]
