@@ -100,9 +100,18 @@ class ReferenceCache:
         self.misses += missed
         return entries
 
+    def peek(self, keys: Sequence[bytes]) -> list[Entry | None]:
+        """What `get` gives, without counting hits and misses."""
+        return self._read(keys)
+
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Indices of the keys that `get` would miss. Counts neither hits nor misses."""
         return [i for i, entry in enumerate(self._read(keys)) if entry is None]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._store.path
 
     def put(self, keys: Sequence[bytes], entries: Sequence[Entry]) -> None:
         """Store one entry per key: all or, where they don't fit, none. What is stored already stays as it is.

@@ -269,9 +269,7 @@ def load_frozen(model: PeftModel, folder: str) -> str:
     ours, its = model.get_base_model().config._name_or_path, config.base_model_name_or_path
     if ours and its and ours != its:
         logger.warning("The reference %s was trained on %s and is used on %s: is it the same base?", folder, its, ours)
-    (adapter,) = model.active_adapters
     name = _unused_name(model)
-    flags = [(p, p.requires_grad) for p in model.parameters()]
     config.inference_mode = True
     try:
         with torch.random.fork_rng(devices=[]):  # the run's random numbers don't depend on what its reference is
@@ -291,11 +289,6 @@ def load_frozen(model: PeftModel, folder: str) -> str:
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             tensor.data = tensor.data.float()
             tensor.requires_grad_(False)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    for _, layer in adapter_layers(model):  # a module that only the reference wraps starts out with it active
-        if name in layer.active_adapters:
-            layer._active_adapter = [adapter] if holds_adapter(layer, adapter) else []
     return name
 
 

@@ -42,8 +42,8 @@ def generation_in(folder: Path) -> int:
     """The generation that a folder holds in full; an error if it is none, or parts of two."""
     generation = int.from_bytes((folder / NAMES[0]).read_bytes()[:4], "big")
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    del found[MANIFEST]
-    assert found == {name: content(generation, name) for name in NAMES}
+    assert found.pop(MANIFEST, None) is not None, f"{folder.name} has no manifest"
+    assert found == {name: content(generation, name) for name in NAMES}, f"{folder.name} is not one generation"
     return generation
 
 
@@ -117,8 +117,13 @@ def died(child: int) -> bool:
 
 
 def loss(run_dir: Path, published: int) -> list[str]:
-    """What a kill has done to a run's folder, if it is worse than the end of the last or of the next save."""
+    """What a kill has done to a run's folder, if it is worse than the end of the last or of the next save.
+
+    Before any recovery too, every folder that is named like a checkpoint must be one.
+    """
     try:
+        for checkpoint in run_dir.glob("checkpoint-*"):
+            generation_in(checkpoint)
         left = survivor(run_dir)
     except (AssertionError, FileNotFoundError) as error:
         return [f"{type(error).__name__}: {error}"]

@@ -30,7 +30,8 @@ from kill_scenarios import Scenario, build
 from transformers import TrainerCallback
 
 TIMEOUT = 300  # seconds without which an attempt ends; longer is a failure
-TIMED = ("runtime", "per_second")  # ends of names of logged figures that differ from run to run
+# Logged figures that are not the run's: times, and what the cache held already (more, after a kill).
+OF_THE_ATTEMPT = re.compile(r"_runtime$|_per_second$|^ref_cache/")
 
 Spoil = Callable[[Any], None] | None  # breaks a trainer on purpose
 
@@ -99,14 +100,14 @@ class Watch(TrainerCallback):
 
 
 def comparable(trainer: Any) -> dict[str, Any]:
-    """What a run ends with: adapter weights (frozen copies too), optimizer state, and what was logged but times."""
+    """What a run ends with: adapter weights (frozen copies too), optimizer state, and what was logged of the run."""
     weights = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad or ".lora_" in n}
     optimizer = trainer.optimizer.state_dict()["state"]
     return {
         "weights": weights,
         "optimizer": {f"{index}.{name}": t for index, state in optimizer.items() for name, t in state.items()},
         "logs": [
-            {name: value for name, value in log.items() if not name.endswith(TIMED)}
+            {name: value for name, value in log.items() if not OF_THE_ATTEMPT.search(name)}
             for log in trainer.state.log_history
         ],
         "step": trainer.state.global_step,

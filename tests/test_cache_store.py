@@ -357,13 +357,13 @@ def suffer(folder: Path, content: bytes) -> str:
 @pytest.mark.usefixtures("no_sync")
 def test_no_flipped_byte_gives_a_wrong_value(tmp_path: Path, whole_file: bytes) -> None:
     rng = random.Random(1)
-    places = [*range(100), *range(100, len(whole_file), 53)]  # the whole header, then a place in every 53
+    places = [*range(100), *range(100, len(whole_file), 71)]  # the whole header, then every 71st place
     shown = {"moved": 0, "corrupt": 0, "miss": 0, "unnoticed": 0}
     for place in places:
         flipped = bytearray(whole_file)
         flipped[place] ^= rng.choice([1 << rng.randrange(8), 255, rng.randrange(1, 256)])
         shown[suffer(tmp_path / "store", bytes(flipped))] += 1
-    assert len(places) > 600 and min(shown.values()) > 0, shown  # empty space and other references go unnoticed
+    assert len(places) > 500 and min(shown.values()) > 0, shown  # empty space and other references go unnoticed
 
 
 @pytest.mark.usefixtures("no_sync")

@@ -83,11 +83,41 @@ def test_a_reference_by_path_is_that_adapter(tiny_llama, base_folder, tmp_path, 
     assert not torch.equal(policy_logps(model), policy_before)
 
 
-def test_a_reference_by_path_that_equals_the_policy(tiny_llama, tmp_path):
-    folder = saved(tiny_llama(), lora(use_dora=True, modules_to_save=["lm_head"]), tmp_path)
-    model = PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_by_path_that_equals_the_policy(tiny_llama, tmp_path, dtype):
+    """In the same precision: the trained weights become float32, so the reference's do."""
+    folder = saved(tiny_llama().to(dtype), lora(use_dora=True, modules_to_save=["lm_head"]), tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama().to(dtype), folder, is_trainable=True)
     model, reference = attach_adapter(model, reference=folder)
-    assert torch.equal(policy_logps(model), reference_logps(model, BATCH, adapter=reference.adapter).logps_C)
+    assert {t.dtype for t in adapter_tensors(model, reference.adapter).values()} == {torch.float32}
+    assert same(named(model, reference.adapter), named(model, "default"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert torch.equal(policy_logps(model), reference_logps(model, BATCH, adapter=reference.adapter).logps_C)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_loading_a_reference_leaves_the_policy_as_it_is(tiny_llama, tmp_path, kind):
+    """Flags, activity and weights, also where parts are frozen, and other adapters."""
+    folder = saved(tiny_llama(), lora(**OTHERS[kind]), tmp_path)
+    model = wrap(tiny_llama(), lora(trainable_token_indices=[11], target_modules=["q_proj", "v_proj"]), "mine")
+    if kind == "embedding":
+        model = wrap(tiny_llama(), lora(target_modules=["q_proj", "v_proj"]), "mine")
+    model.add_adapter("idle", lora(r=2, modules_to_save=["lm_head"]))
+    for name, p in model.named_parameters():
+        if "layers.0" in name:
+            p.requires_grad_(False)
+    before, weights = state_of(model), {name: p.clone() for name, p in model.named_parameters()}
+    random = torch.random.get_rng_state()
+    load_frozen(model, folder)
+    after = state_of(model)
+    for what in ("grad", "off", "active"):
+        changed = {name for name, value in before[what].items() if after[what].get(name, value) != value}
+        assert not changed, (what, changed)
+    assert not any(flag for name, flag in after["grad"].items() if "reference" in name.split("."))
+    assert not any("reference" in active for _, active in after["active"].values())
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now.get(name, p), p) for name, p in weights.items())
+    assert torch.equal(random, torch.random.get_rng_state())
 
 
 def test_references_that_cannot_be_loaded(tiny_llama, tmp_path):
@@ -209,7 +239,7 @@ def test_mixing_by_hand(tiny_llama):
         mix_into(model, "default", "reference", alpha)
         mixed = adapter_tensors(model, "reference")
         assert {float(x) for t in mixed.values() for x in (t.min(), t.max())} == {expected} and len(mixed) > 40
-        assert {float(t.max()) for t in adapter_tensors(model, "default").values()} == {3.0}
+        assert {float(t.detach().max()) for t in adapter_tensors(model, "default").values()} == {3.0}
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in base.items())
 
 
