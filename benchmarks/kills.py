@@ -5,7 +5,7 @@
 A run of 12 steps of a tiny model gets SIGKILL up to six times, at moments drawn over whole attempts, within saves,
 within steps and evaluations and at the end, and after each it goes on by `train(resume_from_checkpoint="latest")`.
 After some of the kills a file of the newest checkpoint is damaged too. What it ends with is compared bit by bit with
-the straight run: adapter weights (frozen copies too), optimizer state and all that was logged but times and cache hits.
+the straight run: adapter weights (frozen copies too), optimizer state, all that was logged but times and cache hits.
 `tests/kill_harness.py` is what does it. One thread; about ten minutes for 100 kills. Writes
 benchmarks/results/kills_cpu.json and prints the table; exits with 1 if a run differs.
 """

@@ -29,7 +29,7 @@ def name_of(model: Any) -> str:
     return model.config._name_or_path
 
 
-def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: Any, compute_metrics: Any) -> None:
+def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> None:
     """Refuse arguments of the wrong type, contradictory ones and those without effect."""
     if ref_model is not None:
         raise OptionError(
@@ -48,8 +48,6 @@ def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: 
             raise OptionError("quantize_base=True has no effect on a model that is loaded already: pass its name.")
     elif args.quantize_base is False and quantization_config is not None:
         raise OptionError("quantize_base=False contradicts quantization_config: give one of them.")
-    if args.world_size > 1 and compute_metrics is not None:
-        raise OptionError("compute_metrics is not available in several processes: evaluate in a single one.")
     if args.n_gpu > 1:
         raise OptionError(f"{args.n_gpu} GPUs are visible to one process: show it one by CUDA_VISIBLE_DEVICES=0.")
 
@@ -65,8 +63,6 @@ def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> No
         )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise OptionError("A streaming train_dataset has no length: set max_steps.")
-    if isinstance(train_dataset, IterableDataset) and args.world_size > 1:
-        raise OptionError("A streaming train_dataset is not available in several processes: download it first.")
     if isinstance(train_dataset, IterableDataset) and args.precompute_ref_log_probs:
         raise OptionError("precompute_ref_log_probs can't read a stream ahead: set cache_ref_log_probs instead.")
     if args.eval_strategy != "no" and eval_dataset is None:

@@ -51,7 +51,9 @@ class CachedReference:
             for key, entry in zip(batch.keys, self._compute(batch), strict=True):
                 new.setdefault(key, entry)
             self.store.put(list(new), list(new.values()))
-            return _scores([entry or new[key] for key, entry in zip(batch.keys, found, strict=True)], batch, self.store.tokens)
+            return _scores(
+                [entry or new[key] for key, entry in zip(batch.keys, found, strict=True)], batch, self.store.tokens
+            )
         return _scores([entry for entry in found if entry is not None], batch, self.store.tokens)
 
     def fill(self, batch: PackedBatch) -> bool:

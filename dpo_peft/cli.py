@@ -126,7 +126,9 @@ def cache(argv: Sequence[str]) -> None:
     if options.reference or options.unused_days is not None:
         raise OptionError("--reference and --unused_days have no effect without --clear.")
     for line in summary(options.dir):
-        print(f"{line.reference}  {line.entries:>9,} entries  {line.bytes / 1e6:>9,.1f} MB  {line.last_used}  {line.about}")
+        print(
+            f"{line.reference}  {line.entries:>9,} entries  {line.bytes / 1e6:>9,.1f} MB  {line.last_used}  {line.about}"
+        )
 
 
 def build_trainer(data: DataArguments, args: DPOConfig, model: ModelArguments) -> Any:

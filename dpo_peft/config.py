@@ -94,7 +94,9 @@ class DPOConfig(TrainingArguments):
     )
     cache_ref_log_probs: bool = field(
         default=False,
-        metadata={"help": "Keep the reference's log-probs on disk as they are computed; later epochs and runs read them."},
+        metadata={
+            "help": "Keep the reference's log-probs on disk as they are computed; later epochs and runs read them."
+        },
     )
     ref_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the cached log-probs. Default: ~/.cache/dpo-peft/reference."}
@@ -264,7 +266,9 @@ class DPOConfig(TrainingArguments):
         if self.caches_reference and self.sync_ref_model:
             raise OptionError("sync_ref_model changes the reference as it goes, so nothing of it can be cached.")
         if self.sync_ref_model and self.reference == "base":
-            raise OptionError("reference='base' is the bare model and can't follow the policy: leave sync_ref_model out.")
+            raise OptionError(
+                "reference='base' is the bare model and can't follow the policy: leave sync_ref_model out."
+            )
         if self.caches_reference and any("mismatched_scores_M" in REGISTRY[name].inputs for name in self.loss_type):
             raise OptionError(
                 f"loss_type {', '.join(self.loss_type)} compares with mismatched answers that every batch draws anew: "

@@ -226,7 +226,7 @@ class TrainingObjective:
         policies: Sequence[Scores],
         refs: Sequence[Scores | None],
         totals: Totals,
-        elsewhere: Callable[[Scored | None], list[Scored]] = lambda own: [],
+        elsewhere: Callable[[Scored | None], tuple[list[Scored], list[Scored]]] = lambda own: ([], []),
     ) -> list[Coupled]:
         """The loss over all micro-batches of an optimizer step, as each one's part of it.
 
@@ -234,8 +234,8 @@ class TrainingObjective:
             batches: the micro-batches.
             policies, refs: their log-probs, without a graph.
             totals: of the whole optimizer batch.
-            elsewhere: given the scores of these micro-batches (None if there are none), gives those of the rest of the
-                optimizer batch, which other processes hold.
+            elsewhere: given the scores of these micro-batches (None if there are none), gives those that other
+                processes hold of the optimizer batch, before and after these.
         """
         leaves = [policy.token_logps_N.detach().requires_grad_() for policy in policies]
         with torch.enable_grad():
@@ -243,14 +243,21 @@ class TrainingObjective:
             for batch, policy, ref, leaf_N in zip(batches, policies, refs, leaves, strict=True):
                 logps_C = sum_by_completion(leaf_N, batch)
                 parts.append(self.score(Scores(leaf_N, logps_C, policy.log_sum_sq_N), ref, batch))
-            others = elsewhere(_concatenate(parts) if parts else None)
+            before, after = elsewhere(_concatenate(parts) if parts else None)
             if not parts:
                 return []
-            losses_I = self.losses(_concatenate([*parts, *others]), totals)
+            losses_I = self.losses(_concatenate([*before, *parts, *after]), totals)
             grads = torch.autograd.grad(losses_I.sum() / totals.items, leaves)
-        sizes = [self.totals([batch.as_dict()]).items for batch in batches]
-        shares = losses_I.detach()[: sum(sizes)].split(sizes)
+        # A loss that sorts gives its items in sorted order: every process counts another stretch of them.
+        first = sum(self._items(scored) for scored in before)
+        sizes = [self._items(scored) for scored in parts]
+        shares = losses_I.detach()[first : first + sum(sizes)].split(sizes)
         return [Coupled(*part) for part in zip(refs, shares, grads, strict=True)]
+
+    def _items(self, scored: Scored) -> int:
+        if self.data == "singles":
+            return len(scored.own(scored.lengths_C))
+        return scored.num_samples
 
 
 def _swap(inputs: Mapping[str, Any]) -> dict[str, Any]:

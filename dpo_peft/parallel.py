@@ -182,23 +182,6 @@ def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
-def gather_rows(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """A global batch's values in the order of its rows, in every process.
-
-    Args:
-        values: (sum(counts), ...) those of this process's share, its rows one after the other; no gradient crosses.
-        counts: values per row; empty if the share is.
-
-    Returns:
-        On the device of `values`.
-    """
-    if world_size() == 1:
-        return values
-    shares = gather_over_processes(values.detach().cpu().split(list(counts)) if counts else ())
-    rows = interleave(shares)
-    return torch.cat(rows).to(values.device) if rows else values
-
-
 def unshard(dataloader: Any, dataset: Any = None) -> None:
     """Make a data loader that accelerate prepared for this process give every batch to every process, in one order.
 

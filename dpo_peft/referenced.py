@@ -60,7 +60,9 @@ class ReferencedTrainer(SteppingTrainer):
         write_record(self.model, self.policy_adapter, self.identity)
         logger.warning("Reference: %s.", self.identity)
         if args.caches_reference:
-            computed = f"{self.identity.key()} {self.identity.quantization} {self.identity.dtype} {args.bf16} {args.fp16}"
+            computed = (
+                f"{self.identity.key()} {self.identity.quantization} {self.identity.dtype} {args.bf16} {args.fp16}"
+            )
             computed += f" {plan.backend} {plan.shared}"
             tokens = self.objective.reads_reference_tokens if args.ref_cache_tokens is None else args.ref_cache_tokens
             store = ReferenceCache(
@@ -78,7 +80,9 @@ class ReferencedTrainer(SteppingTrainer):
             return "none is needed"
         if self.reference.adapter is None:
             return ADAPTER_OFF
-        of = f"the adapter {self.reference.source}" if self.reference.source else "the adapter that training began with"
+        of = (
+            f"the adapter {self.reference.source}" if self.reference.source else "the adapter that training began with"
+        )
         follows = f", which follows the policy ({self.identity.sync})" if self.identity.sync else ""
         return f"the same weights with a frozen copy of {of}{follows}; no second model was held."
 

@@ -178,7 +178,11 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(run_dir, step)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' ways to say that a disk is full
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch's and safetensors' ways to say that a disk is full
             discard(run_dir, step)
             raise CheckpointError(
                 f"checkpoint-{step} can't be written: {error}. {self._remedy()} Free some space or mend the folder, "

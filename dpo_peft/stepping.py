@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from .data.batch import mismatch
 from .forward import PackedBatch, Scores, halves
 from .objective import Scored, Totals, TrainingObjective
-from .parallel import ShareCollator, gather_over_processes, rank, sum_gradients, sum_over_processes, unshard, world_size
+from .parallel import (
+    ShareCollator,
+    gather_over_processes,
+    interleave,
+    rank,
+    sum_gradients,
+    sum_over_processes,
+    unshard,
+    world_size,
+)
 from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -61,8 +70,7 @@ class SteppingTrainer(ResumableTrainer):
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(dataset, description, batch_size * world_size(), *args, **kwargs)
-        if world_size() > 1:
-            unshard(loader)
+        unshard(loader, dataset)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -108,11 +116,11 @@ class SteppingTrainer(ResumableTrainer):
         for batch, part in zip(batches, coupled, strict=True):
             batch["coupled"] = part
 
-    def _scores_elsewhere(self, own: Scored | None) -> list[Scored]:
-        """The scores of the other processes' shares of the optimizer batch."""
+    def _scores_elsewhere(self, own: Scored | None) -> tuple[list[Scored], list[Scored]]:
+        """The scores of the other processes' shares of the optimizer batch, of lower and of higher ranks."""
         shares = gather_over_processes(None if own is None else own.to("cpu"))
-        others = [share for process, share in enumerate(shares) if process != rank()]
-        return [share.to(self.args.device) for share in others if share is not None]
+        moved = [[] if share is None else [share.to(self.args.device)] for share in shares]
+        return sum(moved[: rank()], []), sum(moved[rank() + 1 :], [])
 
     # ---- Forward and backward ------------------------------------------------------------------------------------
 
@@ -210,22 +218,35 @@ class SteppingTrainer(ResumableTrainer):
         totals = self._totals([inputs])
         if self.objective.batch_coupled and world_size() > 1:
             self._couple([inputs], totals)
-        if "empty" in inputs:
-            return torch.zeros((), device=self.args.device), None, None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
+        loss, rows = torch.zeros((), device=self.args.device), []
+        if "empty" not in inputs:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, output = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
+            rows = [] if prediction_loss_only else self._by_row(output, inputs)
         if prediction_loss_only:
-            return loss, None, None
+            return loss.float(), None, None
+        rows = interleave(gather_over_processes(rows))
+        predictions, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
+        return loss.float(), predictions, labels
+
+    def _by_row(self, output: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Implicit rewards and labels of each row of an evaluation batch."""
         if self.objective.data in ("pairs", "trajectories"):
             rewards_B2 = output.rewards_C.view(-1, 2)
-            return loss, rewards_B2, torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
+            return list(
+                zip(rewards_B2.split(1), torch.zeros_like(rewards_B2[:, 0], dtype=torch.long).split(1), strict=True)
+            )
         scored = output.scored
-        rows_C = inputs["rows"][scored.own(scored.sample_of_C)].to(scored.grade_C.dtype)
-        return loss, scored.own(output.rewards_C), torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
+        sample_of_C = scored.own(scored.sample_of_C)
+        rows_C = inputs["rows"][sample_of_C].to(scored.grade_C.dtype)
+        labels_C2 = torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
+        sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
+        return list(zip(scored.own(output.rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
         self.metric_store.clear("eval")
+        self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         metrics = self.metric_store.pop("eval")

@@ -102,7 +102,7 @@ class DPOTrainer(ReferencedTrainer):
     ):
         name = name_of(model)
         args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-        check_arguments(model, ref_model, args, quantization_config, compute_metrics)
+        check_arguments(model, ref_model, args, quantization_config)
         check_launch(args)
         check_datasets(args, train_dataset, eval_dataset)
         tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class

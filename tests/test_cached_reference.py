@@ -56,7 +56,9 @@ TURNS = Dataset.from_list(
     [
         {
             "chosen": [{"role": r, "content": c} for r, c in zip("uaua", texts, strict=True)],
-            "rejected": [{"role": r, "content": c} for r, c in zip("uaua", [*texts[:3], f"no {texts[3]}"], strict=True)],
+            "rejected": [
+                {"role": r, "content": c} for r, c in zip("uaua", [*texts[:3], f"no {texts[3]}"], strict=True)
+            ],
         }
         for texts in (["the cat", "a mat", "and", f"old tree {i}"] for i in range(8))
     ]
@@ -168,7 +170,12 @@ def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path,
 def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
     """Not by the store, whose entries are whole: by comparing a few of them with the model before training."""
     trainer = ours(
-        tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path / "a", cache_ref_log_probs=True, ref_cache_dir=str(tmp_path)
+        tiny_llama(),
+        id_pairs(4),
+        make_tokenizer(),
+        tmp_path / "a",
+        cache_ref_log_probs=True,
+        ref_cache_dir=str(tmp_path),
     )
     batch = trainer.collate([trainer.train_dataset[i] for i in range(4)])
     trainer.cached_reference.store.put(batch["keys"], [Entry(-3.0, None)] * 8)

@@ -115,7 +115,10 @@ def stream(rows: Dataset) -> IterableDataset:
 
 # Each: what differs from a good call (a function of model, tokenizer, folder), and the message.
 WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "reference model": (lambda m, t, f: {"ref_model": m}, r"ref_model is not accepted.*adapter switched off.*Leave ref_model out"),
+    "reference model": (
+        lambda m, t, f: {"ref_model": m},
+        r"ref_model is not accepted.*adapter switched off.*Leave ref_model out",
+    ),
     "config of TRL": (
         lambda m, t, f: {"args": trl.DPOConfig(f, use_cpu=True)},
         r"args is a DPOConfig.*dpo_peft\.DPOConfig",

@@ -23,7 +23,7 @@ SECOND_SAVE = Kill(Phase.SAVING, 2, 0.5)
 STEP = Kill(Phase.STEP, 2, 0.5)
 EVALUATION = Kill(Phase.EVALUATING, 1, 0.5)
 LAST_MOMENTS = {"cached": EVALUATION, "nf4": EVALUATION}
-SHORT = [name for name in SCENARIOS if name != "continued-nf4"]
+SHORT = [name for name in SCENARIOS if name not in ("continued-nf4", "precomputed")]
 
 
 @pytest.fixture(scope="module")

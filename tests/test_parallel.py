@@ -26,7 +26,6 @@ from dpo_peft.parallel import (
     check_same,
     copy_from_first,
     gather_over_processes,
-    gather_rows,
     interleave,
     rank,
     sum_gradients,
@@ -150,7 +149,7 @@ def work() -> dict[str, Any]:
 
     PartialState(cpu=True)  # connects the processes
     me = rank()
-    share = ShareCollator(collate)
+    share = ShareCollator(lambda rows: {"rows": rows})
     weights = parameters(me)
     copy_from_first(weights)
     # Every process reaches the end of each of these, whatever the others raise: nobody waits for ever.
@@ -167,7 +166,6 @@ def work() -> dict[str, Any]:
         "shares": [share(list(range(size))) for size in GLOBAL_BATCHES],
         "pickled share": pickle.dumps(ShareCollator(list)).hex(),
         "interleaved": [interleave(gather_over_processes(list(range(n))[me::PROCESSES])) for n in GLOBAL_BATCHES],
-        "rows": [gathered_rows(n) for n in GLOBAL_BATCHES],
         "whole": loaders(True),
         "sharded": loaders(False),
         "without dataset": error_of(unshard, DataLoader(Stream(3), batch_size=2)),
@@ -179,18 +177,6 @@ def work() -> dict[str, Any]:
         "spread": error_of(check_launch, arguments(model_init_kwargs={"device_map": "auto"})),
         "mean of means": error_of(check_launch, arguments(average_tokens_across_devices=False)),
     }
-
-
-def gathered_rows(size: int) -> list[list[float]]:
-    """Row n of a batch has n % 3 + 1 values (n, 0), (n, 1), ...: all of them, from the shares."""
-    share = list(range(size))[rank() :: world_size()]
-    counts = [n % 3 + 1 for n in share]
-    values = [[n, i] for n, count in zip(share, counts, strict=True) for i in range(count)]
-    return gather_rows(torch.tensor(values, dtype=torch.float64).view(-1, 2), counts).tolist()
-
-
-def collate(rows: list[Any]) -> dict[str, Any]:
-    return {"rows": rows}
 
 
 def arguments(kind: str = "MULTI_CPU", **changed: Any) -> SimpleNamespace:
@@ -260,13 +246,6 @@ def test_shares_are_every_row_once(results: list[dict[str, Any]]) -> None:
         assert all(result["interleaved"][case] == list(range(size)) for result in results)
 
 
-def test_values_of_a_batch_are_put_in_the_order_of_its_rows(results: list[dict[str, Any]]) -> None:
-    for case, size in enumerate(GLOBAL_BATCHES):
-        expected = [[n, i] for n in range(size) for i in range(n % 3 + 1)]
-        assert gathered_rows(size) == expected  # in one process
-        assert all(result["rows"][case] == expected for result in results)
-
-
 def test_a_share_goes_to_a_worker_that_is_not_connected(results: list[dict[str, Any]]) -> None:
     assert world_size() == 1
     collators = [pickle.loads(bytes.fromhex(result["pickled share"])) for result in results]
@@ -332,7 +311,7 @@ def test_a_single_process_is_left_as_it_is() -> None:
     for weight, grad in zip(weights, before, strict=True):
         assert (weight.grad is None and grad is None) or torch.equal(weight.grad, grad)
         assert torch.all(weight == 1.0)
-    assert ShareCollator(collate)([1, 2, 3]) == {"rows": [1, 2, 3]}
+    assert ShareCollator(tuple)([1, 2, 3]) == (1, 2, 3)
     unshard(DataLoader([1, 2, 3], batch_size=2))
 
 

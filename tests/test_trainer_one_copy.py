@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from trainer_helpers import id_pairs, lora, ours, step_logs
 from transformers import TrainerCallback
 
-from dpo_peft import trainer as trainer_module
+from dpo_peft import referenced
 from dpo_peft.forward import PackedBatch, Scores, completion_logps
 from dpo_peft.modeling import keep_weights, load_base, storage_report
 from dpo_peft.reference import reference_logps, reference_mode
@@ -160,17 +160,17 @@ def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp
 
     peak_bytes(trainer, inputs)
     peak = peak_bytes(trainer, inputs)
-    monkeypatch.setattr(trainer_module, "reference_logps", lambda *args: ref)
+    monkeypatch.setattr(referenced, "reference_logps", lambda *args: ref)
     without = peak_bytes(trainer, inputs)
     logps = 4 * len(batch.target) + 8 * batch.num_completions
     assert peak - without <= logps + 2048  # the allocator's rounding, and scalars
 
     # The measurement can fail: a reference that keeps its activations shows at once.
-    def with_activations(model: Any, batch: PackedBatch, backend: str) -> Scores:
+    def with_activations(model: Any, batch: PackedBatch, backend: str, adapter: str | None) -> Scores:
         scores = completion_logps(model, batch, backend)
         return Scores(scores.token_logps_N, scores.logps_C)
 
-    monkeypatch.setattr(trainer_module, "reference_logps", with_activations)
+    monkeypatch.setattr(referenced, "reference_logps", with_activations)
     assert peak_bytes(trainer, inputs) - without > 20 * logps
 
 
