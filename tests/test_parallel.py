@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_run import launch
+from parallel_run import launch, leave
 from torch.utils.data import DataLoader, IterableDataset
 
 from dpo_peft import parallel
@@ -381,3 +381,4 @@ def test_real_arguments_are_understood(tmp_path: Path) -> None:
 if __name__ == "__main__":
     found = work()
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    leave()
