@@ -34,8 +34,8 @@ def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: 
     if ref_model is not None:
         raise OptionError(
             "ref_model is not accepted: the reference is the model itself, with the adapter switched off or a frozen "
-            "copy of it, so a second model would only cost memory. Leave ref_model out. For another reference than the "
-            "model as it comes in, set reference='base' or the folder of an adapter."
+            "copy of it, so a second model would only cost memory. Leave ref_model out. For another reference than "
+            "the model as it comes in, set reference='base' or the folder of an adapter."
         )
     if not isinstance(args, DPOConfig):
         raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")

@@ -125,10 +125,9 @@ def cache(argv: Sequence[str]) -> None:
         return
     if options.reference or options.unused_days is not None:
         raise OptionError("--reference and --unused_days have no effect without --clear.")
-    for line in summary(options.dir):
-        print(
-            f"{line.reference}  {line.entries:>9,} entries  {line.bytes / 1e6:>9,.1f} MB  {line.last_used}  {line.about}"
-        )
+    for one in summary(options.dir):
+        held = f"{one.entries:>9,} entries  {one.bytes / 1e6:>9,.1f} MB"
+        print(f"{one.reference}  {held}  {one.last_used}  {one.about}")
 
 
 def build_trainer(data: DataArguments, args: DPOConfig, model: ModelArguments) -> Any:

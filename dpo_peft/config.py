@@ -75,8 +75,8 @@ class DPOConfig(TrainingArguments):
     reference: str | None = field(
         default=None,
         metadata={
-            "help": "What the policy is compared with: 'initial', the model as it comes in (a trained adapter is copied "
-            "and frozen); 'base', the adapter off; or the folder of another adapter. Default: 'initial'."
+            "help": "What the policy is compared with: 'initial', the model as it comes in (a trained adapter is "
+            "copied and frozen); 'base', the adapter off; or the folder of another adapter. Default: 'initial'."
         },
     )
     sync_ref_model: bool = field(
@@ -250,7 +250,7 @@ class DPOConfig(TrainingArguments):
             "precompute_ref_tokens": ("precompute_ref_log_probs", self.precompute_ref_log_probs),
         }
         cache = ("precompute_ref_log_probs or cache_ref_log_probs", self.caches_reference)
-        used_with |= {name: cache for name in ("ref_cache_dir", "ref_cache_gb", "ref_cache_tokens")}
+        used_with |= dict.fromkeys(("ref_cache_dir", "ref_cache_gb", "ref_cache_tokens"), cache)
         defaults = {f.name: f.default for f in fields(self)}
         for name, (option, on) in used_with.items():
             if not on and getattr(self, name) != defaults[name]:
@@ -259,7 +259,8 @@ class DPOConfig(TrainingArguments):
             names = "reference sync_ref_model precompute_ref_log_probs cache_ref_log_probs".split()
             if given := [name for name in names if getattr(self, name)]:
                 raise OptionError(
-                    f"{', '.join(given)}: no effect, loss_type {', '.join(self.loss_type)} has no reference. Leave out."
+                    f"{', '.join(given)}: no effect, loss_type {', '.join(self.loss_type)} has no reference. Leave it "
+                    "out."
                 )
         if self.precompute_ref_log_probs and self.cache_ref_log_probs:
             raise OptionError("cache_ref_log_probs has no effect with precompute_ref_log_probs: set one of them.")

@@ -1,7 +1,7 @@
 """Every error this package raises on purpose, so that callers can tell a wrong input from a defect.
 
-All but `TrainingInterrupted` derive from `ValueError`. A message names where the trouble is (option, or dataset, row and field), what is
-wrong, and the remedy.
+All but `TrainingInterrupted` derive from `ValueError`. A message names where the trouble is (option, or dataset, row
+and field), what is wrong, and the remedy.
 """
 
 

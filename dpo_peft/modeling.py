@@ -167,7 +167,10 @@ def _load_on(base: PreTrainedModel, name: str, from_hub: dict[str, Any]) -> Peft
 
 
 def attach_adapter(
-    model: PreTrainedModel | PeftModel, peft_config: Any = None, reference: str | None = None
+    model: PreTrainedModel | PeftModel,
+    peft_config: Any = None,
+    reference: str | None = None,
+    needs_reference: bool = True,
 ) -> tuple[PeftModel, Reference]:
     """The PEFT model to train: `model` itself if it has an adapter, else `model` with a new one; and its reference.
 
@@ -179,6 +182,7 @@ def attach_adapter(
         reference: "base", the adapter switched off. "initial" or None, the adapter as it came in: switched off if it
             changes nothing yet, else a frozen copy of it. Or the folder or Hub id of another adapter on the same base
             ("./base" is a folder).
+        needs_reference: False makes no copy, for objectives without a reference.
 
     Raises:
         OptionError: an adapter that can't be trained here (see `check_adapter`), a `peft_config` for a model that has
@@ -212,7 +216,7 @@ def attach_adapter(
         if parameter.requires_grad and parameter.dtype != torch.float32:
             logger.info("%s is trained: cast from %s to float32.", name, parameter.dtype)
             parameter.data = parameter.data.float()
-    return model, add_reference(model, reference, starts_at_base)
+    return model, add_reference(model, reference, starts_at_base) if needs_reference else Reference("base", None)
 
 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:

@@ -23,7 +23,7 @@ from .errors import ReferenceMismatchError
 from .forward import PackedBatch, Scores
 from .frozen import adapter_tensors
 from .identity import Identity, check_same, identify, read_record, write_record
-from .reference import Reference, check_start, reference_logps
+from .reference import Reference, check_start, is_identity, reference_logps
 from .stepping import SteppingTrainer
 from .watch import SyncReference
 
@@ -117,7 +117,8 @@ class ReferencedTrainer(SteppingTrainer):
         batches = [PackedBatch(**self.collate(part)).to(self.args.device) for part in parts]
         self.model.train(self.args.disable_dropout)
         with self.compute_loss_context_manager():
-            if self.reference.choice == "initial":
+            starts_at_base = self.reference.choice == "base" and is_identity(self.model, self.policy_adapter)
+            if self.reference.choice == "initial" or starts_at_base:
                 check_start(self.model, batches, self.forward_plan.backend, self.reference.adapter)
             if self.cached_reference is not None:
                 self.cached_reference.check(batches)
@@ -202,7 +203,7 @@ def _check_continued(recorded: Identity | None, actual: Identity, chosen: bool) 
 
 
 def _check_resumed(recorded: Identity | None, actual: Identity, folder: Path, chosen: bool) -> None:
-    """A run goes on against the reference that it began with. Only another adapter over the same base can be asked for."""
+    """A run goes on against the reference that it began with. Another one over the same base can be asked for."""
     if recorded is None:
         raise ReferenceMismatchError(
             f"{folder} does not say what its reference was, so the run can't be resumed. Start a new run from its "

@@ -55,6 +55,7 @@ class ResumableTrainer(Trainer):
     def trajectory(self) -> dict[str, Any]:
         """What decides how the run goes on, name to JSON value: compared when a checkpoint is resumed."""
         options = json.loads(json.dumps(self.args.to_dict(), default=str))
+        (options.get("model_init_kwargs") or {}).pop("token", None)  # a secret, and checkpoints are published
         kept = {name: value for name, value in options.items() if not name.startswith(tuple(_HARMLESS))}
         # Drawing an evaluation's order moves the random numbers that dropout reads.
         if getattr(self.args, "disable_dropout", False):
@@ -154,8 +155,8 @@ class ResumableTrainer(Trainer):
         lines = {name: f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed}
         if fixed := [lines[name] for name in changed if self.fixed(name)]:
             raise OptionError(
-                f"Resuming with other options: {'; '.join(fixed)}. The checkpoint holds what follows from them, so the "
-                "new ones would have no effect. Leave them as they were, or start a new run from the checkpoint's "
+                f"Resuming with other options: {'; '.join(fixed)}. The checkpoint holds what follows from them, so "
+                "the new ones would have no effect. Leave them as they were, or start a new run from the checkpoint's "
                 "adapter (model=<checkpoint folder>)."
             )
         if changed:

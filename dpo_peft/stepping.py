@@ -166,7 +166,7 @@ class SteppingTrainer(ResumableTrainer):
         rows = [len(part["rows"]) for batch in self.step.batches for part in _parts_of(batch) if "empty" not in part]
         if max(rows, default=1) < 2:
             raise torch.OutOfMemoryError(
-                f"Out of memory with a single row in a micro-batch. Lower max_length, set gradient_checkpointing=True, "
+                "Out of memory with a single row in a micro-batch. Lower max_length, set gradient_checkpointing=True, "
                 f"or use a smaller model. ({message})"
             )
         if self.objective.batch_coupled and world_size() > 1:

@@ -44,8 +44,8 @@ from .modeling import attach_adapter, disable_dropout, load_model, storage_repor
 from .objective import Scored, Totals, TrainingObjective
 from .parallel import ShareCollator, check_launch, copy_from_first
 from .reference import Reference
-from .results import save_results
 from .referenced import ReferencedTrainer
+from .results import save_results
 from .stepping import fields_of
 from .watch import StopWhenNonFinite
 
@@ -64,8 +64,9 @@ class DPOTrainer(ReferencedTrainer):
     """Trains a LoRA adapter on preferences, by DPO or another objective, against the same model without it.
 
     Args:
-        model: a Hub id or folder (loaded in NF4 by default), a causal LM, or a PeftModel with an untrained adapter.
-        ref_model: not accepted: the reference is `model` with the adapter off.
+        model: a Hub id or folder (loaded in NF4 by default), a causal LM, a PeftModel, or an adapter's folder. A
+            trained adapter goes on training, against itself as it came in unless `args.reference` says otherwise.
+        ref_model: not accepted: the reference lives in `model`.
         args: the options; defaults to `DPOConfig(output_dir="<model>-DPO")`.
         data_collator: prepared rows (see `prepare_dataset`) to the fields of `PackedBatch`.
         train_dataset: preference rows in any of TRL's formats.
@@ -81,6 +82,7 @@ class DPOTrainer(ReferencedTrainer):
     Raises:
         OptionError: an option that can't be honoured.
         DataError: rows that can't be used, with dataset, row, field and remedy.
+        ReferenceMismatchError: the adapter was trained against another reference than this run would take.
     """
 
     _tag_names = ["dpo", "lora", "dpo-peft"]
@@ -115,8 +117,9 @@ class DPOTrainer(ReferencedTrainer):
         eval_dataset = self._prepare_eval(eval_dataset, tokenizer, args)
 
         set_seed(args.seed)  # the adapter's start is drawn at random
-        model, self.reference = _build_model(model, args, tokenizer, quantization_config, peft_config)
-
+        model, self.reference = _build_model(
+            model, args, tokenizer, quantization_config, peft_config, self.objective.needs_reference
+        )
         super().__init__(
             model=model,
             args=args,
@@ -284,7 +287,12 @@ class DPOTrainer(ReferencedTrainer):
 
 
 def _build_model(
-    model: Any, args: DPOConfig, tokenizer: PreTrainedTokenizerBase, quantization_config: Any, peft_config: Any
+    model: Any,
+    args: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    quantization_config: Any,
+    peft_config: Any,
+    needs_reference: bool,
 ) -> tuple[PeftModel, Reference]:
     if isinstance(model, str):
         quantize = args.quantize_base is not False
@@ -292,7 +300,7 @@ def _build_model(
         assert not isinstance(init_kwargs, str)
         model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
     check_vocabulary(model, tokenizer)
-    model, reference = attach_adapter(model, peft_config, args.reference)
+    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
     if args.sync_ref_model and reference.adapter is None:
         reference = replace(reference, adapter=freeze_copy(model))
     if args.disable_dropout and (found := disable_dropout(model)):

@@ -1,4 +1,4 @@
-"""What is watched while a run goes on: numbers that are not finite, signals, and when the reference follows the policy."""
+"""What is watched while a run goes on: numbers that are not finite, signals, when the reference follows the policy."""
 
 import signal
 import threading
@@ -43,14 +43,14 @@ class StopWhenNonFinite(TrainerCallback):
         what = "loss" if bad else "gradient"
         bad = bad or [row for process in gathered for row in process[1]]
         raise NonFiniteError(
-            f"Step {state.global_step + 1}: the {what} is not finite, on training rows {', '.join(map(str, bad))}. The "
-            "optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, or use "
-            "bf16 instead of fp16."
+            f"Step {state.global_step + 1}: the {what} is not finite, on training rows {', '.join(map(str, bad))}. "
+            "The optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, "
+            "or use bf16 instead of fp16."
         )
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and Ctrl-C end a run after the step that they fall into, with a checkpoint. A second one acts at once."""
+    """SIGTERM and Ctrl-C end a run after the step that they fall into, with a checkpoint. A second acts at once."""
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -96,7 +96,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class SyncReference(TrainerCallback):
-    """TR-DPO: every `steps` steps the frozen reference moves towards the policy (Gorbatovski et al. 2024, soft update)."""
+    """TR-DPO: every `steps` steps the frozen reference moves towards the policy (Gorbatovski et al. 2024)."""
 
     def __init__(self, model: Any, policy: str, frozen: str, alpha: float, steps: int):
         self.mix = lambda: mix_into(model, policy, frozen, alpha)

@@ -1,5 +1,5 @@
-"""What can go wrong while a run goes on: memory, numbers, signals, disks, damaged files. Nothing already saved is lost,
-and the message says what happened and what to do.
+"""What can go wrong while a run goes on: memory, numbers, signals, disks, damaged files. Nothing saved is lost, and
+the message says what happened and what to do.
 """
 
 import json

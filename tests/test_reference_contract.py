@@ -132,7 +132,7 @@ def test_any_adapter_name(base_folder, make_tokenizer, tmp_path, name):
     assert all(torch.equal(weight, expected[key]) for key, weight in adapter_weights(resumed).items())
 
 
-# ---- T5: a trained adapter as the model ------------------------------------------------------------------------------
+# ---- T5: a trained adapter as the model -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["folder", "PeftModel", "saved again by PEFT"])
@@ -226,7 +226,7 @@ class StopAt(TrainerCallback):
 
 
 def test_the_reference_follows_the_policy(tiny_llama, make_tokenizer, tmp_path):
-    """By hand: after 2 steps reference = alpha * policy + (1 - alpha) * start, and the margin is taken against that."""
+    """By hand: after 2 steps the reference is alpha * policy + (1 - alpha) * start."""
     options = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 2, "max_steps": 2}
     trainer = start(tiny_llama(), make_tokenizer, tmp_path, peft_config=lora(), **options)
     before = {n: t.clone() for n, t in adapter_tensors(trainer.model, trainer.reference.adapter).items()}
