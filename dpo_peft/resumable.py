@@ -104,6 +104,13 @@ class ResumableTrainer(Trainer):
             self._interrupted()
         return output._replace(training_loss=output.metrics["train_loss"])
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks whether the run is over after a step: one killed at its very end would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _interrupted(self) -> None:
         step = self.state.global_step
         logger.warning(
