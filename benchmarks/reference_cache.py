@@ -2,15 +2,16 @@
 
     python benchmarks/reference_cache.py [--max_rows 320 --repeats 5] [--model <folder or Hub id> --data rows.jsonl]
 
-Trains on the bundled pairs in NF4 without gradient checkpointing, after a warm-up `--repeats` times in turn: a run that
-computes the reference at each step (a), the same run with `cache_ref_log_probs` and an empty store, whose first epoch
-fills the store (c) and whose later ones read it (b), and the pass of `precompute_ref_log_probs` alone (d). Then trains
-a sweep of 2 betas x 2 learning rates x 2 ranks x 2 seeds over one store and counts what of the reference it computes.
+Trains on the bundled pairs in NF4 without gradient checkpointing: after a warm-up, `--repeats` times in turn, a run
+that computes the reference at each step (a); the same run with `cache_ref_log_probs` and an empty store, whose first
+epoch fills the store (c) and whose later ones read it (b); and the pass of `precompute_ref_log_probs` alone (d). Then
+trains a sweep of 2 betas x 2 learning rates x 2 ranks x 2 seeds over one store and counts what it computes of the
+reference.
 
-Checks: the losses with and without the cache are the same within 1e-5 (in bfloat16, where the shape of a batch moves
-the last bits: in the first epoch), a warm epoch computes nothing of the reference, and the sweep computes each
-completion once. Times are reported, with the CPU time of this process, which other load moves less, and never fail the
-run. Writes benchmarks/results/reference_cache_<cpu or gpu>.json and prints the table.
+Checks: the losses of each step with and without the cache are the same (within 1e-5; in bfloat16, where the shape of a
+batch moves the last bits, 0.05), a warm epoch computes nothing of the reference, and the sweep computes no completion
+twice. Times are reported and never fail the run; beside them stands the CPU time of this process, which other work on
+the machine moves less. Writes benchmarks/results/reference_cache_<cpu or gpu>.json and prints the table.
 """
 
 import argparse
@@ -34,16 +35,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in recipes/quickstart.
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from dpo_peft import DPOConfig, DPOTrainer, quickstart
-from dpo_peft.cache import summary
 from dpo_peft.card import framework_versions
 from dpo_peft.forward import PackedBatch, Scores
 
 HERE = Path(__file__).parent
 TARGET = 1.25  # times as fast: a warm epoch against one that computes the reference
-TOLERANCE = 1e-5
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 BUSY = 2.5  # load average above which times say little on the two cores this was written for
 SWEEP = {"beta": (0.1, 0.5), "learning_rate": (1e-4, 3e-4), "rank": (8, 16), "seed": (0, 1)}
 LABELS = {
@@ -65,6 +66,7 @@ class CountingTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         self.laps: list[Lap] = []
         self.add_callback(LapTimer(self))
+        self.remove_callback(PrinterCallback)
 
     def _compute_reference(self, batch: PackedBatch) -> Scores:
         self.forwards += 1
@@ -121,7 +123,7 @@ def build(
         **options,
     )
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    gc.collect()  # the trainer before this one
+    gc.collect()  # trainers hold themselves in cycles
     return CountingTrainer(args.model, args=config, train_dataset=Dataset.from_list(rows), peft_config=lora)
 
 
@@ -147,6 +149,7 @@ def measure_epochs(args: argparse.Namespace, rows: list[dict]) -> tuple[dict[str
         start = trainer.stand()
         trainer._precompute()
         found = {"uncached": uncached, "filling": [filling], "warm": warm, "precompute": [trainer.since(start)]}
+        del trainer  # a large model should not stand beside the next one
         differences = [abs(a - b) for a, b in zip(expected, losses, strict=True)]
         steps = len(differences) // args.epochs
         for name, part in (("filling", differences[:steps]), ("warm", differences[steps:])):
@@ -160,21 +163,21 @@ def measure_epochs(args: argparse.Namespace, rows: list[dict]) -> tuple[dict[str
 def measure_sweep(args: argparse.Namespace, rows: list[dict]) -> dict[str, int]:
     """Runs of one epoch over a few rows that share a store: how often the reference is computed in all of them."""
     store = new_store(args)
-    counts = {"runs": 0, "steps_per_run": 0, "completions_in_data": 0, "completions_computed": 0, "forwards": 0}
-    counts |= {"runs_that_computed": 0, "forwards_of_checks": 0}
+    counts = dict.fromkeys(
+        "runs steps completions_in_data completions_computed forwards forwards_of_checks".split(), 0
+    )
     for values in itertools.product(*SWEEP.values()):
-        trainer = build(args, rows, store, num_train_epochs=1, **dict(zip(SWEEP, values, strict=True)))
+        options: dict[str, Any] = dict(zip(SWEEP, values, strict=True))
+        trainer = build(args, rows, store, num_train_epochs=1, **options)
         (lap,), losses = train(trainer)
         counts["runs"] += 1
-        counts["steps_per_run"] = len(losses)
+        counts["steps"] += len(losses)
         counts["completions_in_data"] = len(set(trainer.collate(list(trainer.train_dataset))["keys"]))
         counts["completions_computed"] += int(lap["completions"])
         counts["forwards"] += int(lap["forwards"])
-        counts["runs_that_computed"] += lap["forwards"] > 0
+        # Each run compares the store with the reference on the first rows.
         counts["forwards_of_checks"] += trainer.forwards - int(lap["forwards"])
-    counts["references_in_store"] = len(summary(store))
-    counts["entries_in_store"] = sum(usage.entries for usage in summary(store))
-    counts["forwards_without_cache"] = counts["runs"] * counts["steps_per_run"]
+        del trainer
     return counts
 
 
@@ -191,11 +194,8 @@ def summarise(laps: dict[str, list[Lap]], clock: str) -> dict[str, float]:
 
 def check(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, bool]:
     apart, sweep = result["losses_apart"], result["sweep"]
-    exact = {"losses_equal_filling": apart["filling"] <= TOLERANCE}
-    if args.dtype == "float32":
-        exact["losses_equal_warm"] = apart["warm"] <= TOLERANCE
     return {
-        **exact,
+        "losses_equal": max(apart.values()) <= TOLERANCE[args.dtype],
         "warm_computes_nothing": all(lap["forwards"] == 0 for lap in result["laps"]["warm"]),
         "sweep_computes_each_once": sweep["completions_computed"] == sweep["completions_in_data"],
     }
@@ -215,11 +215,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{ratio}: {result['seconds'][ratio]:.2f}, by CPU time {result['cpu_seconds'][ratio]:.2f}{target}"
         )
-    lines.append(
-        "Sweep: {completions_computed} completions computed of {completions_in_data} in the data, in "
-        "{forwards} forward passes (+ {forwards_of_checks} of checks) instead of {forwards_without_cache}, "
-        "{runs} runs of {steps_per_run} steps".format(**result["sweep"])
+    sweep = (
+        "{runs} runs, {steps} steps: {forwards} forward passes of the reference (+ {forwards_of_checks} of checks), "
     )
+    sweep += "{completions_computed} completions computed of {completions_in_data} in the data"
+    lines.append("Sweep: " + sweep.format(**result["sweep"]))
     return "\n".join([*lines, f"Losses apart by at most {result['losses_apart']}. Checks: {result['checks']}"])
 
 
@@ -252,6 +252,7 @@ def main() -> None:
         print(f"The load average is {load[0]:.1f}: other work shares the machine, and the times are rough.")
     warnings.filterwarnings("ignore", category=FutureWarning)
     disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     for name in ("dpo_peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rows = [json.loads(line) for line in Path(args.data).read_text(encoding="utf-8").splitlines()]

@@ -27,6 +27,8 @@ _HOME = {
     "DataError": "errors",
     "ReferenceMismatchError": "errors",
     "NonFiniteError": "errors",
+    "CheckpointError": "errors",
+    "TrainingInterrupted": "errors",
 }
 
 __all__ = ["__version__", *_HOME]

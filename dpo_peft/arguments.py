@@ -63,7 +63,9 @@ def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> No
         )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise OptionError("A streaming train_dataset has no length: set max_steps.")
-    if isinstance(train_dataset, IterableDataset) and args.precompute_ref_log_probs:
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))
+    if streamed and args.precompute_ref_log_probs:
         raise OptionError("precompute_ref_log_probs can't read a stream ahead: set cache_ref_log_probs instead.")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise OptionError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: pass one or set 'no'.")

@@ -218,8 +218,9 @@ def _fault(path: Path, written: dict[str, Any], hashed: bool) -> str | None:
 def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = ()) -> list[Path]:
     """Delete checkpoints beyond `limit`; the folders that are gone.
 
-    First go all that are not whole, which do not count; then the oldest. Never one of `keep`, never the newest whole
-    one, and nothing at all where none is whole. Digests are compared down to the newest whole one, sizes below it.
+    First go all that are damaged, which do not count; then the oldest. Never one of `keep`, never the newest whole
+    one, nothing at all where none is whole, and none without a manifest, which is another program's and does not count
+    either. Digests are compared down to the newest whole one, sizes below it.
 
     Args:
         limit: how many to leave; None or less than 1: all.
@@ -230,9 +231,10 @@ def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = 
     if newest is None:
         return []
     kept = {Path(path).resolve() for path in [*keep, newest]}
-    problems = dict(passed_over)
-    problems |= {p: why for p in _checkpoints(run_dir) if p not in problems and (why := problem_with(p, hashed=False))}
-    whole = [path for path in _checkpoints(run_dir) if path not in problems]
+    ours = [path for path in _checkpoints(run_dir) if (path / MANIFEST).exists()]
+    problems = {path: why for path, why in passed_over if path in ours}
+    problems |= {path: why for path in ours if path not in problems and (why := problem_with(path, hashed=False))}
+    whole = [path for path in ours if path not in problems]
     deleted = [path for path in problems if path.resolve() not in kept and _deleted(path, problems[path])]
     excess = len(whole) - limit
     for path in whole:

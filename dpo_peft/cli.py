@@ -244,14 +244,16 @@ def _split_trees(batch: Any) -> dict[str, list[Any]]:
 
 
 def lora_config(model: ModelArguments, args: DPOConfig) -> Any:
-    """The adapter that the options describe; None if the model is an adapter's folder, which goes on training.
+    """The adapter that the options describe; None if the model is an adapter, which goes on training.
 
     Raises:
         OptionError: `lora_dropout` without effect, or options of a new adapter for one that there is.
     """
     from peft import LoraConfig
 
-    if Path(model.model_name_or_path, "adapter_config.json").is_file():
+    from .modeling import is_adapter
+
+    if is_adapter(model.model_name_or_path, revision=model.model_revision):
         of_new = [f for f in fields(model) if f.name.startswith(("lora_", "use_"))]
         if given := [f.name for f in of_new if getattr(model, f.name) != f.default]:
             raise OptionError(

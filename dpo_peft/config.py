@@ -262,6 +262,8 @@ class DPOConfig(TrainingArguments):
                     f"{', '.join(given)}: no effect, loss_type {', '.join(self.loss_type)} has no reference. Leave it "
                     "out."
                 )
+        if self.ref_cache_tokens is False and (self.ld_alpha is not None or self.discount_gamma != 1.0):
+            raise OptionError("ref_cache_tokens=False: ld_alpha and discount_gamma read single tokens. Leave it out.")
         if self.precompute_ref_log_probs and self.cache_ref_log_probs:
             raise OptionError("cache_ref_log_probs has no effect with precompute_ref_log_probs: set one of them.")
         if self.caches_reference and self.sync_ref_model:

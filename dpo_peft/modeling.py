@@ -114,7 +114,7 @@ def load_model(
     """
     kwargs = dict(init_kwargs or {})
     from_hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key) is not None}
-    if not _is_adapter(name, from_hub):
+    if not is_adapter(name, **from_hub):
         return load_base(name, quantization_config, quantize, init_kwargs, trust_remote_code, device)
     config = read_config(name, **from_hub)
     check_adapter(config)
@@ -141,7 +141,8 @@ def load_model(
     return _load_on(base, name, from_hub)
 
 
-def _is_adapter(name: str, from_hub: dict[str, Any]) -> bool:
+def is_adapter(name: str, **from_hub: Any) -> bool:
+    """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, "adapter_config.json"))
     try:

@@ -36,7 +36,8 @@ _REMEDY = (
 # Options that all processes must agree on, or they would not take the same step.
 _SAME_OPTIONS = (
     "seed data_seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
-    "num_train_epochs learning_rate max_grad_norm eval_steps save_steps max_length loss_type loss_weights beta"
+    "num_train_epochs learning_rate max_grad_norm eval_steps save_steps max_length loss_type loss_weights beta "
+    "reference sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
 ).split()
 
 

@@ -21,8 +21,8 @@ from .config import DPOConfig
 from .data import rows_digest
 from .errors import ReferenceMismatchError
 from .forward import PackedBatch, Scores
-from .frozen import adapter_tensors
-from .identity import Identity, check_same, identify, read_record, write_record
+from .frozen import adapter_tensors, mix_into
+from .identity import Identity, base_fingerprint, check_same, identify, read_record, write_record
 from .reference import Reference, check_start, is_identity, reference_logps
 from .stepping import SteppingTrainer
 from .watch import SyncReference
@@ -46,6 +46,7 @@ class ReferencedTrainer(SteppingTrainer):
     cached_reference: CachedReference | None = None
     _start_checked = False
     _rows: str | None = None  # digest of the training rows
+    _base: str | None = None  # fingerprint of the base
 
     def set_up_reference(self) -> None:
         """Know what the reference is, refuse one that nobody asked for, and find its cache."""
@@ -54,21 +55,23 @@ class ReferencedTrainer(SteppingTrainer):
         if args.sync_ref_model:
             sync = f"alpha {args.ref_model_mixup_alpha} every {args.ref_model_sync_steps} steps"
             frozen, alpha, steps = str(reference.adapter), args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            mix_into(self.model, self.policy_adapter, frozen, 0.0)  # changes nothing, refuses what can't be mixed
             self.add_callback(SyncReference(self.model, self.policy_adapter, frozen, alpha, steps))
         self.identity = identify(self.model, reference.adapter, reference.source, sync)
         _check_continued(read_record(self.model.peft_config[self.policy_adapter]), self.identity, reference.chosen)
         write_record(self.model, self.policy_adapter, self.identity)
         logger.warning("Reference: %s.", self.identity)
         if args.caches_reference:
-            computed = (
-                f"{self.identity.key()} {self.identity.quantization} {self.identity.dtype} {args.bf16} {args.fp16}"
+            precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
+            how = (
+                f"{precision} autocast on {args.device.type}, {plan.backend}, {'shared' if plan.shared else 'padded'}"
             )
-            computed += f" {plan.backend} {plan.shared}"
+            computed = f"{self.identity.key()} {self.identity.quantization} {self.identity.dtype} {how}"
             tokens = self.objective.reads_reference_tokens if args.ref_cache_tokens is None else args.ref_cache_tokens
             store = ReferenceCache(
                 args.ref_cache_dir or default_folder(),
                 blake2b(computed.encode(), digest_size=16).hexdigest(),
-                str(self.identity),
+                f"{self.identity}; {how}",
                 int(args.ref_cache_gb * 1e9),
                 tokens,
             )
@@ -154,11 +157,15 @@ class ReferencedTrainer(SteppingTrainer):
         adapter = {f"peft_config.{name}": value for name, value in shape.items()}
         if self._rows is None:
             self._rows = rows_digest(self.train_dataset)
-        return {**super().trajectory(), **adapter, "train_dataset": self._rows}
+        if self._base is None:
+            self._base = (
+                self.identity.base_fingerprint if self.objective.needs_reference else base_fingerprint(self.model)
+            )
+        return {**super().trajectory(), **adapter, "train_dataset": self._rows, "base model": self._base}
 
     def fixed(self, name: str) -> bool:
-        """The adapter's shape too."""
-        return super().fixed(name) or name.startswith("peft_config.")
+        """The base and the adapter's shape too."""
+        return super().fixed(name) or name == "base model" or name.startswith("peft_config.")
 
     def check_resumable(self, folder: Path) -> None:
         """The checkpoint must have been trained against this run's reference."""

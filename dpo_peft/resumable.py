@@ -33,7 +33,7 @@ _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_
 _HARMLESS = (
     "output_dir run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub hub_ load_best "
     "metric_for_best greater_is_better eval_accumulation per_device_eval dataloader_num dataloader_pin "
-    "dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from ignore_data_skip "
+    "dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
     "activation_checkpointing gradient_checkpointing max_unusable_share on_unusable restore_callback jit_mode"
 ).split()
@@ -48,6 +48,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.metric_store = MetricStore()
         self._signal = StopOnSignal()
+        self._saved_step: int | None = None
         self.add_callback(self._signal)
 
     # ---- What a subclass adds ------------------------------------------------------------------------------------
@@ -94,13 +95,15 @@ class ResumableTrainer(Trainer):
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder = gather_over_processes(self._find_checkpoint(resume) if rank() == 0 else None)[0]
-        self.metric_store = MetricStore()
+        self.metric_store, self._saved_step = MetricStore(), None
         if folder is not None:
             self.check_resumable(Path(folder))
             self._compare(json.loads((Path(folder) / RUN_STATE).read_text())["trajectory"])
         with self._signal.listening():
             output = super().train(folder, *args, **kwargs)
-        if self._signal.stopped_by is not None:
+        if self._signal.waiting and self._saved_step != self.state.global_step:  # it came after the last step
+            self._save_checkpoint(self.model, None)
+        if self._signal.waiting:
             self._interrupted()
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -111,14 +114,18 @@ class ResumableTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        # With save_strategy="best" an evaluation decides, and may have decided against what the signal asked for.
+        if self._signal.waiting and self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+
     def _interrupted(self) -> None:
         step = self.state.global_step
-        logger.warning(
-            "Stopped by %s after step %d; checkpoint-%d is saved. Go on with resume_from_checkpoint='latest'.",
-            self._signal.stopped_by,
-            step,
-            step,
-        )
+        how = "Go on with resume_from_checkpoint='latest'."
+        if self.args.save_only_model:
+            how = "It can't be resumed, since save_only_model leaves out the optimizer."
+        logger.warning("Stopped by %s after step %d; checkpoint-%d is saved. %s", self._signal.name, step, step, how)
         raise TrainingInterrupted(self._signal.exit_status)
 
     def _find_checkpoint(self, resume: str | bool | None) -> str | None:
@@ -164,7 +171,7 @@ class ResumableTrainer(Trainer):
             raise OptionError(
                 f"Resuming with other options: {'; '.join(fixed)}. The checkpoint holds what follows from them, so "
                 "the new ones would have no effect. Leave them as they were, or start a new run from the checkpoint's "
-                "adapter (model=<checkpoint folder>)."
+                "adapter (model=<checkpoint folder>, reference=...)."
             )
         if changed:
             logger.warning("Resuming with options that change the run: %s.", "; ".join(lines.values()))
@@ -186,6 +193,7 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(run_dir, step)
+            self._saved_step = step
         except (
             OSError,
             RuntimeError,
@@ -224,7 +232,7 @@ class ResumableTrainer(Trainer):
         if not (folder / "optimizer.pt").is_file():
             raise CheckpointError(
                 f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
-                "a new run from its adapter (model=<checkpoint folder>)."
+                "a new run from its adapter (model=<checkpoint folder>, reference=...)."
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = json.loads((folder / RUN_STATE).read_text())

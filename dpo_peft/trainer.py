@@ -35,14 +35,14 @@ from .arguments import (
     name_of,
 )
 from .config import DPOConfig, objective_options
-from .data import DataReport, prepare_dataset
+from .data import DataReport, prepare_dataset, rows_digest
 from .data.batch import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
 from .forward import PackedBatch, Scores, completion_logps, plan_forward
 from .frozen import freeze_copy
 from .metrics import mean_of, preference_metrics
 from .modeling import attach_adapter, disable_dropout, load_model, storage_report
 from .objective import Scored, Totals, TrainingObjective
-from .parallel import ShareCollator, check_launch, copy_from_first
+from .parallel import ShareCollator, check_launch, check_same, copy_from_first, world_size
 from .reference import Reference
 from .referenced import ReferencedTrainer
 from .results import save_results
@@ -147,6 +147,8 @@ class DPOTrainer(ReferencedTrainer):
         """The model is on its device now and can show how its batches are laid out."""
         args, tokenizer = self.args, self.processing_class
         copy_from_first(p for p in self.model.parameters() if p.requires_grad)
+        if world_size() > 1:
+            check_same("train_dataset", rows_digest(self.train_dataset))
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.forward_plan = plan_forward(self.model, args.share_prompts, dtype)
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

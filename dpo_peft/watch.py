@@ -54,13 +54,11 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self.stopped_by: str | None = None
-        self.exit_status = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, the signals are kept for `on_step_end`. Without effect outside the main thread."""
-        self._received = self.stopped_by = None
+        self._received = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -83,16 +81,24 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop, all processes at the same step."""
-        if any_process(self._received is not None):
-            number = self._received or signal.SIGTERM
-            self.stopped_by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            self.exit_status = 128 + number
+        if any_process(self.waiting):
+            self._received = self._received or signal.SIGTERM  # another process was told
             control.should_save = control.should_training_stop = True
 
     @property
     def waiting(self) -> bool:
         """Whether a signal came."""
         return self._received is not None
+
+    @property
+    def name(self) -> str:
+        """Which one, for people."""
+        return "Ctrl-C" if self._received == signal.SIGINT else "SIGTERM"
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell gives for a process that the signal ended."""
+        return 128 + (self._received or 0)
 
 
 class SyncReference(TrainerCallback):

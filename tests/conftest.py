@@ -136,3 +136,12 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         return fast
 
     return build
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
+    """Folder of `tiny_llama()` and its tokenizer, as a model to be loaded by name. Tests only read it."""
+    folder = str(tmp_path_factory.mktemp("base"))
+    tiny_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

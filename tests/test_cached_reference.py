@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
 
-from dpo_peft import ReferenceMismatchError, cached_reference
+from dpo_peft import OptionError, ReferenceMismatchError, cached_reference
 from dpo_peft.cache import Entry, summary
 
 ROWS = 10
@@ -124,14 +124,6 @@ def test_a_sweep_computes_the_reference_once(tiny_llama, make_tokenizer, tmp_pat
 # ---- T6: never a stale value ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def trained_adapter(tiny_llama: Any, seed: int) -> PeftModel:
     model = get_peft_model(tiny_llama(), lora())
     generator = torch.Generator().manual_seed(seed)
@@ -224,6 +216,15 @@ def test_precomputing_goes_on_after_a_kill(tiny_llama, make_tokenizer, tmp_path,
     assert computed == passes  # four before the kill, the rest after it
     assert losses(again) == losses(straight)
     assert all(torch.equal(w, adapter_weights(straight)[n]) for n, w in adapter_weights(again).items())
+
+
+@pytest.mark.parametrize("streamed", ["train", "eval"])
+def test_a_stream_can_not_be_precomputed(tiny_llama, make_tokenizer, tmp_path, streamed):
+    rows = {"train": id_pairs(4), "eval": id_pairs(4)}
+    rows[streamed] = rows[streamed].to_iterable_dataset()
+    options = {"precompute_ref_log_probs": True, "max_steps": 2, "eval_dataset": {"far": rows["eval"]}}
+    with pytest.raises(OptionError, match="can't read a stream ahead: set cache_ref_log_probs"):
+        ours(tiny_llama(), rows["train"], make_tokenizer(), tmp_path, **options)
 
 
 def test_evaluation_rows_are_precomputed_too(tiny_llama, make_tokenizer, tmp_path, computed):

@@ -43,6 +43,10 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "cache of a moving reference": ({"cache_ref_log_probs": True, "sync_ref_model": True}, r"sync_ref_model changes"),
     "cache of mismatched answers": ({"cache_ref_log_probs": True, "loss_type": "kto"}, r"loss_type kto.*mismatched"),
+    "sums where tokens are read": (
+        {"cache_ref_log_probs": True, "ref_cache_tokens": False, "ld_alpha": 0.5},
+        r"ref_cache_tokens=False: ld_alpha",
+    ),
     "reference without need": ({"reference": "base", "loss_type": "simpo"}, r"reference: no effect, loss_type simpo"),
     "HF's own halving": ({"auto_find_batch_size": True}, r"auto_find_batch_size=True.*halved by itself"),
     "TRL's pad token": ({"pad_token": "<x>"}, r"pad_token.*tokenizer\.pad_token"),

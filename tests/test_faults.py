@@ -196,6 +196,28 @@ def test_a_signal_saves_and_ends(tiny_llama, make_tokenizer, tmp_path, caplog, n
     assert [log["loss"] for log in step_logs(resumed)] == [log["loss"] for log in step_logs(straight)]
 
 
+def test_a_signal_saves_where_an_evaluation_decides_otherwise(tiny_llama, make_tokenizer, tmp_path):
+    """With save_strategy="best" a worse evaluation takes back the wish to save."""
+    options = {"save_strategy": "best", "metric_for_best_model": "loss", "greater_is_better": False, "eval_steps": 1}
+    options |= {"eval_strategy": "steps", "eval_dataset": id_pairs(4, seed=2), "gradient_accumulation_steps": 2}
+    told = build(tiny_llama, make_tokenizer, tmp_path, callbacks=[SignalAt(2, signal.SIGTERM)], rows=16, **options)
+    told._determine_best_metric = lambda metrics, trial: False
+    with pytest.raises(TrainingInterrupted):
+        told.train()
+    assert problem_with(tmp_path / "checkpoint-3") is None
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tiny_llama, make_tokenizer, tmp_path):
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    told = build(tiny_llama, make_tokenizer, tmp_path, callbacks=[AtTheEnd()])
+    with pytest.raises(TrainingInterrupted):
+        told.train()
+    assert problem_with(tmp_path / "checkpoint-4") is None
+
+
 def test_a_second_signal_acts_at_once(tiny_llama, make_tokenizer, tmp_path):
     class Twice(SignalAt):
         def on_substep_end(self, *args, **kwargs):
@@ -358,6 +380,14 @@ def test_an_option_that_changes_the_run_is_named(
         build(tiny_llama, make_tokenizer, folder, **changed).train(str(folder / "checkpoint-2"))
     said = [r.getMessage() for r in caplog.records if "options that change the run" in r.getMessage()]
     assert (message in said[0]) if message else not said
+
+
+def test_the_base_of_an_objective_without_reference(tiny_llama, make_tokenizer, tmp_path):
+    options = {"loss_type": "simpo", "save_strategy": "steps", "save_steps": 2}
+    build(tiny_llama, make_tokenizer, tmp_path, **options).train()
+    other = ours(tiny_llama(seed=1), id_pairs(ROWS), make_tokenizer(), tmp_path, max_steps=4, loss_type="simpo")
+    with pytest.raises(OptionError, match="base model: .* before, .* now"):
+        other.train(str(tmp_path / "checkpoint-2"))
 
 
 def test_a_checkpoint_without_optimizer(tiny_llama, make_tokenizer, tmp_path):

@@ -15,13 +15,6 @@ from dpo_peft.modeling import attach_adapter, disable_dropout, keep_weights, loa
 IDS = torch.arange(10, 30)[None]
 
 
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
 # ---- Loading --------------------------------------------------------------------------------------------------------
 
 

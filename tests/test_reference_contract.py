@@ -17,14 +17,6 @@ from dpo_peft.identity import read_record
 
 
 @pytest.fixture(scope="module")
-def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def sft_folder(base_folder, tmp_path_factory) -> str:
     """An adapter that was trained by something else."""
     return save_adapter(base_folder, str(tmp_path_factory.mktemp("sft")), seed=1)
@@ -250,6 +242,13 @@ def test_a_moving_reference_survives_an_interruption(tiny_llama, make_tokenizer,
         expected = adapter_tensors(straight.model, adapter)
         assert all(torch.equal(t, expected[n]) for n, t in adapter_tensors(resumed.model, adapter).items())
     assert [log["loss"] for log in step_logs(resumed)] == [log["loss"] for log in step_logs(straight)]
+
+
+def test_a_reference_of_another_shape_can_not_move(base_folder, sft_folder, make_tokenizer, tmp_path):
+    other = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora(r=2, lora_alpha=4))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ReferenceMismatchError, match="can't be mixed"):
+        start(sft_folder, make_tokenizer, tmp_path, reference=str(tmp_path / "other"), sync_ref_model=True)
 
 
 def test_a_moving_reference_is_another_one(tiny_llama, make_tokenizer, tmp_path):

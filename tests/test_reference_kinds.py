@@ -29,14 +29,6 @@ from dpo_peft.frozen import adapter_tensors, freeze_copy
 from dpo_peft.modeling import attach_adapter
 from dpo_peft.reference import Reference, check_start, is_identity, reference_logps
 
-
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
 # ---- "initial": a frozen copy ---------------------------------------------------------------------------------------
 
 

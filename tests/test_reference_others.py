@@ -36,13 +36,6 @@ from dpo_peft.reference import Reference, reference_logps, reference_mode
 SWITCHES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    return folder
-
-
 # ---- Another adapter, by path ---------------------------------------------------------------------------------------
 
 

@@ -27,15 +27,6 @@ from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
 from dpo_peft import DPOConfig, DPOTrainer
 from dpo_peft.data.batch import PreferenceCollator
 
-
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 # ---- Forms of the model ---------------------------------------------------------------------------------------------
 
 

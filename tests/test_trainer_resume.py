@@ -33,14 +33,6 @@ def optimizer_tensors(trainer: Any) -> list[torch.Tensor]:
     return [value for index in sorted(state) for _, value in sorted(state[index].items())]
 
 
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def make(kind: str, base_folder: str, tiny_llama: Any, make_tokenizer: Any, folder: Path, **changed: Any) -> Any:
     options = {
         "per_device_train_batch_size": 2,

@@ -287,14 +287,6 @@ def test_t17_a_trained_head_is_not_the_references(tiny_llama, make_tokenizer, tm
 # ---- T19, T24: what is stored how -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_t19_default_of_a_model_given_by_name(base_folder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = ours(base_folder, text_pairs(8), None, tmp_path, peft_config=None, bf16=True, max_steps=1)

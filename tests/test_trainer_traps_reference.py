@@ -18,14 +18,6 @@ from dpo_peft.modeling import load_base
 from dpo_peft.reference import reference_logps
 
 
-@pytest.fixture(scope="module")
-def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("base"))
-    tiny_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def perturbed(model: Any, **options: Any) -> PeftModel:
     model = get_peft_model(model, lora(), **options)
     for parameter in model.parameters():
