@@ -90,7 +90,7 @@ def test_resume_gives_the_figures_of_the_straight_run(run_folder: Path) -> None:
     [
         (["--betta", "0.2"], "'betta'", "'beta'"),
         (["--lora_rank", "8"], "'lora_rank'", "lora_"),
-        (["--sync_ref_model", "True"], "sync_ref_model", "stays as it is"),
+        (["--pad_token", "x"], "pad_token", "tokenizer.pad_token"),
         (["stray"], "'stray'", "--option value"),
         (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl", "no such file"),
         (["--dataset_name", "nobody/nothing-here"], "nobody/nothing-here", "can't be read"),
