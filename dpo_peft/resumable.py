@@ -101,9 +101,9 @@ class ResumableTrainer(Trainer):
             self._compare(json.loads((Path(folder) / RUN_STATE).read_text())["trajectory"])
         with self._signal.listening():
             output = super().train(folder, *args, **kwargs)
-        if self._signal.waiting and self._saved_step != self.state.global_step:  # it came after the last step
-            self._save_checkpoint(self.model, None)
-        if self._signal.waiting:
+        if self._signal.agree():
+            if self._saved_step != self.state.global_step:  # it came after the last step
+                self._save_checkpoint(self.model, None)
             self._interrupted()
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -117,7 +117,7 @@ class ResumableTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         # With save_strategy="best" an evaluation decides, and may have decided against what the signal asked for.
-        if self._signal.waiting and self._saved_step != self.state.global_step:
+        if self._signal.agreed and self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
 
     def _interrupted(self) -> None:

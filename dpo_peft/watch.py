@@ -54,15 +54,16 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self.agreed = False  # all processes know of it
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Inside, the signals are kept for `on_step_end`. Without effect outside the main thread."""
-        self._received = None
+        self._received, self.agreed = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {each: signal.getsignal(each) or signal.SIG_DFL for each in (signal.SIGTERM, signal.SIGINT)}
 
         def receive(number: int, frame: Any) -> None:
             self._received = number
@@ -81,14 +82,15 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop, all processes at the same step."""
-        if any_process(self.waiting):
-            self._received = self._received or signal.SIGTERM  # another process was told
+        if self.agree():
             control.should_save = control.should_training_stop = True
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a signal came."""
-        return self._received is not None
+    def agree(self) -> bool:
+        """Whether a signal came to any of the processes. All of them must ask."""
+        self.agreed = self.agreed or any_process(self._received is not None)
+        if self.agreed and self._received is None:
+            self._received = signal.SIGTERM  # another process was told
+        return self.agreed
 
     @property
     def name(self) -> str:
