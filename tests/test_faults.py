@@ -220,6 +220,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tiny_llama, make_tokenizer, tm
 
 def test_a_second_signal_acts_at_once(tiny_llama, make_tokenizer, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of pytest-xdist ignores Ctrl-C
+
     class Twice(SignalAt):
         def on_substep_end(self, *args, **kwargs):
             super().on_substep_end(*args, **kwargs)
