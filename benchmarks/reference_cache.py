@@ -1,6 +1,6 @@
 """What the cache of the reference's log-probs saves: seconds per epoch, and forward passes of a sweep.
 
-    python benchmarks/reference_cache.py [--max_rows 320 --repeats 5] [--model <folder or Hub id> --data rows.jsonl]
+    python benchmarks/reference_cache.py [--max_rows 1243 --repeats 5] [--model <folder or id> --data rows.jsonl]
 
 Trains on the bundled pairs in NF4 without gradient checkpointing: after a warm-up, `--repeats` times in turn, a run
 that computes the reference at each step (a); the same run with `cache_ref_log_probs` and an empty store, whose first
@@ -10,8 +10,9 @@ reference.
 
 Checks: the losses of each step with and without the cache are the same (within 1e-5; in bfloat16, where the shape of a
 batch moves the last bits, 0.05), a warm epoch computes nothing of the reference, and the sweep computes no completion
-twice. Times are reported and never fail the run; beside them stands the CPU time of this process, which other work on
-the machine moves less. Writes benchmarks/results/reference_cache_<cpu or gpu>.json and prints the table.
+twice. Times are reported and never fail the run. Epochs are short, turns many, and ratios are taken within a turn,
+since other work on the machine comes and goes; the CPU time of this process stands beside them. Writes
+benchmarks/results/reference_cache_<cpu or gpu>.json and prints the table.
 """
 
 import argparse
@@ -47,10 +48,12 @@ TARGET = 1.25  # times as fast: a warm epoch against one that computes the refer
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 BUSY = 2.5  # load average above which times say little on the two cores this was written for
 SWEEP = {"beta": (0.1, 0.5), "learning_rate": (1e-4, 3e-4), "rank": (8, 16), "seed": (0, 1)}
+RATIOS = ("uncached/warm", "filling/uncached_first", "precompute/uncached")  # epochs of the same number, same batches
 LABELS = {
-    "uncached": "(a) reference computed each step",
-    "warm": "(b) reference read from the store",
+    "uncached_first": "(a) first epoch, reference computed each step",
     "filling": "(c) first epoch, filling the store",
+    "uncached": "(a) later epoch, reference computed each step",
+    "warm": "(b) later epoch, reference read from the store",
     "precompute": "(d) precompute, no training",
 }
 
@@ -137,18 +140,24 @@ def train(trainer: CountingTrainer) -> tuple[list[Lap], list[float]]:
     return trainer.laps, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def measure_epochs(args: argparse.Namespace, rows: list[dict]) -> tuple[dict[str, list[Lap]], dict[str, float]]:
-    """The laps of each kind, and the largest differences between the losses of (a) and of (c) or (b)."""
+def measure_epochs(
+    args: argparse.Namespace, rows: list[dict], loads: list[float]
+) -> tuple[dict[str, list[Lap]], dict[str, float]]:
+    """The laps of each kind, and the largest differences between the losses of (a) and of (c) or (b).
+
+    The load average after each repeat goes to `loads`.
+    """
     train(build(args, rows[: 4 * args.batch_size], new_store(args), num_train_epochs=2))  # warm-up
     laps: dict[str, list[Lap]] = {name: [] for name in LABELS}
     apart = {"filling": 0.0, "warm": 0.0}
     for repeat in range(args.repeats):
-        uncached, expected = train(build(args, rows, None, num_train_epochs=args.epochs))
+        (first, *uncached), expected = train(build(args, rows, None, num_train_epochs=args.epochs))
         (filling, *warm), losses = train(build(args, rows, new_store(args), num_train_epochs=args.epochs))
         trainer = build(args, rows, new_store(args), precompute=True)
         start = trainer.stand()
         trainer._precompute()
-        found = {"uncached": uncached, "filling": [filling], "warm": warm, "precompute": [trainer.since(start)]}
+        found = {"uncached_first": [first], "filling": [filling], "uncached": uncached, "warm": warm}
+        found["precompute"] = [trainer.since(start)]
         del trainer  # a large model should not stand beside the next one
         differences = [abs(a - b) for a, b in zip(expected, losses, strict=True)]
         steps = len(differences) // args.epochs
@@ -156,7 +165,13 @@ def measure_epochs(args: argparse.Namespace, rows: list[dict]) -> tuple[dict[str
             apart[name] = max(apart[name], *part)
         for name, more in found.items():
             laps[name] += more
-        print(repeat, {name: [round(lap["seconds"], 2) for lap in more] for name, more in found.items()}, flush=True)
+        loads.append(round(os.getloadavg()[0], 2))
+        print(
+            repeat,
+            loads[-1],
+            {name: [round(lap["seconds"], 2) for lap in more] for name, more in found.items()},
+            flush=True,
+        )
     return laps, apart
 
 
@@ -181,15 +196,22 @@ def measure_sweep(args: argparse.Namespace, rows: list[dict]) -> dict[str, int]:
     return counts
 
 
-def summarise(laps: dict[str, list[Lap]], clock: str) -> dict[str, float]:
-    """Medians per epoch by one of the clocks, and their ratios."""
-    median = {name: statistics.median(lap[clock] for lap in found) for name, found in laps.items()}
-    ratios = {
-        "uncached/warm": median["uncached"] / median["warm"],
-        "filling/uncached": median["filling"] / median["uncached"],
-        "precompute/uncached": median["precompute"] / median["uncached"],
-    }
-    return {name: round(value, 4) for name, value in (median | ratios).items()}
+def _turns(values: list[float], repeats: int) -> list[list[float]]:
+    """The values of each repeat, which lie one after the other."""
+    each = len(values) // repeats
+    return [values[i * each : (i + 1) * each] for i in range(repeats)]
+
+
+def summarise(laps: dict[str, list[Lap]], clock: str, repeats: int) -> dict[str, Any]:
+    """Medians per epoch by one of the clocks; ratios within each repeat, as median, least and greatest."""
+    found = {name: [lap[clock] for lap in own] for name, own in laps.items()}
+    mean = {name: [statistics.mean(turn) for turn in _turns(own, repeats)] for name, own in found.items()}
+    result: dict[str, Any] = {name: round(statistics.median(own), 4) for name, own in found.items()}
+    for ratio in RATIOS:
+        above, below = ratio.split("/")
+        values = sorted(a / b for a, b in zip(mean[above], mean[below], strict=True))
+        result[ratio] = [round(value, 4) for value in (statistics.median(values), values[0], values[-1])]
+    return result
 
 
 def check(args: argparse.Namespace, result: dict[str, Any]) -> dict[str, bool]:
@@ -210,11 +232,10 @@ def table(result: dict[str, Any]) -> str:
             f"| {label} | {result['seconds'][name]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{result['cpu_seconds'][name]:.2f} | {laps[-1]['forwards']} |"
         )
-    for ratio in ("uncached/warm", "filling/uncached", "precompute/uncached"):
+    for ratio in RATIOS:
         target = f" (target at least {TARGET})" if ratio == "uncached/warm" else ""
-        lines.append(
-            f"{ratio}: {result['seconds'][ratio]:.2f}, by CPU time {result['cpu_seconds'][ratio]:.2f}{target}"
-        )
+        (median, least, greatest), (cpu, *_) = result["seconds"][ratio], result["cpu_seconds"][ratio]
+        lines.append(f"{ratio}: {median:.2f} ({least:.2f} to {greatest:.2f}), by CPU time {cpu:.2f}{target}")
     sweep = (
         "{runs} runs, {steps} steps: {forwards} forward passes of the reference (+ {forwards_of_checks} of checks), "
     )
@@ -228,10 +249,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=quickstart.model_path(), help="folder or Hub id; loaded in NF4")
     parser.add_argument("--data", default=quickstart.train_file(), help="JSON lines: prompt, chosen, rejected")
     parser.add_argument("--epochs", type=int, default=2, help="of each timed run, at least 2")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--max_rows", type=int, help="use so many rows; default: all")
+    parser.add_argument("--max_rows", type=int, default=320, help="use so many rows")
     parser.add_argument("--sweep_rows", type=int, default=64, help="rows of each run of the sweep")
     parser.add_argument("--use_cpu", action="store_true", default=not torch.cuda.is_available())
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, else bfloat16")
@@ -263,14 +284,14 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "commit": subprocess.run(describe, capture_output=True, text=True, cwd=HERE).stdout.strip(),
         "versions": framework_versions(),
-        "load_average_before": [round(value, 2) for value in load],
+        "load_average": [round(load[0], 2)],  # before the start, then after each repeat, this process included
         "rows": len(rows),
         "options": {name: value for name, value in vars(args).items() if name not in ("model", "data", "out")},
     }
     with tempfile.TemporaryDirectory() as args.scratch:
-        laps, result["losses_apart"] = measure_epochs(args, rows)
+        laps, result["losses_apart"] = measure_epochs(args, rows, result["load_average"])
         result["sweep"] = measure_sweep(args, rows[: args.sweep_rows])
-    result |= {clock: summarise(laps, clock) for clock in ("seconds", "cpu_seconds")}
+    result |= {clock: summarise(laps, clock, args.repeats) for clock in ("seconds", "cpu_seconds")}
     result["laps"] = {n: [{k: round(v, 3) for k, v in lap.items()} for lap in found] for n, found in laps.items()}
     result["checks"] = check(args, result)
     args.out.parent.mkdir(exist_ok=True)
