@@ -169,10 +169,11 @@ class SteppingTrainer(ResumableTrainer):
                 "Out of memory with a single row in a micro-batch. Lower max_length, set gradient_checkpointing=True, "
                 f"or use a smaller model. ({message})"
             )
-        if self.objective.batch_coupled and world_size() > 1:
+        # Not on one process of several, which must couple together; nor under dropout, whose masks would not repeat.
+        if self.objective.batch_coupled and (world_size() > 1 or not getattr(self.args, "disable_dropout", True)):
             raise torch.OutOfMemoryError(
-                "Out of memory, and in several processes this objective's micro-batches can't be cut on one of them: "
-                f"lower per_device_train_batch_size and raise gradient_accumulation_steps. ({message})"
+                "Out of memory, and this objective couples its batch: in several processes, or with dropout, it can't "
+                f"be cut. Lower per_device_train_batch_size. ({message})"
             )
         self.halvings += 1
         logger.warning(

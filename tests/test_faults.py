@@ -133,6 +133,14 @@ def test_one_row_that_does_not_fit(tiny_llama, make_tokenizer, tmp_path, monkeyp
         model.train()
 
 
+def test_a_coupled_loss_is_not_cut_under_dropout(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
+    """Its pass over the whole batch and the one with gradients would draw different masks."""
+    limit_memory(monkeypatch, rows=2)
+    model = build(tiny_llama, make_tokenizer, tmp_path, loss_type="aot", disable_dropout=False)
+    with pytest.raises(torch.OutOfMemoryError, match="couples its batch.*Lower per_device_train_batch_size"):
+        model.train()
+
+
 def test_halving_is_remembered_by_a_checkpoint(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as limited:
         limit_memory(limited, rows=1)
