@@ -16,6 +16,7 @@ from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
 
 from dpo_peft import OptionError, ReferenceMismatchError, cached_reference
 from dpo_peft.cache import Entry, summary
+from dpo_peft.modeling import nf4_config
 
 ROWS = 10
 
@@ -155,6 +156,8 @@ def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path,
     assert count(base_folder) == everything  # bfloat16, NF4
     double = {"model_init_kwargs": {"dtype": "float32"}}
     assert count(base_folder, **double) == everything
+    other = nf4_config(torch.bfloat16)  # the same 4-bit weights, computed in another dtype
+    assert count(base_folder, **double, quantization_config=other) == everything
     assert count(base_folder, **double, quantize_base=False) == 0  # loaded from disk, it is the model of the beginning
     assert count(tiny_llama(), share_prompts=False) == everything  # another layout has other last bits
 
