@@ -14,10 +14,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .cache import Entry, ReferenceCache
-from .errors import NonFiniteError, ReferenceMismatchError
+from .errors import ReferenceMismatchError
 from .forward import PackedBatch, Scores
 from .parallel import rank, world_size
-from .reference import noise_floor
+from .reference import check_finite, noise_floor
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +56,14 @@ class CachedReference:
             )
         return _scores([entry for entry in found if entry is not None], batch, self.store.tokens)
 
-    def fill(self, batch: PackedBatch) -> bool:
-        """Compute and store what the store lacks of a batch. Returns whether there was anything."""
-        if not self.store.missing(batch.keys):
-            return False
+    def fill(self, batch: PackedBatch) -> None:
+        """Compute a batch and store what the store lacks of it."""
         self.store.put(batch.keys, self._compute(batch))
-        return True
 
     def _compute(self, batch: PackedBatch) -> list[Entry]:
         scores = self.score(batch)
+        check_finite(scores.logps_C, batch, "The reference's log-probs of rows")
         logps_C = scores.logps_C.tolist()
-        if not np.isfinite(logps_C).all():
-            bad = batch.rows[batch.sample_of[~torch.isfinite(scores.logps_C)]].unique().tolist()
-            raise NonFiniteError(
-                f"The reference's log-probs of rows {', '.join(map(str, bad))} are not finite. Look at these rows and "
-                "at the model's weights; a model made for bfloat16 may overflow in float16."
-            )
         if not self.store.tokens:
             return [Entry(logp, None) for logp in logps_C]
         tokens = np.split(scores.token_logps_N.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
@@ -131,7 +123,8 @@ class CachedReference:
                 if index % world_size() == rank():
                     batch = PackedBatch(**collate(rows))
                     if self.store.missing(batch.keys):
-                        computed += self.fill(batch.to(device))
+                        self.fill(batch.to(device))
+                        computed += 1
                 bar.update(len(rows))
         logger.warning(
             "Reference of %s (%d rows): %d of %d batches computed, the rest was in %s.",

@@ -54,7 +54,7 @@ def publish(run_dir: str | Path, step: int) -> Path:
         CheckpointError: nothing is staged for this step.
         OSError: the disk failed. The checkpoint that was to be replaced is still there.
     """
-    staged = _staged(run_dir, step)
+    staged = staged_checkpoint(run_dir, step)
     if not staged.is_dir() or next(_files(staged), None) is None:
         raise CheckpointError(
             f"Nothing to publish: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
@@ -98,7 +98,7 @@ def _install(run_dir: str | Path, step: int) -> Path:
         if os.path.lexists(target):
             os.rename(target, aside)
     try:
-        os.rename(_staged(run_dir, step), target)
+        os.rename(staged_checkpoint(run_dir, step), target)
     except OSError:
         if os.path.lexists(aside):
             os.rename(aside, target)
@@ -125,7 +125,7 @@ def recover(run_dir: str | Path) -> list[str]:
     """
     run_dir, said = Path(run_dir), []
     for step, saving in _numbered(run_dir, ".saving"):
-        problem = problem_with(_staged(run_dir, step))
+        problem = problem_with(staged_checkpoint(run_dir, step))
         if problem is None:
             _install(run_dir, step)
             said.append(f"checkpoint-{step} was written to its end, but had not got its place yet: it has now.")
@@ -285,7 +285,8 @@ def _saving(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / f".saving-{step}"
 
 
-def _staged(run_dir: str | Path, step: int) -> Path:
+def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
+    """Where a checkpoint is written until `publish` gives it its place."""
     return _saving(run_dir, step) / f"checkpoint-{step}"
 
 

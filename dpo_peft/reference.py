@@ -214,12 +214,7 @@ def check_start(
     ref_C = reference_logps(model, whole, backend, adapter).logps_C
     with torch.no_grad():
         policy_C = completion_logps(model, whole, backend).logps_C
-    if not torch.isfinite(ref_C).all():
-        rows = ", ".join(map(str, whole.rows[whole.sample_of[~torch.isfinite(ref_C)]].unique().tolist()))
-        raise NonFiniteError(
-            f"Before the first step, the reference's own log-probs of training rows {rows} are not finite. Look at "
-            "these rows and at the model's weights; a model made for bfloat16 may overflow in float16."
-        )
+    check_finite(ref_C, whole, "Before the first step, the reference's own log-probs of training rows")
     floor = noise_floor(ref_C, torch.cat([reference_logps(model, part, backend, adapter).logps_C for part in parts]))
     difference = float((policy_C - ref_C).abs().max())
     if not difference <= floor:
@@ -228,6 +223,21 @@ def check_start(
             f"floor {floor:.2g}). {_likely_cause(model, adapter)}"
         )
     return difference
+
+
+def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
+    """Refuse log-probs that are NaN or infinite; `what` begins the message, and the dataset's rows follow it.
+
+    Raises:
+        NonFiniteError: naming the rows.
+    """
+    bad_C = ~torch.isfinite(logps_C)
+    if bad_C.any():
+        rows = ", ".join(map(str, batch.rows[batch.sample_of[bad_C]].unique().tolist()))
+        raise NonFiniteError(
+            f"{what} {rows} are not finite. Look at these rows and at the model's weights; a model made for bfloat16 "
+            "may overflow in float16."
+        )
 
 
 def noise_floor(ref_C: Tensor, other_shape_C: Tensor) -> float:

@@ -17,7 +17,16 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from .checkpoints import discard, newest_whole, problem_with, publish, recover, rotate, staging_folder
+from .checkpoints import (
+    discard,
+    newest_whole,
+    problem_with,
+    publish,
+    recover,
+    rotate,
+    staged_checkpoint,
+    staging_folder,
+)
 from .errors import CheckpointError, OptionError, TrainingInterrupted
 from .metrics import Mean, MetricStore
 from .parallel import gather_over_processes, rank, world_size
@@ -189,7 +198,7 @@ class ResumableTrainer(Trainer):
             if self.args.should_save:
                 staging_folder(run_dir, step)
             self.accelerator.wait_for_everyone()
-            self._write(run_dir / f".saving-{step}" / f"checkpoint-{step}", metrics)
+            self._write(staged_checkpoint(run_dir, step), metrics)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(run_dir, step)

@@ -1,4 +1,4 @@
-"""The reference over the life of an adapter: continued, saved, loaded, resumed, synchronised. Traps T5, T15, T22."""
+"""The reference over the life of an adapter: continued, saved, loaded, resumed, synchronised. Traps T5 and T15."""
 
 import logging
 from pathlib import Path
