@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import NonFiniteError, OptionError, ReferenceMismatchError
+from .forward.fused import FusedModel
 from .forward.layout import PackedBatch
-from .forward.score import Scores, completion_logps, eval_mode
+from .forward.score import Backend, Scores, completion_logps, eval_mode
 from .frozen import (
     adapter_layers,
     adapter_tensors,
@@ -154,9 +155,16 @@ def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[Non
 
 
 def reference_logps(
-    model: PeftModel, batch: PackedBatch, backend: str = "dense", adapter: str | None = None
+    model: PeftModel, batch: PackedBatch, backend: Backend = "dense", adapter: str | None = None
 ) -> Scores:
-    """Log-probs of a batch under the reference: `completion_logps` in `reference_mode`."""
+    """Log-probs of a batch under the reference: `completion_logps` in `reference_mode`.
+
+    A `FusedModel` takes the reference's adapter as an argument: it has no dropout and nothing to switch, which for
+    small batches takes as long as the pass itself.
+    """
+    if isinstance(backend, FusedModel) and batch.shared:
+        with torch.no_grad():
+            return completion_logps(model, batch, backend.reference(adapter))
     with reference_mode(model, adapter):
         return completion_logps(model, batch, backend)
 
@@ -189,7 +197,7 @@ def sample_logits(model: PreTrainedModel) -> Tensor:
 
 
 def check_start(
-    model: PeftModel, batches: list[PackedBatch], backend: str = "dense", adapter: str | None = None
+    model: PeftModel, batches: list[PackedBatch], backend: Backend = "dense", adapter: str | None = None
 ) -> float:
     """The step-0 gate: before the first step, every implicit reward must be zero within the noise floor.
 

@@ -63,9 +63,7 @@ class ReferencedTrainer(SteppingTrainer):
         logger.warning("Reference: %s.", self.identity)
         if args.caches_reference:
             precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
-            how = (
-                f"{precision} autocast on {args.device.type}, {plan.backend}, {'shared' if plan.shared else 'padded'}"
-            )
+            how = f"{precision} autocast on {args.device.type}, {plan.scorer}, {'shared' if plan.shared else 'padded'}"
             computed = f"{self.identity.key()} {self.identity.quantization} {self.identity.dtype} {how}"
             tokens = self.objective.reads_reference_tokens if args.ref_cache_tokens is None else args.ref_cache_tokens
             store = ReferenceCache(
@@ -95,7 +93,7 @@ class ReferencedTrainer(SteppingTrainer):
         return self._compute_reference(batch) if self.cached_reference is None else self.cached_reference(batch)
 
     def _compute_reference(self, batch: PackedBatch) -> Scores:
-        return reference_logps(self.model, batch, self.forward_plan.backend, self.reference.adapter)
+        return reference_logps(self.model, batch, self.forward_plan.scorer, self.reference.adapter)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Check that policy and reference start equal, fill the reference's cache if asked for, then train.
@@ -122,7 +120,7 @@ class ReferencedTrainer(SteppingTrainer):
         with self.compute_loss_context_manager():
             starts_at_base = self.reference.choice == "base" and is_identity(self.model, self.policy_adapter)
             if self.reference.choice == "initial" or starts_at_base:
-                check_start(self.model, batches, self.forward_plan.backend, self.reference.adapter)
+                check_start(self.model, batches, self.forward_plan.scorer, self.reference.adapter)
             if self.cached_reference is not None:
                 self.cached_reference.check(batches)
 

@@ -3,6 +3,7 @@
 Nothing here knows dataset formats, losses or configs.
 """
 
+from .fused import FusedModel
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .probe import ForwardPlan, plan_forward
 from .score import Scores, completion_logps, sequence_logps, sum_by_completion
@@ -10,6 +11,7 @@ from .unpack import content_keys, halves, unpack
 
 __all__ = [
     "ForwardPlan",
+    "FusedModel",
     "PackedBatch",
     "Sample",
     "Scores",

@@ -8,7 +8,8 @@ function unchanged; a model that builds masks of its own is caught by that.
 Backends: "varlen" (CUDA; one kernel over ragged segments, K and V gathered as [prompt; own tokens]) and "dense" (any
 device; the mask predicate itself, sample by sample, and the oracle for the other).
 
-Shape suffixes: H query heads, G key/value heads, T packed tokens, D head size, E samples, B longest sample in tokens.
+Shape suffixes: H query heads, G key/value heads, T packed tokens, S gathered keys, D head size, E samples, B longest
+sample in tokens.
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .kernels import Places
 from .layout import PackedBatch, visible
 
 IMPLEMENTATION = "dpo_peft_prefix_shared"
@@ -51,6 +53,14 @@ class AttentionPlan:
         assert batch.sample_index is not None
         self.filled_EB = batch.sample_index >= 0
         self.index_EB = batch.sample_index.clamp(min=0)
+
+    @cached_property
+    def places(self) -> Places | None:
+        """Where keys and values are gathered from; None where attention finds them itself."""
+        if self.backend == "dense":
+            return None
+        assert self.batch.kv_index is not None and self.batch.kv_copies is not None
+        return Places(self.batch.kv_index, self.batch.kv_copies)
 
     @cached_property
     def filled_T(self) -> Tensor:
@@ -107,9 +117,13 @@ def prefix_shared_attention(
     _refuse_unknown(attention_mask, kwargs)
     if prefix_layout.trace is not None:
         prefix_layout.trace.append((sliding_window, query.shape[-1]))
+    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
     if prefix_layout.backend == "varlen" and not dropout:  # the kernel has no dropout
-        return _varlen(prefix_layout, query, key, value, scaling, sliding_window), None
-    return _dense(prefix_layout, query, key, value, scaling, dropout, sliding_window), None
+        index = prefix_layout.batch.kv_index
+        assert index is not None
+        k_SGD, v_SGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
+        return attend_varlen(prefix_layout, q_THD.contiguous(), k_SGD, v_SGD, scaling, sliding_window)[None], None
+    return attend_dense(prefix_layout, q_THD, k_TGD, v_TGD, scaling, sliding_window, dropout)[None], None
 
 
 def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -122,12 +136,19 @@ def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> No
             raise CannotShareError(f"its attention uses {name}")
 
 
-def _dense(
-    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None
+def attend_dense(
+    plan: AttentionPlan,
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    scaling: float | None,
+    window: int | None,
+    dropout: float = 0.0,
 ) -> Tensor:
+    """Attention sample by sample under the mask predicate; (T, H, D)."""
     index = plan.index_EB
-    groups = q.shape[1] // k.shape[1]
-    q_EHBD, k_EGBD, v_EGBD = (x[0][:, index].transpose(0, 1) for x in (q, k, v))
+    groups = q_THD.shape[1] // k_TGD.shape[1]
+    q_EHBD, k_EGBD, v_EGBD = (x[index].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
     out_EHBD = F.scaled_dot_product_attention(
         q_EHBD,
         k_EGBD.repeat_interleave(groups, 1),
@@ -136,20 +157,21 @@ def _dense(
         dropout_p=dropout,
         scale=scaling,
     )
-    return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, plan.filled_T)[None]
+    return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, plan.filled_T)
 
 
-def _varlen(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def attend_varlen(
+    plan: AttentionPlan, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of every segment's queries to its gathered keys, in one kernel; (T, H, D)."""
     batch = plan.batch
-    assert batch.kv_index is not None
-    size = v.shape[-1]
-    if size < q.shape[-1]:  # latent attention: the kernel wants one head size; zeros add nothing
-        v = F.pad(v, (0, q.shape[-1] - size))
-    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q, k, v))
+    size = v_SGD.shape[-1]
+    if size < q_THD.shape[-1]:  # latent attention: the kernel wants one head size; zeros add nothing
+        v_SGD = F.pad(v_SGD, (0, q_THD.shape[-1] - size))
     out_THD = varlen_kernel(
-        q_THD.contiguous(),
-        k_TGD.index_select(0, batch.kv_index),
-        v_TGD.index_select(0, batch.kv_index),
+        q_THD,
+        k_SGD,
+        v_SGD,
         batch.cu_seq_q,
         batch.cu_seq_k,
         batch.max_q,
@@ -158,7 +180,7 @@ def _varlen(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scaling: float
         # Bottom-right aligned: a segment's last query sees its last key. -1 is no limit to the left.
         window_size=(-1 if window is None else window - 1, 0),
     )
-    return out_THD[None, ..., :size]
+    return out_THD[..., :size]
 
 
 def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,7 +14,7 @@ completion in `pred_pos`. Tokens of a completion that the model did not write (a
 are read but not predicted. Two trajectories that share no beginning are completions of an empty prompt.
 
 Shape suffixes: R rows, L row length, T = R * L flat positions, S segments (a prompt or a completion), E samples,
-B longest sample in tokens, C completions, N predicted tokens.
+B longest sample in tokens, C completions, N predicted tokens, M most copies of a token among the keys.
 """
 
 from collections.abc import Sequence
@@ -66,6 +66,7 @@ class PackedBatch:
     context: Tensor | None = None  # (T,) the prompt segment that each token may also see
     sample_index: Tensor | None = None  # (E, B) flat positions of each sample's tokens, -1 where shorter than B
     kv_index: Tensor | None = None  # (sum of keys,) flat positions of [prompt; own tokens] for each segment in turn
+    kv_copies: Tensor | None = None  # (T, M) places of each token in kv_index, -1 where it has fewer than M
     cu_seq_q: Tensor | None = None  # (S + 1,) int32 bounds of the segments among the queries
     cu_seq_k: Tensor | None = None  # (S + 1,) int32 bounds of the segments in kv_index
     max_q: int = 0  # longest segment
@@ -179,6 +180,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         sample_bounds.append(end)
     lengths = np.asarray(seg_len)
     contexts = np.asarray(seg_context)
+    keys = np.concatenate(kv_index)
     alone = contexts == np.arange(len(lengths))
     key_lengths = np.where(alone, lengths, lengths + lengths[contexts])
     return PackedBatch(
@@ -190,7 +192,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         segment=_long(np.repeat(np.arange(len(lengths)), lengths)),
         context=_long(np.repeat(contexts, lengths)),
         sample_index=_long(_ragged_ranges(np.asarray(sample_bounds))),
-        kv_index=_long(np.concatenate(kv_index)),
+        kv_index=_long(keys),
+        kv_copies=_long(_places_of_values(keys)),
         cu_seq_q=_bounds(lengths),
         cu_seq_k=_bounds(key_lengths),
         max_q=int(lengths.max()),
@@ -264,6 +267,16 @@ def _long(array: np.ndarray) -> Tensor:
 
 def _bounds(lengths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _places_of_values(values: np.ndarray) -> np.ndarray:
+    """(T, M) places at which each of 0..T-1 stands in `values`, in order, -1 beyond the last."""
+    order = np.argsort(values, kind="stable")
+    counts = np.bincount(values)
+    copy = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.full((len(counts), counts.max()), -1)
+    places[values[order], copy] = order
+    return places
 
 
 def _ragged_ranges(bounds_E1: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# 1024 rows of a 128k vocabulary are 0.5 GiB in float32, the largest buffer that the head needs.
+from .kernels import logps_from_logits, logps_grad_, uses_kernels
+
+# 1024 rows of a 128k vocabulary are 0.25 GiB in bfloat16 (0.5 in float32), the largest buffer that the head needs.
 CHUNK_ROWS = 1024
 
 
@@ -38,6 +40,11 @@ class Head:
         # Offloading replaces forward; other hooks may change what goes in or comes out.
         hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
         return type(module) is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())
+
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are the matrix product alone."""
+        return self.module.bias is None and self.scale == 1.0 and self.softcap is None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(K, H) hidden states to (K, V) logits in at least float32, through the module itself."""
@@ -134,7 +141,13 @@ class _FrozenHeadLogps(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_NH.shape[0], chunk_rows):
                 rows = slice(start, start + chunk_rows)
-                raw_KV = _at_least_float32(hidden_NH[rows].to(weight_VH.dtype) @ weight_VH.T)
+                raw_KV = hidden_NH[rows].to(weight_VH.dtype) @ weight_VH.T
+                if log_sum_sq_N is None and head.plain and uses_kernels(raw_KV):
+                    logps_N[rows], lse_K = logps_from_logits(raw_KV, target_N[rows])
+                    if grad_NH is not None:
+                        grad_NH[rows] = logps_grad_(raw_KV, target_N[rows], lse_K) @ weight_VH
+                    continue
+                raw_KV = _at_least_float32(raw_KV)
                 if bias_V is not None:
                     raw_KV += bias_V
                 logits_KV = head.post(raw_KV)

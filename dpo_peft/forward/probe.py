@@ -8,7 +8,7 @@ Shape suffixes: N predicted tokens.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, choose_backend
+from .fused import FusedModel
 from .layout import PackedBatch, Sample, pack, pad_rows
+from .recognize import NotRecognizedError, recognize
 from .score import completion_logps, eval_mode, unwrap
 
 logger = logging.getLogger(__name__)
@@ -29,37 +31,49 @@ _SHARE = {torch.float64: 1.0, torch.float32: 1.0, torch.float16: 0.8, torch.bflo
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """How a model's batches are laid out: what the probe found.
+    """How a model's batches are laid out and its layers computed: what the probe found.
 
     `max_difference` is the largest difference of a token's log-prob (nats) between the chosen layout and the model's
     own logits on the probe's samples; in half precision the largest but for a fifth of the tokens.
     """
 
     shared: bool
-    backend: str
+    backend: str  # of attention
     max_difference: float
-    reason: str = ""
+    reason: str = ""  # why prompts aren't shared
+    fused: FusedModel | None = None  # None: the model's own layers are run
+    unfused: str = ""  # why
+
+    @property
+    def scorer(self) -> str | FusedModel:
+        """The backend for `completion_logps`."""
+        return self.fused or self.backend
 
     def __str__(self) -> str:
         if self.shared:
+            layers = "fused layers" if self.fused else f"the model's own layers: {self.unfused}"
             return (
-                f"Prompts are computed once per sample (attention backend {self.backend!r}; largest difference to the "
-                f"model's own log-probs {self.max_difference:.1e})."
+                f"Prompts are computed once per sample (attention backend {self.backend!r}; {layers}; largest "
+                f"difference to the model's own log-probs {self.max_difference:.1e})."
             )
         return f"One padded row per completion: {self.reason}."
 
 
-def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtype | None = None) -> ForwardPlan:
+def plan_forward(
+    model: nn.Module, share_prompts: bool = True, dtype: torch.dtype | None = None, fused: bool | None = None
+) -> ForwardPlan:
     """Decide the layout on the loaded model, and set its attention implementation accordingly.
 
     Args:
         model: a causal LM or a PEFT model around one, on its device.
         share_prompts: False skips the probe of the packed layout and takes one row per completion.
         dtype: the dtype under autocast, if training uses it.
+        fused: whether its layers are computed by `fused.py`; None: if they are recognised.
 
     Raises:
         NonFiniteError: the model's log-probs are NaN or infinite.
-        OptionError: the model transforms its logits in a way that we don't know, so its log-probs would be wrong.
+        OptionError: the model transforms its logits in a way that we don't know, so its log-probs would be wrong; or
+            fused layers are asked for and are not right for it.
     """
     causal_lm = unwrap(model)
     device = causal_lm.get_input_embeddings().weight.device
@@ -100,7 +114,30 @@ def plan_forward(model: nn.Module, share_prompts: bool = True, dtype: torch.dtyp
             except Exception as error:  # a kernel may refuse this GPU or this shape
                 logger.warning("The %s attention backend does not work here (%s).", backend, _short(error))
                 backend = "dense"
-    return ForwardPlan(True, backend, difference)
+        return _plan_layers(model, ForwardPlan(True, backend, difference), fused, compute_dtype, samples, own_N)
+
+
+def _plan_layers(
+    model: nn.Module, plan: ForwardPlan, fused: bool | None, dtype: torch.dtype, samples: list[Sample], own_N: Tensor
+) -> ForwardPlan:
+    """`plan` with fused layers, if they may be and give what the model's own give."""
+    if fused is False:
+        return replace(plan, unfused="fused_layers=False")
+    try:
+        fused_model = FusedModel(unwrap(model), recognize(unwrap(model), dtype), plan.backend)
+        batch = pack(samples).to(own_N.device)
+        plain_N = completion_logps(model, batch, plan.backend).token_logps_N
+        difference = _difference(completion_logps(model, batch, fused_model).token_logps_N, plain_N, _SHARE[dtype])
+        if not difference <= _TOLERANCE[dtype]:
+            raise NotRecognizedError(f"fused log-probs differ by {difference:.2g}, more than {_TOLERANCE[dtype]:.1g}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may lack anything that recognised ones have; a kernel may refuse this GPU
+        logger.debug("Layers are not fused.", exc_info=True)
+        if fused:
+            raise OptionError(f"fused_layers=True, but {_short(error)}: leave it out.") from error
+        return replace(plan, unfused=_short(error))
+    return replace(plan, fused=fused_model, max_difference=max(difference, plan.max_difference))
 
 
 def _check_layer_types(config: Any) -> None:
@@ -184,4 +221,6 @@ def _difference(a_N: Tensor, b_N: Tensor, share: float) -> float:
 
 def _short(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return (text if isinstance(error, CannotShareError) else f"{type(error).__name__}: {text}")[:160]
+    return (text if isinstance(error, (CannotShareError, NotRecognizedError)) else f"{type(error).__name__}: {text}")[
+        :160
+    ]

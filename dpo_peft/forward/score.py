@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionPlan, layout_marker
+from .fused import FusedModel
 from .layout import PackedBatch
 from .logprobs import CHUNK_ROWS, read_head, token_logps
+
+Backend = str | AttentionPlan | FusedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def completion_logps(
     model: nn.Module,
     batch: PackedBatch,
-    backend: str | AttentionPlan = "dense",
+    backend: Backend = "dense",
     chunk_rows: int = CHUNK_ROWS,
     log_sum_sq: bool = False,
 ) -> Scores:
@@ -55,7 +58,8 @@ def completion_logps(
         model: a causal LM or a PEFT model around one. For a shared batch its attention implementation must be
             `forward.attention.IMPLEMENTATION`.
         batch: from `pack` or `pad_rows`, on the model's device.
-        backend: attention backend of a shared batch, "dense" or "varlen" (or a plan already made for this batch).
+        backend: how a shared batch is read: by the model's own modules with the attention backend "dense" or "varlen"
+            (or a plan already made for this batch), or by a `FusedModel` made of `model`.
         chunk_rows: rows of logits that exist at a time.
         log_sum_sq: whether to fill `Scores.log_sum_sq_N`, which WPO's weights read.
 
@@ -64,7 +68,10 @@ def completion_logps(
     """
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
-    hidden_NH = _hidden_states(causal_lm, batch, backend).flatten(0, 1).index_select(0, batch.pred_pos)
+    if isinstance(backend, FusedModel) and batch.shared:
+        hidden_NH = backend.hidden_states(batch)
+    else:
+        hidden_NH = _hidden_states(causal_lm, batch, backend).flatten(0, 1).index_select(0, batch.pred_pos)
     log_sum_sq_N = torch.empty_like(batch.target, dtype=torch.float32) if log_sum_sq else None
     token_logps_N = token_logps(hidden_NH, batch.target, head, chunk_rows, log_sum_sq_N)
     return Scores(token_logps_N, sum_by_completion(token_logps_N, batch), log_sum_sq_N)
@@ -79,12 +86,12 @@ def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
     return zeros_C.index_add(0, batch.completion_of, x_N.double())
 
 
-def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: str | AttentionPlan) -> Tensor:
+def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: Backend) -> Tensor:
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.shared:
         kwargs["attention_mask"] = layout_marker(batch.input_ids.device)
         kwargs["position_ids"] = batch.position_ids
-        kwargs["prefix_layout"] = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
+        kwargs["prefix_layout"] = backend if isinstance(backend, AttentionPlan) else AttentionPlan(batch, str(backend))
     else:
         kwargs["attention_mask"] = batch.attention_mask
     backbone = causal_lm.base_model

@@ -60,7 +60,7 @@ def sampled_kl(trainer: Any, prompts: list[Messages], answers: list[list[int]], 
 
     Unbiased if `answers` were sampled from the policy at temperature 1, one per prompt.
     """
-    tokenizer, backend = trainer.processing_class, trainer.forward_plan.backend
+    tokenizer, backend = trainer.processing_class, trainer.forward_plan.scorer
     rows = [
         {"prompt_ids": ids["input_ids"], "completion_ids": [answer], "row": i}
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))

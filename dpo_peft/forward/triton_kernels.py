@@ -1,0 +1,221 @@
+"""The element-wise parts of a decoder layer as Triton kernels: what `kernels.py` runs on a GPU.
+
+Each kernel reads its inputs once and writes its outputs once; sums are float32. Rounding to the storage dtype happens
+where transformers' modules have it. Where an output has a row stride, it may be a part of a wider matrix.
+
+Shape suffixes: T tokens, H hidden size, F width of the feed-forward layer, D head size, V vocabulary.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm(x_ptr, weight_ptr, out_ptr, x_stride, out_stride, H, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < H
+    x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0)
+    x32 = x.to(tl.float32)
+    normed = x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / H + eps)
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    normed = normed.to(x.dtype).to(tl.float32) * weight
+    tl.store(out_ptr + row * out_stride + cols, normed.to(x.dtype), mask=inside)
+
+
+@triton.jit
+def rms_norm_backward(
+    x_ptr, weight_ptr, grad_ptr, residual_ptr, out_ptr, x_stride, grad_stride, H, eps, BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < H
+    x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * grad_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    grad *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / H + eps)
+    normed = x * scale
+    result = scale * (grad - normed * (tl.sum(grad * normed, 0) / H))
+    if ADD:
+        result += tl.load(residual_ptr + row * H + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * H + cols, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate(
+    x_ptr, index_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, x_stride, heads, eps, D: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Row i of the output: row `index[i]` of the input, its heads normalised (Qwen 3) and rotated."""
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index_ptr + row) if GATHER else row
+    half = tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    inside = (half < D // 2) & (head < heads)
+    left = head * D + half
+    x1 = tl.load(x_ptr + source * x_stride + left, mask=inside, other=0.0)
+    x2 = tl.load(x_ptr + source * x_stride + left + D // 2, mask=inside, other=0.0)
+    a1, a2 = x1.to(tl.float32), x2.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(a1 * a1, 1) + tl.sum(a2 * a2, 1)) / D + eps)[:, None]
+        w1 = tl.load(weight_ptr + half, mask=half < D // 2, other=0.0).to(tl.float32)
+        w2 = tl.load(weight_ptr + half + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+        a1 = ((a1 * scale).to(x1.dtype).to(tl.float32) * w1).to(x1.dtype).to(tl.float32)
+        a2 = ((a2 * scale).to(x1.dtype).to(tl.float32) * w2).to(x1.dtype).to(tl.float32)
+    angle = source * D + half
+    c1 = tl.load(cos_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
+    s1 = tl.load(sin_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
+    c2 = tl.load(cos_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+    s2 = tl.load(sin_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+    out = out_ptr + row * heads * D + left
+    tl.store(out, (a1 * c1 - a2 * s1).to(x1.dtype), mask=inside)
+    tl.store(out + D // 2, (a2 * c2 + a1 * s2).to(x1.dtype), mask=inside)
+
+
+@triton.jit
+def rotate_backward(
+    grad_ptr, copies_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, grad_stride, x_stride, out_stride, heads, eps,
+    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, COPIES: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Row t of the output: the gradients of all rows that `rotate` made of row t, added up and turned back."""
+    row = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, HALF)[None, :]
+    head = tl.arange(0, HEADS)[:, None]
+    inside = (half < D // 2) & (head < heads)
+    left = head * D + half
+    g1 = tl.zeros((HEADS, HALF), tl.float32)
+    g2 = tl.zeros((HEADS, HALF), tl.float32)
+    for copy in tl.static_range(max(COPIES, 1)):
+        place = row
+        if COPIES > 0:
+            place = tl.load(copies_ptr + row * COPIES + copy)
+        here = inside & (place >= 0)
+        grad = grad_ptr + place * grad_stride + left
+        g1 += tl.load(grad, mask=here, other=0.0).to(tl.float32)
+        g2 += tl.load(grad + D // 2, mask=here, other=0.0).to(tl.float32)
+    if ROTATE:
+        angle = row * D + half
+        c1 = tl.load(cos_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
+        s1 = tl.load(sin_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
+        c2 = tl.load(cos_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+        s2 = tl.load(sin_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+        g1, g2 = g1 * c1 + g2 * s2, g2 * c2 - g1 * s1
+    if NORM:
+        x1 = tl.load(x_ptr + row * x_stride + left, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + row * x_stride + left + D // 2, mask=inside, other=0.0).to(tl.float32)
+        g1 *= tl.load(weight_ptr + half, mask=half < D // 2, other=0.0).to(tl.float32)
+        g2 *= tl.load(weight_ptr + half + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+        scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
+        n1, n2 = x1 * scale, x2 * scale
+        mean = ((tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / D)[:, None]
+        g1, g2 = scale * (g1 - n1 * mean), scale * (g2 - n2 * mean)
+    out = out_ptr + row * out_stride + left
+    tl.store(out, g1.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out + D // 2, g2.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def swiglu(gate_up_ptr, out_ptr, gate_up_stride, out_stride, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < F
+    gate = tl.load(gate_up_ptr + row * gate_up_stride + cols, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + row * gate_up_stride + F + cols, mask=inside, other=0.0)
+    gate32 = gate.to(tl.float32)
+    silu = (gate32 * tl.sigmoid(gate32)).to(gate.dtype).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + cols, (silu * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def swiglu_backward(gate_up_ptr, grad_ptr, gate_up_stride, grad_stride, F, BLOCK: tl.constexpr):
+    """In place: gate and up become their gradients, the gradient of the product becomes the product."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < F
+    gate_place = gate_up_ptr + row * gate_up_stride + cols
+    grad_place = grad_ptr + row * grad_stride + cols
+    gate = tl.load(gate_place, mask=inside, other=0.0)
+    up = tl.load(gate_place + F, mask=inside, other=0.0)
+    grad = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
+    gate32 = gate.to(tl.float32)
+    sigmoid = tl.sigmoid(gate32)
+    silu = (gate32 * sigmoid).to(gate.dtype).to(tl.float32)
+    up = up.to(tl.float32)
+    grad_gate = grad * up * sigmoid * (1.0 + gate32 * (1.0 - sigmoid))
+    tl.store(gate_place, grad_gate.to(gate.dtype), mask=inside)
+    tl.store(gate_place + F, (grad * silu).to(gate.dtype), mask=inside)
+    tl.store(grad_place, (silu * up).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def dequantize_4bit(
+    packed_ptr, absmax_ptr, code_ptr, absmax_code_ptr, absmax2_ptr, offset_ptr, beside_ptr, out_ptr, out_stride, K,
+    R, BLOCK: tl.constexpr, QUANT_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, STORED: tl.constexpr,
+    R_BLOCK: tl.constexpr, BESIDE: tl.constexpr,
+):  # fmt: skip
+    """4-bit codes to values, one row of the weight at a time; the high half of a byte comes first.
+
+    With NESTED_BLOCK > 0 the scales are themselves 8-bit codes (double quantisation). The R columns after the K of the
+    weight are filled from `beside_ptr`, (N, R), or with zeros.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    BLOCKS: tl.constexpr = BLOCK // QUANT_BLOCK
+    HALF: tl.constexpr = QUANT_BLOCK // 2
+    block = tl.arange(0, BLOCKS)
+    block_inside = first + block * QUANT_BLOCK < K
+    block_index = (row * K + first) // QUANT_BLOCK + block
+    if NESTED_BLOCK > 0:
+        coded = tl.load(absmax_ptr + block_index, mask=block_inside, other=0)
+        scale = tl.load(absmax_code_ptr + coded.to(tl.int32), mask=block_inside, other=0.0)
+        scale *= tl.load(absmax2_ptr + block_index // NESTED_BLOCK, mask=block_inside, other=0.0)
+        scale += tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block_index, mask=block_inside, other=0.0)
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    inside = block_inside[:, None] & (byte >= 0)
+    packed = tl.load(packed_ptr + (row * K + first) // 2 + byte, mask=inside, other=0).to(tl.int32)
+    high = (tl.load(code_ptr + (packed >> 4)) * scale[:, None]).to(STORED)
+    low = (tl.load(code_ptr + (packed & 15)) * scale[:, None]).to(STORED)
+    both = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+    col = block[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
+    tl.store(out_ptr + row * out_stride + first + col, both, mask=block_inside[:, None] & (col >= 0))
+    if tl.program_id(1) == 0:
+        rank = tl.arange(0, R_BLOCK)
+        beside = tl.zeros((R_BLOCK,), out_ptr.dtype.element_ty)
+        if BESIDE:
+            beside = tl.load(beside_ptr + row * R + rank, mask=rank < R, other=0.0)
+        tl.store(out_ptr + row * out_stride + K + rank, beside, mask=rank < R)
+
+
+@triton.jit
+def log_sum_exp(logits_ptr, target_ptr, lse_ptr, logps_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each row of logits, and the log-prob of its target."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = logits_ptr + row * V
+    largest = -float("inf")
+    total = 0.0
+    for first in range(0, V, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        x = tl.load(logits + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        new = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+        largest = new
+    lse = largest + tl.log(total)
+    target = tl.load(target_ptr + row)
+    tl.store(lse_ptr + row, lse)
+    tl.store(logps_ptr + row, tl.load(logits + target).to(tl.float32) - lse)
+
+
+@triton.jit
+def logp_grad(logits_ptr, target_ptr, lse_ptr, V, BLOCK: tl.constexpr):
+    """In place: logits become d logp(target) / d logits = onehot - softmax."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = logits_ptr + row * V + cols
+    x = tl.load(place, mask=cols < V, other=0.0).to(tl.float32)
+    prob = tl.exp(x - tl.load(lse_ptr + row))
+    grad = tl.where(cols == tl.load(target_ptr + row), 1.0, 0.0) - prob
+    tl.store(place, grad.to(logits_ptr.dtype.element_ty), mask=cols < V)
