@@ -19,6 +19,7 @@ from .errors import CheckpointError, DataError, NonFiniteError, OptionError, Ref
 USAGE = """usage: dpo-peft COMMAND [options]
 
   train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
+  plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB [--any_option value]
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
 
 dpo-peft COMMAND --help lists every option."""
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("", "-h", "--help"):
         print(USAGE)
         return 0
-    commands = {"train": train, "cache": cache}
+    commands = {"train": train, "plan": plan, "cache": cache}
     if command not in commands:
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -101,6 +102,17 @@ def train(argv: Sequence[str]) -> Any:
     trainer.save_model()
     print(f"Adapter, model card, metrics.json and curves.png are in {trainer.args.output_dir}")
     return trainer
+
+
+def plan(argv: Sequence[str]) -> None:
+    """`dpo-peft plan`: what training would take of a GPU, see `cli_plan.plan`.
+
+    Raises:
+        OptionError: as `cli_plan.plan`.
+    """
+    from .cli_plan import plan as print_plan
+
+    print_plan(argv, (DataArguments, ModelArguments), _read_config_file)
 
 
 def cache(argv: Sequence[str]) -> None:

@@ -1,0 +1,122 @@
+"""How to run an optimizer step within a GPU's memory.
+
+`plan_step` cuts it into micro-batches that fit, by the predictions of `memory.py`. `dpo-peft plan` and the trainer use
+the same code.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .memory import GIB, RESERVE, MemoryModel
+from .shapes import PRESETS, Lora, Shape
+
+__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "MicroBatch", "Shape", "StepPlan", "plan_step"]
+
+RECOMPUTED = 0.73  # of a checkpointed layer's forward pass that its backward repeats: all but the last product
+# A pass over the weights dequantises all of them and launches every kernel, whatever the tokens: worth so many tokens.
+PASS_TOKENS = 1100
+
+
+class MicroBatch(NamedTuple):
+    """Some samples of an optimizer step, by their indices, and how they are run."""
+
+    samples: tuple[int, ...]
+    tokens: int
+    keys: int
+    predicted: int
+    checkpoint_layers: int
+    peak: float  # bytes
+
+
+class StepPlan(NamedTuple):
+    """An optimizer step as micro-batches, the largest first."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    cost: float  # what the plan adds to the samples' own work, in tokens of a forward pass
+    fits: bool  # whether every micro-batch is within the limit; one that isn't holds a single sample
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return max((batch.tokens for batch in self.micro_batches), default=0)
+
+
+def plan_step(
+    samples: Sequence[tuple[int, int, int]],
+    model: MemoryModel,
+    limit: float,
+    *,
+    max_tokens: int | None = None,
+    reference_passes: int = 1,
+    pass_tokens: float = PASS_TOKENS,
+) -> StepPlan:
+    """The cheapest way to run an optimizer step within memory.
+
+    Few large micro-batches pass over the weights less often; small ones need fewer layers checkpointed. Numbers of
+    micro-batches are tried from 1 on, with the samples spread evenly by tokens, largest first.
+
+    Args:
+        samples: T, S and P of each, which add up (prompts are shared).
+        model: predicts the memory.
+        limit: bytes that tensors may take.
+        max_tokens: of a micro-batch, beside the limit. A larger sample stands alone.
+        reference_passes: forward passes of the reference per micro-batch: 0 without one, or with its values cached.
+        pass_tokens: what a pass over the weights costs beside its tokens' work, in tokens of a forward pass.
+
+    Returns:
+        Every sample in exactly one micro-batch. A sample that doesn't fit alone stands alone all the same.
+    """
+    most = math.inf if max_tokens is None else max_tokens
+    single = [_micro_batch([i], samples, model, limit) for i in range(len(samples))]
+    alone = [batch for batch in single if batch.peak > limit or batch.tokens > most]
+    rest = [i for batch in single if batch.peak <= limit and batch.tokens <= most for i in batch.samples]
+    best: list[MicroBatch] = []
+    best_cost = math.inf
+    for number in range(1, len(rest) + 1):
+        if number * (2 + reference_passes) * pass_tokens >= best_cost:
+            break  # more micro-batches cost more than what is known
+        tried = []
+        for one in _spread(rest, samples, number):  # the largest first: what doesn't fit shows at once
+            batch = _micro_batch(one, samples, model, limit)
+            if batch.peak > limit or batch.tokens > most:
+                break
+            tried.append(batch)
+        else:
+            cost = sum(_cost(batch, model, reference_passes, pass_tokens) for batch in tried)
+            if cost < best_cost:
+                best, best_cost = tried, cost
+    batches = sorted(alone + best, key=lambda batch: (-batch.tokens, batch.samples))
+    cost = sum(_cost(batch, model, reference_passes, pass_tokens) for batch in batches)
+    return StepPlan(tuple(batches), cost, all(batch.peak <= limit for batch in batches))
+
+
+def _total(indices: Sequence[int], samples: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    tokens, keys, predicted = (sum(samples[i][k] for i in indices) for k in range(3))
+    return tokens, keys, predicted
+
+
+def _micro_batch(
+    indices: Sequence[int], samples: Sequence[tuple[int, int, int]], model: MemoryModel, limit: float
+) -> MicroBatch:
+    size = _total(indices, samples)
+    layers = model.checkpoint_layers_for(*size, limit)
+    return MicroBatch(tuple(sorted(indices)), *size, layers, model.peak(*size, layers))
+
+
+def _cost(batch: MicroBatch, model: MemoryModel, reference_passes: int, pass_tokens: float) -> float:
+    """Passes over the weights, and recomputation, in tokens of a forward pass."""
+    repeated = RECOMPUTED * batch.checkpoint_layers / model.shape.layers
+    return pass_tokens * (2 + reference_passes + repeated) + repeated * batch.tokens
+
+
+def _spread(indices: Sequence[int], samples: Sequence[tuple[int, int, int]], number: int) -> list[list[int]]:
+    """Bins of about equally many tokens: the largest sample first, each into the emptiest bin (Graham 1969)."""
+    bins: list[list[int]] = [[] for _ in range(number)]
+    loads = [(0, b) for b in range(number)]  # a heap
+    for i in sorted(indices, key=lambda i: (-samples[i][0], i)):
+        load, b = loads[0]
+        bins[b].append(i)
+        heapq.heapreplace(loads, (load + samples[i][0], b))
+    return sorted(bins, key=lambda one: -sum(samples[i][0] for i in one))
