@@ -1,0 +1,240 @@
+"""One case of the speed benchmark, on any engine: our trainer, TRL's, TRL's with Liger layers, Unsloth's.
+
+All get the same model, the same rows in the same order, LoRA of rank 16 on all linear layers, and the same clock. What
+an engine imports is imported when it runs, since Unsloth has to come before the others.
+"""
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from speed_models import (
+    SAMPLES,
+    SHAPES,
+    as_pairs,
+    as_text,
+    bound_flops,
+    lengths,
+    make_config,
+    make_model,
+    make_rows,
+    make_tokenizer,
+    same_start,
+    synchronize,
+)
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
+
+GIB = 2**30
+LONGEST = 65536  # longer than any row: nothing is cut
+# What makes the CPU wait for the GPU, by the profiler's names.
+WAITS = (
+    "aten::item aten::_local_scalar_dense aten::nonzero cudaStreamSynchronize cudaDeviceSynchronize "
+    "cudaEventSynchronize cudaMemcpy"
+).split()
+
+
+class Clock(TrainerCallback):
+    """Waits for the device at the start and at the end of the timed steps only; may then profile one more."""
+
+    def __init__(self, warm: int, steps: int, device: str, profile: bool):
+        self.first, self.last, self.device = warm, warm + steps, device
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+        self.profiler = torch.profiler.profile(activities=activities) if profile else None
+        self.figures: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.first:
+            synchronize(self.device)
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            self.start = time.perf_counter(), time.process_time()
+        elif state.global_step == self.last:
+            synchronize(self.device)
+            steps = self.last - self.first
+            self.figures["seconds_per_step"] = (time.perf_counter() - self.start[0]) / steps
+            self.figures["cpu_seconds_per_step"] = (time.process_time() - self.start[1]) / steps
+            if self.device == "cuda":
+                self.figures["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+                self.figures["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+            if self.profiler:
+                self.profiler.start()
+        elif self.profiler and state.global_step == self.last + 1:
+            synchronize(self.device)
+            self.profiler.stop()
+
+
+def describe_profile(clock: Clock) -> dict[str, Any]:
+    """Of the profiled step: what made it wait for the device (the profiler itself waits once, at the end), and the
+    kernels that took longest, also as a table."""
+    assert clock.profiler is not None
+    events, on_gpu = clock.profiler.key_averages(), clock.device == "cuda"
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # The operators that launch kernels, and annotations around them, bear the kernels' time too.
+    kernels = [e for e in events if not on_gpu or ("CUDA" in str(e.device_type) and not e.is_user_annotation)]
+    ranked = sorted(kernels, key=lambda e: -getattr(e, attribute))
+    return {
+        "waits": {e.key: e.count for e in events if e.key in WAITS or "DtoH" in e.key},
+        "launches": sum(e.count for e in events if e.key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))),
+        "busy_ms": round(sum(getattr(e, attribute) for e in ranked) / 1000, 2),
+        "top": [[e.key[:100], e.count, round(getattr(e, attribute) / 1000, 3)] for e in ranked[:30]],
+        "table": events.table(sort_by=attribute, row_limit=30, max_name_column_width=90),
+    }
+
+
+def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[str, Any]:
+    """Train for the case's steps and return its figures.
+
+    `case` is as in speed_cases, with one `engine` and its `options`.
+    """
+    warm, steps = case.get("warm", 3), case.get("steps", 6)
+    samples, work, shape = case.get("samples", SAMPLES[case["work"]]), case["work"], case["shape"]
+    total = warm + steps + profile
+    sizes = lengths(work, samples * total)
+    rows = make_rows(sizes, SHAPES[shape]["vocab_size"])
+    given = rows if case["engine"] == "ours" else as_pairs(rows)  # the same work, for trainers that know pairs only
+    clock = Clock(warm, steps, device, profile)
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(0)
+        config = train_options(case, device, folder, samples * len(given) // len(rows), total)
+        build = {"ours": ours, "unsloth": unsloth}.get(case["engine"], trl)
+        trainer, loaded = build(case, device, config, given)
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        same_start(trainer.model, torch.float32 if case.get("dtype") == "float32" else None)
+        losses = keep_losses(trainer)
+        trainer.train()
+    timed = sizes[samples * warm : samples * (warm + steps)]
+    seconds = clock.figures["seconds_per_step"]
+    found: dict[str, Any] = {
+        **clock.figures,
+        "samples_per_s": samples / seconds,
+        "tokens_per_s": sum(map(sum, timed)) / steps / seconds,
+        "bound_flops_per_step": bound_flops(shape, timed) / steps,
+        "loaded_gib": loaded,
+        "samples": samples,
+        "losses": [float(loss) for loss in losses.values()][: warm + steps],
+        "adapter_dtype": str(next(p.dtype for p in trainer.model.parameters() if p.requires_grad)),
+    }
+    found["loss"] = found["losses"][-1]
+    if case["engine"] == "ours":
+        found |= {"plan": str(trainer.forward_plan), "halvings": trainer.halvings}
+    return found | ({"profile": describe_profile(clock)} if profile else {})
+
+
+def train_options(case: dict[str, Any], device: str, folder: str, batch: int, total: int) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "max_steps": total,
+        "max_length": LONGEST,
+        "learning_rate": 1e-5,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+        "bf16": case.get("dtype", "bfloat16") == "bfloat16",
+        "use_cpu": device == "cpu",
+        "train_sampling_strategy": "sequential",  # the timed rows are then known
+        **case.get("options", {}),
+    }
+
+
+def keep_losses(trainer: Any) -> dict[int, torch.Tensor]:
+    """The loss of every step, without waiting for the device; it fills as the trainer trains."""
+    losses: dict[int, torch.Tensor] = {}
+    take_step = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = take_step(*args, **kwargs)
+        step = trainer.state.global_step
+        losses[step] = losses[step] + loss if step in losses else loss  # several micro-batches
+        return loss
+
+    trainer.training_step = training_step
+    return losses
+
+
+def loaded_gib(device: str) -> float:
+    return torch.cuda.memory_allocated() / GIB if device == "cuda" else 0.0
+
+
+def local_parts(case: dict[str, Any], device: str) -> tuple[dict[str, Any], float]:
+    """Arguments of a trainer's constructor, and the memory that the model takes."""
+    dtype = getattr(torch, case.get("dtype", "bfloat16"))
+    model = make_model(case["shape"], device, dtype)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokenizer = make_tokenizer(SHAPES[case["shape"]]["vocab_size"])
+    return {"model": model, "peft_config": lora, "processing_class": tokenizer}, loaded_gib(device)
+
+
+def ours(case: dict[str, Any], device: str, config: dict[str, Any], rows: list[dict]) -> tuple[Any, float]:
+    from datasets import Dataset
+
+    from dpo_peft import DPOConfig, DPOTrainer
+
+    parts, loaded = local_parts(case, device)
+    loss = {"loss_type": "multi_negative"} if case["work"] == "multi" else {}
+    args = DPOConfig(**{**loss, **config})
+    return DPOTrainer(args=args, train_dataset=Dataset.from_list(rows), **parts), loaded
+
+
+def trl(case: dict[str, Any], device: str, config: dict[str, Any], rows: list[dict]) -> tuple[Any, float]:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class IdsTrainer(DPOTrainer):
+        """Takes rows that are token ids already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    parts, loaded = local_parts(case, device)
+    args = DPOConfig(**config, use_liger_kernel=case["engine"] == "trl+liger")
+    return IdsTrainer(args=args, train_dataset=Dataset.from_list(rows), **parts), loaded
+
+
+def unsloth(case: dict[str, Any], device: str, config: dict[str, Any], rows: list[dict]) -> tuple[Any, float]:
+    """It loads from disk only, and quantises there itself. `speed.py` has imported it before anything else."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from unsloth import FastLanguageModel
+
+    folder = Path(tempfile.gettempdir(), f"speed_{case['shape']}")
+    if not (folder / "config.json").exists():
+        save_random(case["shape"], device, folder)
+    most = max(itertools.chain.from_iterable(lengths(case["work"], 64))) * 2
+    limits = {"max_seq_length": max(8192, most)}
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True, fix_tokenizer=False, **limits
+    )
+    loaded = loaded_gib(device)
+    checkpointing = config.pop("gradient_checkpointing", "unsloth")
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        target_modules=targets,
+        use_gradient_checkpointing=checkpointing,
+        random_state=0,
+        **limits,
+    )
+    args = DPOConfig(**config, dataset_num_proc=1)
+    text = Dataset.from_list(as_text(rows))
+    return DPOTrainer(model=model, ref_model=None, args=args, train_dataset=text, processing_class=tokenizer), loaded
+
+
+def save_random(shape: str, device: str, folder: Path) -> None:
+    """A checkpoint of random bfloat16 weights and its tokenizer."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(make_config(shape), dtype=torch.bfloat16)
+    make_tokenizer(SHAPES[shape]["vocab_size"]).save_pretrained(folder)
+    model.save_pretrained(folder)
