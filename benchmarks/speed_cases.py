@@ -24,27 +24,47 @@ def case(engine: str, work: str, shape: str = "8b", note: str = "", **more: Any)
     return {"name": name, "engine": engine, "work": work, "shape": shape, **more}
 
 
+# GiB that the leanest of the peers took at its peak, on an H100 and the same lengths: ours is to stay within it.
+PEERS_PEAK = {"uf": 15.4, "longprompt": 12.1, "hh": 21.6}
+AUTO = {"max_tokens_per_microbatch": "auto"}
+
+
 def ours_both_ways(work: str) -> list[Case]:
-    stored = {"gradient_checkpointing": False}
-    return [case("ours", work), case("ours", work, note="stored", options=stored)]
+    """Within a peer's memory, and with all of the card's."""
+    within = {**AUTO, "max_memory_gib": PEERS_PEAK[work]}
+    return [
+        case("ours", work, note=f"within {PEERS_PEAK[work]} GiB", options=within),
+        case("ours", work, note="free", options=AUTO),
+    ]
 
 
 def gpu_short() -> list[Case]:
-    cases = [one for work in ("uf", "hh", "longprompt") for one in [*ours_both_ways(work), case("trl", work)]]
-    return [*cases, case("trl+liger", "uf")]
+    works = ("uf", "longprompt", "hh")
+    cases = [one for work in works for one in ours_both_ways(work)]
+    more = (("uf", 16), ("hh", 64), ("longprompt", 4))
+    cases += [case("ours", work, note=f"free {n}", samples=n, options=AUTO) for work, n in more]
+    cases += [case("trl", work, warm=2, steps=4) for work in works]
+    return [*cases, case("trl+liger", "uf", warm=2, steps=4)]
+
+
+def gpu_more() -> list[Case]:
+    """Other work, limits of memory, and a row that is much longer than the rest."""
+    cases = [case("ours", "outlier", note="24gb", memory_gib=SMALLER_CARD, warm=1, steps=7, options=AUTO)]
+    cases += gpu_70b()[:1]
+    few = {"warm": 1, "steps": 3}
+    cases += [case("ours", work, note="24gb", memory_gib=SMALLER_CARD, **few) for work in ("ctx16k", "ctx32k")]
+    cases += [case("ours", "multi", options=AUTO), case("trl", "multi", warm=2, steps=4)]
+    return [*cases, case("trl", "ctx16k", **few), case("ours", "ctx32k", **few), case("trl", "ctx32k", **few)]
 
 
 def gpu() -> list[Case]:
-    cases = gpu_short()
-    cases += [case(engine, work) for work in ("multi", "ctx16k", "ctx32k") for engine in ("ours", "trl")]
-    cases += [case("ours", "uf", note="stored 16", samples=16, options={"gradient_checkpointing": False})]
-    cases += [case("trl+liger", work) for work in ("hh", "longprompt")]
+    cases = gpu_short() + gpu_more() + [case("trl+liger", work) for work in ("hh", "longprompt")]
     return cases + [case("unsloth", work) for work in ("uf", "hh", "longprompt")]
 
 
 def gpu_70b() -> list[Case]:
-    fewer = {"shape": "70b", "warm": 2, "steps": 3}
-    cases = [case("ours", "uf", note=str(samples), samples=samples, **fewer) for samples in (4, 16, 24)]
+    fewer = {"shape": "70b", "warm": 1, "steps": 3}
+    cases = [case("ours", "uf", note=str(samples), samples=samples, options=AUTO, **fewer) for samples in (16, 24)]
     return cases + [case(engine, "uf", note="4", samples=4, **fewer) for engine in ("trl", "trl+liger")]
 
 
@@ -80,4 +100,11 @@ def cpu() -> list[Case]:
     ]
 
 
-SETS = {"gpu": gpu, "gpu-short": gpu_short, "cpu": cpu, "70b": gpu_70b, "24gb": gpu_24gb}
+SETS = {
+    "gpu": gpu,
+    "gpu-short": gpu_short,
+    "gpu-more": gpu_more,
+    "cpu": cpu,
+    "70b": gpu_70b,
+    "24gb": gpu_24gb,
+}

@@ -53,8 +53,19 @@ DEMO = [
     (469, 247, 319), (44, 578, 94), (1371, 356, 419),
 ]
 # fmt: on
-FIXED = {"demo": DEMO, "ctx16k": [(12288, 2048, 2048)], "ctx32k": [(30720, 1024, 1024)]}
-SAMPLES = {"uf": 8, "hh": 32, "longprompt": 2, "multi": 4, "demo": 2, "ctx16k": 1, "ctx32k": 1}  # of a step
+# One row of 6,000 tokens in the third step of eight, among others of about 800.
+OUTLIER = [(4096, 1024, 880) if i == 19 else (190 + i % 5, 250 + 9 * (i % 8), 350 - 7 * (i % 9)) for i in range(72)]
+FIXED = {"demo": DEMO, "ctx16k": [(12288, 2048, 2048)], "ctx32k": [(30720, 1024, 1024)], "outlier": OUTLIER}
+SAMPLES = {
+    "uf": 8,
+    "hh": 32,
+    "longprompt": 2,
+    "multi": 4,
+    "demo": 2,
+    "ctx16k": 1,
+    "ctx32k": 1,
+    "outlier": 8,
+}  # of a step
 FIRST_ID = 4  # below stand the special tokens
 
 Lengths = tuple[int, ...]  # prompt, chosen, rejected (several for "multi")

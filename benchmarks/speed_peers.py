@@ -107,6 +107,7 @@ def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[s
         trainer.remove_callback(PrinterCallback)
         same_start(trainer.model, torch.float32 if case.get("dtype") == "float32" else None)
         losses = keep_losses(trainer)
+        micro_batches = keep_micro_batches(trainer, warm, warm + steps) if case["engine"] == "ours" else []
         trainer.train()
     timed = sizes[samples * warm : samples * (warm + steps)]
     seconds = clock.figures["seconds_per_step"]
@@ -123,6 +124,11 @@ def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[s
     found["loss"] = found["losses"][-1]
     if case["engine"] == "ours":
         found |= {"plan": str(trainer.forward_plan), "halvings": trainer.halvings}
+        found |= {"micro_batches": len(micro_batches), "limit_gib": trainer.budget.limit / GIB}
+        if micro_batches and trainer.budget.memory is not None:
+            found["predicted_gib"] = max(trainer.budget.memory.peak(*sizes) for sizes in micro_batches) / GIB
+            found["checkpointed"] = sorted(sizes[-1] for sizes in micro_batches)
+            found["largest_tokens"] = max(sizes[0] for sizes in micro_batches)
     return found | ({"profile": describe_profile(clock)} if profile else {})
 
 
@@ -158,6 +164,23 @@ def keep_losses(trainer: Any) -> dict[int, torch.Tensor]:
 
     trainer.training_step = training_step
     return losses
+
+
+def keep_micro_batches(trainer: Any, first: int, last: int) -> list[tuple[int, int, int, int]]:
+    """Tokens, keys, predicted tokens and checkpointed layers of the timed micro-batches; it fills as the trainer
+    trains."""
+    kept: list[tuple[int, int, int, int]] = []
+    decide, fused = trainer.budget.checkpointed, trainer.forward_plan.fused
+
+    def checkpointed(batch: Any) -> int:
+        layers = decide(batch)
+        if first <= trainer.state.global_step < last:
+            kept.append((batch.input_ids.numel(), len(batch.kv_index), len(batch.target), layers))
+        return layers
+
+    if fused is not None:
+        fused.checkpointed = checkpointed
+    return kept
 
 
 def loaded_gib(device: str) -> float:

@@ -5,7 +5,6 @@ Names and defaults are those of `trl.DPOConfig` where it has them, so that a TRL
 
 import difflib
 import functools
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,7 +13,14 @@ from transformers import TrainingArguments
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
 from .losses import F_DIVERGENCES, REGISTRY
-from .objective_options import OBJECTIVE_OPTIONS, check_choice, check_loss_type, check_objective_options, resolve_beta
+from .objective_options import (
+    OBJECTIVE_OPTIONS,
+    check_choice,
+    check_loss_type,
+    check_number,
+    check_objective_options,
+    resolve_beta,
+)
 
 # Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
 # default they change nothing and are accepted.
@@ -133,6 +139,33 @@ class DPOConfig(TrainingArguments):
     )
     max_unusable_share: float = field(default=0.5, metadata={"help": "Stop if more than this share would be dropped."})
 
+    # Speed and memory; docs/performance.md
+    max_tokens_per_microbatch: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Pack the rows of a whole optimizer step, or of an evaluation batch, into as few micro-batches as "
+            "hold so many tokens each; the step stays the same. Or 'auto'. Default: no packing, micro-batches of "
+            "per_device_train_batch_size rows."
+        },
+    )
+    checkpoint_layers: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "With gradient_checkpointing: how many of the first layers are recomputed in the backward pass. "
+            "'auto': as many as memory requires, for each micro-batch anew."
+        },
+    )
+    max_memory_gib: float | None = field(
+        default=None,
+        metadata={"help": "GPU memory that 'auto' keeps within, in GiB. Default: most of what is free at the start."},
+    )
+    fused_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute decoder layers by our own kernels. Default: yes, on models that they are right for."
+        },
+    )
+
     # Objective; docs/objectives.md has an entry for each loss
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
@@ -215,18 +248,19 @@ class DPOConfig(TrainingArguments):
         self.beta = resolve_beta(self.loss_type, self.beta)
         check_objective_options(self.loss_type, {name: getattr(self, name) for name in OBJECTIVE_OPTIONS})
         self._check_batch()
+        self._check_memory()
         self._check_reference()
-        _check_number(self, "learning_rate", minimum=0)
-        _check_number(self, "max_unusable_share", minimum=0, maximum=1)
-        _check_number(self, "max_length", minimum=2, optional=True, whole=True)
-        _check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
+        check_number(self, "learning_rate", minimum=0)
+        check_number(self, "max_unusable_share", minimum=0, maximum=1)
+        check_number(self, "max_length", minimum=2, optional=True, whole=True)
+        check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         check_choice("on_unusable", self.on_unusable, ("drop", "error"))
         flags = "trust_remote_code disable_dropout share_prompts gradient_checkpointing sync_ref_model"
         for name in [*flags.split(), "precompute_ref_log_probs", "cache_ref_log_probs"]:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
-        for name in ("quantize_base", "bf16", "ref_cache_tokens"):
+        for name in ("quantize_base", "bf16", "ref_cache_tokens", "fused_layers"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True, False or None.")
         check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
@@ -240,10 +274,10 @@ class DPOConfig(TrainingArguments):
         return self.precompute_ref_log_probs or self.cache_ref_log_probs
 
     def _check_reference(self) -> None:
-        _check_number(self, "ref_model_mixup_alpha", above=0, maximum=1)
-        _check_number(self, "ref_model_sync_steps", minimum=1, whole=True)
-        _check_number(self, "precompute_ref_tokens", minimum=1, whole=True)
-        _check_number(self, "ref_cache_gb", above=0)
+        check_number(self, "ref_model_mixup_alpha", above=0, maximum=1)
+        check_number(self, "ref_model_sync_steps", minimum=1, whole=True)
+        check_number(self, "precompute_ref_tokens", minimum=1, whole=True)
+        check_number(self, "ref_cache_gb", above=0)
         used_with = {
             "ref_model_mixup_alpha": ("sync_ref_model", self.sync_ref_model),
             "ref_model_sync_steps": ("sync_ref_model", self.sync_ref_model),
@@ -278,43 +312,50 @@ class DPOConfig(TrainingArguments):
                 "a cache would never hold them. Leave precompute_ref_log_probs and cache_ref_log_probs out."
             )
 
+    def _check_memory(self) -> None:
+        layers = self.checkpoint_layers
+        if isinstance(layers, str) and layers.isdecimal():  # from the command line
+            self.checkpoint_layers = layers = int(layers)
+        if layers is None:
+            self.checkpoint_layers = layers = "auto"
+        if layers != "auto" and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 0):
+            raise OptionError(f"checkpoint_layers={layers!r} must be a whole number from 0, or 'auto'.")
+        if layers != "auto" and not self.gradient_checkpointing:
+            raise OptionError(
+                f"checkpoint_layers={layers} has no effect without gradient_checkpointing: set it, or leave "
+                "checkpoint_layers out."
+            )
+        if self.max_memory_gib is None:
+            return
+        check_number(self, "max_memory_gib", above=0)
+        if self.max_tokens_per_microbatch != "auto" and not (self.gradient_checkpointing and layers == "auto"):
+            raise OptionError(
+                f"max_memory_gib={self.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
+                "max_tokens_per_microbatch to 'auto', or leave it out."
+            )
+
     def _check_batch(self) -> None:
-        """What an objective that couples the samples of an optimizer batch needs of it."""
+        """The token budget, and what an objective that couples the samples of an optimizer batch needs of it."""
+        budget = self.max_tokens_per_microbatch
+        if isinstance(budget, str) and budget.isdecimal():  # from the command line
+            self.max_tokens_per_microbatch = budget = int(budget)
+        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
+        if not whole and budget not in (None, "auto"):
+            raise OptionError(f"max_tokens_per_microbatch={budget!r} must be a whole number from 1, 'auto' or None.")
         names = ", ".join(name for name in self.loss_type if REGISTRY[name].batch_coupled)
         if not names:
             return
-        if self.gradient_accumulation_steps > 1 and self.disable_dropout is False:
+        if (self.gradient_accumulation_steps > 1 or budget is not None) and self.disable_dropout is False:
             raise OptionError(
-                f"disable_dropout=False with loss_type {names} needs gradient_accumulation_steps=1: this loss couples "
-                "micro-batches through a pass of its own, which would draw other dropout masks."
+                f"disable_dropout=False with loss_type {names} needs gradient_accumulation_steps=1 and no "
+                "max_tokens_per_microbatch: this loss couples micro-batches through a pass of its own, which would "
+                "draw other dropout masks."
             )
         if self.per_device_train_batch_size * self.gradient_accumulation_steps < 2:
             raise OptionError(
                 f"loss_type {names} compares the samples of a batch with each other: set per_device_train_batch_size "
                 "or gradient_accumulation_steps to at least 2."
             )
-
-
-def _check_number(
-    config: DPOConfig,
-    name: str,
-    above: float = -math.inf,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    optional: bool = False,
-    whole: bool = False,
-) -> None:
-    value = getattr(config, name)
-    if value is None and optional:
-        return
-    kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise OptionError(f"{name}={value!r} must be {kind}{' or None' if optional else ''}.")
-    if not (math.isfinite(value) and above < value and minimum <= value <= maximum):
-        bounds = [f"above {above}"] if above > -math.inf else []
-        bounds += [f"at least {minimum}"] if minimum > -math.inf else []
-        bounds += [f"at most {maximum}"] if maximum < math.inf else []
-        raise OptionError(f"{name}={value!r} must be {kind} {' and '.join(bounds)}.")
 
 
 def objective_options(config: DPOConfig) -> dict[str, Any]:

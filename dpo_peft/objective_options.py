@@ -137,3 +137,26 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Refuse a value that is none of the choices of the option `name`."""
     if value not in choices:
         raise OptionError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_number(
+    options: Any,
+    name: str,
+    above: float = -math.inf,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    optional: bool = False,
+    whole: bool = False,
+) -> None:
+    """Refuse an attribute of `options` that is no number within the bounds."""
+    value = getattr(options, name)
+    if value is None and optional:
+        return
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise OptionError(f"{name}={value!r} must be {kind}{' or None' if optional else ''}.")
+    if not (math.isfinite(value) and above < value and minimum <= value <= maximum):
+        bounds = [f"above {above}"] if above > -math.inf else []
+        bounds += [f"at least {minimum}"] if minimum > -math.inf else []
+        bounds += [f"at most {maximum}"] if maximum < math.inf else []
+        raise OptionError(f"{name}={value!r} must be {kind} {' and '.join(bounds)}.")

@@ -2,7 +2,8 @@
 
 Every process reads the rows of all processes' micro-batches and keeps its share. Losses are divided by the items of
 the whole optimizer batch and gradients are summed, so neither the number of processes nor the split into micro-batches
-changes the step. A micro-batch that runs out of memory is halved, and the step repeated.
+changes the step. With a token budget the rows of a whole step are packed into as few micro-batches as it allows
+(`microbatch.py`). A micro-batch that runs out of memory is halved, and the step repeated.
 
 Shape suffixes: I items of the loss, B pairs, C completions.
 """
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .budget import MemoryBudget
 from .data.batch import mismatch
 from .forward import PackedBatch, Scores, halves
+from .microbatch import describe, hang, pack_rows, size_of, to_device
 from .objective import Scored, Totals, TrainingObjective
 from .parallel import (
     ShareCollator,
@@ -36,7 +39,9 @@ logger = logging.getLogger(__name__)
 class Step(NamedTuple):
     """The optimizer step that is being accumulated."""
 
-    batches: list[dict[str, Any]]  # micro-batches: fields of `PackedBatch`, and what `_split` and `_couple` add
+    # Micro-batches: fields of `PackedBatch`, and what `_split` and `_couple` add. Under a token budget an entry of the
+    # training loop holds some of them or none, see `hang`.
+    batches: list[dict[str, Any]]
     totals: Totals
     metrics: Any  # the metric store as it was before the step
 
@@ -50,11 +55,14 @@ class SteppingTrainer(ResumableTrainer):
     """Takes optimizer steps on micro-batches. A subclass has the method: `compute_loss`, `_policy`, `_reference`."""
 
     objective: TrainingObjective
+    budget: MemoryBudget
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
     step: Step
     accumulated = 0  # micro-batches of the step whose gradients are there
     halvings = 0  # how often each micro-batch is cut in two, since it did not fit
     step_finite: list[tuple[Tensor, Tensor]]  # rows and whether their loss is finite, per micro-batch
+    _pads: bool | None = None  # whether `collate` pads; known once it has laid something out
+    _packing_logged = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -82,24 +90,53 @@ class SteppingTrainer(ResumableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self.model.train()
         batches = self._lay_out(batches)
-        self.step = Step(batches, self._totals(batches), self.metric_store.snapshot())
+        self.step = Step(batches, self._totals(_parts(batches)), self.metric_store.snapshot())
         self.accumulated = 0
         self.step_finite = []
-        self.model.train()
         self._until_it_fits(self._split)
         return batches, self.step.totals
 
     def _lay_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows that were kept become micro-batches, each with the answers of another row beside its own."""
-        if not self.objective.needs_mismatched:
+        """Rows that were kept become as many entries of the training loop, each row with the answers of another one
+        beside its own if the objective reads them."""
+        if "kept" not in batches[0]:
             return batches
-        rows = iter(mismatch([row for batch in batches for row in batch["kept"].rows]))
-        sizes = [len(batch["kept"].rows) for batch in batches]
-        collate = ShareCollator(self.collate)
-        return [self._prepare_inputs(collate(list(itertools.islice(rows, size)))) for size in sizes]
+        kept = [batch["kept"].rows for batch in batches]
+        if self.objective.needs_mismatched:
+            rows = iter(mismatch([row for part in kept for row in part]))
+            kept = [list(itertools.islice(rows, len(part))) for part in kept]
+        if getattr(self.args, "max_tokens_per_microbatch", None) is None:
+            collate = ShareCollator(self.collate)
+            return [to_device(collate(part), self.args.device) for part in kept]
+        # The rows that `ShareCollator` would keep, so that predictions find their places again.
+        return self._pack([row for part in kept for row in part[rank() :: world_size()]], len(batches))
+
+    def _pack(self, rows: list[dict[str, Any]], entries: int) -> list[dict[str, Any]]:
+        """This process's rows of a step in micro-batches within the budget, hung on `entries` entries."""
+        if not rows:
+            return hang([], [], entries)
+        if self._pads is None:
+            self._pads = self.collate(rows[:1]).get("attention_mask") is not None
+        budget = self.microbatch_tokens([size_of(row, not self._pads) for row in rows])
+        bins = pack_rows(rows, budget, shared=not self._pads)
+        packs = [to_device(self.collate([rows[i] for i in one]), self.args.device) for one in bins]
+        if self.model.training and not self._packing_logged:
+            self._packing_logged = True
+            logger.warning("The first optimizer step is packed: %s", describe(packs, budget))
+        return hang(packs, bins, entries)
+
+    def microbatch_tokens(self, samples: Sequence[tuple[int, int, int]]) -> int:
+        """The token budget of a micro-batch, for the rows of an optimizer step or of an evaluation batch.
+
+        Args:
+            samples: (tokens, keys, predicted) of each row of this process, at least one; see `microbatch.Size`.
+        """
+        return self.budget.microbatch_tokens(samples)
 
     def _totals(self, batches: list[dict[str, Any]]) -> Totals:
+        """Of the micro-batches of an optimizer step, all processes' together."""
         own = self.objective.totals([batch for batch in batches if "empty" not in batch])
         if world_size() == 1:
             return own
@@ -163,7 +200,9 @@ class SteppingTrainer(ResumableTrainer):
             self._halve(message)
 
     def _halve(self, message: str) -> None:
-        rows = [len(part["rows"]) for batch in self.step.batches for part in _parts_of(batch) if "empty" not in part]
+        rows = [len(part["rows"]) for part in _parts(self.step.batches) if "empty" not in part]
+        packed = any("packs" in batch for batch in self.step.batches)
+        lower = "max_tokens_per_microbatch" if packed else "per_device_train_batch_size"
         if max(rows, default=1) < 2:
             raise torch.OutOfMemoryError(
                 "Out of memory with a single row in a micro-batch. Lower max_length, set gradient_checkpointing=True, "
@@ -173,14 +212,15 @@ class SteppingTrainer(ResumableTrainer):
         if self.objective.batch_coupled and (world_size() > 1 or not getattr(self.args, "disable_dropout", True)):
             raise torch.OutOfMemoryError(
                 "Out of memory, and this objective couples its batch: in several processes, or with dropout, it can't "
-                f"be cut. Lower per_device_train_batch_size. ({message})"
+                f"be cut. Lower {lower}. ({message})"
             )
         self.halvings += 1
         logger.warning(
             "Out of memory with %d rows in a micro-batch: from here on each is run in %d parts, which gives the same "
-            "steps. The step is repeated. Lower per_device_train_batch_size to avoid this. (%s)",
+            "steps. The step is repeated. Lower %s to avoid this. (%s)",
             max(rows),
             2**self.halvings,
+            lower,
             message.split("\n")[0],
         )
         self.model.zero_grad(set_to_none=True)
@@ -194,11 +234,11 @@ class SteppingTrainer(ResumableTrainer):
     def _split(self) -> None:
         """Cut every micro-batch as often as memory made it necessary; couple what the objective couples."""
         for batch in self.step.batches if self.halvings else ():
-            parts = [fields_of(batch)]
+            parts = [fields_of(pack) for pack in batch.get("packs", [batch])]
             for _ in range(self.halvings):
                 parts = [half for part in parts for half in _halves(part)]
             batch["parts"] = parts
-        parts = [part for batch in self.step.batches for part in _parts_of(batch)]
+        parts = _parts(self.step.batches)
         if self.objective.batch_coupled and (len(parts) > 1 or world_size() > 1):
             self._couple(parts, self.step.totals)
 
@@ -213,22 +253,26 @@ class SteppingTrainer(ResumableTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One evaluation batch: its loss, implicit rewards and labels (see `compute_metrics` of `DPOTrainer`).
 
-        What couples a batch is taken over the evaluation batch.
+        What couples a batch is taken over the evaluation batch. A token budget holds here too.
         """
-        inputs = self._prepare_inputs(self._lay_out([inputs])[0])
-        totals = self._totals([inputs])
-        if self.objective.batch_coupled and world_size() > 1:
-            self._couple([inputs], totals)
+        batch = self._lay_out([inputs])[0]
+        parts = [self._prepare_inputs(part) for part in _parts_of(batch) if "empty" not in part]
+        totals = self._totals(parts)
+        if self.objective.batch_coupled and (len(parts) > 1 or world_size() > 1):
+            self._couple(parts, totals)
         loss, rows = torch.zeros((), device=self.args.device), []
-        if "empty" not in inputs:
+        for part in parts:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, output = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=totals)
-            rows = [] if prediction_loss_only else self._by_row(output, inputs)
+                part_loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
+            loss = loss + part_loss.float()
+            rows += [] if prediction_loss_only else self._by_row(output, part)
         if prediction_loss_only:
-            return loss.float(), None, None
+            return loss, None, None
+        if "order" in batch:
+            rows = [row for _, row in sorted(zip(batch["order"], rows, strict=True), key=lambda placed: placed[0])]
         rows = interleave(gather_over_processes(rows))
         predictions, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
-        return loss.float(), predictions, labels
+        return loss, predictions, labels
 
     def _by_row(self, output: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Implicit rewards and labels of each row of an evaluation batch."""
@@ -256,7 +300,12 @@ class SteppingTrainer(ResumableTrainer):
 
 
 def _parts_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    return batch.get("parts", [batch])
+    """What is run for an entry of the training loop: its micro-batches, or what `_split` made of them."""
+    return batch.get("parts", batch.get("packs", [batch]))
+
+
+def _parts(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [part for batch in batches for part in _parts_of(batch)]
 
 
 def _halves(part: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,9 +34,11 @@ from .arguments import (
     load_tokenizer,
     name_of,
 )
+from .budget import MemoryBudget, memory_limit, memory_model
 from .config import DPOConfig, objective_options
 from .data import DataReport, prepare_dataset, rows_digest
 from .data.batch import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
+from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward
 from .frozen import freeze_copy
 from .metrics import mean_of, preference_metrics
@@ -150,13 +152,41 @@ class DPOTrainer(ReferencedTrainer):
         if world_size() > 1:
             check_same("train_dataset", rows_digest(self.train_dataset))
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.forward_plan = plan_forward(self.model, args.share_prompts, dtype)
+        self.forward_plan = plan_forward(self.model, args.share_prompts, dtype, args.fused_layers)
+        self.budget = self._plan_memory(dtype)
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id)
         if args.caches_reference:
             self.collate = KeyedCollator(self.collate)
-        # Mismatched answers come from the whole optimizer batch, so its rows are laid out when all are there.
-        self.data_collator = KeepRows() if self.objective.needs_mismatched else ShareCollator(self.collate)
+        # Mismatched answers come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
+        # out when all are there.
+        whole = self.objective.needs_mismatched or args.max_tokens_per_microbatch is not None
+        self.data_collator = KeepRows() if whole else ShareCollator(self.collate)
+
+    def _plan_memory(self, dtype: torch.dtype | None) -> MemoryBudget:
+        args, fused = self.args, self.forward_plan.fused
+        layers = args.checkpoint_layers if args.gradient_checkpointing else 0
+        if fused is None and args.gradient_checkpointing and layers != "auto":
+            raise OptionError(
+                f"checkpoint_layers={layers} is for fused layers, and here the model's own run "
+                f"({self.forward_plan.unfused or self.forward_plan.reason}): leave it out."
+            )
+        stored = storage_report(self.model, reference=self.reference.adapter)
+        element = (dtype or self.model.get_input_embeddings().weight.dtype).itemsize
+        how = {
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "element": element,
+            "fused": fused is not None,
+        }
+        limit = memory_limit(
+            args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable
+        )
+        passes = int(self.objective.needs_reference and not args.caches_reference)
+        memory = memory_model(self.model, stored, **how)
+        budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
+        if fused is not None:
+            fused.checkpointed = budget.checkpointed
+        return budget
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -191,7 +221,7 @@ class DPOTrainer(ReferencedTrainer):
         return (loss, output) if return_outputs else loss
 
     def _policy(self, batch: PackedBatch) -> Scores:
-        return completion_logps(self.model, batch, self.forward_plan.backend, log_sum_sq=self.objective.log_sum_sq)
+        return completion_logps(self.model, batch, self.forward_plan.scorer, log_sum_sq=self.objective.log_sum_sq)
 
     def _record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         metrics = preference_metrics(self.objective.data, output.scored, output.rewards_C, policy, ref, batch)

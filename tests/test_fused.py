@@ -1,4 +1,4 @@
-"""Fused layers: the model's own function and gradients, whatever is checkpointed, and only on models they are right for.
+"""Fused layers: the model's own function and gradients, whatever is checkpointed, on models they are right for only.
 
 The oracle is transformers' model with PEFT's layers, run on the same batch.
 """

@@ -15,11 +15,12 @@ LAYERS = [
     ["errors", "losses"],
     ["forward"],
     ["data"],
-    ["frozen", "reference", "identity", "store", "cache", "checkpoints", "parallel", "modeling"],
+    ["shapes", "memory", "planner", "plan_report"],
+    ["frozen", "reference", "identity", "store", "cache", "checkpoints", "parallel", "microbatch", "modeling"],
     ["objective_options", "objective", "metrics", "watch", "plots", "card", "results"],
-    ["config", "arguments", "cached_reference", "resumable", "stepping", "referenced"],
+    ["budget", "config", "arguments", "cached_reference", "resumable", "stepping", "referenced"],
     ["trainer"],
-    ["quickstart", "cli", "__init__"],
+    ["quickstart", "cli_plan", "cli", "__init__"],
 ]
 # The same inside a package: a module may import the modules left of it; its `__init__` may import all of them.
 ORDER_WITHIN = {
@@ -27,7 +28,9 @@ ORDER_WITHIN = {
         "objective scores pairwise anchored distributional reference_free listwise unpaired "
         "registry_reference registry_others"
     ).split(),
-    "forward": "layout unpack attention logprobs score probe".split(),
+    "forward": (
+        "layout unpack triton_kernels kernels attention projection fused recognize logprobs score probe"
+    ).split(),
     "data": (
         "report values fingerprint tokenize truncate schema parse chat turns sample convert worker prepare batch"
     ).split(),
@@ -36,7 +39,7 @@ ORDER_WITHIN = {
 # Narrower than the layers: these may import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "losses"}}
 # Who may read the config: everyone else takes plain arguments.
-CONFIG_READERS = {"arguments", "referenced", "trainer", "cli", "quickstart", "__init__"}
+CONFIG_READERS = {"arguments", "referenced", "trainer", "cli_plan", "cli", "quickstart", "__init__"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring

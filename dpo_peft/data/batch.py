@@ -69,7 +69,7 @@ class Rows:
 
 
 class KeepRows:
-    """The collator that leaves rows as they are, for objectives that lay out an optimizer batch as a whole."""
+    """The collator that leaves rows as they are, where an optimizer batch is laid out as a whole."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Prepared rows to `{"kept": ...}`."""
