@@ -28,7 +28,6 @@ _NOT_OFFERED: dict[str, tuple[Any, str]] = {
     "padding_free": (False, "Batches never hold padding here; leave it out."),
     "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
     "precompute_ref_batch_size": (None, "Set precompute_ref_tokens, the tokens of a forward pass."),
-    "activation_offloading": (False, "Use gradient_checkpointing, which is on by default."),
     "router_aux_loss_coef": (None, "The router's auxiliary loss is not available yet."),
     "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
 }
@@ -159,6 +158,9 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "GPU memory that 'auto' keeps within, in GiB. Default: most of what is free at the start."},
     )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep what checkpointed layers save in the CPU's memory: for long rows."}
+    )
     fused_layers: bool | None = field(
         default=None,
         metadata={
@@ -257,7 +259,7 @@ class DPOConfig(TrainingArguments):
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         check_choice("on_unusable", self.on_unusable, ("drop", "error"))
         flags = "trust_remote_code disable_dropout share_prompts gradient_checkpointing sync_ref_model"
-        for name in [*flags.split(), "precompute_ref_log_probs", "cache_ref_log_probs"]:
+        for name in [*flags.split(), "precompute_ref_log_probs", "cache_ref_log_probs", "activation_offloading"]:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         for name in ("quantize_base", "bf16", "ref_cache_tokens", "fused_layers"):
@@ -313,26 +315,20 @@ class DPOConfig(TrainingArguments):
             )
 
     def _check_memory(self) -> None:
-        layers = self.checkpoint_layers
-        if isinstance(layers, str) and layers.isdecimal():  # from the command line
-            self.checkpoint_layers = layers = int(layers)
-        if layers is None:
-            self.checkpoint_layers = layers = "auto"
+        layers = "auto" if self.checkpoint_layers is None else self.checkpoint_layers
+        self.checkpoint_layers = layers = int(layers) if str(layers).isdecimal() else layers  # text if from a shell
         if layers != "auto" and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 0):
             raise OptionError(f"checkpoint_layers={layers!r} must be a whole number from 0, or 'auto'.")
-        if layers != "auto" and not self.gradient_checkpointing:
+        needing = {"checkpoint_layers": layers != "auto", "activation_offloading": self.activation_offloading}
+        if not self.gradient_checkpointing and (given := [name for name, on in needing.items() if on]):
             raise OptionError(
-                f"checkpoint_layers={layers} has no effect without gradient_checkpointing: set it, or leave "
-                "checkpoint_layers out."
+                f"{', '.join(given)}: no effect without gradient_checkpointing: set it, or leave it out."
             )
-        if self.max_memory_gib is None:
-            return
-        check_number(self, "max_memory_gib", above=0)
-        if self.max_tokens_per_microbatch != "auto" and not (self.gradient_checkpointing and layers == "auto"):
-            raise OptionError(
-                f"max_memory_gib={self.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
-                "max_tokens_per_microbatch to 'auto', or leave it out."
-            )
+        check_number(self, "max_memory_gib", above=0, optional=True)
+        automatic = self.max_tokens_per_microbatch == "auto" or (self.gradient_checkpointing and layers == "auto")
+        if self.max_memory_gib is not None and not automatic:
+            remedy = "Set checkpoint_layers or max_tokens_per_microbatch to 'auto', or leave it out."
+            raise OptionError(f"max_memory_gib={self.max_memory_gib} has no effect: nothing is 'auto'. {remedy}")
 
     def _check_batch(self) -> None:
         """The token budget, and what an objective that couples the samples of an optimizer batch needs of it."""

@@ -96,6 +96,7 @@ class MemoryModel:
     optimizer: str = "adamw_torch_fused"
     element: int = 2  # e
     fused: bool = True
+    offload: bool = False  # the inputs of checkpointed layers are in the CPU's memory
     chunk_rows: int = CHUNK_ROWS
 
     @classmethod
@@ -119,7 +120,7 @@ class MemoryModel:
             nested: whether with double quantisation.
             weight_bytes: of a weight that isn't quantised.
             reference: a frozen adapter beside the trained one.
-            options: the fields `optimizer`, `element`, `fused`, `chunk_rows`.
+            options: the fields `optimizer`, `element`, `fused`, `offload`, `chunk_rows`.
         """
         lora = lora or Lora.of(shape)
         small = shape.layers * sum(nf4_bytes(linear.weights, nested) for linear in shape.linears)
@@ -268,7 +269,8 @@ class MemoryModel:
         others = self.shape.layers - checkpoint_layers
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
-        saved = checkpoint_layers * inputs + max(others * kept, kept - inputs)
+        held = 0.0 if self.offload else inputs
+        saved = checkpoint_layers * held + max(others * kept, kept - held)
         if not self.fused:  # transformers' final norm keeps its input in float32 and its output
             saved += (4 + self.element) * T * self.shape.hidden
         return SAVED_FACTOR * saved

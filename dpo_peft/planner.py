@@ -15,8 +15,9 @@ from .shapes import PRESETS, Lora, Shape
 __all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "MicroBatch", "Shape", "StepPlan", "plan_step"]
 
 RECOMPUTED = 0.73  # of a checkpointed layer's forward pass that its backward repeats: all but the last product
-# A pass over the weights dequantises all of them and launches every kernel, whatever the tokens: worth so many tokens.
-PASS_TOKENS = 1100
+# What a pass over the weights costs beside its tokens' work, in tokens, and below which number of tokens it gets no
+# shorter, since launching its kernels takes as long. From an 8B shape on an H100: weights are dequantised in 6 ms.
+PASS_TOKENS, LEAST_TOKENS = 400, 3600
 
 
 class MicroBatch(NamedTuple):
@@ -51,6 +52,7 @@ def plan_step(
     max_tokens: int | None = None,
     reference_passes: int = 1,
     pass_tokens: float = PASS_TOKENS,
+    least_tokens: float = LEAST_TOKENS,
 ) -> StepPlan:
     """The cheapest way to run an optimizer step within memory.
 
@@ -64,6 +66,7 @@ def plan_step(
         max_tokens: of a micro-batch, beside the limit. A larger sample stands alone.
         reference_passes: forward passes of the reference per micro-batch: 0 without one, or with its values cached.
         pass_tokens: what a pass over the weights costs beside its tokens' work, in tokens of a forward pass.
+        least_tokens: below which a pass gets no shorter.
 
     Returns:
         Every sample in exactly one micro-batch. A sample that doesn't fit alone stands alone all the same.
@@ -84,11 +87,11 @@ def plan_step(
                 break
             tried.append(batch)
         else:
-            cost = sum(_cost(batch, model, reference_passes, pass_tokens) for batch in tried)
+            cost = sum(_cost(batch, model, reference_passes, pass_tokens, least_tokens) for batch in tried)
             if cost < best_cost:
                 best, best_cost = tried, cost
     batches = sorted(alone + best, key=lambda batch: (-batch.tokens, batch.samples))
-    cost = sum(_cost(batch, model, reference_passes, pass_tokens) for batch in batches)
+    cost = sum(_cost(batch, model, reference_passes, pass_tokens, least_tokens) for batch in batches)
     return StepPlan(tuple(batches), cost, all(batch.peak <= limit for batch in batches))
 
 
@@ -105,10 +108,13 @@ def _micro_batch(
     return MicroBatch(tuple(sorted(indices)), *size, layers, model.peak(*size, layers))
 
 
-def _cost(batch: MicroBatch, model: MemoryModel, reference_passes: int, pass_tokens: float) -> float:
-    """Passes over the weights, and recomputation, in tokens of a forward pass."""
+def _cost(
+    batch: MicroBatch, model: MemoryModel, reference_passes: int, pass_tokens: float, least_tokens: float
+) -> float:
+    """Passes over the weights, and recomputation, beyond the samples' own work; in tokens of a forward pass."""
+    passes = 2 + reference_passes
     repeated = RECOMPUTED * batch.checkpoint_layers / model.shape.layers
-    return pass_tokens * (2 + reference_passes + repeated) + repeated * batch.tokens
+    return (passes + repeated) * max(batch.tokens + pass_tokens, least_tokens) - passes * batch.tokens
 
 
 def _spread(indices: Sequence[int], samples: Sequence[tuple[int, int, int]], number: int) -> list[list[int]]:

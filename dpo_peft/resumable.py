@@ -44,8 +44,8 @@ _HARMLESS = (
     "metric_for_best greater_is_better eval_accumulation per_device_eval dataloader_num dataloader_pin "
     "dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
-    "activation_checkpointing gradient_checkpointing checkpoint_layers max_memory_gib max_unusable_share on_unusable "
-    "restore_callback jit_mode"
+    "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib "
+    "max_unusable_share on_unusable restore_callback jit_mode"
 ).split()
 
 

@@ -15,6 +15,7 @@ even, rejected at odd indices), N predicted tokens.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from .config import DPOConfig, objective_options
 from .data import DataReport, prepare_dataset, rows_digest
 from .data.batch import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
 from .errors import OptionError
-from .forward import PackedBatch, Scores, completion_logps, plan_forward
+from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .frozen import freeze_copy
 from .metrics import mean_of, preference_metrics
 from .modeling import attach_adapter, disable_dropout, load_model, storage_report
@@ -151,9 +152,8 @@ class DPOTrainer(ReferencedTrainer):
         copy_from_first(p for p in self.model.parameters() if p.requires_grad)
         if world_size() > 1:
             check_same("train_dataset", rows_digest(self.train_dataset))
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        self.forward_plan = plan_forward(self.model, args.share_prompts, dtype, args.fused_layers)
-        self.budget = self._plan_memory(dtype)
+        self.forward_plan = plan_forward(self.model, args.share_prompts, self._autocast_dtype, args.fused_layers)
+        self.budget = self._plan_memory()
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id)
         if args.caches_reference:
@@ -163,16 +163,23 @@ class DPOTrainer(ReferencedTrainer):
         whole = self.objective.needs_mismatched or args.max_tokens_per_microbatch is not None
         self.data_collator = KeepRows() if whole else ShareCollator(self.collate)
 
-    def _plan_memory(self, dtype: torch.dtype | None) -> MemoryBudget:
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
+    def _plan_memory(self) -> MemoryBudget:
         args, fused = self.args, self.forward_plan.fused
         layers = args.checkpoint_layers if args.gradient_checkpointing else 0
-        if fused is None and args.gradient_checkpointing and layers != "auto":
+        assert layers is not None
+        if fused is None and args.gradient_checkpointing and (layers != "auto" or args.activation_offloading):
             raise OptionError(
-                f"checkpoint_layers={layers} is for fused layers, and here the model's own run "
-                f"({self.forward_plan.unfused or self.forward_plan.reason}): leave it out."
+                "checkpoint_layers and activation_offloading are for fused layers, and here the model's own run "
+                f"({self.forward_plan.unfused or self.forward_plan.reason}): leave them out."
             )
+        if args.activation_offloading and args.device.type == "cpu":
+            raise OptionError("activation_offloading has no effect on a CPU: leave it out.")
         stored = storage_report(self.model, reference=self.reference.adapter)
-        element = (dtype or self.model.get_input_embeddings().weight.dtype).itemsize
+        element = (self._autocast_dtype or self.model.get_input_embeddings().weight.dtype).itemsize
         how = {
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "element": element,
@@ -182,10 +189,10 @@ class DPOTrainer(ReferencedTrainer):
             args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable
         )
         passes = int(self.objective.needs_reference and not args.caches_reference)
-        memory = memory_model(self.model, stored, **how)
+        memory = memory_model(self.model, stored, offload=args.activation_offloading, **how)
         budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
         if fused is not None:
-            fused.checkpointed = budget.checkpointed
+            fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading
         return budget
 
     # ---- The method ---------------------------------------------------------------------------------------------
@@ -231,6 +238,17 @@ class DPOTrainer(ReferencedTrainer):
         else:
             self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics})
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `ReferencedTrainer.train`. What was added to the model since it was probed is heeded."""
+        plan = recheck(self.forward_plan, self.model, self._autocast_dtype)
+        if plan is not self.forward_plan:
+            if self.args.fused_layers:
+                raise OptionError(f"fused_layers=True, but by now {plan.unfused}: leave it out.")
+            self.forward_plan = plan
+            self.budget = self._plan_memory()
+            logger.warning("%s", plan)
+        return super().train(*args, **kwargs)
+
     # ---- Hooks of transformers.Trainer --------------------------------------------------------------------------
 
     def compute_loss_context_manager(self) -> Any:
@@ -269,7 +287,11 @@ class DPOTrainer(ReferencedTrainer):
         """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""
         if "empty" in inputs:
             return 0
-        return 6 * inputs["input_ids"].numel() * self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._weights
+
+    @cached_property
+    def _weights(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`; a dataset given to `evaluate` is prepared as those of the constructor are."""

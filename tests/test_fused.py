@@ -281,3 +281,13 @@ def test_the_probe_refuses_layers_that_are_wrong(monkeypatch: Any) -> None:
             plan = plan_forward(model)
             assert plan.fused is None and "fused log-probs differ by" in plan.unfused, name
     fused_plan(model)
+
+
+def test_inputs_of_checkpointed_layers_can_be_offloaded() -> None:
+    model = adapted(build("Llama", {}))
+    layers = fused_plan(model)
+    layers.checkpointed = lambda batch: 2
+    kept_N, kept = scored(model, layers)
+    layers.offload = True
+    offloaded_N, offloaded = scored(model, layers)
+    assert torch.equal(kept_N, offloaded_N) and all(torch.equal(grad, kept[name]) for name, grad in offloaded.items())

@@ -450,14 +450,15 @@ def test_the_cost_by_hand() -> None:
     1100 * (3 + 0.73 * 8/32) + 0.73 * 8/32 * T, apart 2 * 3 * 1100.
     """
     sample = (800, 1200, 600)
-    assert plan_step([sample] * 4, EIGHT, 80 * GIB).cost == 3 * 1100
-    assert plan_step([sample] * 4, EIGHT, 80 * GIB, reference_passes=0).cost == 2 * 1100
+    assert plan_step([sample] * 4, EIGHT, 80 * GIB).cost == 3 * 400
+    assert plan_step([sample] * 4, EIGHT, 80 * GIB, reference_passes=0).cost == 2 * 400
+    assert plan_step([(1000, 1500, 700)], EIGHT, 80 * GIB).cost == 3 * (3600 - 1000)
     sample = (3000, 4500, 2250)
     limit = EIGHT.peak(6000, 9000, 4500, 8)
     together = plan_step([sample] * 2, EIGHT, limit)
     assert [batch.checkpoint_layers for batch in together.micro_batches] == [8]
-    assert together.cost == pytest.approx(1100 * (3 + 0.73 / 4) + 0.73 / 4 * 6000)
-    apart = plan_step([sample] * 2, EIGHT, limit, pass_tokens=10)
+    assert together.cost == pytest.approx(400 * (3 + 0.73 / 4) + 0.73 / 4 * 6000)
+    apart = plan_step([sample] * 2, EIGHT, limit, pass_tokens=10, least_tokens=0)
     assert [batch.checkpoint_layers for batch in apart.micro_batches] == [0, 0]
     assert apart.cost == 2 * 3 * 10
 
@@ -477,7 +478,7 @@ def test_no_number_of_even_micro_batches_is_cheaper(pass_tokens: float) -> None:
             repeated = 0.73 * layers / 32
             cost += pass_tokens * (3 + repeated) + repeated * batch[0] if fits else float("inf")
         costs.append(cost)
-    plan = plan_step([sample] * number, EIGHT, limit, pass_tokens=pass_tokens)
+    plan = plan_step([sample] * number, EIGHT, limit, pass_tokens=pass_tokens, least_tokens=0)
     assert plan.cost == pytest.approx(min(costs))
 
 

@@ -47,7 +47,7 @@ def one_step(model: Any, tokenizer: Any, rows: Any, folder: Path, split: tuple[i
 def test_micro_batches_do_not_change_the_step(
     mix: dict[str, Any], tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """One SGD step at 8x1, 4x2, 2x4 and 1x8: weights to 1e-6, the loss too, and it did step."""
+    """One SGD step at 8x1, 4x2, 2x4 and 1x8: weights to 1e-6 (above 1, relative), the loss too, and it did step."""
     rows, tokenizer = rows_for(mix["loss_type"][0], 16), make_tokenizer()
     runs = []
     for split in SPLITS:
@@ -58,7 +58,7 @@ def test_micro_batches_do_not_change_the_step(
     assert "z_ref" not in logs or logs["z_ref"] > 0
     for run in runs[1:]:
         for name, weight in adapter_weights(run).items():
-            torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6)
+            torch.testing.assert_close(weight, whole[name], rtol=1e-6, atol=1e-6)
         assert abs(step_logs(run)[0]["loss"] - logs["loss"]) < 1e-6 * max(1, abs(logs["loss"]))
 
 

@@ -200,7 +200,8 @@ def test_soft_labels(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: 
     graded = [0.9, 0.6, 0.75, 0.5] * 3
     soft = run(labelled(rows, preference=graded))
     turned = run(labelled(flipped(rows), preference=[1 - p for p in graded]))
-    assert largest_difference(soft, turned, ["loss", "grad_norm"]) < 1e-5
+    # Relative: the gradients of ipo and sppo_hard are 100 times those of the others.
+    assert largest_difference(soft, turned, ["loss", "grad_norm"], relative=True) < 1e-5
     hard, one = run(rows), run(labelled(rows, preference=1.0))
     assert largest_difference(hard, one, ["loss", "grad_norm"]) < 1e-6
     assert largest_difference(soft, hard, ["grad_norm"]) > 1e-4

@@ -158,16 +158,20 @@ def test_nf4_base(make_tokenizer, tmp_path, base_folder, trl_lora, tolerance):
     assert abs(step_logs(mine)[-1]["rewards/margins"]) > 1e-3
 
 
-def test_nf4_base_in_bfloat16(make_tokenizer, tmp_path, base_folder):
-    """The default: NF4, bfloat16 compute, autocast. TRL is given the same by name."""
+@pytest.mark.parametrize(("fused", "bound"), [(False, 5e-3), (None, 1e-2)])
+def test_nf4_base_in_bfloat16(fused, bound, make_tokenizer, tmp_path, base_folder):
+    """The default: NF4, bfloat16 compute, autocast. TRL is given the same by name.
+
+    Fused layers round in other places than the model's own, which TRL runs.
+    """
     rows, tokenizer, changed = text_pairs(24), make_tokenizer(), {"bf16": True, "learning_rate": 1e-5}
-    mine = ours(base_folder, rows, tokenizer, tmp_path, **changed)
+    mine = ours(base_folder, rows, tokenizer, tmp_path, fused_layers=fused, **changed)
     loading = {"quantization_config": nf4(torch.bfloat16), "model_init_kwargs": {"dtype": "bfloat16"}}
     trl = theirs(base_folder, rows, tokenizer, tmp_path, **changed, **loading)
     mine.train()
     trl.train()
     # Log-probs of bfloat16 differ with the batch's layout by 1e-2; policy and reference share that, but not all of it.
-    assert largest_difference(mine, trl, ["loss"]) < 5e-3
+    assert largest_difference(mine, trl, ["loss"]) < bound
     assert step_logs(mine)[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
 
 

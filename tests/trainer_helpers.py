@@ -100,11 +100,12 @@ def step_logs(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def largest_difference(a: Any, b: Any, names: list[str] = REWARDS) -> float:
-    """Between the training logs of two trainers, over all steps and the given metrics."""
+def largest_difference(a: Any, b: Any, names: list[str] = REWARDS, relative: bool = False) -> float:
+    """Between the logs of two trainers, over all steps and the given metrics; `relative` divides by values above 1."""
     logs_a, logs_b = step_logs(a), step_logs(b)
     assert len(logs_a) == len(logs_b) > 0
-    return max(abs(x[name] - y[name]) for x, y in zip(logs_a, logs_b, strict=True) for name in names)
+    values = [(x[name], y[name]) for x, y in zip(logs_a, logs_b, strict=True) for name in names]
+    return max(abs(x - y) / (max(1.0, abs(y)) if relative else 1.0) for x, y in values)
 
 
 def adapter_weights(trainer: Any) -> dict[str, torch.Tensor]:

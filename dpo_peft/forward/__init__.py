@@ -5,7 +5,7 @@ Nothing here knows dataset formats, losses or configs.
 
 from .fused import FusedModel
 from .layout import PackedBatch, Sample, pack, pad_rows
-from .probe import ForwardPlan, plan_forward
+from .probe import ForwardPlan, plan_forward, recheck
 from .score import Scores, completion_logps, sequence_logps, sum_by_completion
 from .unpack import content_keys, halves, unpack
 
@@ -21,6 +21,7 @@ __all__ = [
     "pack",
     "pad_rows",
     "plan_forward",
+    "recheck",
     "sequence_logps",
     "sum_by_completion",
     "unpack",

@@ -16,13 +16,14 @@ Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention 
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import save_on_cpu
 
 from .attention import AttentionPlan, attend_dense, attend_varlen
 from .kernels import (
@@ -233,6 +234,7 @@ class FusedModel:
         self.norm = Norm(self.backbone.norm.weight, self.backbone.norm.variance_epsilon)
         # How many of the first layers keep their input alone; the last ones' activations are freed first.
         self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
+        self.offload = False  # keep those inputs in the CPU's memory
         self._only: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
@@ -246,8 +248,8 @@ class FusedModel:
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """(N, H): the normed hidden states that predict, for a shared batch on the model's device."""
-        embedding = self.backbone.embed_tokens
-        x_TH = F.embedding(batch.input_ids[0], embedding.weight)
+        # Frozen, also where a hook for plain checkpointing asks for its gradient.
+        x_TH = self.backbone.embed_tokens(batch.input_ids[0]).detach()
         with torch.autocast(x_TH.device.type, enabled=False):
             cos, sin = self.backbone.rotary_emb(x_TH[None], position_ids=batch.position_ids)
             x_TH = self._decode(x_TH, batch, (cos[0], sin[0]))
@@ -262,7 +264,9 @@ class FusedModel:
             qkv, out, gate_up, down = parts[4 * i : 4 * i + 4]
             one = LayerPass(layer, qkv, out, gate_up, down, plan, angles)
             if i < checkpointed:
-                x_TH = _Checkpointed.apply(x_TH, one, *one.parameters)
+                # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
+                with save_on_cpu(pin_memory=x_TH.is_cuda) if self.offload else nullcontext():
+                    x_TH = _Checkpointed.apply(x_TH, one, *one.parameters)
             elif torch.is_grad_enabled():
                 x_TH = one(x_TH)
             else:

@@ -140,6 +140,21 @@ def _plan_layers(
     return replace(plan, fused=fused_model, max_difference=max(difference, plan.max_difference))
 
 
+def recheck(plan: ForwardPlan, model: nn.Module, dtype: torch.dtype | None = None) -> ForwardPlan:
+    """`plan`, without its fused layers if hooks, dropout or other modules came to the model since it was made.
+
+    Args:
+        model, dtype: as for `plan_forward`.
+    """
+    if plan.fused is None:
+        return plan
+    try:
+        recognize(unwrap(model), dtype or unwrap(model).get_input_embeddings().weight.dtype)
+    except NotRecognizedError as error:
+        return replace(plan, fused=None, unfused=str(error))
+    return plan
+
+
 def _check_layer_types(config: Any) -> None:
     """Refuse layers whose difference to plain attention may show only on longer texts than the probe's."""
     for kind in getattr(config, "layer_types", None) or []:

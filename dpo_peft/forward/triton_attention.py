@@ -25,6 +25,9 @@ Names: a token's place is counted from the first key of the tile's range ("place
 import triton
 import triton.language as tl
 
+# Differ from batch to batch, also in what they are multiples of: no reason to compile again.
+_CHANGING = ["T", "tiles_ptr"]
+
 
 @triton.jit
 def _rows(start, end, ROWS: tl.constexpr, GROUP: tl.constexpr):
@@ -79,11 +82,11 @@ def _attend_blocks(
     for block in range(first, last, KEYS):
         key = _key_places(block, before_gap, gap, KEYS, GAP)
         k = _load(k_ptr + key[:, None] * k_stride + col, key < end, HEAD, WIDTH, MASK)
-        scores = tl.dot(q, tl.trans(k)) * scale
+        scores = tl.dot(q, tl.trans(k))
         if MASK:
             scores = tl.where(key[None, :] <= place[:, None], scores, -float("inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))
-        p = tl.exp2(scores - new[:, None])
+        new = tl.maximum(largest, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - new[:, None])
         shrink = tl.exp2(largest - new)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
@@ -93,7 +96,7 @@ def _attend_blocks(
     return acc, largest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, T, q_stride, q_head, k_stride, k_head, v_stride, v_head,
     out_stride, scale, GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -150,7 +153,7 @@ def _grad_q_blocks(
     return grad_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def grad_queries(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, grad_q_ptr, tiles_ptr, T, q_stride, q_head, k_stride,
     k_head, v_stride, v_head, out_stride, grad_q_stride, grad_q_head, scale, score_scale, GROUP: tl.constexpr,
@@ -207,8 +210,8 @@ def _grad_kv_blocks(
     head = row % GROUP
     for block in range(first, last, TOKENS):
         inside = (row < TOKENS * GROUP) & (block + token < end)
-        q_block = q_ptr + block.to(tl.int64) * q_stride
-        grad_block = grad_ptr + block.to(tl.int64) * out_stride
+        q_block = q_ptr + block * q_stride
+        grad_block = grad_ptr + block * out_stride
         q = _load(q_block + (token * q_stride + head * q_head)[:, None] + col, inside, HEAD, WIDTH, True)
         # An infinite sum makes the probabilities of rows that don't exist zero.
         lse = tl.load(lse_ptr + block * GROUP + row, mask=inside, other=float("inf"))
@@ -223,7 +226,7 @@ def _grad_kv_blocks(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def grad_keys(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tiles_ptr, T, q_stride, q_head,
     k_stride, k_head, v_stride, v_head, out_stride, grad_k_stride, grad_k_head, grad_v_stride, grad_v_head, scale,
