@@ -96,6 +96,7 @@ class MemoryModel:
     optimizer: str = "adamw_torch_fused"
     element: int = 2  # e
     fused: bool = True
+    packed: bool = False  # attention reads the packed row as it is; else keys and values are gathered
     offload: bool = False  # the inputs of checkpointed layers are in the CPU's memory
     chunk_rows: int = CHUNK_ROWS
 
@@ -120,7 +121,7 @@ class MemoryModel:
             nested: whether with double quantisation.
             weight_bytes: of a weight that isn't quantised.
             reference: a frozen adapter beside the trained one.
-            options: the fields `optimizer`, `element`, `fused`, `offload`, `chunk_rows`.
+            options: the fields `optimizer`, `element`, `fused`, `packed`, `offload`, `chunk_rows`.
         """
         lora = lora or Lora.of(shape)
         small = shape.layers * sum(nf4_bytes(linear.weights, nested) for linear in shape.linears)
@@ -280,7 +281,7 @@ class MemoryModel:
         shape, e = self.shape, self.element
         H, Q, G, F = shape.hidden, shape.q, shape.kv, shape.intermediate
         # q, attention's output and its float32 log-sum-exp; k and v gathered.
-        attention = T * (2 * e * Q + 4 * shape.heads) + 2 * e * S * G
+        attention = T * (2 * e * Q + 4 * shape.heads) + 2 * e * (T if self.packed else S) * G
         if self.fused:
             # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
             return attention + e * T * (2 * H + shape.group_outputs("up") + (Q + 2 * G) * shape.qk_norm)
@@ -298,6 +299,8 @@ class MemoryModel:
         extended = {group: e * T * (shape.group(group)[0].inputs + self._rank(group)) for group in GROUPS}
         # The flash kernel: gradients of output and of q, the latter also in float32; of k and v for every query head.
         flash = T * (e * 2 * Q + 4 * Q) + 2 * e * S * (Q + (G if G < Q else 0))
+        if self.packed:  # gradients of output, q, k and v, and a float32 number per query
+            flash = T * (e * (2 * Q + 2 * G) + 4 * shape.heads)
         if self.fused:
             return {
                 "down": gradient + extended["down"],  # gradient of [activation, ranks], the activation after that

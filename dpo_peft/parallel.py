@@ -124,8 +124,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Args:
         parameters: the same in every process and in the same order; the frozen ones are passed over.
     """
+    if world_size() == 1:
+        return
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if world_size() == 1 or not trainable:
+    if not trainable:
         return
     present = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=_device())
     dist.all_reduce(present)

@@ -10,7 +10,8 @@ Shape suffixes: I items of the loss, B pairs, C completions.
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,8 @@ class SteppingTrainer(ResumableTrainer):
     step_finite: list[tuple[Tensor, Tensor]]  # rows and whether their loss is finite, per micro-batch
     _pads: bool | None = None  # whether `collate` pads; known once it has laid something out
     _packing_logged = False
+    _trained: Sequence[nn.Parameter] = ()
+    _grad_norm: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -73,6 +76,27 @@ class SteppingTrainer(ResumableTrainer):
 
     def _reference(self, batch: PackedBatch) -> Scores | None:
         raise NotImplementedError
+
+    # ---- The CPU's share of a step -------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `ResumableTrainer`."""
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with _without_surveys(self.model, self._trained):
+            return super().train(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self.args.fp16:  # gradients are to be unscaled first
+            return super()._clip_grad_norm(model)
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        return self._grad_norm
+
+    def take_grad_norm(self) -> Tensor:
+        """Norm of the step's gradients before they were clipped, once."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is not None:
+            return norm
+        return torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
 
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
@@ -297,6 +321,27 @@ class SteppingTrainer(ResumableTrainer):
         metrics = self.metric_store.pop("eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+
+@contextmanager
+def _without_surveys(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, `model.train()` and `model.zero_grad()`, which are called in every step, do not walk through a few
+    thousand modules where there is nothing to change: the GPU has nothing to do meanwhile."""
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if mode and model.training else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    mine = {name: method for name, method in (("train", train), ("zero_grad", zero_grad)) if name not in vars(model)}
+    vars(model).update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            del vars(model)[name]
 
 
 def _parts_of(batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -184,12 +184,14 @@ class DPOTrainer(ReferencedTrainer):
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "element": element,
             "fused": fused is not None,
+            "packed": fused is not None and fused.attention == "packed",
+            "offload": args.activation_offloading,
         }
         limit = memory_limit(
             args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable
         )
         passes = int(self.objective.needs_reference and not args.caches_reference)
-        memory = memory_model(self.model, stored, offload=args.activation_offloading, **how)
+        memory = memory_model(self.model, stored, **how)
         budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
         if fused is not None:
             fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading

@@ -32,8 +32,8 @@ class StopWhenNonFinite(TrainerCallback):
         all_finite = finite.all()
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
         if not args.fp16:
-            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-            all_finite = all_finite & torch.isfinite(torch.nn.utils.get_total_norm(grads)).to(all_finite.device)
+            norm = trainer.take_grad_norm()
+            all_finite = all_finite & torch.isfinite(norm).to(all_finite.device)
         if any_process(not all_finite):
             self._stop(state, rows, finite)
 

@@ -277,7 +277,9 @@ def test_the_probe_refuses_layers_that_are_wrong(monkeypatch: Any) -> None:
     }
     for name, function in wrong.items():
         with monkeypatch.context() as patch:
-            patch.setattr(fused, name, function)
+            patch.setitem(fused._ATTENTION, "dense", function) if name == "attend_dense" else patch.setattr(
+                fused, name, function
+            )
             plan = plan_forward(model)
             assert plan.fused is None and "fused log-probs differ by" in plan.unfused, name
     fused_plan(model)

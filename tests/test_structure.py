@@ -29,7 +29,8 @@ ORDER_WITHIN = {
         "registry_reference registry_others"
     ).split(),
     "forward": (
-        "layout unpack triton_kernels kernels triton_attention shared_attention attention projection fused recognize logprobs score probe"
+        "layout unpack triton_kernels kernels triton_attention shared_attention attention projection fused recognize "
+        "logprobs score probe"
     ).split(),
     "data": (
         "report values fingerprint tokenize truncate schema parse chat turns sample convert worker prepare batch"

@@ -6,7 +6,8 @@ Such a call also passes `layout_marker()` as its 4-D attention mask, which trans
 function unchanged; a model that builds masks of its own is caught by that.
 
 Backends: "varlen" (CUDA; one kernel over ragged segments, K and V gathered as [prompt; own tokens]) and "dense" (any
-device; the mask predicate itself, sample by sample, and the oracle for the other).
+device; the mask predicate itself, sample by sample, and the oracle for the others). On Hopper GPUs fused layers have a
+third, "packed" (`shared_attention.py`; kernels that read the packed row as it is).
 
 Shape suffixes: H query heads, G key/value heads, T packed tokens, S gathered keys, D head size, E samples, B longest
 sample in tokens.
@@ -17,6 +18,7 @@ import inspect
 from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .kernels import Places
 from .layout import PackedBatch, visible
+from .shared_attention import Tiles, plan_tiles, shared_attention
 
 IMPLEMENTATION = "dpo_peft_prefix_shared"
 # What reaches the attention function without changing it. Anything else that a model passes (softcap, s_aux,
@@ -50,17 +53,23 @@ class AttentionPlan:
         self.backend = backend
         self.trace: list[tuple[int | None, int]] | None = None  # for the probe: window and head size of each call
         self._masks: dict[int | None, Tensor] = {}
+        self._tiles: dict[tuple[int, int], Tiles] = {}
         assert batch.sample_index is not None
         self.filled_EB = batch.sample_index >= 0
         self.index_EB = batch.sample_index.clamp(min=0)
 
     @cached_property
-    def places(self) -> Places | None:
-        """Where keys and values are gathered from; None where attention finds them itself."""
-        if self.backend == "dense":
-            return None
+    def places(self) -> Places:
+        """Where "varlen" attention's keys and values are gathered from."""
         assert self.batch.kv_index is not None and self.batch.kv_copies is not None
         return Places(self.batch.kv_index, self.batch.kv_copies)
+
+    def tiles(self, group: int, head: int) -> Tiles:
+        """Those of "packed" attention, made once for all layers."""
+        if (group, head) not in self._tiles:
+            segments = np.array(self.batch.segments)
+            self._tiles[group, head] = plan_tiles(segments, group, head, self.batch.input_ids.device)
+        return self._tiles[group, head]
 
     @cached_property
     def filled_T(self) -> Tensor:
@@ -181,6 +190,15 @@ def attend_varlen(
         window_size=(-1 if window is None else window - 1, 0),
     )
     return out_THD[..., :size]
+
+
+def attend_packed(
+    plan: AttentionPlan, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """Attention of the packed row as it is, for full attention only; (T, H, D)."""
+    assert window is None
+    tiles = plan.tiles(q_THD.shape[1] // k_TGD.shape[1], q_THD.shape[2])
+    return shared_attention(q_THD, k_TGD, v_TGD, tiles, scaling)
 
 
 def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:

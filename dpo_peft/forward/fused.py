@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 
-from .attention import AttentionPlan, attend_dense, attend_varlen
+from .attention import AttentionPlan, attend_dense, attend_packed, attend_varlen
 from .kernels import (
     Heads,
     Norm,
@@ -38,6 +38,12 @@ from .kernels import (
 )
 from .layout import PackedBatch
 from .projection import Projection, ProjectionPass, prepare
+
+_ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "dense": attend_dense,
+    "varlen": attend_varlen,
+    "packed": attend_packed,
+}
 
 
 @dataclass
@@ -87,9 +93,11 @@ class LayerPass:
     def attend(self, qkv: Tensor) -> Tensor:
         """(T, N) to (T, A * D)."""
         plan, layer = self.attention, self.layer
-        q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, plan.places)
-        attend = attend_varlen if plan.places else attend_dense
-        return attend(plan, q, k, v, layer.scaling, layer.window).flatten(1)
+        # Our kernels have no window.
+        kind = "varlen" if plan.backend == "packed" and layer.window is not None else plan.backend
+        places = plan.places if kind == "varlen" else None
+        q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, places)
+        return _ATTENTION[kind](plan, q, k, v, layer.scaling, layer.window).flatten(1)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """The layer's output; everything that the backward pass needs is kept."""
@@ -224,7 +232,7 @@ class FusedModel:
     Args:
         causal_lm: the transformers model inside the PEFT model.
         layers: from `recognize`.
-        attention: "varlen" or "dense".
+        attention: "packed", "varlen" or "dense".
     """
 
     def __init__(self, causal_lm: Any, layers: list[DecoderLayer], attention: str):

@@ -72,6 +72,7 @@ class PackedBatch:
     max_q: int = 0  # longest segment
     max_k: int = 0  # longest [prompt; own tokens]
     num_own: int = 0  # completions that are no mismatched answers
+    segments: Any = None  # (S,) tuple of (length, index of the segment that is its context), on the host
     keys: Any = None  # (C,) tuple of bytes: content keys, see unpack.py
 
     @property
@@ -194,6 +195,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         sample_index=_long(_ragged_ranges(np.asarray(sample_bounds))),
         kv_index=_long(keys),
         kv_copies=_long(_places_of_values(keys)),
+        segments=tuple(zip(seg_len, seg_context, strict=True)),
         cu_seq_q=_bounds(lengths),
         cu_seq_k=_bounds(key_lengths),
         max_q=int(lengths.max()),

@@ -20,6 +20,7 @@ from .fused import FusedModel
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .recognize import NotRecognizedError, recognize
 from .score import completion_logps, eval_mode, unwrap
+from .shared_attention import supports
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,9 @@ class ForwardPlan:
     def __str__(self) -> str:
         if self.shared:
             layers = "fused layers" if self.fused else f"the model's own layers: {self.unfused}"
+            attention = self.fused.attention if self.fused else self.backend
             return (
-                f"Prompts are computed once per sample (attention backend {self.backend!r}; {layers}; largest "
+                f"Prompts are computed once per sample (attention backend {attention!r}; {layers}; largest "
                 f"difference to the model's own log-probs {self.max_difference:.1e})."
             )
         return f"One padded row per completion: {self.reason}."
@@ -124,7 +126,10 @@ def _plan_layers(
     if fused is False:
         return replace(plan, unfused="fused_layers=False")
     try:
-        fused_model = FusedModel(unwrap(model), recognize(unwrap(model), dtype), plan.backend)
+        layers = recognize(unwrap(model), dtype)
+        heads, device = layers[0].heads, own_N.device
+        packed = plan.backend == "varlen" and supports(device, dtype, heads.queries, heads.keys, heads.size)
+        fused_model = FusedModel(unwrap(model), layers, "packed" if packed else plan.backend)
         batch = pack(samples).to(own_N.device)
         plain_N = completion_logps(model, batch, plan.backend).token_logps_N
         difference = _difference(completion_logps(model, batch, fused_model).token_logps_N, plain_N, _SHARE[dtype])
