@@ -24,27 +24,24 @@ def case(engine: str, work: str, shape: str = "8b", note: str = "", **more: Any)
     return {"name": name, "engine": engine, "work": work, "shape": shape, **more}
 
 
-# GiB that the leanest of the peers took at its peak, on an H100 and the same lengths: ours is to stay within it.
+# GiB that the fastest of the peers takes at its peak, on an H100 and lengths of the same distributions. Ours is given
+# 2 % less: predictions are a little off.
 PEERS_PEAK = {"uf": 15.4, "longprompt": 12.1, "hh": 21.6}
 AUTO = {"max_tokens_per_microbatch": "auto"}
 
 
-def ours_both_ways(work: str) -> list[Case]:
-    """Within a peer's memory, and with all of the card's."""
-    within = {**AUTO, "max_memory_gib": PEERS_PEAK[work]}
-    return [
-        case("ours", work, note=f"within {PEERS_PEAK[work]} GiB", options=within),
-        case("ours", work, note="free", options=AUTO),
-    ]
-
-
 def gpu_short() -> list[Case]:
+    """Within a peer's memory, with all of the card's, and the peers."""
     works = ("uf", "longprompt", "hh")
-    cases = [one for work in works for one in ours_both_ways(work)]
-    more = (("uf", 16), ("hh", 64), ("longprompt", 4))
-    cases += [case("ours", work, note=f"free {n}", samples=n, options=AUTO) for work, n in more]
-    cases += [case("trl", work, warm=2, steps=4) for work in works]
-    return [*cases, case("trl+liger", "uf", warm=2, steps=4)]
+    cases = []
+    for work in works:
+        within = {**AUTO, "max_memory_gib": round(0.98 * PEERS_PEAK[work], 2)}
+        cases.append(case("ours", work, note=f"within {PEERS_PEAK[work]} GiB", options=within))
+        cases.append(case("ours", work, note="free", options=AUTO))
+        cases.append(case("trl", work, warm=1, steps=3))
+    more = (("uf", 16), ("hh", 128), ("longprompt", 4))
+    cases += [case("ours", work, note=f"free {n}", samples=n, options=AUTO, warm=2, steps=4) for work, n in more]
+    return [*cases, case("trl+liger", "uf", warm=1, steps=4)]
 
 
 def gpu_more() -> list[Case]:

@@ -17,7 +17,7 @@ __all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "MicroBatch", "Sh
 RECOMPUTED = 0.73  # of a checkpointed layer's forward pass that its backward repeats: all but the last product
 # What a pass over the weights costs beside its tokens' work, in tokens, and below which number of tokens it gets no
 # shorter, since launching its kernels takes as long. From an 8B shape on an H100: weights are dequantised in 6 ms.
-PASS_TOKENS, LEAST_TOKENS = 400, 3600
+PASS_TOKENS, LEAST_TOKENS = 400, 4000
 
 
 class MicroBatch(NamedTuple):

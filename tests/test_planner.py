@@ -452,7 +452,7 @@ def test_the_cost_by_hand() -> None:
     sample = (800, 1200, 600)
     assert plan_step([sample] * 4, EIGHT, 80 * GIB).cost == 3 * 400
     assert plan_step([sample] * 4, EIGHT, 80 * GIB, reference_passes=0).cost == 2 * 400
-    assert plan_step([(1000, 1500, 700)], EIGHT, 80 * GIB).cost == 3 * (3600 - 1000)
+    assert plan_step([(1000, 1500, 700)], EIGHT, 80 * GIB).cost == 3 * (4000 - 1000)
     sample = (3000, 4500, 2250)
     limit = EIGHT.peak(6000, 9000, 4500, 8)
     together = plan_step([sample] * 2, EIGHT, limit)
