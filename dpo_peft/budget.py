@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Of the memory that is free: allocations leave gaps, and predictions are a few per cent off.
 _USED_SHARE = 0.95
 _USED_SHARE_OF_RAM = 0.7  # which others use too
+_TIGHTENED = 0.9
 
 
 class MemoryBudget:
@@ -75,6 +76,17 @@ class MemoryBudget:
         size = batch.input_ids.numel(), len(batch.kv_index), len(batch.target)
         return self.memory.checkpoint_layers_for(*size, self.limit)
 
+    def tighten(self, held: float) -> bool:
+        """After memory ran out while tensors held so many bytes: keep a tenth below that from now on.
+
+        Returns:
+            Whether that changes anything: the same micro-batches may fit with more layers checkpointed.
+        """
+        if self.memory is None or self.layers != "auto" or held <= 0 or _TIGHTENED * held >= self.limit:
+            return False
+        self.limit = _TIGHTENED * held
+        return True
+
     def microbatch_tokens(self, samples: Sequence[tuple[int, int, int]]) -> int:
         """Tokens of a micro-batch, for the rows of an optimizer step given by tokens, keys and predicted tokens."""
         if self.max_tokens != "auto":
@@ -96,8 +108,10 @@ def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: flo
     if max_memory_gib is not None:
         return max_memory_gib * GIB
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return _USED_SHARE * (free + torch.cuda.memory_reserved(device))
+        free, total = torch.cuda.mem_get_info(device)
+        # A process may have been given a share of the card, which `mem_get_info` does not know; nor do old releases.
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        return _USED_SHARE * min(free + torch.cuda.memory_reserved(device), share * total)
     return loaded + _USED_SHARE_OF_RAM * psutil.virtual_memory().available
 
 

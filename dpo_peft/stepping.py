@@ -221,7 +221,27 @@ class SteppingTrainer(ResumableTrainer):
             except torch.OutOfMemoryError as error:
                 message = str(error)
             # Outside of the handler, where the failed pass and its tensors are gone.
+            self._make_room(message)
+
+    def _make_room(self, message: str) -> None:
+        """Checkpoint more layers if that is left to us and may help, else halve; and begin the step again."""
+        held = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
+        if self.budget.tighten(held):
+            logger.warning(
+                "Out of memory: from here on micro-batches keep within %.1f GiB. The step is repeated. Set "
+                "max_memory_gib to avoid this. (%s)",
+                self.budget.limit / 2**30,
+                message.split("\n")[0],
+            )
+        else:
             self._halve(message)
+        self.model.zero_grad(set_to_none=True)
+        self.metric_store.restore(self.step.metrics)
+        self.step_finite = []
+        self.accumulated = 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._until_it_fits(self._split)
 
     def _halve(self, message: str) -> None:
         rows = [len(part["rows"]) for part in _parts(self.step.batches) if "empty" not in part]
@@ -247,13 +267,6 @@ class SteppingTrainer(ResumableTrainer):
             lower,
             message.split("\n")[0],
         )
-        self.model.zero_grad(set_to_none=True)
-        self.metric_store.restore(self.step.metrics)
-        self.step_finite = []
-        self.accumulated = 0
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._until_it_fits(self._split)
 
     def _split(self) -> None:
         """Cut every micro-batch as often as memory made it necessary; couple what the objective couples."""

@@ -116,25 +116,31 @@ def plan_forward(
             except Exception as error:  # a kernel may refuse this GPU or this shape
                 logger.warning("The %s attention backend does not work here (%s).", backend, _short(error))
                 backend = "dense"
-        return _plan_layers(model, ForwardPlan(True, backend, difference), fused, compute_dtype, samples, own_N)
+        plan = ForwardPlan(True, backend, difference)
+        return _plan_layers(model, plan, fused, compute_dtype, samples, tolerance)
 
 
 def _plan_layers(
-    model: nn.Module, plan: ForwardPlan, fused: bool | None, dtype: torch.dtype, samples: list[Sample], own_N: Tensor
+    model: nn.Module,
+    plan: ForwardPlan,
+    fused: bool | None,
+    dtype: torch.dtype,
+    samples: list[Sample],
+    tolerance: float,
 ) -> ForwardPlan:
     """`plan` with fused layers, if they may be and give what the model's own give."""
     if fused is False:
         return replace(plan, unfused="fused_layers=False")
     try:
         layers = recognize(unwrap(model), dtype)
-        heads, device = layers[0].heads, own_N.device
+        heads, device = layers[0].heads, unwrap(model).get_input_embeddings().weight.device
         packed = plan.backend == "varlen" and supports(device, dtype, heads.queries, heads.keys, heads.size)
         fused_model = FusedModel(unwrap(model), layers, "packed" if packed else plan.backend)
-        batch = pack(samples).to(own_N.device)
+        batch = pack(samples).to(device)
         plain_N = completion_logps(model, batch, plan.backend).token_logps_N
         difference = _difference(completion_logps(model, batch, fused_model).token_logps_N, plain_N, _SHARE[dtype])
-        if not difference <= _TOLERANCE[dtype]:
-            raise NotRecognizedError(f"fused log-probs differ by {difference:.2g}, more than {_TOLERANCE[dtype]:.1g}")
+        if not difference <= tolerance:
+            raise NotRecognizedError(f"fused log-probs differ by {difference:.2g}, more than {tolerance:.1g}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may lack anything that recognised ones have; a kernel may refuse this GPU
