@@ -62,7 +62,7 @@ def in_words(options: dict[str, Any]) -> str:
 
 def case_table(results: list[Result]) -> list[str]:
     lines = [
-        "| work | engine | options | samples | per s | x TRL | tokens/s | s/step | GiB | reserved | bound | loss |",
+        "| work | engine | options | samples | per s | x TRL | tokens/s | s/step | GiB | predicted | bound | loss |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
@@ -73,7 +73,7 @@ def case_table(results: list[Result]) -> list[str]:
             continue
         base = baseline(results, r)
         ratio = f"{r['samples_per_s'] / base:.2f}" if base else ""
-        memory = [f"{r[name]:.1f}" if name in r else "" for name in ("peak_gib", "reserved_gib")]
+        memory = [f"{r[name]:.1f}" if name in r else "" for name in ("peak_gib", "predicted_gib")]
         figures = [r["samples"], f"{r['samples_per_s']:.3g}", ratio, f"{r['tokens_per_s']:,.0f}"]
         figures += [f"{r['seconds_per_step']:.3g}", *memory, f"{r['share_of_bound']:.0%}", f"{r['loss']:.4f}"]
         lines.append(f"{start} {' | '.join(map(str, figures))} |")

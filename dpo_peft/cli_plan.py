@@ -10,8 +10,8 @@ from typing import Any
 from .config import DPOConfig, check_option_names
 from .errors import OptionError
 from .losses import REGISTRY
-from .plan_report import Pace, Work, build_plan, parse_card, render
-from .planner import PRESETS, Lora, MemoryModel, Shape
+from .plan_report import Card, Pace, Work, build_plan, is_hopper, parse_card, render
+from .planner import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape
 
 _ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -50,7 +50,7 @@ def plan(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[
     """
     options = _parse(argv, groups, read_file)
     _check_numbers(options)
-    card = None if options.gpu is None else parse_card(options.gpu)
+    card = _card(options)
     pace = _pace(options)
     model, name = _memory_model(options)
     work = _work(options)
@@ -100,6 +100,19 @@ def _check_numbers(options: Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise OptionError(f"{name}={value!r} must be a number above 0.")
+
+
+def _card(options: Namespace) -> Card | None:
+    if options.checkpoint_layers not in (None, "auto"):
+        raise OptionError("checkpoint_layers has no effect here, the plan finds how many: leave it out.")
+    card = None if options.gpu is None else parse_card(options.gpu)
+    if options.max_memory_gib is None:
+        return card
+    limit = options.max_memory_gib
+    if not isinstance(limit, (int, float)) or not math.isfinite(limit) or limit <= 0:
+        raise OptionError(f"max_memory_gib={limit!r} must be a number above 0.")
+    limited = Card(f"max_memory_gib={limit:g}", limit * GIB + RESERVE)
+    return limited if card is None or limited.total < card.total else card
 
 
 def _pace(options: Namespace) -> Pace | None:
@@ -182,6 +195,8 @@ def _memory_model(options: Namespace) -> tuple[MemoryModel, str]:
     plain = options.use_dora or lora.others or settings["element"] != weight_bytes or not options.share_prompts
     wanted = getattr(options, "fused_layers", None)
     settings["fused"] = recognised and not plain and wanted is not False
+    settings["packed"] = settings["fused"] and is_hopper(options.gpu)
+    settings["offload"] = options.activation_offloading in (True, "True", "true")
     settings["reference"] = _reference(options, shape, lora, adapter is not None)
     return MemoryModel.of_shape(shape, lora, **settings), name
 

@@ -19,6 +19,7 @@ CARDS = {
     "L40": 44.4, "L40S": 44.4, "A100-40GB": 39.39, "A100-80GB": 79.15, "H100": 79.1, "H100-NVL": 93.1,
     "H200": 139.7, "GH200": 94.5, "B200": 178.3,
 }  # fmt: skip
+HOPPER = ("H100", "H200", "GH200")  # cards that attention's own kernels run on
 SOLD_AS = 0.98  # of a card that is sold as 24 GB, what CUDA reports of 24 GiB
 
 # Training every weight with AdamW in mixed precision: gradients 2, float32 masters 4, moments 8 bytes per weight.
@@ -115,6 +116,11 @@ class Pace:
     @property
     def seconds_per_epoch(self) -> float:
         return self.samples / self.samples_per_second
+
+
+def is_hopper(gpu: str | None) -> bool:
+    """Whether a card's name is that of one of NVIDIA's Hopper generation."""
+    return gpu is not None and _plain(gpu).startswith(tuple(map(_plain, HOPPER)))
 
 
 def build_plan(model: MemoryModel, work: Work, card: Card | None, checkpointing: bool, pace: Pace | None) -> dict:

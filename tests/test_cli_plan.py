@@ -346,3 +346,22 @@ def test_cards_report_less_than_they_are_sold_as() -> None:
         assert 0.9 * size < CARDS[name] < size, name
     with pytest.raises(OptionError, match="A100-40GB or A100-80GB|A100-80GB or A100-40GB"):
         parse_card("A100")
+
+
+def test_a_limit_stands_in_for_a_card(plan: Any, text: Any, capsys: Any) -> None:
+    limited = plan("--shape", "8b", "--max_memory_gib", 15.4)
+    assert limited["gpu"]["usable"] == pytest.approx(15.4 * GIB)
+    assert plan("--shape", "8b", "--gpu", "24GB", "--max_memory_gib", 15.4)["step"] == limited["step"]
+    assert plan("--shape", "8b", "--gpu", "24GB", "--max_memory_gib", 60)["gpu"]["name"] == "24GB"
+    assert cli.main(["plan", "--shape", "8b", "--gpu", "24GB", "--checkpoint_layers", "3"]) == 2
+    assert "checkpoint_layers has no effect here" in capsys.readouterr().err
+
+
+def test_offloaded_inputs_and_attention_of_hopper(plan: Any) -> None:
+    """8B: inputs of 32 layers of 2 * 4096 bytes a token; k and v of 2 * 2 * 1024 a key where they are gathered."""
+    whole = ("--shape", "8b", "--gpu", "24GB")
+    assert (
+        plan(*whole, "--activation_offloading", "true")["fits"][2]["tokens"] > 1.3 * plan(*whole)["fits"][2]["tokens"]
+    )
+    sizes = {gpu: plan("--shape", "8b", "--gpu", gpu, "--max_memory_gib", 40) for gpu in ("H100", "A100-80GB")}
+    assert sizes["H100"]["fits"][0]["tokens"] > sizes["A100-80GB"]["fits"][0]["tokens"]
