@@ -60,7 +60,6 @@ def test_thirty_steps_in_float32(
     assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and logs[-1]["loss"] < 0.6
     other = run(tiny_llama(), make_tokenizer(), tmp_path, **OPTIONS[name])
     largest, mean = drift(other, plain)
-    print("DRIFT", name, largest, mean)
     assert largest < 2e-5 and mean < 2e-6
 
 
@@ -71,7 +70,6 @@ def test_a_wrong_gradient_is_noticed(
     right = fused.rms_norm_backward
     monkeypatch.setattr(fused, "rms_norm_backward", lambda *args: 1.01 * right(*args))
     largest, mean = drift(run(tiny_llama(), make_tokenizer(), tmp_path), plain)
-    print("DRIFT wrong", largest, mean)
     assert largest > 1e-4 and mean > 1e-5
 
 
@@ -90,5 +88,4 @@ def test_thirty_steps_in_bfloat16_on_four_bit_weights(base_folder: str, make_tok
     floor, mean_floor = drift(runs["split"], runs["plain"])
     for name in ("fused", "all"):
         largest, mean = drift(runs[name], runs["plain"])
-        print("DRIFT", name, largest, mean, floor, mean_floor)
         assert largest < 3 * floor and mean < 3 * mean_floor, (name, largest, floor, mean, mean_floor)
