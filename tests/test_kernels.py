@@ -3,10 +3,6 @@
 On a GPU in bfloat16; elsewhere in float16 through Triton's interpreter, in a process of its own, if Triton is there.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +10,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import DEVICE, INTERPRETED, here, instead_of_a_gpu, run_interpreted
 from torch import Tensor
 
 from dpo_peft.forward import Sample, kernels, pack
 from dpo_peft.forward.kernels import Heads, Norm, Places
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter truncates to bfloat16 instead of rounding
 ROUNDING = 1e-3 if INTERPRETED else 5e-3  # one rounding more or less, relative
-
-here = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or the interpreter: see the last test"
-)
 
 
 def random(*shape: int) -> Tensor:
@@ -139,12 +130,7 @@ def test_logps_and_their_gradient() -> None:
     assert distance(grad, F.one_hot(target, 5000) - exact.exp()) < ROUNDING
 
 
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed, or the tests above ran",
-)
+@instead_of_a_gpu
 @pytest.mark.slow
 def test_the_tests_above_pass_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
+    run_interpreted(__file__)

@@ -4,15 +4,12 @@ On a GPU in bfloat16; elsewhere through Triton's interpreter, in a process of it
 tiles are held against the mask predicate everywhere.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, here, instead_of_a_gpu, run_interpreted
 from torch import Tensor
 
 from dpo_peft.forward import Sample, pack
@@ -30,15 +27,9 @@ from dpo_peft.forward.shared_attention import (
     supports,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 STRETCH = 1 if INTERPRETED else 9  # on a GPU blocks are larger
-
-here = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or the interpreter: see the last test"
-)
 
 # Lengths of the prompt and its completions. Blocks are 16 rows or keys (SMALL): there are segments of one token, whole
 # blocks, several blocks and a rest, prompts that end within a block, and empty ones.
@@ -248,12 +239,7 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
     assert not supports(torch.device("cpu"), torch.float16, 2, 1, 64)
 
 
-@pytest.mark.skipif(
-    INTERPRETED or torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed, or the tests above ran",
-)
+@instead_of_a_gpu
 @pytest.mark.slow
 def test_the_tests_above_pass_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__], env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
+    run_interpreted(__file__)
