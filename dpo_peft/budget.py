@@ -82,7 +82,8 @@ class MemoryBudget:
         Returns:
             Whether that changes anything: the same micro-batches may fit with more layers checkpointed.
         """
-        if self.memory is None or self.layers != "auto" or held <= 0 or _TIGHTENED * held >= self.limit:
+        adjustable = self.memory is not None and self.memory.fused and self.layers == "auto"
+        if not adjustable or held <= 0 or _TIGHTENED * held >= self.limit:
             return False
         self.limit = _TIGHTENED * held
         return True

@@ -171,10 +171,15 @@ class DPOTrainer(ReferencedTrainer):
         args, fused = self.args, self.forward_plan.fused
         layers = args.checkpoint_layers if args.gradient_checkpointing else 0
         assert layers is not None
-        if fused is None and args.gradient_checkpointing and (layers != "auto" or args.activation_offloading):
+        for_fused = {
+            "checkpoint_layers": args.gradient_checkpointing and layers != "auto",
+            "activation_offloading": args.activation_offloading,
+            "max_memory_gib": args.max_memory_gib is not None and args.max_tokens_per_microbatch != "auto",
+        }
+        if fused is None and (given := [name for name, on in for_fused.items() if on]):
             raise OptionError(
-                "checkpoint_layers and activation_offloading are for fused layers, and here the model's own run "
-                f"({self.forward_plan.unfused or self.forward_plan.reason}): leave them out."
+                f"{', '.join(given)}: for fused layers, and here the model's own run "
+                f"({self.forward_plan.unfused or self.forward_plan.reason}). Leave it out."
             )
         if args.activation_offloading and args.device.type == "cpu":
             raise OptionError("activation_offloading has no effect on a CPU: leave it out.")

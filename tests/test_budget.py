@@ -75,6 +75,37 @@ def test_a_process_that_may_use_part_of_a_card() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.parametrize("given", [{"checkpoint_layers": 1}, {"max_memory_gib": 3.0}, {"activation_offloading": True}])
+def test_options_of_fused_layers_are_refused_on_the_models_own(
+    given: dict[str, Any], tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {"gradient_checkpointing": True, "fused_layers": False, **given}
+    with pytest.raises(OptionError, match=f"{next(iter(given))}: for fused layers.*fused_layers=False"):
+        ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint_layers": 1}, "checkpoint_layers: no effect without gradient_checkpointing"),
+        ({"activation_offloading": True}, "activation_offloading: no effect without gradient_checkpointing"),
+        ({"max_memory_gib": 3.0}, "max_memory_gib=3.0 has no effect: nothing is 'auto'"),
+        ({"gradient_checkpointing": True, "checkpoint_layers": -1}, "checkpoint_layers=-1 must be"),
+        ({"gradient_checkpointing": True, "checkpoint_layers": "some"}, "checkpoint_layers='some' must be"),
+        ({"gradient_checkpointing": True, "max_memory_gib": 0}, "max_memory_gib=0 must be a number above 0"),
+        ({"gradient_checkpointing": True, "activation_offloading": True}, "no effect on a CPU"),
+        ({"gradient_checkpointing": True, "checkpoint_layers": 9}, "checkpoint_layers=9: the model has 2 layers"),
+        ({"fused_layers": "yes"}, "fused_layers='yes' must be True, False or None"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(
+    given: dict[str, Any], message: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, **given)
+
+
 def test_a_step_that_runs_out_is_repeated_with_more_layers_checkpointed(
     tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
