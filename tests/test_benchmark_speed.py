@@ -147,7 +147,7 @@ def test_an_error_names_files_without_folders(scripts) -> None:
 
 def finished(engine: str, samples_per_s: float, **more: object) -> dict:
     figures = {"samples_per_s": samples_per_s, "tokens_per_s": 1234.5, "seconds_per_step": 8 / samples_per_s}
-    fixed = {"shape": "8b", "work": "uf", "samples": 8, "peak_gib": 12.04, "reserved_gib": 13.0, "loss": 0.69}
+    fixed = {"shape": "8b", "work": "uf", "samples": 8, "peak_gib": 12.04, "predicted_gib": 13.0, "loss": 0.69}
     return {"name": f"{engine}", "engine": engine, **fixed, **figures, "share_of_bound": 0.375, **more}
 
 

@@ -59,17 +59,17 @@ def test_rms_norm(width: int, residual: bool, monkeypatch: Any) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_queries_keys_values(normed: bool, gathered: bool, monkeypatch: Any) -> None:
-    """Three heads of odd number, prompts with two and three answers: rows with two, three, four and one copies."""
+    """Heads whose number is no power of 2, prompts with two and three answers: rows with two, three, four and one copies."""
     batch = pack([Sample([1, 2, 3], [[4, 5], [6, 7, 8]]), Sample([1, 2], [[4], [6, 7, 8], [9]])]).to(DEVICE)
     tokens, size = batch.input_ids.shape[1], 16
     norms = (Norm(random(size), 1e-6), Norm(random(size), 1e-6)) if normed else ()
-    heads, qkv = Heads(3, 1, size, *norms), random(tokens, 5 * size)
+    heads, qkv = Heads(6, 3, size, *norms), random(tokens, 12 * size)
     angle = torch.randn(tokens, size // 2, device=DEVICE).repeat(1, 2)
     cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
     assert batch.kv_index is not None and batch.kv_copies is not None
     places = Places(batch.kv_index, batch.kv_copies) if gathered else None
     rows = len(batch.kv_index) if gathered else tokens
-    grads = [random(tokens, 3, size), random(rows, 1, size), random(rows, 1, size)]
+    grads = [random(tokens, 6, size), random(rows, 3, size), random(rows, 3, size)]
 
     def compute() -> list[Tensor]:
         leaf = qkv.clone().requires_grad_()

@@ -89,9 +89,10 @@ def rotate_backward(
     g2 = tl.zeros((HEADS, HALF), tl.float32)
     for copy in tl.static_range(max(COPIES, 1)):
         place = row
+        here = inside
         if COPIES > 0:
             place = tl.load(copies_ptr + row * COPIES + copy)
-        here = inside & (place >= 0)
+            here = inside & (left * 0 + place >= 0)
         grad = grad_ptr + place * grad_stride + left
         g1 += tl.load(grad, mask=here, other=0.0).to(tl.float32)
         g2 += tl.load(grad + D // 2, mask=here, other=0.0).to(tl.float32)
