@@ -59,7 +59,7 @@ def test_rms_norm(width: int, residual: bool, monkeypatch: Any) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_queries_keys_values(normed: bool, gathered: bool, monkeypatch: Any) -> None:
-    """Heads whose number is no power of 2, prompts with two and three answers: rows with two, three, four and one copies."""
+    """Head numbers that are no power of 2, prompts with two and three answers: rows with one to four copies."""
     batch = pack([Sample([1, 2, 3], [[4, 5], [6, 7, 8]]), Sample([1, 2], [[4], [6, 7, 8], [9]])]).to(DEVICE)
     tokens, size = batch.input_ids.shape[1], 16
     norms = (Norm(random(size), 1e-6), Norm(random(size), 1e-6)) if normed else ()
