@@ -7,12 +7,13 @@ alone: a resumed run packs as the straight one does.
 A bin is the rows of one micro-batch, by their indices. A row that is larger than the budget gets a bin of its own.
 """
 
-import heapq
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+
+from .planner import longest_first
 
 
 class Size(NamedTuple):
@@ -74,7 +75,7 @@ def level_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
     rest = order[len(alone) :]
     bins = _first_fit(rest, sizes, budget)
     for number in range(-(-sum(sizes[i] for i in rest) // budget), len(bins) + 1):
-        level = _longest_first(rest, sizes, number)
+        level = longest_first(rest, sizes, number)
         if all(sum(sizes[i] for i in one) <= budget for one in level):
             bins = level
             break
@@ -92,16 +93,6 @@ def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[
             room.append(budget)
         bins[place].append(i)
         room[place] -= sizes[i]
-    return bins
-
-
-def _longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
-    bins: list[list[int]] = [[] for _ in range(number)]
-    loads = [(0, b) for b in range(number)]  # a heap
-    for i in order:
-        load, b = loads[0]
-        bins[b].append(i)
-        heapq.heapreplace(loads, (load + sizes[i], b))
     return bins
 
 

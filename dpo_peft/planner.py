@@ -118,11 +118,24 @@ def _cost(
 
 
 def _spread(indices: Sequence[int], samples: Sequence[tuple[int, int, int]], number: int) -> list[list[int]]:
-    """Bins of about equally many tokens: the largest sample first, each into the emptiest bin (Graham 1969)."""
+    """Bins of about equally many tokens, the largest first."""
+    tokens = [sample[0] for sample in samples]
+    bins = longest_first(sorted(indices, key=lambda i: (-tokens[i], i)), tokens, number)
+    return sorted(bins, key=lambda one: -sum(tokens[i] for i in one))
+
+
+def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
+    """Level bins: each item into the emptiest one (Graham 1969).
+
+    Args:
+        order: items as indices into `sizes`, the largest first.
+        sizes: of all items.
+        number: of bins.
+    """
     bins: list[list[int]] = [[] for _ in range(number)]
     loads = [(0, b) for b in range(number)]  # a heap
-    for i in sorted(indices, key=lambda i: (-samples[i][0], i)):
+    for i in order:
         load, b = loads[0]
         bins[b].append(i)
-        heapq.heapreplace(loads, (load + samples[i][0], b))
-    return sorted(bins, key=lambda one: -sum(samples[i][0] for i in one))
+        heapq.heapreplace(loads, (load + sizes[i], b))
+    return bins

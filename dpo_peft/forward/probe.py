@@ -247,6 +247,5 @@ def _difference(a_N: Tensor, b_N: Tensor, share: float) -> float:
 
 def _short(error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return (text if isinstance(error, (CannotShareError, NotRecognizedError)) else f"{type(error).__name__}: {text}")[
-        :160
-    ]
+    explained = isinstance(error, (CannotShareError, NotRecognizedError))
+    return (text if explained else f"{type(error).__name__}: {text}")[:160]
