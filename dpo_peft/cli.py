@@ -8,24 +8,35 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .cli_options import read_config_file
 from .config import DPOConfig, check_option_names
-from .errors import CheckpointError, DataError, NonFiniteError, OptionError, ReferenceMismatchError
+from .errors import (
+    CheckpointError,
+    DataError,
+    DriftError,
+    NonFiniteError,
+    OptionError,
+    PublishError,
+    ReferenceMismatchError,
+)
+from .files import CONVERTERS, read_rows
 
 USAGE = """usage: dpo-peft COMMAND [options]
 
+  plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
+  pairs   sample answers and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
   train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
-  plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB [--any_option value]
+  score   judge answers by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
+  report  show runs as one HTML page:  dpo-peft report RUN [RUN ...]
+  merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
+  push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
 
 dpo-peft COMMAND --help lists every option."""
-
-_CONVERTERS = ("sharegpt", "alpaca", "hh", "pandalm", "tulu", "oasst_tree")
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".gz": "json"}
 
 
 @dataclass
@@ -42,7 +53,7 @@ class DataArguments:
     dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs max_steps."})
     dataset_format: str | None = field(
         default=None,
-        metadata={"help": "Convert rows first.", "choices": list(_CONVERTERS)},
+        metadata={"help": "Convert rows first.", "choices": list(CONVERTERS)},
     )
 
 
@@ -71,20 +82,28 @@ class ModelArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 2 after an error that the user can mend."""
+    """Run a command; the exit status is 0, or one of `cli_options.EXIT_CODES`."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     if command in ("", "-h", "--help"):
         print(USAGE)
         return 0
     commands = {"train": train, "plan": plan, "cache": cache}
-    if command not in commands:
+    # Others lie in modules of their own, which are loaded when they are called.
+    elsewhere = ("score", "pairs", "merge", "push", "report")
+    if command not in (*commands, *elsewhere):
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        commands[command](rest[:-1])
+        if command in elsewhere:
+            getattr(import_module(f".cli_{command}", __package__), command)(rest[:-1])
+        else:
+            commands[command](rest[:-1])
     except (OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError) as error:
         print(f"dpo-peft: {error}", file=sys.stderr)
         return 2
+    except (DriftError, PublishError) as error:
+        print(f"dpo-peft: {error}", file=sys.stderr)
+        return 3
     return 0
 
 
@@ -112,7 +131,7 @@ def plan(argv: Sequence[str]) -> None:
     """
     from .cli_plan import plan as print_plan
 
-    print_plan(argv, (DataArguments, ModelArguments), _read_config_file)
+    print_plan(argv, (DataArguments, ModelArguments), read_config_file)
 
 
 def cache(argv: Sequence[str]) -> None:
@@ -170,7 +189,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     groups = (DataArguments, DPOConfig, ModelArguments)
     known = {f.name for group in groups for f in fields(group)}
-    check_option_names(_read_config_file(argv), known | {"env"})
+    check_option_names(read_config_file(argv), known | {"env"})
     *parsed, unknown = TrlParser(groups, prog="dpo-peft train").parse_args_and_config(
         argv, return_remaining_strings=True
     )
@@ -184,21 +203,6 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments
         if not getattr(group, name):
             raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
     return data, args, model
-
-
-def _read_config_file(argv: list[str]) -> dict[str, Any]:
-    if "--config" not in argv:
-        return {}
-    path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
-    if not path.is_file():
-        raise OptionError(f"--config {path}: there is no such file.")
-    try:
-        options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise OptionError(f"--config {path} is not valid YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise OptionError(f"--config {path} must hold `option: value` lines.")
-    return options
 
 
 def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:
@@ -221,38 +225,7 @@ def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:
 
 
 def _load_rows(name: str, split: str, data: DataArguments) -> Any:
-    from datasets import load_dataset
-
-    from . import data as formats
-
-    path = Path(name)
-    if path.suffix in _READERS and not path.is_file():
-        raise OptionError(f"dataset {name!r}: there is no such file.")
-    try:
-        if path.is_file():
-            if path.suffix not in _READERS:
-                raise OptionError(f"dataset {name!r}: use one of {', '.join(_READERS)}.")
-            reader = _READERS[path.suffix]
-            rows = load_dataset(reader, data_files=name, split="train", streaming=data.dataset_streaming)
-        else:
-            rows = load_dataset(name, data.dataset_config, split=split, streaming=data.dataset_streaming)
-    except OptionError:
-        raise
-    except Exception as error:  # every reader fails in its own way
-        raise OptionError(f"dataset {name!r} can't be read: {str(error).strip() or type(error).__name__}") from error
-    if data.dataset_format is None:
-        return rows
-    if data.dataset_format == "oasst_tree":  # one tree holds several ranked lists
-        return rows.map(_split_trees, batched=True, remove_columns=rows.column_names)
-    return rows.map(getattr(formats, f"from_{data.dataset_format}"), remove_columns=rows.column_names)
-
-
-def _split_trees(batch: Any) -> dict[str, list[Any]]:
-    from .data import from_oasst_tree
-
-    trees = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    lists = [row for tree in trees for row in from_oasst_tree(tree)]
-    return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
+    return read_rows(name, split, data.dataset_config, data.dataset_streaming, data.dataset_format)
 
 
 def lora_config(model: ModelArguments, args: DPOConfig) -> Any:

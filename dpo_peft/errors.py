@@ -25,6 +25,14 @@ class CheckpointError(ValueError):
     """A checkpoint can't be written, or is not whole. The message names the last one that is."""
 
 
+class DriftError(ValueError):
+    """A merged model is further from the adapter's model than allowed. Nothing was left behind."""
+
+
+class PublishError(ValueError):
+    """The Hub could not be written to. The message says what is there by now, and how to go on."""
+
+
 class TrainingInterrupted(SystemExit):
     """The run was told to stop (SIGTERM, Ctrl-C), finished its step and saved a checkpoint. `code` is the exit status
     that a shell gives for the signal, so a script that lets it pass ends quietly and is seen as interrupted."""

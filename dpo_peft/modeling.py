@@ -138,7 +138,7 @@ def load_model(
             f"elsewhere, put that into base_model_name_or_path of its adapter_config.json. {remedy}"
         ) from error
     keep_weights(base)
-    return _load_on(base, name, from_hub)
+    return load_on(base, name, from_hub)
 
 
 def is_adapter(name: str, **from_hub: Any) -> bool:
@@ -151,7 +151,12 @@ def is_adapter(name: str, **from_hub: Any) -> bool:
         return False
 
 
-def _load_on(base: PreTrainedModel, name: str, from_hub: dict[str, Any]) -> PeftModel:
+def load_on(base: PreTrainedModel, name: str, from_hub: dict[str, Any]) -> PeftModel:
+    """The adapter `name` on a loaded base, every tensor of it accounted for.
+
+    Raises:
+        OptionError: it does not fit.
+    """
     try:
         model = PeftModel.from_pretrained(base, name, is_trainable=True, **from_hub)
         # PEFT only warns of tensors that are missing, and keeps quiet about surplus ones: read the file once more.

@@ -15,6 +15,7 @@ from .losses import REGISTRY
 from .modeling import storage_report
 from .objective_options import OBJECTIVE_OPTIONS
 from .plots import plot_training_curves
+from .trained import quantization_options
 
 _SHOWN_OPTIONS = (
     "learning_rate",
@@ -89,7 +90,7 @@ def _summary(
         reward=objectives[0].reward,
         objective=_named_objective(options),
         reference=reference,
-        quantization=_quantization_options(quantization),
+        quantization=quantization_options(quantization),
         quantization_report=str(storage_report(model)),
         lora={
             "rank": lora.r,
@@ -120,14 +121,6 @@ def _named_objective(options: Mapping[str, Any]) -> str:
         share = f"{weight:g} × " if len(weights) > 1 else ""
         parts.append(f"{share}`{name}` ({REGISTRY[name].source})")
     return " + ".join(parts)
-
-
-def _quantization_options(quantization: Any) -> dict[str, Any]:
-    if quantization is None or not getattr(quantization, "load_in_4bit", False):
-        return {}
-    options = quantization.to_dict()
-    names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-    return {name: options[name] for name in names if name in options}
 
 
 def _strict(value: Any) -> Any:

@@ -50,6 +50,7 @@ from .reference import Reference
 from .referenced import ReferencedTrainer
 from .results import save_results
 from .stepping import fields_of
+from .trained import TrainedWith, quantization_options, record_training
 from .watch import StopWhenNonFinite
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ class DPOTrainer(ReferencedTrainer):
         self._plan_batches(data_collator)
         if self.objective.needs_reference:
             self.set_up_reference()
+        record_training(self.model, self.policy_adapter, self._trained_with())
         logger.warning("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.warning("%s", self.forward_plan)
 
@@ -162,6 +164,19 @@ class DPOTrainer(ReferencedTrainer):
         # out when all are there.
         whole = self.objective.needs_mismatched or args.max_tokens_per_microbatch is not None
         self.data_collator = KeepRows() if whole else ShareCollator(self.collate)
+
+    def _trained_with(self) -> TrainedWith:
+        args, base = self.args, self.model.get_base_model()
+        return TrainedWith(
+            loss_type=list(args.loss_type),
+            beta=args.beta,
+            reward=self.objective.parts[0].reward,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            precision=str(self._autocast_dtype or "no").removeprefix("torch."),
+            dtype=str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            quantization=quantization_options(getattr(base.config, "quantization_config", None)),
+        )
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:

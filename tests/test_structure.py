@@ -15,12 +15,16 @@ LAYERS = [
     ["errors", "losses"],
     ["forward"],
     ["data"],
+    ["files"],
     ["shapes", "memory", "planner", "plan_report"],
     ["frozen", "reference", "identity", "store", "cache", "checkpoints", "parallel", "microbatch", "modeling"],
-    ["objective_options", "objective", "metrics", "watch", "plots", "card", "results"],
-    ["budget", "config", "arguments", "cached_reference", "resumable", "stepping", "referenced"],
+    ["sampling", "trained"],
+    ["objective_options", "objective", "metrics", "diagnostics", "watch", "plots", "card", "results"],
+    ["budget", "config", "arguments", "cached_reference", "resumable", "stepping", "referenced", "evaluation"],
+    ["agreement", "reward", "rso", "pairs", "merge", "publish", "report"],
     ["trainer"],
-    ["quickstart", "cli_plan", "cli", "__init__"],
+    ["quickstart"],
+    ["cli_options", "cli_plan", "cli_score", "cli_pairs", "cli_merge", "cli_push", "cli_report", "cli", "__init__"],
 ]
 # The same inside a package: a module may import the modules left of it; its `__init__` may import all of them.
 ORDER_WITHIN = {

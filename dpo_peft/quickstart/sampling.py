@@ -9,6 +9,7 @@ import torch
 
 from ..forward import PackedBatch, completion_logps
 from ..reference import reference_logps
+from ..sampling import sample_completions
 
 Messages = list[dict[str, str]]
 
@@ -25,34 +26,10 @@ def sample_answers(
         seed: of the sampling.
         max_new_tokens: an answer that isn't finished by then stays unfinished.
     """
-    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    inputs = inputs.to(model.device)
-    training, use_cache = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
-    torch.manual_seed(seed)
-    try:
-        with torch.no_grad():
-            output = model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-    finally:
-        model.train(training)
-        model.config.use_cache = use_cache
-    answers = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [_until(ids, tokenizer.eos_token_id) for ids in answers]
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    prompt_ids = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
+    ]
+    return sample_completions(model, tokenizer, prompt_ids, seed, max_new_tokens)
 
 
 def sampled_kl(trainer: Any, prompts: list[Messages], answers: list[list[int]], batch_size: int = 32) -> float:

@@ -1,0 +1,100 @@
+"""Rows from a file or the Hub, and rows to a file: what every command reads and writes."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError
+
+CONVERTERS = ("sharegpt", "alpaca", "hh", "pandalm", "tulu", "oasst_tree")
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".gz": "json"}
+WRITERS = (".jsonl", ".parquet")
+
+
+def read_rows(
+    name: str,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    dataset_format: str | None = None,
+) -> Any:
+    """The rows of a file or of a Hub dataset, as a `datasets.Dataset` (or a stream).
+
+    Args:
+        name: a JSON(L), Parquet or CSV file, or a Hub id.
+        split, config: of a Hub dataset.
+        streaming: read rows as they come.
+        dataset_format: one of `CONVERTERS`, to convert every row to preference rows.
+
+    Raises:
+        OptionError: there is no such file or dataset, or it can't be read.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if path.suffix in READERS and not path.is_file():
+        raise OptionError(f"dataset {name!r}: there is no such file.")
+    try:
+        if path.is_file():
+            if path.suffix not in READERS:
+                raise OptionError(f"dataset {name!r}: use one of {', '.join(READERS)}.")
+            rows = load_dataset(READERS[path.suffix], data_files=name, split="train", streaming=streaming)
+        else:
+            rows = load_dataset(name, config, split=split, streaming=streaming)
+    except OptionError:
+        raise
+    except Exception as error:  # every reader fails in its own way
+        raise OptionError(f"dataset {name!r} can't be read: {str(error).strip() or type(error).__name__}") from error
+    return rows if dataset_format is None else _convert(rows, dataset_format)
+
+
+def _convert(rows: Any, dataset_format: str) -> Any:
+    from . import data as formats
+
+    if dataset_format == "oasst_tree":  # one tree holds several ranked lists
+        return rows.map(_split_trees, batched=True, remove_columns=rows.column_names)
+    return rows.map(getattr(formats, f"from_{dataset_format}"), remove_columns=rows.column_names)
+
+
+def _split_trees(batch: Any) -> dict[str, list[Any]]:
+    from .data import from_oasst_tree
+
+    trees = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    lists = [row for tree in trees for row in from_oasst_tree(tree)]
+    return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
+
+
+def check_output(option: str, path: str | Path) -> Path:
+    """The file that rows are to be written to, before any long work starts.
+
+    Raises:
+        OptionError: its ending is none of `WRITERS`, or it is a folder.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise OptionError(f"{option}={str(path)!r}: the file must end in {' or '.join(WRITERS)}.")
+    if path.is_dir():
+        raise OptionError(f"{option}={str(path)!r} is a folder: give a file.")
+    return path
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows as JSON lines or Parquet, by the file's ending. The file appears once it is whole.
+
+    Raises:
+        OptionError: see `check_output`.
+    """
+    path = check_output("output", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_list([dict(row) for row in rows]).to_parquet(str(unfinished))
+    else:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(unfinished, path)
+    return path
