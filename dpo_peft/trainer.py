@@ -16,7 +16,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +46,7 @@ from .modeling import attach_adapter, disable_dropout, load_model, storage_repor
 from .objective import Scored, Totals, TrainingObjective
 from .parallel import ShareCollator, check_launch, check_same, copy_from_first, world_size
 from .reference import Reference
-from .referenced import ReferencedTrainer
-from .results import save_results
+from .saving import SavingTrainer
 from .stepping import fields_of
 from .trained import TrainedWith, quantization_options, record_training
 from .watch import StopWhenNonFinite
@@ -64,7 +62,7 @@ class LossOutput(NamedTuple):
     scored: Scored  # what the losses read
 
 
-class DPOTrainer(ReferencedTrainer):
+class DPOTrainer(SavingTrainer):
     """Trains a LoRA adapter on preferences, by DPO or another objective, against the same model without it.
 
     Args:
@@ -276,34 +274,6 @@ class DPOTrainer(ReferencedTrainer):
     def compute_loss_context_manager(self) -> Any:
         """Mixed precision around both passes: they call the backbone, past the `forward` that accelerate wraps."""
         return self.accelerator.autocast()
-
-    # ---- Saving and going on ------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The policy's adapter, without a frozen copy that the model holds as its reference."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, selected_adapters=[self.policy_adapter])
-        self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter and the tokenizer; called by a user also metrics.json, curves.png and the model card."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save:
-            self._save_results(output_dir or self.args.output_dir)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card with the run's figures into the output folder."""
-        self._save_results(self.args.output_dir)
-
-    def _save_results(self, folder: str) -> None:
-        has_chat_template = self.processing_class.chat_template is not None
-        history = self.state.log_history
-        reference = self.described_reference()
-        options = self.args.to_dict()
-        save_results(folder, self.model, options, history, self.data_reports, has_chat_template, reference)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""
