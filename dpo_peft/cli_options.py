@@ -69,11 +69,11 @@ def parse_options(
         epilog=f"examples:\n{shown}\n\n{EXIT_CODES}",
         formatter_class=_Formatter,
         exit_on_error=False,
+        allow_abbrev=False,  # an option that is added later may share the beginning
     )
     parser.error = _refuse
-    parser.set_defaults(**from_file)
     try:
-        parsed, unknown = parser.parse_known_args(argv)
+        parsed, unknown = parser.parse_known_args([*_as_words(from_file), *argv])
     except argparse.ArgumentError as error:
         raise OptionError(f"dpo-peft {command}: {error}") from error
     words = zip(unknown, [*unknown[1:], ""], strict=False)
@@ -81,6 +81,15 @@ def parse_options(
     if unknown:
         raise OptionError(f"{unknown[0]!r} belongs to no option: write --option value.")
     return options(**{name: getattr(parsed, name) for name in known})
+
+
+def _as_words(given: Mapping[str, Any]) -> list[str]:
+    """Options of a file as words of a command line, so that both are checked alike."""
+    words = []
+    for name, value in given.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _refuse(message: str) -> Any:
