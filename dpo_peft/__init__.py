@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "DPOConfig": "config",
     "DPOTrainer": "trainer",
+    "ImplicitReward": "reward",
     "dpo_loss": "losses",
     "sequence_logps": "forward",
     "preprocess_dpo_sample": "data",

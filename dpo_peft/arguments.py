@@ -69,10 +69,33 @@ def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> No
         raise OptionError("precompute_ref_log_probs can't read a stream ahead: set cache_ref_log_probs instead.")
     if args.eval_strategy != "no" and eval_dataset is None:
         raise OptionError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: pass one or set 'no'.")
+    if args.sample_prompts and eval_dataset is None:
+        raise OptionError(
+            f"sample_prompts={args.sample_prompts} takes the prompts of eval_dataset: pass one (on the command line by "
+            "eval_strategy and eval_dataset_name), or leave it out."
+        )
     # With a stream, accelerate cuts batches along their first dimension by default; a packed batch has none.
     if args.accelerator_config.dispatch_batches:
         raise OptionError("accelerator_config: dispatch_batches=True can't cut packed batches; leave it out.")
     args.accelerator_config.dispatch_batches = False
+
+
+def check_best_metric(args: DPOConfig, eval_dataset: Any, names: set[str]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation reports: it would be missed after the first one.
+
+    Args:
+        names: of the metrics of each evaluation dataset, without `eval_`.
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    sets = [f"eval_{one}_" for one in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
+    if name in {prefix + metric for prefix in sets for metric in names}:
+        return
+    remedy = f"set one of {', '.join(sorted(sets[0] + metric for metric in names))}"
+    if len(sets) > 1 or sets[0] != "eval_":
+        remedy += f", or of another evaluation dataset ({', '.join(sets)})"
+    raise OptionError(f"metric_for_best_model={name!r} is not what an evaluation reports: {remedy}.")
 
 
 def check_optimizer(optimizer: Any, model: nn.Module) -> None:

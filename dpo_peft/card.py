@@ -1,13 +1,14 @@
 """The model card of a trained adapter: plain data in, a README.md out that the Hub accepts.
 
 Knows no trainer. Names of local folders stay out of the metadata, and their paths out of the card altogether: the card
-is published, the machine it was written on is not.
+is published, the machine it was written on is not. `card_rules.problems` says whether the Hub would take it.
 """
 
 import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from .card_rules import HUB_LICENCES, is_repo_id
+from .citations import DPO, LORA, bibtex
 from .errors import OptionError
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -29,15 +30,33 @@ REWARDS = {  # of an `Objective`, as a reader should see it
 ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
 PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
-BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second))$")
-# Licence names that the Hub's metadata takes as they are; any other becomes `other` with its name beside it.
-HUB_LICENCES = frozenset(
-    """apache-2.0 mit bsd-2-clause bsd-3-clause mpl-2.0 gpl-2.0 gpl-3.0 lgpl-3.0 agpl-3.0 unlicense isc cc0-1.0
-    cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-nc-nd-4.0 cc-by-nd-4.0 cc-by-3.0 cc-by-sa-3.0 odc-by
-    llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma openrail openrail++ bigscience-openrail-m
-    bigscience-bloom-rail-1.0 bigcode-openrail-m creativeml-openrail-m cdla-permissive-2.0 artistic-2.0 other
-    unknown""".split()
+BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
+# Metric of an evaluation -> its type and name in the Hub's model-index.
+MODEL_INDEX = {
+    "rewards/accuracies": ("accuracy", "Preference accuracy"),
+    "accuracies/length_balanced": ("accuracy", "Preference accuracy, balanced by length"),
+    "accuracies/length_only": ("accuracy", "Accuracy of picking the longer answer, for comparison"),
+    "rewards/margins": ("reward_margin", "Reward margin, nats"),
+    "kl": ("kl_divergence", "KL to the reference, nats per answer"),
+    "loss": ("loss", "Loss"),
+}
+BUNDLED = Path(__file__).parent / "quickstart" / "model"  # the base that the package ships
+BUNDLED_TEXT = "the small chat model that comes with `dpo-peft` (`dpo_peft.quickstart.model_path()`)"
+LOCAL_TEXT = ", a model in a local folder"
+LOCAL_NOTE = (
+    "The base is a local folder, which `adapter_config.json` names: the example runs where that folder is. `dpo-peft "
+    "push --base_model HUB_ID` publishes the adapter for a base that others can load."
 )
+SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote on a prompt before training and after."""
+
+    prompt: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -47,12 +66,14 @@ class RunSummary:
     Attributes:
         name: the adapter's name: a Hub id, or the name or path of its folder (of a path only the last part is shown).
         base_model: Hub id or local path of the base. A local base is called by its folder's name.
+        dtype: of the base's weights that are not quantised, for the example of use; None: as the base was saved.
         beta: β of the loss; None if it has none.
         reward: the implicit reward whose figures are shown: a key of `REWARDS`.
         objective: what was optimised, as a reader should see it.
         datasets: Hub ids or paths of the training data. Paths are called by their last part.
         eval_dataset: the same for what was evaluated on.
         licence: of the adapter, as an SPDX id or a name of the Hub.
+        papers: arXiv ids of what is cited, see `citations.cited`.
         languages: ISO 639 codes.
         quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantised.
         quantization_report: what was quantised and what was not, in one line.
@@ -63,6 +84,9 @@ class RunSummary:
         first, last: training metrics of the first and the last log entry.
         eval_first, eval_last: metrics of the first and the last evaluation, without `eval_`.
         curves: file name of the curves' picture, relative to the card.
+        samples: what it wrote before and after; `SAMPLES` of them are shown.
+        sample_steps: the steps of the two.
+        warnings: named warnings of the training: step, name and message of each.
         versions: package to version; see `framework_versions`.
         has_chat_template: the tokenizer has one, so the example of use chats.
     """
@@ -70,11 +94,13 @@ class RunSummary:
     name: str
     base_model: str
     beta: float | None
+    dtype: str | None = None
     reward: str = "log_ratio"
     objective: str = "Direct Preference Optimization (DPO)"
     datasets: Sequence[str] = ()
     eval_dataset: str = "preference pairs"
     licence: str | None = None
+    papers: Sequence[str] = (DPO, LORA)
     languages: Sequence[str] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
     quantization_report: str = ""
@@ -87,6 +113,9 @@ class RunSummary:
     eval_first: Mapping[str, float] = field(default_factory=dict)
     eval_last: Mapping[str, float] = field(default_factory=dict)
     curves: str | None = None
+    samples: Sequence[Sample] = ()
+    sample_steps: tuple[int, int] = (0, 0)
+    warnings: Sequence[Mapping[str, Any]] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
     has_chat_template: bool = True
 
@@ -138,12 +167,14 @@ def model_card(run: RunSummary) -> ModelCard:
         if not getattr(run, option):
             raise OptionError(f"RunSummary.{option} is empty. A card names the adapter and its base model.")
     columns, figures = figure_table(run)
+    shown = run.samples[:SAMPLES]
     tables = [("Adapter", run.lora), ("Hyper-parameters", run.hyperparameters), ("Framework versions", run.versions)]
     return ModelCard.from_template(
         metadata(run),
         template_path=str(TEMPLATE),
         title=cell(shown_name(run.name).split("/")[-1]),
-        base=link(run.base_model),
+        base=base_text(run.base_model),
+        base_note="" if is_hub_id(run.base_model) else LOCAL_NOTE,
         objective=run.objective,
         data=", ".join(link(dataset, "datasets/") for dataset in run.datasets),
         reference=run.reference,
@@ -156,6 +187,10 @@ def model_card(run: RunSummary) -> ModelCard:
         columns=columns,
         figures=figures,
         curves=run.curves,
+        samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
+        sample_steps=run.sample_steps,
+        warnings=[{key: cell(w.get(key, "")) for key in ("step", "name", "message")} for w in run.warnings],
+        bibtex=bibtex(run.papers),
         tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
     )
 
@@ -176,38 +211,51 @@ def metadata(run: RunSummary) -> ModelCardData:
     if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
         options["datasets"] = datasets
     if run.licence:
-        licence = run.licence.lower()
-        options["license"] = licence if licence in HUB_LICENCES else "other"
-        if options["license"] == "other" and licence != "other":
-            options["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")
+        options.update(licence_fields(run.licence))
     if run.languages:
         options["language"] = list(run.languages)
+    results = eval_results(run)
     quantised = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantised],
-        model_name=shown_name(run.name).split("/")[-1],
-        eval_results=eval_results(run) or None,
+        model_name=shown_name(run.name).split("/")[-1] if results else None,
+        eval_results=results or None,
         **options,
     )
 
 
+def licence_fields(licence: str) -> dict[str, str]:
+    """The metadata of a licence: one that the Hub doesn't know is `other`, with its name beside it."""
+    licence = licence.lower()
+    if licence in HUB_LICENCES:
+        return {"license": licence, **({"license_name": "unnamed"} if licence == "other" else {})}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")}
+
+
 def eval_results(run: RunSummary) -> list[EvalResult]:
-    """Accuracy and margin of the last evaluation as the Hub's model-index; nothing where there was none."""
-    names = {"rewards/accuracies": "Preference accuracy", "rewards/margins": "Reward margin"}
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
-            dataset_name=shown_name(run.eval_dataset),
-            metric_type=key.replace("/", "_"),
-            metric_name=name,
-            metric_value=float(run.eval_last[key]),
+    """The figures of the last evaluation as the Hub's model-index; nothing where there was none."""
+    results = []
+    for key, value in run.eval_last.items():
+        # Of several evaluation sets, each figure's name begins with the set's.
+        metric = next((m for m in MODEL_INDEX if key == m or key.endswith(f"_{m}")), None)
+        if metric is None or not math.isfinite(value):
+            continue
+        part = key.removesuffix(metric).rstrip("_")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
+                dataset_name=part or shown_name(run.eval_dataset),
+                dataset_split=None,
+                metric_type=MODEL_INDEX[metric][0],
+                metric_name=MODEL_INDEX[metric][1],
+                metric_value=float(value),
+            )
         )
-        for key, name in names.items()
-        if math.isfinite(run.eval_last.get(key, math.nan))
-    ]
+    order = [name for _, name in MODEL_INDEX.values()]
+    return sorted(results, key=lambda result: (result.dataset_name, order.index(str(result.metric_name))))
 
 
 def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
@@ -247,9 +295,10 @@ def snippet(run: RunSummary) -> str:
     if quantised:
         options = [f"    {name}={python(value)}," for name, value in run.quantization.items()]
         lines += ["quantization = BitsAndBytesConfig(", *options, ")"]
-    argument = ", quantization_config=quantization" if quantised else ""
+    arguments = ["adapter", *(["quantization_config=quantization"] if quantised else [])]
+    arguments += [f"dtype={python(run.dtype)}"] if run.dtype else []
     lines += [
-        f"model = AutoPeftModelForCausalLM.from_pretrained(adapter{argument})",
+        f"model = AutoPeftModelForCausalLM.from_pretrained({', '.join(arguments)})",
         "tokenizer = AutoTokenizer.from_pretrained(adapter)",
     ]
     if run.has_chat_template:
@@ -262,7 +311,7 @@ def snippet(run: RunSummary) -> str:
     else:
         lines.append('inputs = tokenizer("It was", return_tensors="pt").to(model.device)')
     lines += [
-        "output = model.generate(**inputs, max_new_tokens=64)",
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
@@ -275,13 +324,7 @@ def python(value: Any) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
-    if os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return not os.path.exists(name) and is_repo_id(name)
 
 
 def shown_name(name: str) -> str:
@@ -293,6 +336,24 @@ def link(name: str, kind: str = "") -> str:
     """Markdown: a link for a Hub id (`kind` is "" for models, "datasets/" for data), the plain name for the rest."""
     shown = shown_name(name)
     return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{shown}`"
+
+
+def base_text(name: str) -> str:
+    """The base as the card's first sentence calls it."""
+    if is_hub_id(name):
+        return link(name)
+    if os.path.exists(name) and os.path.samefile(name, BUNDLED):
+        return BUNDLED_TEXT
+    return link(name) + LOCAL_TEXT
+
+
+def quoted(text: str) -> str:
+    """Text in a code block that nothing in it can end, wrapped, a long one cut; the cut is said."""
+    left = len(text) - SAMPLE_LENGTH
+    text = text if left <= 0 else f"{text[:SAMPLE_LENGTH]} [... {left} more characters]"
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 100) or [""]]
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return "\n".join([f"{fence}text", *lines, fence])
 
 
 def cell(value: Any) -> str:

@@ -4,16 +4,27 @@ A YAML file holds any of the options; the command line overrides it. Each option
 `DPOConfig` (training), `DataArguments` and `ModelArguments`.
 """
 
-import argparse
+import json
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .cli_options import read_config_file
-from .config import DPOConfig, check_option_names
+from .cli_options import (
+    check_unknown,
+    parser_text,
+    read_config_file,
+    refuse_instead_of_exit,
+    required,
+    show,
+    split_config_word,
+)
 from .errors import (
     CheckpointError,
     DataError,
@@ -24,6 +35,9 @@ from .errors import (
     ReferenceMismatchError,
 )
 from .files import CONVERTERS, read_rows
+
+if TYPE_CHECKING:  # importing it takes seconds, which `dpo-peft help` should not
+    from .config import DPOConfig
 
 USAGE = """usage: dpo-peft COMMAND [options]
 
@@ -36,13 +50,21 @@ USAGE = """usage: dpo-peft COMMAND [options]
   push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
 
-dpo-peft COMMAND --help lists every option."""
+dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
+EXAMPLES = [
+    "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
+    "dpo-peft train --config recipes/dpo_qlora_8b.yaml --beta 0.2 --output_dir outputs/beta-0.2",
+    "dpo-peft train --model_name_or_path Qwen/Qwen3-8B --dataset_name pairs.jsonl --output_dir outputs/run",
+    "dpo-peft train --config FILE.yaml --resume_from_checkpoint latest",
+    "dpo-peft train --config FILE.yaml --json > result.json",
+]
 
 
 @dataclass
 class DataArguments:
     """Where the preference rows come from."""
 
+    _argument_group_name = "data"  # the heading in the help
     dataset_name: str = field(default="", metadata={"help": "Hub id, or a JSON(L), Parquet or CSV file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -61,6 +83,7 @@ class DataArguments:
 class ModelArguments:
     """Which model, and which adapter on it."""
 
+    _argument_group_name = "model and adapter"
     model_name_or_path: str = field(default="", metadata={"help": "Hub id or folder of the base model."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     dtype: str = field(
@@ -81,30 +104,56 @@ class ModelArguments:
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
 
 
+@dataclass
+class OutputArguments:
+    """What is printed at the end."""
+
+    _argument_group_name = "result"
+    json: bool = field(
+        default=False,
+        metadata={"help": "Print the result as one JSON object on stdout, everything else on stderr."},
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, or one of `cli_options.EXIT_CODES`."""
-    command, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    if command in ("", "-h", "--help"):
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["help"]
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
+    if command in ("help", "-h", "--help"):
         print(USAGE)
         return 0
-    commands = {"train": train, "plan": plan, "cache": cache}
+    if command == "--version":
+        print(f"dpo-peft {_version()}")
+        return 0
+    here = {"train": train, "plan": plan}
     # Others lie in modules of their own, which are loaded when they are called.
-    elsewhere = ("score", "pairs", "merge", "push", "report")
-    if command not in (*commands, *elsewhere):
+    elsewhere = ("score", "pairs", "merge", "push", "report", "cache")
+    if command not in (*here, *elsewhere):
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
         return 2
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that isn't used here
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for those who write programs
     try:
-        if command in elsewhere:
-            getattr(import_module(f".cli_{command}", __package__), command)(rest[:-1])
-        else:
-            commands[command](rest[:-1])
+        run = here[command] if command in here else getattr(import_module(f".cli_{command}", __package__), command)
+        run(rest)
     except (OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError) as error:
         print(f"dpo-peft: {error}", file=sys.stderr)
         return 2
     except (DriftError, PublishError) as error:
         print(f"dpo-peft: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
+        print("dpo-peft: stopped.", file=sys.stderr)
+        return 130
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("dpo-peft")
+    except PackageNotFoundError:  # run from a checkout
+        return "(not installed)"
 
 
 def train(argv: Sequence[str]) -> Any:
@@ -114,13 +163,27 @@ def train(argv: Sequence[str]) -> Any:
         OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
         TrainingInterrupted: after a signal, with a checkpoint saved.
     """
-    trainer = build_trainer(*parse(argv))
-    trainer.train()
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
-    trainer.save_model()
-    print(f"Adapter, model card, metrics.json and curves.png are in {trainer.args.output_dir}")
+    data, args, model, output = _parse(argv)
+    # The logs of transformers.Trainer go to stdout.
+    with redirect_stdout(sys.stderr) if output.json else nullcontext():
+        trainer = build_trainer(data, args, model)
+        seconds = trainer.train().metrics["train_runtime"]
+        if trainer.eval_dataset is not None:
+            trainer.evaluate()
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        result = {"output_dir": str(folder), "steps": trainer.state.global_step, "seconds": seconds}
+        result |= _figures(folder)
+        show(result, f"Adapter, model card, metrics.json and curves.png are in {folder}", output.json)
     return trainer
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """Of a finished run: metrics at start and end, and the warnings that came up."""
+    saved = json.loads((folder / "metrics.json").read_text("utf-8"))
+    names = ("first", "last", "eval_first", "eval_last")
+    return {**{name: saved[name] for name in names}, "warnings": saved.get("warnings", [])}
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -134,34 +197,7 @@ def plan(argv: Sequence[str]) -> None:
     print_plan(argv, (DataArguments, ModelArguments), read_config_file)
 
 
-def cache(argv: Sequence[str]) -> None:
-    """`dpo-peft cache`: what is kept of which reference, or make room.
-
-    Raises:
-        OptionError: there is no such folder, or options that need --clear.
-    """
-    from .cache import clear, default_folder, summary
-
-    parser = argparse.ArgumentParser(prog="dpo-peft cache", description="The reference's cached log-probs.")
-    parser.add_argument("--dir", type=Path, default=default_folder(), help="folder (default: %(default)s)")
-    parser.add_argument("--clear", action="store_true", help="delete entries: all, or those that the options name")
-    parser.add_argument("--reference", help="with --clear: of this reference alone (its id)")
-    parser.add_argument("--unused_days", type=float, help="with --clear: of references unused for so many days")
-    options = parser.parse_args(argv)
-    if not options.dir.is_dir():
-        raise OptionError(f"--dir {options.dir}: there is no such folder.")
-    if options.clear:
-        entries, size = clear(options.dir, options.reference, options.unused_days)
-        print(f"Deleted {entries:,} entries, {size / 1e6:,.1f} MB.")
-        return
-    if options.reference or options.unused_days is not None:
-        raise OptionError("--reference and --unused_days have no effect without --clear.")
-    for one in summary(options.dir):
-        held = f"{one.entries:>9,} entries  {one.bytes / 1e6:>9,.1f} MB"
-        print(f"{one.reference}  {held}  {one.last_used}  {one.about}")
-
-
-def build_trainer(data: DataArguments, args: DPOConfig, model: ModelArguments) -> Any:
+def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> Any:
     """Load the data and build the `DPOTrainer` that the options describe."""
     from .trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
@@ -169,40 +205,50 @@ def build_trainer(data: DataArguments, args: DPOConfig, model: ModelArguments) -
     args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     if model.model_revision is not None:
         args.model_init_kwargs.setdefault("revision", model.model_revision)
-    return DPOTrainer(
+    trainer = DPOTrainer(
         model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=lora_config(model, args),
     )
+    groups = ((group, f) for group in (data, model) for f in fields(group))
+    trainer.command_options = {f.name: value for group, f in groups if (value := getattr(group, f.name)) != f.default}
+    return trainer
 
 
-def parse(argv: Sequence[str]) -> tuple[DataArguments, DPOConfig, ModelArguments]:
+def parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments]:
     """Options from the command line over those of `--config FILE.yaml`.
 
     Raises:
-        OptionError: an unknown option, a file that can't be read, or no model or dataset.
+        OptionError: an unknown option, a value of the wrong type, a file that can't be read, or no model or dataset.
+        SystemExit: `--help` was asked for and printed.
     """
+    data, args, model, _ = _parse(argv)
+    return data, args, model
+
+
+def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments, OutputArguments]:
     from trl import TrlParser
 
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    groups = (DataArguments, DPOConfig, ModelArguments)
+    from .config import DPOConfig
+    from .option_names import check_option_names
+
+    argv = split_config_word(argv)
+    groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     known = {f.name for group in groups for f in fields(group)}
     check_option_names(read_config_file(argv), known | {"env"})
-    *parsed, unknown = TrlParser(groups, prog="dpo-peft train").parse_args_and_config(
-        argv, return_remaining_strings=True
+    about = (
+        "Train a LoRA adapter on preferences. Needed: model_name_or_path, dataset_name, output_dir.\n"
+        "FILE.yaml holds options as `name: value` lines, the command line overrides it."
     )
-    data, args, model = parsed
-    words = zip(unknown, [*unknown[1:], ""], strict=False)
-    named = {word[2:].split("=")[0]: value for word, value in words if word.startswith("--")}
-    check_option_names(named, known)
-    if unknown and not named:
-        raise OptionError(f"{unknown[0]!r} belongs to no option: write --option value.")
-    for group, name in ((data, "dataset_name"), (model, "model_name_or_path")):
-        if not getattr(group, name):
-            raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
-    return data, args, model
+    parser = TrlParser(groups, **parser_text("train", "--config FILE.yaml [--option value ...]", about, EXAMPLES))
+    refuse_instead_of_exit(parser)
+    data, model, output, args, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    check_unknown(unknown, lambda given: check_option_names(given, known))
+    required(data, "dataset_name")
+    required(model, "model_name_or_path")
+    return data, args, model, output
 
 
 def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:
@@ -228,7 +274,7 @@ def _load_rows(name: str, split: str, data: DataArguments) -> Any:
     return read_rows(name, split, data.dataset_config, data.dataset_streaming, data.dataset_format)
 
 
-def lora_config(model: ModelArguments, args: DPOConfig) -> Any:
+def lora_config(model: ModelArguments, args: "DPOConfig") -> Any:
     """The adapter that the options describe; None if the model is an adapter, which goes on training.
 
     Raises:

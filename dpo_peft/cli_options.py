@@ -10,7 +10,7 @@ import argparse
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,17 @@ Options = TypeVar("Options")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of examples alone."""
+    """Shows defaults where there are any, and leaves the lines of examples alone."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default in ("", False) or action.nargs == 0
+        return action.help if nothing else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """An option once: the parser takes it with hyphens for underscores too."""
+        if not action.option_strings or not action.option_strings[0].startswith("--"):
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}".rstrip()
 
 
 def parse_options(
@@ -53,34 +63,46 @@ def parse_options(
 
     names = [f.name for f in fields(options)]  # type: ignore[arg-type]
     first, known = names[0], set(names)
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    argv = split_config_word(argv)
     from_file = check_names(read_config_file(argv), known, command)
     if "--config" in argv:
         at = argv.index("--config")
         argv = argv[:at] + argv[at + 2 :]
     if argv and not argv[0].startswith("-"):
         argv = [f"--{first}", *argv]
-    shown = "\n".join(f"  {example}" for example in examples)
-    parser = HfArgumentParser(
-        options,
-        prog=f"dpo-peft {command}",
-        usage=f"dpo-peft {command} [{first.upper()}] [--config FILE.yaml] [--option value ...]",
-        description=description,
-        epilog=f"examples:\n{shown}\n\n{EXIT_CODES}",
-        formatter_class=_Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,  # an option that is added later may share the beginning
-    )
-    parser.error = _refuse
-    try:
-        parsed, unknown = parser.parse_known_args([*_as_words(from_file), *argv])
-    except argparse.ArgumentError as error:
-        raise OptionError(f"dpo-peft {command}: {error}") from error
-    words = zip(unknown, [*unknown[1:], ""], strict=False)
-    check_names({word[2:].split("=")[0]: value for word, value in words if word.startswith("--")}, known, command)
-    if unknown:
-        raise OptionError(f"{unknown[0]!r} belongs to no option: write --option value.")
+    words = f"[{first.upper()}] [--config FILE.yaml] [--option value ...]"
+    parser = HfArgumentParser(options, **parser_text(command, words, description, examples))
+    refuse_instead_of_exit(parser)
+    parsed, unknown = parser.parse_known_args([*_as_words(from_file), *argv])
+    check_unknown(unknown, lambda given: check_names(given, known, command))
     return options(**{name: getattr(parsed, name) for name in known})
+
+
+def parser_text(command: str, words: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
+    """Arguments of an `argparse.ArgumentParser` for a help with a short usage line, examples and exit codes."""
+    shown = "\n".join(f"  {example}" for example in examples)
+    return {
+        "prog": f"dpo-peft {command}",
+        "usage": f"dpo-peft {command} {words}",
+        "description": description,
+        "epilog": f"examples:\n{shown}\n\n{EXIT_CODES}",
+        "formatter_class": _Formatter,
+        "allow_abbrev": False,  # an option that is added later may share the beginning
+    }
+
+
+def refuse_instead_of_exit(parser: argparse.ArgumentParser) -> None:
+    """A wrong value becomes an `OptionError` like every other wrong input; argparse would print its usage and exit."""
+
+    def refuse(message: str) -> Any:
+        raise OptionError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+
+
+def split_config_word(argv: Sequence[str]) -> list[str]:
+    """`--config=FILE` as two words."""
+    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
 def _as_words(given: Mapping[str, Any]) -> list[str]:
@@ -92,8 +114,22 @@ def _as_words(given: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _refuse(message: str) -> Any:
-    raise OptionError(message)
+def check_unknown(unknown: Sequence[str], check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Refuse the words that a parser could not place; none is all right.
+
+    Args:
+        unknown: those words.
+        check: refuses options that don't exist, given by name, and returns the others.
+
+    Raises:
+        OptionError: naming the first one.
+    """
+    words = zip(unknown, [*unknown[1:], ""], strict=False)
+    check({word[2:].split("=")[0]: value for word, value in words if word.startswith("--")})
+    for before, word in zip(["", *unknown], unknown, strict=False):
+        is_value = before.startswith("--") and "=" not in before
+        if not word.startswith("--") and not is_value:
+            raise OptionError(f"{word!r} belongs to no option: write --option value.")
 
 
 def check_names(given: dict[str, Any], known: set[str], command: str) -> dict[str, Any]:

@@ -1,18 +1,25 @@
 """The command `dpo-peft plan`: what training would take of a GPU, from the model's config alone."""
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .config import DPOConfig, check_option_names
+from .cli_options import check_unknown, parser_text, refuse_instead_of_exit, show, split_config_word
+from .config import DPOConfig
 from .errors import OptionError
 from .losses import REGISTRY
+from .option_names import check_option_names
 from .plan_report import Card, Pace, Work, build_plan, is_hopper, parse_card, render
 from .planner import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape
 
+EXAMPLES = [
+    "dpo-peft plan --config recipes/dpo_qlora_8b.yaml --gpu RTX4090",
+    "dpo-peft plan --model_name_or_path Qwen/Qwen3-8B --gpu 24GB --lora_r 64",
+    "dpo-peft plan --shape 70b --gpu H100 --optim adamw_8bit",
+    "dpo-peft plan --shape 8b --gpu 24GB --pairs 60000 --pairs_per_second 4 --json",
+]
 _ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -20,6 +27,7 @@ _ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 class PlanArguments:
     """What the prediction is for."""
 
+    _argument_group_name = "the prediction"
     gpu: str | None = field(
         default=None, metadata={"help": "A card by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB."}
     )
@@ -55,10 +63,7 @@ def plan(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[
     model, name = _memory_model(options)
     work = _work(options)
     result = {"model": name, **_about_model(model), **build_plan(model, work, card, _checkpoints(options), pace)}
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(render(result, _about(name, model), work))
+    show(result, render(result, _about(name, model), work), options.json)
 
 
 # ---- Options --------------------------------------------------------------------------------------------------------
@@ -68,24 +73,23 @@ def _parse(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[lis
     """Every option by name. No `DPOConfig` is made: that asks for the hardware of training."""
     from transformers import HfArgumentParser
 
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    argv = split_config_word(argv)
     every = (PlanArguments, DPOConfig, *groups)
     known = {f.name for group in every for f in fields(group)}
     from_file = check_option_names(read_file(argv), known | {"env"})
     if "--config" in argv:
         at = argv.index("--config")
         argv = argv[:at] + argv[at + 2 :]
-    parser = HfArgumentParser(every, prog="dpo-peft plan")
+    about = "Predict what a run takes of a GPU, from the model's config alone: no weights are read, no GPU is needed."
+    words = "[--config FILE.yaml] [--gpu CARD] [--option value ...]"
+    parser = HfArgumentParser(every, **parser_text("plan", words, about, EXAMPLES))
+    refuse_instead_of_exit(parser)
     parser.set_defaults(**{name: value for name, value in from_file.items() if name != "env"})
     options, unknown = parser.parse_known_args(argv)
     # The command line overrides the file: a shape there stands for the model that the file names.
     if options.shape != from_file.get("shape") and options.model_name_or_path == from_file.get("model_name_or_path"):
         options.model_name_or_path = ""
-    words = zip(unknown, [*unknown[1:], ""], strict=False)
-    named = {word[2:].split("=")[0]: value for word, value in words if word.startswith("--")}
-    check_option_names(named, known)
-    if unknown and not named:
-        raise OptionError(f"{unknown[0]!r} belongs to no option: write --option value.")
+    check_unknown(unknown, lambda given: check_option_names(given, known))
     return options
 
 

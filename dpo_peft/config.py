@@ -3,7 +3,6 @@
 Names and defaults are those of `trl.DPOConfig` where it has them, so that a TRL script changes one import.
 """
 
-import difflib
 import functools
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import TrainingArguments
 
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
+from .evaluation_options import check_evaluation_options
 from .losses import F_DIVERGENCES, REGISTRY
 from .objective_options import (
     OBJECTIVE_OPTIONS,
@@ -19,32 +19,10 @@ from .objective_options import (
     check_loss_type,
     check_number,
     check_objective_options,
+    check_used,
     resolve_beta,
 )
-
-# Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
-# default they change nothing and are accepted.
-_NOT_OFFERED: dict[str, tuple[Any, str]] = {
-    "padding_free": (False, "Batches never hold padding here; leave it out."),
-    "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
-    "precompute_ref_batch_size": (None, "Set precompute_ref_tokens, the tokens of a forward pass."),
-    "router_aux_loss_coef": (None, "The router's auxiliary loss is not available yet."),
-    "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
-}
-
-# Options of TrainingArguments that would have no effect here, or a wrong one: (harmless value, what to do instead).
-_NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
-    "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
-    "torch_compile": (False, "The trainer calls the backbone itself, which this option does not compile."),
-    "logging_nan_inf_filter": (False, "A non-finite loss stops the run; it is never filtered out."),
-    "neftune_noise_alpha": (None, "Noise on the policy alone would enter the implicit rewards; leave it out."),
-    "label_names": (None, "Pairs have no labels; leave it out."),
-    "include_for_metrics": ([], "compute_metrics gets the implicit rewards; leave it out."),
-    "fsdp": (None, "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."),
-    "deepspeed": (None, "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."),
-    "auto_find_batch_size": (False, "A micro-batch that runs out of memory is halved by itself; leave it out."),
-    "enable_jit_checkpoint": (False, "SIGTERM always saves a checkpoint here; leave it out."),
-}
+from .option_names import NOT_AVAILABLE, check_option_names
 
 
 @dataclass
@@ -216,6 +194,29 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "trajectory: a step is an assistant's 'turn' or 'token'.", "choices": list(DISCOUNT_UNITS)},
     )
 
+    # Evaluation while training; docs/diagnostics.md
+    sample_prompts: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out prompts to answer before training and at every evaluation, for samples.jsonl and the "
+            "model card; 4 are enough to see trouble. Default: none, as a batch of answers takes time and memory."
+        },
+    )
+    sample_max_new_tokens: int = field(default=128, metadata={"help": "sample_prompts: longest answer, in tokens."})
+    sample_temperature: float = field(
+        default=0.0, metadata={"help": "sample_prompts: 0 takes the likeliest token each time, 1 samples."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model, which is then "
+            "the held-out margin (eval_rewards/margins) if not set. Default: no early stopping."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "early_stopping_patience: by how much a better one must be better."}
+    )
+
     # Defaults that differ from TrainingArguments
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (a share of all if < 1)."})
@@ -252,6 +253,7 @@ class DPOConfig(TrainingArguments):
         self._check_batch()
         self._check_memory()
         self._check_reference()
+        check_evaluation_options(self)
         check_number(self, "learning_rate", minimum=0)
         check_number(self, "max_unusable_share", minimum=0, maximum=1)
         check_number(self, "max_length", minimum=2, optional=True, whole=True)
@@ -266,7 +268,7 @@ class DPOConfig(TrainingArguments):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True, False or None.")
         check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
-        for name, (harmless, why) in _NOT_AVAILABLE.items():
+        for name, (harmless, why) in NOT_AVAILABLE.items():
             if getattr(self, name, harmless) not in (harmless, None):
                 raise OptionError(f"{name}={getattr(self, name)!r} is not available here. {why}")
 
@@ -287,10 +289,7 @@ class DPOConfig(TrainingArguments):
         }
         cache = ("precompute_ref_log_probs or cache_ref_log_probs", self.caches_reference)
         used_with |= dict.fromkeys(("ref_cache_dir", "ref_cache_gb", "ref_cache_tokens"), cache)
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, (option, on) in used_with.items():
-            if not on and getattr(self, name) != defaults[name]:
-                raise OptionError(f"{name}={getattr(self, name)!r} has no effect without {option}: set it too.")
+        check_used(self, used_with)
         if not any(REGISTRY[name].needs_reference for name in self.loss_type):
             names = "reference sync_ref_model precompute_ref_log_probs cache_ref_log_probs".split()
             if given := [name for name in names if getattr(self, name)]:
@@ -359,39 +358,12 @@ def objective_options(config: DPOConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("beta", *OBJECTIVE_OPTIONS)}
 
 
-def check_option_names(given: dict[str, Any], known: set[str] | None = None) -> dict[str, Any]:
-    """Keep the options that exist; refuse the others with a word on each.
-
-    Args:
-        given: option name to value.
-        known: the names that exist; the fields of `DPOConfig` if None.
-
-    Returns:
-        `given` without the options of `trl.DPOConfig` that stand at a default with which nothing changes.
-
-    Raises:
-        OptionError: an unknown option, or one of `trl.DPOConfig` that isn't offered.
-    """
-    known = {f.name for f in fields(DPOConfig)} if known is None else known
-    kept = {}
-    for name, value in given.items():
-        if name in known:
-            kept[name] = value
-        elif name in _NOT_OFFERED:
-            default, remedy = _NOT_OFFERED[name]
-            if value != default and str(value).lower() != str(default).lower():  # a command line gives text
-                raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that isn't offered here. {remedy}")
-        else:
-            close = difflib.get_close_matches(name, known | set(_NOT_OFFERED), n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "`dpo-peft train --help` lists them all."
-            raise OptionError(f"{name!r} is not an option. {hint}")
-    return kept
-
-
 def _checked(init: Any) -> Any:
+    known = {f.name for f in fields(DPOConfig)}
+
     @functools.wraps(init)
     def __init__(self: DPOConfig, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **check_option_names(kwargs))
+        init(self, *args, **check_option_names(kwargs, known))
 
     return __init__
 

@@ -80,6 +80,34 @@ def preference_metrics(
         return metrics
 
 
+def length_metrics(data: str, scored: Scored, rewards_C: Tensor) -> dict[str, Mean]:
+    """How far accuracy leans on length; see `preference_metrics` for the arguments.
+
+    - `accuracies/chosen_longer`, `accuracies/chosen_shorter`: `rewards/accuracies` where the better completion is the
+      longer one, and where it is the shorter one. A reward that follows length is right on the first and wrong on the
+      second.
+    """
+    with torch.no_grad():
+        better_CC = _better(data, scored)
+        wins_CC = _wins(rewards_C[:, None] - rewards_C)
+        longer_CC = scored.lengths_C[:, None] - scored.lengths_C
+        return {
+            "accuracies/chosen_longer": _mean_where(wins_CC, better_CC & (longer_CC > 0)),
+            "accuracies/chosen_shorter": _mean_where(wins_CC, better_CC & (longer_CC < 0)),
+        }
+
+
+def metric_names(data: str, with_reference: bool, mismatched: bool) -> set[str]:
+    """The names that an evaluation may report, without `eval_`: those of `preference_metrics`, `length_metrics`, the
+    loss, and `accuracies/length_balanced`, the mean of the two accuracies by length."""
+    names = (
+        "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected loss".split()
+    )
+    names += [f"accuracies/{kind}" for kind in ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")]
+    names += ["sample_weight"] if data in ("pairs", "trajectories") else []
+    return {*names, *(["kl"] if with_reference else []), *(["z_ref"] if mismatched else [])}
+
+
 def _better(data: str, scored: Scored) -> Tensor:
     """(C, C) True where the row's completion is known to be better than the column's."""
     grade_C, sample_of_C = scored.grade_C, scored.sample_of_C

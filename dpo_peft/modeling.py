@@ -336,7 +336,8 @@ class StorageReport:
 
     def __str__(self) -> str:
         dtypes = ", ".join(f"{name} {_mib(n)}" for name, n in sorted(self.dtypes.items()))
-        largest = ", ".join(f"{name} {_mib(n)}" for name, n in self.largest_unquantized)
+        worth_naming = [(name, n) for name, n in self.largest_unquantized if n >= 0.01 * self.unquantized]
+        largest = ", ".join(f"{name} {_mib(n)}" for name, n in worth_naming)
         reference = f" Reference adapter: {_mib(self.reference_adapter)}." if self.reference_adapter else ""
         return (
             f"Base: {_mib(self.quantized)} quantised, {_mib(self.unquantized)} not ({dtypes or 'nothing'}; largest: "

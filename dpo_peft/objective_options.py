@@ -5,6 +5,7 @@ Plain values in, `OptionError` out; the config calls it before anything is loade
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from .data import DISCOUNT_UNITS
@@ -160,3 +161,16 @@ def check_number(
         bounds += [f"at least {minimum}"] if minimum > -math.inf else []
         bounds += [f"at most {maximum}"] if maximum < math.inf else []
         raise OptionError(f"{name}={value!r} must be {kind} {' and '.join(bounds)}.")
+
+
+def check_used(options: Any, used_with: Mapping[str, tuple[str, bool]]) -> None:
+    """Refuse attributes of `options` that are set beside an option that isn't.
+
+    Args:
+        options: a dataclass's instance.
+        used_with: each such attribute's name to that of the other option and whether that is on.
+    """
+    defaults = {f.name: f.default for f in fields(options)}
+    for name, (option, on) in used_with.items():
+        if not on and getattr(options, name) != defaults[name]:
+            raise OptionError(f"{name}={getattr(options, name)!r} has no effect without {option}: set it too.")

@@ -41,7 +41,7 @@ _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_
 # Options that do not change what is learned, by how their names start.
 _HARMLESS = (
     "output_dir run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub hub_ load_best "
-    "metric_for_best greater_is_better eval_accumulation per_device_eval dataloader_num dataloader_pin "
+    "metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num dataloader_pin "
     "dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
     "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib "

@@ -84,6 +84,23 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
         ) from error
 
 
+def read_adapter(
+    adapter: str, base: str | None = None, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[TrainedWith | None, Any]:
+    """The record of an adapter's training and its tokenizer, before its model is loaded.
+
+    Raises:
+        OptionError: no adapter, or no tokenizer.
+        ReferenceMismatchError: the record is damaged.
+    """
+    from_hub = {} if revision is None else {"revision": revision}
+    if not is_adapter(adapter, **from_hub):
+        raise OptionError(f"{adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json.")
+    config = read_config(adapter, **from_hub)
+    name = base or config.base_model_name_or_path or adapter
+    return read_training(config), adapter_tokenizer(adapter, name, trust_remote_code, from_hub)
+
+
 @dataclass
 class TrainedAdapter:
     """An adapter on its base, in eval mode, nothing trainable."""
@@ -106,6 +123,7 @@ def load_trained(
     check_base: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    with_reference: bool = True,
 ) -> TrainedAdapter:
     """Load an adapter on the base that it was trained on, quantised as it was then, with its reference.
 
@@ -119,6 +137,7 @@ def load_trained(
         check_base: whether the loaded base must be the recorded one, weight for weight.
         trust_remote_code: run code that ships with the model.
         revision: of the adapter on the Hub.
+        with_reference: False leaves the reference out, to sample from the policy alone.
 
     Raises:
         OptionError: no adapter, no base, or a reference that can't be found.
@@ -152,12 +171,69 @@ def load_trained(
     if recorded is not None and as_recorded and check_base:
         _check_base(recorded, identify(model, None), adapter)
     needs_reference = trained is None or trained.reward == "log_ratio"
-    found = _find_reference(model, recorded, reference, adapter) if needs_reference else None
+    found = _find_reference(model, recorded, reference, adapter) if needs_reference and with_reference else None
     if reference is not None and not needs_reference:
         raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
     return TrainedAdapter(
-        model, _tokenizer(adapter, name, trust_remote_code, from_hub), policy, found, trained, adapter
+        model, adapter_tokenizer(adapter, name, trust_remote_code, from_hub), policy, found, trained, adapter
     )
+
+
+def trained_in(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    policy: str | None = None,
+    reference: str | None = None,
+) -> TrainedAdapter:
+    """An adapter of a PeftModel that is loaded already, with what its config records. The model stays as it is.
+
+    Args:
+        model: may be in training.
+        tokenizer: the model's.
+        policy: the adapter's name; the active one if None.
+        reference: name of the frozen adapter that is its reference, or "base" for the model with all adapters off;
+            the recorded one if None.
+
+    Raises:
+        OptionError: no tokenizer, no such adapter, or a reference that is not in the model.
+    """
+    if not isinstance(model, PeftModel):
+        raise OptionError(
+            f"adapter is a {type(model).__name__}: give a folder or Hub id, a TrainedAdapter, or a PeftModel."
+        )
+    if tokenizer is None:
+        raise OptionError("tokenizer is missing: a PeftModel does not bring one.")
+    if policy is None and len(model.active_adapters) != 1:
+        raise OptionError(f"{len(model.active_adapters)} adapters are active: name the one to score with by policy.")
+    policy = policy or model.active_adapters[0]
+    if policy not in model.peft_config:
+        raise OptionError(f"policy={policy!r}: the model's adapters are {', '.join(model.peft_config)}.")
+    trained = read_training(model.peft_config[policy])
+    needs_reference = trained is None or trained.reward == "log_ratio"
+    if reference is not None and not needs_reference:
+        raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
+    found = _reference_in(model, policy, reference) if needs_reference else None
+    return TrainedAdapter(model, tokenizer, policy, found, trained, f"adapter {policy!r} of the model")
+
+
+def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Reference:
+    others = [name for name in model.peft_config if name != policy]
+    if reference is None:
+        recorded = read_record(model.peft_config[policy])
+        if recorded is None or recorded.adapter is None:
+            return Reference("base", None)
+        for name in others:
+            if adapter_fingerprint(model, name) == recorded.adapter_fingerprint:
+                return Reference("adapter", name, recorded.adapter)
+        raise OptionError(
+            f"{policy!r} was trained against a frozen adapter ({recorded.adapter}), which is not in the model: name "
+            'one as reference, or "base".'
+        )
+    if reference == "base":
+        return Reference("base", None, chosen=True)
+    if reference not in others:
+        raise OptionError(f"reference={reference!r}: the model's other adapters are {', '.join(others) or 'none'}.")
+    return Reference("adapter", reference, chosen=True)
 
 
 def _check_base(recorded: Identity, actual: Identity, adapter: str) -> None:
@@ -191,8 +267,12 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
     return Reference("adapter", name, given, chosen=True)
 
 
-def _tokenizer(adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, Any]) -> Any:
-    """The adapter's own, or its base's."""
+def adapter_tokenizer(adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, Any]) -> Any:
+    """The adapter's own, or its base's.
+
+    Raises:
+        OptionError: there is none.
+    """
     for name, where in ((adapter, from_hub), (base, {})):
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)

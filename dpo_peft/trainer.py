@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from .arguments import (
     AnyDataset,
     check_arguments,
+    check_best_metric,
     check_datasets,
     check_optimizer,
     check_tokenizer,
@@ -39,14 +40,15 @@ from .config import DPOConfig, objective_options
 from .data import DataReport, prepare_dataset, rows_digest
 from .data.batch import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
 from .errors import OptionError
+from .evaluation import EvaluatingTrainer
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .frozen import freeze_copy
-from .metrics import mean_of, preference_metrics
+from .metrics import length_metrics, mean_of, metric_names, preference_metrics
 from .modeling import attach_adapter, disable_dropout, load_model, storage_report
 from .objective import Scored, Totals, TrainingObjective
 from .parallel import ShareCollator, check_launch, check_same, copy_from_first, world_size
+from .recipe import data_source
 from .reference import Reference
-from .saving import SavingTrainer
 from .stepping import fields_of
 from .trained import TrainedWith, quantization_options, record_training
 from .watch import StopWhenNonFinite
@@ -62,7 +64,7 @@ class LossOutput(NamedTuple):
     scored: Scored  # what the losses read
 
 
-class DPOTrainer(SavingTrainer):
+class DPOTrainer(EvaluatingTrainer):
     """Trains a LoRA adapter on preferences, by DPO or another objective, against the same model without it.
 
     Args:
@@ -112,6 +114,10 @@ class DPOTrainer(SavingTrainer):
         tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
         check_tokenizer(tokenizer)
         self.objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
+        self._check_best_metric(args, eval_dataset, compute_metrics)
+
+        self.model_name = "" if isinstance(model, PeftModel) else name
+        self.data_sources = {"train": data_source(train_dataset), "eval": data_source(eval_dataset)}
 
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.data_reports: dict[str, DataReport] = {}
@@ -145,6 +151,13 @@ class DPOTrainer(SavingTrainer):
         record_training(self.model, self.policy_adapter, self._trained_with())
         logger.warning("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.warning("%s", self.forward_plan)
+
+    def _check_best_metric(self, args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
+        if compute_metrics is None:  # which adds metrics of its own
+            objective = self.objective
+            tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
+            with_kl = objective.needs_reference and tokens
+            check_best_metric(args, eval_dataset, metric_names(objective.data, with_kl, objective.needs_mismatched))
 
     def _plan_batches(self, data_collator: Any) -> None:
         """The model is on its device now and can show how its batches are laid out."""
@@ -256,7 +269,9 @@ class DPOTrainer(SavingTrainer):
             self.step_finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
             self.metric_store.add("train", metrics)
         else:
-            self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics})
+            by_length = length_metrics(self.objective.data, output.scored, output.rewards_C)
+            self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
+            self.record_pairs(batch, output.scored, output.rewards_C)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `ReferencedTrainer.train`. What was added to the model since it was probed is heeded."""

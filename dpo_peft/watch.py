@@ -1,8 +1,11 @@
-"""What is watched while a run goes on: numbers that are not finite, signals, when the reference follows the policy."""
+"""What is watched while a run goes on: numbers that are not finite, signals, when the reference follows the policy,
+when a held-out metric gets no better."""
 
+import logging
+import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .errors import NonFiniteError
 from .frozen import mix_into
-from .parallel import any_process, gather_over_processes
+from .parallel import any_process, gather_over_processes, rank
+
+logger = logging.getLogger(__name__)
 
 
 class StopWhenNonFinite(TrainerCallback):
@@ -116,3 +121,75 @@ class SyncReference(TrainerCallback):
         """Mix if it is time."""
         if state.global_step % self.steps == 0:
             self.mix()
+
+
+class StopEarly(TrainerCallback):
+    """Ends a run when a held-out metric has not become better for `patience` evaluations in a row.
+
+    Not the callback of transformers: that one forgets its count when a run is resumed, and moves its mark with gains
+    below the threshold, so that many small ones never count.
+
+    Args:
+        metric: its name in an evaluation's figures, with `eval_`.
+        greater: whether more is better.
+        patience: evaluations without a better one, at least 1.
+        threshold: by how much a better one must be better.
+    """
+
+    def __init__(self, metric: str, greater: bool, patience: int, threshold: float):
+        self.metric, self.sign, self.patience, self.threshold = metric, 1 if greater else -1, patience, threshold
+        self.load({})
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes back, as JSON values."""
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited, "step": self.step}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a run's state; a new run's if empty."""
+        self.best: float | None = state.get("best")
+        self.best_step: int | None = state.get("best_step")
+        self.waited: int = state.get("waited", 0)
+        self.step: int = state.get("step", -1)  # of the newest evaluation that counted
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is to end."""
+        return self.waited >= self.patience
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that was killed after it was told to stop takes no further step when it is resumed."""
+        control.should_training_stop = control.should_training_stop or self.done
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count. An evaluation of another dataset lacks the metric; one of a step that has been seen says no more."""
+        value = (metrics or {}).get(self.metric)
+        if value is None or state.global_step <= self.step:
+            return
+        self.step = state.global_step
+        gain = -math.inf if not math.isfinite(value) else self.sign * (value - (self.best or 0.0))
+        if math.isfinite(gain) and (self.best is None or gain > self.threshold):
+            self.best, self.best_step, self.waited = float(value), self.step, 0
+            return
+        self.waited += 1
+        if not self.done:
+            return
+        control.should_training_stop = True
+        if rank() == 0:
+            best = "was never finite" if self.best is None else f"was best, {self.best:.4g}, at step {self.best_step}"
+            logger.warning(
+                "Stopped early after step %d: %s %s, and %d evaluations in a row were not better (threshold %g).",
+                self.step,
+                self.metric,
+                best,
+                self.waited,
+                self.threshold,
+            )

@@ -1,6 +1,10 @@
 """Any objective, offline, on the quickstart's task: the bundled model learns to write positive reviews.
 
-    python recipes/objectives.py --config recipes/objectives/lists.yaml [--any_option value]
+GPU:      none
+Peak:     PEAKO of the machine's memory
+Time:     one to two minutes on one CPU core, see the table
+Command:  python recipes/objectives.py --config recipes/objectives/lists.yaml [--any_option value]
+Expected:
 
 | recipe         | objective       | time on one CPU core | held-out accuracy | mean true reward, up by | KL, nats |
 |----------------|-----------------|----------------------|-------------------|-------------------------|----------|
@@ -10,7 +14,7 @@
 | trajectories   | trajectory      | 1.5 minutes          | 0.50 -> 0.95      | 0.8 std                 | 0.4      |
 | reference_free | simpo           | 1 minute             | 0.48 -> 0.69      | 1.7 std                 | 1.8      |
 
-No GPU. Std is the standard deviation of the true reward before training; samples stay as fluent as before. Accuracy is
+Std is the standard deviation of the true reward before training; samples stay as fluent as before. Accuracy is
 over any two answers that are known to be a better and a worse one: of a pair, of a list, of all single answers.
 
 The pairs that the package ships are turned into the kind of data that the objective learns from, and kept in the

@@ -1,16 +1,22 @@
 """The command line: options of file and command line, what it refuses, and what a run leaves behind."""
 
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from dpo_peft import cli
-from dpo_peft.errors import OptionError
+from dpo_peft.cache import Entry, ReferenceCache
+from dpo_peft.errors import DriftError, OptionError, TrainingInterrupted
 
 
 @pytest.fixture
@@ -131,8 +137,166 @@ def test_a_file_without_a_test_split_cannot_be_evaluated_on(run_folder: Path) ->
         train(run_folder)
 
 
+# ---- What every command shares -------------------------------------------------------------------------------------
+
+COMMANDS = re.findall(r"^  (\w+) ", cli.USAGE, flags=re.MULTILINE)
+
+
+def help_of(words: Sequence[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(words)
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_unknown_command_and_help(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["tarin"]) == 2
     assert "'tarin' is not a command" in capsys.readouterr().err
-    assert cli.main([]) == 0
-    assert "dpo-peft train" in capsys.readouterr().out
+    for words in ([], ["help"], ["--help"]):
+        assert cli.main(words) == 0
+        assert "dpo-peft train" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"dpo-peft \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert cli.main(["help", "tarin"]) == 2
+    assert "'tarin' is not a command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_and_exit_codes(command: str, capsys: pytest.CaptureFixture) -> None:
+    """Every option that an example uses is one that the help lists."""
+    said = help_of([command, "--help"], capsys)
+    assert said == help_of(["help", command], capsys)
+    options, examples, codes = re.split(r"^examples:$|^exit codes:$", said, flags=re.MULTILINE)
+    for code in ("0  ", "2  ", "3  ", "130, 143"):
+        assert f"\n  {code}" in codes
+    assert examples.count(f"  dpo-peft {command} ") + examples.count(f"  dpo-peft {command}\n") >= 2
+    listed = set(re.findall(r"^  (--\w+)", options, flags=re.MULTILINE)) | {"--config"}
+    assert "--json" in listed
+    assert set(re.findall(r" (--\w+)", examples)) <= listed
+
+
+def test_a_quick_answer_loads_nothing_slow() -> None:
+    """`dpo-peft help` and the names of commands need neither torch nor transformers."""
+    code = "import sys, dpo_peft.cli as cli; cli.main(['help']); print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(DriftError("too far"), 3), (OptionError("no"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_exit_codes(
+    raised: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(argv: Sequence[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "plan", fail)
+    assert cli.main(["plan"]) == status
+    out, error = capsys.readouterr()
+    assert not out and error.startswith("dpo-peft: ") and "Traceback" not in error
+
+
+def test_an_interrupted_training_leaves_with_the_signal_s_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(argv: Sequence[str]) -> None:
+        raise TrainingInterrupted(143)
+
+    monkeypatch.setattr(cli, "train", stopped)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train"])
+    assert exit.value.code == 143
+
+
+# ---- dpo-peft train --json ------------------------------------------------------------------------------------------
+
+
+def test_json_is_all_of_stdout(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Logs and progress, which transformers prints, go to stderr; the figures are those of metrics.json."""
+    assert cli.main(["train", "--config", str(run_folder / "run.yaml"), "--num_train_epochs", "1", "--json"]) == 0
+    out, error = capsys.readouterr()
+    result = json.loads(out)
+    metrics = json.loads((run_folder / "out" / "metrics.json").read_text())
+    assert result["output_dir"] == str(run_folder / "out") and result["steps"] == 3
+    assert result["seconds"] > 0 and isinstance(result["warnings"], list)
+    for name in ("first", "last", "eval_first", "eval_last"):
+        assert result[name] == metrics[name]
+    assert "train_runtime" in error
+    assert cli.main(["train", "--config", str(run_folder / "run.yaml"), "--max_steps", "1"]) == 0
+    out, error = capsys.readouterr()
+    assert "train_runtime" in out and f"are in {run_folder / 'out'}" in out  # without it stdout is for people
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["--beta", "much"], "--beta"), (["--lora_r", "1.5"], "--lora_r"), (["--dtype", "int4"], "--dtype")],
+)
+def test_values_of_the_wrong_type(
+    run_folder: Path, capsys: pytest.CaptureFixture, words: list[str], named: str
+) -> None:
+    """One line, not argparse's usage of 200 lines."""
+    assert cli.main(["train", "--config", str(run_folder / "run.yaml"), *words]) == 2
+    out, error = capsys.readouterr()
+    assert named in error and words[1] in error
+    assert not out and len(error.splitlines()) <= 2
+
+
+# ---- dpo-peft cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A cache of two references: three entries of "first", one of "second"."""
+    keys = [bytes([number]) * 16 for number in range(3)]
+    for name, used in (("first", keys), ("second", keys[:1])):
+        with ReferenceCache(tmp_path / "cache", name, f"about {name}") as cache:
+            cache.put(used, [Entry(-1.0, np.zeros(4, np.float32))] * len(used))
+    return tmp_path / "cache"
+
+
+def test_cache_lists_and_clears(kept: Path, capsys: pytest.CaptureFixture) -> None:
+    def run(*words: str) -> Any:
+        assert cli.main(["cache", str(kept), *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    entries = {one["reference"]: (one["entries"], one["about"]) for one in run()["references"]}
+    assert entries == {"first": (3, "about first"), "second": (1, "about second")}
+    assert run("--clear", "--unused_days", "1")["deleted_entries"] == 0
+    assert run("--clear", "--reference", "first")["deleted_entries"] == 3
+    assert [one["reference"] for one in run()["references"]] == ["second"]
+    assert cli.main(["cache", "--dir", str(kept)]) == 0
+    assert re.search(r"second +1 entries .* about second", capsys.readouterr().out)
+    assert run("--clear")["deleted_entries"] == 1
+    assert cli.main(["cache", "--dir", str(kept)]) == 0
+    assert "Nothing is kept" in capsys.readouterr().out
+
+
+def test_a_cache_that_was_never_used_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("DPO_PEFT_CACHE", str(tmp_path / "new"))
+    for words in ([], ["--clear"]):
+        assert cli.main(["cache", *words]) == 0
+        assert re.search("Nothing is kept|Deleted 0 entries", capsys.readouterr().out)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "remedy"),
+    [
+        (["--dir", "nowhere"], "dir='nowhere'", "no such folder"),
+        (["--reference", "first"], "reference", "--clear"),
+        (["--unused_days", "3"], "unused_days", "--clear"),
+        (["--clear", "--reference", "third"], "'third'", "first"),
+        (["--clear", "--unused_days", "-1"], "unused_days", "0 or more"),
+        (["--clear", "--unused_days", "soon"], "--unused_days", "soon"),
+        (["--cleer"], "'cleer'", "'clear'"),
+    ],
+)
+def test_what_cache_refuses(
+    kept: Path, capsys: pytest.CaptureFixture, words: list[str], named: str, remedy: str
+) -> None:
+    where = [] if "--dir" in words else ["--dir", str(kept)]
+    assert cli.main(["cache", *where, *words]) == 2
+    out, error = capsys.readouterr()
+    assert named in error and remedy in error
+    assert not out

@@ -301,6 +301,8 @@ def test_the_recipe_can_be_planned(plan: Any) -> None:
         (["--shape", "8b", "--loss_type", "dpoo"], "loss_type='dpoo'", "sigmoid"),
         (["--shape", "8b", "--gpus", "H100"], "'gpus'", "'gpu'"),
         (["--shape", "8b", "stray"], "'stray'", "--option value"),
+        (["--shape", "8b", "--lora_r", "many"], "--lora_r", "many"),
+        (["--shape", "8b", "--dtype", "int4"], "--dtype", "bfloat16"),
         (["--config", "nowhere.yaml"], "nowhere.yaml", "no such file"),
     ],
 )

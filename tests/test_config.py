@@ -14,8 +14,8 @@ from trainer_helpers import id_pairs, lora, ours
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 
 from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
-from dpo_peft.config import _NOT_AVAILABLE, _NOT_OFFERED, check_option_names
 from dpo_peft.modeling import load_base
+from dpo_peft.option_names import NOT_AVAILABLE, NOT_OFFERED, check_option_names
 
 
 def config(**options: Any) -> DPOConfig:
@@ -254,14 +254,14 @@ OUR_FIELDS = {field.name: field for field in dataclasses.fields(DPOConfig)}
 
 
 def test_every_option_of_trl_is_offered_or_refused() -> None:
-    assert set(TRL_FIELDS) - set(OUR_FIELDS) == set(_NOT_OFFERED)
+    assert set(TRL_FIELDS) - set(OUR_FIELDS) == set(NOT_OFFERED)
 
 
 def test_refused_options_are_accepted_at_their_default() -> None:
-    for name, (default, _) in _NOT_OFFERED.items():
+    for name, (default, _) in NOT_OFFERED.items():
         assert default == TRL_FIELDS[name].default, name
-        assert check_option_names({name: default, "beta": 0.3}) == {"beta": 0.3}
-    config(**{name: default for name, (default, _) in _NOT_OFFERED.items()})
+        assert check_option_names({name: default, "beta": 0.3}, set(OUR_FIELDS)) == {"beta": 0.3}
+    config(**{name: default for name, (default, _) in NOT_OFFERED.items()})
 
 
 def test_shared_defaults_are_trls() -> None:
@@ -287,7 +287,7 @@ def test_every_option_has_a_description() -> None:
 
 
 def test_unavailable_options_exist_and_are_harmless_by_default() -> None:
-    for name, (harmless, _) in _NOT_AVAILABLE.items():
+    for name, (harmless, _) in NOT_AVAILABLE.items():
         assert name in OUR_FIELDS
         assert getattr(config(), name) in (harmless, None, [], {}), name
 

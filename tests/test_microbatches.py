@@ -202,7 +202,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     for name in ("sigmoid", "ipo", "kto", "aot", "multi_negative", "orpo", "trajectory", "sigmoid+sft")
 }
 LOSSES["ipo"] = {"loss_type": ["ipo"], "learning_rate": 2e-5}  # its gradients are of the order of 1000
-ACROSS_ROWS = ("rewards/margins", "rewards/accuracies", "accuracies/length_only")  # of single answers: see metrics.py
+BY_LENGTH = ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")
+# Of single answers: see metrics.py.
+ACROSS_ROWS = ("rewards/margins", "rewards/accuracies", *(f"accuracies/{kind}" for kind in BY_LENGTH))
 EXEMPT = ("epoch", "learning_rate", "step", "num_input_tokens_seen")
 
 

@@ -19,7 +19,8 @@ TOLERANCE = 1e-6  # of a figure; relative where it is above 1
 KL_TOLERANCE = 5e-6  # it adds up exponentials of float32 log-ratios, whose rounding depends on the rows beside them
 TIMED = ("_runtime", "_per_second", "_preparation_time")  # ends of the names of figures that differ from run to run
 
-ACROSS_ROWS = ("rewards/margins", "rewards/accuracies", "accuracies/length_only")
+BY_LENGTH = ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")
+ACROSS_ROWS = ("rewards/margins", "rewards/accuracies", *(f"accuracies/{kind}" for kind in BY_LENGTH))
 
 
 def run(name: str, *loss: str, rows: int = 13, batch: int = 4, **more: Any) -> dict[str, Any]:

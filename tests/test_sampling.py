@@ -58,6 +58,39 @@ def test_seeds_decide_and_the_callers_state_stays(model: Any, make_tokenizer: An
     assert one != sample_completions(model, tokenizer, PROMPTS, seed=2, max_new_tokens=8)
 
 
+def test_seeds_of_their_own_follow_the_model_and_ignore_the_batch(model: Any, make_tokenizer: Any) -> None:
+    """As above, with a seed per prompt, temperature, top_k and top_p; and a completion is the same in any company."""
+    tokenizer, prompt = make_tokenizer(), [5, 6, 7]
+    how: dict[str, Any] = {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
+    drawn = sample_completions(model, tokenizer, [prompt] * 4000, range(4000), 1, **how)
+    counts = Counter(ids[0] for ids in drawn)
+
+    def chi_square(temperature: float) -> float:
+        probs = (model(torch.tensor([prompt])).logits[0, -1].detach() / temperature).softmax(-1)
+        order = probs.topk(6).indices.tolist()
+        top = (probs[order] / probs[order].sum()).tolist()
+        kept = next(n for n in range(1, 7) if n == 6 or sum(top[:n]) >= 0.9)
+        expected = {token: 4000 * p / sum(top[:kept]) for token, p in zip(order[:kept], top[:kept], strict=True)}
+        assert counts.keys() <= expected.keys()
+        return sum((counts[token] - e) ** 2 / e for token, e in expected.items())
+
+    assert chi_square(0.7) < 20.5  # at most 5 degrees of freedom, p = 0.001
+    assert chi_square(1.0) > 100  # control
+    together = sample_completions(model, tokenizer, PROMPTS, [3, 4, 5], 12)
+    for number, alone in enumerate(PROMPTS):
+        assert sample_completions(model, tokenizer, [alone], [3 + number], 12) == [together[number]]
+    with pytest.raises(OptionError, match="2 seeds for 3 prompts"):
+        sample_completions(model, tokenizer, PROMPTS, [1, 2])
+
+
+def test_the_models_own_generation_config_is_left_out_and_kept(model: Any, make_tokenizer: Any) -> None:
+    """Chat models ship penalties and limits there, with which samples are no longer the model's own."""
+    expected = sample_completions(model, make_tokenizer(), PROMPTS, seed=3, max_new_tokens=20)
+    model.generation_config.repetition_penalty, model.generation_config.top_k = 3.0, 2
+    assert sample_completions(model, make_tokenizer(), PROMPTS, seed=3, max_new_tokens=20) == expected
+    assert model.generation_config.repetition_penalty == 3.0
+
+
 def test_it_ends_where_the_model_says(model: Any, make_tokenizer: Any) -> None:
     """A model may have more end tokens than its tokenizer names."""
     tokenizer = make_tokenizer()

@@ -7,9 +7,17 @@ import json
 from pathlib import Path
 
 from .fluency import known_trigram_share
-from .reward import true_reward
+from .reward import review_reward, true_reward
 
-__all__ = ["eval_prompts", "known_trigram_share", "model_path", "test_file", "train_file", "true_reward"]
+__all__ = [
+    "eval_prompts",
+    "known_trigram_share",
+    "model_path",
+    "review_reward",
+    "test_file",
+    "train_file",
+    "true_reward",
+]
 
 _HERE = Path(__file__).parent
 

@@ -5,6 +5,8 @@ sentiment is a documented function instead of a classifier, so every figure can 
 """
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from .lexicon import DEGREE_WORDS, NEGATORS, VALENCE
 
@@ -44,6 +46,14 @@ def true_reward(text: str) -> float:
     """
     values = judgements(text).values()
     return sum(values) / max(len(values), MIN_JUDGEMENTS)
+
+
+def review_reward(completions: Sequence[Any], **_: Any) -> list[float]:
+    """`true_reward` as a reward function of TRL's signature: one number per completion, a text or chat messages."""
+    return [
+        true_reward(completion if isinstance(completion, str) else completion[-1]["content"])
+        for completion in completions
+    ]
 
 
 def _sign(words: list[str], index: int) -> float:

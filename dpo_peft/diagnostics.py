@@ -1,0 +1,250 @@
+"""What a run's figures say about its health: a history of metrics in, named warnings out.
+
+Each check looks at the newest held-out figures, or at the last training logs where there is no evaluation. What they
+mean, why the thresholds stand where they do, and the literature: docs/diagnostics.md.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+WINDOW = 5  # training logs that are averaged: a single one is of few pairs
+
+DISPLACED_NATS = (
+    0.1  # likelihood-displacement: fall of chosen answers in nats per token; their perplexity is up by 10 %
+)
+DISPLACED_SHARE = 0.5  # ... and as a share of the margin's growth
+HIGH_KL = 0.5  # high-kl: nats per token
+SATURATED = 0.01  # reward-saturation: mean weight of a pair in the gradient; it starts at 0.5
+LENGTH_GAP = 0.3  # length-exploitation: accuracy where the longer answer is better minus where the shorter one is
+LENGTH_ONLY = 0.9  # ... or this share of pairs decided by length alone, and accuracy as high
+LOSS_RISE, LOSS_RISE_SHARE = 0.02, 0.1  # overfitting: of the held-out loss over its lowest, in nats and as a share
+UNMOVED = 0.02  # no-learning: the margin after half of the run; a pair's weight is still 0.495 then
+UNMOVED_LOGS = 10  # ... that so many logs have been written of
+
+REMEDIES = {
+    "likelihood-displacement": "Add an SFT term (loss_type: [sigmoid, sft]), lower learning_rate, raise beta or stop "
+    "earlier; look at samples (sample_prompts), and at pairs whose two answers are almost the same.",
+    "high-kl": "Raise beta, lower learning_rate or stop earlier, and look at samples (sample_prompts).",
+    "reward-saturation": "More steps bring little: stop here, or use harder pairs; with wrong labels among them "
+    "label_smoothing or loss_type ipo bounds the margin.",
+    "length-exploitation": "Balance the pairs by length, or use ld_alpha or loss_type simpo; judge by "
+    "accuracies/length_balanced.",
+    "overfitting": "Keep the best adapter (load_best_model_at_end), stop early (early_stopping_patience), use fewer "
+    "epochs, a lower learning_rate or more pairs.",
+    "no-learning": "Raise learning_rate: LoRA needs about ten times what full fine-tuning does, often 5e-6 to 1e-4.",
+}
+
+
+class Finding(NamedTuple):
+    """One warning."""
+
+    step: int
+    name: str  # a key of `REMEDIES`
+    message: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a history doesn't say of its run.
+
+    Attributes:
+        reward: what implicit rewards are made of: "log_ratio", "logp" or "mean_logp".
+        beta: their factor.
+        tokens: mean length of a completion in predicted tokens; None if unknown, then nothing per token is checked.
+        held_out: metric prefix ("eval", "eval_<name>") of each dataset that is evaluated as training goes on, to its
+            number of rows (0: unknown). If there is none, training logs are judged in its place.
+        max_steps: of the run; 0 if unknown.
+    """
+
+    reward: str = "log_ratio"
+    beta: float = 1.0
+    tokens: float | None = None
+    held_out: Mapping[str, int] = field(default_factory=lambda: {"eval": 0})
+    max_steps: int = 0
+
+
+class Look(NamedTuple):
+    """Figures to be judged: names without prefix to values."""
+
+    where: str  # for the message
+    first: Mapping[str, float]  # of the first evaluation; empty if there is none
+    now: Mapping[str, float]
+    rows: int  # held-out rows; 0 if unknown
+
+
+class Run(NamedTuple):
+    """A history, sorted."""
+
+    training: list[Mapping[str, Any]]
+    evaluations: dict[str, list[dict[str, Any]]]  # by prefix, names without it
+    facts: RunFacts
+
+    def looks(self) -> list[Look]:
+        """The newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
+        found = []
+        for prefix, entries in self.evaluations.items():
+            name = prefix.removeprefix("eval").removeprefix("_")
+            where = f"on the held-out rows of {name!r}" if name else "on held-out rows"
+            found += [Look(where, entries[0], entries[-1], self.facts.held_out[prefix])] if entries else []
+        if not self.evaluations and len(self.training) >= WINDOW:
+            found = [Look(f"over the last {WINDOW} training logs", {}, self.recent(WINDOW), 0)]
+        return found
+
+    def recent(self, number: int) -> dict[str, float]:
+        """Means of the last training logs, of what stands in all of them."""
+        logs = self.training[-number:]
+        names = set(logs[0]).intersection(*logs) if logs else set()
+        return {name: sum(log[name] for log in logs) / len(logs) for name in names}
+
+
+def diagnose(history: Sequence[Mapping[str, Any]], facts: RunFacts) -> list[Finding]:
+    """The warnings that the newest figures of a run call for; none for a run without any.
+
+    Args:
+        history: `trainer.state.log_history`, or `log_history` of a metrics.json.
+        facts: about the run.
+    """
+    if not history:
+        return []
+    evaluations = {prefix: _evaluations(history, prefix) for prefix in facts.held_out}
+    run = Run([entry for entry in history if "loss" in entry], evaluations, facts)
+    step = int(history[-1].get("step", 0))
+    found = [(name, check(run)) for name, check in CHECKS.items()]
+    return [
+        Finding(step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.") for name, text in found if text
+    ]
+
+
+def _evaluations(history: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str, Any]]:
+    start = f"{prefix}_"
+    entries = [entry for entry in history if f"{start}loss" in entry]
+    return [
+        {name.removeprefix(start): value for name, value in entry.items() if name.startswith(start)}
+        for entry in entries
+    ]
+
+
+def _any_look(check: Callable[[Look, RunFacts], str | None]) -> Callable[[Run], str | None]:
+    """A check of one look, made for all of a run: the first that finds something."""
+    return lambda run: next((text for look in run.looks() if (text := check(look, run.facts))), None)
+
+
+# ---- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def _displacement(look: Look, facts: RunFacts) -> str | None:
+    """Chosen answers have become less likely, by much of what the margin has grown."""
+    now, first = look.now, look.first
+    if facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
+        change, gain = now.get("rewards/chosen", 0.0) / facts.beta, now.get("rewards/margins", 0.0) / facts.beta
+    elif "logps/chosen" in first and "logps/chosen" in now:
+        change = now["logps/chosen"] - first["logps/chosen"]
+        gain = change - (now["logps/rejected"] - first["logps/rejected"])
+    else:
+        return None
+    per_token = _per_token(-change, facts)
+    if per_token is None or per_token < DISPLACED_NATS or gain <= 0 or -change < DISPLACED_SHARE * gain:
+        return None
+    return (
+        f"Chosen answers have become less likely {look.where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
+        f"token), while rejected ones fell by {gain - change:.1f}. The margin grows, and probability goes to answers "
+        "that are neither."
+    )
+
+
+def _high_kl(look: Look, facts: RunFacts) -> str | None:
+    """The policy is far from its reference."""
+    kl = look.now.get("kl")
+    per_token = None if kl is None else _per_token(kl, facts)
+    if per_token is None or per_token < HIGH_KL:
+        return None
+    return (
+        f"The policy is far from its reference {look.where}: kl is {kl:.1f} nats an answer, {per_token:.2f} a token."
+    )
+
+
+def _length(look: Look, facts: RunFacts) -> str | None:
+    """Accuracy follows length."""
+    now = look.now
+    accuracy, by_length = now.get("rewards/accuracies"), now.get("accuracies/length_only")
+    if accuracy is None or by_length is None:
+        return None
+    decided = max(by_length, 1 - by_length)
+    if decided >= LENGTH_ONLY and accuracy >= LENGTH_ONLY:
+        side = "longer" if by_length > 0.5 else "shorter"
+        return (
+            f"The {side} answer is the better one in {decided:.0%} of pairs {look.where}, so an accuracy of "
+            f"{accuracy:.0%} says nothing beyond length."
+        )
+    longer, shorter = now.get("accuracies/chosen_longer"), now.get("accuracies/chosen_shorter")
+    if longer is None or shorter is None or not look.rows:
+        return None
+    # Two independent shares, each of so many pairs (Laplace's estimate: one pair doesn't make certain); three standard
+    # errors, since every evaluation is another look.
+    groups = ((longer, look.rows * by_length), (shorter, look.rows * (1 - by_length)))
+    shares = [((share * n + 1) / (n + 2), n + 2) for share, n in groups]
+    error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
+    gap = abs(longer - shorter)
+    if gap < LENGTH_GAP or gap < 3 * error:
+        return None
+    return (
+        f"Accuracy leans on length {look.where}: {longer:.0%} where the longer answer is the better one, "
+        f"{shorter:.0%} where the shorter one is."
+    )
+
+
+def _saturation(run: Run) -> str | None:
+    """The training pairs are won by so much that they give no gradient."""
+    weight = run.recent(WINDOW).get("sample_weight")
+    if weight is None or len(run.training) < WINDOW or weight > SATURATED:
+        return None
+    return (
+        f"Training pairs hardly count any more: over the last {WINDOW} logs their weight in the gradient is "
+        f"{weight:.4f} on average (0.5 at the start)."
+    )
+
+
+def _overfitting(run: Run) -> str | None:
+    """The held-out loss rises while the training loss is below it."""
+    train_loss = run.recent(WINDOW).get("loss")
+    if train_loss is None:
+        return None
+    for prefix, entries in run.evaluations.items():
+        losses = [entry["loss"] for entry in entries]
+        lowest = min(losses, default=math.nan)
+        bound = lowest + max(LOSS_RISE, LOSS_RISE_SHARE * abs(lowest))
+        if len(losses) >= 3 and min(losses[-2:]) >= bound and train_loss < lowest:
+            return (
+                f"{prefix}_loss has risen from {lowest:.3f} to {losses[-1]:.3f}, while the training loss went on "
+                f"to {train_loss:.3f}: the training pairs are learned by heart."
+            )
+    return None
+
+
+def _no_learning(run: Run) -> str | None:
+    """Half of the run is over and policy and reference are still the same."""
+    steps = run.training[-1].get("step", 0) if run.training else 0
+    margin = run.recent(WINDOW).get("rewards/margins")
+    early = len(run.training) < UNMOVED_LOGS or not run.facts.max_steps or 2 * steps < run.facts.max_steps
+    if run.facts.reward != "log_ratio" or early or margin is None or abs(margin) >= UNMOVED:
+        return None
+    return (
+        f"Nothing is learned: after {steps} of {run.facts.max_steps} steps the margin is {margin:.4f} on average over "
+        f"the last {WINDOW} logs (0 at the start)."
+    )
+
+
+def _per_token(nats: float, facts: RunFacts) -> float | None:
+    return nats / facts.tokens if facts.tokens else None
+
+
+CHECKS: dict[str, Callable[[Run], str | None]] = {
+    "likelihood-displacement": _any_look(_displacement),
+    "high-kl": _any_look(_high_kl),
+    "reward-saturation": _saturation,
+    "length-exploitation": _any_look(_length),
+    "overfitting": _overfitting,
+    "no-learning": _no_learning,
+}

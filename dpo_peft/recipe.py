@@ -1,0 +1,147 @@
+"""A run's options as others may see them, and the recipe that repeats it: `dpo-peft train --config recipe.yaml`.
+
+What is written here is meant to be published: tokens and passwords are left out, and a local file or folder is shown
+by the last part of its path.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .card import shown_name
+
+SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
+# They name files or folders here and repositories of others: a recipe for anybody leaves the second kind out.
+_PATHS = (
+    "output_dir logging_dir ref_cache_dir reference resume_from_checkpoint dataset_name eval_dataset_name "
+    "model_name_or_path"
+).split()
+_OF_ONE_USER = ("push_to_hub", "resume_from_checkpoint", "run_name", "disable_tqdm")
+_LOCAL = re.compile(r"^(~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
+# LoraConfig's names of what `dpo-peft train` has options for.
+_LORA_OPTIONS = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and YAML know it."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value).removeprefix("torch.")
+
+
+def public(value: Any, is_path: bool = False) -> Any:
+    """A plain value without secrets, local paths by their last part.
+
+    Args:
+        value: text, number, list or mapping.
+        is_path: the text names a file or folder, or a repository of the Hub.
+    """
+    if isinstance(value, Mapping):
+        return {key: public(item, key in _PATHS) for key, item in value.items() if not SECRET.search(key)}
+    if isinstance(value, list):
+        return [public(item) for item in value]
+    if isinstance(value, str) and (is_path or os.path.isabs(value) or _LOCAL.match(value)):
+        return shown_name(value)
+    return value
+
+
+def changed_options(args: Any) -> dict[str, Any]:
+    """The options of a run that differ from their defaults, fit to be published.
+
+    Args:
+        args: the `DPOConfig`.
+    """
+    as_default = {  # what the config makes of a default
+        "activation_checkpointing": args.gradient_checkpointing,
+        "bf16": not args.fp16,
+        "dataloader_pin_memory": not args.use_cpu,
+        "disable_tqdm": False,
+        "debug": [],
+        "do_eval": plain(args.eval_strategy) != "no",
+        "report_to": [],
+        "accelerator_config": plain(getattr(args, "accelerator_config", None)),
+    }
+    changed = {}
+    for option in fields(args):
+        value = plain(getattr(args, option.name))
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if option.init and value != plain(default) and value != as_default.get(option.name, MISSING):
+            changed[option.name] = value
+    changed["output_dir"] = Path(args.output_dir).resolve().name
+    return public(changed)
+
+
+def lora_options(config: Any) -> dict[str, Any]:
+    """The options of `dpo-peft train` that describe an adapter; `config` is its `LoraConfig`."""
+    options = {option: plain(getattr(config, name)) for name, option in _LORA_OPTIONS.items()}
+    return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
+
+
+def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
+    """Write a config file for `dpo-peft train`.
+
+    Args:
+        path: the file.
+        changed: see `changed_options`.
+        source: the options beside those: model, data, adapter.
+        notes: what the recipe can't say by options; comments.
+    """
+    options = public({**source, **changed})
+    options = {k: v for k, v in options.items() if k not in _OF_ONE_USER and not k.startswith("hub_")}
+    if isinstance(given := options.get("model_init_kwargs"), Mapping):
+        # `dpo-peft train` has options of its own for these.
+        rest = {
+            k: v for k, v in given.items() if not (k == "dtype" or (k == "revision" and "model_revision" in options))
+        }
+        options = {**options, "model_init_kwargs": rest} if rest else _without(options, "model_init_kwargs")
+    lines = [
+        "Repeats the run:  dpo-peft train --config recipe.yaml",
+        "Local files and folders are shown by the last part of their path: put in your own.",
+        *notes,
+    ]
+    text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
+    path.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
+
+
+def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
+
+
+def data_source(dataset: Any) -> tuple[list[str], str | None]:
+    """Where a dataset says that it comes from: Hub ids or files, and its licence. Empty for rows made in code."""
+    names: list[str] = []
+    licence = None
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        info = getattr(part, "info", None)
+        urls = list(getattr(info, "download_checksums", None) or {})
+        found = [re.match(r"hf://datasets/([^@]+)@", url) for url in urls]
+        names += [match[1] if match else shown_name(url) for url, match in zip(urls, found, strict=True)]
+        # Rows of a Hub dataset are kept in a folder with its name.
+        folders = [Path(file["filename"]).parts for file in getattr(part, "cache_files", None) or []]
+        names += [name.replace("___", "/") for parts in folders for name in parts if name.count("___") == 1]
+        licence = licence or getattr(info, "license", None) or None
+    return list(dict.fromkeys(names)), licence

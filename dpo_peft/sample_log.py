@@ -1,0 +1,61 @@
+"""Which prompts a run answers as it is evaluated, and where people see the answers: the log and the trackers."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+SHOWN, SHOWN_CHARACTERS = 3, 240  # of the samples, in the log
+
+Row = dict[str, Any]  # a line of samples.jsonl
+
+
+def distinct_prompts(rows: Iterable[Mapping[str, Any]], longest: int | None) -> Iterator[list[int]]:
+    """The different prompts of prepared rows, in their order, but those that are empty or longer than `longest`."""
+    seen = set()
+    for row in rows:
+        prompt = tuple(row["prompt_ids"])
+        if prompt and prompt not in seen and (longest is None or len(prompt) <= longest):
+            seen.add(prompt)
+            yield list(prompt)
+
+
+def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: int) -> None:
+    """Samples as a table to those trackers of `report_to` that are running.
+
+    Args:
+        callbacks: of the trainer; those of TensorBoard, Weights & Biases and trackio are known.
+        rows: of `samples.jsonl`.
+        step: they were made at.
+    """
+    columns, cells = list(rows[0]) if rows else [], [list(row.values()) for row in rows]
+    for callback in callbacks if rows else ():
+        tracker: Any = callback
+        name = type(tracker).__name__
+        if name == "TensorBoardCallback" and tracker.tb_writer is not None:
+            lines = [columns, ["---"] * len(columns), *cells]
+            table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+            tracker.tb_writer.add_text("samples", table, step)
+        elif name == "WandbCallback" and tracker._initialized:
+            table = tracker._wandb.Table(columns=columns, data=cells)
+            tracker._wandb.log({"samples": table, "train/global_step": step})
+        elif name == "TrackioCallback" and tracker._initialized:
+            import pandas
+
+            table = tracker._trackio.Table(dataframe=pandas.DataFrame(cells, columns=columns))
+            tracker._trackio.log({"samples": table, "train/global_step": step})
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+
+def in_short(rows: Sequence[Row]) -> str:
+    """The first few samples, cut, for people."""
+    return "\n".join(map(_shown, rows[:SHOWN]))
+
+
+def _shown(row: Row) -> str:
+    prompt, answer = (" ".join(row[name].split()) for name in ("prompt", "completion"))
+    cut = [text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..." for text in (prompt, answer)]
+    return f"> {cut[0]}\n  {cut[1]}" + ("" if row["finished"] else " [cut]")
