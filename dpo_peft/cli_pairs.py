@@ -4,17 +4,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cli_options import parse_options, required, show
-from .engines import ENGINES, ModelSource, Sampling
 from .errors import OptionError
 from .files import CONVERTERS, check_output, read_rows
-from .judges import Judge, RewardModel, load_function
-from .pair_run import PairRun
 from .pairs import MATCHES, METHODS, Rules
-from .prompts import read_prompts
+from .worklog import unfinished
 
+if TYPE_CHECKING:
+    from .engines import ModelSource
+    from .judges import Judge
+
+ENGINES = ("transformers", "vllm")
 EXAMPLES = (
     "dpo-peft pairs outputs/quickstart --prompts prompts.jsonl --output pairs.jsonl --reward rewards.py:reward",
     "dpo-peft pairs Qwen/Qwen3-8B --prompts prompts.jsonl --as_chat --output pairs.jsonl --reward_model NAME",
@@ -142,6 +144,10 @@ def make_pairs(options: PairsOptions) -> dict[str, Any]:
     required(options, "prompts", "output")
     outputs = _outputs(options)
     rules = _rules(options)
+    from .engines import Sampling  # now: a typing error should not wait for the slowest imports
+    from .pair_run import PairRun
+    from .prompts import read_prompts
+
     assert options.prompts is not None
     rows = read_rows(options.prompts, options.prompts_split, options.prompts_config, False, options.dataset_format)
     if options.max_prompts is not None:
@@ -153,7 +159,7 @@ def make_pairs(options: PairsOptions) -> dict[str, Any]:
     if options.as_chat and not isinstance(rows[0].get("prompt"), str):
         raise OptionError("as_chat has no effect: the prompts are messages. Leave it out.")
     if options.overwrite:
-        PairRun.work_file(outputs["output"]).unlink(missing_ok=True)
+        unfinished(outputs["output"]).unlink(missing_ok=True)
     run = PairRun(
         prompts=prompts,
         skipped=skipped,
@@ -177,12 +183,14 @@ def make_pairs(options: PairsOptions) -> dict[str, Any]:
         raise SystemExit(130) from None
 
 
-def load_judge(options: PairsOptions) -> Judge | None:
+def load_judge(options: PairsOptions) -> "Judge | None":
     """The judge that the options name; None for scores that the rows have.
 
     Raises:
         OptionError: it can't be loaded.
     """
+    from .judges import RewardModel, load_function
+
     if options.reward is not None:
         return load_function(options.reward)
     if options.reward_model is not None:
@@ -199,9 +207,9 @@ def _outputs(options: PairsOptions) -> dict[str, Path]:
     outputs = {name: check_output(name, path) for name, path in named.items() if path is not None}
     if len({path.resolve() for path in outputs.values()}) < len(outputs):
         raise OptionError(f"{', '.join(outputs)} name the same file: give each its own.")
-    unfinished = PairRun.work_file(outputs["output"]).is_file()
+    resumes = unfinished(outputs["output"]).is_file()
     for name, path in outputs.items():
-        if path.exists() and not options.overwrite and not unfinished:
+        if path.exists() and not options.overwrite and not resumes:
             raise OptionError(f"{name}={str(path)!r} is there already: give another name, or --overwrite.")
     return outputs
 
@@ -265,7 +273,9 @@ def _check_effect(options: PairsOptions, given: bool) -> None:
         refuse(["gpu_memory_utilization"], "engine is not 'vllm'")
 
 
-def _source(options: PairsOptions) -> ModelSource:
+def _source(options: PairsOptions) -> "ModelSource":
+    from .engines import ModelSource
+
     assert options.model is not None
     return ModelSource(
         options.model,

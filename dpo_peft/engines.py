@@ -12,7 +12,6 @@ from .modeling import is_adapter, keep_weights, load_base
 from .sampling import end_tokens, sample_completions
 from .trained import load_trained, read_training
 
-ENGINES = ("transformers", "vllm")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be set to
 
 

@@ -50,7 +50,8 @@ def merge_into(
         dtype: of the result.
         from_hub: for loading the adapter, such as a revision.
     """
-    was_tied = untie(base)
+    tied = any(part.tie_word_embeddings for part in (base.config, base.config.get_text_config()))
+    untie(base)
     if moved_base(config) and config.init_lora_weights is not False:
         config.init_lora_weights = True  # the base was moved when the adapter was loaded for the first time
     with quiet():
@@ -61,7 +62,7 @@ def merge_into(
     for name, parameter in merged.named_parameters():
         if parameter.is_floating_point() and not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
-    if was_tied:
+    if tied:
         tie_if_equal(merged)
     return merged
 
@@ -78,17 +79,12 @@ def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def untie(model: PreTrainedModel) -> bool:
-    """Give the head its own copy of embeddings that it shares, and say whether it shared them.
-
-    An adapter on one would otherwise change the other too.
-    """
+def untie(model: PreTrainedModel) -> None:
+    """Give the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
     embed: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    if head is None or head.weight is not embed.weight:
-        return False
-    head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
-    return True
+    if head is not None and head.weight is embed.weight:
+        head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
@@ -98,7 +94,7 @@ def tie_if_equal(model: PreTrainedModel) -> None:
     """
     embed: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
-    equal = torch.equal(embed.weight, head.weight)
+    equal = head is not None and torch.equal(embed.weight, head.weight)
     if equal:
         head.weight = embed.weight
     for config in (model.config, model.config.get_text_config()):

@@ -21,7 +21,7 @@ from .files import write_rows
 from .judges import Judge, judge_answers, source_of
 from .pairs import TOO_LONG, Built, Candidate, Rules, Tally, build_pairs, seed_of
 from .prompts import Prompt, encode_prompts
-from .worklog import Record, WorkLog
+from .worklog import Record, WorkLog, unfinished
 
 Answer = tuple[Any, Sample | None]  # a completion, and how it was sampled, if it was
 
@@ -49,11 +49,6 @@ class PairRun:
     outputs: dict[str, Path]
     log: WorkLog | None = field(default=None, init=False)
 
-    @staticmethod
-    def work_file(output: Path) -> Path:
-        """Where unfinished work on `output` is kept."""
-        return output.with_name(output.name + ".unfinished")
-
     def run(self) -> dict[str, Any]:
         """Do it, or the rest of it. Returns the summary.
 
@@ -63,7 +58,7 @@ class PairRun:
         started = time.monotonic()
         judge = self.load_judge()
         encoded = None if self.source is None else encode_prompts(self.source.tokenizer(), self.prompts, self.name)
-        self.log = WorkLog(self.work_file(self.outputs["output"]), self._header(judge))
+        self.log = WorkLog(unfinished(self.outputs["output"]), self._header(judge))
         resumed = self.log.done
         if resumed < len(self.prompts):
             self._answer_all(judge, encoded)
@@ -85,7 +80,7 @@ class PairRun:
     def kept(self) -> str:
         """What a run that was stopped has left."""
         done = 0 if self.log is None else self.log.done
-        return f"{done:,} of {len(self.prompts):,} prompts are in {self.work_file(self.outputs['output'])}."
+        return f"{done:,} of {len(self.prompts):,} prompts are in {unfinished(self.outputs['output'])}."
 
     def _header(self, judge: Judge | None) -> dict[str, Any]:
         """All that decides answers and scores."""

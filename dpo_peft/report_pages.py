@@ -27,7 +27,8 @@ POINTS = 30_000  # of all curves of a page, which bounds its size
 SCATTER_POINTS = 1_000
 LONG_ENOUGH = 10, 200  # fewest and most stretches of a thinned curve
 
-COLOURS = {BLUE: "c0", ORANGE: "c1", GREEN: "c2", GREY: "grey"}
+# Class of the page and dashes, so that no line is known by its colour alone.
+COLOURS = {BLUE: ("c0", 0), ORANGE: ("c1", 1), GREEN: ("c2", 3), GREY: ("grey", 2)}
 BY_LENGTH = Panel(
     "Accuracy by length",
     (
@@ -135,16 +136,18 @@ def _curves(run: Run, found: Found) -> list[Chart]:
 
 def _panel_traces(panel: Panel, found: Found) -> list[Trace]:
     """Training as lines, each evaluation set as marks of one shape; empty if there is but a baseline."""
-    sources = [source for source, _ in _evaluation_sources(found)]
+    shapes = dict(_evaluation_sources(found))
+    trained = any("train" in found.get(curve.key, {}) for curve in panel.curves)
     traces = []
-    for curve in panel.curves:
+    for at, curve in enumerate(panel.curves):
+        colour, dash = COLOURS[curve.colour]
         for source, series in found.get(curve.key, {}).items():
             points = source != "train"
             label = f"{curve.label}, {source_name(source)}" if points else curve.label
-            shape = sources.index(source) % 4 if points else 0
+            # Marks lie on the line that they belong to; without lines their shape tells the curves apart.
+            shape = shapes.get(source, 0) if trained or len(shapes) > 1 else at % 4
             named = not points or "train" not in found[curve.key]
-            colour = COLOURS[curve.colour]
-            traces.append(Trace(label, series, colour, int(curve.dashed), points, shape, named))
+            traces.append(Trace(label, series, colour, dash, points, shape, named))
     only_baseline = all(curve.dashed or curve.key not in found for curve in panel.curves)
     return [] if only_baseline else traces
 
@@ -170,7 +173,12 @@ def _starts_at_ln2(run: Run) -> bool:
 
 
 def _mark_positions(run: Run) -> list[tuple[float, str]]:
-    return [(w["step"], f"step {w['step']}: {w['name']}") for w in raised_warnings(run) if isinstance(w["step"], int)]
+    """(step, names of the warnings that were raised there)."""
+    names: dict[int, list[str]] = {}
+    for warning in raised_warnings(run):
+        if isinstance(warning["step"], int):
+            names.setdefault(warning["step"], []).append(warning["name"])
+    return [(step, f"step {step}: {', '.join(at_step)}") for step, at_step in names.items()]
 
 
 def _buckets(traces: int) -> int:

@@ -17,6 +17,11 @@ from .errors import OptionError
 Record = dict[str, Any]
 
 
+def unfinished(output: Path) -> Path:
+    """Where unfinished work on a file is kept."""
+    return output.with_name(output.name + ".unfinished")
+
+
 class WorkLog:
     """Finished records on disk. Only one process may write to it at a time."""
 

@@ -1,7 +1,7 @@
 """Any objective, offline, on the quickstart's task: the bundled model learns to write positive reviews.
 
 GPU:      none
-Peak:     PEAKO of the machine's memory
+Peak:     0.9 GiB of the machine's memory
 Time:     one to two minutes on one CPU core, see the table
 Command:  python recipes/objectives.py --config recipes/objectives/lists.yaml [--any_option value]
 Expected:

@@ -3,10 +3,11 @@
 # Offline, on the bundled model; the answers are judged by the bundled task's true reward.
 #
 # GPU:      none
-# Peak:     PEAKW of the machine's memory
-# Time:     TIMEW
+# Peak:     0.9 GiB of the machine's memory
+# Time:     1.5 minutes of CPU time
 # Command:  bash recipes/whole_life.sh [OUTPUT_FOLDER]        (with dpo-peft on the PATH: . .venv/bin/activate)
-# Expected: EXPECTEDW
+# Expected: 282 pairs of 300 prompts; held-out accuracy 0.99 after 18 steps ("the longer answer is better" scores 0.47);
+#           a merged model that is 5e-7 nats per token from the adapter's; the files that would be published
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive

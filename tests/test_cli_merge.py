@@ -36,7 +36,7 @@ def pairs_file(tmp_path: Path) -> str:
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 
-def test_json_is_all_of_stdout(adapter, pairs_file, tmp_path, capsys) -> None:
+def test_json_is_all_of_stdout(adapter, pairs_file, tmp_path, capsys, caplog) -> None:
     out = tmp_path / "merged"
     assert cli.main(["merge", adapter, "--output_dir", str(out), "--dataset_name", pairs_file, "--json"]) == 0
     captured = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_json_is_all_of_stdout(adapter, pairs_file, tmp_path, capsys) -> None:
     assert (result["onto"], result["dtype"], result["output_dir"]) == ("dequantized", "float32", str(out))
     assert (result["drift"]["rows"], result["drift"]["pairs"]) == ("pairs.jsonl", 6)
     assert result["drift"]["mean_token"] < result["max_drift"] == 0.001
-    assert "6 of 6 rows kept" in captured.err and "Merging" in captured.err  # what became of rows, and progress bars
+    assert "6 of 6 rows kept" in caplog.text and "Merging" in captured.err  # what became of rows, and progress bars
     assert result["files"] == {"model.safetensors": (out / "model.safetensors").stat().st_size}
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 320
 

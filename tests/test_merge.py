@@ -60,7 +60,7 @@ def trained(folders, make_tokenizer, tmp_path_factory) -> Callable[..., str]:
         key = (kind, tied, model, *sorted(changed))
         if key not in made:
             folder = str(tmp_path_factory.mktemp(kind))
-            options = {"max_steps": 6, "learning_rate": 2e-2, "model_init_kwargs": {"dtype": "float32"}, **changed}
+            options = {"max_steps": 4, "learning_rate": 3e-2, "model_init_kwargs": {"dtype": "float32"}, **changed}
             if model is None:
                 options.setdefault("peft_config", lora(**KINDS.get(kind, {})))
             trainer = ours(model or folders[tied], ROWS, make_tokenizer(), folder, **options)
@@ -98,7 +98,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def adapter_logits(adapter: str) -> torch.Tensor:
-    return logits_of(load_trained(adapter).model)
+    return logits_of(load_trained(adapter, with_reference=False).model)
 
 
 def reload(folder: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,6 @@ def reload(folder: Any, **kwargs: Any) -> Any:
         ("tokens", True, True),  # and so do those in which single tokens changed alike
         ("embeddings", True, False),  # anything else must part them
         ("head", True, False),
-        ("embeddings", False, False),
     ],
 )
 def test_reloaded_model_is_the_adapters_model(trained, merged, kind: str, tied: bool, tied_after: bool) -> None:
@@ -186,13 +185,8 @@ def test_training_in_bfloat16(trained, tmp_path) -> None:
     adapter = trained("lora", model_init_kwargs={"dtype": "bfloat16"}, bf16=True, learning_rate=1e-2)
     report = merge_adapter(adapter, tmp_path / "out", max_drift=5)
     assert report.dtype == "bfloat16"
-    finer = merge_adapter(adapter, tmp_path / "finer", dtype="float32", max_drift=5)
-    loaded = load_file(tmp_path / "finer" / "model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
-    # The untouched embeddings hold bfloat16 values: 4-bit weights are unpacked into the dtype they were trained in.
-    assert torch.equal(loaded["lm_head.weight"], loaded["lm_head.weight"].bfloat16().float())
-    for one in (report, finer):
-        assert one.drift.mean_token < one.drift.adapter_token / 5
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert report.drift.mean_token < report.drift.adapter_token / 5
 
 
 # ---- Other trainings ------------------------------------------------------------------------------------------------
@@ -210,12 +204,13 @@ def test_adapter_of_a_plain_base(trained, tmp_path) -> None:
 def test_reference_adapter_is_left_out(trained, tmp_path) -> None:
     """An adapter that went on from another: the policy alone is merged, and the reference needn't be there."""
     first = trained("lora")
-    second = trained("lora", model=str(shutil.copytree(first, tmp_path / "first")), reference="initial")
+    second = trained(
+        "lora", model=str(shutil.copytree(first, tmp_path / "first")), reference="initial", peft_config=None
+    )
     shutil.rmtree(tmp_path / "first")
     report = merge_adapter(second, tmp_path / "out")
-    policy = load_trained(second, with_reference=False).model
-    torch.testing.assert_close(logits_of(reload(tmp_path / "out")), logits_of(policy), **LOGITS)
-    assert (adapter_logits(first) - logits_of(policy)).abs().max() > 1
+    torch.testing.assert_close(logits_of(reload(tmp_path / "out")), adapter_logits(second), **LOGITS)
+    assert (adapter_logits(first) - adapter_logits(second)).abs().max() > 1
     assert report.drift.mean_token < 1e-4
     with pytest.raises(OptionError, match="give its folder as reference"):
         merge_adapter(second, tmp_path / "with", dataset=ROWS)
@@ -419,7 +414,7 @@ def reviews(tmp_path_factory) -> str:
     rows = read_rows(quickstart.train_file()).select(range(48))
     model = quickstart.model_path()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    options = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "beta": 0.5}
+    options = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "beta": 0.5}
     trainer = ours(model, rows, tokenizer, folder, model_init_kwargs={"dtype": "float32"}, **options)
     trainer.train()
     trainer.save_model()
@@ -437,7 +432,7 @@ def test_greedy_texts_are_those_of_the_adapter(reviews, tmp_path, dtype: str) ->
         ids = source.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
-        how = {"input_ids": ids, "max_new_tokens": 24, "do_sample": False}
+        how = {"input_ids": ids, "max_new_tokens": 16, "do_sample": False}
         text = source.model.generate(**how)
         assert torch.equal(merged.generate(**how), text)
         with source.model.disable_adapter():
