@@ -71,8 +71,8 @@ def check_datasets(args: DPOConfig, train_dataset: Any, eval_dataset: Any) -> No
         raise OptionError(f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: pass one or set 'no'.")
     if args.sample_prompts and eval_dataset is None:
         raise OptionError(
-            f"sample_prompts={args.sample_prompts} takes the prompts of eval_dataset: pass one (on the command line by "
-            "eval_strategy and eval_dataset_name), or leave it out."
+            f"sample_prompts={args.sample_prompts} takes the prompts of eval_dataset: pass one (on the command line "
+            "by eval_strategy and eval_dataset_name), or leave it out."
         )
     # With a stream, accelerate cuts batches along their first dimension by default; a packed batch has none.
     if args.accelerator_config.dispatch_batches:

@@ -38,8 +38,9 @@ class WorkLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._whole_lines()
+        begun = self._header(lines[0]) if lines else {}
         if len(lines) > 1:  # before the first chunk nothing is lost by beginning anew
-            self._check(lines[0], header)
+            self._compare(begun, header)
             self.done = sum(len(self._parse(line, number)) for number, line in enumerate(lines[1:], 2))
             with open(self.path, "r+b") as file:
                 file.truncate(sum(map(len, lines)))
@@ -71,12 +72,13 @@ class WorkLog:
             lines = list(file)
         return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
-    def _check(self, line: bytes, header: Mapping[str, Any]) -> None:
+    def _header(self, line: bytes) -> Record:
         try:
-            begun = json.loads(line)
-            assert isinstance(begun, dict)
-        except (ValueError, AssertionError) as error:
+            return dict(json.loads(line))
+        except (ValueError, TypeError) as error:
             raise OptionError(f"{self.path} is no work file of this package. Delete it to begin anew.") from error
+
+    def _compare(self, begun: Record, header: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(header))
         for name in [*now, *begun]:
             if begun.get(name) != now.get(name):

@@ -269,8 +269,8 @@ def write_pairs(
     if not rows:
         unfinished = sum(answer is None for answer in answers)
         raise SystemExit(
-            f"No pairs in {len(answers)} answers, {unfinished} of which did not end. Where most did not end, train the "
-            "model for more --steps; else give more prompts."
+            f"No pairs in {len(answers)} answers, {unfinished} of which did not end. Where most did not end, train "
+            "the model for more --steps; else give more prompts."
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -1,18 +1,20 @@
 """DPO, then reinforcement learning on the reward that DPO has found (the note's section 9.2), offline.
 
 GPU:      none
-Peak:     PEAK GiB of the machine's memory
-Time:     TIME
-Command:  python recipes/dpo_then_grpo.py [--dpo_steps 78] [--grpo_steps 30] [--adapter FOLDER] [--output_dir FOLDER]
-Expected: EXPECTED
+Peak:     1.7 GiB of the machine's memory
+Time:     about 2.5 minutes of one CPU core
+Command:  python recipes/dpo_then_grpo.py [--dpo_steps 78] [--grpo_steps 20] [--adapter FOLDER] [--output_dir FOLDER]
+Expected: mean true reward of fresh answers -0.04 from the base, +1.43 after DPO, +1.33 after GRPO; fluency 0.985, 0.973,
+          0.985; implicit reward -4.8, +3.0, +1.8
 
 1. DPO trains an adapter on the quickstart's pairs (`--adapter` takes one that there is, such as outputs/quickstart).
 2. `ImplicitReward` makes a reward function of it: beta * log(policy / reference).
 3. TRL's GRPOTrainer trains a fresh adapter on the same base, which samples answers and is told their rewards alone.
 
-With GRPO's KL penalty at DPO's beta and rewards that are not rescaled, the optimum of step 3 is DPO's own policy (note
-eqs. 1 to 4). Here the penalty is left out and the steps are few: the fresh policy follows the reward as far as it can
-be trusted. The true reward, which neither has seen, judges both.
+The true reward, which neither training has seen, judges both. GRPO keeps the KL penalty at DPO's beta and does not
+rescale rewards, so that its optimum is DPO's own policy (note eqs. 1 to 4). A learned reward holds near its reference
+only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +120, and the answers to a heap of praise
+(true reward +0.52, fluency 0.13).
 """
 
 import argparse
@@ -56,7 +58,7 @@ def main() -> None:
         answers = {"base": sample(model, tokenizer, prompts)}
     answers["dpo"] = sample(model, tokenizer, prompts)
 
-    policy = train_grpo(reward, str(folder / "grpo"), options.grpo_steps, options.prompts_per_step)
+    policy = train_grpo(reward, str(folder / "grpo"), options)
     answers["grpo"] = sample(policy, tokenizer, prompts)
     figures = {name: judge(reward, prompts, texts) for name, texts in answers.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +69,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DPO, then GRPO on its implicit reward, on the quickstart's task.")
     parser.add_argument("--dpo_steps", type=int, default=78, help="of 16 pairs")
-    parser.add_argument("--grpo_steps", type=int, default=30, help="of some prompts with 8 answers each")
+    parser.add_argument("--grpo_steps", type=int, default=20, help="of some prompts with 8 answers each")
     parser.add_argument("--prompts_per_step", type=int, default=8, help="prompts of a GRPO step")
+    parser.add_argument("--kl_penalty", type=float, help="of GRPO; DPO's beta if not given")
     parser.add_argument("--adapter", help="a trained adapter, instead of DPO here")
     parser.add_argument("--judged", type=int, default=JUDGED, help="held-out prompts to judge by")
     parser.add_argument("--output_dir", default="outputs/dpo_then_grpo")
@@ -96,17 +99,17 @@ def train_dpo(folder: str, steps: int) -> str:
     return folder
 
 
-def train_grpo(reward: ImplicitReward, folder: str, steps: int, prompts: int) -> Any:
+def train_grpo(reward: ImplicitReward, folder: str, options: argparse.Namespace) -> Any:
     """The trained policy: a fresh adapter on the base."""
     print("\n== GRPO on the implicit reward ==")
     args = GRPOConfig(
         output_dir=folder,
-        max_steps=steps,
+        max_steps=options.grpo_steps,
         learning_rate=1e-3,
-        per_device_train_batch_size=prompts * ANSWERS,
+        per_device_train_batch_size=options.prompts_per_step * ANSWERS,
         num_generations=ANSWERS,
         max_completion_length=96,
-        beta=reward.beta,
+        beta=reward.beta if options.kl_penalty is None else options.kl_penalty,
         scale_rewards="none",
         model_init_kwargs={"dtype": "float32"},
         logging_steps=5,

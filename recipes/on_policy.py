@@ -1,14 +1,15 @@
 """On-policy rounds on the bundled model: sample, judge, make pairs, train, and again from the adapter that came out.
 
 GPU:      none
-Peak:     PEAK GiB of the machine's memory
-Time:     TIME on 2 CPU cores
+Peak:     0.8 GiB of the machine's memory
+Time:     about 2 minutes of one CPU core
 Command:  python recipes/on_policy.py [--rounds 3] [--method rso] [--reference base] [--output_dir FOLDER]
-Expected: EXPECTED
+Expected: mean true reward of fresh answers to held-out prompts -0.06 (before), +0.44, +1.21, +1.70 (after 3 rounds),
+          standard errors of 0.02 to 0.04; fluency 0.986 -> 0.933
 
 Preference pairs age: what the model wrote before training is not what it writes now, and the reward's gradient is
 where it writes now. So each round samples fresh answers to new prompts from the adapter of the round before, has them
-judged (here by the bundled task's true reward; `dpo-peft pairs` takes any), and trains on the best against the worst.
+judged (here by the bundled task's true reward; `dpo-peft pairs` takes any), and trains on the pairs of widest margin.
 
 The reference of a round is the adapter as it came in (`reference="initial"`), not the bare base. The pairs were
 sampled from that adapter, and DPO's reward is what the policy gains over its reference: a round then asks for

@@ -1,11 +1,11 @@
 """The quickstart: a real 4-bit DPO run, offline, on the small language model that the package ships.
 
 GPU:      none
-Peak:     PEAKQ of the machine's memory
+Peak:     0.9 GiB of the machine's memory
 Time:     about 1.5 minutes on 2 CPU cores
 Command:  make quickstart            or            python recipes/quickstart.py [--any_option value]
-Expected: held-out preference accuracy 0.99, mean true reward up by 2.5 of its standard deviations at the start, samples
-          still fluent, KL below 10 nats per answer
+Expected: held-out preference accuracy 0.99, mean true reward up by 2.5 of its standard deviations at the start,
+          samples still fluent, KL below 10 nats per answer
 
 The task is controlled sentiment (Rafailov et al. 2023, section 6): write reviews, the more positive the better. Its
 true reward is a documented function of the text, so the run can be judged by more than its own loss. The pairs were

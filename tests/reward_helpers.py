@@ -16,7 +16,7 @@ def bundled_rows(file: str, number: int) -> Any:
     return load_dataset("json", data_files=file, split=f"train[:{number}]")
 
 
-def train_bundled(folder: Path, steps: int = 12, **changed: Any) -> DPOTrainer:
+def train_bundled(folder: Path, steps: int = 8, **changed: Any) -> DPOTrainer:
     """The quickstart's model on its pairs, in NF4, for a few large steps; saved."""
     chosen = {"learning_rate": 1e-3, "beta": 0.5, "max_steps": steps, "per_device_train_batch_size": 16, **changed}
     args = DPOConfig(**options(folder, model_init_kwargs={"dtype": "float32"}, max_length=256, **chosen))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from trainer_helpers import lora, ours, text_pairs
 from transformers import AutoModelForCausalLM
 
-from dpo_peft import cli
+from dpo_peft import cli, drift
 from dpo_peft.serving import max_lora_rank, serving_problems
 
 
@@ -24,6 +24,11 @@ def adapter(base_folder, make_tokenizer, tmp_path_factory) -> str:
     trainer.train()
     trainer.save_model()
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch) -> None:
+    monkeypatch.setattr(drift, "NEW_TOKENS", 8)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ LAYERS = [
     ["files"],
     ["shapes", "memory", "planner", "plan_report"],
     ["frozen", "reference", "identity", "store", "cache", "checkpoints", "parallel", "microbatch", "modeling"],
-    ["sampling", "trained"],
+    ["sampling", "trained", "merge_weights"],
     [
         "objective_options",
         "evaluation_options",
@@ -97,7 +97,8 @@ ORDER_WITHIN = {
         "logprobs score probe"
     ).split(),
     "data": (
-        "report values fingerprint tokenize truncate schema parse chat turns answers sample convert worker prepare batch"
+        "report values fingerprint tokenize truncate schema parse chat turns answers sample convert worker prepare "
+        "batch"
     ).split(),
     "quickstart": "lexicon topics reward text fluency sampling forms judging".split(),
 }
