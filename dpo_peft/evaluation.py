@@ -270,7 +270,8 @@ class EvaluatingTrainer(SavingTrainer):
         )
         super().load_extra(best, {"halvings": self.halvings})
         logger.warning("The best adapter is loaded: %s (%s).", best, self.state.best_metric)
-        if any(row["step"] == self.state.global_step for row in self._samples):
+        step = self.state.global_step
+        if best.name != f"checkpoint-{step}" and any(row["step"] == step for row in self._samples):
             self._sample(again=True)  # the newest samples are of the adapter that is saved
 
 

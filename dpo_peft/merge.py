@@ -37,7 +37,7 @@ from .merge_weights import dequantize, merge_into, quiet
 from .modeling import load_base
 from .reference import reference_logps
 from .serving import serving_problems
-from .trained import TrainedAdapter, load_trained, quantization_options, read_adapter
+from .trained import TrainedAdapter, TrainedWith, load_trained, quantization_options, read_adapter
 
 ONTO = ("dequantized", "base16")
 # Nats per token, on average, that the merged model may be off, by the coarsest dtype that it was saved or computed in;
@@ -111,9 +111,7 @@ def merge_adapter(
         raise OptionError("reference has no effect without a dataset: leave it out.")
     rows = None
     if dataset is not None:  # before the model: a bad row is found in seconds, not after minutes of loading
-        trained, tokenizer = read_adapter(adapter, base, trust_remote_code, revision)
-        limits = (trained.max_length, trained.truncation_mode) if trained else (None, "keep_start")
-        rows = labelled_rows(dataset, tokenizer, shown_name(dataset_name), *limits, max_rows)
+        rows = _labelled(read_adapter(adapter, base, trust_remote_code, revision), dataset, dataset_name, max_rows)
     source = load_trained(
         adapter,
         base,
@@ -146,10 +144,8 @@ def merge_adapter(
         drift = _drift_of(folder, dtype, seen, trust_remote_code)
         if not drift.mean_token <= limit:
             raise DriftError(_refusal(drift, limit, onto, dtype))
-        names = (shown_name(adapter), shown_name(base_name))
-        files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        problems = serving_problems(config)
-        report = MergeReport(*names, onto, dtype, tied, str(output_dir), files, limit, drift, problems)
+        about = (shown_name(adapter), shown_name(base_name), onto, dtype, tied, str(output_dir), _weight_files(folder))
+        report = MergeReport(*about, limit, drift, serving_problems(config))
         _describe(folder, report, adapter, base_name)
     return report
 
@@ -172,6 +168,13 @@ def _check(
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise OptionError(f"output_dir={str(output_dir)!r} is not an empty folder: give a new one, or empty it first.")
     return output
+
+
+def _labelled(adapter: tuple[TrainedWith | None, Any], dataset: Any, name: str, max_rows: int) -> Rows:
+    """The dataset's rows, cut as they were in training."""
+    trained, tokenizer = adapter
+    limits = (trained.max_length, trained.truncation_mode) if trained else (None, "keep_start")
+    return labelled_rows(dataset, tokenizer, shown_name(name), *limits, max_rows)
 
 
 def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[str | None, str, PeftConfig]:
@@ -287,6 +290,10 @@ def _unfinished(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _weight_files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:

@@ -4,8 +4,8 @@ GPU:      none
 Peak:     1.7 GiB of the machine's memory
 Time:     about 2.5 minutes of one CPU core
 Command:  python recipes/dpo_then_grpo.py [--dpo_steps 78] [--grpo_steps 20] [--adapter FOLDER] [--output_dir FOLDER]
-Expected: mean true reward of fresh answers -0.04 from the base, +1.43 after DPO, +1.33 after GRPO; fluency 0.985, 0.973,
-          0.985; implicit reward -4.8, +3.0, +1.8
+Expected: mean true reward of fresh answers -0.04 from the base, +1.43 after DPO, +1.33 after GRPO; fluency 0.985,
+          0.973, 0.985; implicit reward -4.8, +3.0, +1.8
 
 1. DPO trains an adapter on the quickstart's pairs (`--adapter` takes one that there is, such as outputs/quickstart).
 2. `ImplicitReward` makes a reward function of it: beta * log(policy / reference).

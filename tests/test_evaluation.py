@@ -234,19 +234,28 @@ def test_first_and_newest() -> None:
 # ---- Interrupted runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_interrupted_equals_straight(run, tmp_path, elsewhere) -> None:
-    """The files too: killed after step 4 was evaluated, and gone on with from the checkpoint of step 3."""
+def test_interrupted_equals_straight(run, tmp_path) -> None:
+    """The files too: killed after step 4 was evaluated, gone on with from step 3 in another folder and in its own."""
     options = {**SAMPLED, "save_strategy": "steps", "save_steps": 3, "early_stopping_patience": 9}
     straight = run(tmp_path / "straight", **options)
-    run(tmp_path / "interrupted", **options, callbacks=[StopAt(5)])
-    assert {row["step"] for row in lines(tmp_path / "interrupted" / SAMPLES)} == {0, 2, 4}
-    target, resume = tmp_path / ("elsewhere" if elsewhere else "interrupted"), tmp_path / "interrupted/checkpoint-3"
-    resumed = run(target, resume=str(resume), **options)
-    for name in (SAMPLES, EXAMPLES):
-        assert (target / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-    assert resumed.stop_early.state() == straight.stop_early.state()
-    assert resumed.warnings_raised == straight.warnings_raised
+    run(tmp_path / "own", **options, callbacks=[StopAt(5)])
+    assert {row["step"] for row in lines(tmp_path / "own" / SAMPLES)} == {0, 2, 4}
+    for folder in (tmp_path / "other", tmp_path / "own"):
+        resumed = run(folder, resume=str(tmp_path / "own" / "checkpoint-3"), **options)
+        for name in (SAMPLES, EXAMPLES):
+            assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+        assert resumed.stop_early.state() == straight.stop_early.state()
+        assert resumed.warnings_raised == straight.warnings_raised
+
+
+def test_warnings_are_raised_once_across_an_interruption(run, tmp_path, caplog) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 0.1, "max_grad_norm": 100.0}
+    run(tmp_path, **options, callbacks=[StopAt(4)])
+    before = json.loads((tmp_path / "checkpoint-3" / "run_state.json").read_text())["extra"]["warnings"]
+    assert "high-kl" in [warning["name"] for warning in before]
+    caplog.clear()
+    resumed = run(tmp_path, resume=True, **options)
+    assert resumed.warnings_raised[: len(before)] == before and "high-kl at step" not in caplog.text
 
 
 # ---- Early stopping -------------------------------------------------------------------------------------------------
