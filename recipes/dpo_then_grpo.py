@@ -13,8 +13,8 @@ Expected: mean true reward of fresh answers -0.04 from the base, +1.43 after DPO
 
 The true reward, which neither training has seen, judges both. GRPO keeps the KL penalty at DPO's beta and does not
 rescale rewards, so that its optimum is DPO's own policy (note eqs. 1 to 4). A learned reward holds near its reference
-only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +120, and the answers to a heap of praise
-(true reward +0.52, fluency 0.13).
+only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +111, and the answers to heaps of words (true
+reward +0.01, fluency 0.016).
 """
 
 import argparse

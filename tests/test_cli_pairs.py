@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_peft import DPOConfig, DPOTrainer, cli
 from dpo_peft.data import prepare_dataset
 from dpo_peft.engines import ModelSource, Sampling, TransformersEngine
+from dpo_peft.errors import OptionError
 from dpo_peft.modeling import keep_weights
 from dpo_peft.pairs import seed_of
 from dpo_peft.reward import ImplicitReward
@@ -164,12 +166,28 @@ def test_batches_and_memory_do_not_change_the_answers(work: Path, adapter: str, 
     assert "Out of memory for a single answer" in refused(command(work, adapter, "none.jsonl"), capsys)
 
 
-def test_a_base_model_in_4_bits_or_whole(work: Path, base_folder: str, capsys: Any) -> None:
+def test_a_base_model_in_4_bits_or_whole(work: Path, base_folder: str, adapter: str, capsys: Any) -> None:
     run(command(work, base_folder, dtype="float32", max_prompts=4), capsys)
     run(command(work, base_folder, "whole.jsonl", dtype="float32", quantize=False, max_prompts=4), capsys)
     assert read(work / "pairs.jsonl") != read(work / "whole.jsonl")
-    source = ModelSource(base_folder, dtype="float32")
-    assert TransformersEngine.load(source, Sampling(1), 1).model.is_loaded_in_4bit
+    # In 4 bits it is the model that an adapter is trained on, to float32's rounding.
+    base = TransformersEngine.load(ModelSource(base_folder, dtype="float32"), Sampling(1), 1).model
+    trained = TransformersEngine.load(ModelSource(adapter), Sampling(1), 1).model
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad(), trained.disable_adapter():
+        assert torch.allclose(base(ids).logits, trained(ids).logits, atol=1e-5)
+
+
+def test_sampling_does_not_need_the_reference(adapter: str, tmp_path: Path) -> None:
+    """An adapter that was trained against another one, which is gone: it can't be scored, but it can write."""
+    shutil.copytree(adapter, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "adapter_config.json").read_text())
+    config["auto_mapping"]["dpo_peft_reference"] |= {"adapter": "gone", "adapter_fingerprint": "0" * 32}
+    (tmp_path / "copy" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match="can't be found"):
+        ImplicitReward(str(tmp_path / "copy"))
+    gone, there = (TransformersEngine.load(ModelSource(str(f)), Sampling(6), 1) for f in (tmp_path / "copy", adapter))
+    assert gone([[5, 6, 7]], [0]) == there([[5, 6, 7]], [0])
 
 
 def test_rejection_sampling_leaves_accepted_answers_to_learn_from(work: Path, adapter: str, capsys: Any) -> None:
