@@ -118,6 +118,7 @@ class ImplicitReward:
         self.tokenizer = adapter.tokenizer if tokenizer is None else tokenizer
         check_tokenizer(self.tokenizer, need_eos=False)
         self.kind = self.trained.reward if self.trained else "log_ratio"
+        _warn_of_weights(self.trained)
         if self.kind == "log_ratio" and self.reference is None:
             raise OptionError("The TrainedAdapter was loaded without its reference: load it with_reference=True.")
         self.beta = _beta(self.trained, beta, adapter.source)
@@ -355,6 +356,16 @@ def _check_beta(adapter: str, beta: float | None, revision: str | None) -> None:
         _beta(None, beta, adapter)
     elif is_adapter(adapter, **from_hub):
         _beta(read_training(read_config(adapter, **from_hub)), None, adapter)
+
+
+def _warn_of_weights(trained: TrainedWith | None) -> None:
+    if trained is not None and (trained.discount_gamma != 1.0 or trained.ld_alpha is not None):
+        logger.warning(
+            "The adapter was trained with discount_gamma=%s and ld_alpha=%s, which weigh single tokens. A reward "
+            "here is that of the whole completion, every token alike, and differs from those in the training's log.",
+            trained.discount_gamma,
+            trained.ld_alpha,
+        )
 
 
 def _beta(trained: TrainedWith | None, beta: float | None, source: str) -> float:

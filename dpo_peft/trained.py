@@ -38,6 +38,8 @@ class TrainedWith:
     precision: str  # of autocast: "bfloat16", "float16" or "no"
     dtype: str  # of the base's weights that are not quantised
     quantization: dict[str, Any] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantised
+    discount_gamma: float = 1.0  # of trajectories
+    ld_alpha: float | None = None
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """As the base was loaded for the training."""
@@ -76,7 +78,9 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
     if record is None:
         return None
     try:
-        return TrainedWith(**{f.name: record[f.name] for f in fields(TrainedWith)})
+        later = ("discount_gamma", "ld_alpha")  # records without them are older
+        names = [f.name for f in fields(TrainedWith) if f.name in record or f.name not in later]
+        return TrainedWith(**{name: record[name] for name in names})
     except (KeyError, TypeError) as error:
         raise ReferenceMismatchError(
             f"The record of the training (auto_mapping.{RECORD} in adapter_config.json) is damaged: {error}. Restore "

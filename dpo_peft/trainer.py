@@ -187,6 +187,8 @@ class DPOTrainer(EvaluatingTrainer):
             precision=str(self._autocast_dtype or "no").removeprefix("torch."),
             dtype=str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
             quantization=quantization_options(getattr(base.config, "quantization_config", None)),
+            discount_gamma=args.discount_gamma,
+            ld_alpha=args.ld_alpha,
         )
 
     @property

@@ -10,7 +10,7 @@ from datasets import load_dataset
 from trainer_helpers import lora, options
 from transformers import AutoModelForCausalLM
 
-from dpo_peft import DPOConfig, DPOTrainer, OptionError, ReferenceMismatchError, quickstart
+from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
 from dpo_peft.forward import sequence_logps
 from dpo_peft.trained import RECORD, TrainedAdapter, load_trained, read_training
 
@@ -63,7 +63,15 @@ def test_the_record_says_how_it_was_trained(first: Path) -> None:
     assert (record.max_length, record.truncation_mode) == (200, "keep_start")
     assert (record.precision, record.dtype) == ("no", "float32")
     assert record.quantization["bnb_4bit_quant_type"] == "nf4"
+    assert (record.discount_gamma, record.ld_alpha) == (1.0, None)
     assert read_training(first.parent) is None  # no adapter there
+
+
+def test_weights_of_single_tokens_are_recorded_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(quickstart.model_path(), tmp_path, ld_alpha=0.5)
+    assert read_training(tmp_path).ld_alpha == 0.5
+    ImplicitReward(str(tmp_path))
+    assert "ld_alpha=0.5, which weigh single tokens" in caplog.text
 
 
 def test_it_comes_back_as_it_was_trained(first: Path, tmp_path: Path) -> None:
