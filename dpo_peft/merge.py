@@ -323,7 +323,7 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> Non
     drift = report.drift
     which = {"dequantized": "the 4-bit base, dequantised, that it was trained on", "base16": "the original base"}
     text = (
-        f"# {shown_name(str(report.output_dir))}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
+        f"# {Path(report.output_dir).resolve().name}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
         f"{which.get(report.onto or '', 'the base that it was trained on')}, saved in {report.dtype}.\n\n"
         f"Against the adapter's model, on {drift.tokens:,} tokens of {drift.rows}: {drift.mean_token:.3g} nats per "
         f"token on average, {drift.max_token:.3g} at most; the adapter moves these tokens by "

@@ -357,13 +357,17 @@ def _build_model(
     peft_config: Any,
     needs_reference: bool,
 ) -> tuple[PeftModel, Reference]:
+    name = model if isinstance(model, str) else None
     if isinstance(model, str):
         quantize = args.quantize_base is not False
         init_kwargs = args.model_init_kwargs
         assert not isinstance(init_kwargs, str)
         model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
     check_vocabulary(model, tokenizer)
+    continued = isinstance(model, PeftModel)
     model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
+    if continued and reference.choice == "initial" and reference.adapter is not None:
+        reference = replace(reference, source=name)  # where the adapter came from, so that it is found again
     if args.sync_ref_model and reference.adapter is None:
         reference = replace(reference, adapter=freeze_copy(model))
     if args.disable_dropout and (found := disable_dropout(model)):

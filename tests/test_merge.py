@@ -273,6 +273,7 @@ def test_shards_tokenizer_and_facts(trained, tmp_path) -> None:
     facts = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert facts["drift"]["mean_token"] == report.drift.mean_token
     written = "".join((tmp_path / "out" / name).read_text() for name in ("merge.json", "README.md", "config.json"))
+    assert "# out\n\nThe adapter `lora0` merged into `untied0`" in written
     assert str(tmp_path) not in written and adapter not in written  # published files hold no path of this machine
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

@@ -1,6 +1,7 @@
 """An adapter's way back from the disk: its record, its base as in training, its reference."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
 from dpo_peft.forward import sequence_logps
+from dpo_peft.identity import read_record
 from dpo_peft.trained import RECORD, TrainedAdapter, load_trained, read_training
 
 
@@ -95,12 +97,15 @@ def test_other_precision_is_another_model(first: Path) -> None:
 
 
 def test_a_frozen_reference_is_found_or_asked_for(first: Path, tmp_path: Path) -> None:
-    second = tmp_path / "second"
-    run(str(first), second, reference="initial")
+    second, moved = tmp_path / "second", tmp_path / "moved"
+    shutil.copytree(first, moved)
+    run(str(moved), second, reference="initial")
+    assert read_record(second).adapter == str(moved)
+    for loaded in (load_trained(str(second)), load_trained(str(second), reference=str(first))):
+        assert torch.allclose(reference_logps(loaded), logps(load_trained(str(first)).model), atol=1e-5)
+    shutil.rmtree(moved)
     with pytest.raises(OptionError, match="give its folder as reference"):
         load_trained(str(second))
-    loaded = load_trained(str(second), reference=str(first))
-    assert torch.allclose(reference_logps(loaded), logps(load_trained(str(first)).model), atol=1e-5)
     with pytest.raises(ReferenceMismatchError, match="give the adapter that the training began with"):
         load_trained(str(second), reference=str(second))
     with pytest.raises(ReferenceMismatchError, match="without adapter"):
