@@ -9,7 +9,6 @@ Leading words that belong to no option are the value of the command's first opti
 import argparse
 import difflib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 
 from .errors import OptionError
+from .files import strict
 
 EXIT_CODES = """exit codes:
   0    done
@@ -181,12 +181,3 @@ def required(options: Any, *names: str) -> None:
 def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result: `text` for people, or `result` as one JSON object, NaN and infinity as null."""
     print(json.dumps(strict(result), indent=2, ensure_ascii=False) if as_json else text)
-
-
-def strict(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """Rows from a file or the Hub, and rows to a file: what every command reads and writes."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -98,3 +99,12 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(unfinished, path)
     return path
+
+
+def strict(value: Any) -> Any:
+    """Plain values as JSON can hold them: it has no NaN or infinity, which become null."""
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

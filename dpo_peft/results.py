@@ -18,6 +18,7 @@ from peft import PeftModel
 from .card import BUNDLED, Figures, RunSummary, Sample, figures_of, framework_versions, save_model_card
 from .citations import cited
 from .data import DataReport
+from .files import strict
 from .losses import REGISTRY
 from .modeling import storage_report
 from .objective_options import OBJECTIVE_OPTIONS
@@ -95,7 +96,7 @@ def save_results(folder: str | Path, run: SavedRun) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figures = figures_of(run.log_history)
     metrics = {**figures, **_facts(run), "log_history": list(run.log_history)}
-    (folder / "metrics.json").write_text(json.dumps(_strict(metrics), indent=2, default=str) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(strict(metrics), indent=2, default=str) + "\n")
     _save_recipe(folder / "recipe.yaml", run)
     if run.curved:
         plot_training_curves(run.log_history, folder / "curves.png", start_loss=_start_loss(run.args.loss_type))
@@ -272,12 +273,3 @@ def _named_objective(args: Any) -> str:
         source = re.sub(r" *\((its )?note [^)]*\)", "", REGISTRY[name].source)
         parts.append(f"{share}`{name}` ({source})")
     return " + ".join(parts)
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
