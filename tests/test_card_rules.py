@@ -1,6 +1,7 @@
 """The Hub's rules for a card's metadata, and the papers that a card cites."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import yaml
 from hub_server import LICENCES, card_errors
 
 from dpo_peft.card import RunSummary, model_card
-from dpo_peft.card_rules import HUB_LICENCES, problems
+from dpo_peft.card_rules import HUB_LICENCES, problems, read_head
 from dpo_peft.citations import DORA, DPO, LORA, PAPERS, QLORA, RSLORA, RSO, TR_DPO, WPO, bibtex, cited
 from dpo_peft.losses import REGISTRY
 
+CARDS = Path(__file__).parent.parent / "model_cards"
 RESULT = {
     "task": {"type": "text-generation"},
     "dataset": {"type": "a/b", "name": "pairs"},
@@ -141,3 +143,19 @@ def test_options_and_adapters_bring_their_papers() -> None:
 def test_the_generated_card_keeps_both_sets_of_rules() -> None:
     run = RunSummary("a/x", "a/b", 0.1, licence="Own Terms", datasets=["a/c"], eval_last={"rewards/accuracies": 0.7})
     assert problems(str(model_card(run))) == [] == card_errors(str(model_card(run)))
+
+
+# ---- The cards in this repository -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CARDS.glob("[!R]*.md")), ids=lambda path: path.stem)
+def test_cards_of_adapters_trained_here(path: Path) -> None:
+    """They keep the rules, state the accuracy that their own table shows, and their pictures are there."""
+    text = path.read_text("utf-8")
+    assert problems(text) == []
+    accuracy = read_head(text)["model-index"][0]["results"][0]["metrics"][0]["value"]
+    shown = re.search(r"\| `rewards/accuracies` \|.* (\S+) \|\n", text)
+    assert shown is not None and float(shown[1]) == pytest.approx(accuracy, abs=5e-5)
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert pictures and all((CARDS / picture).is_file() for picture in pictures)
+    assert f"[{path.name}]({path.name})" in (CARDS / "README.md").read_text("utf-8")
