@@ -88,7 +88,7 @@ def _multipliers(device: torch.device) -> Tensor:
     return torch.from_numpy(np.frombuffer(draws, "<i8").reshape(2, _WORDS) | 1).to(device)
 
 
-def _digest(lines: Iterable[tuple[str, bytes]], size: int) -> str:
+def digest_of(lines: Iterable[tuple[str, bytes]], size: int) -> str:
     digest = hashlib.blake2b(digest_size=size)
     for name, content in sorted(lines):
         digest.update(f"{len(name)} {len(content)} {name}".encode() + content)
@@ -123,17 +123,17 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = (
-        (name, what.encode() if isinstance(what, str) else tensor_fingerprint(what)) for name, what in _parts(base)
+        (name, what.encode() if isinstance(what, str) else tensor_fingerprint(what)) for name, what in base_parts(base)
     )
     config = json.dumps([type(base).__name__, _plain(base.config.to_dict())], sort_keys=True, default=str)
-    return _digest(weights, 8) + _digest([("config", config.encode())], 8)
+    return digest_of(weights, 8) + digest_of([("config", config.encode())], 8)
 
 
-def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | str]]:
+def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | str]]:
     """All that decides what the base computes, by the names that it has without PEFT."""
     wrapped = _wrapped(module)
     if wrapped is not None:
-        yield from _parts(wrapped, prefix)
+        yield from base_parts(wrapped, prefix)
         return
     kept = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
     own = [*module._parameters, *kept]
@@ -144,7 +144,7 @@ def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | 
                 yield from ((f"{prefix}{key}.{name}", what) for name, what in _constants(module, key, tensor))
     for key, child in module._modules.items():
         if child is not None:
-            yield from _parts(child, f"{prefix}{key}.")
+            yield from base_parts(child, f"{prefix}{key}.")
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
@@ -209,7 +209,7 @@ def adapter_fingerprint(model: nn.Module, adapter: str) -> str:
         if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "scaling", ()):
             variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
             lines.append((name, f"{float(module.scaling[adapter])!r} {variant}".encode()))
-    return _digest(lines, 16)
+    return digest_of(lines, 16)
 
 
 # ---- The record -----------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Identity:
     def key(self) -> str:
         """32 hex digits of the weights that decide the log-probs. Names, paths and compute dtype don't count."""
         parts = [("base", self.base_fingerprint.encode()), ("adapter", (self.adapter_fingerprint or "").encode())]
-        return _digest(parts, 16)
+        return digest_of(parts, 16)
 
     def differences(self, other: "Identity") -> list[str]:
         """What sets two references apart, a line each that names this one's side first; [] if nothing does."""
@@ -306,7 +306,7 @@ def identify(
     """
     bare = model.get_base_model()
     config, peft_config = bare.config, model.peft_config[model.active_adapters[0]]
-    dtypes = (str(t.dtype) for _, t in _parts(bare) if isinstance(t, Tensor) and t.is_floating_point())
+    dtypes = (str(t.dtype) for _, t in base_parts(bare) if isinstance(t, Tensor) and t.is_floating_point())
     return Identity(
         base=str(config._name_or_path or peft_config.base_model_name_or_path or f"unnamed {type(bare).__name__}"),
         revision=getattr(config, "_commit_hash", None) or peft_config.revision,

@@ -7,6 +7,7 @@ needed into the adapter's config (`record_training`), and `load_trained` reads i
 import copy
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,21 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 from .errors import OptionError, ReferenceMismatchError
 from .frozen import check_adapter, load_frozen, read_config
-from .identity import Identity, adapter_fingerprint, identify, read_record
+from .identity import (
+    Identity,
+    adapter_fingerprint,
+    base_parts,
+    digest_of,
+    identify,
+    read_record,
+    tensor_fingerprint,
+)
 from .modeling import is_adapter, keep_weights, load_base, load_on
 from .reference import Reference
 
 logger = logging.getLogger(__name__)
 
+_CONSTANT = re.compile(r"\.quant\.|\.SCB$")  # of quantised weights
 RECORD = "dpo_peft_training"  # the record's key in the adapter's config
 
 
@@ -40,6 +50,7 @@ class TrainedWith:
     quantization: dict[str, Any] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantised
     discount_gamma: float = 1.0  # of trajectories
     ld_alpha: float | None = None
+    plain_fingerprint: str | None = None  # of the base's weights that are not quantised
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """As the base was loaded for the training."""
@@ -53,6 +64,17 @@ def quantization_options(quantization: Any) -> dict[str, Any]:
     options = quantization.to_dict()
     names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
     return {name: options[name] for name in names if name in options}
+
+
+def plain_fingerprint(model: PeftModel) -> str:
+    """32 hex digits for the base's weights that are not quantised: the same on every kind of device, while GPUs and
+    CPUs round a few 4-bit weights differently."""
+    tensors = (
+        (name, tensor_fingerprint(part))
+        for name, part in base_parts(model.get_base_model())
+        if isinstance(part, torch.Tensor) and part.is_floating_point() and not _CONSTANT.search(name)
+    )
+    return digest_of(tensors, 16)
 
 
 def record_training(model: PeftModel, adapter: str, trained: TrainedWith) -> None:
@@ -78,7 +100,7 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
     if record is None:
         return None
     try:
-        later = ("discount_gamma", "ld_alpha")  # records without them are older
+        later = ("discount_gamma", "ld_alpha", "plain_fingerprint")  # records without them are older
         names = [f.name for f in fields(TrainedWith) if f.name in record or f.name not in later]
         return TrainedWith(**{name: record[name] for name in names})
     except (KeyError, TypeError) as error:
@@ -173,7 +195,7 @@ def load_trained(
     policy = model.active_adapters[0]
     recorded = read_record(model.peft_config[policy])
     if recorded is not None and as_recorded and check_base:
-        _check_base(recorded, identify(model, None), adapter)
+        _check_base(recorded, trained, model, adapter)
     needs_reference = trained is None or trained.reward == "log_ratio"
     found = _find_reference(model, recorded, reference, adapter) if needs_reference and with_reference else None
     if reference is not None and not needs_reference:
@@ -240,13 +262,24 @@ def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Refer
     return Reference("adapter", reference, chosen=True)
 
 
-def _check_base(recorded: Identity, actual: Identity, adapter: str) -> None:
-    if recorded.base_fingerprint != actual.base_fingerprint:
-        raise ReferenceMismatchError(
-            f"The base of {adapter!r} is not the one that it was trained on: {recorded.differences(actual)[0]}. "
-            "Give the right base; or, if it was quantised on another kind of device or is meant to differ, "
-            "check_base=False."
+def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftModel, adapter: str) -> None:
+    """The base must be the one of the training; where its 4-bit weights alone differ, that is said."""
+    actual = identify(model, None)
+    if recorded.base_fingerprint == actual.base_fingerprint:
+        return
+    same_config = recorded.base_fingerprint[16:] == actual.base_fingerprint[16:]
+    quantised_alike = recorded.quantization == actual.quantization != "none"
+    if same_config and quantised_alike and trained and trained.plain_fingerprint == plain_fingerprint(model):
+        logger.warning(
+            "The base of %r has other 4-bit weights than in training, and is the same otherwise: GPUs and CPUs round "
+            "some differently, which moves log-probs a little.",
+            adapter,
         )
+        return
+    raise ReferenceMismatchError(
+        f"The base of {adapter!r} is not the one that it was trained on: {recorded.differences(actual)[0]}. Give the "
+        "right base; or, if it is meant to differ, check_base=False."
+    )
 
 
 def _find_reference(model: PeftModel, recorded: Identity | None, given: str | None, adapter: str) -> Reference:

@@ -50,7 +50,7 @@ from .parallel import ShareCollator, check_launch, check_same, copy_from_first, 
 from .recipe import data_source
 from .reference import Reference
 from .stepping import fields_of
-from .trained import TrainedWith, quantization_options, record_training
+from .trained import TrainedWith, plain_fingerprint, quantization_options, record_training
 from .watch import StopWhenNonFinite
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,7 @@ class DPOTrainer(EvaluatingTrainer):
             quantization=quantization_options(getattr(base.config, "quantization_config", None)),
             discount_gamma=args.discount_gamma,
             ld_alpha=args.ld_alpha,
+            plain_fingerprint=plain_fingerprint(self.model),
         )
 
     @property

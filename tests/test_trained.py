@@ -11,7 +11,7 @@ from datasets import load_dataset
 from trainer_helpers import lora, options
 from transformers import AutoModelForCausalLM
 
-from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
+from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart, trained
 from dpo_peft.forward import sequence_logps
 from dpo_peft.identity import read_record
 from dpo_peft.trained import RECORD, TrainedAdapter, load_trained, read_training
@@ -120,6 +120,29 @@ def test_another_base_is_noticed(first: Path, tmp_path: Path) -> None:
     with pytest.raises(ReferenceMismatchError, match="not the one that it was trained on: base weights"):
         load_trained(str(first), base=str(tmp_path))
     assert load_trained(str(first), base=str(tmp_path), check_base=False).policy == "default"
+
+
+def test_other_4_bit_weights_alone_are_said(first: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As between kinds of device: a code of one quantised weight differs, nothing else of the base does."""
+    load = trained.load_base
+
+    def other_codes(*args: Any) -> Any:
+        base = load(*args)
+        codes = base.model.layers[0].mlp.up_proj.weight
+        codes.data[0] = codes.data[0] ^ 1
+        return base
+
+    def other_norm(*args: Any) -> Any:
+        base = other_codes(*args)
+        base.model.norm.weight.data[0] += 0.01
+        return base
+
+    monkeypatch.setattr(trained, "load_base", other_codes)
+    load_trained(str(first))
+    assert "other 4-bit weights than in training, and is the same otherwise" in caplog.text
+    monkeypatch.setattr(trained, "load_base", other_norm)
+    with pytest.raises(ReferenceMismatchError, match="not the one that it was trained on"):
+        load_trained(str(first))
 
 
 def test_without_reference_there_is_none(tmp_path: Path) -> None:
