@@ -10,9 +10,8 @@ from .errors import OptionError
 from .frozen import read_config
 from .modeling import is_adapter, keep_weights, load_base
 from .sampling import end_tokens, sample_completions
-from .trained import load_trained, read_training
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be set to
+from .serving import VLLM_RANKS, max_lora_rank
+from .trained import adapter_tokenizer, load_trained, read_training
 
 
 class Sampling(NamedTuple):
@@ -78,13 +77,12 @@ class ModelSource(NamedTuple):
             OptionError: there is none.
         """
         base, adapter = self.bare()
-        reason: Exception = OSError("no tokenizer")
-        for name, where in ((self.name, self.from_hub), *([] if adapter is None else [(base, {})])):
-            try:
-                return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
-            except (OSError, ValueError) as error:
-                reason = error
-        raise OptionError(f"No tokenizer can be loaded for {self.name!r}: {reason}")
+        if adapter is not None:
+            return adapter_tokenizer(self.name, base, self.trust_remote_code, self.from_hub)
+        try:
+            return AutoTokenizer.from_pretrained(base, trust_remote_code=self.trust_remote_code, **self.from_hub)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"No tokenizer can be loaded for {base!r}: {error}") from error
 
     def context(self) -> int | None:
         """Tokens that the model was made for; None if its config doesn't say."""
@@ -229,8 +227,7 @@ def _served_rank(name: str, config: Any) -> int:
     if config.use_dora or config.modules_to_save:
         what = "DoRA" if config.use_dora else "modules_to_save"
         raise OptionError(f"vLLM can't serve {name!r}, an adapter with {what}: use engine 'transformers'.")
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
-    fitting = [served for served in LORA_RANKS if served >= rank]
-    if not fitting:
-        raise OptionError(f"vLLM can't serve {name!r}: its rank {rank} is above {LORA_RANKS[-1]}.")
-    return fitting[0]
+    rank = max_lora_rank(config)
+    if rank > VLLM_RANKS[-1]:
+        raise OptionError(f"vLLM can't serve {name!r}: its rank {rank} is above {VLLM_RANKS[-1]}.")
+    return rank

@@ -336,17 +336,8 @@ def _quantization(base: nn.Module) -> str:
 
 
 def write_record(model: PeftModel, adapter: str, identity: Identity) -> None:
-    """Put the reference's identity into an adapter's config, which PEFT saves with the weights.
-
-    It stands in `auto_mapping`, the one free-form entry of `adapter_config.json`: it survives loading, saving again
-    and the Hub, and other programs take no notice. The adapter's config is replaced by a copy, as the user may hold
-    the original and build another adapter with it.
-    """
-    config = copy.copy(model.peft_config[adapter])
-    config.auto_mapping = {**(config.auto_mapping or {}), RECORD: identity.to_dict()}
-    if config.task_type is None:
-        config.task_type = "CAUSAL_LM"  # without one, PEFT overwrites auto_mapping when it saves
-    model.peft_config[adapter] = config
+    """Put the reference's identity into an adapter's config, which PEFT saves with the weights."""
+    write_entry(model, adapter, RECORD, identity.to_dict())
 
 
 def read_record(source: PeftConfig | str | Path) -> Identity | None:
@@ -358,6 +349,22 @@ def read_record(source: PeftConfig | str | Path) -> Identity | None:
     Raises:
         ReferenceMismatchError: the record, or the file, is damaged.
     """
+    record = read_entry(source, RECORD)
+    return None if record is None else Identity.from_dict(record)
+
+
+def write_entry(model: PeftModel, adapter: str, key: str, value: dict[str, Any]) -> None:
+    """Put an entry into `auto_mapping`, the one free-form part of `adapter_config.json`: it survives loading, saving
+    again and the Hub, and other programs take no notice. The adapter's config is replaced by a copy, as the user may
+    hold the original and build another adapter with it."""
+    config = copy.copy(model.peft_config[adapter])
+    config.auto_mapping = {**(config.auto_mapping or {}), key: value}
+    config.task_type = config.task_type or "CAUSAL_LM"  # without one, PEFT overwrites auto_mapping when it saves
+    model.peft_config[adapter] = config
+
+
+def read_entry(source: PeftConfig | str | Path, key: str) -> Any:
+    """What `write_entry` stored; None if there is nothing. Raises as `read_record`."""
     if isinstance(source, (str, Path)):
         file = Path(source) / "adapter_config.json"
         if not file.is_file():
@@ -369,9 +376,7 @@ def read_record(source: PeftConfig | str | Path) -> Identity | None:
         auto_mapping = content.get("auto_mapping") if isinstance(content, dict) else None
     else:
         auto_mapping = source.auto_mapping
-    if not isinstance(auto_mapping, dict) or RECORD not in auto_mapping:
-        return None
-    return Identity.from_dict(auto_mapping[RECORD])
+    return auto_mapping.get(key) if isinstance(auto_mapping, dict) else None
 
 
 def check_same(expected: Identity, actual: Identity, what: str, remedy: str) -> None:

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .citations import cited
 from .data import DataReport
 from .files import strict
 from .losses import REGISTRY
-from .modeling import storage_report
+from .modeling import StorageReport, storage_report
 from .objective_options import OBJECTIVE_OPTIONS
 from .plots import plot_training_curves
 from .recipe import changed_options, lora_options, plain, public, write_recipe
@@ -83,6 +84,11 @@ class SavedRun:
         """Hub id or folder of the base."""
         return self.lora.base_model_name_or_path or self.model.config.model_type
 
+    @cached_property
+    def storage(self) -> StorageReport:
+        """Where the model's bytes are."""
+        return storage_report(self.model)
+
     @property
     def curved(self) -> bool:
         """There are steps to be drawn."""
@@ -95,12 +101,13 @@ def save_results(folder: str | Path, run: SavedRun) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = figures_of(run.log_history)
-    metrics = {**figures, **_facts(run), "log_history": list(run.log_history)}
+    facts = _facts(run)
+    metrics = {**figures, **facts, "log_history": list(run.log_history)}
     (folder / "metrics.json").write_text(json.dumps(strict(metrics), indent=2, default=str) + "\n")
     _save_recipe(folder / "recipe.yaml", run)
     if run.curved:
         plot_training_curves(run.log_history, folder / "curves.png", start_loss=_start_loss(run.args.loss_type))
-    save_model_card(_summary(folder, run, figures), folder)
+    save_model_card(_summary(folder, run, figures, facts), folder)
 
 
 def _facts(run: SavedRun) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def _facts(run: SavedRun) -> dict[str, Any]:
         "environment": environment(run.args.device),
         "seconds": next((e["train_runtime"] for e in reversed(run.log_history) if "train_runtime" in e), None),
         "data": {name: asdict(report) for name, report in run.data_reports.items()},
-        "storage_bytes": asdict(storage_report(run.model)),
+        "storage_bytes": asdict(run.storage),
         "versions": framework_versions(),
     }
     return {**facts, **({"warnings": plain(list(run.warnings))} if run.warnings else {})}
@@ -178,7 +185,7 @@ def _save_recipe(path: Path, run: SavedRun) -> None:
     write_recipe(path, changed_options(run.args), source, notes)
 
 
-def _summary(folder: Path, run: SavedRun, figures: Figures) -> RunSummary:
+def _summary(folder: Path, run: SavedRun, figures: Figures, facts: Mapping[str, Any]) -> RunSummary:
     options = {name: plain(getattr(run.args, name)) for name in (*_SHOWN_OPTIONS, *OBJECTIVE_OPTIONS)}
     shown = {name: options[name] for name in _SHOWN_OPTIONS if options[name] is not None}
     shown |= {name: options[name] for name, default in OBJECTIVE_OPTIONS.items() if options[name] != default}
@@ -187,7 +194,7 @@ def _summary(folder: Path, run: SavedRun, figures: Figures) -> RunSummary:
     papers = [REGISTRY[name].paper for name in run.args.loss_type]
     options |= {"sync_ref_model": run.args.sync_ref_model}
     datasets, evaluated, licence = _datasets(run)
-    seconds = _facts_of_time(run)
+    seconds = _facts_of_time(facts)
     rows = {
         f"Rows ({name})": f"{report.kept_rows} of {report.source_rows}" for name, report in run.data_reports.items()
     }
@@ -197,7 +204,7 @@ def _summary(folder: Path, run: SavedRun, figures: Figures) -> RunSummary:
         beta=run.args.beta,
         dtype=run.trained.dtype,
         reward=run.trained.reward,
-        objective=_named_objective(run.args),
+        objective=facts["objective"],
         datasets=run.card.get("datasets") or datasets,
         eval_dataset=evaluated,
         licence=run.card.get("licence"),
@@ -212,8 +219,8 @@ def _summary(folder: Path, run: SavedRun, figures: Figures) -> RunSummary:
         ),
         reference=run.reference,
         quantization=run.trained.quantization,
-        quantization_report=str(storage_report(run.model)),
-        lora=_adapter(lora),
+        quantization_report=str(run.storage),
+        lora=facts["adapter"],
         hyperparameters=shown,
         facts={**rows, **({"Licence of the data": licence} if licence else {}), **seconds},
         curves="curves.png" if run.curved else None,
@@ -234,9 +241,8 @@ def _datasets(run: SavedRun) -> tuple[list[str], str, str | None]:
     return trained, evaluated[0] if len(evaluated) == 1 else "held-out preference pairs", licence
 
 
-def _facts_of_time(run: SavedRun) -> dict[str, str]:
-    seconds = next((e["train_runtime"] for e in reversed(run.log_history) if "train_runtime" in e), None)
-    where = environment(run.args.device)
+def _facts_of_time(facts: Mapping[str, Any]) -> dict[str, str]:
+    seconds, where = facts["seconds"], facts["environment"]
     memory = f" ({where['gpu_memory_gib']} GiB)" if "gpu_memory_gib" in where else ""
     return {} if seconds is None else {"Training": f"{seconds:.0f} s on {where['device']}{memory}"}
 

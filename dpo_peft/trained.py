@@ -4,8 +4,6 @@ An adapter means little without its base in the right precision, its reference a
 needed into the adapter's config (`record_training`), and `load_trained` reads it.
 """
 
-import copy
-import json
 import logging
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -24,8 +22,10 @@ from .identity import (
     base_parts,
     digest_of,
     identify,
+    read_entry,
     read_record,
     tensor_fingerprint,
+    write_entry,
 )
 from .modeling import is_adapter, keep_weights, load_base, load_on
 from .reference import Reference
@@ -78,11 +78,8 @@ def plain_fingerprint(model: PeftModel) -> str:
 
 
 def record_training(model: PeftModel, adapter: str, trained: TrainedWith) -> None:
-    """Put `trained` into an adapter's config, which PEFT saves with the weights (see `identity.write_record`)."""
-    config = copy.copy(model.peft_config[adapter])
-    config.auto_mapping = {**(config.auto_mapping or {}), RECORD: asdict(trained)}
-    config.task_type = config.task_type or "CAUSAL_LM"  # without one, PEFT overwrites auto_mapping when it saves
-    model.peft_config[adapter] = config
+    """Put `trained` into an adapter's config, which PEFT saves with the weights."""
+    write_entry(model, adapter, RECORD, asdict(trained))
 
 
 def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
@@ -91,12 +88,7 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
     Raises:
         ReferenceMismatchError: the record is damaged.
     """
-    if isinstance(source, str | Path):
-        file = Path(source) / "adapter_config.json"
-        auto_mapping = json.loads(file.read_text("utf-8")).get("auto_mapping") if file.is_file() else None
-    else:
-        auto_mapping = source.auto_mapping
-    record = (auto_mapping or {}).get(RECORD)
+    record = read_entry(source, RECORD)
     if record is None:
         return None
     try:
@@ -119,12 +111,17 @@ def read_adapter(
         OptionError: no adapter, or no tokenizer.
         ReferenceMismatchError: the record is damaged.
     """
+    config, from_hub = _config_of(adapter, revision)
+    name = base or config.base_model_name_or_path or adapter
+    return read_training(config), adapter_tokenizer(adapter, name, trust_remote_code, from_hub)
+
+
+def _config_of(adapter: str, revision: str | None) -> tuple[PeftConfig, dict[str, Any]]:
+    """An adapter's config, and the arguments with which the rest of it is found on the Hub."""
     from_hub = {} if revision is None else {"revision": revision}
     if not is_adapter(adapter, **from_hub):
         raise OptionError(f"{adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json.")
-    config = read_config(adapter, **from_hub)
-    name = base or config.base_model_name_or_path or adapter
-    return read_training(config), adapter_tokenizer(adapter, name, trust_remote_code, from_hub)
+    return read_config(adapter, **from_hub), from_hub
 
 
 @dataclass
@@ -169,12 +166,12 @@ def load_trained(
         OptionError: no adapter, no base, or a reference that can't be found.
         ReferenceMismatchError: the base or the reference is another one than in training.
     """
-    from_hub = {} if revision is None else {"revision": revision}
-    if not is_adapter(adapter, **from_hub):
-        raise OptionError(f"{adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json.")
-    config = read_config(adapter, **from_hub)
+    config, from_hub = _config_of(adapter, revision)
     check_adapter(config)
     trained = read_training(config)
+    needs_reference = trained is None or trained.reward == "log_ratio"
+    if reference is not None and not needs_reference:
+        raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
     name = base or config.base_model_name_or_path
     if not name:
         raise OptionError(f"The adapter {adapter!r} does not say which base it belongs to: give base.")
@@ -196,10 +193,7 @@ def load_trained(
     recorded = read_record(model.peft_config[policy])
     if recorded is not None and as_recorded and check_base:
         _check_base(recorded, trained, model, adapter)
-    needs_reference = trained is None or trained.reward == "log_ratio"
     found = _find_reference(model, recorded, reference, adapter) if needs_reference and with_reference else None
-    if reference is not None and not needs_reference:
-        raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
     return TrainedAdapter(
         model, adapter_tokenizer(adapter, name, trust_remote_code, from_hub), policy, found, trained, adapter
     )

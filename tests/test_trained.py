@@ -145,10 +145,11 @@ def test_other_4_bit_weights_alone_are_said(first: Path, monkeypatch: Any, caplo
         load_trained(str(first))
 
 
-def test_without_reference_there_is_none(tmp_path: Path) -> None:
+def test_without_reference_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(quickstart.model_path(), tmp_path, loss_type="simpo", beta=2.0)
     loaded = load_trained(str(tmp_path))
     assert loaded.reference is None and loaded.trained.reward == "mean_logp"
+    monkeypatch.setattr(trained, "load_base", None)  # it is said before the base is loaded
     with pytest.raises(OptionError, match="reference has no effect"):
         load_trained(str(tmp_path), reference=str(tmp_path))
 
@@ -165,6 +166,9 @@ def test_what_it_refuses(first: Path, tmp_path: Path) -> None:
     (damaged / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ReferenceMismatchError, match="is damaged: 'beta'"):
         load_trained(str(damaged))
+    (damaged / "adapter_config.json").write_text("{")
+    with pytest.raises(ReferenceMismatchError, match="is not valid JSON"):
+        read_training(damaged)
 
 
 def test_an_adapter_of_another_program(base_folder: str, tmp_path: Path) -> None:
