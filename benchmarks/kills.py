@@ -36,7 +36,7 @@ from kill_harness import Phase, Run, Torturer
 from kill_scenarios import SCENARIOS, STEPS, make_base
 from transformers.utils import logging as transformers_logging
 
-from dpo_peft.card import framework_versions
+from dpo_peft.artifacts.card import framework_versions
 
 MAX_KILLS_OF_A_RUN = 6
 DAMAGE = 0.4  # share of kills after which a file of the newest checkpoint is damaged

@@ -29,9 +29,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_peft import DPOConfig, DPOTrainer, quickstart
-from dpo_peft.card import framework_versions
+from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.files import read_rows
-from dpo_peft.merge import merge_adapter
+from dpo_peft.merge.merging import merge_adapter
 
 RESULT = Path(__file__).parent / "results" / "merge_drift.json"
 EMBEDDINGS = ["q_proj", "v_proj", "embed_tokens"]

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from dpo_peft import DPOConfig, DPOTrainer, plots, quickstart
-from dpo_peft.card import framework_versions
+from dpo_peft import DPOConfig, DPOTrainer, quickstart
+from dpo_peft.artifacts import curves as plots
+from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.losses import REGISTRY
 from dpo_peft.quickstart.forms import write_form
 from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
-from dpo_peft.reference import reference_mode
+from dpo_peft.reference.adapter_off import reference_mode
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "objectives_cpu.json"

@@ -40,7 +40,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from dpo_peft import DPOConfig, DPOTrainer, quickstart
-from dpo_peft.card import framework_versions
+from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.forward import PackedBatch, Scores
 
 HERE = Path(__file__).parent

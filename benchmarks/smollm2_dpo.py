@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dpo_peft import DPOConfig, DPOTrainer, from_sharegpt
-from dpo_peft.card import framework_versions
+from dpo_peft.artifacts.card import framework_versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -153,7 +153,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from speed_models import matmul_flops
 
-    from dpo_peft.card import PACKAGES, framework_versions
+    from dpo_peft.artifacts.card import PACKAGES, framework_versions
 
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     if not (commit := args.commit):

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_peft.plots import BLUE, GREEN, GREY, INK, ORANGE
+from dpo_peft.artifacts.curves import BLUE, GREEN, GREY, INK, ORANGE
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"ours": BLUE, "trl": GREY, "trl+liger": ORANGE, "unsloth": GREEN}

@@ -8,6 +8,8 @@ Names are loaded on first use, so that `import dpo_peft` costs nothing.
 from importlib import import_module
 from typing import Any
 
+from . import moved
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -33,6 +35,8 @@ _HOME = {
 }
 
 __all__ = ["__version__", *_HOME]
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,11 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .data import DISCOUNT_UNITS, TRUNCATION_MODES
-from .errors import OptionError
-from .evaluation_options import check_evaluation_options
-from .losses import F_DIVERGENCES, REGISTRY
-from .objective_options import (
+from .config_checks import (
     OBJECTIVE_OPTIONS,
     check_choice,
     check_loss_type,
@@ -22,6 +18,10 @@ from .objective_options import (
     check_used,
     resolve_beta,
 )
+from .data import DISCOUNT_UNITS, TRUNCATION_MODES
+from .errors import OptionError
+from .evaluation_options import check_evaluation_options
+from .losses import F_DIVERGENCES, REGISTRY
 from .option_names import NOT_AVAILABLE, check_option_names
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .objective_options import check_number, check_used
+from .config_checks import check_number, check_used
 
 MARGIN = "eval_rewards/margins"
 # Of the metrics that are better when they are smaller, how their names end.

@@ -24,7 +24,20 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from .arguments import (
+from .artifacts.recipe import data_source
+from .config import DPOConfig, objective_options
+from .data import DataReport, prepare_dataset, rows_digest
+from .data.collator import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
+from .distributed import ShareCollator, check_launch, check_same, copy_from_first, world_size
+from .errors import OptionError
+from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
+from .model.adapter_source import TrainedWith, plain_fingerprint, quantization_options, record_training
+from .model.loading import attach_adapter, disable_dropout, load_model, storage_report
+from .objective import Scored, Totals, TrainingObjective
+from .reference.adapter_off import Reference
+from .reference.frozen_adapter import freeze_copy
+from .training.accumulation import fields_of
+from .training.arguments import (
     AnyDataset,
     check_arguments,
     check_best_metric,
@@ -35,23 +48,10 @@ from .arguments import (
     load_tokenizer,
     name_of,
 )
-from .budget import MemoryBudget, memory_limit, memory_model
-from .config import DPOConfig, objective_options
-from .data import DataReport, prepare_dataset, rows_digest
-from .data.batch import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
-from .errors import OptionError
-from .evaluation import EvaluatingTrainer
-from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
-from .frozen import freeze_copy
-from .metrics import length_metrics, mean_of, metric_names, preference_metrics
-from .modeling import attach_adapter, disable_dropout, load_model, storage_report
-from .objective import Scored, Totals, TrainingObjective
-from .parallel import ShareCollator, check_launch, check_same, copy_from_first, world_size
-from .recipe import data_source
-from .reference import Reference
-from .stepping import fields_of
-from .trained import TrainedWith, plain_fingerprint, quantization_options, record_training
-from .watch import StopWhenNonFinite
+from .training.callbacks import StopWhenNonFinite
+from .training.evaluation import EvaluatingTrainer
+from .training.memory_budget import MemoryBudget, memory_limit, memory_model
+from .training.metrics import length_metrics, mean_of, metric_names, preference_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, quickstart
 from dpo_peft.quickstart.sampling import sample_answers
-from dpo_peft.reference import reference_mode
+from dpo_peft.reference.adapter_off import reference_mode
 
 JUDGED = 128  # held-out prompts, an answer to each
 ANSWERS = 8  # that GRPO compares, to each prompt

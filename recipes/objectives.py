@@ -37,7 +37,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an opti
 
 import torch
 
-from dpo_peft import cli, quickstart
+from dpo_peft import quickstart
+from dpo_peft.cli import train as cli
 from dpo_peft.losses import REGISTRY
 from dpo_peft.quickstart.forms import MOST_LISTS, write_form
 from dpo_peft.quickstart.judging import judge, show, train_between_samples, write_report

@@ -37,10 +37,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an opti
 from datasets import Dataset
 
 from dpo_peft import DPOConfig, DPOTrainer, quickstart
-from dpo_peft.cli_pairs import PairsOptions, describe, make_pairs
-from dpo_peft.engines import ModelSource, Sampling, TransformersEngine
-from dpo_peft.pairs import seed_of
-from dpo_peft.prompts import encode_prompts, read_prompts
+from dpo_peft.cli.pairs import PairsOptions, describe, make_pairs
+from dpo_peft.data.prompts import encode_prompts, read_prompts
+from dpo_peft.pairs.building import seed_of
+from dpo_peft.pairs.engines import ModelSource, Sampling, TransformersEngine
 
 LONGEST = 120  # tokens of an answer
 

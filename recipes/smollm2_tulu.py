@@ -33,7 +33,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 from dpo_peft import DPOConfig, DPOTrainer, from_tulu
-from dpo_peft.agreement import Judged, agreement, tally_rows
+from dpo_peft.reward.agreement import Judged, agreement, tally_rows
 
 PARTS = 5
 # The learning rate has the lowest loss on the second part after training on the third to the fifth, of 2e-5 (0.659),

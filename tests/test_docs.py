@@ -1,14 +1,14 @@
 """docs/objectives.md has an entry for every loss, with the registry's own words and numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import REPO
 
+from dpo_peft.config_checks import OBJECTIVE_OPTIONS
 from dpo_peft.losses import REGISTRY
-from dpo_peft.objective_options import OBJECTIVE_OPTIONS
 
-DOC = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text(encoding="utf-8")
+DOC = (REPO / "docs" / "objectives.md").read_text(encoding="utf-8")
 ENTRIES = dict(re.findall(r"^#### `(\w+)`\n(.*?)(?=^#|\Z)", DOC, flags=re.MULTILINE | re.DOTALL))
 
 

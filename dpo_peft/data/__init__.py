@@ -1,11 +1,11 @@
 """Preference data: any supported row format in, token ids of one prompt with K completions out."""
 
-from .convert import from_alpaca, from_hh, from_oasst_tree, from_pandalm, from_sharegpt, from_tulu, pandalm_decided
+from .converters import from_alpaca, from_hh, from_oasst_tree, from_pandalm, from_sharegpt, from_tulu, pandalm_decided
 from .fingerprint import rows_digest
+from .formats import DISCOUNT_UNITS
 from .prepare import prepare_dataset
-from .report import REASONS, DataReport
 from .sample import preprocess_dpo_sample
-from .schema import DISCOUNT_UNITS
+from .summary import REASONS, DataReport
 from .truncate import TRUNCATION_MODES
 
 __all__ = [

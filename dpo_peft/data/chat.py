@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .schema import Example
+from .fields import RowProblem
+from .formats import Example
 from .tokenize import Encoded, border_problem, split_at_border
-from .values import RowProblem
 
 Messages = list[dict[str, Any]]
 TEMPLATE_REMEDY = (

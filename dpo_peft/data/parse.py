@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .report import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NOTHING_SCORED, TRANSCRIPTS_DIFFER
-from .schema import ASKING_ROLES, ASSISTANT, HUMAN, Example, Row, is_several, split_format
-from .values import (
+from .fields import (
     RowProblem,
     read_entries,
     read_grades,
@@ -22,6 +20,8 @@ from .values import (
     read_text,
     read_tools,
 )
+from .formats import ASKING_ROLES, ASSISTANT, HUMAN, Example, Row, is_several, split_format
+from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NOTHING_SCORED, TRANSCRIPTS_DIFFER
 
 Messages = list[dict[str, Any]]
 

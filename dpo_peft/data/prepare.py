@@ -16,12 +16,12 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
+from .fields import RowProblem
 from .fingerprint import digest, tokenizer_hash
-from .report import REASONS, DataReport
-from .schema import Row, Wanted, detect_format, used_columns
+from .formats import Row, Wanted, detect_format, used_columns
+from .summary import REASONS, DataReport
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
-from .values import RowProblem
 from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.

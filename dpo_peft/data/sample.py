@@ -6,10 +6,10 @@ The package's own training goes through `prepare_dataset`; this is the same toke
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .report import REASONS
+from .fields import RowProblem, read_text
+from .summary import REASONS
 from .tokenize import PAIR, check_tokenizer, encode_text, leading_ids
 from .truncate import check_truncation, fit
-from .values import RowProblem, read_text
 
 IGNORE = -100  # label of positions that carry no loss
 

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
-from .report import EMPTY_COMPLETION
-from .values import RowProblem
+from .fields import RowProblem
+from .summary import EMPTY_COMPLETION
 
 # Leading characters that keep a tokenizer from adding a blank before a text that continues another one.
 ANCHORS = ("", "\n", "a")

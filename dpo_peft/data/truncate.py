@@ -10,7 +10,7 @@
 from dataclasses import dataclass
 
 from ..errors import OptionError
-from .report import COMPLETION_TOO_LONG, IDENTICAL_AFTER, PROMPT_TOO_LONG
+from .summary import COMPLETION_TOO_LONG, IDENTICAL_AFTER, PROMPT_TOO_LONG
 
 TRUNCATION_MODES = ("keep_start", "keep_end", "trim_prompt")
 

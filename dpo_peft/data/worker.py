@@ -7,8 +7,10 @@ from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from .chat import check_chat_template, check_rendering, encode_chat
+from .fields import RowProblem, read_number, read_preference
+from .formats import ASKING_ROLES, PLAIN_PAIRS, Example, Row, Wanted
 from .parse import count_turns, parse_row
-from .report import (
+from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
     IDENTICAL_AFTER,
@@ -17,11 +19,9 @@ from .report import (
     NOTHING_SCORED,
     SAME_TEXT,
 )
-from .schema import ASKING_ROLES, PLAIN_PAIRS, Example, Row, Wanted
 from .tokenize import Encoded, check_tokenizer, encode_text, is_empty, leading_ids
+from .trajectories import GIVEN, encode_trajectories, one_turn_each, unscore_first
 from .truncate import Fitted, all_same, cut_alike, fit
-from .turns import GIVEN, encode_trajectories, one_turn_each, unscore_first
-from .values import RowProblem, read_number, read_preference
 
 COUNTERS = (
     "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest "

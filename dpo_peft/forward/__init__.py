@@ -3,7 +3,6 @@
 Nothing here knows dataset formats, losses or configs.
 """
 
-from .fused import FusedModel
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .probe import ForwardPlan, plan_forward, recheck
 from .score import Scores, completion_logps, sequence_logps, sum_by_completion
@@ -11,7 +10,6 @@ from .unpack import content_keys, halves, unpack
 
 __all__ = [
     "ForwardPlan",
-    "FusedModel",
     "PackedBatch",
     "Sample",
     "Scores",

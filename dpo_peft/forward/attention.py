@@ -26,9 +26,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .kernels import Places
+from ..fused.attention import Tiles, plan_tiles, shared_attention
+from ..fused.elementwise import Places
 from .layout import PackedBatch, visible
-from .shared_attention import Tiles, plan_tiles, shared_attention
 
 IMPLEMENTATION = "dpo_peft_prefix_shared"
 # What reaches the attention function without changing it. Anything else that a model passes (softcap, s_aux,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .kernels import logps_from_logits, logps_grad_, uses_kernels
+from ..fused.elementwise import logps_from_logits, logps_grad_, uses_kernels
 
 # 1024 rows of a 128k vocabulary are 0.25 GiB in bfloat16 (0.5 in float32), the largest buffer that the head needs.
 CHUNK_ROWS = 1024

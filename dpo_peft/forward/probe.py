@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError
+from ..fused.attention import supports
+from ..fused.decoder import FusedModel
+from ..fused.recognition import NotRecognizedError, recognize
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, choose_backend
-from .fused import FusedModel
 from .layout import PackedBatch, Sample, pack, pad_rows
-from .recognize import NotRecognizedError, recognize
 from .score import completion_logps, eval_mode, unwrap
-from .shared_attention import supports
 
 logger = logging.getLogger(__name__)
 

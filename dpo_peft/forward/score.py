@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fused.decoder import FusedModel
 from .attention import AttentionPlan, layout_marker
-from .fused import FusedModel
 from .layout import PackedBatch
 from .logprobs import CHUNK_ROWS, read_head, token_logps
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..modeling import keep_weights, load_base
+from ..model.loading import keep_weights, load_base
 from .reward import true_reward
 from .sampling import sample_answers
 

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..reference import reference_mode
+from ..reference.adapter_off import reference_mode
 from .fluency import known_trigram_share
 from .reward import true_reward
 from .sampling import Messages, sample_answers, sampled_kl

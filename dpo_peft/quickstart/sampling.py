@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..forward import PackedBatch, completion_logps
-from ..reference import reference_logps
-from ..sampling import sample_completions
+from ..model.generation import sample_completions
+from ..reference.adapter_off import reference_logps
 
 Messages = list[dict[str, str]]
 

@@ -1,0 +1,1 @@
+"""The files that a run leaves: model card, recipe, figures, curves."""

@@ -1,0 +1,368 @@
+"""The model card of a trained adapter: plain data in, a README.md out that the Hub accepts.
+
+Knows no trainer. Names of local folders stay out of the metadata, and their paths out of the card altogether: the card
+is published, the machine it was written on is not. `card_rules.problems` says whether the Hub would take it.
+"""
+
+import json
+import math
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypedDict
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..errors import OptionError
+from .card_rules import HUB_LICENCES, is_repo_id
+from .citations import DPO, LORA, bibtex
+
+TEMPLATE = Path(__file__).parent / "model_card.md"
+REWARDS = {  # of an `Objective`, as a reader should see it
+    "log_ratio": "β·log(π/π_ref)",
+    "logp": "β·log π",
+    "mean_logp": "β·log π per token",
+}
+ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
+PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+# What a log entry holds besides figures of the training itself.
+BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
+# Metric of an evaluation -> its type and name in the Hub's model-index.
+MODEL_INDEX = {
+    "rewards/accuracies": ("accuracy", "Preference accuracy"),
+    "accuracies/length_balanced": ("accuracy", "Preference accuracy, balanced by length"),
+    "accuracies/length_only": ("accuracy", "Accuracy of picking the longer answer, for comparison"),
+    "rewards/margins": ("reward_margin", "Reward margin, nats"),
+    "kl": ("kl_divergence", "KL to the reference, nats per answer"),
+    "loss": ("loss", "Loss"),
+}
+BUNDLED = Path(__file__).parents[1] / "quickstart" / "model"  # the base that the package ships
+BUNDLED_TEXT = "the small chat model that comes with `dpo-peft` (`dpo_peft.quickstart.model_path()`)"
+LOCAL_TEXT = ", a model in a local folder"
+LOCAL_NOTE = (
+    "The base is a local folder, which `adapter_config.json` names: the example runs where that folder is. `dpo-peft "
+    "push --base_model HUB_ID` publishes the adapter for a base that others can load."
+)
+SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote on a prompt before training and after."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a card says about a run. Only facts of the run: what isn't known stays empty and is left out.
+
+    Attributes:
+        name: the adapter's name: a Hub id, or the name or path of its folder (of a path only the last part is shown).
+        base_model: Hub id or local path of the base. A local base is called by its folder's name.
+        dtype: of the base's weights that are not quantised, for the example of use; None: as the base was saved.
+        beta: β of the loss; None if it has none.
+        reward: the implicit reward whose figures are shown: a key of `REWARDS`.
+        objective: what was optimised, as a reader should see it.
+        datasets: Hub ids or paths of the training data. Paths are called by their last part.
+        eval_dataset: the same for what was evaluated on.
+        licence: of the adapter, as an SPDX id or a name of the Hub.
+        papers: arXiv ids of what is cited, see `citations.cited`.
+        languages: ISO 639 codes.
+        quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantised.
+        quantization_report: what was quantised and what was not, in one line.
+        reference: what the policy was compared with, in one sentence.
+        lora: options of the adapter (rank, alpha, target modules, …).
+        hyperparameters: options of the training.
+        facts: further lines of the card's head: rows used and dropped, time, device, …
+        first, last: training metrics of the first and the last log entry.
+        eval_first, eval_last: metrics of the first and the last evaluation, without `eval_`.
+        curves: file name of the curves' picture, relative to the card.
+        samples: what it wrote before and after; `SAMPLES` of them are shown.
+        sample_steps: the steps of the two.
+        warnings: named warnings of the training: step, name and message of each.
+        versions: package to version; see `framework_versions`.
+        has_chat_template: the tokenizer has one, so the example of use chats.
+    """
+
+    name: str
+    base_model: str
+    beta: float | None
+    dtype: str | None = None
+    reward: str = "log_ratio"
+    objective: str = "Direct Preference Optimization (DPO)"
+    datasets: Sequence[str] = ()
+    eval_dataset: str = "preference pairs"
+    licence: str | None = None
+    papers: Sequence[str] = (DPO, LORA)
+    languages: Sequence[str] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    quantization_report: str = ""
+    reference: str = ADAPTER_OFF
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    first: Mapping[str, float] = field(default_factory=dict)
+    last: Mapping[str, float] = field(default_factory=dict)
+    eval_first: Mapping[str, float] = field(default_factory=dict)
+    eval_last: Mapping[str, float] = field(default_factory=dict)
+    curves: str | None = None
+    samples: Sequence[Sample] = ()
+    sample_steps: tuple[int, int] = (0, 0)
+    warnings: Sequence[Mapping[str, Any]] = ()
+    versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
+    has_chat_template: bool = True
+
+
+class Figures(TypedDict):
+    """The figures of a `RunSummary`, under its names: `RunSummary(..., **figures)`."""
+
+    first: dict[str, float]
+    last: dict[str, float]
+    eval_first: dict[str, float]
+    eval_last: dict[str, float]
+
+
+def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Installed version of each package; one that is not installed is left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def figures_of(log_history: Sequence[Mapping[str, Any]]) -> Figures:
+    """`first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
+
+    Several evaluation sets are logged one by one: the first (last) value of each metric counts. `eval_` is taken off.
+    """
+    train = [entry for entry in log_history if "loss" in entry]
+    figures: Figures = {"first": {}, "last": {}, "eval_first": {}, "eval_last": {}}
+    if train:
+        figures["first"], figures["last"] = dict(train[0]), dict(train[-1])
+    for entry in log_history:
+        for key, value in entry.items():
+            if key.startswith("eval_"):
+                figures["eval_first"].setdefault(key.removeprefix("eval_"), value)
+                figures["eval_last"][key.removeprefix("eval_")] = value
+    return figures
+
+
+def model_card(run: RunSummary) -> ModelCard:
+    """The card of a run. `str(card)` is the README, `card.data` its metadata, `card.save(path)` writes it.
+
+    Raises:
+        OptionError: name or base model is empty, or a figure is not a number.
+    """
+    for option in ("name", "base_model"):
+        if not getattr(run, option):
+            raise OptionError(f"RunSummary.{option} is empty. A card names the adapter and its base model.")
+    columns, figures = figure_table(run)
+    shown = run.samples[:SAMPLES]
+    tables = [("Adapter", run.lora), ("Hyper-parameters", run.hyperparameters), ("Framework versions", run.versions)]
+    return ModelCard.from_template(
+        metadata(run),
+        template_path=str(TEMPLATE),
+        title=cell(shown_name(run.name).split("/")[-1]),
+        base=base_text(run.base_model),
+        base_note="" if is_hub_id(run.base_model) else LOCAL_NOTE,
+        objective=run.objective,
+        data=", ".join(link(dataset, "datasets/") for dataset in run.datasets),
+        reference=run.reference,
+        quantization=quantization_text(run),
+        facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
+        snippet=snippet(run),
+        beta="1" if run.beta is None else cell(run.beta),
+        reward=REWARDS[run.reward],
+        is_reward_model=run.reward == "log_ratio",
+        columns=columns,
+        figures=figures,
+        curves=run.curves,
+        samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
+        sample_steps=run.sample_steps,
+        warnings=[{key: cell(w.get(key, "")) for key in ("step", "name", "message")} for w in run.warnings],
+        bibtex=bibtex(run.papers),
+        tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
+    )
+
+
+def save_model_card(run: RunSummary, folder: str | Path) -> Path:
+    """Write the card as `README.md` into the folder and return its path."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model_card(run).save(path)
+    return path
+
+
+def metadata(run: RunSummary) -> ModelCardData:
+    """The YAML head. What the Hub would refuse (a path as base model, an unknown licence) doesn't get in."""
+    options: dict[str, Any] = {}
+    if is_hub_id(run.base_model):
+        options.update(base_model=run.base_model, base_model_relation="adapter")
+    if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
+        options["datasets"] = datasets
+    if run.licence:
+        options.update(licence_fields(run.licence))
+    if run.languages:
+        options["language"] = list(run.languages)
+    results = eval_results(run)
+    quantised = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
+    return ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantised],
+        model_name=shown_name(run.name).split("/")[-1] if results else None,
+        eval_results=results or None,
+        **options,
+    )
+
+
+def licence_fields(licence: str) -> dict[str, str]:
+    """The metadata of a licence: one that the Hub doesn't know is `other`, with its name beside it."""
+    licence = licence.lower()
+    if licence in HUB_LICENCES:
+        return {"license": licence, **({"license_name": "unnamed"} if licence == "other" else {})}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")}
+
+
+def eval_results(run: RunSummary) -> list[EvalResult]:
+    """The figures of the last evaluation as the Hub's model-index; nothing where there was none."""
+    results = []
+    for key, value in run.eval_last.items():
+        # Of several evaluation sets, each figure's name begins with the set's.
+        metric = next((m for m in MODEL_INDEX if key == m or key.endswith(f"_{m}")), None)
+        if metric is None or not math.isfinite(value):
+            continue
+        part = key.removesuffix(metric).rstrip("_")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
+                dataset_name=part or shown_name(run.eval_dataset),
+                dataset_split=None,
+                metric_type=MODEL_INDEX[metric][0],
+                metric_name=MODEL_INDEX[metric][1],
+                metric_value=float(value),
+            )
+        )
+    order = [name for _, name in MODEL_INDEX.values()]
+    return sorted(results, key=lambda result: (result.dataset_name, order.index(str(result.metric_name))))
+
+
+def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """(column heads, rows of cells) of the metrics in the order of the log; a column without figures is left out."""
+    columns = {
+        "first step": run.first,
+        "last step": run.last,
+        "evaluation, first": run.eval_first if dict(run.eval_first) != dict(run.eval_last) else {},
+        "evaluation, last": run.eval_last,
+    }
+    columns = {head: figures for head, figures in columns.items() if figures}
+    keys = [key for key in dict.fromkeys(k for f in columns.values() for k in f) if not BOOKKEEPING.match(key)]
+    for head, figures in columns.items():
+        for key in keys:
+            if key in figures and (isinstance(figures[key], bool) or not isinstance(figures[key], int | float)):
+                raise OptionError(f"The figure {key!r} ({head}) is {figures[key]!r}; a number is needed. Convert it.")
+    rows = [[f"`{key}`", *(cell(f[key]) if key in f else "" for f in columns.values())] for key in keys]
+    return list(columns), rows
+
+
+def quantization_text(run: RunSummary) -> str:
+    if not run.quantization:
+        return run.quantization_report or "not quantised."
+    options = ", ".join(f"`{name}={value}`" for name, value in run.quantization.items())
+    return ". ".join(part for part in (f"bitsandbytes, {options}", run.quantization_report.rstrip(".")) if part) + "."
+
+
+def snippet(run: RunSummary) -> str:
+    """Python that loads the adapter on a base quantised as in training, and generates."""
+    quantised = bool(run.quantization)
+    lines = [
+        "from peft import AutoPeftModelForCausalLM",
+        f"from transformers import AutoTokenizer{', BitsAndBytesConfig' if quantised else ''}",
+        "",
+        f"adapter = {json.dumps(shown_name(run.name))}  # this repository, or the folder it lies in",
+    ]
+    if quantised:
+        options = [f"    {name}={python(value)}," for name, value in run.quantization.items()]
+        lines += ["quantization = BitsAndBytesConfig(", *options, ")"]
+    arguments = ["adapter", *(["quantization_config=quantization"] if quantised else [])]
+    arguments += [f"dtype={python(run.dtype)}"] if run.dtype else []
+    lines += [
+        f"model = AutoPeftModelForCausalLM.from_pretrained({', '.join(arguments)})",
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+    ]
+    if run.has_chat_template:
+        lines += [
+            'messages = [{"role": "user", "content": "Tell me about your day."}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ").to(model.device)",
+        ]
+    else:
+        lines.append('inputs = tokenizer("It was", return_tensors="pt").to(model.device)')
+    lines += [
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(lines)
+
+
+def python(value: Any) -> str:
+    """A plain value as Python source, text in double quotes."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
+    return not os.path.exists(name) and is_repo_id(name)
+
+
+def shown_name(name: str) -> str:
+    """A Hub id as it is; of anything else the last part of the path."""
+    return name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+
+
+def link(name: str, kind: str = "") -> str:
+    """Markdown: a link for a Hub id (`kind` is "" for models, "datasets/" for data), the plain name for the rest."""
+    shown = shown_name(name)
+    return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{shown}`"
+
+
+def base_text(name: str) -> str:
+    """The base as the card's first sentence calls it."""
+    if is_hub_id(name):
+        return link(name)
+    if os.path.exists(name) and os.path.samefile(name, BUNDLED):
+        return BUNDLED_TEXT
+    return link(name) + LOCAL_TEXT
+
+
+def quoted(text: str) -> str:
+    """Text in a code block that nothing in it can end, wrapped, a long one cut; the cut is said."""
+    left = len(text) - SAMPLE_LENGTH
+    text = text if left <= 0 else f"{text[:SAMPLE_LENGTH]} [... {left} more characters]"
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 100) or [""]]
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return "\n".join([f"{fence}text", *lines, fence])
+
+
+def cell(value: Any) -> str:
+    """A value in a Markdown table: floats to 4 digits, of paths the last part, all in one line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return ", ".join(cell(item) for item in items)
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
+        value = shown_name(os.fspath(value))
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,58 @@
+"""The command `dpo-peft cache`: what is kept of which reference's log-probs, and making room."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import OptionError
+from ..reference.cache import clear, default_folder, summary
+from .options import parse_options, show
+
+EXAMPLES = [
+    "dpo-peft cache",
+    "dpo-peft cache --clear --unused_days 30",
+    "dpo-peft cache --dir FOLDER --clear --reference ID",
+    "dpo-peft cache --json",
+]
+
+
+@dataclass
+class CacheArguments:
+    """Which entries, and what becomes of them."""
+
+    dir: str | None = field(
+        default=None, metadata={"help": f"Folder of the cache. Default: {default_folder()}, as in training."}
+    )
+    clear: bool = field(default=False, metadata={"help": "Delete entries: all, or those that the options name."})
+    reference: str | None = field(default=None, metadata={"help": "With clear: of this reference alone (its id)."})
+    unused_days: float | None = field(
+        default=None, metadata={"help": "With clear: of references that no run has opened for so many days."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print one JSON object, sizes in bytes."})
+
+
+def cache(argv: Sequence[str]) -> None:
+    """`dpo-peft cache`: list what is kept of which reference, or delete it.
+
+    Raises:
+        OptionError: there is no such folder or reference, or options that need `clear`.
+    """
+    about = "Show or clear the reference's cached log-probs (see cache_ref_log_probs and precompute_ref_log_probs)."
+    options = parse_options(argv, CacheArguments, "cache", about, EXAMPLES)
+    if not options.clear and (options.reference or options.unused_days is not None):
+        raise OptionError("reference and unused_days have no effect without clear: give --clear too.")
+    folder = Path(options.dir or default_folder())
+    if options.dir and not folder.is_dir():
+        raise OptionError(f"dir={options.dir!r}: there is no such folder.")
+    if options.clear:
+        entries, size = clear(folder, options.reference, options.unused_days)
+        result = {"dir": str(folder), "deleted_entries": entries, "deleted_bytes": size}
+        show(result, f"Deleted {entries:,} entries, {size / 1e6:,.1f} MB.", options.json)
+        return
+    references = summary(folder)
+    lines = [
+        f"{one.reference}  {one.entries:>9,} entries  {one.bytes / 1e6:>9,.1f} MB  {one.last_used}  {one.about}"
+        for one in references
+    ]
+    kept = {"dir": str(folder), "references": [one._asdict() for one in references]}
+    show(kept, "\n".join(lines) or f"Nothing is kept in {folder}.", options.json)

@@ -1,0 +1,179 @@
+"""Public row formats to ours, one row at a time, for `dataset.map(from_…)`. Each returns new columns only.
+
+A row that can't be converted raises `DataError`; rows without a signal are left for `prepare_dataset` to count.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import DataError
+from .formats import ASSISTANT, HUMAN
+
+Message = dict[str, str]
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+TULU_PREFERENCES = {
+    "a-is-better": 1.0,
+    "a-is-slightly-better": 0.75,
+    "tie": 0.5,
+    "b-is-slightly-better": 0.25,
+    "b-is-better": 0.0,
+}
+
+
+def from_sharegpt(row: Mapping[str, Any]) -> dict[str, list[Message]]:
+    """`conversations` plus one `chosen` and one `rejected` message, all {from, value}; an optional `system` text."""
+    prompt = [_sharegpt_message(message, "conversations") for message in _get(row, "conversations", list)]
+    if row.get("system"):
+        prompt.insert(0, {"role": "system", "content": _text(row, "system")})
+    chosen, rejected = (_sharegpt_message(row.get(column), column) for column in ("chosen", "rejected"))
+    return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+
+
+def from_alpaca(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """`instruction`, optional `input`, `system` and `history` ([[question, answer], …]), and answers as text.
+
+    The answers are `chosen` and `rejected`, or a list in `output` from the best to the worst, which becomes
+    `completions` and `ranks`.
+    """
+    prompt: list[Message] = []
+    if row.get("system"):
+        prompt.append({"role": "system", "content": _text(row, "system")})
+    for question, answer in row.get("history") or []:
+        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt.append({"role": "user", "content": _instruction(row)})
+    if isinstance(row.get("output"), list) and "chosen" not in row:
+        return {"prompt": prompt, **_ranked([_get({"output": text}, "output", str) for text in row["output"]])}
+    return {"prompt": prompt, "chosen": _answer(_text(row, "chosen")), "rejected": _answer(_text(row, "rejected"))}
+
+
+def from_hh(row: Mapping[str, Any]) -> dict[str, list[Message]]:
+    """Raw HH transcripts as two whole conversations (implicit prompt)."""
+    return {column: _turns(_text(row, column), column) for column in ("chosen", "rejected")}
+
+
+def pandalm_decided(row: Mapping[str, Any]) -> bool:
+    """Whether more annotators prefer one response than prefer the other."""
+    return _pandalm_votes(row) != 0
+
+
+def from_pandalm(row: Mapping[str, Any]) -> dict[str, list[Message]]:
+    """`instruction`, `input`, `response1`, `response2` and three votes (0 tie, 1, 2): the majority wins."""
+    votes = _pandalm_votes(row)
+    if not votes:
+        raise DataError(f"{_where(row)}: the annotators are tied. Filter first: dataset.filter(pandalm_decided).")
+    first, second = _text(row, "response1"), _text(row, "response2")
+    chosen, rejected = (first, second) if votes > 0 else (second, first)
+    prompt = [{"role": "user", "content": _instruction(row)}]
+    return {"prompt": prompt, "chosen": _answer(chosen), "rejected": _answer(rejected)}
+
+
+def from_tulu(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`prompt`, `completion_a`, `completion_b`, `preference` in words: `chosen` is a, `preference` a number."""
+    preference = TULU_PREFERENCES.get(row.get("preference") or "")
+    if preference is None:
+        raise DataError(
+            f"{_where(row)}, field 'preference': {row.get('preference')!r} is none of {', '.join(TULU_PREFERENCES)}. "
+            "Repair the row or filter it out."
+        )
+    prompt = [{"role": "user", "content": _text(row, "prompt")}]
+    first, second = (_answer(_text(row, field)) for field in ("completion_a", "completion_b"))
+    return {"prompt": prompt, "chosen": first, "rejected": second, "preference": preference}
+
+
+def from_oasst_tree(row: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
+    """One message tree to rows of `prompt`, `completions`, `ranks`: one for each group of ranked replies to a prompt.
+
+    For a list of trees: `Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])`. A group needs
+    two ranked replies of the assistant's; a reply without a rank is left out.
+    """
+    rows: list[dict[str, list[Any]]] = []
+    waiting: list[tuple[Any, list[Message]]] = [(_get(row, "prompt", Mapping), [])]
+    while waiting:
+        message, path = waiting.pop(0)
+        role = OASST_ROLES.get(_text(message, "role"))
+        if role is None:
+            raise DataError(f"{_where(row)}: unknown role {message['role']!r}. Use one of {', '.join(OASST_ROLES)}.")
+        path = [*path, {"role": role, "content": _text(message, "text")}]
+        replies = message.get("replies") or []
+        ranked = [reply for reply in replies if role == "user" and reply.get("rank") is not None]
+        if len(ranked) > 1:
+            answers = _ranked([_text(reply, "text") for reply in ranked], [_get(r, "rank", int) for r in ranked])
+            rows.append({"prompt": path, **answers})
+        waiting += [(reply, path) for reply in replies]
+    return rows
+
+
+def _ranked(texts: list[str], ranks: list[int] | None = None) -> dict[str, list[Any]]:
+    """Answers from the best to the worst, unless there are ranks (lower is better)."""
+    return {"completions": [_answer(text) for text in texts], "ranks": ranks or list(range(len(texts)))}
+
+
+def _pandalm_votes(row: Mapping[str, Any]) -> int:
+    votes = [_get(row, f"annotator{number}", int) for number in (1, 2, 3)]
+    return votes.count(1) - votes.count(2)
+
+
+def _sharegpt_message(message: Any, field: str) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("value"), str):
+        raise DataError(
+            f"field {field!r}: expected a dict with from and value, found {str(message)[:60]}. Repair the row."
+        )
+    role = SHAREGPT_ROLES.get(str(message.get("from")))
+    if role is None:
+        raise DataError(
+            f"field {field!r}: unknown speaker {message.get('from')!r}. Use one of {', '.join(SHAREGPT_ROLES)}."
+        )
+    return {"role": role, "content": message["value"]}
+
+
+def _turns(transcript: str, field: str) -> list[Message]:
+    if not transcript.startswith(HUMAN):
+        raise DataError(
+            f"field {field!r}: a transcript starts with {HUMAN!r}, found {transcript[:40]!r}. Repair the row."
+        )
+    turns: list[Message] = []
+    for part in transcript.replace(ASSISTANT, HUMAN + ASSISTANT).split(HUMAN)[1:]:
+        role, text = ("assistant", part[len(ASSISTANT) :]) if part.startswith(ASSISTANT) else ("user", part)
+        if part or not turns:
+            turns.append({"role": role, "content": text.strip()})
+    return turns
+
+
+def _instruction(row: Mapping[str, Any]) -> str:
+    instruction = _text(row, "instruction")
+    extra = _text(row, "input") if row.get("input") else ""
+    return f"{instruction}\n\n{extra}" if extra.strip() else instruction
+
+
+def _answer(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    return _get(row, field, str)
+
+
+def _get(row: Mapping[str, Any], field: str, kind: type) -> Any:
+    value = row.get(field)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise DataError(
+            f"{_where(row)}, field {field!r}: expected {kind.__name__}, found {type(value).__name__} "
+            f"({str(value)[:40]}). Repair the row or filter it out."
+        )
+    return value
+
+
+def _where(row: Mapping[str, Any]) -> str:
+    names = [name for name in ("idx", "id", "message_tree_id") if name in row]
+    return f"row with {names[0]} {row[names[0]]}" if names else "row"

@@ -1,0 +1,187 @@
+"""Linear layers that read the same input, with their LoRA adapters, as one matrix product.
+
+A frozen weight W (N, K) with an adapter is y = x W^T + s (x A^T) B^T (Hu et al. 2021). Here that is one product over a
+longer inner dimension:
+
+    y = [x, u] @ [W, B]^T    with u = x (sA)^T
+
+so the adapter is summed inside the product, in float32, and no pass over x or y is spent on it. The backward pass gets
+du = dy B from the same product that gives dy W. Several layers on one input (q, k, v; gate, up) are stacked: their Bs
+stand block by block. 4-bit weights are dequantised into the matrix just before it is used.
+
+A switched-off adapter is u = 0 in products of the same shape. So the reference takes the same kernels as the policy,
+and while B = 0 both are equal bit for bit.
+
+Shape suffixes: T tokens, K inputs, N outputs, R adapter ranks of all layers together (rounded up to a multiple of 8).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .elementwise import weight_into
+
+_ALIGNMENT = 8  # ranks are rounded up to it: rows of half-precision matrices start at multiples of 16 bytes
+
+
+class Projection:
+    """The linear layers of one decoder layer that read the same input.
+
+    Args:
+        modules: linear layers, or PEFT's LoRA layers around them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.modules = list(modules)
+        self.bases: list[Any] = [m.get_base_layer() if isinstance(m, LoraLayer) else m for m in modules]
+        self.inputs: int = self.bases[0].in_features
+        self.outputs: list[int] = [base.out_features for base in self.bases]
+        most = [max(m.r.values(), default=0) if isinstance(m, LoraLayer) else 0 for m in modules]
+        self.rank = -(sum(most) // -_ALIGNMENT) * _ALIGNMENT
+        biases = [getattr(base, "bias", None) for base in self.bases]
+        self.bias_N: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            like = self.bases[0].weight
+            zeros = [torch.zeros(n, device=like.device) for n in self.outputs]
+            parts = [zero if bias is None else bias.detach() for bias, zero in zip(biases, zeros, strict=True)]
+            self.bias_N = torch.cat([part.to(next(b.dtype for b in biases if b is not None)) for part in parts])
+
+    def active(self, only: Sequence[str] | None = None) -> list[tuple[int, Tensor, Tensor, float]]:
+        """Index of the layer, A (r, K), B (n, r) and scale of every adapter that is switched on now; where adapters
+        are on, `only` names others to take instead."""
+        found = []
+        for i, module in enumerate(self.modules):
+            if not isinstance(module, LoraLayer) or module.disable_adapters:
+                continue
+            for name in module.active_adapters if only is None else only:
+                if name in module.lora_A:
+                    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                    found.append((i, a, b, float(module.scaling[name])))
+        return found
+
+
+@dataclass
+class ProjectionPass:
+    """A projection with the adapters that are on, in the dtype that it computes in: for one pass over the model."""
+
+    projection: Projection
+    a_RK: Tensor | None = None  # s A of every layer, stacked; None: all adapters are off
+    b_NR: Tensor | None = None  # B of every layer, block by block
+    parameters: tuple[Tensor, ...] = ()  # A and B of each adapter in turn, the float32 masters
+    blocks: tuple[tuple[slice, slice, float], ...] = ()  # of each adapter: rows of b_NR, its ranks, its scale
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.projection.inputs
+
+    def weight(self, like: Tensor) -> Tensor:
+        """[W, B], (N, K + R), in dtype and on device of `like`."""
+        projection = self.projection
+        out = like.new_empty(sum(projection.outputs), self.inputs + projection.rank)
+        first = 0
+        for base, number in zip(projection.bases, projection.outputs, strict=True):
+            rows = slice(first, first + number)
+            weight_into(base, None if self.b_NR is None else self.b_NR[rows], out[rows])
+            first += number
+        return out
+
+    def empty_input(self, tokens: int, like: Tensor) -> Tensor:
+        """Room for [x, u]; x is to be written into the first K columns, then `fill_ranks` adds u."""
+        return like.new_empty(tokens, self.inputs + self.projection.rank)
+
+    def fill_ranks(self, extended: Tensor) -> Tensor:
+        """Write u beside x."""
+        x_TK, u_TR = extended[:, : self.inputs], extended[:, self.inputs :]
+        if self.a_RK is None:
+            u_TR.zero_()
+        else:
+            torch.mm(x_TK, self.a_RK.T, out=u_TR)
+        return extended
+
+    def extend(self, x_TK: Tensor) -> Tensor:
+        """[x, u]."""
+        if not self.projection.rank:
+            return x_TK
+        extended = self.empty_input(x_TK.shape[0], x_TK)
+        extended[:, : self.inputs] = x_TK
+        return self.fill_ranks(extended)
+
+    def forward(self, extended: Tensor) -> Tensor:
+        """y."""
+        weight, bias_N = self.weight(extended), self.projection.bias_N
+        if bias_N is None:
+            return extended @ weight.T
+        return torch.addmm(bias_N.to(extended.dtype), extended, weight.T)
+
+    def add_to(self, residual_TN: Tensor, extended: Tensor, in_place: bool = False) -> Tensor:
+        """residual + y, added inside the product."""
+        weight, bias_N = self.weight(extended), self.projection.bias_N
+        add = residual_TN.addmm_ if in_place else residual_TN.addmm
+        out = add(extended, weight.T)
+        return out if bias_N is None else out.add_(bias_N)
+
+    def backward(self, grad_TN: Tensor) -> Tensor:
+        """[dx, du], (T, K + R), of y's gradient; the adapter's share of dx is not in it yet, see `add_ranks`."""
+        return grad_TN @ self.weight(grad_TN)
+
+    def add_ranks(self, grad_extended: Tensor) -> Tensor:
+        """dx, in place, from `backward`."""
+        grad_TK, grad_TR = grad_extended[:, : self.inputs], grad_extended[:, self.inputs :]
+        return grad_TK if self.a_RK is None else grad_TK.addmm_(grad_TR, self.a_RK)
+
+    def parameter_grads(self, extended: Tensor, grad_TN: Tensor, grad_TR: Tensor) -> list[Tensor | None]:
+        """The gradients of `parameters`: dA = s du^T x and dB = dy^T u.
+
+        Args:
+            extended: [x, u] of the forward pass.
+            grad_TN: dy.
+            grad_TR: du.
+        """
+        if not self.parameters:
+            return []
+        grad_a_RK = _product(grad_TR, extended[:, : self.inputs], self.parameters[0].dtype)
+        grad_b_NR = _product(grad_TN, extended[:, self.inputs :], self.parameters[0].dtype)
+        grads: list[Tensor | None] = []
+        for rows, ranks, scale in self.blocks:
+            grads += [grad_a_RK[ranks] * scale, grad_b_NR[rows, ranks].contiguous()]
+        return grads
+
+
+def _product(a_TM: Tensor, b_TN: Tensor, dtype: torch.dtype) -> Tensor:
+    """a^T b, summed and kept in float32 where the GPU can; in `dtype`."""
+    if a_TM.is_cuda and a_TM.element_size() == 2 and dtype == torch.float32:
+        return torch.mm(a_TM.T, b_TN, out_dtype=torch.float32)
+    return (a_TM.T @ b_TN).to(dtype)
+
+
+def prepare(
+    projections: Sequence[Projection], dtype: torch.dtype, device: torch.device, only: Sequence[str] | None = None
+) -> list[ProjectionPass]:
+    """Every projection with the adapters that are on (see `Projection.active`), cast once for the pass."""
+    active = [projection.active(only) for projection in projections]
+    if not any(active):
+        return [ProjectionPass(projection) for projection in projections]
+    sizes = [(p.rank * p.inputs, sum(p.outputs) * p.rank) for p in projections]
+    room = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device).split([n for pair in sizes for n in pair])
+    result, cast_to, masters, scales = [], [], [], []
+    for i, (projection, adapters) in enumerate(zip(projections, active, strict=True)):
+        a_RK = room[2 * i].view(projection.rank, projection.inputs)
+        b_NR = room[2 * i + 1].view(sum(projection.outputs), projection.rank)
+        first, blocks = 0, []
+        for layer, a, b, scale in adapters:
+            start = sum(projection.outputs[:layer])
+            rows, ranks = slice(start, start + b.shape[0]), slice(first, first + a.shape[0])
+            first = ranks.stop
+            cast_to += [a_RK[ranks], b_NR[rows, ranks]]
+            masters += [a.detach(), b.detach()]
+            scales += [scale, 1.0]
+            blocks.append((rows, ranks, scale))
+        parameters = tuple(p for _, a, b, _ in adapters for p in (a, b))
+        result.append(ProjectionPass(projection, a_RK, b_NR, parameters, tuple(blocks)))
+    torch._foreach_copy_(cast_to, torch._foreach_mul(masters, scales))
+    return result

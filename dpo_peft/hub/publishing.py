@@ -1,0 +1,354 @@
+"""Publishing an adapter on the Hub: `publish(folder, "me/my-adapter")`.
+
+Everything is checked here first, then who the token belongs to, then what the repository holds. Large files are sent
+before anything is visible; one commit at the end makes all of it visible, or nothing.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from ..artifacts.card_rules import is_repo_id, read_head
+from ..errors import OptionError, PublishError
+from .client import LOGIN, Hub
+from .upload_files import CARD, CONFIG, Upload, collect
+
+GATES: dict[str, Any] = {"auto": "auto", "manual": "manual", "off": False}
+# What a new repository may hold without being anybody's work.
+_HARMLESS = {".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt"}
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """What became of it.
+
+    Attributes:
+        repo_id, url: the repository.
+        commit: its newest commit; the pull request's with `create_pr`. None in a dry run.
+        pr_url: the pull request, if one was made.
+        created: the repository was made.
+        uploaded: files of this commit, and their bytes.
+        unchanged: files that were there already, the same.
+        left_out: files and folders that were not published, and why.
+        checks: what was checked.
+        notes: what is allowed and should be known.
+    """
+
+    repo_id: str
+    url: str
+    commit: str | None
+    pr_url: str | None
+    created: bool
+    uploaded: dict[str, int]
+    unchanged: list[str]
+    left_out: dict[str, str]
+    checks: list[str]
+    notes: list[str]
+
+
+@dataclass
+class _Remote:
+    """A repository as it is now."""
+
+    sha: str
+    private: bool
+    gated: Any
+    hashes: dict[str, set[str]] = field(default_factory=dict)  # of each file: git's and LFS's
+    has_branch: bool = True
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    gated: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish the adapter",
+    create_pr: bool = False,
+    base_model: str | None = None,
+    licence: str | None = None,
+    datasets: Sequence[str] = (),
+    languages: Sequence[str] = (),
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    attempts: int = 4,
+    wait: float = 2.0,
+    repeat: str = "call it again with the same arguments.",
+) -> PublishResult:
+    """Publish a trained adapter with its tokenizer, card, recipe, metrics, curves and samples.
+
+    Args:
+        folder: of the adapter.
+        repo_id: "NAME/REPO", or "REPO" of the token's own account. Made if it isn't there.
+        private: whether only you (or the organisation) see it. None: as it is, or as the account makes new ones.
+        gated: "auto" or "manual": who wants it must ask, and is let in at once or by hand. "off" opens it. None: as
+            it is.
+        token: with write access; that of `hf auth login` or HF_TOKEN if None.
+        revision: branch to write to; made if it isn't there.
+        commit_message: one line.
+        create_pr: open a pull request instead of writing to the repository.
+        base_model: Hub id of the base, for an adapter that was trained on a model in a local folder.
+        licence, datasets, languages: of the card.
+        include: further files of the folder, as names or patterns.
+        overwrite: replace files of a repository that holds something else.
+        dry_run: check what can be checked here, and stop.
+        attempts: how often a step that fails for a moment (network, server) is tried.
+        wait: seconds before the second attempt; each further one waits four times as long.
+        repeat: how to repeat it, for messages.
+
+    Raises:
+        OptionError: the adapter, the card, an option or the token is wrong; nothing was written.
+        PublishError: the Hub refused or could not be reached. The message says what is there by now.
+    """
+    _check_options(repo_id, private, gated, revision, create_pr, attempts)
+    of_card = (base_model, licence, datasets, languages, include)
+    upload = collect(folder, repo_id, *of_card)
+    if dry_run:
+        return _result(f"{constants.ENDPOINT}/{repo_id}", Hub(HfApi(), repo_id), None, upload, set(upload.files))
+    hub = Hub(HfApi(token=token), repo_id, attempts, wait, repeat)
+    hub.repo_id = own_repository(hub, create_pr)
+    if hub.repo_id != repo_id:
+        upload = collect(folder, hub.repo_id, *of_card)  # the card names the repository
+    check_base(hub, upload.base_model)
+    remote = _look(hub, revision)
+    if remote is not None and not overwrite:
+        _check_ours(hub, remote, upload, revision)
+    hub.call("checking the card", lambda: _validate(upload))
+    remote = _prepare(hub, remote, private, gated, revision, create_pr)
+    changed = {name for name in upload.files if not remote.hashes.get(name, set()) & _hashes(upload.content(name))}
+    commit, pr_url = remote.sha, None
+    if changed:
+        commit, pr_url = _send(hub, upload, changed, remote, commit_message, revision, create_pr)
+    return _result(f"{hub.api.endpoint}/{hub.repo_id}", hub, commit, upload, changed, pr_url)
+
+
+def _result(
+    url: str, hub: Hub, commit: str | None, upload: Upload, changed: set[str], pr_url: str | None = None
+) -> PublishResult:
+    return PublishResult(
+        repo_id=hub.repo_id,
+        url=url,
+        commit=commit,
+        pr_url=pr_url,
+        created=hub.created,
+        uploaded={name: upload.size(name) for name in sorted(changed)},
+        unchanged=sorted(set(upload.files) - changed),
+        left_out=upload.left_out,
+        checks=upload.checks,
+        notes=upload.notes,
+    )
+
+
+def _check_options(
+    repo_id: str, private: bool | None, gated: str | None, revision: str | None, create_pr: bool, attempts: int
+) -> None:
+    if not is_repo_id(repo_id):
+        raise OptionError(f"repo_id={repo_id!r} is not a name of the Hub: give NAME/REPO.")
+    if gated is not None and gated not in GATES:
+        raise OptionError(f"gated={gated!r} must be one of {', '.join(GATES)}.")
+    if attempts < 1:
+        raise OptionError(f"attempts={attempts} must be at least 1.")
+    without_effect = {"private": private is not None, "gated": gated is not None, "revision": revision is not None}
+    if create_pr and (given := [name for name, on in without_effect.items() if on]):
+        raise OptionError(f"{', '.join(given)}: no effect on a pull request (create_pr). Leave it out.")
+
+
+# ---- Who, and what is there -----------------------------------------------------------------------------------------
+
+
+def own_repository(hub: Hub, create_pr: bool = False) -> str:
+    """The repository's full name, which the token may write to, as far as its account says.
+
+    Raises:
+        OptionError: there is no valid token, it is read-only, or the repository is not its account's.
+        PublishError: the Hub can't be reached.
+    """
+    account = hub.call("asking whose token it is", hub.api.whoami)
+    name, orgs = account["name"], {org["name"]: org for org in account.get("orgs", [])}
+    repo_id = hub.repo_id if "/" in hub.repo_id else f"{name}/{hub.repo_id}"
+    access = account.get("auth", {}).get("accessToken", {})
+    if access.get("role") == "read":
+        raise OptionError(f"The token {access.get('displayName', '')!r} is read-only. {LOGIN}")
+    owner = repo_id.split("/")[0]
+    if create_pr:
+        return repo_id
+    if owner != name and owner not in orgs:
+        yours = ", ".join([name, *orgs])
+        raise OptionError(
+            f"{repo_id}: {owner} is neither your account nor an organisation of yours ({yours}). Choose another "
+            "repo_id, or open a pull request (create_pr)."
+        )
+    if orgs.get(owner, {}).get("roleInOrg") == "read":
+        raise OptionError(f"{repo_id}: you may only read in {owner}. Ask for the role of a contributor.")
+    if access.get("role") == "fineGrained" and not _may_write(access.get("fineGrained", {}), owner, repo_id):
+        raise OptionError(f"The token {access.get('displayName', '')!r} may not write to {repo_id}. {LOGIN}")
+    return repo_id
+
+
+def _may_write(permissions: Mapping[str, Any], owner: str, repo_id: str) -> bool:
+    """Whether a fine-grained token names the owner or the repository; one that says nothing is left to the Hub."""
+    if "scoped" not in permissions:
+        return True
+    here = [s for s in permissions["scoped"] if s.get("entity", {}).get("name") in (owner, repo_id)]
+    return any(right.startswith("repo") and right.endswith("write") for s in here for right in s["permissions"])
+
+
+def check_base(hub: Hub, base: str) -> None:
+    """Others must be able to load the base.
+
+    Raises:
+        OptionError: it is not on the Hub, or not for everybody.
+    """
+    if not hub.call("looking for the base model", lambda: hub.api.repo_exists(base)):
+        raise OptionError(
+            f"The base {base} is not on the Hub, or the token may not see it. Give its Hub id by base_model, or "
+            "publish it first."
+        )
+
+
+def _look(hub: Hub, revision: str | None) -> _Remote | None:
+    """The repository as it is; None if there is none."""
+
+    def look(at: str | None) -> Any:
+        return hub.call(
+            "looking at the repository",
+            lambda: hub.api.model_info(hub.repo_id, revision=at, files_metadata=True),
+            may_lack=True,
+        )
+
+    has_branch = True
+    try:
+        try:
+            info = look(revision)
+        except RevisionNotFoundError:
+            info, has_branch = look(None), False
+    except RepositoryNotFoundError:
+        return None
+    hashes = {f.rfilename: {f.blob_id, f.lfs.sha256 if f.lfs else None} - {None} for f in info.siblings or []}
+    return _Remote(info.sha, bool(info.private), info.gated or False, hashes, has_branch)
+
+
+def _check_ours(hub: Hub, remote: _Remote, upload: Upload, revision: str | None) -> None:
+    """An update of the same adapter goes on; another work is not overwritten."""
+    names = set(remote.hashes) - _HARMLESS
+    if not names:
+        return
+    remedy = "Choose another repo_id, or replace its files with overwrite."
+    at = revision if remote.has_branch else None
+    if CONFIG not in names:
+        some = ", ".join(sorted(names)[:3])
+        raise OptionError(f"{hub.repo_id} holds other files ({some}) and no adapter. {remedy}")
+    base = json.loads(_fetch(hub, CONFIG, at)).get("base_model_name_or_path")
+    if base != upload.base_model:
+        raise OptionError(
+            f"{hub.repo_id} holds an adapter of another base ({base}, not {upload.base_model}). {remedy}"
+        )
+    if CARD in names:
+        try:
+            tags = read_head(_fetch(hub, CARD, at)).get("tags") or []
+        except ValueError:
+            tags = []
+        if "dpo-peft" not in tags:
+            raise OptionError(f"{hub.repo_id} has a card that is not from here, which would be lost. {remedy}")
+
+
+def _fetch(hub: Hub, name: str, revision: str | None) -> str:
+    """The text of a file of the repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = hub.call(
+            f"reading its {name}",
+            lambda: hub.api.hf_hub_download(hub.repo_id, name, revision=revision, local_dir=folder),
+        )
+        return Path(path).read_text("utf-8")
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def _validate(upload: Upload) -> None:
+    """The Hub's own check of the card's metadata."""
+    try:
+        ModelCard(upload.content(CARD).decode()).validate()
+    except ValueError as error:
+        raise OptionError(f"{CARD}: the Hub refuses its metadata: {' '.join(str(error).split())}") from error
+
+
+def _prepare(
+    hub: Hub, remote: _Remote | None, private: bool | None, gated: str | None, revision: str | None, create_pr: bool
+) -> _Remote:
+    """The repository, made and closed as asked for before anything is sent; as it is then."""
+    api, repo_id = hub.api, hub.repo_id
+    if remote is None:
+        if create_pr:
+            raise OptionError(f"{repo_id} is not there: a pull request needs a repository. Leave create_pr out.")
+        hub.call("creating the repository", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        hub.created = True
+    settings: dict[str, Any] = {}
+    if gated is not None and GATES[gated] != (remote.gated if remote else False):
+        settings["gated"] = GATES[gated]
+    if private is not None and remote is not None and private != remote.private:
+        settings["private"] = private
+    if settings:
+        hub.call("setting who may see it", lambda: api.update_repo_settings(repo_id, **settings))
+    if revision is not None and (remote is None or not remote.has_branch):
+        hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        remote = None
+    now = _look(hub, revision) if remote is None else remote
+    if now is None:
+        raise PublishError(f"{repo_id} was made, but the Hub does not show it. To go on, {hub.repeat}")
+    return now
+
+
+def _send(
+    hub: Hub,
+    upload: Upload,
+    names: set[str],
+    remote: _Remote,
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+) -> tuple[str, str | None]:
+    """Send the large files, then commit all of them; the commit and the pull request's address.
+
+    A second attempt makes its operations anew: a commit whose answer was lost is then seen to be there already. That
+    can't be seen of a pull request, so one is asked for once.
+    """
+    api, repo_id = hub.api, hub.repo_id
+
+    def operations() -> list[CommitOperationAdd]:
+        return [CommitOperationAdd(name, upload.files[name]) for name in sorted(names)]
+
+    prepared = [operations()]
+    where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+    hub.call(
+        "sending the files",
+        lambda: api.preupload_lfs_files(repo_id, prepared[0], free_memory=False, **where),
+    )
+    info = hub.call(
+        "committing",
+        lambda: api.create_commit(
+            repo_id,
+            prepared.pop() if prepared else operations(),
+            commit_message=message,
+            parent_commit=remote.sha,
+            **where,
+        ),
+        repeatable=not create_pr,
+    )
+    return info.oid, info.pr_url
+
+
+def _hashes(content: bytes) -> set[str]:
+    """What git and LFS call it."""
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return {git.hexdigest(), hashlib.sha256(content).hexdigest()}

@@ -1,0 +1,332 @@
+"""An adapter and its base as one plain model, that must prove to be the adapter's model before it is kept.
+
+An adapter trained on a 4-bit base has learned around that base's rounding error. There are two bases to add it to:
+
+    "dequantized"  the 4-bit weights as the forward pass of the training unpacked them: what is added to is what was
+                   trained on, and only the rounding to the saved dtype is left;
+    "base16"       the original, which has no such error: another model, by as much as 4 bits changed the base.
+
+The first is the default. Either way the merged model is saved beside its place, loaded again from disk by plain
+transformers and compared with the adapter's model; beyond `max_drift` it is refused and nothing is left behind.
+
+Base weights are unpacked, added to in float32 and rounded layer by layer: beside the 4-bit base there is never more
+than one full copy of the weights in memory.
+"""
+
+import gc
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig
+from transformers import PreTrainedModel
+
+from ..artifacts.card import is_hub_id, link, shown_name
+from ..errors import DriftError, OptionError
+from ..model.adapter_source import TrainedAdapter, TrainedWith, load_trained, quantization_options, read_adapter
+from ..model.loading import load_base
+from ..model.serving import serving_problems
+from ..reference.adapter_off import reference_logps
+from ..reference.frozen_adapter import moved_base
+from .drift import Drift, Observed, Rows, autocast, compare, labelled_rows, observe, probe_rows, score
+from .weights import dequantize, merge_into, quiet
+
+ONTO = ("dequantized", "base16")
+# Nats per token, on average, that the merged model may be off, by the coarsest dtype that it was saved or computed in;
+# see docs/merging.md for what was measured.
+MAX_DRIFT = {"float32": 0.001, "float16": 0.01, "bfloat16": 0.03}
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?B", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged into what, and how far the result is from the adapter's model."""
+
+    adapter: str
+    base: str
+    onto: str | None  # one of `ONTO`; None: the base was not quantised, there is only one
+    dtype: str
+    tied: bool  # input and output embeddings are one tensor
+    output_dir: str
+    files: dict[str, int]  # weights: file name to bytes
+    max_drift: float  # the limit, in nats per token on average
+    drift: Drift
+    serving: list[str]  # what vLLM and llama.cpp would say to the adapter itself
+
+
+def merge_adapter(
+    adapter: str,
+    output_dir: str | Path,
+    onto: str | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_drift: float | None = None,
+    dataset: Any = None,
+    dataset_name: str = "the dataset",
+    max_rows: int = 64,
+    max_shard_size: str = "5GB",
+    device: torch.device | str | None = None,
+    reference: str | None = None,
+    quantize: bool | None = None,
+    check_base: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> MergeReport:
+    """Merge an adapter into its base, save the model, load it again and compare it with the adapter's model.
+
+    Args:
+        adapter: folder or Hub id.
+        output_dir: a folder that does not exist yet, or an empty one. It appears once the model is accepted.
+        onto: one of `ONTO`; None is "dequantized" for an adapter of a 4-bit base, and otherwise the base as it is.
+        base: folder or Hub id of the base, if it isn't where the adapter's config says.
+        dtype: of the saved weights: "float32", "bfloat16" or "float16"; None keeps that of the base in training.
+        max_drift: most nats per token, on average, that the log-probs may differ by; None is by dtype (`MAX_DRIFT`):
+            the coarsest of the saved one and those in which the adapter's model computes.
+        dataset: a `datasets.Dataset` of preference pairs to compare on, which shows the accuracy of the margins too.
+            None compares on answers that the adapter's model writes to a few prompts.
+        dataset_name: how the report calls it.
+        max_rows: so many rows of it, from the start.
+        max_shard_size: of a file of weights, such as "5GB".
+        device: where both models are run. Weights are merged on the CPU.
+        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says; it
+            decides the margins on a dataset, and isn't needed without one.
+        quantize, check_base, trust_remote_code, revision: as for `load_trained`.
+
+    Raises:
+        OptionError: an option that can't be honoured, or an output folder with something in it.
+        ReferenceMismatchError: the base is not the one of the training.
+        DataError: rows that can't be used.
+        DriftError: the merged model is too far from the adapter's; nothing is left behind.
+    """
+    output = _check(output_dir, onto, dtype, max_drift, max_shard_size)
+    if reference is not None and dataset is None:
+        raise OptionError("reference has no effect without a dataset: leave it out.")
+    rows = None
+    if dataset is not None:  # before the model: a bad row is found in seconds, not after minutes of loading
+        rows = _labelled(read_adapter(adapter, base, trust_remote_code, revision), dataset, dataset_name, max_rows)
+    source = load_trained(
+        adapter,
+        base,
+        quantize=quantize,
+        reference=reference,
+        device=device,
+        check_base=check_base,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        with_reference=dataset is not None,
+    )
+    onto, dtype, config = _plan(source, onto, dtype)
+    base_name = base or config.base_model_name_or_path or ""
+    seen = _observe_adapter(source, rows)
+    bare = _take_base(source) if onto != "base16" else None
+    del source  # its 4-bit base is unpacked by now, or makes room for the original
+    gc.collect()
+    if bare is None:
+        bare = _original(base_name, config, trust_remote_code)
+    merged = merge_into(bare, adapter, config, getattr(torch, dtype), {"revision": revision} if revision else {})
+    del bare
+    limit = MAX_DRIFT[_coarsest(dtype, seen)] if max_drift is None else max_drift
+    with _unfinished(output) as folder:
+        tied = bool(merged.config.get_text_config().tie_word_embeddings)
+        with quiet():
+            merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        seen.tokenizer.save_pretrained(folder)
+        del merged
+        gc.collect()
+        drift = _drift_of(folder, dtype, seen, trust_remote_code)
+        if not drift.mean_token <= limit:
+            raise DriftError(_refusal(drift, limit, onto, dtype))
+        about = (shown_name(adapter), shown_name(base_name), onto, dtype, tied, str(output_dir), _weight_files(folder))
+        report = MergeReport(*about, limit, drift, serving_problems(config))
+        _describe(folder, report, adapter, base_name)
+    return report
+
+
+# ---- Before the work ------------------------------------------------------------------------------------------------
+
+
+def _check(
+    output_dir: str | Path, onto: str | None, dtype: str | None, max_drift: float | None, max_shard_size: str
+) -> Path:
+    """The output folder, if everything that can be known beforehand is right."""
+    for name, value, choices in (("onto", onto, ONTO), ("dtype", dtype, MAX_DRIFT)):
+        if value is not None and value not in choices:
+            raise OptionError(f"{name}={value!r}: use one of {', '.join(choices)}.")
+    if max_drift is not None and not max_drift >= 0:
+        raise OptionError(f"max_drift={max_drift} must be 0 or more nats per token.")
+    if not _SIZE.fullmatch(max_shard_size):
+        raise OptionError(f"max_shard_size={max_shard_size!r}: write a size such as 5GB or 500MB.")
+    output = Path(output_dir)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise OptionError(f"output_dir={str(output_dir)!r} is not an empty folder: give a new one, or empty it first.")
+    return output
+
+
+def _labelled(adapter: tuple[TrainedWith | None, Any], dataset: Any, name: str, max_rows: int) -> Rows:
+    """The dataset's rows, cut as they were in training."""
+    trained, tokenizer = adapter
+    limits = (trained.max_length, trained.truncation_mode) if trained else (None, "keep_start")
+    return labelled_rows(dataset, tokenizer, shown_name(name), *limits, max_rows)
+
+
+def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[str | None, str, PeftConfig]:
+    """Base and dtype of the merged model, and the adapter's config."""
+    base, config = source.model.get_base_model(), source.model.peft_config[source.policy]
+    quantized = bool(quantization_options(getattr(base.config, "quantization_config", None)))
+    if not quantized and getattr(base, "hf_quantizer", None) is not None:
+        raise OptionError(
+            f"The base of {source.source!r} is quantised by {type(base.hf_quantizer).__name__}: only bases in 4 bits "
+            "of bitsandbytes, or not quantised, can be merged into."
+        )
+    if onto is not None and not quantized:
+        raise OptionError(
+            f"onto={onto!r} has no effect: {source.source!r} was trained on a base that is not quantised, and is "
+            "merged into that. Leave it out."
+        )
+    if onto == "base16" and (moved := moved_base(config)) is not None and config.init_lora_weights is not False:
+        raise OptionError(f"onto='base16': the adapter's {moved}, and does not fit the original. Leave onto out.")
+    own = str(base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return onto or ("dequantized" if quantized else None), dtype or own, config
+
+
+# ---- The comparison -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What is kept of the adapter's model once it has to make room."""
+
+    rows: Rows
+    logps_and_texts: Observed
+    off: list[torch.Tensor]  # log-probs of the rows with the adapter off
+    reference: list[torch.Tensor]  # and under its reference
+    reward: str
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype  # of its weights that were not quantised
+    precision: str  # of autocast
+
+
+def _observe_adapter(source: TrainedAdapter, rows: Rows | None) -> _Seen:
+    model, tokenizer, trained = source.model, source.tokenizer, source.trained
+    precision = trained.precision if trained else "no"
+    if rows is None:
+        rows = probe_rows(model, tokenizer, precision)
+    seen = observe(model, tokenizer, rows, precision, "adapter's model")
+    with autocast(model, precision):
+        off = score(rows, model, lambda b: reference_logps(model, b).token_logps_N, "base")
+        frozen = source.reference.adapter if source.reference else None
+        reference = (
+            off
+            if frozen is None
+            else score(rows, model, lambda b: reference_logps(model, b, adapter=frozen).token_logps_N, "reference")
+        )
+    reward = trained.reward if trained else "log_ratio"
+    dtype = model.get_input_embeddings().weight.dtype
+    return _Seen(rows, seen, off, reference, reward, tokenizer, model.device, dtype, precision)
+
+
+def _drift_of(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) -> Drift:
+    """Load the saved model as anybody would, and compare.
+
+    It is run as the adapter's model was, so that what is measured is the weights: computing in bfloat16 alone moves
+    log-probs by ten times what rounding the merged weights to bfloat16 does.
+    """
+    wider = torch.promote_types(getattr(torch, dtype), seen.dtype)
+    model = load_base(str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device).eval()
+    merged = observe(model, seen.tokenizer, seen.rows, seen.precision, "merged model")
+    return compare(seen.rows, seen.logps_and_texts, merged, seen.off, seen.reference, seen.reward)
+
+
+def _coarsest(dtype: str, seen: _Seen) -> str:
+    """Of the dtypes in which the merged model was saved and the two were compared."""
+    used = {dtype, str(seen.dtype).removeprefix("torch."), seen.precision}
+    return max(used & MAX_DRIFT.keys(), key=MAX_DRIFT.__getitem__)
+
+
+# ---- The two bases -------------------------------------------------------------------------------------------------
+
+
+def _take_base(source: TrainedAdapter) -> PreTrainedModel:
+    """The base out of the adapter's model, its 4-bit weights unpacked, on the CPU."""
+    base = source.model.unload()
+    dequantize(base)
+    for tensor in [*base.parameters(), *base.buffers()]:
+        tensor.data = tensor.data.cpu()
+    return base
+
+
+def _original(name: str, config: PeftConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """The base as it is published."""
+    kwargs = {"dtype": "auto", **({"revision": config.revision} if config.revision else {})}
+    base = load_base(name, None, False, kwargs, trust_remote_code)
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise OptionError(f"onto='base16': {name!r} is itself quantised, there is no original. Leave onto out.")
+    return base
+
+
+# ---- The result -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place at the end, and is removed if anything goes wrong."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's are for the owner alone
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _weight_files(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
+    if onto == "base16":
+        remedy = (
+            "The adapter was trained on the 4-bit base, and the original is another model: merge into the base as it "
+            "was trained on (onto='dequantized')"
+        )
+    elif dtype != "float32":
+        remedy = f"Rounding the merged weights to {dtype} may take the training away: save them with dtype='float32'"
+    else:
+        remedy = "Adapter and base may not belong together: check that base and versions are those of the training"
+    return (
+        f"The merged model is {drift.mean_token:.3g} nats per token from the adapter's model, on average over "
+        f"{drift.tokens:,} tokens of {drift.rows}; at most {limit:g} are allowed, and the adapter itself moves them "
+        f"by {drift.adapter_token:.3g}. Nothing was kept. {remedy}, or allow more with max_drift."
+    )
+
+
+def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> None:
+    """merge.json and a README. Both may be published: the names in them are no paths."""
+    facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
+    (folder / "merge.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    known: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
+    tags = ["dpo-peft", "merge"]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
+    drift = report.drift
+    which = {"dequantized": "the 4-bit base, dequantised, that it was trained on", "base16": "the original base"}
+    text = (
+        f"# {Path(report.output_dir).resolve().name}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
+        f"{which.get(report.onto or '', 'the base that it was trained on')}, saved in {report.dtype}.\n\n"
+        f"Against the adapter's model, on {drift.tokens:,} tokens of {drift.rows}: {drift.mean_token:.3g} nats per "
+        f"token on average, {drift.max_token:.3g} at most; the adapter moves these tokens by "
+        f"{drift.adapter_token:.3g}. {drift.greedy_equal} of {drift.greedy_prompts} greedy answers are the same.\n"
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -1,0 +1,109 @@
+"""The arithmetic of a merge: 4-bit weights unpacked, an adapter added to plain ones, tied embeddings kept apart.
+
+PEFT does the adding, so that every kind of adapter that it has (LoRA, rsLoRA, DoRA, on linear layers or embeddings,
+single tokens, whole modules) is added as its forward pass does.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..reference.frozen_adapter import adapter_layers, moved_base
+
+
+def dequantize(model: PreTrainedModel) -> None:
+    """Replace every 4-bit linear layer, in place, by a plain one on the CPU with the values that its forward uses.
+
+    A 4-bit layer unpacks its weight into the dtype that it was quantised from and casts that to its input's: the same
+    call gives the same values here.
+    """
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).cpu()
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+
+
+def merge_into(
+    base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, Any]
+) -> PreTrainedModel:
+    """Merge an adapter into a base that is not quantised, in place: layer by layer in float32, then rounded.
+
+    Args:
+        base: on the CPU. Embeddings that are one tensor are two afterwards if the adapter made them differ.
+        adapter: folder or Hub id.
+        config: the adapter's.
+        dtype: of the result.
+        from_hub: for loading the adapter, such as a revision.
+    """
+    tied = any(part.tie_word_embeddings for part in (base.config, base.config.get_text_config()))
+    untie(base)
+    if moved_base(config) and config.init_lora_weights is not False:
+        config.init_lora_weights = True  # the base was moved when the adapter was loaded for the first time
+    with quiet():
+        model = PeftModel.from_pretrained(base, adapter, config=config, **from_hub)
+        add_layers(model, dtype)
+        merged: Any = model.merge_and_unload(safe_merge=True)  # what is left: whole modules that were trained
+    kept = {*(merged._keep_in_fp32_modules or ()), *(getattr(merged, "_keep_in_fp32_modules_strict", None) or ())}
+    for name, parameter in merged.named_parameters():
+        if parameter.is_floating_point() and not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    if tied:
+        tie_if_equal(merged)
+    return merged
+
+
+def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
+    """Add the active adapter to the weights under it, each in float32 and then rounded to `dtype`."""
+    layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)]
+    for layer in tqdm(layers, desc="Merging", unit="layer"):
+        own = list(layer.get_base_layer().parameters(recurse=False))
+        for parameter in own:
+            parameter.data = parameter.data.float()
+        layer.merge(safe_merge=True)
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
+    embed: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is not None and head.weight is embed.weight:
+        head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
+
+
+def tie_if_equal(model: PreTrainedModel) -> None:
+    """Let equal embeddings and head be one tensor again, and have the config say so if they are not.
+
+    A config that says "tied" makes one of two tensors vanish when the model is loaded.
+    """
+    embed: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    equal = head is not None and torch.equal(embed.weight, head.weight)
+    if equal:
+        head.weight = embed.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = equal
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT warns of tied and of already merged weights, both of which are taken care of here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

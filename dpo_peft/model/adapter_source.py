@@ -1,0 +1,312 @@
+"""A trained adapter on its way back: how it was trained, and the model that it was trained on, loaded the same way.
+
+An adapter means little without its base in the right precision, its reference and its beta. The trainer puts what is
+needed into the adapter's config (`record_training`), and `load_trained` reads it.
+"""
+
+import logging
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from ..errors import OptionError, ReferenceMismatchError
+from ..reference.adapter_off import Reference
+from ..reference.fingerprint import (
+    Identity,
+    adapter_fingerprint,
+    base_parts,
+    digest_of,
+    identify,
+    read_entry,
+    read_record,
+    tensor_fingerprint,
+    write_entry,
+)
+from ..reference.frozen_adapter import check_adapter, load_frozen, read_config
+from .loading import is_adapter, keep_weights, load_base, load_on
+
+logger = logging.getLogger(__name__)
+
+_CONSTANT = re.compile(r"\.quant\.|\.SCB$")  # of quantised weights
+RECORD = "dpo_peft_training"  # the record's key in the adapter's config
+
+
+@dataclass(frozen=True)
+class TrainedWith:
+    """What of a run decides how its adapter is scored and loaded."""
+
+    loss_type: list[str]
+    beta: float | None  # None: the objective has none, rewards are scaled by 1
+    reward: str  # the implicit reward: "log_ratio", "logp" or "mean_logp", see `Objective.reward`
+    max_length: int | None  # tokens of prompt + completion
+    truncation_mode: str
+    precision: str  # of autocast: "bfloat16", "float16" or "no"
+    dtype: str  # of the base's weights that are not quantised
+    quantization: dict[str, Any] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantised
+    discount_gamma: float = 1.0  # of trajectories
+    ld_alpha: float | None = None
+    plain_fingerprint: str | None = None  # of the base's weights that are not quantised
+
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """As the base was loaded for the training."""
+        return BitsAndBytesConfig(**self.quantization) if self.quantization else None
+
+
+def quantization_options(quantization: Any) -> dict[str, Any]:
+    """A 4-bit `quantization_config` as plain values; empty for none, or another kind."""
+    if quantization is None or not getattr(quantization, "load_in_4bit", False):
+        return {}
+    options = quantization.to_dict()
+    names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    return {name: options[name] for name in names if name in options}
+
+
+def plain_fingerprint(model: PeftModel) -> str:
+    """32 hex digits for the base's weights that are not quantised: the same on every kind of device, while GPUs and
+    CPUs round a few 4-bit weights differently."""
+    tensors = (
+        (name, tensor_fingerprint(part))
+        for name, part in base_parts(model.get_base_model())
+        if isinstance(part, torch.Tensor) and part.is_floating_point() and not _CONSTANT.search(name)
+    )
+    return digest_of(tensors, 16)
+
+
+def record_training(model: PeftModel, adapter: str, trained: TrainedWith) -> None:
+    """Put `trained` into an adapter's config, which PEFT saves with the weights."""
+    write_entry(model, adapter, RECORD, asdict(trained))
+
+
+def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
+    """What `record_training` stored; None for an adapter that was not trained by this package.
+
+    Raises:
+        ReferenceMismatchError: the record is damaged.
+    """
+    record = read_entry(source, RECORD)
+    if record is None:
+        return None
+    try:
+        later = ("discount_gamma", "ld_alpha", "plain_fingerprint")  # records without them are older
+        names = [f.name for f in fields(TrainedWith) if f.name in record or f.name not in later]
+        return TrainedWith(**{name: record[name] for name in names})
+    except (KeyError, TypeError) as error:
+        raise ReferenceMismatchError(
+            f"The record of the training (auto_mapping.{RECORD} in adapter_config.json) is damaged: {error}. Restore "
+            "it from a copy of the adapter, or delete the entry and give beta and the base's options yourself."
+        ) from error
+
+
+def read_adapter(
+    adapter: str, base: str | None = None, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[TrainedWith | None, Any]:
+    """The record of an adapter's training and its tokenizer, before its model is loaded.
+
+    Raises:
+        OptionError: no adapter, or no tokenizer.
+        ReferenceMismatchError: the record is damaged.
+    """
+    config, from_hub = _config_of(adapter, revision)
+    name = base or config.base_model_name_or_path or adapter
+    return read_training(config), adapter_tokenizer(adapter, name, trust_remote_code, from_hub)
+
+
+def _config_of(adapter: str, revision: str | None) -> tuple[PeftConfig, dict[str, Any]]:
+    """An adapter's config, and the arguments with which the rest of it is found on the Hub."""
+    from_hub = {} if revision is None else {"revision": revision}
+    if not is_adapter(adapter, **from_hub):
+        raise OptionError(f"{adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json.")
+    return read_config(adapter, **from_hub), from_hub
+
+
+@dataclass
+class TrainedAdapter:
+    """An adapter on its base, in eval mode, nothing trainable."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    policy: str  # the adapter's name in the model
+    reference: Reference | None  # None: its objective had no reference
+    trained: TrainedWith | None  # None: not trained by this package
+    source: str  # the folder or Hub id
+
+
+def load_trained(
+    adapter: str,
+    base: str | None = None,
+    quantize: bool | None = None,
+    dtype: str | None = None,
+    reference: str | None = None,
+    device: torch.device | str | None = None,
+    check_base: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    with_reference: bool = True,
+) -> TrainedAdapter:
+    """Load an adapter on the base that it was trained on, quantised as it was then, with its reference.
+
+    Args:
+        adapter: its folder or Hub id.
+        base: folder or Hub id of the base, if it isn't where the adapter's config says.
+        quantize: True or False replaces the recorded quantisation by NF4 or none; None keeps it.
+        dtype: replaces the recorded dtype of what isn't quantised.
+        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says.
+        device: where the model goes; a GPU if there is one.
+        check_base: whether the loaded base must be the recorded one, weight for weight.
+        trust_remote_code: run code that ships with the model.
+        revision: of the adapter on the Hub.
+        with_reference: False leaves the reference out, to sample from the policy alone.
+
+    Raises:
+        OptionError: no adapter, no base, or a reference that can't be found.
+        ReferenceMismatchError: the base or the reference is another one than in training.
+    """
+    config, from_hub = _config_of(adapter, revision)
+    check_adapter(config)
+    trained = read_training(config)
+    needs_reference = trained is None or trained.reward == "log_ratio"
+    if reference is not None and not needs_reference:
+        raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise OptionError(f"The adapter {adapter!r} does not say which base it belongs to: give base.")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    as_recorded = trained is not None and quantize is None and dtype is None
+    quantization = trained.quantization_config() if trained and quantize is None else None
+    kwargs: dict[str, Any] = {"dtype": dtype or (trained.dtype if trained else "bfloat16")}
+    if config.revision and base is None:
+        kwargs["revision"] = config.revision
+    quantize = (trained is None) if quantize is None else quantize
+    try:
+        bare = load_base(name, quantization, quantize, kwargs, trust_remote_code, device)
+    except OptionError as error:
+        raise OptionError(f"The base of the adapter {adapter!r}: {error} If it lies elsewhere, give base.") from error
+    keep_weights(bare)
+    model = load_on(bare, adapter, from_hub)
+    model.requires_grad_(False).eval()
+    policy = model.active_adapters[0]
+    recorded = read_record(model.peft_config[policy])
+    if recorded is not None and as_recorded and check_base:
+        _check_base(recorded, trained, model, adapter)
+    found = _find_reference(model, recorded, reference, adapter) if needs_reference and with_reference else None
+    return TrainedAdapter(
+        model, adapter_tokenizer(adapter, name, trust_remote_code, from_hub), policy, found, trained, adapter
+    )
+
+
+def trained_in(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    policy: str | None = None,
+    reference: str | None = None,
+) -> TrainedAdapter:
+    """An adapter of a PeftModel that is loaded already, with what its config records. The model stays as it is.
+
+    Args:
+        model: may be in training.
+        tokenizer: the model's.
+        policy: the adapter's name; the active one if None.
+        reference: name of the frozen adapter that is its reference, or "base" for the model with all adapters off;
+            the recorded one if None.
+
+    Raises:
+        OptionError: no tokenizer, no such adapter, or a reference that is not in the model.
+    """
+    if not isinstance(model, PeftModel):
+        raise OptionError(
+            f"adapter is a {type(model).__name__}: give a folder or Hub id, a TrainedAdapter, or a PeftModel."
+        )
+    if tokenizer is None:
+        raise OptionError("tokenizer is missing: a PeftModel does not bring one.")
+    if policy is None and len(model.active_adapters) != 1:
+        raise OptionError(f"{len(model.active_adapters)} adapters are active: name the one to score with by policy.")
+    policy = policy or model.active_adapters[0]
+    if policy not in model.peft_config:
+        raise OptionError(f"policy={policy!r}: the model's adapters are {', '.join(model.peft_config)}.")
+    trained = read_training(model.peft_config[policy])
+    needs_reference = trained is None or trained.reward == "log_ratio"
+    if reference is not None and not needs_reference:
+        raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
+    found = _reference_in(model, policy, reference) if needs_reference else None
+    return TrainedAdapter(model, tokenizer, policy, found, trained, f"adapter {policy!r} of the model")
+
+
+def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Reference:
+    others = [name for name in model.peft_config if name != policy]
+    if reference is None:
+        recorded = read_record(model.peft_config[policy])
+        if recorded is None or recorded.adapter is None:
+            return Reference("base", None)
+        for name in others:
+            if adapter_fingerprint(model, name) == recorded.adapter_fingerprint:
+                return Reference("adapter", name, recorded.adapter)
+        raise OptionError(
+            f"{policy!r} was trained against a frozen adapter ({recorded.adapter}), which is not in the model: name "
+            'one as reference, or "base".'
+        )
+    if reference == "base":
+        return Reference("base", None, chosen=True)
+    if reference not in others:
+        raise OptionError(f"reference={reference!r}: the model's other adapters are {', '.join(others) or 'none'}.")
+    return Reference("adapter", reference, chosen=True)
+
+
+def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftModel, adapter: str) -> None:
+    """The base must be the one of the training; where its 4-bit weights alone differ, that is said."""
+    actual = identify(model, None)
+    if recorded.base_fingerprint == actual.base_fingerprint:
+        return
+    same_config = recorded.base_fingerprint[16:] == actual.base_fingerprint[16:]
+    quantised_alike = recorded.quantization == actual.quantization != "none"
+    if same_config and quantised_alike and trained and trained.plain_fingerprint == plain_fingerprint(model):
+        logger.warning(
+            "The base of %r has other 4-bit weights than in training, and is the same otherwise: GPUs and CPUs round "
+            "some differently, which moves log-probs a little.",
+            adapter,
+        )
+        return
+    raise ReferenceMismatchError(
+        f"The base of {adapter!r} is not the one that it was trained on: {recorded.differences(actual)[0]}. Give the "
+        "right base; or, if it is meant to differ, check_base=False."
+    )
+
+
+def _find_reference(model: PeftModel, recorded: Identity | None, given: str | None, adapter: str) -> Reference:
+    """The recorded reference: the adapter off, or a frozen adapter beside it."""
+    if recorded is None or recorded.adapter is None:
+        if given is None:
+            return Reference("base", None)
+    elif given is None:
+        given = recorded.adapter
+        if not is_adapter(given):
+            raise OptionError(
+                f"{adapter!r} was trained against a frozen adapter ({given}), which can't be found: give its folder "
+                "as reference."
+            )
+    assert given is not None
+    name = load_frozen(model, given)
+    if recorded is not None and recorded.adapter_fingerprint != (found := adapter_fingerprint(model, name)):
+        raise ReferenceMismatchError(
+            f"{adapter!r} was trained against the reference {recorded.adapter_fingerprint or 'without adapter'}, and "
+            f"{given!r} is {found}: give the adapter that the training began with."
+        )
+    return Reference("adapter", name, given, chosen=True)
+
+
+def adapter_tokenizer(adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, Any]) -> Any:
+    """The adapter's own, or its base's.
+
+    Raises:
+        OptionError: there is none.
+    """
+    for name, where in ((adapter, from_hub), (base, {})):
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+        except (OSError, ValueError) as error:
+            reason = error
+    raise OptionError(f"No tokenizer can be loaded from {adapter!r} or its base {base!r}: {reason}")

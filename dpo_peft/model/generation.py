@@ -1,0 +1,138 @@
+"""Completions from a model: batched, seeded, in the order of the prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..errors import OptionError
+
+
+def sample_completions(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    seed: int | Sequence[int] = 0,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> list[list[int]]:
+    """One completion per prompt, as token ids with their end token. All prompts are one batch.
+
+    Args:
+        model: a causal LM or a PEFT model, its adapter on or off as the caller left it. It runs in eval mode with its
+            cache, and is as before afterwards.
+        tokenizer: has an end token and a pad token.
+        prompt_ids: token ids of each prompt, not empty. A prompt that stands twice gets two samples.
+        seed: of the sampling; torch's random state is as before afterwards. A list has one for each prompt, whose
+            completion then doesn't depend on what else is in the batch, up to rounding.
+        max_new_tokens: a completion that isn't finished by then has no end token.
+        temperature: 0 takes the likeliest token each time.
+        top_p, top_k: restrict the distribution; 1.0 and 0 leave it whole, and samples are then from the model itself:
+            penalties and limits of its `generation_config` are not applied.
+
+    Raises:
+        OptionError: an empty prompt, or a number out of range.
+    """
+    _check(prompt_ids, max_new_tokens, temperature, top_p, top_k)
+    if not isinstance(seed, int) and len(seed) != len(prompt_ids):
+        raise OptionError(f"{len(seed)} seeds for {len(prompt_ids)} prompts: give each one, or one number for all.")
+    if not prompt_ids:
+        return []
+    device, longest = model.device, max(map(len, prompt_ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    how: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        how |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if temperature > 0 and not isinstance(seed, int):
+        how = {"do_sample": False, "logits_processor": _own_draws(seed, device, temperature, top_p, top_k)}
+    ends = end_tokens(model, tokenizer)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    training, use_cache, configured = model.training, model.config.use_cache, base.generation_config
+    model.eval()
+    model.config.use_cache = True
+    base.generation_config = GenerationConfig()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed if isinstance(seed, int) else 0)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends,
+                pad_token_id=pad,
+                **how,
+            )
+    finally:
+        model.train(training)
+        model.config.use_cache, base.generation_config = use_cache, configured
+    return [_until(ids, ends) for ids in output[:, longest:].tolist()]
+
+
+class _OwnDraws(LogitsProcessor):
+    """Adds Gumbel noise of a row's own generator to the row's log-probs; the largest sum is a sample."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        exponential = torch.empty_like(scores)
+        for row, generator in zip(exponential, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - exponential.log()
+
+
+def _own_draws(
+    seeds: Sequence[int], device: torch.device, temperature: float, top_p: float, top_k: int
+) -> LogitsProcessorList:
+    """What `generate` would do in sampling, in its order, ending with draws that are each row's own."""
+    steps = LogitsProcessorList()
+    if temperature != 1:
+        steps.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        steps.append(TopPLogitsWarper(top_p))
+    steps.append(_OwnDraws(seeds, device))
+    return steps
+
+
+def _check(prompt_ids: Sequence[Sequence[int]], new: int, temperature: float, top_p: float, top_k: int) -> None:
+    for number, ids in enumerate(prompt_ids):
+        if not ids:
+            raise OptionError(f"Prompt {number} has no tokens: give each at least one.")
+    if new < 1:
+        raise OptionError(f"max_new_tokens={new} must be at least 1.")
+    if not temperature >= 0:
+        raise OptionError(f"temperature={temperature} must be 0 (the likeliest token) or above.")
+    if not 0 < top_p <= 1:
+        raise OptionError(f"top_p={top_p} must be above 0 and at most 1.")
+    if top_k < 0:
+        raise OptionError(f"top_k={top_k} must be 0 (no limit) or above.")
+    if temperature == 0 and (top_p != 1 or top_k):
+        raise OptionError("top_p and top_k have no effect with temperature=0: leave them out.")
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion. A model may stop at more than its tokenizer's end token: a chat model's end of
+    turn and end of text."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *several] if token is not None))
+
+
+def _until(ids: list[int], ends: list[int]) -> list[int]:
+    at = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids if at is None else ids[: at + 1]

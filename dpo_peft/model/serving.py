@@ -1,0 +1,96 @@
+"""What other programs' LoRA loaders make of an adapter's config, so that nobody finds out on the server.
+
+Read off vLLM's `PEFTHelper` and `LoRAModel` and llama.cpp's `convert_lora_to_gguf.py` and `llama_adapter_lora_weight`.
+Both take `adapter_config.json` with `adapter_model.safetensors` as PEFT writes them and ignore keys that they do not
+know. Some settings they refuse; others they overlook, and the adapter then acts with the wrong strength.
+"""
+
+import math
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from peft import PeftConfig
+
+from ..reference.frozen_adapter import moved_base
+
+# vLLM's --max-lora-rank takes these values only, and is 16 unless given.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+
+
+def serving_problems(config: PeftConfig | Mapping[str, Any]) -> list[str]:
+    """What vLLM's and llama.cpp's LoRA loaders would refuse or get wrong, one sentence each; empty if nothing.
+
+    Args:
+        config: of the adapter, from PEFT or as read from adapter_config.json.
+    """
+    options = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    both = "vLLM and llama.cpp"
+    found = []
+    if options.get("use_dora"):
+        found.append(f"{both} refuse DoRA: merge the adapter.")
+    if options.get("modules_to_save"):
+        found.append(f"{both} refuse modules_to_save ({_names(options['modules_to_save'])}): merge the adapter.")
+    if options.get("trainable_token_indices"):
+        found.append(
+            "llama.cpp refuses trainable_token_indices, and vLLM needs --max-lora-trainable-tokens or refuses them "
+            "too: merge the adapter."
+        )
+    if options.get("target_parameters"):
+        found.append(f"{both} may not know weights in target_parameters (fused experts): try it, or merge.")
+    if options.get("lora_bias") or options.get("bias", "none") != "none":
+        found.append(f"{both} refuse or overlook biases in an adapter: merge it.")
+    if (moved := _moved(options)) is not None:
+        found.append(f"{both} add the adapter to the original base, but {moved}: merge it, or convert it by PEFT.")
+    if options.get("layer_replication"):
+        found.append(f"{both} know no layer_replication.")
+    return found + _scale_problems(options) + _target_problems(options)
+
+
+def _scale_problems(options: Mapping[str, Any]) -> list[str]:
+    rank, alpha = options.get("r", 8), options.get("lora_alpha", 8)
+    ranks, alphas = options.get("rank_pattern") or {}, options.get("alpha_pattern") or {}
+    found = []
+    if options.get("use_rslora"):
+        found.append(
+            f"llama.cpp overlooks use_rslora and scales by lora_alpha / r: give --lora-scaled a factor of "
+            f"{math.sqrt(rank):.4g}, the square root of the rank."
+        )
+    if ranks or alphas:
+        which = " and ".join(name for name, on in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if on)
+        overlooks = "vLLM and llama.cpp overlook" if alphas or options.get("use_rslora") else "vLLM overlooks"
+        found.append(f"{overlooks} {which} and scale every module by lora_alpha={alpha:g}: merge the adapter.")
+    largest = max([rank, *ranks.values()])
+    if largest > VLLM_RANKS[-1]:
+        found.append(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this one's is {largest}: merge the adapter.")
+    return found
+
+
+def _target_problems(options: Mapping[str, Any]) -> list[str]:
+    targets = options.get("target_modules") or ()
+    names = {targets} if isinstance(targets, str) else set(targets)
+    last = {name.split(".")[-1] for name in names}
+    found = []
+    if "lm_head" in last:
+        found.append("llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it.")
+    if on := sorted(last & set(EMBEDDINGS)):
+        found.append(f"vLLM takes an adapter on {on[0]} for some architectures only: try it, or merge.")
+    return found
+
+
+def max_lora_rank(config: PeftConfig | Mapping[str, Any]) -> int:
+    """The least value for vLLM's `--max-lora-rank` that the adapter fits into."""
+    options = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    largest = max([options.get("r", 8), *(options.get("rank_pattern") or {}).values()])
+    return next((rank for rank in VLLM_RANKS if rank >= largest), largest)
+
+
+def _names(value: Any) -> str:
+    return value if isinstance(value, str) else ", ".join(sorted(value))
+
+
+def _moved(options: Mapping[str, Any]) -> str | None:
+    init = options.get("init_lora_weights", True)
+    # False starts off zero, and leaves the base alone.
+    return None if init is False else moved_base(SimpleNamespace(init_lora_weights=init))

@@ -1,0 +1,1 @@
+"""Preference pairs from answers of a model: sample, judge, pair."""

@@ -1,0 +1,174 @@
+"""Who scores the answers: a Python function with TRL's signature, a reward model, or a trained adapter.
+
+All of them are called as TRL's GRPO trainer calls a reward function: `judge(prompts=..., completions=...,
+completion_ids=..., **columns)`, lists of equal length, which return one number for each completion, or None for one
+that they have no opinion on.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..data.tokenize import leading_ids, text_ids
+from ..errors import DataError, OptionError
+
+Judge = Callable[..., Any]
+
+
+def load_function(path: str) -> Judge:
+    """The function that `package.module:name` or `folder/file.py:name` names.
+
+    Raises:
+        OptionError: there is no such module, file or function, or importing it fails.
+    """
+    where, _, name = path.rpartition(":")
+    if not where or not name:
+        raise OptionError(f"reward={path!r}: write package.module:function or file.py:function.")
+    try:
+        module = _load_file(where) if where.endswith(".py") else import_module(where)
+    except Exception as error:  # it is code of someone else's and may raise anything
+        hint = "" if where.endswith(".py") else " A file is given as path/file.py:function."
+        raise OptionError(f"reward={path!r} can't be imported: {type(error).__name__}: {error}.{hint}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        what = "there is no such name" if found is None else f"it is a {type(found).__name__}, not a function"
+        raise OptionError(f"reward={path!r}: {what} in {where}.")
+    return found
+
+
+def _load_file(file: str) -> Any:
+    if not Path(file).is_file():
+        raise OptionError("there is no such file")
+    spec = util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def source_of(judge: Judge) -> str | None:
+    """A digest of the file that a function was written in, to notice that it was changed; None if there is none."""
+    try:
+        file = inspect.getsourcefile(judge)
+    except TypeError:  # not a Python function
+        return None
+    return None if file is None else hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+
+
+class RewardModel:
+    """A sequence classifier with one output. Conversations are rendered by its own chat template, text is joined."""
+
+    __name__ = "reward_model"
+
+    def __init__(self, name: str, batch_size: int = 16, dtype: str = "auto", trust_remote_code: bool = False):
+        """
+        Args:
+            name: its folder or Hub id.
+            batch_size: answers in one pass.
+            dtype: that of its weights; "auto" as they are stored.
+
+        Raises:
+            OptionError: it can't be loaded, or has another number of outputs.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise OptionError(f"reward_model={name!r} can't be loaded: {error}") from error
+        if self.model.config.num_labels != 1:
+            outputs = self.model.config.num_labels
+            raise OptionError(f"reward_model={name!r} has {outputs} outputs: a reward is one number (num_labels=1).")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # the last token before the padding is judged
+        self.model.to(device).requires_grad_(False).eval()
+        self.name, self.batch_size, self.leading = name, batch_size, leading_ids(self.tokenizer)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """One reward per completion, in their order. Nothing is cut off.
+
+        Raises:
+            OptionError: conversations, and the model's tokenizer has no chat template.
+        """
+        ids = [self._encode(*both) for both in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: less padding
+        rewards = [0.0] * len(ids)
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[i] for i in part]}, padding_side="right", return_tensors="pt"
+            )
+            with torch.no_grad():
+                logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+            for i, reward in zip(part, logits, strict=True):
+                rewards[i] = reward
+        return rewards
+
+    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return text_ids(self.tokenizer, prompt + completion, self.leading)
+        if not self.tokenizer.chat_template:
+            raise OptionError(
+                f"reward_model={self.name!r}: its tokenizer has no chat template, and the prompts are messages."
+            )
+        rendered = self.tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)
+        return list(rendered["input_ids"])
+
+
+def judge_answers(
+    judge: Judge,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[list[int]] | None,
+    columns: Mapping[str, Sequence[Any]],
+    rows: Sequence[int],
+) -> list[float | None]:
+    """Call a reward function and check what it returns.
+
+    Args:
+        judge: takes keyword arguments alone, as TRL calls it.
+        prompts: texts or lists of messages, one for each completion.
+        completions: texts or lists of messages.
+        completion_ids: tokens of each; None if they aren't known.
+        columns: the rows' other values by column, one for each completion.
+        rows: row of each prompt, for messages.
+
+    Raises:
+        OptionError: it can't be called like this, fails, or returns anything but a list of as many numbers.
+        DataError: a reward is NaN or infinite.
+    """
+    name = getattr(judge, "__name__", type(judge).__name__)
+    known = {} if completion_ids is None else {"completion_ids": completion_ids}
+    try:
+        returned = judge(prompts=list(prompts), completions=list(completions), **known, **columns)
+    except (OptionError, DataError):
+        raise
+    except Exception as error:  # it is code of someone else's and may raise anything
+        raise OptionError(f"The reward function {name} failed: {type(error).__name__}: {error}") from error
+    values = returned.tolist() if isinstance(returned, torch.Tensor) else returned
+    if not isinstance(values, list | tuple) or len(values) != len(completions):
+        what = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+        raise OptionError(f"The reward function {name} returned {what} for {len(completions)} completions.")
+    return [_checked(value, name, row) for value, row in zip(values, rows, strict=True)]
+
+
+def _checked(value: Any, name: str, row: int) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"The reward function {name} returned {value!r}: a reward is a number or None.") from None
+    if not math.isfinite(number):
+        raise DataError(f"The reward function {name} gave {number} to an answer to prompt {row}: mend it, or the row.")
+    return number

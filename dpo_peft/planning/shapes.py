@@ -1,0 +1,319 @@
+"""The sizes of a decoder, read off its config, and of a LoRA adapter on it: no weights are loaded, and none are made.
+
+What counts for memory is few: how wide the layers are, which linear layers they have (those are quantised and get
+adapters), and how many weights there are beside them.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ..errors import OptionError
+
+GROUPS = ("qkv", "o", "up", "down")  # linear layers with one input: they are dequantised and multiplied together
+
+# Names that models give to the linear layers of a decoder layer. A name that isn't here is an error: a layer that is
+# not understood would be counted wrong.
+_ATTENTION = {
+    "qkv": {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn"},
+    "o": {"o_proj", "out_proj", "dense", "c_proj"},
+}
+_MLP = {
+    "up": {"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"},
+    "down": {"down_proj", "fc2", "c_proj", "dense_4h_to_h"},
+}
+
+
+# bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+NF4_TABLES = 4 * 16 + 4 * 256 + 4  # the 16 values, the 256 of the scales, the offset
+
+
+class Linear(NamedTuple):
+    """A linear layer of each decoder layer; its weight is (outputs, inputs)."""
+
+    name: str
+    group: str  # one of GROUPS
+    outputs: int
+    inputs: int
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder whose layers are all alike: attention, then an MLP."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool  # whether the head is the embedding
+    linears: tuple[Linear, ...]  # of one layer
+    others: int  # weights of norms and biases, over the whole model
+    qk_norm: bool = False  # whether queries and keys are normalised
+
+    @classmethod
+    def llama(
+        cls,
+        hidden: int,
+        intermediate: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        vocab: int,
+        head_dim: int | None = None,
+        tied: bool = False,
+        qk_norm: bool = False,
+    ) -> "Shape":
+        """A Llama's: no biases, two norms a layer and one at the end (with `qk_norm` two more of a head's size)."""
+        head_dim = head_dim or hidden // heads
+        q, kv = heads * head_dim, kv_heads * head_dim
+        linears = (
+            Linear("q_proj", "qkv", q, hidden),
+            Linear("k_proj", "qkv", kv, hidden),
+            Linear("v_proj", "qkv", kv, hidden),
+            Linear("o_proj", "o", hidden, q),
+            Linear("gate_proj", "up", intermediate, hidden),
+            Linear("up_proj", "up", intermediate, hidden),
+            Linear("down_proj", "down", hidden, intermediate),
+        )
+        others = layers * (2 * hidden + 2 * head_dim * qk_norm) + hidden
+        return cls(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied, linears, others, qk_norm)
+
+    @classmethod
+    def of(cls, config: Any, trust_remote_code: bool = False) -> "Shape":
+        """The shape of the causal LM that a transformers config describes, built without storage on the meta device.
+
+        Args:
+            config: the model's config; of a model for text and images, the text part counts.
+            trust_remote_code: run code that ships with the model.
+
+        Raises:
+            OptionError: no causal LM, or not a plain decoder (experts, layers that differ, other kinds of layers).
+        """
+        # Building a model writes into its config.
+        config = copy.deepcopy(config.get_text_config(decoder=True))
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            raise _refusal(config, f"it can't be built from its config ({_first_line(error)})") from error
+        return _read(model, config)
+
+    @property
+    def q(self) -> int:
+        """Q, the width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """G, the width of all key (or value) heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two projections of its input."""
+        return self.group_outputs("up") == 2 * self.intermediate
+
+    def group(self, name: str) -> tuple[Linear, ...]:
+        """The linear layers of a group."""
+        return tuple(linear for linear in self.linears if linear.group == name)
+
+    def group_outputs(self, name: str) -> int:
+        """How many outputs a group has together."""
+        return sum(linear.outputs for linear in self.group(name))
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linear layers but the head."""
+        return self.layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def unquantized_weights(self) -> int:
+        """Weights that stay as they are when the model is quantised; tied ones count once."""
+        return (1 if self.tied else 2) * self.vocab * self.hidden + self.others
+
+    @property
+    def weights(self) -> int:
+        """All weights; tied ones count once."""
+        return self.linear_weights + self.unquantized_weights
+
+
+def nf4_bytes(weights: int, nested: bool = True) -> int:
+    """Bytes of a linear layer's weights in NF4 with its constants; `nested` is double quantisation."""
+    blocks = -(-weights // NF4_BLOCK)
+    if not nested:
+        return -(-weights // 2) + 4 * blocks + 4 * 16
+    return -(-weights // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK) + NF4_TABLES
+
+
+# ---- Reading a model on the meta device ----------------------------------------------------------------------------
+
+
+def _read(model: Any, config: Any) -> Shape:
+    layers = _decoder_layers(model, config)
+    linears = [_linears(layer, config) for layer in layers]
+    if any(of_layer != linears[0] for of_layer in linears):
+        raise _refusal(config, "its layers differ from each other")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None:
+        raise _refusal(config, "it has no embedding or no head")
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    strays = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and id(m) not in inside
+    ]
+    if strays:
+        raise _refusal(config, f"it has linear layers outside of its decoder layers ({strays[0]})")
+    heads = config.num_attention_heads
+    tied = embedding.weight is head.weight
+    vocab, hidden = embedding.weight.shape
+    shape = Shape(
+        hidden=hidden,
+        intermediate=sum(linear.inputs for linear in linears[0] if linear.group == "down"),
+        layers=len(layers),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        vocab=vocab,
+        tied=tied,
+        linears=linears[0],
+        others=0,
+        qk_norm=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shape = replace(shape, others=total - shape.weights)
+    _check(shape, config)
+    return shape
+
+
+def _decoder_layers(model: Any, config: Any) -> nn.ModuleList:
+    number = getattr(config, "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise _refusal(config, "it has no list of decoder layers")
+
+
+def _linears(layer: nn.Module, config: Any) -> tuple[Linear, ...]:
+    found = []
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            table = _ATTENTION if "attn" in path or "attention" in path else _MLP
+            name = path.rsplit(".", 1)[-1]
+            group = next((group for group, names in table.items() if name in names), None)
+            if group is None or "expert" in path:
+                raise _refusal(config, f"its layers hold {path}")
+            found.append(Linear(name, group, module.out_features, module.in_features))
+        else:  # norms are vectors; anything larger is an expert, a convolution, a table, ...
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    raise _refusal(config, f"its layers hold {path}.{name}, which is no linear layer")
+    return tuple(found)
+
+
+def _check(shape: Shape, config: Any) -> None:
+    """The linear layers must have the sizes that attention and MLP of this shape have."""
+    outputs = {group: shape.group_outputs(group) for group in GROUPS}
+    inputs = {group: {linear.inputs for linear in shape.group(group)} for group in GROUPS}
+    attention = (outputs["qkv"], inputs["qkv"], outputs["o"], inputs["o"])
+    if attention != (shape.q + 2 * shape.kv, {shape.hidden}, shape.hidden, {shape.q}):
+        raise _refusal(config, "its attention is not that of plain heads")
+    wide = outputs["up"] in (shape.intermediate, 2 * shape.intermediate)
+    if not (wide and inputs["up"] == {shape.hidden} and outputs["down"] == shape.hidden):
+        raise _refusal(config, "its MLP is not a plain one")
+
+
+def _refusal(config: Any, reason: str) -> OptionError:
+    return OptionError(
+        f"The memory of a {config.model_type} model can't be predicted: {reason}. The planner knows decoders whose "
+        "layers are all alike, an attention and an MLP each. For an estimate, give `dpo-peft plan` a --shape that is "
+        "near in size."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    first, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+# ---- The adapter ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA adapter: the rank of each linear layer that has one, and what else it trains."""
+
+    ranks: Mapping[str, int]  # by the names of `Shape.linears`
+    others: int = 0  # trained weights beside the factors on linear layers, over the whole model
+
+    @classmethod
+    def of(
+        cls,
+        shape: Shape,
+        rank: int = 16,
+        targets: Sequence[str] | None = None,
+        dora: bool = False,
+        saved: Sequence[str] = (),
+    ) -> "Lora":
+        """One rank everywhere.
+
+        Args:
+            shape: of the base.
+            rank: at least 1.
+            targets: names of linear layers, "embed_tokens" and "lm_head"; None: every linear layer but the head.
+            dora: whether each adapter has a magnitude per output.
+            saved: "embed_tokens" or "lm_head", trained in full.
+
+        Raises:
+            OptionError: a rank below 1, or a name that isn't one of those.
+        """
+        if rank < 1:
+            raise OptionError(f"lora_r={rank} must be at least 1.")
+        known = [linear.name for linear in shape.linears]
+        targets = known if targets is None or list(targets) == ["all-linear"] else list(targets)
+        outside = ["embed_tokens", "lm_head"]
+        for option, names, allowed in (("target", targets, known + outside), ("modules_to_save", saved, outside)):
+            if wrong := [name for name in names if name not in allowed]:
+                option = "lora_target_modules" if option == "target" else "lora_modules_to_save"
+                raise OptionError(f"{option}: {wrong[0]!r} is not one of {', '.join(allowed)}.")
+        ranks = {name: rank for name in known if name in targets}
+        magnitudes = shape.layers * sum(linear.outputs for linear in shape.linears if linear.name in ranks)
+        others = magnitudes * dora + len(set(saved)) * shape.vocab * shape.hidden
+        others += sum(rank * (shape.vocab + shape.hidden) for name in outside if name in targets)
+        return cls(ranks, others)
+
+    def weights(self, shape: Shape) -> int:
+        """How many weights are trained."""
+        factors = sum(self.ranks.get(one.name, 0) * (one.inputs + one.outputs) for one in shape.linears)
+        return shape.layers * factors + self.others
+
+    def rank(self, shape: Shape, group: str) -> int:
+        """R of a group."""
+        return sum(self.ranks.get(linear.name, 0) for linear in shape.group(group))
+
+
+# ---- By name --------------------------------------------------------------------------------------------------------
+
+# Shapes by size, for planning without a config.
+PRESETS: dict[str, tuple[str, Shape]] = {
+    "1b": ("Llama 3.2 1B", Shape.llama(2048, 8192, 16, 32, 8, 128256, tied=True)),
+    "3b": ("Llama 3.2 3B", Shape.llama(3072, 8192, 28, 24, 8, 128256, tied=True)),
+    "7b": ("Llama 2 7B", Shape.llama(4096, 11008, 32, 32, 32, 32000)),
+    "8b": ("Llama 3.1 8B", Shape.llama(4096, 14336, 32, 32, 8, 128256)),
+    "13b": ("Llama 2 13B", Shape.llama(5120, 13824, 40, 40, 40, 32000)),
+    "14b": ("Qwen3 14B", Shape.llama(5120, 17408, 40, 40, 8, 151936, head_dim=128, qk_norm=True)),
+    "32b": ("Qwen3 32B", Shape.llama(5120, 25600, 64, 64, 8, 151936, head_dim=128, qk_norm=True)),
+    "70b": ("Llama 3.1 70B", Shape.llama(8192, 28672, 80, 64, 8, 128256)),
+    "405b": ("Llama 3.1 405B", Shape.llama(16384, 53248, 126, 128, 8, 128256)),
+}

@@ -1,0 +1,270 @@
+"""The reference policy: the same weights with the adapter switched off or exchanged. There is no second model.
+
+`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone, and
+`check_start`, before the first step, that policy and reference really are the same.
+
+Shape suffix: C completions.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import NonFiniteError, OptionError, ReferenceMismatchError
+from ..forward.layout import PackedBatch
+from ..forward.score import Backend, Scores, completion_logps, eval_mode
+from ..fused.decoder import FusedModel
+from .frozen_adapter import (
+    adapter_layers,
+    adapter_tensors,
+    freeze_copy,
+    holds_adapter,
+    layer_tensors,
+    load_frozen,
+    moved_base,
+    same_values,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Reference:
+    """What the policy is compared with."""
+
+    choice: str  # "base": the bare base. "initial": the adapter as it came in. "adapter": another one, by path
+    adapter: str | None  # name of the frozen adapter in the model; None: the trained adapter is switched off
+    source: str | None = None  # folder or Hub id that the frozen adapter was loaded from
+    chosen: bool = False  # the user said which; not the default
+
+
+def check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> None:
+    """Refuse a reference on the bare base where the adapter's initialisation changes the base, or starts off it.
+
+    Args:
+        config: of the adapter to train.
+        reference: see `attach_adapter`.
+        fresh: whether the adapter is made now, rather than given by the user.
+    """
+    reason = moved_base(config)
+    starts_off_only = config.init_lora_weights is False and not (fresh and reference == "base")
+    if reference in (None, "initial") or reason is None or starts_off_only:
+        return
+    raise OptionError(
+        f"peft_config.{reason}. With reference={reference!r} that would be the wrong reference: leave "
+        'reference="initial" (a frozen copy of the adapter as it starts), or set init_lora_weights=True (or '
+        '"gaussian"), which starts at the base exactly.'
+    )
+
+
+def add_reference(model: PeftModel, reference: str | None, starts_at_base: bool) -> Reference:
+    """Find or make the reference of a model whose adapter is ready to be trained.
+
+    Args:
+        model: the PEFT model.
+        reference: see `attach_adapter`.
+        starts_at_base: whether the adapter changes nothing yet.
+
+    Raises:
+        OptionError: there is no such adapter, or it can't be a reference.
+        ReferenceMismatchError: the adapter can't be copied exactly.
+    """
+    chosen = reference is not None
+    if reference == "base":
+        return Reference("base", None, chosen=True)
+    if reference is None or reference == "initial":
+        frozen = None if starts_at_base else freeze_copy(model)
+        result = Reference("initial", frozen, chosen=chosen)
+    else:
+        result = Reference("adapter", load_frozen(model, reference), reference, chosen=True)
+    if result.adapter is not None:
+        what = f"the adapter {reference!r}" if result.source else "a frozen copy of the adapter as it came in"
+        size = sum(t.numel() * t.element_size() for t in adapter_tensors(model, result.adapter).values())
+        cost = f"{size / 2**20:,.1f} MiB more, and its share of each reference pass"
+        logger.warning("The reference is %s: %s.", what, cost)
+    return result
+
+
+def is_identity(model: nn.Module, adapter: str) -> bool:
+    """Whether the adapter provably changes nothing, so that the model with it off is the same.
+
+    Zero LoRA products and modules or token rows that equal the base's are proof. False means "not known": a fresh DoRA
+    changes nothing either, but its magnitudes show that only up to rounding.
+    """
+    return all(_adds_nothing(layer, adapter) for _, layer in adapter_layers(model))
+
+
+def _adds_nothing(layer: Any, adapter: str) -> bool:
+    tensors = dict(layer_tensors(layer, adapter))
+    if not tensors:
+        return True
+    if isinstance(layer, ModulesToSaveWrapper):
+        saved, original = layer.modules_to_save[adapter].state_dict(), layer.original_module.state_dict()
+        return saved.keys() == original.keys() and all(same_values(saved[name], original[name]) for name in saved)
+    if isinstance(layer, TrainableTokensLayer):
+        rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
+        return same_values(layer.trainable_tokens_delta[adapter], rows)
+    first = any(not t.any() for name, t in tensors.items() if name in ("lora_A.weight", "lora_embedding_A"))
+    second = any(not t.any() for name, t in tensors.items() if name in ("lora_B.weight", "lora_embedding_B"))
+    others = tensors.keys() - {"lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
+    return (first or second) and all(name == "lora_B.bias" and not tensors[name].any() for name in others)
+
+
+@contextmanager
+def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Inside, `model` is the reference: eval mode (no dropout anywhere), no gradients, and the adapter exchanged.
+
+    Adapter, training flags and `requires_grad` flags are as before afterwards, exceptions or not.
+
+    Args:
+        model: a PEFT model or the base inside one.
+        adapter: the frozen adapter that alone is on inside; None switches all adapters off. Where a module has nothing
+            of it, the module is the base's; where a module's adapter was switched off, it stays so.
+
+    Raises:
+        OptionError: the model has no such adapter.
+    """
+    # What `PeftModel.disable_adapter` and `set_adapter` do, without their survey of the whole model, which takes
+    # longer than the rest of a small step, and without setting `requires_grad`, which thaws what a user froze.
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    on = [] if adapter is None else [layer for layer in layers if holds_adapter(layer, adapter)]
+    if adapter is not None and not on:
+        raise OptionError(f"The model has no adapter {adapter!r} to be the reference.")
+    before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in on:
+            layer._active_adapter = [adapter]
+        exchanged = set(map(id, on))
+        for layer in layers:
+            layer._disable_adapters = layer._disable_adapters or id(layer) not in exchanged
+        with torch.no_grad(), eval_mode(model):
+            yield
+    finally:
+        for layer, disabled, active in before:
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def reference_logps(
+    model: PeftModel, batch: PackedBatch, backend: Backend = "dense", adapter: str | None = None
+) -> Scores:
+    """Log-probs of a batch under the reference: `completion_logps` in `reference_mode`.
+
+    A `FusedModel` takes the reference's adapter as an argument: it has no dropout and nothing to switch, which for
+    small batches takes as long as the pass itself.
+    """
+    if isinstance(backend, FusedModel) and batch.shared:
+        with torch.no_grad():
+            return completion_logps(model, batch, backend.reference(adapter))
+    with reference_mode(model, adapter):
+        return completion_logps(model, batch, backend)
+
+
+def base_change(model: PreTrainedModel, before: Tensor) -> float | None:
+    """By how much attaching an adapter to `model` changed its base, which some kinds of adapter rewrite.
+
+    It is measured on a few tokens rather than listed.
+
+    Args:
+        model: the base, now with the adapter attached.
+        before: `sample_logits` of it before.
+
+    Returns:
+        The largest difference of a logit with the adapter off; None if all are the same bit for bit.
+    """
+    with reference_mode(model):
+        after = sample_logits(model)
+    if torch.equal(before.nan_to_num(), after.nan_to_num()):
+        return None
+    return float((before - after).abs().max()) if before.shape == after.shape else float("inf")
+
+
+def sample_logits(model: PreTrainedModel) -> Tensor:
+    """Logits of four tokens, (1, 4, V)."""
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(4, device=weight.device)[None] * (weight.shape[0] // 4)
+    with torch.no_grad(), eval_mode(model):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def check_start(
+    model: PeftModel, batches: list[PackedBatch], backend: Backend = "dense", adapter: str | None = None
+) -> float:
+    """The step-0 gate: before the first step, every implicit reward must be zero within the noise floor.
+
+    It is for references that the policy starts at. The policy is scored with the adapter on and dropout as training
+    will have it off; the floor is how far the reference's own log-probs move when the same completions are scored in
+    another batch shape.
+
+    Args:
+        model: the PEFT model, untrained.
+        batches: at least two batches over the same completions: the first as training sees it, the others hold the
+            same samples in another shape.
+        backend: attention backend.
+        adapter: name of the frozen adapter that is the reference; None: the adapter off.
+
+    Returns:
+        The largest difference found, in nats per sequence.
+
+    Raises:
+        ReferenceMismatchError: policy and reference differ by more than the floor.
+    """
+    whole, *parts = batches
+    ref_C = reference_logps(model, whole, backend, adapter).logps_C
+    with torch.no_grad():
+        policy_C = completion_logps(model, whole, backend).logps_C
+    check_finite(ref_C, whole, "Before the first step, the reference's own log-probs of training rows")
+    floor = noise_floor(ref_C, torch.cat([reference_logps(model, part, backend, adapter).logps_C for part in parts]))
+    difference = float((policy_C - ref_C).abs().max())
+    if not difference <= floor:
+        raise ReferenceMismatchError(
+            f"Before the first step, policy and reference differ by up to {difference:.3g} nats per completion (noise "
+            f"floor {floor:.2g}). {_likely_cause(model, adapter)}"
+        )
+    return difference
+
+
+def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
+    """Refuse log-probs that are NaN or infinite; `what` begins the message, and the dataset's rows follow it.
+
+    Raises:
+        NonFiniteError: naming the rows.
+    """
+    bad_C = ~torch.isfinite(logps_C)
+    if bad_C.any():
+        rows = ", ".join(map(str, batch.rows[batch.sample_of[bad_C]].unique().tolist()))
+        raise NonFiniteError(
+            f"{what} {rows} are not finite. Look at these rows and at the model's weights; a model made for bfloat16 "
+            "may overflow in float16."
+        )
+
+
+def noise_floor(ref_C: Tensor, other_shape_C: Tensor) -> float:
+    """What the shape of a batch may change, from (C,) log-probs of the same completions in two shapes; in nats."""
+    rounding = 1e-4 + 1e-6 * float(ref_C.abs().max())
+    return rounding + 2 * float((ref_C - other_shape_C).abs().max())
+
+
+def _likely_cause(model: PeftModel, adapter: str | None) -> str:
+    dropouts = {m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.training and m.p > 0}
+    if dropouts:
+        return f"Dropout of {max(dropouts)} is active in the policy: leave disable_dropout=True."
+    if adapter is None and not is_identity(model, model.active_adapters[0]):
+        return (
+            "The adapter is not at its start: it was trained before, or its initialisation is not the identity. To "
+            'train it against itself as it came in, leave the reference at "initial"; against the bare base, say '
+            'so with reference="base".'
+        )
+    return (
+        "Something acts on the policy and not on the reference, or the other way round. Check that there are no hooks "
+        "on the model and that nothing else modifies the model while the trained adapter is on."
+    )

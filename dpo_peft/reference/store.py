@@ -1,0 +1,259 @@
+"""The SQLite file under `cache.py`: opened, shared by several processes, replaced when damaged.
+
+The file keeps a write-ahead log: a process killed at any moment leaves it whole. Its locks work among the processes of
+one host; give hosts that share a network disk a folder each. Nothing but SQLite may open the file in a process that
+uses it: closing any other handle on it would drop the process's locks.
+"""
+
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+from weakref import WeakSet
+
+from ..errors import OptionError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FILE_NAME = "logps.sqlite"
+SCHEMA_VERSION = 1  # in the file's user_version; a file of another version is moved aside
+BUSY_SECONDS = 60.0  # how long to wait for another process; after one wait in vain, AFTER_BUSY_SECONDS
+AFTER_BUSY_SECONDS = 1.0
+
+_SCHEMA = (
+    "CREATE TABLE refs (id INTEGER PRIMARY KEY, reference TEXT NOT NULL UNIQUE, about TEXT, last_used REAL NOT NULL)",
+    "CREATE TABLE entries (ref INTEGER NOT NULL, key BLOB NOT NULL, logp BLOB NOT NULL, tokens BLOB, "
+    "checksum BLOB NOT NULL, UNIQUE (ref, key))",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+_SETTINGS = ("synchronous = NORMAL", "secure_delete = OFF", "cell_size_check = ON", "journal_size_limit = 16777216")
+_UNWRITABLE = ("readonly", "is full", "unable to open", "disk I/O")  # in SQLite's messages
+
+
+class Store:
+    """The file under `folder`: opened on first use, closed over a fork, given up when it can't be written.
+
+    Raises:
+        OptionError: `folder` is a file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder).expanduser().absolute() / FILE_NAME
+        if self.path.parent.exists() and not self.path.parent.is_dir():
+            raise OptionError(f"The reference cache's folder {self.path.parent} is a file. Give a folder.")
+        self.writable = True
+        self._db: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # which file `_db` has open
+        self._wait = BUSY_SECONDS
+        self._warned: set[str] = set()
+        _STORES.add(self)
+
+    def run(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """`work` done, on a new store if the file turns out damaged; `otherwise` if the store can't be used."""
+        for _ in range(3):
+            try:
+                return work(self._connection())
+            except sqlite3.ProgrammingError:  # a mistake in the program or a second thread, no fault of the file
+                raise
+            except sqlite3.DatabaseError as error:
+                if self._fault(error) != "damaged":
+                    break
+                self._replace(error)
+            except UnicodeDecodeError as error:  # a message that quotes damaged text
+                self._replace(error)
+        return otherwise
+
+    def write(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """`run` in a transaction; `otherwise` too once the store has turned out read-only or the disk full."""
+        return self.run(lambda db: in_transaction(db, work) if self.writable else otherwise, otherwise)
+
+    def shrink(self) -> None:
+        """Give the space of deleted rows back to the disk."""
+        if self.writable:
+            self.run(_shrink, None)
+
+    def close(self) -> None:
+        """Close the file. The next use opens it again."""
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):
+                db.close()
+
+    def warn(self, kind: str, message: str) -> None:
+        """Log a message about the file (its `%s`), once of each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(message, self.path)
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._db is not None and self.writable and _file_id(self.path) != self._file:
+            self.close()  # someone moved or deleted the file: no one would find what we add to it
+        if self._db is None:
+            self._db = self._open()
+        return self._db
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _folder_lock(self.path.parent, self._wait):
+                db = _connect(self.path, self._wait)
+                self._file = _file_id(self.path)
+                try:
+                    _prepare(db)
+                except BaseException:
+                    db.close()
+                    raise
+                return db
+        except OSError as error:
+            self._read_only(error)
+        except sqlite3.OperationalError as error:
+            if self._fault(error) != "unwritable":
+                raise
+        return _open_read_only(self.path)
+
+    def _fault(self, error: sqlite3.DatabaseError) -> str:
+        """`locked`, `unwritable` (both noted) or `damaged`, by the message: error codes came with Python 3.11."""
+        text, is_operational = str(error), isinstance(error, sqlite3.OperationalError)
+        if is_operational and ("locked" in text or "locking" in text):
+            self.warn("locked", f"The reference cache %s stayed locked for {self._wait:g} s: going on without it.")
+            self._wait = AFTER_BUSY_SECONDS
+            self.close()
+            return "locked"
+        # A damaged header can declare a file read-only that is not.
+        damaged = "readonly" in text and all(os.access(path, os.W_OK) for path in (self.path, self.path.parent))
+        if is_operational and not damaged and any(words in text for words in _UNWRITABLE):
+            self._read_only(error)
+            return "unwritable"
+        return "damaged"
+
+    def _read_only(self, error: Exception) -> None:
+        self.writable = False
+        self.warn("unwritable", f"The reference cache %s can't be written ({error}): nothing more is stored.")
+
+    def _replace(self, error: Exception) -> None:
+        """Move the damaged file aside, unless another process has done so already."""
+        self.close()
+        try:
+            with _folder_lock(self.path.parent, self._wait):
+                if self._file is not None and self._file != _file_id(self.path):
+                    return
+                aside = _move_aside(self.path)
+        except (OSError, sqlite3.Error) as reason:
+            self.writable = False
+            self._db = _empty()
+            self.warn("damaged", f"The reference cache %s can't be used ({error}) nor moved away ({reason}).")
+        else:
+            self.warn(
+                "damaged",
+                f"The reference cache %s can't be used ({error}). It was moved to {aside.name} and a new one started. "
+                "`dpo-peft cache --clear` deletes what was moved.",
+            )
+
+
+_STORES: WeakSet[Store] = WeakSet()
+
+
+def _close_all() -> None:
+    for store in list(_STORES):
+        store.close()
+
+
+# A connection must not live on in a forked child: parent and child would take each other's locks for their own, and
+# the first to close would delete the log that the other writes to. Both open it again when they need it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_all)
+
+
+def in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    """`work` done wholly or not at all. IMMEDIATE: it waits for other writers at its start, never in the middle."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(db)
+        db.execute("COMMIT")
+        return result
+    finally:
+        if db.in_transaction:
+            with suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+
+
+def used_bytes(db: sqlite3.Connection) -> int:
+    """Bytes of the file that are in use, the open transaction included. The file grows only when all of it is."""
+    pages, free, size = (
+        db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
+
+
+def _shrink(db: sqlite3.Connection) -> None:
+    db.execute("VACUUM")
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+@contextmanager
+def _folder_lock(folder: Path, wait: float) -> Iterator[None]:
+    """One process at a time opens or moves the file. The lock, an empty database, dies with its holder."""
+    lock = _connect(folder / "logps.lock", wait)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+        yield
+    finally:
+        lock.close()
+
+
+def _connect(path: Path | str, wait: float, uri: bool = False) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=wait, isolation_level=None, uri=uri)  # None: transactions are begun by hand
+    db.text_factory = bytes  # damaged text must not fail to decode
+    return db
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    """Set the connection up; make a new file's tables, or check that an old one's are of this version."""
+    for setting in _SETTINGS:
+        db.execute(f"PRAGMA {setting}")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+        in_transaction(db, lambda db: [db.execute(statement) for statement in _SCHEMA])
+    elif version != SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"it has version {version}, this program writes version {SCHEMA_VERSION}")
+    db.execute("PRAGMA journal_mode = WAL")
+
+
+def _empty() -> sqlite3.Connection:
+    db = _connect(":memory:", AFTER_BUSY_SECONDS)
+    _prepare(db)
+    return db
+
+
+def _open_read_only(path: Path) -> sqlite3.Connection:
+    """A store in a folder or on a disk that can't be written; an empty one if even that fails."""
+    for how in ("mode=ro", "immutable=1"):  # the second where SQLite can't make its shared-memory file
+        with suppress(sqlite3.Error):
+            db = _connect(f"{path.as_uri()}?{how}", AFTER_BUSY_SECONDS, uri=True)
+            if db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
+                return db
+            db.close()
+    return _empty()
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename a file and its log to `<name>.corrupt-<n>`."""
+    n = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{n}")).exists():
+        n += 1
+    for suffix in ("-wal", "-shm", ""):
+        with suppress(FileNotFoundError):
+            os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
+def _file_id(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,248 @@
+"""What a report says in tables: figures, accuracy by length, options and where they differ. Plain data, no drawing."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..artifacts.card import shown_name
+from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson
+from .runs import Run, Series, adapter_facts, base_name, metric_series
+from .svg import number
+
+OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The headline of a run. What was not logged is None.
+
+    Attributes:
+        source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `report_run`.
+        pairs: pairs that the accuracy is of, if that is known.
+        interval: 95 % interval of the accuracy, if the pairs are known.
+        balanced: the mean accuracy of "the better answer is longer" and "is shorter".
+        seconds: of the training.
+    """
+
+    source: str
+    accuracy: float | None
+    length_only: float | None
+    margin: float | None
+    kl: float | None
+    loss: float | None
+    steps: int | None
+    epochs: float | None
+    seconds: float | None
+    pairs: int | None = None
+    interval: tuple[float, float] | None = None
+    balanced: float | None = None
+
+
+def figures_at_end(run: Run, found: Mapping[str, Mapping[str, Series]] | None = None) -> Figures:
+    """The last values of a run: of its first evaluation set, or of training where there was no evaluation."""
+    found = metric_series(run) if found is None else found
+    source = next((s for series in found.values() for s in series if s != "train"), "train")
+
+    def last(metric: str) -> float | None:
+        value = found.get(metric, {}).get(source, [(0.0, math.nan)])[-1][1]
+        return value if math.isfinite(value) else None
+
+    accuracy, pairs, balanced = last("rewards/accuracies"), _pairs(run, source), last("accuracies/length_balanced")
+    sure = wilson(accuracy, pairs) if accuracy is not None and pairs else None
+    if balanced is None and (examples := _last_examples(run, source)):
+        checked = length_check(examples).balanced
+        balanced = checked.value if checked else None
+    entries = [entry for entry in run.log if isinstance(entry.get("step"), int | float)]
+    seconds = run.facts.get("seconds") or next((e["train_runtime"] for e in run.log if "train_runtime" in e), None)
+    return Figures(
+        source=source,
+        accuracy=accuracy,
+        length_only=last("accuracies/length_only"),
+        margin=last("rewards/margins"),
+        kl=last("kl"),
+        loss=last("loss"),
+        steps=max((int(entry["step"]) for entry in entries), default=None),
+        epochs=next((entry["epoch"] for entry in reversed(entries) if "epoch" in entry), None),
+        seconds=seconds,
+        pairs=pairs,
+        interval=(sure.low, sure.high) if sure else None,
+        balanced=balanced,
+    )
+
+
+def _pairs(run: Run, source: str) -> int | None:
+    """How many held-out pairs an evaluation had: known from its examples, or from the rows if each is one pair."""
+    if examples := _last_examples(run, source):
+        return len(examples)
+    data = run.facts.get("data", {}).get(source, {})
+    kept = data.get("kept_rows")
+    return kept if kept and data.get("completions") == 2 * kept and source != "train" else None
+
+
+def _last_examples(run: Run, source: str) -> list[dict[str, Any]]:
+    of_source = [row for row in run.examples if row["dataset"] == source]
+    last = max((row["step"] for row in of_source), default=0)
+    return [row for row in of_source if row["step"] == last]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if seconds >= 100 else f"{seconds:.0f} s"
+
+
+def figure_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: every metric, first and last, of training and of each evaluation set."""
+    found = metric_series(run)
+    sources = list(dict.fromkeys(source for series in found.values() for source in series))
+    sources.sort(key=lambda source: source != "train")
+    heads = ["metric", *(f"{source_name(source)}, {end}" for source in sources for end in ("first", "last"))]
+    rows = []
+    for metric, series in found.items():
+        ends = [series[source][i][1] if source in series else None for source in sources for i in (0, -1)]
+        rows.append([metric, *("" if value is None else number(value) for value in ends)])
+    return heads, rows
+
+
+def source_name(source: str) -> str:
+    """A source as a reader should see it."""
+    return {"train": "training", "eval": "evaluation"}.get(source) or f"evaluation on {source.removeprefix('eval_')}"
+
+
+def raised_warnings(run: Run) -> list[dict[str, Any]]:
+    """What diagnostics raised: step, name, message."""
+    raised = run.facts.get("warnings") or []
+    return [
+        {"step": warning.get("step"), "name": str(warning.get("name")), "message": str(warning.get("message", ""))}
+        for warning in raised
+        if isinstance(warning, dict) and warning.get("name")
+    ]
+
+
+# ---- Length ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LengthCheck:
+    """How much length explains of one evaluation: rows of a table, the correlation of margin and difference in length
+    (NaN if one of them is the same everywhere), and the length-balanced accuracy (see `agreement`)."""
+
+    rows: list[list[str]]
+    correlation: float
+    balanced: Estimate | None
+
+
+def length_check(examples: Sequence[Mapping[str, Any]]) -> LengthCheck:
+    """Accuracy and margin of the pairs whose chosen answer is shorter, as long, and longer, in tokens. Pairs that
+    aren't finite are left out."""
+    finite = [row for row in examples if math.isfinite(margin_of(row) + row["tokens_chosen"] - row["tokens_rejected"])]
+    length = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in finite], float)
+    margin = np.array([margin_of(row) for row in finite], float)
+    wins = (np.sign(margin) + 1) / 2  # a tie counts as half
+    rows = []
+    for name, part in {"shorter": length < 0, "as long": length == 0, "longer": length > 0}.items():
+        figures = [f"{wins[part].mean():.3f}", number(float(margin[part].mean()))] if part.any() else ["", ""]
+        rows.append([f"chosen is {name}", f"{part.sum():,}", *figures])
+    varied = len(finite) > 1 and length.std() > 0 and margin.std() > 0
+    pairs = [
+        Judged(
+            (row["reward_chosen"], row["reward_rejected"]), (row["tokens_chosen"], row["tokens_rejected"]), (1.0, 0.0)
+        )
+        for row in finite
+    ]
+    judged = agreement(tally_rows(pairs))
+    correlation = float(np.corrcoef(length, margin)[0, 1]) if varied else math.nan
+    return LengthCheck(rows, correlation, judged.length_balanced if judged else None)
+
+
+def margin_of(row: Mapping[str, Any]) -> float:
+    """The implicit reward of the chosen minus that of the rejected answer, as the trainer's metrics scale it."""
+    return row["reward_chosen"] - row["reward_rejected"]
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+
+def settings(run: Run) -> dict[str, dict[str, str]]:
+    """Heading -> name -> value of what the run was made with; headings without a value are left out."""
+    facts = run.facts
+    record = run.adapter.get("auto_mapping") or {}
+    trained, reference = (record.get(f"dpo_peft_{part}") or {} for part in ("training", "reference"))
+    run_facts = {
+        "base model": base_name(run),
+        "objective": facts.get("objective") or trained.get("loss_type"),
+        "beta": facts.get("beta", trained.get("beta")),
+        "reward": facts.get("reward") or trained.get("reward"),
+        "reference": facts.get("reference"),
+        "quantisation": facts.get("quantization") or trained.get("quantization") or reference.get("quantization"),
+    }
+    environment = facts.get("environment") or {}
+    versions = environment.get("versions") or facts.get("versions") or {}
+    stored = facts.get("storage_bytes") or {}
+    environment = {key: value for key, value in environment.items() if key != "versions"} | versions
+    adapter = {**adapter_facts(run), "trained weights": stored.get("trainable_count")}
+    groups = {"Run": run_facts, "Options": run.options, "Adapter": adapter, "Environment": environment}
+    cleaned = {
+        heading: {name: shown(value) for name, value in group.items() if value is not None and value != ""}
+        for heading, group in groups.items()
+    }
+    return {heading: group for heading, group in cleaned.items() if group}
+
+
+def data_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: what became of each dataset's rows. Counts that are 0 everywhere are left out."""
+    data = {name: report for name, report in run.facts.get("data", {}).items() if isinstance(report, dict)}
+    fields = list(dict.fromkeys(key for report in data.values() for key in report))
+    rows = []
+    for key in fields:
+        values = [report.get(key) for report in data.values()]
+        if key not in ("name", "dropped_rows") and any(values):
+            rows.append([key.replace("_", " "), *(shown(value) if value is not None else "" for value in values)])
+    return ["", *data], rows if data else []
+
+
+def differences(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows (name, value in each run) of the settings that are not the same in all runs, names of the runs left out."""
+    every = [settings(run) for run in runs]
+    headings = dict.fromkeys(heading for groups in every for heading in groups)
+    keys = [
+        (heading, dict.fromkeys(name for groups in every for name in groups.get(heading, {}))) for heading in headings
+    ]
+    rows: list[list[str]] = []
+    for heading, name in ((heading, name) for heading, names in keys for name in names):
+        if name in OWN_NAMES:
+            continue
+        # An option that was recorded nowhere in a run that records its options has its default there.
+        values = [
+            groups.get(heading, {}).get(name, "default" if heading == "Options" and "Options" in groups else "–")
+            for groups in every
+        ]
+        if len(set(values)) > 1 and [name, *values] not in rows:
+            rows.append([name, *values])
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A value in a table: floats to six digits, of local paths only the last part."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(item) for item in value) or "none"
+    text = str(value).replace("`", "")  # Markdown of a card
+    return shown_name(text) if os.path.isabs(text) else text

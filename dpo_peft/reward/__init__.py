@@ -1,0 +1,5 @@
+"""The trained adapter as a reward model, and how well rewards agree with judgements."""
+
+from .implicit import ImplicitReward
+
+__all__ = ["ImplicitReward"]

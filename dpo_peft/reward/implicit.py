@@ -1,0 +1,394 @@
+"""The reward that a preference-trained adapter holds: score completions by it, compare two, rank several.
+
+A policy trained by DPO is a reward model (note eq. 10; Rafailov et al. 2023, eq. 5):
+
+    r(x, y) = beta * log(policy(y | x) / reference(y | x))  +  beta * log Z(x)
+
+The second term is unknown, and the same for all answers to a prompt: rewards compare answers to one prompt, not
+prompts. Objectives without a reference have beta times the policy's log-prob, or its mean over tokens, in the place of
+the first term, as in training.
+
+Everything is read from the adapter: its base, its reference, its beta, how long its rows were and in which precision
+they were computed. So its margins are those that the trainer's evaluation reports.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from itertools import groupby, islice
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data import REASONS
+from ..data.collator import PreferenceCollator
+from ..data.completions import PROMPT_COLUMNS, encode_answers
+from ..data.fields import RowProblem
+from ..data.formats import CHAT_COLUMNS
+from ..data.tokenize import check_tokenizer
+from ..data.truncate import Fitted, check_truncation, fit
+from ..errors import DataError, NonFiniteError, OptionError
+from ..forward import ForwardPlan, PackedBatch, Scores, plan_forward, recheck
+from ..forward.attention import IMPLEMENTATION
+from ..forward.score import unwrap
+from ..model.adapter_source import TrainedAdapter, TrainedWith, load_trained, read_training, trained_in
+from ..model.loading import disable_dropout, is_adapter
+from ..reference.adapter_off import reference_logps
+from ..reference.frozen_adapter import read_config
+from ..training.packing import pack_rows
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2048  # rows that are packed together
+Row = Mapping[str, Any]
+
+
+class CompletionScore(NamedTuple):
+    """What a completion was given. Log-probs are sums over its tokens, in nats."""
+
+    reward: float  # beta times what the objective compares
+    logp: float  # under the policy
+    ref_logp: float | None  # under the reference; None for an objective without one
+    tokens: int  # that were scored
+
+
+class ImplicitReward:
+    """A trained adapter as a reward function.
+
+        reward = ImplicitReward("outputs/quickstart")
+        reward(prompts, completions)                # a reward for each completion
+        reward.compare(prompt, answer_a, answer_b)  # the probability that a is better
+        GRPOTrainer(..., reward_funcs=reward)       # of TRL
+
+    A prompt is a text, a list of messages or a list of token ids; a completion the same. They are tokenised as the
+    trainer does, with an end token; a completion without text is its end token alone. Prompts with several completions
+    are computed once, if these stand next to each other.
+
+    Args:
+        adapter: its folder or Hub id, a `TrainedAdapter`, or a PeftModel, which is left as it was: adapters, modes and
+            flags. A model that is being trained is scored as it is at each call.
+        beta: replaces the recorded one.
+        reference: for a folder or Hub id, see `load_trained`; for a PeftModel, the name of a frozen adapter in it, or
+            "base" for the model with all adapters off. None: the recorded one.
+        tokenizer: replaces the adapter's. A PeftModel needs one.
+        policy: for a PeftModel, the adapter's name in it; the active one if None.
+        max_length: most tokens of prompt + completion, cut as in training; None for no limit, "recorded" for the
+            adapter's. What is given as `completion_ids` is never cut.
+        max_tokens: of one forward pass. Lower it if memory runs out.
+        load: options of `load_trained` for a folder or Hub id: base, quantize, dtype, device, check_base,
+            trust_remote_code, revision.
+
+    Raises:
+        OptionError: no beta is known, an option has no effect, or as `load_trained`.
+        ReferenceMismatchError: the base or the reference is another one than in training.
+    """
+
+    __name__ = "implicit_reward"  # what TRL calls it in its logs
+
+    def __init__(
+        self,
+        adapter: str | PeftModel | TrainedAdapter,
+        *,
+        beta: float | None = None,
+        reference: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        policy: str | None = None,
+        max_length: int | str | None = "recorded",
+        max_tokens: int = 16384,
+        **load: Any,
+    ):
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise OptionError(f"max_tokens={max_tokens!r} must be a positive integer.")
+        if isinstance(adapter, str):
+            _without_effect("a folder or Hub id", policy=policy)
+            _check_beta(adapter, beta, load.get("revision"))
+            adapter = load_trained(adapter, reference=reference, **load)
+            disable_dropout(adapter.model)  # a layer that can drop out is not computed by fused code
+        elif isinstance(adapter, TrainedAdapter):
+            _without_effect("a TrainedAdapter", policy=policy, reference=reference, **load)
+        else:
+            _without_effect("a PeftModel", **load)
+            adapter = trained_in(adapter, tokenizer, policy, reference)
+        self.adapter = adapter
+        self.model, self.reference, self.trained = adapter.model, adapter.reference, adapter.trained
+        self.tokenizer = adapter.tokenizer if tokenizer is None else tokenizer
+        check_tokenizer(self.tokenizer, need_eos=False)
+        self.kind = self.trained.reward if self.trained else "log_ratio"
+        _warn_of_weights(self.trained)
+        if self.kind == "log_ratio" and self.reference is None:
+            raise OptionError("The TrainedAdapter was loaded without its reference: load it with_reference=True.")
+        self.beta = _beta(self.trained, beta, adapter.source)
+        recorded = self.trained.max_length if self.trained else None
+        limit: Any = recorded if max_length == "recorded" else max_length
+        self.max_length: int | None = limit
+        self.truncation_mode = self.trained.truncation_mode if self.trained else "keep_start"
+        check_truncation(self.max_length, self.truncation_mode)
+        self.max_tokens = max_tokens
+        self.cut = 0  # completions or their prompts that were cut to max_length so far
+        self._vocab_size = len(unwrap(self.model).get_input_embeddings().weight)
+        precision = self.trained.precision if self.trained else "no"
+        self._dtype = None if precision == "no" else getattr(torch, precision)
+        with _attention(self.model, None):
+            self.plan = plan_forward(self.model, dtype=self._dtype)
+
+    def __str__(self) -> str:
+        """One sentence: what the reward is."""
+        what = {"logp": "log policy", "mean_logp": "mean log-prob of a token"}.get(
+            self.kind, "log(policy / reference)"
+        )
+        beta = f"{self.beta:g} * " if self.beta != 1 else ""
+        if self.reference is None:
+            return f"{beta}{what}"
+        frozen = self.reference.source or self.reference.adapter
+        return f"{beta}{what}; the reference is " + (f"the adapter {frozen}" if frozen else "the adapter switched off")
+
+    # ---- What users call ------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> list[float]:
+        """The reward of each completion, in the order given: the signature of TRL's reward functions.
+
+        Args:
+            prompts: one for each completion.
+            completions: texts, lists of messages (or texts, after a prompt of messages), or token ids.
+            completion_ids: their tokens, if a model sampled them. Scored exactly, so a completion that was stopped
+                early has no end token.
+            kwargs: `tools` and `chat_template_kwargs` are read, one for each completion, as in training rows; the
+                rest, such as TRL's trainer_state, is not.
+
+        Raises:
+            DataError: a prompt or completion can't be scored; the message names it.
+            NonFiniteError: a log-prob is NaN or infinite.
+        """
+        return [score.reward for score in self.scores(prompts, completions, completion_ids, **kwargs)]
+
+    def scores(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> list[CompletionScore]:
+        """As a call, with the log-probs."""
+        columns = {"prompt": prompts, "completion": completions, "completion_ids": completion_ids}
+        columns |= {name: kwargs.get(name) for name in CHAT_COLUMNS}
+        rows = []
+        for _, run in groupby(
+            enumerate(_entries(columns)), key=lambda entry: [entry[1].get(n) for n in PROMPT_COLUMNS]
+        ):
+            numbers, entries = zip(*run, strict=True)
+            prompt_ids, encoded = self._encode(entries, numbers[0])
+            for number, ids in zip(numbers, encoded, strict=True):
+                whole = Fitted(prompt_ids, [ids])
+                fitted = whole if completion_ids is not None else self._fit(prompt_ids, [ids], number)
+                rows.append({"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": number})
+        return [score for (score,) in self.score_rows(rows)]
+
+    def compare(self, prompt: Any, completion_a: Any, completion_b: Any) -> float:
+        """The probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
+        a, b = self._answers(prompt, [completion_a, completion_b])
+        return 0.5 * (1 + math.tanh((a.reward - b.reward) / 2))  # exp would overflow
+
+    def rank(self, prompt: Any, completions: Sequence[Any]) -> list[int]:
+        """Indices of the completions of one prompt, the best first; equal ones as they stand."""
+        scores = self._answers(prompt, completions)
+        return sorted(range(len(scores)), key=lambda i: -scores[i].reward)
+
+    def score_rows(self, rows: Iterable[Row], progress: bool = False) -> list[list[CompletionScore]]:
+        """Score prepared rows (`prepare_dataset`): `prompt_ids`, `completion_ids`, and `steps` if they have some.
+
+        Args:
+            rows: a list or a `datasets.Dataset`; `row` names them in messages.
+            progress: whether to show a progress bar.
+
+        Returns:
+            For each row a score for each of its completions.
+
+        Raises:
+            NonFiniteError: a log-prob is NaN or infinite; the message names the rows.
+        """
+        plan = recheck(self.plan, self.model, self._dtype)
+        collate = PreferenceCollator(plan.shared, self.tokenizer.pad_token_id or 0)
+        source, scored = iter(rows), []
+        total = len(rows) if isinstance(rows, Sized) else None
+        with _attention(self.model, plan), tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar:
+            while window := list(islice(source, WINDOW)):
+                units = list(_units(window, self.max_tokens, plan.shared))
+                flat: list[list[CompletionScore]] = [[] for _ in units]
+                for one in pack_rows(units, self.max_tokens, plan.shared):
+                    batch = PackedBatch(**collate([units[i] for i in one])).to(self.model.device)
+                    found = iter(self._score(batch, plan.scorer))
+                    for i in one:
+                        flat[i] = [next(found) for _ in units[i]["completion_ids"]]
+                    bar.update(sum(units[i]["ends"] for i in one))
+                scored += _by_row(window, (score for scores in flat for score in scores))
+        return scored
+
+    # ---- How ------------------------------------------------------------------------------------------------------
+
+    def _score(self, batch: PackedBatch, backend: Any) -> list[CompletionScore]:
+        device = batch.input_ids.device.type
+        with torch.autocast(device, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+            # The policy is scored as a reference is: one adapter on by its name, and all that was set put back.
+            policy = reference_logps(self.model, batch, backend, self.adapter.policy)
+            ref: Scores | None = None
+            if self.reference is not None:
+                ref = reference_logps(self.model, batch, backend, self.reference.adapter)
+        logps, lengths = policy.logps_C.tolist(), batch.lengths.tolist()
+        refs = [None] * len(logps) if ref is None else ref.logps_C.tolist()
+        return [CompletionScore(self._reward(*one), *one) for one in zip(logps, refs, lengths, strict=True)]
+
+    def _reward(self, logp: float, ref_logp: float | None, tokens: int) -> float:
+        """As `TrainingObjective.rewards`."""
+        if ref_logp is not None:
+            return self.beta * (logp - ref_logp)
+        return self.beta * (logp / tokens if self.kind == "mean_logp" else logp)
+
+    def _answers(self, prompt: Any, completions: Sequence[Any]) -> list[CompletionScore]:
+        """All answer the same context: a prompt that is too long is cut for all alike."""
+        if isinstance(completions, str) or not completions:
+            raise OptionError("completions must be a list of at least one completion.")
+        prompt_ids, encoded = self._encode([{"prompt": prompt, "completion": one} for one in completions], 0)
+        keys = [tuple(ids) for ids in encoded]
+        distinct = list(dict.fromkeys(keys))  # the same answer has the same reward, to the last bit
+        fitted = self._fit(prompt_ids, [list(key) for key in distinct], 0)
+        row = {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": 0}
+        scores = dict(zip(distinct, self.score_rows([row])[0], strict=True))
+        return [scores[key] for key in keys]
+
+    def _fit(self, prompt_ids: list[int], completion_ids: list[list[int]], number: int) -> Fitted:
+        fitted = fit(prompt_ids, completion_ids, self.max_length, self.truncation_mode)
+        if isinstance(fitted, str):
+            meaning, remedy = REASONS[fitted]
+            raise DataError(f"completion {number}: {fitted}: {meaning}. Remedy: {remedy}, or set max_length=None.")
+        if fitted.prompt_cut or fitted.completions_cut:
+            if not self.cut:
+                logger.warning(
+                    "Completion %d is cut to max_length=%d, as rows were in training (%s); `cut` counts them.",
+                    number,
+                    self.max_length,
+                    self.truncation_mode,
+                )
+            self.cut += len(completion_ids)
+        return fitted
+
+    def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
+        """Token ids of one prompt and its completions, which begin at number `first` of the call."""
+        try:
+            return encode_answers(self.tokenizer, entries, first, self._vocab_size)
+        except RowProblem as problem:
+            raise DataError(
+                f"implicit reward of {problem.field}: {problem.problem}. Remedy: {problem.remedy}."
+            ) from problem
+
+
+# ---- Rows that share a prompt ---------------------------------------------------------------------------------------
+
+
+def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
+    """Columns of equal length to rows; a column that is None has no entries."""
+    given = {name: values for name, values in columns.items() if values is not None}
+    lengths = {name: len(values) for name, values in given.items() if not isinstance(values, str)}
+    if len(lengths) < len(given) or len(set(lengths.values())) > 1:
+        raise OptionError(
+            f"{', '.join(given)} must be lists of one length, an entry for each completion; their lengths: {lengths}."
+        )
+    return [dict(zip(given, entry, strict=True)) for entry in zip(*given.values(), strict=True)]
+
+
+def _units(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str, Any]]:
+    """The rows' completions in their order, those of one prompt together up to the budget.
+
+    `ends` counts the rows whose last completion is in a unit. Without shared prompts each completion is its own.
+    """
+    unit: dict[str, Any] = {}
+    size = 0
+    for row in rows:
+        names = [name for name in ("completion_ids", "steps") if name in row]
+        for number, ids in enumerate(row["completion_ids"]):
+            alike = bool(unit) and unit["prompt_ids"] == row["prompt_ids"] and ("steps" in unit) == ("steps" in row)
+            if not (shared and alike and size + len(ids) <= budget):
+                if unit:
+                    yield unit
+                unit = {"prompt_ids": row["prompt_ids"], "row": row["row"], "ends": 0, **{name: [] for name in names}}
+                size = len(row["prompt_ids"])
+            for name in names:
+                unit[name].append(row[name][number])
+            size += len(ids)
+        unit["ends"] += 1
+    if unit:
+        yield unit
+
+
+def _by_row(rows: Sequence[Row], scores: Iterator[CompletionScore]) -> list[list[CompletionScore]]:
+    result = [[next(scores) for _ in row["completion_ids"]] for row in rows]
+    found = zip(rows, result, strict=True)
+    if bad := [row["row"] for row, of_row in found if not all(math.isfinite(score.reward) for score in of_row)]:
+        raise NonFiniteError(
+            f"The log-probs of {len(bad)} rows are not finite: {', '.join(map(str, bad[:5]))}. Look at these rows and "
+            "at the model's weights; a model made for bfloat16 may overflow in float16. Rows that are computed "
+            "together share what is not finite: max_tokens=1 computes each alone."
+        )
+    return result
+
+
+# ---- What an adapter is scored with ---------------------------------------------------------------------------------
+
+
+def _without_effect(what: str, **given: Any) -> None:
+    if names := [name for name, value in given.items() if value is not None]:
+        raise OptionError(f"{', '.join(names)}: no effect for {what}. Leave it out.")
+
+
+def _check_beta(adapter: str, beta: float | None, revision: str | None) -> None:
+    """Before minutes of loading. What is no adapter is left to `load_trained`."""
+    from_hub = {} if revision is None else {"revision": revision}
+    if beta is not None:
+        _beta(None, beta, adapter)
+    elif is_adapter(adapter, **from_hub):
+        _beta(read_training(read_config(adapter, **from_hub)), None, adapter)
+
+
+def _warn_of_weights(trained: TrainedWith | None) -> None:
+    if trained is not None and (trained.discount_gamma != 1.0 or trained.ld_alpha is not None):
+        logger.warning(
+            "The adapter was trained with discount_gamma=%s and ld_alpha=%s, which weigh single tokens. A reward "
+            "here is that of the whole completion, every token alike, and differs from those in the training's log.",
+            trained.discount_gamma,
+            trained.ld_alpha,
+        )
+
+
+def _beta(trained: TrainedWith | None, beta: float | None, source: str) -> float:
+    if beta is None and trained is None:
+        raise OptionError(f"{source!r} does not say which beta it was trained with: give beta.")
+    if beta is None:
+        assert trained is not None
+        return 1.0 if trained.beta is None else trained.beta
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
+        raise OptionError(f"beta={beta!r} must be a positive number.")
+    return float(beta)
+
+
+@contextmanager
+def _attention(model: Any, plan: ForwardPlan | None) -> Iterator[None]:
+    """The plan's attention implementation inside, afterwards that of before. None: whatever is set inside."""
+    causal_lm = unwrap(model)
+    before = causal_lm.config._attn_implementation
+    wanted = IMPLEMENTATION if plan is not None and plan.shared else before
+    try:
+        if wanted != before:
+            causal_lm.set_attn_implementation(wanted)
+        yield
+    finally:
+        if causal_lm.config._attn_implementation != before:
+            causal_lm.set_attn_implementation(before)

@@ -1,0 +1,1 @@
+"""What happens over a run: optimizer steps, callbacks, evaluation, metrics, checkpoints."""

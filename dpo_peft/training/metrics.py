@@ -1,0 +1,193 @@
+"""What a training run reports about its completions, under TRL's names, and how it adds up over micro-batches.
+
+Every metric is a sum and a count kept on the device; they meet the host once, when they are logged. So a mean is over
+pairs (or tokens), whatever the split into micro-batches.
+
+Shape suffixes: N predicted tokens, C completions; CC compares the completion of the row with that of the column.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..distributed import gather_over_processes
+from ..forward import PackedBatch, Scores
+from ..objective import Scored
+
+
+class Mean(NamedTuple):
+    """A mean that is still a sum and a count: 0-dim tensors."""
+
+    total: Tensor
+    number: Tensor
+
+
+def preference_metrics(
+    data: str, scored: Scored, rewards_C: Tensor, policy: Scores, ref: Scores | None, batch: PackedBatch
+) -> dict[str, Mean]:
+    """The metrics of one batch. "Better" and "worse" are two completions whose order is known: those of a pair (unless
+    it ties), any two of a list that are ranked apart, any desirable and any undesirable answer of the batch.
+
+    - `rewards/chosen`, `rewards/rejected`: implicit rewards, nats times beta, of the best completions (pairs: chosen;
+      lists: the top; single answers: desirable) and of the rest.
+    - `rewards/margins`: reward of the better minus that of the worse completion.
+    - `rewards/accuracies`: share of (better, worse) whose rewards are in that order; equal ones count as half.
+    - `accuracies/length_only`: the same for "the longer completion is the better one". Beside accuracy, it tells how
+      much of it length alone explains.
+    - `logps/chosen`, `logps/rejected`: log-probs of whole completions under the policy, nats.
+    - `sample_weight` (pairs, trajectories): 1 - sigmoid(margin), the weight of a pair in DPO's gradient (note eq. 12).
+    - `kl` (with a reference, unless a cache holds its sums only): estimate of the policy's distance from it (note eq.
+      20), nats per completion: the sum over tokens of r - 1 - log r with r = policy / reference (Schulman's k3). It is
+      KL(reference || policy) if the completions come from the reference, and an indication otherwise.
+    - `z_ref` (with mismatched answers): mean of beta * log(policy / reference) over them, KTO's reference point before
+      its floor at 0.
+
+    Args:
+        data: "pairs", "lists", "singles" or "trajectories".
+        scored: what the losses read.
+        rewards_C: (C,) implicit rewards, detached.
+        policy, ref: the log-probs that `scored` was made from.
+        batch: whose they are.
+
+    Returns:
+        Name to `Mean`, on the device of the inputs, detached.
+    """
+    with torch.no_grad():
+        better_CC = _better(data, scored)
+        best_C, rest_C = _best_and_rest(data, scored, better_CC)
+        margins_CC = rewards_C[:, None] - rewards_C
+        logps_C, lengths_C = scored.logps_C, scored.lengths_C
+        metrics = {
+            "rewards/chosen": _mean_where(rewards_C, best_C),
+            "rewards/rejected": _mean_where(rewards_C, rest_C),
+            "rewards/margins": _mean_where(margins_CC, better_CC),
+            "rewards/accuracies": _mean_where(_wins(margins_CC), better_CC),
+            "accuracies/length_only": _mean_where(_wins(lengths_C[:, None] - lengths_C), better_CC),
+            "logps/chosen": _mean_where(logps_C, best_C),
+            "logps/rejected": _mean_where(logps_C, rest_C),
+        }
+        if data in ("pairs", "trajectories"):
+            metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_CC), better_CC)
+        if ref is not None and len(ref.token_logps_N):
+            log_ratio_N = policy.token_logps_N - ref.token_logps_N
+            kl_N = torch.expm1(log_ratio_N) - log_ratio_N
+            own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
+            metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
+        if scored.own_C is not None:
+            metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
+        return metrics
+
+
+def length_metrics(data: str, scored: Scored, rewards_C: Tensor) -> dict[str, Mean]:
+    """How far accuracy leans on length; see `preference_metrics` for the arguments.
+
+    - `accuracies/chosen_longer`, `accuracies/chosen_shorter`: `rewards/accuracies` where the better completion is the
+      longer one, and where it is the shorter one. A reward that follows length is right on the first and wrong on the
+      second.
+    """
+    with torch.no_grad():
+        better_CC = _better(data, scored)
+        wins_CC = _wins(rewards_C[:, None] - rewards_C)
+        longer_CC = scored.lengths_C[:, None] - scored.lengths_C
+        return {
+            "accuracies/chosen_longer": _mean_where(wins_CC, better_CC & (longer_CC > 0)),
+            "accuracies/chosen_shorter": _mean_where(wins_CC, better_CC & (longer_CC < 0)),
+        }
+
+
+def metric_names(data: str, with_reference: bool, mismatched: bool) -> set[str]:
+    """The names that an evaluation may report, without `eval_`: those of `preference_metrics`, `length_metrics`, the
+    loss, and `accuracies/length_balanced`, the mean of the two accuracies by length."""
+    names = (
+        "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected loss".split()
+    )
+    names += [f"accuracies/{kind}" for kind in ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")]
+    names += ["sample_weight"] if data in ("pairs", "trajectories") else []
+    return {*names, *(["kl"] if with_reference else []), *(["z_ref"] if mismatched else [])}
+
+
+def _better(data: str, scored: Scored) -> Tensor:
+    """(C, C) True where the row's completion is known to be better than the column's."""
+    grade_C, sample_of_C = scored.grade_C, scored.sample_of_C
+    better_CC = grade_C[:, None] > grade_C
+    if data != "singles":
+        return better_CC & (sample_of_C[:, None] == sample_of_C)
+    return better_CC if scored.own_C is None else better_CC & scored.own_C & scored.own_C[:, None]
+
+
+def _best_and_rest(data: str, scored: Scored, better_CC: Tensor) -> tuple[Tensor, Tensor]:
+    if data == "singles":
+        own_C = torch.ones_like(scored.grade_C, dtype=torch.bool) if scored.own_C is None else scored.own_C
+        return own_C & (scored.grade_C > 0), own_C & (scored.grade_C <= 0)
+    rest_C = better_CC.any(0)
+    return better_CC.any(1) & ~rest_C, rest_C
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Mean:
+    return Mean(torch.where(mask, values, 0.0).sum().double(), mask.sum().double())
+
+
+def mean_of(values: Tensor) -> Mean:
+    """The mean of a 1-dim tensor, still as sum and count."""
+    values = values.detach()
+    return Mean(values.sum(), torch.tensor(float(values.shape[0]), device=values.device))
+
+
+def _wins(difference: Tensor) -> Tensor:
+    return (difference.sign() + 1) / 2
+
+
+class MetricStore:
+    """Adds up `Mean`s per mode ("train", "eval") until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Mean]] = {}
+
+    def add(self, mode: str, metrics: dict[str, Mean]) -> None:
+        """Add one batch's metrics."""
+        sums = self._sums.setdefault(mode, {})
+        for name, mean in metrics.items():
+            mean = Mean(mean.total.double(), mean.number.double())
+            old = sums.get(name)
+            sums[name] = mean if old is None else Mean(old.total + mean.total, old.number + mean.number)
+
+    def pop(self, mode: str) -> dict[str, float]:
+        """The means since the last call over all processes, in order of arrival."""
+        sums: dict[str, tuple[float, float]] = {}
+        for process in gather_over_processes(_read(self._sums.pop(mode, {}))):
+            for name, (total, number) in process.items():
+                old_total, old_number = sums.get(name, (0.0, 0.0))
+                sums[name] = (old_total + total, old_number + number)
+        # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
+        return {name: total / number for name, (total, number) in sums.items() if number}
+
+    def clear(self, mode: str) -> None:
+        """Forget a mode's sums."""
+        self._sums.pop(mode, None)
+
+    def snapshot(self) -> dict[str, dict[str, Mean]]:
+        """What `restore` takes back."""
+        return {mode: dict(sums) for mode, sums in self._sums.items()}
+
+    def restore(self, snapshot: dict[str, dict[str, Mean]]) -> None:
+        """Forget what was added since the snapshot."""
+        self._sums = {mode: dict(sums) for mode, sums in snapshot.items()}
+
+    def state(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """This process's sums as plain numbers, exact in JSON."""
+        return {mode: _read(sums) for mode, sums in self._sums.items()}
+
+    def load(self, state: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Add what `state` gave."""
+        for mode, sums in state.items():
+            self.add(mode, {name: Mean(*torch.tensor(list(pair), dtype=torch.float64)) for name, pair in sums.items()})
+
+
+def _read(sums: Mapping[str, Mean]) -> dict[str, tuple[float, float]]:
+    """Sums from the device, in one transfer."""
+    if not sums:
+        return {}
+    totals, numbers = torch.stack([torch.stack(tuple(mean)) for mean in sums.values()]).T.tolist()
+    return dict(zip(sums, zip(totals, numbers, strict=True), strict=True))

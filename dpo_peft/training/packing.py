@@ -1,0 +1,193 @@
+"""The rows of an optimizer step in as few micro-batches as a token budget allows, level in size.
+
+Losses are divided by the items of the whole step, so which rows share a micro-batch has no effect on the step. A few
+large micro-batches are faster than many small ones; the budget is what fits into memory. The bins depend on the rows
+alone: a resumed run packs as the straight one does.
+
+A bin is the rows of one micro-batch, by their indices. A row that is larger than the budget gets a bin of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from ..planning.steps import longest_first
+
+
+class Size(NamedTuple):
+    """What a row takes in a micro-batch of its own."""
+
+    tokens: int  # positions of the forward pass, padding included
+    keys: int  # keys that its segments read: a shared prompt counts for itself and once more for each completion
+    predicted: int  # tokens with a log-prob
+
+
+class Shape(NamedTuple):
+    """What a row takes when each completion is padded to the longest of the micro-batch."""
+
+    answers: int  # completions, answers to other prompts among them
+    longest: int  # prompt and longest completion
+
+
+def shape_of(row: Mapping[str, Any]) -> Shape:
+    """Of a prepared row."""
+    answers = [len(ids) for ids in (*row["completion_ids"], *row.get("mismatched_ids", ()))]
+    return Shape(len(answers), len(row["prompt_ids"]) + max(answers))
+
+
+def size_of(row: Mapping[str, Any], shared: bool) -> Size:
+    """Of a prepared row, whose prompt is laid out once (`shared`) or once per completion."""
+    prompt = len(row["prompt_ids"])
+    own, others = (sum(map(len, row.get(name, ()))) for name in ("completion_ids", "mismatched_ids"))
+    steps = row.get("steps")
+    predicted = others + (own if steps is None else sum(step >= 0 for steps_C in steps for step in steps_C))
+    answers, longest = shape_of(row)
+    if not shared:
+        return Size(answers * longest, answers * longest, predicted)
+    tokens = prompt + own + others
+    return Size(tokens, tokens + answers * prompt, predicted)
+
+
+def pack_rows(rows: Sequence[Mapping[str, Any]], budget: int, shared: bool) -> list[list[int]]:
+    """Prepared rows to bins of at most `budget` tokens, the largest first; indices ascend in each.
+
+    Largest first, so that what does not fit into memory is known at once, and its blocks are used again.
+    """
+    if shared:
+        return level_bins([size_of(row, shared).tokens for row in rows], budget)
+    return padded_bins([shape_of(row) for row in rows], budget)
+
+
+# ---- Shared prompts: a bin's size is the sum of its rows ------------------------------------------------------------
+
+
+def level_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """As few bins as first-fit or longest-first needs, as level as longest-first makes them.
+
+    First-fit decreasing takes at most 11/9 of the fewest bins and 6/9 (Dósa 2007). Longest-first, each row into the
+    emptiest bin, has a largest bin of at most 4/3 of the smallest possible (Graham 1969); where it would go beyond the
+    budget the bins of first-fit are taken, which are nearly full.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    alone = [i for i in order if sizes[i] > budget]
+    rest = order[len(alone) :]
+    bins = _first_fit(rest, sizes, budget)
+    for number in range(-(-sum(sizes[i] for i in rest) // budget), len(bins) + 1):
+        level = longest_first(rest, sizes, number)
+        if all(sum(sizes[i] for i in one) <= budget for one in level):
+            bins = level
+            break
+    bins.sort(key=lambda one: (-sum(sizes[i] for i in one), one[0]))
+    return [[i] for i in alone] + [sorted(one) for one in bins]
+
+
+def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        place = next((b for b, left in enumerate(room) if sizes[i] <= left), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[place].append(i)
+        room[place] -= sizes[i]
+    return bins
+
+
+# ---- Padded rows: a bin's size is its answers times the longest -----------------------------------------------------
+
+
+def padded_bins(shapes: Sequence[Shape], budget: int) -> list[list[int]]:
+    """Stretches of the rows in order of their length, so that little is padded: with equally many answers in each row
+    the fewest bins that there are, and their largest as small as stretches can have it."""
+    order = sorted(range(len(shapes)), key=lambda i: (-shapes[i].longest, -shapes[i].answers, i))
+    single = [shape.answers * shape.longest for shape in shapes]
+    alone = sorted((i for i in order if single[i] > budget), key=lambda i: (-single[i], i))
+    rest = [i for i in order if single[i] <= budget]
+    number = len(_stretches(rest, shapes, budget))
+    low, high = max((single[i] for i in rest), default=budget), budget
+    while low < high:  # the smallest budget with which there are no more bins
+        middle = (low + high) // 2
+        if len(_stretches(rest, shapes, middle)) <= number:
+            high = middle
+        else:
+            low = middle + 1
+    bins = _stretches(rest, shapes, high)
+    bins.sort(key=lambda one: (-padded_size(one, shapes), one[0]))
+    return [[i] for i in alone] + [sorted(one) for one in bins]
+
+
+def padded_size(rows: Sequence[int], shapes: Sequence[Shape]) -> int:
+    """Tokens of a bin of padded rows."""
+    return sum(shapes[i].answers for i in rows) * max(shapes[i].longest for i in rows)
+
+
+def _stretches(order: Sequence[int], shapes: Sequence[Shape], budget: int) -> list[list[int]]:
+    """`order` is by length: the first row of a bin is its longest."""
+    bins: list[list[int]] = []
+    answers = 0  # of the last bin
+    for i in order:
+        answers += shapes[i].answers
+        if bins and answers * shapes[bins[-1][0]].longest <= budget:
+            bins[-1].append(i)
+        else:
+            bins.append([i])
+            answers = shapes[i].answers
+    return bins
+
+
+# ---- Entries of the training loop -----------------------------------------------------------------------------------
+
+
+def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number: int) -> list[dict[str, Any]]:
+    """Micro-batches on the entries that `transformers.Trainer` counts as those of an optimizer step.
+
+    Its loop takes as many entries as were read from the data loader, however many micro-batches there are: each entry
+    gets some, or none.
+
+    Args:
+        packs: fields of `PackedBatch`.
+        bins: the rows of each.
+        number: of entries.
+
+    Returns:
+        Dicts with `packs`, `order` (their rows one after the other) and, for what counts tokens, all their `input_ids`
+        and `attention_mask` (if they have one), flat.
+    """
+    bounds = [entry * len(packs) // number for entry in range(number + 1)]
+    entries = []
+    for start, end in pairwise(bounds):
+        held = packs[start:end]
+        flat = {
+            name: torch.cat([pack[name].reshape(-1) for pack in held]) if held else torch.empty(0, dtype=torch.long)
+            for name in ("input_ids", "attention_mask")
+            if not packs or packs[0].get(name) is not None
+        }
+        order = [i for rows in bins[start:end] for i in rows]
+        entries.append({"packs": list(held), "order": order, **flat})
+    return entries
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch that was laid out on the CPU, queued for the device. From pageable memory, the copy would wait until the
+    GPU has done all that was asked of it before."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device.type == "cpu" and device.type == "cuda":
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def describe(packs: Sequence[Mapping[str, Any]], budget: int) -> str:
+    """One sentence for people: how the rows of a step were packed."""
+    tokens = [pack["input_ids"].numel() for pack in packs]
+    return (
+        f"{sum(len(pack['rows']) for pack in packs)} rows in {len(packs)} micro-batches, the largest of {max(tokens)} "
+        f"tokens; the budget is {budget}, and {sum(tokens) / (len(packs) * budget):.0%} of it is used."
+    )

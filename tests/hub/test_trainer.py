@@ -1,0 +1,102 @@
+"""Publishing from the trainer: what of `push_to_hub` and `hub_...` is honoured, and when a run is stopped."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_helpers import mentions, trained
+from hub_server import HubServer
+from trainer_helpers import ours, text_pairs
+
+from dpo_peft.errors import OptionError, PublishError
+from dpo_peft.hub.publishing import publish
+
+pytest_plugins = ["hub_helpers"]
+
+TOKEN = "hf_" + "s3cr3t" * 6
+
+
+@pytest.fixture
+def titled(hub: HubServer) -> Any:
+    """`titled("me/x")`: messages of its commits after the first."""
+    hub.add_account("me", TOKEN, "write", orgs={"lab": "write"})
+    return lambda repo_id, branch="main": [c.title for c in hub.repos[repo_id].branches[branch][1:]]
+
+
+@pytest.fixture
+def make(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> Any:
+    return lambda **options: trained(tiny_llama, make_tokenizer, tmp_path / "reviews-dpo", **options)
+
+
+def test_pushing_without_having_planned_to(hub: HubServer, titled: Any, make: Any) -> None:
+    trainer = make()
+    result = trainer.push_to_hub(token=TOKEN, private=True, license="mit", language="en", dataset="someone/pairs")
+    assert result.repo_id == "me/reviews-dpo" and hub.repos[result.repo_id].private
+    assert titled(result.repo_id) == ["End of training"]
+    card = hub.repos[result.repo_id].files["README.md"].content.decode()
+    assert "license: mit" in card and "- someone/pairs" in card and "- en" in card
+    again = trainer.push_to_hub(token=TOKEN, commit_message="again")
+    assert not {"adapter_model.safetensors", "curves.png"} & set(again.uploaded)
+
+
+def test_options_of_the_config_are_honoured(hub: HubServer, titled: Any, make: Any, tmp_path: Path) -> None:
+    plan = {"push_to_hub": True, "hub_model_id": "lab/x", "hub_token": TOKEN, "hub_private_repo": True}
+    trainer = make(**plan, hub_revision="v1", hub_strategy="end", save_strategy="steps", save_steps=1)
+    assert hub.count("^POST .*/commit/") == 0  # "end": nothing is pushed on the way
+    trainer.save_model()
+    assert hub.repos["lab/x"].private and titled("lab/x", "v1") == ["Model save"]
+    assert mentions(tmp_path, TOKEN) == []  # not in metrics.json, not in the pickle, not in the checkpoints
+    arguments = torch.load(tmp_path / "reviews-dpo" / "training_args.bin", weights_only=False)
+    assert arguments.hub_token is None and arguments.hub_model_id == "lab/x" and trainer.args.hub_token == TOKEN
+    published = hub.repos["lab/x"].branches["v1"][-1].files
+    assert not [name for name, blob in published.items() if TOKEN.encode() in blob.content]
+    assert b"hub_" not in published["recipe.yaml"].content
+
+
+def test_every_save_is_published_and_a_failure_does_not_stop_the_run(hub: HubServer, titled: Any, make: Any) -> None:
+    hub.fail("^POST .*/commit/", how=413)
+    trainer = make(push_to_hub=True, hub_token=TOKEN, save_strategy="steps", save_steps=1)
+    assert trainer.state.global_step == 2
+    assert titled("me/reviews-dpo") == ["Training in progress, step 2"]
+
+
+def test_a_failure_at_the_end_leaves_what_is_saved(hub: HubServer, titled: Any, make: Any, tmp_path: Path) -> None:
+    trainer = make(push_to_hub=True, hub_token=TOKEN, hub_strategy="end")
+    hub.fail("^POST .*/preupload", times=10**6)
+    with pytest.raises(PublishError, match="the adapter is in .*: dpo-peft push .* --repo_id me/reviews-dpo"):
+        trainer.save_model()
+    hub.faults.clear()
+    assert publish(tmp_path / "reviews-dpo", "me/reviews-dpo", token=TOKEN).uploaded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hub_strategy": "checkpoint"}, "hub_strategy='checkpoint' would publish optimizer states"),
+        ({"hub_always_push": True}, "hub_always_push=True has no effect"),
+        ({"hub_token": "hf_read"}, "is read-only"),
+        ({"hub_model_id": "you/x"}, "you is neither your account"),
+    ],
+)
+def test_what_can_not_be_honoured_stops_before_training(hub: HubServer, make: Any, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make(push_to_hub=True, **options)
+    assert hub.count("^POST") == 0
+
+
+def test_a_local_base_stops_before_training(
+    hub: HubServer, base_folder: str, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=r"a local model \(base0?\).*dpo-peft push FOLDER --base_model HUB_ID"):
+        ours(base_folder, text_pairs(4), make_tokenizer(), tmp_path / "run", push_to_hub=True, quantize_base=False)
+    assert hub.requests == []
+
+
+def test_arguments_that_push_to_hub_does_not_have(hub: HubServer, make: Any) -> None:
+    trainer = make(max_steps=1)
+    with pytest.raises(OptionError, match="blocking=False is not available"):
+        trainer.push_to_hub(blocking=False)
+    with pytest.raises(OptionError, match="tasks: not available here. Use .*licence"):
+        trainer.push_to_hub(tasks="dpo")
+    assert hub.requests == []

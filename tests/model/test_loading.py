@@ -1,0 +1,175 @@
+"""Loading, freezing and dropout of the model that is trained; what is stored how is in test_trainer_traps.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from trainer_helpers import lora
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from dpo_peft import OptionError
+from dpo_peft.model.loading import attach_adapter, disable_dropout, keep_weights, load_base
+
+IDS = torch.arange(10, 30)[None]
+
+
+# ---- Loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": torch.float16}, torch.float16),
+        ({"torch_dtype": "float32"}, torch.float32),  # the older name
+        ({"dtype": "auto"}, torch.float32),  # as it was saved
+    ],
+)
+def test_dtype(base_folder, given, expected):
+    model = load_base(base_folder, quantize=False, init_kwargs=given)
+    assert {p.dtype for p in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize("wrong", ["fp32", "int8", torch.int8, 32])
+def test_wrong_dtype(base_folder, wrong):
+    with pytest.raises(OptionError, match="dtype.*'auto', 'bfloat16'"):
+        load_base(base_folder, init_kwargs={"dtype": wrong})
+
+
+def test_init_kwargs_are_passed_on_and_left_alone(base_folder):
+    given = {"dtype": "float32", "attn_implementation": "eager"}
+    model = load_base(base_folder, quantize=False, init_kwargs=given)
+    assert model.config._attn_implementation == "eager"
+    assert given == {"dtype": "float32", "attn_implementation": "eager"}
+
+
+def test_nf4_is_near_the_original_and_not_equal(base_folder, tiny_llama):
+    """A rounding to 4 bits: the right layer, and really quantised."""
+    original = tiny_llama().model.layers[0].mlp.up_proj.weight
+    layer = load_base(base_folder, init_kwargs={"dtype": "float32"}).model.layers[0].mlp.up_proj
+    quantised = layer(torch.eye(64)).T.detach()
+    error = (quantised - original).norm() / original.norm()
+    assert 0.05 < error < 0.15
+    assert len(quantised.abs().unique()) < original.abs().unique().numel()
+
+
+def test_a_quantised_folder_loads_as_it_is(base_folder, tmp_path):
+    first = load_base(base_folder, init_kwargs={"dtype": "float32"})
+    first.save_pretrained(tmp_path)
+    again = load_base(str(tmp_path), init_kwargs={"dtype": "float32"})
+    keep_weights(first)
+    keep_weights(again)
+    with torch.no_grad():
+        assert torch.equal(first(IDS).logits, again(IDS).logits)
+    assert again.is_loaded_in_4bit
+
+
+def test_bitsandbytes_may_not_repack_the_weights(base_folder):
+    """On some CPUs its layers do so at the first eval-mode forward: the bytes change and the gradient is gone."""
+    model, _ = attach_adapter(load_base(base_folder), lora())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.train()(IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_repacked_weights_are_refused():
+    layer = nn.Linear(2, 2)
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)
+    with pytest.raises(OptionError, match="repacked for inference.*Load the model again"):
+        keep_weights(nn.Sequential(layer))
+
+
+# ---- The adapter ----------------------------------------------------------------------------------------------------
+
+
+def test_everything_but_the_adapter_is_frozen(tiny_llama):
+    model, _ = attach_adapter(tiny_llama())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in trained if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # not the head
+
+
+def test_several_active_adapters_are_refused(tiny_llama):
+    model = get_peft_model(tiny_llama(), lora(), adapter_name="a")
+    model.add_adapter("b", lora())
+    model.base_model.set_adapter(["a", "b"])
+    with pytest.raises(OptionError, match="2 adapters are active.*set_adapter"):
+        attach_adapter(model)
+
+
+def test_a_model_with_nan_is_not_taken_for_a_changed_one(tiny_llama):
+    """NaN differs from itself; the comparison of the base before and after must not stumble over it."""
+    model = tiny_llama()
+    model.model.embed_tokens.weight.data[240] = float("nan")  # one of the tokens that are compared
+    assert attach_adapter(model, lora())[0].peft_config
+
+
+# ---- Dropout --------------------------------------------------------------------------------------------------------
+
+
+MODELS = {
+    "gpt2": (
+        lambda p: GPT2LMHeadModel(
+            GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=p, embd_pdrop=p, resid_pdrop=p)
+        ),
+        ["c_attn"],
+    ),
+    "opt": (
+        lambda p: OPTForCausalLM(
+            OPTConfig(
+                vocab_size=64,
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                dropout=p,
+                attention_dropout=p,
+                layerdrop=p,
+            )
+        ),
+        ["q_proj"],
+    ),
+    "falcon": (
+        lambda p: FalconForCausalLM(
+            FalconConfig(
+                vocab_size=64,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                attention_dropout=p,
+                hidden_dropout=p,
+            )
+        ),
+        ["query_key_value"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_of_every_kind_is_turned_off(name, attention):
+    build, targets = MODELS[name]
+    model = build(0.3)
+    model.set_attn_implementation(attention)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, lora_dropout=0.4, init_lora_weights=False))
+
+    def spread() -> float:
+        with torch.no_grad():
+            runs = torch.stack([model.train()(IDS).logits for _ in range(4)])
+        return float((runs - runs[0]).abs().max())
+
+    assert spread() > 1e-3
+    found = disable_dropout(model)
+    assert "lora_dropout" in found and len(found) >= 2
+    assert spread() == 0.0
+    with torch.no_grad():
+        assert torch.equal(model.train()(IDS).logits, model.eval()(IDS).logits)
+    assert disable_dropout(model) == []

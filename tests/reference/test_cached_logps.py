@@ -1,0 +1,238 @@
+"""The reference's log-probs from the disk: the same training, each completion computed once, never a wrong value.
+
+Traps T6 (a cache that outlives its tokens) and T6b (one that is thrown away without need).
+"""
+
+import logging
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
+
+from dpo_peft import OptionError, ReferenceMismatchError
+from dpo_peft.model.loading import nf4_config
+from dpo_peft.reference import cached_logps as cached_reference
+from dpo_peft.reference.cache import Entry, summary
+
+ROWS = 10
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """Completions of every forward pass that is made to fill the cache."""
+    sizes: list[int] = []
+    compute = cached_reference.CachedReference._compute
+
+    def counted(self: Any, batch: Any) -> Any:
+        sizes.append(batch.num_completions)
+        return compute(self, batch)
+
+    monkeypatch.setattr(cached_reference.CachedReference, "_compute", counted)
+    return sizes
+
+
+def run(model: Any, make_tokenizer: Any, folder: Path, cache: Path | None, **changed: Any) -> Any:
+    options: dict[str, Any] = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": -1, **changed}
+    if cache is not None:
+        options |= {"ref_cache_dir": str(cache)}
+        if not options.get("precompute_ref_log_probs"):
+            options["cache_ref_log_probs"] = True
+    rows = options.pop("data", None)
+    trainer = ours(model, id_pairs(ROWS) if rows is None else rows, make_tokenizer(), folder, **options)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Any) -> list[float]:
+    return [log["loss"] for log in step_logs(trainer)]
+
+
+# ---- The same training ----------------------------------------------------------------------------------------------
+
+TURNS = Dataset.from_list(
+    [
+        {
+            "chosen": [{"role": r, "content": c} for r, c in zip("uaua", texts, strict=True)],
+            "rejected": [
+                {"role": r, "content": c} for r, c in zip("uaua", [*texts[:3], f"no {texts[3]}"], strict=True)
+            ],
+        }
+        for texts in (["the cat", "a mat", "and", f"old tree {i}"] for i in range(8))
+    ]
+).map(lambda row: {k: [{**m, "role": {"u": "user", "a": "assistant"}[m["role"]]} for m in row[k]] for k in row})
+
+OBJECTIVES = {
+    "sigmoid": {},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "aot": {"loss_type": "aot"},
+    "padded": {"share_prompts": False},
+    "trajectory": {"loss_type": "trajectory", "discount_gamma": 0.5, "data": TURNS},
+}
+
+
+@pytest.mark.parametrize("mode", ["lazy", "precomputed"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_cached_equals_computed(tiny_llama, make_tokenizer, tmp_path, computed, objective, mode):
+    options = OBJECTIVES[objective]
+    cached_options = {**options, "precompute_ref_log_probs": mode == "precomputed"}
+    expected = run(tiny_llama(), make_tokenizer, tmp_path / "plain", None, **options)
+    trainer = run(tiny_llama(), make_tokenizer, tmp_path / "cached", tmp_path / "store", **cached_options)
+    assert losses(trainer) == pytest.approx(losses(expected), abs=2e-6)
+    weights = adapter_weights(expected)
+    difference = max(float((w - weights[n]).abs().max()) for n, w in adapter_weights(trainer).items())
+    assert difference < 2e-5
+    rows = len(trainer.train_dataset)
+    assert sum(computed) == 2 * rows  # each completion once, in two epochs
+    hits, misses = (step_logs(trainer)[-1][f"ref_cache/{name}"] for name in ("hits", "misses"))
+    assert (hits, misses) == ((4 * rows, 0) if mode == "precomputed" else (2 * rows, 2 * rows))
+    # kl reads the reference token by token: it is there where the store has them.
+    tokens = objective in ("ld_alpha", "trajectory")
+    assert all(("kl" in log) == tokens for log in step_logs(trainer))
+
+
+def test_tokens_on_request(tiny_llama, make_tokenizer, tmp_path, computed):
+    expected = run(tiny_llama(), make_tokenizer, tmp_path / "plain", None)
+    run(tiny_llama(), make_tokenizer, tmp_path / "sums", tmp_path / "store")
+    trainer = run(tiny_llama(), make_tokenizer, tmp_path / "tokens", tmp_path / "store", ref_cache_tokens=True)
+    assert [log["kl"] for log in step_logs(trainer)] == pytest.approx(
+        [log["kl"] for log in step_logs(expected)], abs=1e-6
+    )
+    assert sum(computed) == 4 * ROWS  # sums do not do for tokens
+    computed.clear()
+    run(tiny_llama(), make_tokenizer, tmp_path / "again", tmp_path / "store")
+    assert not computed  # tokens do for sums
+
+
+# ---- T6b: computed once ---------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_computes_the_reference_once(tiny_llama, make_tokenizer, tmp_path, computed):
+    evaluation = {"eval_dataset": id_pairs(3, seed=8), "eval_strategy": "epoch", "num_train_epochs": 1}
+    for beta, rate, rank, seed in product([0.1, 0.5], [1e-3, 1e-4], [2, 4], [0, 1]):
+        options = {"beta": beta, "learning_rate": rate, "peft_config": lora(r=rank), "seed": seed, **evaluation}
+        folder = tmp_path / f"{beta}-{rate}-{rank}-{seed}"
+        trainer = run(tiny_llama(), make_tokenizer, folder, tmp_path / "store", **options)
+    assert sum(computed) == 2 * (ROWS + 3)
+    assert trainer.cached_reference.store.misses == 0
+    (line,) = summary(tmp_path / "store")
+    assert line.entries == 2 * (ROWS + 3)
+
+
+# ---- T6: never a stale value ----------------------------------------------------------------------------------------
+
+
+def trained_adapter(tiny_llama: Any, seed: int) -> PeftModel:
+    model = get_peft_model(tiny_llama(), lora())
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path, base_folder):
+    def count(model: Any, **changed: Any) -> int:
+        trainer = run(model, make_tokenizer, tmp_path / "run", tmp_path / "store", num_train_epochs=1, **changed)
+        return trainer.cached_reference.store.misses
+
+    everything = 2 * ROWS
+    assert count(tiny_llama()) == everything and count(tiny_llama()) == 0
+    changed = id_pairs(ROWS).to_list()
+    changed[3]["prompt_ids"][0] += 1
+    assert count(tiny_llama(), data=Dataset.from_list(changed)) == 2  # the prompt of two completions
+    answers = [(len(r["prompt_ids"]), len(r[k])) for r in id_pairs(ROWS) for k in ("chosen_ids", "rejected_ids")]
+    longest = max(prompt + own for prompt, own in answers)
+    assert count(tiny_llama(), max_length=longest) == 0
+    assert count(tiny_llama(), max_length=longest - 1) == sum(prompt + own == longest for prompt, own in answers)
+    assert count(tiny_llama(seed=1)) == everything
+    assert count(trained_adapter(tiny_llama, 1)) == everything and count(trained_adapter(tiny_llama, 1)) == 0
+    assert count(trained_adapter(tiny_llama, 2)) == everything
+    assert count(trained_adapter(tiny_llama, 2), reference="base") == 0  # the bare base again
+    assert count(tiny_llama(), bf16=True) == everything
+    assert count(base_folder) == everything  # bfloat16, NF4
+    double = {"model_init_kwargs": {"dtype": "float32"}}
+    assert count(base_folder, **double) == everything
+    other = nf4_config(torch.bfloat16)  # the same 4-bit weights, computed in another dtype
+    assert count(base_folder, **double, quantization_config=other) == everything
+    assert count(base_folder, **double, quantize_base=False) == 0  # loaded from disk, it is the model of the beginning
+    assert count(tiny_llama(), share_prompts=False) == everything  # another layout has other last bits
+
+
+def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
+    """Not by the store, whose entries are whole: by comparing a few of them with the model before training."""
+    trainer = ours(
+        tiny_llama(),
+        id_pairs(4),
+        make_tokenizer(),
+        tmp_path / "a",
+        cache_ref_log_probs=True,
+        ref_cache_dir=str(tmp_path),
+    )
+    batch = trainer.collate([trainer.train_dataset[i] for i in range(4)])
+    trainer.cached_reference.store.put(batch["keys"], [Entry(-3.0, None)] * 8)
+    with pytest.raises(ReferenceMismatchError, match="cached reference is not this one.*dpo-peft cache --clear"):
+        trainer.train()
+
+
+def test_flipped_bytes_are_computed_again(tiny_llama, make_tokenizer, tmp_path, computed, caplog):
+    store = tmp_path / "store"
+    expected = run(tiny_llama(), make_tokenizer, tmp_path / "a", store).train_dataset
+    computed.clear()
+    files = [path for path in store.iterdir() if path.is_file()]
+    path = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 3, len(content), 97):
+        content[place] ^= 0x20
+    path.write_bytes(bytes(content))
+    with caplog.at_level(logging.WARNING):
+        again = run(tiny_llama(), make_tokenizer, tmp_path / "b", store)
+    plain = run(tiny_llama(), make_tokenizer, tmp_path / "c", None)
+    assert losses(again) == pytest.approx(losses(plain), abs=2e-6)
+    assert 0 < sum(computed) <= 2 * len(expected)
+    assert any("cache" in r.getMessage() and r.levelno >= logging.WARNING for r in caplog.records)
+
+
+# ---- Precomputing ---------------------------------------------------------------------------------------------------
+
+
+def test_precomputing_goes_on_after_a_kill(tiny_llama, make_tokenizer, tmp_path, computed, monkeypatch):
+    """With the same values, to the bit, as without the kill."""
+    options = {"precompute_ref_log_probs": True, "precompute_ref_tokens": 40, "data": id_pairs(20)}
+    straight = run(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "straight", **options)
+    passes = list(computed)
+    assert len(passes) > 6
+    computed.clear()
+    fill = cached_reference.CachedReference.fill
+    with monkeypatch.context() as killed:
+        killed.setattr(
+            cached_reference.CachedReference,
+            "fill",
+            lambda self, batch: 1 / 0 if len(computed) == 4 else fill(self, batch),
+        )
+        with pytest.raises(ZeroDivisionError):
+            run(tiny_llama(), make_tokenizer, tmp_path / "b", tmp_path / "store", **options)
+    again = run(tiny_llama(), make_tokenizer, tmp_path / "b", tmp_path / "store", **options)
+    assert computed == passes  # four before the kill, the rest after it
+    assert losses(again) == losses(straight)
+    assert all(torch.equal(w, adapter_weights(straight)[n]) for n, w in adapter_weights(again).items())
+
+
+@pytest.mark.parametrize("streamed", ["train", "eval"])
+def test_a_stream_can_not_be_precomputed(tiny_llama, make_tokenizer, tmp_path, streamed):
+    rows = {"train": id_pairs(4), "eval": id_pairs(4)}
+    rows[streamed] = rows[streamed].to_iterable_dataset()
+    options = {"precompute_ref_log_probs": True, "max_steps": 2, "eval_dataset": {"far": rows["eval"]}}
+    with pytest.raises(OptionError, match="can't read a stream ahead: set cache_ref_log_probs"):
+        ours(tiny_llama(), rows["train"], make_tokenizer(), tmp_path, **options)
+
+
+def test_evaluation_rows_are_precomputed_too(tiny_llama, make_tokenizer, tmp_path, computed):
+    options = {"precompute_ref_log_probs": True, "eval_strategy": "epoch", "num_train_epochs": 1}
+    both = {"near": id_pairs(3, seed=4), "far": id_pairs(2, seed=5)}
+    trainer = run(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", eval_dataset=both, **options)
+    assert sum(computed) == 2 * (ROWS + 5) and trainer.cached_reference.store.misses == 0
