@@ -1,6 +1,6 @@
 """How the core uses a wing without importing it: by name, when it is needed, and only if it is there.
 
-A wing is a folder that training can do without: `fused`, `planning`, `artifacts`, ... What the core takes from one is a
+A wing is a folder that training can do without: `fused`, `planning`, ... What the core takes from one is a
 function or class of the wing's `__init__`; where the folder is missing, the core goes on without.
 """
 
