@@ -68,13 +68,16 @@ class CountingTrainer(DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.laps: list[Lap] = []
+        self.compute = self.reference.compute
+        self.reference.compute = self.counted  # type: ignore[method-assign]
         self.add_callback(LapTimer(self))
         self.remove_callback(PrinterCallback)
 
-    def _compute_reference(self, batch: PackedBatch) -> Scores:
+    def counted(self, batch: PackedBatch) -> Scores:
+        """Returns the log-probs of a forward pass under the reference, and counts it."""
         self.forwards += 1
         self.completions += batch.lengths.numel()
-        return super()._compute_reference(batch)
+        return self.compute(batch)
 
     def stand(self) -> Lap:
         if torch.cuda.is_available():
@@ -155,7 +158,7 @@ def measure_epochs(
         (filling, *warm), losses = train(build(args, rows, new_store(args), num_train_epochs=args.epochs))
         trainer = build(args, rows, new_store(args), precompute=True)
         start = trainer.stand()
-        trainer._precompute()
+        trainer.reference.precompute({"train": trainer.train_dataset}, trainer.collate)
         found = {"uncached_first": [first], "filling": [filling], "uncached": uncached, "warm": warm}
         found["precompute"] = [trainer.since(start)]
         del trainer  # a large model should not stand beside the next one

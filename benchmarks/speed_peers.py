@@ -123,10 +123,10 @@ def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[s
     }
     found["loss"] = found["losses"][-1]
     if case["engine"] == "ours":
-        found |= {"plan": str(trainer.forward_plan), "halvings": trainer.halvings}
-        found |= {"micro_batches": len(micro_batches), "limit_gib": trainer.budget.limit / GIB}
-        if micro_batches and trainer.budget.memory is not None:
-            found["predicted_gib"] = max(trainer.budget.memory.peak(*sizes) for sizes in micro_batches) / GIB
+        found |= {"plan": str(trainer.forward_plan), "halvings": trainer.step.halvings}
+        found |= {"micro_batches": len(micro_batches), "limit_gib": trainer.step.budget.limit / GIB}
+        if micro_batches and trainer.step.budget.memory is not None:
+            found["predicted_gib"] = max(trainer.step.budget.memory.peak(*sizes) for sizes in micro_batches) / GIB
             found["checkpointed"] = sorted(sizes[-1] for sizes in micro_batches)
             found["largest_tokens"] = max(sizes[0] for sizes in micro_batches)
     return found | ({"profile": describe_profile(clock)} if profile else {})
@@ -170,7 +170,7 @@ def keep_micro_batches(trainer: Any, first: int, last: int) -> list[tuple[int, i
     """Tokens, keys, predicted tokens and checkpointed layers of the timed micro-batches; it fills as the trainer
     trains."""
     kept: list[tuple[int, int, int, int]] = []
-    decide, fused = trainer.budget.checkpointed, trainer.forward_plan.fused
+    decide, fused = trainer.step.budget.checkpointed, trainer.forward_plan.fused
 
     def checkpointed(batch: Any) -> int:
         layers = decide(batch)

@@ -36,7 +36,7 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]
 
-moved.install()
+moved.install(__path__)
 
 
 def __getattr__(name: str) -> Any:

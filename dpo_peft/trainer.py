@@ -12,31 +12,32 @@ Shape suffixes: I items of the loss (pairs, lists or single answers), B pairs, C
 even, rejected at odd indices), N predicted tokens.
 """
 
+import copy
+import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, set_seed
 
 from .artifacts.recipe import data_source
 from .config import DPOConfig, objective_options
-from .data import DataReport, prepare_dataset, rows_digest
+from .data import rows_digest
 from .data.collator import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
-from .distributed import ShareCollator, check_launch, check_same, copy_from_first, world_size
+from .distributed import ShareCollator, check_launch, check_same, copy_from_first, unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
-from .model.adapter_source import TrainedWith, plain_fingerprint, quantization_options, record_training
-from .model.loading import attach_adapter, disable_dropout, load_model, storage_report
+from .model.adapter_source import record_training
+from .model.loading import storage_report
 from .objective import Scored, Totals, TrainingObjective
-from .reference.adapter_off import Reference
-from .reference.frozen_adapter import freeze_copy
-from .training.accumulation import fields_of
+from .reference.policy import ReferencePolicy
+from .training.accumulation import OptimizerStep, fields_of
 from .training.arguments import (
     AnyDataset,
     check_arguments,
@@ -44,14 +45,16 @@ from .training.arguments import (
     check_datasets,
     check_optimizer,
     check_tokenizer,
-    check_vocabulary,
     load_tokenizer,
     name_of,
 )
-from .training.callbacks import StopWhenNonFinite
-from .training.evaluation import EvaluatingTrainer
-from .training.memory_budget import MemoryBudget, memory_limit, memory_model
-from .training.metrics import length_metrics, mean_of, metric_names, preference_metrics
+from .training.building import Preparation, autocast_dtype, build_model, plan_memory, trained_with
+from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference
+from .training.diagnostics import RunFacts
+from .training.evaluation import PairRecords, Samples, Warnings, add_length_balanced, check_reported, predictions
+from .training.memory_budget import MemoryBudget
+from .training.metrics import MetricStore, length_metrics, mean_of, metric_names, preference_metrics
+from .training.resume import Part, RunState, check_has_optimizer, trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +67,12 @@ class LossOutput(NamedTuple):
     scored: Scored  # what the losses read
 
 
-class DPOTrainer(EvaluatingTrainer):
+class DPOTrainer(Trainer):
     """Trains a LoRA adapter on preferences, by DPO or another objective, against the same model without it.
 
     Args:
         model: a Hub id or folder (loaded in NF4 by default), a causal LM, a PeftModel, or an adapter's folder. A
-            trained adapter goes on training, against itself as it came in unless `args.reference` says otherwise.
+            trained adapter is trained on, against itself as it came in unless `args.reference` says otherwise.
         ref_model: not accepted: the reference lives in `model`.
         args: the options; defaults to `DPOConfig(output_dir="<model>-DPO")`.
         data_collator: prepared rows (see `prepare_dataset`) to the fields of `PackedBatch`.
@@ -83,8 +86,16 @@ class DPOTrainer(EvaluatingTrainer):
         quantization_config: replaces the default NF4 configuration of a model given by name.
         peft_config: a LoraConfig; defaults to rank 16 on all linear layers.
 
+    Attributes:
+        objective: the losses, and what they read.
+        reference: what the policy is compared with, and its log-probs.
+        step: the optimizer step that is being accumulated.
+        run_state: what a checkpoint holds beyond what transformers saves.
+        prepare: prepares datasets; `prepare.reports` says what became of their rows.
+        forward_plan: how batches are laid out and scored, as the loaded model has shown it.
+
     Raises:
-        OptionError: an option that can't be honoured.
+        OptionError: an option that can't be honored.
         DataError: rows that can't be used, with dataset, row, field and remedy.
         ReferenceMismatchError: the adapter was trained against another reference than this run would take.
     """
@@ -116,18 +127,19 @@ class DPOTrainer(EvaluatingTrainer):
         self.objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
         self._check_best_metric(args, eval_dataset, compute_metrics)
 
+        self.command_options: dict[str, Any] | None = None
         self.model_name = "" if isinstance(model, PeftModel) else name
         self.data_sources = {"train": data_source(train_dataset), "eval": data_source(eval_dataset)}
 
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
-        self.data_reports: dict[str, DataReport] = {}
-        train_dataset = self._prepare(train_dataset, tokenizer, args, "train")
-        eval_dataset = self._prepare_eval(eval_dataset, tokenizer, args)
+        self.prepare = Preparation(args, self.objective, tokenizer)
+        self.data_reports = self.prepare.reports
+        train_dataset = self.prepare(train_dataset, "train")
+        eval_dataset = self.prepare.evaluation(eval_dataset)
 
         set_seed(args.seed)  # the adapter's start is drawn at random
-        model, self.reference = _build_model(
-            model, args, tokenizer, quantization_config, peft_config, self.objective.needs_reference
-        )
+        needed = self.objective.needs_reference
+        model, held = build_model(model, args, tokenizer, quantization_config, peft_config, needed)
         super().__init__(
             model=model,
             args=args,
@@ -143,14 +155,57 @@ class DPOTrainer(EvaluatingTrainer):
         self.model_accepts_loss_kwargs = True
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
-        self.add_callback(StopWhenNonFinite(self))
         self.policy_adapter = self.model.active_adapters[0]
-        self._plan_batches(data_collator)
-        if self.objective.needs_reference:
-            self.set_up_reference()
-        record_training(self.model, self.policy_adapter, self._trained_with())
-        logger.warning("%s", storage_report(self.model, reference=self.reference.adapter))
-        logger.warning("%s", self.forward_plan)
+        copy_from_first(p for p in self.model.parameters() if p.requires_grad)
+        if world_size() > 1:
+            check_same("train_dataset", rows_digest(self.train_dataset))
+        # The model is on its device now, and shows by a probe how its batches can be laid out.
+        self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
+        reads_tokens = self.objective.reads_reference_tokens
+        plan = self.forward_plan
+        self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, needed, reads_tokens)
+        self._build_parts(data_collator)
+        record_training(
+            self.model, self.policy_adapter, trained_with(self.model, args, self.objective.parts[0].reward)
+        )
+        logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
+        logger.info("%s", self.forward_plan)
+
+    def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
+        args, pad_token_id = self.args, self.processing_class.pad_token_id
+        self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id or 0)
+        if args.caches_reference:
+            self.collate = KeyedCollator(self.collate)
+        # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are
+        # laid out when all are there.
+        whole = self.objective.needs_mismatched or args.max_tokens_per_microbatch is not None
+        self.data_collator = KeepRows() if whole else ShareCollator(self.collate)
+
+        self.metric_store = MetricStore()
+        self.step = OptimizerStep(
+            self.model,
+            args,
+            self.objective,
+            self._plan_memory(),
+            self.metric_store,
+            self.collate,
+            policy=lambda batch: self.policy_logps(batch),
+            reference=self.reference.logps,
+            autocast=self.compute_loss_context_manager,
+        )
+        evaluated = next(iter(self._evaluated().values()), None)
+        context = self.compute_loss_context_manager
+        callbacks = self.callback_handler.callbacks
+        self.samples = Samples(self.model, self.processing_class, args, evaluated, context, callbacks)
+        self.records, self.warnings = PairRecords(args.output_dir), Warnings(self.run_facts)
+        self.signal, self.early_stop = StopOnSignal(), EarlyStop.from_options(args)
+        parts: list[Part] = [self.step, self.reference, self.samples, self.records, self.warnings, *self.early_stop]
+        self.run_state = RunState(args.output_dir, self.metric_store, parts)
+        for callback in (self.signal, *self.early_stop, self.samples, self.records, StopOnNonFinite(self.step)):
+            self.add_callback(callback)
+        self.add_callback(self.warnings)
+        if args.sync_ref_model:
+            self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
 
     def _check_best_metric(self, args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
         if compute_metrics is None:  # which adds metrics of its own
@@ -159,77 +214,15 @@ class DPOTrainer(EvaluatingTrainer):
             with_kl = objective.needs_reference and tokens
             check_best_metric(args, eval_dataset, metric_names(objective.data, with_kl, objective.needs_mismatched))
 
-    def _plan_batches(self, data_collator: Any) -> None:
-        """The model is on its device now and can show how its batches are laid out."""
-        args, tokenizer = self.args, self.processing_class
-        copy_from_first(p for p in self.model.parameters() if p.requires_grad)
-        if world_size() > 1:
-            check_same("train_dataset", rows_digest(self.train_dataset))
-        self.forward_plan = plan_forward(self.model, args.share_prompts, self._autocast_dtype, args.fused_layers)
-        self.budget = self._plan_memory()
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id)
-        if args.caches_reference:
-            self.collate = KeyedCollator(self.collate)
-        # Mismatched answers come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
-        # out when all are there.
-        whole = self.objective.needs_mismatched or args.max_tokens_per_microbatch is not None
-        self.data_collator = KeepRows() if whole else ShareCollator(self.collate)
-
-    def _trained_with(self) -> TrainedWith:
-        args, base = self.args, self.model.get_base_model()
-        return TrainedWith(
-            loss_type=list(args.loss_type),
-            beta=args.beta,
-            reward=self.objective.parts[0].reward,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            precision=str(self._autocast_dtype or "no").removeprefix("torch."),
-            dtype=str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
-            quantization=quantization_options(getattr(base.config, "quantization_config", None)),
-            discount_gamma=args.discount_gamma,
-            ld_alpha=args.ld_alpha,
-            plain_fingerprint=plain_fingerprint(self.model),
-        )
-
-    @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+    def _evaluated(self) -> dict[str, Any]:
+        """Returns the trainer's own evaluation datasets by metric prefix."""
+        if isinstance(self.eval_dataset, dict):
+            return {f"eval_{name}": rows for name, rows in self.eval_dataset.items()}
+        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
 
     def _plan_memory(self) -> MemoryBudget:
-        args, fused = self.args, self.forward_plan.fused
-        layers = args.checkpoint_layers if args.gradient_checkpointing else 0
-        assert layers is not None
-        for_fused = {
-            "checkpoint_layers": args.gradient_checkpointing and layers != "auto",
-            "activation_offloading": args.activation_offloading,
-            "max_memory_gib": args.max_memory_gib is not None and args.max_tokens_per_microbatch != "auto",
-        }
-        if fused is None and (given := [name for name, on in for_fused.items() if on]):
-            raise OptionError(
-                f"{', '.join(given)}: for fused layers, and here the model's own run "
-                f"({self.forward_plan.unfused or self.forward_plan.reason}). Leave it out."
-            )
-        if args.activation_offloading and args.device.type == "cpu":
-            raise OptionError("activation_offloading has no effect on a CPU: leave it out.")
-        stored = storage_report(self.model, reference=self.reference.adapter)
-        element = (self._autocast_dtype or self.model.get_input_embeddings().weight.dtype).itemsize
-        how = {
-            "optimizer": str(getattr(args.optim, "value", args.optim)),
-            "element": element,
-            "fused": fused is not None,
-            "packed": fused is not None and fused.attention == "packed",
-            "offload": args.activation_offloading,
-        }
-        limit = memory_limit(
-            args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable
-        )
-        passes = int(self.objective.needs_reference and not args.caches_reference)
-        memory = memory_model(self.model, stored, **how)
-        budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
-        if fused is not None:
-            fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading
-        return budget
+        passes = int(self.objective.needs_reference and not self.args.caches_reference)
+        return plan_memory(self.model, self.args, self.forward_plan, self.reference.adapter, passes)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -240,7 +233,7 @@ class DPOTrainer(EvaluatingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Totals | None = None,
     ) -> Any:
-        """The loss of one micro-batch; with `return_outputs` also a `LossOutput`.
+        """Returns the loss of one micro-batch; with `return_outputs` also a `LossOutput`.
 
         Args:
             model: the PEFT model.
@@ -251,8 +244,8 @@ class DPOTrainer(EvaluatingTrainer):
         coupled = inputs.get("coupled")
         batch = PackedBatch(**fields_of(inputs))
         totals = num_items_in_batch or self.objective.totals([inputs])
-        ref = coupled.ref if coupled else self._reference(batch)
-        policy = self._policy(batch)
+        ref = coupled.ref if coupled else self.reference.logps(batch)
+        policy = self.policy_logps(batch)
         scored = self.objective.score(policy, ref, batch)
         if coupled:
             losses_I, loss = coupled.losses_I, coupled.loss(policy.token_logps_N, totals.items)
@@ -260,119 +253,257 @@ class DPOTrainer(EvaluatingTrainer):
             losses_I = self.objective.losses(scored, totals)
             loss = losses_I.sum() / totals.items
         output = LossOutput(losses_I.detach(), self.objective.rewards(scored), scored)
-        self._record(batch, output, policy, ref)
+        self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss
 
-    def _policy(self, batch: PackedBatch) -> Scores:
+    def policy_logps(self, batch: PackedBatch) -> Scores:
+        """Returns the log-probs of a batch under the policy."""
         return completion_logps(self.model, batch, self.forward_plan.scorer, log_sum_sq=self.objective.log_sum_sq)
 
-    def _record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
+    def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
+        """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
         metrics = preference_metrics(self.objective.data, output.scored, output.rewards_C, policy, ref, batch)
         if self.model.training:
-            self.step_finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
+            self.step.finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
             self.metric_store.add("train", metrics)
         else:
             by_length = length_metrics(self.objective.data, output.scored, output.rewards_C)
             self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
-            self.record_pairs(batch, output.scored, output.rewards_C)
+            if self.objective.data in ("pairs", "trajectories"):
+                self.records.add(batch, output.scored, output.rewards_C)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `ReferencedTrainer.train`. What was added to the model since it was probed is heeded."""
-        plan = recheck(self.forward_plan, self.model, self._autocast_dtype)
+    # ---- A run --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, or resumes an interrupted run (see `transformers.Trainer.train`).
+
+        Before the first step, policy and reference must be equal; the reference's cache is filled if asked for. On
+        SIGTERM or Ctrl-C the step is finished and saved; a second signal ends the process at once. `samples.jsonl` and
+        `eval_examples.jsonl` in `output_dir` are this run's.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True for the newest whole one in `output_dir`; "latest" for
+                the same, or a start from scratch if there is none yet. `args.resume_from_checkpoint` if None.
+
+        Raises:
+            CheckpointError: the checkpoint is not whole, or one could not be written.
+            OptionError: an option differs from the checkpoint's, and the optimizer's state would overrule it.
+            ReferenceMismatchError: policy and reference differ at the start, or the checkpoint was trained against
+                another reference.
+            NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
+            TrainingInterrupted: after a signal; a `SystemExit` with the signal's exit status.
+        """
+        self._prepare_run()
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        folder = self.run_state.find(resume)
+        if folder is not None:
+            self.reference.check_resumable(Path(folder))
+            self.run_state.compare(Path(folder), self.trajectory())
+        with self.step.running(), self.signal.listening():
+            output = super().train(folder, *args, **kwargs)
+        if self.signal.agree():
+            if self.run_state.saved_step != self.state.global_step:  # it came after the last step
+                self._save_checkpoint(self.model, None)
+            self.signal.leave(self.state.global_step, resumable=not self.args.save_only_model)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _prepare_run(self) -> None:
+        self.samples.reset()
+        self.records.reset()
+        self.warnings.reset()
+        for early_stop in self.early_stop:
+            early_stop.reset()
+        # What was added to the model since it was probed is heeded.
+        plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:
             if self.args.fused_layers:
                 raise OptionError(f"fused_layers=True, but by now {plan.unfused}: leave it out.")
-            self.forward_plan = plan
-            self.budget = self._plan_memory()
+            self.forward_plan = self.reference.plan = plan
+            self.step.budget = self._plan_memory()
             logger.warning("%s", plan)
-        return super().train(*args, **kwargs)
+        with self.compute_loss_context_manager():
+            self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
+            if self.args.precompute_ref_log_probs:
+                self.reference.precompute({"train": self.train_dataset, **self._evaluated()}, self.collate)
+        self.accelerator.wait_for_everyone()
 
-    # ---- Hooks of transformers.Trainer --------------------------------------------------------------------------
+    def trajectory(self) -> dict[str, Any]:
+        """Returns options, the adapter's shape and the rows: what a resumed run should share with the interrupted."""
+        adapter = self.model.peft_config[self.policy_adapter]
+        return trajectory(self.args, adapter, self._rows_digest, self._base_fingerprint)
+
+    @cached_property
+    def _rows_digest(self) -> str:
+        return rows_digest(self.train_dataset)
+
+    @cached_property
+    def _base_fingerprint(self) -> str:
+        return self.reference.base_fingerprint()
+
+    def run_facts(self, state: TrainerState) -> RunFacts:
+        """Returns what the warnings need to know beside the log."""
+        args, report = self.args, self.prepare.reports["train"]
+        evaluated = self._evaluated() if args.eval_strategy != "no" else {}
+        return RunFacts(
+            reward=self.objective.parts[0].reward,
+            beta=1.0 if args.beta is None else args.beta,
+            tokens=report.completion_tokens / report.completions if report.completions else None,
+            held_out={name: self.prepare.reports[name].kept_rows for name in evaluated},
+            max_steps=state.max_steps,
+        )
+
+    @property
+    def warnings_raised(self) -> list[dict[str, Any]]:
+        """Returns `step`, `name` and `message` of this run's warnings (docs/diagnostics.md), each name once."""
+        return self.warnings.raised
+
+    # ---- Hooks of transformers.Trainer: the step ----------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Returns the micro-batches of one optimizer step, and its `Totals`."""
+        entries, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self.step.begin(entries) if entries else (entries, None)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
+    ) -> Tensor:
+        """Runs forward and backward of one micro-batch. Returns this process's part of the loss, detached."""
+        backward = super().training_step
+        return self.step.run(inputs, lambda part, totals: backward(model, part, totals))
 
     def compute_loss_context_manager(self) -> Any:
         """Mixed precision around both passes: they call the backbone, past the `forward` that accelerate wraps."""
         return self.accelerator.autocast()
 
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self.step.clip_grad_norm(self.accelerator)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Two forward passes and the backward pass that skips the frozen weights: 6 per weight and distinct token."""
-        if "empty" in inputs:
-            return 0
-        return 6 * inputs["input_ids"].numel() * self._weights
+        """Counts two forward passes, and the backward pass that skips the frozen weights: 6 per weight and token."""
+        return 0 if "empty" in inputs else 6 * inputs["input_ids"].numel() * self._weights
 
     @cached_property
     def _weights(self) -> int:
         return self.model.num_parameters(exclude_embeddings=True)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in `transformers.Trainer`; a dataset given to `evaluate` is prepared as those of the constructor are."""
-        return super().get_eval_dataloader(self._prepare_given(eval_dataset, "eval"))
+    # ---- Hooks of transformers.Trainer: the run -----------------------------------------------------------------
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As in `transformers.Trainer`, preparing the dataset given to `predict`."""
-        return super().get_test_dataloader(self._prepare_given(test_dataset, "test"))
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers looks whether the run is over after a step: one that was killed at its very end, or stopped
+        # early before it was killed, would take one more.
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
-    def _prepare_given(self, dataset: Any, name: str) -> Any:
-        known = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        if dataset is None or isinstance(dataset, str) or any(dataset is one for one in [self.train_dataset, *known]):
-            return dataset
-        return self._prepare(dataset, self.processing_class, self.args, name)
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        # With save_strategy="best" an evaluation decides, and may have decided against what the signal asked for.
+        if self.signal.agreed and self.run_state.saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs; a training log gets the metrics since the last one, and the cache's hits."""
+        if "loss" in logs:
+            logs |= self.reference.counts()
+        self.run_state.complete(logs)
+        super().log(logs, start_time)
+
+    # ---- Hooks of transformers.Trainer: data and evaluation -----------------------------------------------------
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        own = [self.train_dataset, *self._evaluated().values()]
+        if not any(dataset is one for one in own):  # given to `evaluate` or `predict`
+            dataset = self.prepare(dataset, "test" if description == "test" else "eval")
+        loader = super()._get_dataloader(dataset, description, batch_size * world_size(), *args, **kwargs)
+        unshard(loader, dataset)
+        return loader
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = PREPARED_COLUMNS
 
-    # ---- Data ---------------------------------------------------------------------------------------------------
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns an evaluation batch's loss, implicit rewards and labels (see `compute_metrics`)."""
 
-    def _prepare(self, dataset: Any, tokenizer: Any, args: DPOConfig, name: str) -> Any:
-        with args.main_process_first(desc=f"preparing the {name} dataset"):
-            prepared, report = prepare_dataset(
-                dataset,
-                tokenizer,
-                name=name,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                num_proc=args.dataset_num_proc,
-                on_unusable=args.on_unusable,
-                max_unusable_share=args.max_unusable_share,
-                data=self.objective.data,
-                label_columns=self.objective.label_columns,
-                discount_unit=args.discount_unit,
-                single_best=self.objective.single_best,
-            )
-        self.data_reports[name] = report
-        logger.warning("%s", report)
-        return prepared
+        def score(part: dict[str, Any], totals: Totals) -> tuple[Tensor, list[Any]]:
+            loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
+            return loss, predictions(self.objective.data, output.scored, output.rewards_C, part["rows"])
 
-    def _prepare_eval(self, dataset: Any, tokenizer: Any, args: DPOConfig) -> Any:
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {name: self._prepare(part, tokenizer, args, f"eval_{name}") for name, part in dataset.items()}
-        return self._prepare(dataset, tokenizer, args, "eval")
+        loss, rows = self.step.predict(inputs, score)
+        if prediction_loss_only:
+            return loss, None, None
+        rewards, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
+        return loss, rewards, labels
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`. Once `train()` has begun, the trainer's own evaluation datasets also give the
+        pairs of `eval_examples.jsonl`, and their first prompts the completions of `samples.jsonl`."""
+        with self.records.recording(eval_dataset is None or isinstance(eval_dataset, str)):
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if self.records.begun and eval_dataset is None:
+            self.samples.take(self.state.global_step)
+        return metrics
 
-def _build_model(
-    model: Any,
-    args: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    quantization_config: Any,
-    peft_config: Any,
-    needs_reference: bool,
-) -> tuple[PeftModel, Reference]:
-    name = model if isinstance(model, str) else None
-    if isinstance(model, str):
-        quantize = args.quantize_base is not False
-        init_kwargs = args.model_init_kwargs
-        assert not isinstance(init_kwargs, str)
-        model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
-    check_vocabulary(model, tokenizer)
-    continued = isinstance(model, PeftModel)
-    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
-    if continued and reference.choice == "initial" and reference.adapter is not None:
-        reference = replace(reference, source=name)  # where the adapter came from, so that it is found again
-    if args.sync_ref_model and reference.adapter is None:
-        reference = replace(reference, adapter=freeze_copy(model))
-    if args.disable_dropout and (found := disable_dropout(model)):
-        logger.warning("disable_dropout=True: turned off %s.", ", ".join(found))
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return model, reference
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
+        self.metric_store.clear("eval")
+        self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        metrics = self.metric_store.pop("eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in add_length_balanced(metrics).items()})
+        self.records.finish(prefix, self.state.global_step)
+        return output
+
+    # ---- Hooks of transformers.Trainer: checkpoints and results -------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.run_state.save_checkpoint(self, self.trajectory())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_has_optimizer(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.run_state.load(Path(resume_from_checkpoint))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        check_reported(self.args.metric_for_best_model, metrics, self.state.global_step)
+        return super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        """Loads the best adapter, whatever its name, and the reference that it had if that moves."""
+        best, step = Path(str(self.state.best_model_checkpoint)), self.state.global_step
+        folder = best if self.policy_adapter == "default" else best / self.policy_adapter
+        device = str(self.args.device)
+        self.model.load_adapter(str(folder), self.policy_adapter, is_trainable=True, torch_device=device)
+        self.reference.load_state_dict({}, best)
+        logger.info("The best adapter is loaded: %s (%s).", best, self.state.best_metric)
+        if best.name != f"checkpoint-{step}":  # the newest samples are to be of the adapter that is saved
+            self.samples.renew(step)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, selected_adapters=[self.policy_adapter])
+        self.processing_class.save_pretrained(folder)
+        args = copy.copy(self.args)
+        args.hub_token = None  # a pickle is no place for it
+        torch.save(args, folder / "training_args.bin")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the adapter and the tokenizer. Called by a user also metrics.json, recipe.yaml, curves.png and the
+        model card; and with `push_to_hub` all of it is published.
+
+        Raises:
+            PublishError: publishing failed. What is saved stays.
+        """
+        folder = output_dir or self.args.output_dir
+        self._save(folder)
+        if _internal_call:
+            return

@@ -3,20 +3,23 @@
 Every process reads the rows of all processes' micro-batches and keeps its share. Losses are divided by the items of
 the whole optimizer batch and gradients are summed, so neither the number of processes nor the split into micro-batches
 changes the step. With a token budget the rows of a whole step are packed into as few micro-batches as it allows
-(`microbatch.py`). A micro-batch that runs out of memory is halved, and the step repeated.
+(`packing.py`). A micro-batch that runs out of memory is halved, and the step repeated.
 
-Shape suffixes: I items of the loss, B pairs, C completions.
+A micro-batch is a dict of the fields of `PackedBatch`. What `transformers.Trainer` counts as one (an *entry* of its
+loop) may hold several of them under a token budget, or none.
 """
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config import DPOConfig
 from ..data.collator import mismatch
 from ..distributed import (
     ShareCollator,
@@ -25,74 +28,162 @@ from ..distributed import (
     rank,
     sum_gradients,
     sum_over_processes,
-    unshard,
     world_size,
 )
 from ..forward import PackedBatch, Scores, halves
 from ..objective import Scored, Totals, TrainingObjective
 from .memory_budget import MemoryBudget
+from .metrics import Mean, MetricStore
 from .packing import describe, hang, pack_rows, size_of, to_device
-from .resume import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
-
-class Step(NamedTuple):
-    """The optimizer step that is being accumulated."""
-
-    # Micro-batches: fields of `PackedBatch`, and what `_split` and `_couple` add. Under a token budget an entry of the
-    # training loop holds some of them or none, see `hang`.
-    batches: list[dict[str, Any]]
-    totals: Totals
-    metrics: Any  # the metric store as it was before the step
+MicroBatch = dict[str, Any]
+Score = Callable[[PackedBatch], Scores]
 
 
-def fields_of(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A micro-batch without what was added to the fields of `PackedBatch`."""
-    return {name: value for name, value in inputs.items() if name not in ("coupled", "parts")}
+class OptimizerStep:
+    """The optimizer step that is being accumulated.
 
+    Args:
+        model: the PEFT model.
+        args: the options.
+        objective: what is minimized.
+        budget: how large micro-batches may be, and how many layers are checkpointed.
+        metrics: where losses are added up.
+        collate: prepared rows to a micro-batch.
+        policy: log-probs under the policy, with a graph unless gradients are off.
+        reference: log-probs under the reference; None for an objective without one.
+        autocast: mixed precision around both.
 
-class SteppingTrainer(ResumableTrainer):
-    """Takes optimizer steps on micro-batches. A subclass has the method: `compute_loss`, `_policy`, `_reference`."""
+    Attributes:
+        halvings: how often each micro-batch is cut in two, since it did not fit.
+        finite: per micro-batch so far, the dataset rows of its items and whether the loss of each is finite.
+    """
 
-    objective: TrainingObjective
-    budget: MemoryBudget
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-    step: Step
-    accumulated = 0  # micro-batches of the step whose gradients are there
-    halvings = 0  # how often each micro-batch is cut in two, since it did not fit
-    step_finite: list[tuple[Tensor, Tensor]]  # rows and whether their loss is finite, per micro-batch
-    _pads: bool | None = None  # whether `collate` pads; known once it has laid something out
-    _packing_logged = False
-    _trained: Sequence[nn.Parameter] = ()
-    _grad_norm: Tensor | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DPOConfig,
+        objective: TrainingObjective,
+        budget: MemoryBudget,
+        metrics: MetricStore,
+        collate: Callable[[Sequence[dict[str, Any]]], MicroBatch],
+        policy: Score,
+        reference: Callable[[PackedBatch], Scores | None],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ):
+        self.model, self.args, self.objective, self.budget, self.metrics = model, args, objective, budget, metrics
+        self.collate, self._policy, self._reference, self._autocast = collate, policy, reference, autocast
+        self.halvings = 0
+        self.finite: list[tuple[Tensor, Tensor]] = []
+        self._entries: list[dict[str, Any]] = []
+        self._totals = Totals(0, 1.0)
+        self._done = 0  # entries of the step whose gradients are there
+        self._metrics_before: Any = None
+        self._pads: bool | None = None  # whether `collate` pads; known once it has laid something out
+        self._packing_logged = False
+        self._trained: Sequence[nn.Parameter] = ()
+        self._grad_norm: Tensor | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.step_finite = []
+    def state_dict(self, folder: Path) -> dict[str, int]:
+        """Returns what a checkpoint keeps of it: a resumed run cuts micro-batches as the interrupted one did."""
+        return {"halvings": self.halvings}
 
-    def _policy(self, batch: PackedBatch) -> Scores:
-        raise NotImplementedError
+    def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Takes up a run's state."""
+        self.halvings = state["halvings"]
 
-    def _reference(self, batch: PackedBatch) -> Scores | None:
-        raise NotImplementedError
+    # ---- Forward and backward ------------------------------------------------------------------------------------
 
-    # ---- The CPU's share of a step -------------------------------------------------------------------------------
+    def begin(self, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Totals]:
+        """Lays out the rows of a step. An objective that couples them takes its loss here, over all of them.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `ResumableTrainer`."""
-        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with _without_surveys(self.model, self._trained):
-            return super().train(*args, **kwargs)
+        Args:
+            entries: from the data loader: micro-batches, or rows that were kept (`KeepRows`).
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        if self.args.fp16:  # gradients are to be unscaled first
-            return super()._clip_grad_norm(model)
+        Returns:
+            As many entries for the training loop, and the step's totals over all processes.
+        """
+        self.model.train()
+        self._entries = self.lay_out(entries)
+        self._totals = self.totals(micro_batches(self._entries))
+        self._metrics_before = self.metrics.snapshot()
+        self._start_over()
+        self._until_it_fits(self._split)
+        return self._entries, self._totals
+
+    def run(self, entry: dict[str, Any], backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
+        """Adds the gradients of an entry; with the last one of the step, sums them over the processes.
+
+        Args:
+            entry: one of those that `begin` returned.
+            backward: runs forward and backward of a micro-batch; returns its loss, detached.
+
+        Returns:
+            This process's part of the entry's loss, detached.
+
+        Raises:
+            torch.OutOfMemoryError: a single row does not fit, or the objective's batch can't be cut.
+        """
+        index = next(i for i, one in enumerate(self._entries) if one is entry)
+        loss = self._until_it_fits(lambda: self._accumulate_to(index, backward))
+        if index == len(self._entries) - 1:
+            sum_gradients(self.model.parameters())
+        return loss
+
+    def _accumulate_to(self, index: int, backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
+        """Adds the gradients up to an entry, from the first one if the step is repeated. Returns the last loss."""
+        loss = torch.zeros((), device=self.args.device)
+        for i in range(self._done, index + 1):
+            loss = torch.zeros((), device=self.args.device)
+            for part in parts_of(self._entries[i]):
+                if "empty" not in part:
+                    loss = loss + backward(part, self._totals)
+            self._record_loss(loss, ends_step=i == len(self._entries) - 1)
+            self._done = i + 1
+        return loss
+
+    def _record_loss(self, loss: Tensor, ends_step: bool) -> None:
+        # A mean over steps: one process counts each step once, with its last entry.
+        steps = float(ends_step and rank() == 0)
+        mean = {"loss": Mean(loss.detach(), torch.tensor(steps, device=loss.device))}
+        self.metrics.add("train", mean)
+        self.metrics.add("run", mean)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, `model.train()` and `model.zero_grad()`, which are called in every step, do not walk through a few
+        thousand modules where there is nothing to change: the GPU has nothing to do meanwhile."""
+        model = self.model
+        self._trained = trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def train(mode: bool = True) -> nn.Module:
+            return model if mode and model.training else type(model).train(model, mode)
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in trained:
+                parameter.grad = None
+
+        mine = {
+            name: method for name, method in (("train", train), ("zero_grad", zero_grad)) if name not in vars(model)
+        }
+        vars(model).update(mine)
+        try:
+            yield
+        finally:
+            for name in mine:
+                del vars(model)[name]
+
+    def clip_grad_norm(self, accelerator: Any) -> Tensor:
+        """Clips the step's gradients to `max_grad_norm` together. Returns their norm before."""
+        if self.args.fp16:  # its gradients are scaled until accelerate clips them
+            return accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
         return self._grad_norm
 
     def take_grad_norm(self) -> Tensor:
-        """Norm of the step's gradients before they were clipped, once."""
+        """Returns the norm of the step's gradients before they were clipped, and forgets it."""
         norm, self._grad_norm = self._grad_norm, None
         if norm is not None:
             return norm
@@ -100,77 +191,50 @@ class SteppingTrainer(ResumableTrainer):
 
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        loader = super()._get_dataloader(dataset, description, batch_size * world_size(), *args, **kwargs)
-        unshard(loader, dataset)
-        return loader
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step, and its `Totals`.
-
-        An objective that couples the samples of a batch takes its loss here, over all of them, so that any split into
-        micro-batches gives the same step.
-        """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        self.model.train()
-        batches = self._lay_out(batches)
-        self.step = Step(batches, self._totals(_parts(batches)), self.metric_store.snapshot())
-        self.accumulated = 0
-        self.step_finite = []
-        self._until_it_fits(self._split)
-        return batches, self.step.totals
-
-    def _lay_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows that were kept become as many entries of the training loop, each row with the answers of another one
-        beside its own if the objective reads them."""
-        if "kept" not in batches[0]:
-            return batches
-        kept = [batch["kept"].rows for batch in batches]
+    def lay_out(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Turns rows that were kept into as many entries of the training loop; each row with the completions of
+        another one beside its own if the objective reads them."""
+        if "kept" not in entries[0]:
+            return entries
+        kept = [entry["kept"].rows for entry in entries]
         if self.objective.needs_mismatched:
             rows = iter(mismatch([row for part in kept for row in part]))
             kept = [list(itertools.islice(rows, len(part))) for part in kept]
-        if getattr(self.args, "max_tokens_per_microbatch", None) is None:
+        if self.args.max_tokens_per_microbatch is None:
             collate = ShareCollator(self.collate)
             return [to_device(collate(part), self.args.device) for part in kept]
         # The rows that `ShareCollator` would keep, so that predictions find their places again.
-        return self._pack([row for part in kept for row in part[rank() :: world_size()]], len(batches))
+        return self._pack([row for part in kept for row in part[rank() :: world_size()]], len(entries))
 
     def _pack(self, rows: list[dict[str, Any]], entries: int) -> list[dict[str, Any]]:
-        """This process's rows of a step in micro-batches within the budget, hung on `entries` entries."""
+        """This process's rows of a step in micro-batches within the budget, hung on so many entries."""
         if not rows:
             return hang([], [], entries)
         if self._pads is None:
             self._pads = self.collate(rows[:1]).get("attention_mask") is not None
-        budget = self.microbatch_tokens([size_of(row, not self._pads) for row in rows])
+        budget = self.budget.microbatch_tokens([size_of(row, not self._pads) for row in rows])
         bins = pack_rows(rows, budget, shared=not self._pads)
         packs = [to_device(self.collate([rows[i] for i in one]), self.args.device) for one in bins]
         if self.model.training and not self._packing_logged:
             self._packing_logged = True
-            logger.warning("The first optimizer step is packed: %s", describe(packs, budget))
+            logger.info("The first optimizer step is packed: %s", describe(packs, budget))
         return hang(packs, bins, entries)
 
-    def microbatch_tokens(self, samples: Sequence[tuple[int, int, int]]) -> int:
-        """The token budget of a micro-batch, for the rows of an optimizer step or of an evaluation batch.
-
-        Args:
-            samples: (tokens, keys, predicted) of each row of this process, at least one; see `microbatch.Size`.
-        """
-        return self.budget.microbatch_tokens(samples)
-
-    def _totals(self, batches: list[dict[str, Any]]) -> Totals:
-        """Of the micro-batches of an optimizer step, all processes' together."""
+    def totals(self, batches: Sequence[MicroBatch]) -> Totals:
+        """Returns the totals of an optimizer step's micro-batches, all processes' together."""
         own = self.objective.totals([batch for batch in batches if "empty" not in batch])
         if world_size() == 1:
             return own
         items, chosen = sum_over_processes([own.items, float(own.mean_chosen_length) * own.items])
         return Totals(int(items), chosen / items)
 
-    def _couple(self, batches: list[dict[str, Any]], totals: Totals) -> None:
+    def couple(self, batches: Sequence[MicroBatch], totals: Totals) -> None:
+        """Takes the loss over all of an objective's coupled batch, if it couples; each micro-batch gets its part."""
+        if not self.objective.batch_coupled or (len(batches) < 2 and world_size() == 1):
+            return
         batches = [batch for batch in batches if "empty" not in batch]
-        packed = [PackedBatch(**fields_of(self._prepare_inputs(batch))) for batch in batches]
-        with torch.no_grad(), self.compute_loss_context_manager():
+        packed = [PackedBatch(**fields_of(batch)) for batch in batches]
+        with torch.no_grad(), self._autocast():
             refs = [self._reference(batch) for batch in packed]
             policies = [self._policy(batch) for batch in packed]
         coupled = self.objective.couple(packed, policies, refs, totals, self._scores_elsewhere)
@@ -183,38 +247,34 @@ class SteppingTrainer(ResumableTrainer):
         moved = [[] if share is None else [share.to(self.args.device)] for share in shares]
         return sum(moved[: rank()], []), sum(moved[rank() + 1 :], [])
 
-    # ---- Forward and backward ------------------------------------------------------------------------------------
+    def predict(self, entry: dict[str, Any], score: Callable[[MicroBatch, Totals], Any]) -> tuple[Tensor, list[Any]]:
+        """Scores an evaluation batch. What couples a batch is taken over it, and a token budget holds here too.
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
-    ) -> Tensor:
-        """Forward and backward of one micro-batch; with the last one of a step, the sum over processes.
+        Args:
+            entry: from the data loader.
+            score: gives a micro-batch's loss and, for each of its rows, what becomes of it.
 
         Returns:
-            This process's part of the loss, detached.
+            This process's part of the loss, and what `score` gave for the rows of all processes, in their order.
         """
-        index = next(i for i, batch in enumerate(self.step.batches) if batch is inputs)
-        loss = self._until_it_fits(lambda: self._accumulate_to(model, index))
-        if index == len(self.step.batches) - 1:
-            sum_gradients(self.model.parameters())
-        return loss
-
-    def _accumulate_to(self, model: nn.Module, index: int) -> Tensor:
-        """Add the gradients up to a micro-batch, from the beginning if the step is repeated. Returns the last loss."""
-        loss = torch.zeros((), device=self.args.device)
-        for i in range(self.accumulated, index + 1):
-            loss = torch.zeros((), device=self.args.device)
-            for part in _parts_of(self.step.batches[i]):
-                if "empty" not in part:
-                    loss = loss + super().training_step(model, part, self.step.totals)
-            self.record_loss(loss, ends_step=i == len(self.step.batches) - 1)
-            self.accumulated = i + 1
-        return loss
+        (entry,) = self.lay_out([entry])
+        parts = [part for part in parts_of(entry) if "empty" not in part]
+        totals = self.totals(parts)
+        self.couple(parts, totals)
+        loss, rows = torch.zeros((), device=self.args.device), []
+        for part in parts:
+            with torch.no_grad(), self._autocast():
+                part_loss, part_rows = score(part, totals)
+            loss = loss + part_loss.float()
+            rows += part_rows
+        if "order" in entry:
+            rows = [row for _, row in sorted(zip(entry["order"], rows, strict=True), key=lambda placed: placed[0])]
+        return loss, interleave(gather_over_processes(rows))
 
     # ---- Out of memory -------------------------------------------------------------------------------------------
 
     def _until_it_fits(self, action: Callable[[], Any]) -> Any:
-        """Run a part of the step. When memory runs out, micro-batches are cut in two and the step is begun again."""
+        """Runs a part of the step. When memory runs out, micro-batches are cut in two and the step is begun again."""
         while True:
             try:
                 return action()
@@ -224,7 +284,7 @@ class SteppingTrainer(ResumableTrainer):
             self._make_room(message)
 
     def _make_room(self, message: str) -> None:
-        """Checkpoint more layers if that is left to us and may help, else halve; and begin the step again."""
+        """Checkpoints more layers if that is left to us and may help, else halves; and begins the step again."""
         held = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
         if self.budget.tighten(held):
             logger.warning(
@@ -236,16 +296,18 @@ class SteppingTrainer(ResumableTrainer):
         else:
             self._halve(message)
         self.model.zero_grad(set_to_none=True)
-        self.metric_store.restore(self.step.metrics)
-        self.step_finite = []
-        self.accumulated = 0
+        self.metrics.restore(self._metrics_before)
+        self._start_over()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._until_it_fits(self._split)
 
+    def _start_over(self) -> None:
+        self.finite, self._done = [], 0
+
     def _halve(self, message: str) -> None:
-        rows = [len(part["rows"]) for part in _parts(self.step.batches) if "empty" not in part]
-        packed = any("packs" in batch for batch in self.step.batches)
+        rows = [len(part["rows"]) for part in micro_batches(self._entries) if "empty" not in part]
+        packed = any("packs" in entry for entry in self._entries)
         lower = "max_tokens_per_microbatch" if packed else "per_device_train_batch_size"
         if max(rows, default=1) < 2:
             raise torch.OutOfMemoryError(
@@ -253,7 +315,7 @@ class SteppingTrainer(ResumableTrainer):
                 f"or use a smaller model. ({message})"
             )
         # Not on one process of several, which must couple together; nor under dropout, whose masks would not repeat.
-        if self.objective.batch_coupled and (world_size() > 1 or not getattr(self.args, "disable_dropout", True)):
+        if self.objective.batch_coupled and (world_size() > 1 or not self.args.disable_dropout):
             raise torch.OutOfMemoryError(
                 "Out of memory, and this objective couples its batch: in several processes, or with dropout, it can't "
                 f"be cut. Lower {lower}. ({message})"
@@ -269,104 +331,31 @@ class SteppingTrainer(ResumableTrainer):
         )
 
     def _split(self) -> None:
-        """Cut every micro-batch as often as memory made it necessary; couple what the objective couples."""
-        for batch in self.step.batches if self.halvings else ():
-            parts = [fields_of(pack) for pack in batch.get("packs", [batch])]
+        """Cuts every micro-batch as often as memory made it necessary; couples what the objective couples."""
+        for entry in self._entries if self.halvings else ():
+            parts = [fields_of(pack) for pack in entry.get("packs", [entry])]
             for _ in range(self.halvings):
                 parts = [half for part in parts for half in _halves(part)]
-            batch["parts"] = parts
-        parts = _parts(self.step.batches)
-        if self.objective.batch_coupled and (len(parts) > 1 or world_size() > 1):
-            self._couple(parts, self.step.totals)
-
-    # ---- Evaluation ----------------------------------------------------------------------------------------------
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One evaluation batch: its loss, implicit rewards and labels (see `compute_metrics` of `DPOTrainer`).
-
-        What couples a batch is taken over the evaluation batch. A token budget holds here too.
-        """
-        batch = self._lay_out([inputs])[0]
-        parts = [self._prepare_inputs(part) for part in _parts_of(batch) if "empty" not in part]
-        totals = self._totals(parts)
-        if self.objective.batch_coupled and (len(parts) > 1 or world_size() > 1):
-            self._couple(parts, totals)
-        loss, rows = torch.zeros((), device=self.args.device), []
-        for part in parts:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                part_loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
-            loss = loss + part_loss.float()
-            rows += [] if prediction_loss_only else self._by_row(output, part)
-        if prediction_loss_only:
-            return loss, None, None
-        if "order" in batch:
-            rows = [row for _, row in sorted(zip(batch["order"], rows, strict=True), key=lambda placed: placed[0])]
-        rows = interleave(gather_over_processes(rows))
-        predictions, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
-        return loss, predictions, labels
-
-    def _by_row(self, output: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Implicit rewards and labels of each row of an evaluation batch."""
-        if self.objective.data in ("pairs", "trajectories"):
-            rewards_B2 = output.rewards_C.view(-1, 2)
-            return list(
-                zip(rewards_B2.split(1), torch.zeros_like(rewards_B2[:, 0], dtype=torch.long).split(1), strict=True)
-            )
-        scored = output.scored
-        sample_of_C = scored.own(scored.sample_of_C)
-        rows_C = inputs["rows"][sample_of_C].to(scored.grade_C.dtype)
-        labels_C2 = torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
-        sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
-        return list(zip(scored.own(output.rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
-        self.metric_store.clear("eval")
-        self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        metrics = self.metric_store.pop("eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
-        return output
+            entry["parts"] = parts
+        self.couple(micro_batches(self._entries), self._totals)
 
 
-@contextmanager
-def _without_surveys(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, `model.train()` and `model.zero_grad()`, which are called in every step, do not walk through a few
-    thousand modules where there is nothing to change: the GPU has nothing to do meanwhile."""
-
-    def train(mode: bool = True) -> nn.Module:
-        return model if mode and model.training else type(model).train(model, mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    mine = {name: method for name, method in (("train", train), ("zero_grad", zero_grad)) if name not in vars(model)}
-    vars(model).update(mine)
-    try:
-        yield
-    finally:
-        for name in mine:
-            del vars(model)[name]
+def fields_of(batch: MicroBatch) -> dict[str, Any]:
+    """Returns a micro-batch without what was added to the fields of `PackedBatch`."""
+    return {name: value for name, value in batch.items() if name not in ("coupled", "parts")}
 
 
-def _parts_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is run for an entry of the training loop: its micro-batches, or what `_split` made of them."""
-    return batch.get("parts", batch.get("packs", [batch]))
+def parts_of(entry: dict[str, Any]) -> list[MicroBatch]:
+    """Returns what is run for an entry of the training loop: its micro-batches, or what they were cut into."""
+    return entry.get("parts", entry.get("packs", [entry]))
 
 
-def _parts(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [part for batch in batches for part in _parts_of(batch)]
+def micro_batches(entries: Sequence[dict[str, Any]]) -> list[MicroBatch]:
+    """Returns what is run for several entries."""
+    return [part for entry in entries for part in parts_of(entry)]
 
 
-def _halves(part: dict[str, Any]) -> list[dict[str, Any]]:
+def _halves(part: MicroBatch) -> list[MicroBatch]:
     if "empty" in part or len(part["rows"]) < 2:
         return [part]
     return [half.as_dict() for half in halves(PackedBatch(**part))]

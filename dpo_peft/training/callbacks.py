@@ -1,5 +1,5 @@
-"""What is watched while a run goes on: numbers that are not finite, signals, when the reference follows the policy,
-when a held-out metric gets no better."""
+"""Callbacks that act on a run: they stop it at numbers that are not finite, at a signal, or when a held-out metric
+gets no better, and they move a reference that follows the policy."""
 
 import logging
 import math
@@ -7,37 +7,40 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..config import DPOConfig
 from ..distributed import any_process, gather_over_processes, rank
-from ..errors import NonFiniteError
-from ..reference.frozen_adapter import mix_into
+from ..errors import NonFiniteError, TrainingInterrupted
+from ..reference.policy import ReferencePolicy
+from .accumulation import OptimizerStep
 
 logger = logging.getLogger(__name__)
 
 
-class StopWhenNonFinite(TrainerCallback):
-    """Before every optimizer step: one look at the losses and gradients of its micro-batches."""
+class StopOnNonFinite(TrainerCallback):
+    """Looks once before every optimizer step at the losses and gradients of its micro-batches."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, step: OptimizerStep):
+        self.step = step
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self.trainer
+        """Raises `NonFiniteError`, in all processes, before the optimizer takes a step that is not finite."""
         # A process whose share of the batch is empty has nothing.
         rows, finite = torch.empty(0, dtype=torch.long), torch.ones(0, dtype=torch.bool)
-        if trainer.step_finite:
-            rows, finite = map(torch.cat, zip(*trainer.step_finite, strict=True))
-            trainer.step_finite = []
+        if self.step.finite:
+            rows, finite = map(torch.cat, zip(*self.step.finite, strict=True))
+            self.step.finite = []
         all_finite = finite.all()
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
         if not args.fp16:
-            norm = trainer.take_grad_norm()
+            norm = self.step.take_grad_norm()
             all_finite = all_finite & torch.isfinite(norm).to(all_finite.device)
         if any_process(not all_finite):
             self._stop(state, rows, finite)
@@ -86,44 +89,46 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop, all processes at the same step."""
+        """Saves and stops, all processes at the same step."""
         if self.agree():
             control.should_save = control.should_training_stop = True
 
     def agree(self) -> bool:
-        """Whether a signal came to any of the processes. All of them must ask."""
+        """Returns whether a signal came to any of the processes. All of them must ask."""
         self.agreed = self.agreed or any_process(self._received is not None)
         if self.agreed and self._received is None:
             self._received = signal.SIGTERM  # another process was told
         return self.agreed
 
-    @property
-    def name(self) -> str:
-        """Which one, for people."""
-        return "Ctrl-C" if self._received == signal.SIGINT else "SIGTERM"
+    def leave(self, step: int, resumable: bool) -> None:
+        """Ends the run, whose checkpoint is saved.
 
-    @property
-    def exit_status(self) -> int:
-        """What a shell gives for a process that the signal ended."""
-        return 128 + (self._received or 0)
+        Raises:
+            TrainingInterrupted: with the exit status that a shell gives for a process that the signal ended.
+        """
+        how = "Resume with resume_from_checkpoint='latest'."
+        if not resumable:
+            how = "It can't be resumed, since save_only_model leaves out the optimizer."
+        name = "Ctrl-C" if self._received == signal.SIGINT else "SIGTERM"
+        logger.warning("Stopped by %s after step %d; checkpoint-%d is saved. %s", name, step, step, how)
+        raise TrainingInterrupted(128 + (self._received or 0))
 
 
 class SyncReference(TrainerCallback):
     """TR-DPO: every `steps` steps the frozen reference moves towards the policy (Gorbatovski et al. 2024)."""
 
-    def __init__(self, model: Any, policy: str, frozen: str, alpha: float, steps: int):
-        self.mix = lambda: mix_into(model, policy, frozen, alpha)
-        self.steps = steps
+    def __init__(self, reference: ReferencePolicy, alpha: float, steps: int):
+        self.reference, self.alpha, self.steps = reference, alpha, steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Mix if it is time."""
+        """Mixes if it is time."""
         if state.global_step % self.steps == 0:
-            self.mix()
+            self.reference.mix(self.alpha)
 
 
-class StopEarly(TrainerCallback):
+class EarlyStop(TrainerCallback):
     """Ends a run when a held-out metric has not become better for `patience` evaluations in a row.
 
     Not the callback of transformers: that one forgets its count when a run is resumed, and moves its mark with gains
@@ -138,22 +143,33 @@ class StopEarly(TrainerCallback):
 
     def __init__(self, metric: str, greater: bool, patience: int, threshold: float):
         self.metric, self.sign, self.patience, self.threshold = metric, 1 if greater else -1, patience, threshold
-        self.load({})
+        self.reset()
 
-    def state(self) -> dict[str, Any]:
-        """What `load` takes back, as JSON values."""
-        return {"best": self.best, "best_step": self.best_step, "waited": self.waited, "step": self.step}
+    @classmethod
+    def from_options(cls, args: DPOConfig) -> list["EarlyStop"]:
+        """Returns the callback that the options ask for, or none."""
+        if args.early_stopping_patience is None:
+            return []
+        metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        threshold = args.early_stopping_threshold
+        return [cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)]
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up a run's state; a new run's if empty."""
-        self.best: float | None = state.get("best")
-        self.best_step: int | None = state.get("best_step")
-        self.waited: int = state.get("waited", 0)
-        self.step: int = state.get("step", -1)  # of the newest evaluation that counted
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Returns how long it has waited, as JSON values."""
+        names = ("best", "best_step", "waited", "step")
+        return {"stop_early": {name: getattr(self, name) for name in names}}
+
+    def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Takes up a run's state."""
+        self.reset(**(state.get("stop_early") or {}))
+
+    def reset(self, best: float | None = None, best_step: int | None = None, waited: int = 0, step: int = -1) -> None:
+        """Forgets an earlier run; `step` is that of the newest evaluation that counted."""
+        self.best, self.best_step, self.waited, self.step = best, best_step, waited, step
 
     @property
     def done(self) -> bool:
-        """Whether the run is to end."""
+        """Says whether the run is to end."""
         return self.waited >= self.patience
 
     def on_train_begin(
@@ -170,7 +186,7 @@ class StopEarly(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Count. An evaluation of another dataset lacks the metric; one of a step that has been seen says no more."""
+        """Counts. An evaluation of another dataset lacks the metric; one of a step that has been seen says no more."""
         value = (metrics or {}).get(self.metric)
         if value is None or state.global_step <= self.step:
             return
@@ -185,7 +201,7 @@ class StopEarly(TrainerCallback):
         control.should_training_stop = True
         if rank() == 0:
             best = "was never finite" if self.best is None else f"was best, {self.best:.4g}, at step {self.best_step}"
-            logger.warning(
+            logger.info(
                 "Stopped early after step %d: %s %s, and %d evaluations in a row were not better (threshold %g).",
                 self.step,
                 self.metric,

@@ -35,7 +35,7 @@ CHUNK = 1 << 20  # bytes hashed at a time
 def staging_folder(run_dir: str | Path, step: int) -> Path:
     """A new, empty folder `.saving-<step>`; what an earlier attempt left there is deleted.
 
-    A writer that takes it for its run folder writes `checkpoint-<step>` into it, as `publish` expects.
+    A writer that takes it for its run folder writes `checkpoint-<step>` into it, as `commit` expects.
 
     Raises:
         OSError: it can't be made.
@@ -47,7 +47,7 @@ def staging_folder(run_dir: str | Path, step: int) -> Path:
     return saving
 
 
-def publish(run_dir: str | Path, step: int) -> Path:
+def commit(run_dir: str | Path, step: int) -> Path:
     """Seal the staged checkpoint and give it its place; its folder. A `checkpoint-<step>` that is there is replaced.
 
     Raises:
@@ -57,7 +57,7 @@ def publish(run_dir: str | Path, step: int) -> Path:
     staged = staged_checkpoint(run_dir, step)
     if not staged.is_dir() or next(_files(staged), None) is None:
         raise CheckpointError(
-            f"Nothing to publish: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
+            f"Nothing to commit: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
         )
     _seal(staged, step)
     return _install(run_dir, step)
@@ -78,7 +78,7 @@ def _seal(staged: Path, step: int) -> None:
     files = {}
     for path in _files(staged):
         name = path.relative_to(staged).as_posix()
-        if name != MANIFEST:  # of an earlier attempt to publish it
+        if name != MANIFEST:  # of an earlier attempt to commit it
             files[name] = _content(path)
             _sync(path)
     (staged / MANIFEST).write_bytes(_manifest(step, files))
@@ -286,7 +286,7 @@ def _saving(run_dir: str | Path, step: int) -> Path:
 
 
 def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
-    """Where a checkpoint is written until `publish` gives it its place."""
+    """Where a checkpoint is written until `commit` gives it its place."""
     return _saving(run_dir, step) / f"checkpoint-{step}"
 
 

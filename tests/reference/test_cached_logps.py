@@ -118,7 +118,7 @@ def test_a_sweep_computes_the_reference_once(tiny_llama, make_tokenizer, tmp_pat
         folder = tmp_path / f"{beta}-{rate}-{rank}-{seed}"
         trainer = run(tiny_llama(), make_tokenizer, folder, tmp_path / "store", **options)
     assert sum(computed) == 2 * (ROWS + 3)
-    assert trainer.cached_reference.store.misses == 0
+    assert trainer.reference.cached.store.misses == 0
     (line,) = summary(tmp_path / "store")
     assert line.entries == 2 * (ROWS + 3)
 
@@ -138,7 +138,7 @@ def trained_adapter(tiny_llama: Any, seed: int) -> PeftModel:
 def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path, base_folder):
     def count(model: Any, **changed: Any) -> int:
         trainer = run(model, make_tokenizer, tmp_path / "run", tmp_path / "store", num_train_epochs=1, **changed)
-        return trainer.cached_reference.store.misses
+        return trainer.reference.cached.store.misses
 
     everything = 2 * ROWS
     assert count(tiny_llama()) == everything and count(tiny_llama()) == 0
@@ -174,7 +174,7 @@ def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
         ref_cache_dir=str(tmp_path),
     )
     batch = trainer.collate([trainer.train_dataset[i] for i in range(4)])
-    trainer.cached_reference.store.put(batch["keys"], [Entry(-3.0, None)] * 8)
+    trainer.reference.cached.store.put(batch["keys"], [Entry(-3.0, None)] * 8)
     with pytest.raises(ReferenceMismatchError, match="cached reference is not this one.*dpo-peft cache --clear"):
         trainer.train()
 
@@ -235,4 +235,4 @@ def test_evaluation_rows_are_precomputed_too(tiny_llama, make_tokenizer, tmp_pat
     options = {"precompute_ref_log_probs": True, "eval_strategy": "epoch", "num_train_epochs": 1}
     both = {"near": id_pairs(3, seed=4), "far": id_pairs(2, seed=5)}
     trainer = run(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", eval_dataset=both, **options)
-    assert sum(computed) == 2 * (ROWS + 5) and trainer.cached_reference.store.misses == 0
+    assert sum(computed) == 2 * (ROWS + 5) and trainer.reference.cached.store.misses == 0

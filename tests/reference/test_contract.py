@@ -88,12 +88,12 @@ def test_another_reference_than_the_adapter_itself(base_folder, sft_folder, make
         plain = PeftModel.from_pretrained(plain, other)
     trainer.train()
     seen = []
-    original = trainer._record
-    trainer._record = lambda batch, output, policy, ref: seen.append((batch, policy, ref))
+    original = trainer.record
+    trainer.record = lambda batch, output, policy, ref: seen.append((batch, policy, ref))
     batch = trainer.collate([trainer.train_dataset[i] for i in range(4)])
     trainer.model.eval()
     trainer.compute_loss(trainer.model, batch)
-    trainer._record = original
+    trainer.record = original
     (_, _, ref) = seen[0]
     expected = []
     with torch.no_grad():
@@ -195,9 +195,13 @@ def test_resuming_against_another_reference(
     with pytest.raises(ReferenceMismatchError, match="belongs to another reference") as error:
         trainer.train(resume_from_checkpoint=str(interrupted))
     record = read_record(interrupted)
-    names = [record.base_fingerprint[:8], trainer.identity.base_fingerprint[:8]]
+    identity = trainer.reference.identity
+    names = [record.base_fingerprint[:8], identity.base_fingerprint[:8]]
     if change.startswith(("adapter", "base adapter")):
-        names = [str(record.adapter_fingerprint)[:8], str(trainer.identity.adapter_fingerprint or "none")[:8]]
+        names = [
+            str(record.adapter_fingerprint)[:8],
+            str(identity.adapter_fingerprint or "none")[:8],
+        ]
     assert all(name in str(error.value) for name in names), (names, str(error.value))
 
 

@@ -8,8 +8,8 @@ import torch
 from objective_rows import NEEDED, rows_for
 from trainer_helpers import adapter_weights, ours, step_logs
 
-from dpo_peft import DPOTrainer
 from dpo_peft.losses import REGISTRY
+from dpo_peft.training.accumulation import OptimizerStep
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 STEP = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -32,7 +32,7 @@ def one_step(model: Any, tokenizer: Any, rows: Any, folder: Path, split: tuple[i
         **{**STEP, **options},
     )
     # Away from the reference, where KTO's z_ref is not zero and a sort has something to sort.
-    trainer._start_checked = True
+    trainer.reference.start_checked = True
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
@@ -67,7 +67,7 @@ def test_the_check_tells_a_coupled_loss_taken_per_micro_batch(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Negative control: without the pass over the whole optimizer batch the step changes with its split."""
-    monkeypatch.setattr(DPOTrainer, "_couple", lambda *_: None)
+    monkeypatch.setattr(OptimizerStep, "couple", lambda *_: None)
     rows, tokenizer, weights = rows_for(loss, 16), make_tokenizer(), []
     for split in ((8, 1), (2, 4)):
         torch.manual_seed(0)

@@ -60,7 +60,7 @@ def test_with_a_reference_there_are_two_passes(
 ) -> None:
     model = tiny_llama()
     trainer = ours(model, id_pairs(12), make_tokenizer(), tmp_path, max_steps=3, **options)
-    trainer._start_checked = True
+    trainer.reference.start_checked = True
     seen = forward_tokens(model)
     trainer.train()
     assert len(seen) == 6 and "kl" in step_logs(trainer)[0]
@@ -71,7 +71,7 @@ def test_a_list_is_one_prompt_and_its_answers(tiny_llama: Any, make_tokenizer: A
     model, rows = tiny_llama(), rows_for("multi_negative", 7)
     options = {"loss_type": "multi_negative", "per_device_train_batch_size": 7, "max_steps": 1}
     trainer = ours(model, rows, make_tokenizer(), tmp_path, **options)
-    trainer._start_checked = True
+    trainer.reference.start_checked = True
     seen = forward_tokens(model)
     trainer.train()
     assert sorted(len(row["rejected_ids"]) for row in rows) == list(range(1, 8))

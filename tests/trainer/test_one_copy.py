@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 
 from dpo_peft.forward import PackedBatch, Scores, completion_logps
 from dpo_peft.model.loading import keep_weights, load_base, storage_report
+from dpo_peft.reference import policy
 from dpo_peft.reference.adapter_off import reference_logps, reference_mode
-from dpo_peft.training import referenced
 
 IDS = torch.arange(20, 60)[None]
 
@@ -160,7 +160,7 @@ def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp
 
     peak_bytes(trainer, inputs)
     peak = peak_bytes(trainer, inputs)
-    monkeypatch.setattr(referenced, "reference_logps", lambda *args: ref)
+    monkeypatch.setattr(policy, "reference_logps", lambda *args: ref)
     without = peak_bytes(trainer, inputs)
     logps = 4 * len(batch.target) + 8 * batch.num_completions
     assert peak - without <= logps + 2048  # the allocator's rounding, and scalars
@@ -170,7 +170,7 @@ def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp
         scores = completion_logps(model, batch, backend)
         return Scores(scores.token_logps_N, scores.logps_C)
 
-    monkeypatch.setattr(referenced, "reference_logps", with_activations)
+    monkeypatch.setattr(policy, "reference_logps", with_activations)
     assert peak_bytes(trainer, inputs) - without > 20 * logps
 
 

@@ -97,6 +97,6 @@ def test_t22_the_noise_floor_is_measured(base_folder, make_tokenizer, tmp_path, 
     assert 1e-4 < moved < floors[0] < 1.0
     # Without the floor the gate would take the rounding for another reference.
     monkeypatch.setattr(reference, "noise_floor", lambda *args: -1.0)
-    trainer._start_checked = False
+    trainer.reference.start_checked = False
     with pytest.raises(ReferenceMismatchError, match="noise floor"):
         trainer.train()

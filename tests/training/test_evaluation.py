@@ -14,7 +14,7 @@ from trainer_helpers import StopAt, adapter_weights, history, id_pairs, lora, op
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from dpo_peft import DPOConfig, OptionError
-from dpo_peft.training.callbacks import StopEarly
+from dpo_peft.training.callbacks import EarlyStop
 from dpo_peft.training.evaluation import EXAMPLES, SAMPLES, first_and_newest
 from dpo_peft.training.sample_log import distinct_prompts, in_short, send_table
 
@@ -243,7 +243,7 @@ def test_interrupted_equals_straight(run, tmp_path) -> None:
         resumed = run(folder, resume=str(tmp_path / "own" / "checkpoint-3"), **options)
         for name in (SAMPLES, EXAMPLES):
             assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-        assert resumed.stop_early.state() == straight.stop_early.state()
+        assert resumed.early_stop[0].state_dict(tmp_path) == straight.early_stop[0].state_dict(tmp_path)
         assert resumed.warnings_raised == straight.warnings_raised
 
 
@@ -260,7 +260,7 @@ def test_warnings_are_raised_once_across_an_interruption(run, tmp_path, caplog) 
 # ---- Early stopping -------------------------------------------------------------------------------------------------
 
 
-def told(callback: StopEarly, values: dict[int, float | None], name: str = "eval_m") -> list[int]:
+def told(callback: EarlyStop, values: dict[int, float | None], name: str = "eval_m") -> list[int]:
     """The steps at which the run was told to stop, given the metric by step."""
     stopped = []
     for step, value in values.items():
@@ -285,12 +285,12 @@ def told(callback: StopEarly, values: dict[int, float | None], name: str = "eval
     ],
 )
 def test_early_stopping_counts(values, greater, patience, threshold, stops) -> None:
-    callback = StopEarly("eval_m", greater, patience, threshold)
+    callback = EarlyStop("eval_m", greater, patience, threshold)
     assert told(callback, dict(enumerate(values, start=1)))[:1] == stops
 
 
 def test_early_stopping_looks_once_at_a_step_and_only_at_its_metric() -> None:
-    callback = StopEarly("eval_m", True, 2, 0.0)
+    callback = EarlyStop("eval_m", True, 2, 0.0)
     assert told(callback, {1: 1.0}) == told(callback, {1: 0.5}) == told(callback, {1: 0.5}) == []
     assert told(callback, {2: None, 3: None, 4: None}) == []
     assert told(callback, {5: 0.5, 6: 0.5}) == [6]
@@ -375,7 +375,8 @@ def test_a_run_that_stopped_early_takes_no_further_step(stopped, run, same_rows,
     assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(resumed).items())
     # From the checkpoint before, the count goes on: one more evaluation, not two.
     resumed = run(tmp_path / "before", resume=str(folder / f"checkpoint-{step - 1}"), **more, callbacks=[Worsen(5)])
-    assert resumed.state.global_step == step and resumed.stop_early.state() == trainer.stop_early.state()
+    assert resumed.state.global_step == step
+    assert resumed.early_stop[0].state_dict(tmp_path) == trainer.early_stop[0].state_dict(tmp_path)
 
 
 def test_the_best_of_an_adapter_with_another_name(run, same_rows, tiny_llama, make_tokenizer, tmp_path) -> None:

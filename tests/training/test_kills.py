@@ -16,7 +16,7 @@ from kill_harness import Kill, Phase, Run, Torturer, differences, same_bits
 from kill_scenarios import SCENARIOS, STEPS, make_base
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_peft.training.checkpoints import MANIFEST, publish, staging_folder
+from dpo_peft.training.checkpoints import MANIFEST, commit, staging_folder
 
 # A checkpoint is there when the second save begins, so that there is something to go on from.
 SECOND_SAVE = Kill(Phase.SAVING, 2, 0.5)
@@ -97,7 +97,7 @@ def test_earlier_checkpoint_passed_off_as_later_is_found(torturer):
             staged = staging_folder(run, 6) / late.name
             shutil.copytree(early, staged, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
             shutil.copy(late / "trainer_state.json", staged)
-            publish(run, 6)
+            commit(run, 6)
         return "latest"
 
     run = torturer("float32").torture("passed off", [Kill(Phase.STEP, 8, 0.0)], resume=pass_off)
@@ -111,10 +111,14 @@ def test_writing_in_place_is_found(torturer):
 
     def write_in_place(trainer: Any) -> None:
         run = Path(trainer.args.output_dir)
-        trainer._save_checkpoint = lambda model, trial: trainer._write(
-            run / f"checkpoint-{trainer.state.global_step}", [trainer.metric_store.state()]
-        )
-        trainer._find_checkpoint = lambda resume: get_last_checkpoint(str(run))
+        state = trainer.run_state
+
+        def save(owner: Any, trajectory: Any) -> None:
+            folder = run / f"checkpoint-{owner.state.global_step}"
+            state.write_files(owner, folder, [state.metrics.state()], trajectory)
+
+        state.save_checkpoint = save
+        state.find = lambda resume: get_last_checkpoint(str(run))
 
     run = torturer("float32").torture("in place", [Kill(Phase.STEP, 5, 0.0)], spoil=write_in_place)
     assert_identical(run)

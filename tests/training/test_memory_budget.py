@@ -138,19 +138,19 @@ def test_a_step_that_runs_out_is_repeated_with_more_layers_checkpointed(
     straight = ours(tiny_llama(), rows, tokenizer, tmp_path / "a", **options)
     straight.train()
     run = ours(tiny_llama(), rows, tokenizer, tmp_path / "b", **options)
-    policy, seen = run._policy, []
+    policy, seen = run.policy_logps, []
 
     def fail_once(batch: Any) -> Any:
-        seen.append(run.budget.checkpointed(batch))
+        seen.append(run.step.budget.checkpointed(batch))
         if len(seen) == 2:
             raise torch.OutOfMemoryError("planted")
         return policy(batch)
 
-    tighten = run.budget.tighten
-    monkeypatch.setattr(run, "_policy", fail_once)
-    monkeypatch.setattr(run.budget, "tighten", lambda held: tighten(2**20))
+    tighten = run.step.budget.tighten
+    monkeypatch.setattr(run, "policy_logps", fail_once)
+    monkeypatch.setattr(run.step.budget, "tighten", lambda held: tighten(2**20))
     run.train()
-    assert seen == [0, 0, 2, 2] and run.halvings == 0 and "keep within 0.0 GiB" in caplog.text
+    assert seen == [0, 0, 2, 2] and run.step.halvings == 0 and "keep within 0.0 GiB" in caplog.text
     assert [log["loss"] for log in step_logs(run)] == [log["loss"] for log in step_logs(straight)]
     for name, weight in adapter_weights(run).items():
         assert torch.equal(weight, adapter_weights(straight)[name])

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from dpo_peft import DPOConfig, DPOTrainer, NonFiniteError, OptionError, trainer
 from dpo_peft.data.collator import KeyedCollator, PreferenceCollator, mismatch
 from dpo_peft.training import accumulation as stepping
+from dpo_peft.training.memory_budget import MemoryBudget
 from dpo_peft.training.packing import Shape, hang, level_bins, pack_rows, padded_bins, padded_size, size_of, to_device
 
 # ---- Packing --------------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def tokens_of(row: dict[str, Any]) -> int:
 def built(model: Any, rows: Any, tokenizer: Any, folder: Path, **options: Any) -> DPOTrainer:
     """A trainer away from the reference, where KTO's z_ref is not zero and a sort has something to sort."""
     made = ours(model, rows, tokenizer, folder, **{**TRAINING, **options})
-    made._start_checked = True
+    made.reference.start_checked = True
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in made.model.named_parameters():
@@ -358,7 +359,7 @@ def test_cached_reference(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) 
     options = {"cache_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
     packed = trained(tiny_llama(), rows, tokenizer, tmp_path, max_tokens_per_microbatch=80, **SPLIT, **options)
     assert isinstance(packed.collate, KeyedCollator)
-    assert packed.cached_reference.counts() == {"ref_cache/hits": 2.0 * ROWS, "ref_cache/misses": 2.0 * ROWS}
+    assert packed.reference.cached.counts() == {"ref_cache/hits": 2.0 * ROWS, "ref_cache/misses": 2.0 * ROWS}
     assert furthest(packed, plain, ("kl", "ref_cache/hits", "ref_cache/misses"))[0] < 2e-6
 
 
@@ -409,7 +410,7 @@ def test_auto_asks_the_trainer(
 ) -> None:
     """The budget is one method's answer to the sizes of the step's rows."""
     rows, passes, asked = id_pairs(ROWS), spied(monkeypatch), []
-    monkeypatch.setattr(DPOTrainer, "microbatch_tokens", lambda self, samples: asked.append(samples) or 80)
+    monkeypatch.setattr(MemoryBudget, "microbatch_tokens", lambda self, samples: asked.append(samples) or 80)
     options = {"max_tokens_per_microbatch": "auto", **SPLIT, **IN_ORDER}
     trained(tiny_llama(), rows, make_tokenizer(), tmp_path, **options)
     assert len(asked) == 6 and [len(samples) for samples in asked[:3]] == [8, 8, 5]
@@ -506,7 +507,7 @@ def test_packs_that_do_not_fit_are_halved(
     with monkeypatch.context() as limited, caplog.at_level(logging.WARNING):
         passes = spied(limited, most_rows=2)
         halved = trained(tiny_llama(), rows, tokenizer, tmp_path / "halved", **options)
-    assert halved.halvings == 2
+    assert halved.step.halvings == 2
     assert max(batch.num_samples for batch in passes) == 2
     warnings = [r.getMessage() for r in caplog.records if "Out of memory" in r.getMessage()]
     assert len(warnings) == 2 and "8 rows" in warnings[0] and "Lower max_tokens_per_microbatch" in warnings[0]
@@ -515,7 +516,7 @@ def test_packs_that_do_not_fit_are_halved(
     passes = spied(monkeypatch)
     resumed = built(tiny_llama(), rows, tokenizer, tmp_path / "halved", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "halved" / "checkpoint-3"))
-    assert resumed.halvings == 2 and max(batch.num_samples for batch in passes) == 2
+    assert resumed.step.halvings == 2 and max(batch.num_samples for batch in passes) == 2
     assert weights_apart(resumed, halved) == 0
 
 
@@ -535,7 +536,7 @@ def test_memory_that_runs_out_in_a_later_pack(tiny_llama: Any, make_tokenizer: A
     trainable = [p for p in interrupted.model.parameters() if p.requires_grad]
     trainable[len(trainable) // 2].register_hook(fail_once)
     interrupted.train()
-    assert interrupted.halvings == 1
+    assert interrupted.step.halvings == 1
     assert furthest(interrupted, plain)[0] < 2e-6
     assert weights_apart(interrupted, plain) < 2e-6
 

@@ -1,0 +1,170 @@
+"""What the trainer is built of: the model with its adapter and reference, prepared rows, the plan for memory."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import DPOConfig
+from ..data import DataReport, prepare_dataset
+from ..errors import OptionError
+from ..forward import ForwardPlan
+from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
+from ..model.loading import attach_adapter, disable_dropout, load_model, storage_report
+from ..objective import TrainingObjective
+from ..reference.adapter_off import Reference
+from ..reference.frozen_adapter import freeze_copy
+from .arguments import AnyDataset, check_vocabulary
+from .memory_budget import MemoryBudget, memory_limit, memory_model
+
+logger = logging.getLogger(__name__)
+
+
+def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
+    """Returns what is computed in under mixed precision; None without."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+class Preparation:
+    """Prepares the datasets of a run, and remembers what became of their rows.
+
+    Args:
+        args: the options.
+        objective: which labels it reads, and which kind of data.
+        tokenizer: of the model.
+
+    Attributes:
+        reports: dataset name to what became of its rows.
+    """
+
+    def __init__(self, args: DPOConfig, objective: TrainingObjective, tokenizer: PreTrainedTokenizerBase):
+        self.args, self.objective, self.tokenizer = args, objective, tokenizer
+        self.reports: dict[str, DataReport] = {}
+
+    def __call__(self, rows: AnyDataset, name: str) -> AnyDataset:
+        """Returns a dataset prepared (see `prepare_dataset`)."""
+        args, objective = self.args, self.objective
+        with args.main_process_first(desc=f"preparing the {name} dataset"):
+            prepared, report = prepare_dataset(
+                rows,
+                self.tokenizer,
+                name=name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+                on_unusable=args.on_unusable,
+                max_unusable_share=args.max_unusable_share,
+                data=objective.data,
+                label_columns=objective.label_columns,
+                discount_unit=args.discount_unit,
+                single_best=objective.single_best,
+            )
+        self.reports[name] = report
+        logger.info("%s", report)
+        return prepared
+
+    def evaluation(self, rows: AnyDataset | Mapping[str, AnyDataset] | None) -> Any:
+        """Returns the evaluation dataset, or the dict of several by name, prepared."""
+        if isinstance(rows, Mapping):
+            return {name: self(part, f"eval_{name}") for name, part in rows.items()}
+        return None if rows is None else self(rows, "eval")
+
+
+def build_model(
+    model: str | PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+    needs_reference: bool,
+) -> tuple[PeftModel, Reference]:
+    """Returns the PEFT model to train, loaded if it is given by name, and the reference inside it."""
+    name = model if isinstance(model, str) else None
+    if isinstance(model, str):
+        quantize = args.quantize_base is not False
+        init_kwargs = args.model_init_kwargs
+        assert not isinstance(init_kwargs, str)
+        model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
+    check_vocabulary(model, tokenizer)
+    continued = isinstance(model, PeftModel)
+    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
+    if continued and reference.choice == "initial" and reference.adapter is not None:
+        reference = replace(reference, source=name)  # where the adapter came from, so that it is found again
+    if args.sync_ref_model and reference.adapter is None:
+        reference = replace(reference, adapter=freeze_copy(model))
+    if args.disable_dropout and (found := disable_dropout(model)):
+        logger.info("disable_dropout=True: turned off %s.", ", ".join(found))
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model, reference
+
+
+def trained_with(model: PeftModel, args: DPOConfig, reward: str) -> TrainedWith:
+    """Returns what the adapter's config records of its training.
+
+    Args:
+        model: the PEFT model.
+        args: the options.
+        reward: what implicit rewards are made of (`Objective.reward`).
+    """
+    base = model.get_base_model()
+    return TrainedWith(
+        loss_type=list(args.loss_type),
+        beta=args.beta,
+        reward=reward,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        precision=str(autocast_dtype(args) or "no").removeprefix("torch."),
+        dtype=str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        quantization=quantization_options(getattr(base.config, "quantization_config", None)),
+        discount_gamma=args.discount_gamma,
+        ld_alpha=args.ld_alpha,
+        plain_fingerprint=plain_fingerprint(model),
+    )
+
+
+def plan_memory(model: PeftModel, args: DPOConfig, plan: ForwardPlan, frozen: str | None, passes: int) -> MemoryBudget:
+    """Decides how memory is used, and tells fused layers how many of them are checkpointed.
+
+    Args:
+        model: the PEFT model, on its device.
+        args: the options.
+        plan: how batches are laid out and scored.
+        frozen: the reference's adapter, if it has one.
+        passes: forward passes of the reference per micro-batch, 0 or 1.
+
+    Raises:
+        OptionError: an option that has no effect on this model or device.
+    """
+    fused, layers = plan.fused, args.checkpoint_layers if args.gradient_checkpointing else 0
+    assert layers is not None
+    for_fused = {
+        "checkpoint_layers": args.gradient_checkpointing and layers != "auto",
+        "activation_offloading": args.activation_offloading,
+        "max_memory_gib": args.max_memory_gib is not None and args.max_tokens_per_microbatch != "auto",
+    }
+    if fused is None and (given := [name for name, on in for_fused.items() if on]):
+        raise OptionError(
+            f"{', '.join(given)}: for fused layers, and here the model's own run ({plan.unfused or plan.reason}). "
+            "Leave it out."
+        )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise OptionError("activation_offloading has no effect on a CPU: leave it out.")
+    stored = storage_report(model, reference=frozen)
+    how = {
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "element": (autocast_dtype(args) or model.get_input_embeddings().weight.dtype).itemsize,
+        "fused": fused is not None,
+        "packed": fused is not None and fused.attention == "packed",
+        "offload": args.activation_offloading,
+    }
+    limit = memory_limit(args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable)
+    memory = memory_model(model, stored, **how)
+    budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
+    if fused is not None:
+        fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading
+    return budget
