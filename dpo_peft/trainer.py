@@ -24,7 +24,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from .artifacts.recipe import data_source
 from .config import DPOConfig, objective_options
 from .data import DataReport, prepare_dataset, rows_digest
 from .data.collator import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
@@ -45,6 +44,7 @@ from .training.arguments import (
     check_optimizer,
     check_tokenizer,
     check_vocabulary,
+    data_source,
     load_tokenizer,
     name_of,
 )

@@ -14,12 +14,11 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from ..artifacts.card import ADAPTER_OFF
 from ..config import DPOConfig
 from ..data import rows_digest
 from ..errors import ReferenceMismatchError
 from ..forward import PackedBatch, Scores
-from ..reference.adapter_off import Reference, check_start, is_identity, reference_logps
+from ..reference.adapter_off import ADAPTER_OFF, Reference, check_start, is_identity, reference_logps
 from ..reference.cache import ReferenceCache, default_folder
 from ..reference.cached_logps import CachedReference
 from ..reference.fingerprint import Identity, base_fingerprint, check_same, identify, read_record, write_record
