@@ -26,7 +26,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, set_seed
 
-from .artifacts.recipe import data_source
 from .config import DPOConfig, objective_options
 from .data import rows_digest
 from .data.collator import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
@@ -45,6 +44,7 @@ from .training.arguments import (
     check_datasets,
     check_optimizer,
     check_tokenizer,
+    data_source,
     load_tokenizer,
     name_of,
 )
@@ -55,6 +55,7 @@ from .training.evaluation import PairRecords, Samples, Warnings, add_length_bala
 from .training.memory_budget import MemoryBudget
 from .training.metrics import MetricStore, length_metrics, mean_of, metric_names, preference_metrics
 from .training.resume import Part, RunState, check_has_optimizer, trajectory
+from .wings import wing
 
 logger = logging.getLogger(__name__)
 
@@ -505,5 +506,34 @@ class DPOTrainer(Trainer):
         """
         folder = output_dir or self.args.output_dir
         self._save(folder)
-        if _internal_call:
-            return
+        if not _internal_call:
+            self._save_results(folder)
+            if self.args.push_to_hub:
+                self._publisher().publish(folder, commit_message="Model save")
+
+    def _save_results(self, folder: str) -> None:
+        if self.args.should_save and (artifacts := wing("artifacts")) is not None:
+            artifacts.SaveResults(self).save(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the model card with the run's figures into the output folder."""
+        self._save_results(self.args.output_dir)
+
+    def _publisher(self) -> Any:
+        if (hub := wing("hub")) is None:
+            raise OptionError("push_to_hub: this copy of the package has no dpo_peft/hub. Leave it out.")
+        return hub.HubPublisher(self)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Checks with `push_to_hub`, before anything is trained, whether the adapter can be published."""
+        self._publisher().check_before_training(token)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **given: Any) -> Any:
+        """Saves the adapter with its results into `output_dir` and publishes them, see `hub.HubPublisher.push`."""
+        return self._publisher().push(commit_message, blocking, **given)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._publisher().push_from_checkpoint()
+
+    def _finish_current_push(self) -> None:
+        """Does nothing: each push has been waited for."""

@@ -29,11 +29,8 @@ DEBTS = {
     "forward.probe": {"fused"},
     "forward.score": {"fused"},
     "reference.adapter_off": {"fused"},
-    "trainer": {"artifacts"},
     "training.memory_budget": {"planning"},
     "training.packing": {"planning"},
-    "training.referenced": {"artifacts"},
-    "training.saving": {"artifacts", "hub"},
 }
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.

@@ -5,6 +5,7 @@ is published, the machine it was written on is not. `card_rules.problems` says w
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,8 +19,11 @@ from typing import Any, TypedDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import OptionError
-from .card_rules import HUB_LICENCES, is_repo_id
+from ..reference.adapter_off import ADAPTER_OFF
+from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 REWARDS = {  # of an `Objective`, as a reader should see it
@@ -27,7 +31,6 @@ REWARDS = {  # of an `Objective`, as a reader should see it
     "logp": "β·log π",
     "mean_logp": "β·log π per token",
 }
-ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
 PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
 BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
@@ -72,7 +75,7 @@ class RunSummary:
         objective: what was optimised, as a reader should see it.
         datasets: Hub ids or paths of the training data. Paths are called by their last part.
         eval_dataset: the same for what was evaluated on.
-        licence: of the adapter, as an SPDX id or a name of the Hub.
+        license: of the adapter, as an SPDX id or a name of the Hub.
         papers: arXiv ids of what is cited, see `citations.cited`.
         languages: ISO 639 codes.
         quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantised.
@@ -99,7 +102,7 @@ class RunSummary:
     objective: str = "Direct Preference Optimization (DPO)"
     datasets: Sequence[str] = ()
     eval_dataset: str = "preference pairs"
-    licence: str | None = None
+    license: str | None = None
     papers: Sequence[str] = (DPO, LORA)
     languages: Sequence[str] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
@@ -190,9 +193,20 @@ def model_card(run: RunSummary) -> ModelCard:
         samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
         sample_steps=run.sample_steps,
         warnings=[{key: cell(w.get(key, "")) for key in ("step", "name", "message")} for w in run.warnings],
-        bibtex=bibtex(run.papers),
+        bibtex=cited_entries(run.papers),
         tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
     )
+
+
+def cited_entries(papers: Sequence[str]) -> str:
+    """Returns the BibTeX entries of arXiv ids. A paper without an entry is left out: a card never fails for it."""
+    entries = []
+    for paper in papers:
+        try:
+            entries.append(bibtex([paper]))
+        except KeyError:
+            logger.info("arXiv:%s has no entry in the package's citations: the card does not cite it.", paper)
+    return "\n\n".join(entries)
 
 
 def save_model_card(run: RunSummary, folder: str | Path) -> Path:
@@ -204,14 +218,14 @@ def save_model_card(run: RunSummary, folder: str | Path) -> Path:
 
 
 def metadata(run: RunSummary) -> ModelCardData:
-    """The YAML head. What the Hub would refuse (a path as base model, an unknown licence) doesn't get in."""
+    """The YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
     options: dict[str, Any] = {}
     if is_hub_id(run.base_model):
         options.update(base_model=run.base_model, base_model_relation="adapter")
     if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
         options["datasets"] = datasets
-    if run.licence:
-        options.update(licence_fields(run.licence))
+    if run.license:
+        options.update(license_fields(run.license))
     if run.languages:
         options["language"] = list(run.languages)
     results = eval_results(run)
@@ -226,12 +240,12 @@ def metadata(run: RunSummary) -> ModelCardData:
     )
 
 
-def licence_fields(licence: str) -> dict[str, str]:
-    """The metadata of a licence: one that the Hub doesn't know is `other`, with its name beside it."""
-    licence = licence.lower()
-    if licence in HUB_LICENCES:
-        return {"license": licence, **({"license_name": "unnamed"} if licence == "other" else {})}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")}
+def license_fields(license: str) -> dict[str, str]:
+    """The metadata of a license: one that the Hub doesn't know is `other`, with its name beside it."""
+    license = license.lower()
+    if license in HUB_LICENSES:
+        return {"license": license, **({"license_name": "unnamed"} if license == "other" else {})}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", license).strip("-")}
 
 
 def eval_results(run: RunSummary) -> list[EvalResult]:

@@ -1,6 +1,6 @@
 """What the Hub accepts as the metadata of a model card, checked without asking it.
 
-The rules are those of the Hub's card specification (`modelcard.md` of hub-docs, and its lists of licences and tasks).
+The rules are those of the Hub's card specification (`modelcard.md` of hub-docs, and its lists of licenses and tasks).
 The Hub itself checks once more when a card is pushed; these tell an offline run, and say the remedy.
 """
 
@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-# Licence names that the Hub's metadata takes as they are; any other is `other`, with its name beside it.
-HUB_LICENCES = frozenset(
+# License names that the Hub's metadata takes as they are; any other is `other`, with its name beside it.
+HUB_LICENSES = frozenset(
     """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
     bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
     cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
@@ -65,7 +65,7 @@ def problems(readme: str) -> list[str]:
         return [f"{error}."]
     if not head:
         return ["there is no metadata: the card must begin with `key: value` lines between two lines of ---."]
-    found = [*_keys(head), *_licence(head), *_names(head), *_texts(head)]
+    found = [*_keys(head), *_license(head), *_names(head), *_texts(head)]
     if "model-index" in head:
         found += _model_index(head["model-index"])
     return found
@@ -81,11 +81,11 @@ def _keys(head: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _licence(head: Mapping[str, Any]) -> list[str]:
+def _license(head: Mapping[str, Any]) -> list[str]:
     if "license" not in head:
         return []
     given = head["license"] if isinstance(head["license"], list) else [head["license"]]
-    unknown = [name for name in given if name not in HUB_LICENCES]
+    unknown = [name for name in given if name not in HUB_LICENSES]
     if unknown:
         return [f"license: {unknown[0]!r} is not one of the Hub's. Use 'other' with its name as license_name."]
     if "other" in given and not isinstance(head.get("license_name"), str):

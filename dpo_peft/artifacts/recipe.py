@@ -129,19 +129,3 @@ def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, An
 
 def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != name}
-
-
-def data_source(dataset: Any) -> tuple[list[str], str | None]:
-    """Where a dataset says that it comes from: Hub ids or files, and its licence. Empty for rows made in code."""
-    names: list[str] = []
-    licence = None
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        info = getattr(part, "info", None)
-        urls = list(getattr(info, "download_checksums", None) or {})
-        found = [re.match(r"hf://datasets/([^@]+)@", url) for url in urls]
-        names += [match[1] if match else shown_name(url) for url, match in zip(urls, found, strict=True)]
-        # Rows of a Hub dataset are kept in a folder with its name.
-        folders = [Path(file["filename"]).parts for file in getattr(part, "cache_files", None) or []]
-        names += [name.replace("___", "/") for parts in folders for name in parts if name.count("___") == 1]
-        licence = licence or getattr(info, "license", None) or None
-    return list(dict.fromkeys(names)), licence

@@ -75,7 +75,7 @@ def publish(
     commit_message: str = "Publish the adapter",
     create_pr: bool = False,
     base_model: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     datasets: Sequence[str] = (),
     languages: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -84,6 +84,7 @@ def publish(
     attempts: int = 4,
     wait: float = 2.0,
     repeat: str = "call it again with the same arguments.",
+    licence: str | None = None,
 ) -> PublishResult:
     """Publish a trained adapter with its tokenizer, card, recipe, metrics, curves and samples.
 
@@ -98,20 +99,21 @@ def publish(
         commit_message: one line.
         create_pr: open a pull request instead of writing to the repository.
         base_model: Hub id of the base, for an adapter that was trained on a model in a local folder.
-        licence, datasets, languages: of the card.
+        license, datasets, languages: of the card.
         include: further files of the folder, as names or patterns.
         overwrite: replace files of a repository that holds something else.
         dry_run: check what can be checked here, and stop.
         attempts: how often a step that fails for a moment (network, server) is tried.
         wait: seconds before the second attempt; each further one waits four times as long.
         repeat: how to repeat it, for messages.
+        licence: the same as `license`.
 
     Raises:
         OptionError: the adapter, the card, an option or the token is wrong; nothing was written.
         PublishError: the Hub refused or could not be reached. The message says what is there by now.
     """
     _check_options(repo_id, private, gated, revision, create_pr, attempts)
-    of_card = (base_model, licence, datasets, languages, include)
+    of_card = (base_model, license or licence, datasets, languages, include)
     upload = collect(folder, repo_id, *of_card)
     if dry_run:
         return _result(f"{constants.ENDPOINT}/{repo_id}", Hub(HfApi(), repo_id), None, upload, set(upload.files))

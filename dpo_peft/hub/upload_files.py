@@ -23,7 +23,7 @@ from ..artifacts.card import (
     LOCAL_TEXT,
     RunSummary,
     is_hub_id,
-    licence_fields,
+    license_fields,
     link,
     model_card,
 )
@@ -89,7 +89,7 @@ def collect(
     folder: str | Path,
     repo_id: str,
     base_model: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     datasets: Sequence[str] = (),
     languages: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -100,7 +100,7 @@ def collect(
         folder: of a trained adapter.
         repo_id: where it goes; the card's example loads it from there.
         base_model: Hub id of the base, if the adapter names a local folder.
-        licence, datasets, languages: of the card; they replace what it says.
+        license, datasets, languages: of the card; they replace what it says.
         include: further files, as names or patterns like "*.html".
 
     Raises:
@@ -120,7 +120,7 @@ def collect(
     _add_results(folder, base, upload)
     _add_more(folder, include, upload)
     text = _card(folder, repo_id, base, config, upload)
-    upload.files[CARD] = _finished_card(text, licence, datasets, languages, upload).encode()
+    upload.files[CARD] = _finished_card(text, license, datasets, languages, upload).encode()
     _explain_rest(folder, adapter, upload)
     _check_paths(upload, (folder, Path(old_base), Path.home(), Path.cwd()))
     return upload
@@ -330,7 +330,7 @@ def read_name(text: str) -> str:
 
 
 def _finished_card(
-    text: str, licence: str | None, datasets: Sequence[str], languages: Sequence[str], upload: Upload
+    text: str, license: str | None, datasets: Sequence[str], languages: Sequence[str], upload: Upload
 ) -> str:
     """The card with its metadata filled in, which the Hub will accept."""
     if found := [p for p in problems(text) if not p.startswith("there is no metadata")]:
@@ -342,8 +342,8 @@ def _finished_card(
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     if data.get("model_name"):
         data.model_name = (re.search(r"^# (.+)$", text, flags=re.M) or ["", data.model_name])[1]
-    if licence:
-        for key, value in licence_fields(licence).items():
+    if license:
+        for key, value in license_fields(license).items():
             data[key] = value
     for key, values in (("datasets", datasets), ("language", languages)):
         if values:
@@ -355,7 +355,7 @@ def _finished_card(
         raise OptionError(f"{CARD}: {found[0]}")
     head = read_head(finished)
     upload.checks.append(f"card: the metadata ({', '.join(sorted(head))}) keeps the Hub's rules")
-    advice: tuple[tuple[str, str], ...] = (("license", "licence: --license"), ("datasets", "dataset: --datasets"))
+    advice: tuple[tuple[str, str], ...] = (("license", "license: --license"), ("datasets", "dataset: --datasets"))
     upload.notes += [f"the card names no {what}" for key, what in advice if key not in head]
     return finished
 

@@ -37,6 +37,9 @@ from .frozen_adapter import (
 
 logger = logging.getLogger(__name__)
 
+# How a model card says it.
+ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
+
 
 @dataclass
 class Reference:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ..config import DPOConfig
 from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
-from .adapter_off import Reference, check_start, is_identity, reference_logps
+from .adapter_off import ADAPTER_OFF, Reference, check_start, is_identity, reference_logps
 from .cache import ReferenceCache, default_folder
 from .cached_logps import CachedReference
 from .fingerprint import Identity, base_fingerprint, check_same, identify, read_record, write_record
@@ -24,7 +24,6 @@ from .frozen_adapter import adapter_tensors, mix_into
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
 MOVING_REFERENCE = "reference_adapter.safetensors"  # of TR-DPO, in its checkpoints
 
 Rows = Sequence[dict[str, Any]]

@@ -4,6 +4,7 @@ All functions raise `OptionError` with the argument's name and the remedy.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,23 @@ def name_of(model: Any) -> str:
             f"model is a {type(model).__name__}; pass a Hub id or folder as str, a causal LM, or a PeftModel."
         )
     return model.config._name_or_path
+
+
+def data_source(dataset: Any) -> tuple[list[str], str | None]:
+    """Returns where a dataset says that it comes from, Hub ids or names of files, and its license. Rows made in code
+    have neither."""
+    names: list[str] = []
+    license_ = None
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        info = getattr(part, "info", None)
+        for url in getattr(info, "download_checksums", None) or {}:
+            found = re.match(r"hf://datasets/([^@]+)@", url)
+            names.append(found[1] if found else re.split(r"[/\\]", url)[-1])
+        # Rows of a Hub dataset are kept in a folder with its name.
+        folders = [Path(file["filename"]).parts for file in getattr(part, "cache_files", None) or []]
+        names += [name.replace("___", "/") for parts in folders for name in parts if name.count("___") == 1]
+        license_ = license_ or getattr(info, "license", None) or None
+    return list(dict.fromkeys(names)), license_
 
 
 def check_arguments(model: Any, ref_model: Any, args: Any, quantization_config: Any) -> None:

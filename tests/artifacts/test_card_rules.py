@@ -10,7 +10,7 @@ from hub_server import LICENCES, card_errors
 from paths import REPO
 
 from dpo_peft.artifacts.card import RunSummary, model_card
-from dpo_peft.artifacts.card_rules import HUB_LICENCES, problems, read_head
+from dpo_peft.artifacts.card_rules import HUB_LICENSES, problems, read_head
 from dpo_peft.artifacts.citations import DORA, DPO, LORA, PAPERS, QLORA, RSLORA, RSO, TR_DPO, WPO, bibtex, cited
 from dpo_peft.losses import REGISTRY
 
@@ -91,8 +91,8 @@ def test_an_unknown_key_is_allowed() -> None:
     assert problems(card(my_own_note="x")) == []
 
 
-def test_the_servers_licences_are_among_ours() -> None:
-    assert LICENCES <= HUB_LICENCES
+def test_the_servers_licenses_are_among_ours() -> None:
+    assert LICENCES <= HUB_LICENSES
 
 
 @pytest.mark.parametrize("loss", REGISTRY)
@@ -142,7 +142,7 @@ def test_options_and_adapters_bring_their_papers() -> None:
 
 
 def test_the_generated_card_keeps_both_sets_of_rules() -> None:
-    run = RunSummary("a/x", "a/b", 0.1, licence="Own Terms", datasets=["a/c"], eval_last={"rewards/accuracies": 0.7})
+    run = RunSummary("a/x", "a/b", 0.1, license="Own Terms", datasets=["a/c"], eval_last={"rewards/accuracies": 0.7})
     assert problems(str(model_card(run))) == [] == card_errors(str(model_card(run)))
 
 

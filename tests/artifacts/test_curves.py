@@ -140,7 +140,7 @@ def test_metadata_is_what_the_hub_expects(tmp_path: Path) -> None:
     summary = run(
         datasets=["someone/pairs", str(tmp_path / "own.jsonl")],
         eval_dataset="someone/pairs",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         languages=["en", "zh"],
         quantization=NF4,
     )
@@ -172,8 +172,8 @@ def test_unknown_facts_are_left_out() -> None:
     assert "not quantised" in body
 
 
-def test_a_licence_of_ones_own_is_other_with_its_name() -> None:
-    head, _ = parse(str(model_card(run(licence="My House Licence v2"))))
+def test_a_license_of_ones_own_is_other_with_its_name() -> None:
+    head, _ = parse(str(model_card(run(license="My House Licence v2"))))
     assert (head["license"], head["license_name"]) == ("other", "my-house-licence-v2")
 
 

@@ -45,7 +45,7 @@ def test_a_dry_run_lists_and_sends_nothing(hub: HubServer, folder: Path, capsys:
     assert push(folder, "--repo_id", REPO, "--dry_run") == 0
     out = capsys.readouterr().out
     assert out.startswith("Would publish 9 files") and out.endswith("Nothing was sent (dry_run).\n")
-    assert "ok    base: someone/tiny" in out and "note  the card names no licence: --license" in out
+    assert "ok    base: someone/tiny" in out and "note  the card names no license: --license" in out
     assert hub.requests == []
 
 

@@ -99,7 +99,7 @@ def test_the_published_card_passes_the_hubs_own_check(hub: HubServer, folder: Pa
 
 def test_a_card_that_only_the_hub_refuses_stops_before_anything_is_made(hub: HubServer, folder: Path) -> None:
     with pytest.raises(OptionError, match='the Hub refuses its metadata.*"license" must be one of'):
-        publish(folder, REPO, licence="wtfpl")  # in our list, not in this server's
+        publish(folder, REPO, license="wtfpl")  # in our list, not in this server's
     assert REPO not in hub.repos and hub.count(WRITES) == 0
 
 

@@ -97,6 +97,6 @@ def test_arguments_that_push_to_hub_does_not_have(hub: HubServer, make: Any) -> 
     trainer = make(max_steps=1)
     with pytest.raises(OptionError, match="blocking=False is not available"):
         trainer.push_to_hub(blocking=False)
-    with pytest.raises(OptionError, match="tasks: not available here. Use .*licence"):
+    with pytest.raises(OptionError, match="tasks: not available here. Use .*license"):
         trainer.push_to_hub(tasks="dpo")
     assert hub.requests == []
