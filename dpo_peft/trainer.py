@@ -157,7 +157,7 @@ class DPOTrainer(EvaluatingTrainer):
             objective = self.objective
             tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
             with_kl = objective.needs_reference and tokens
-            check_best_metric(args, eval_dataset, metric_names(objective.data, with_kl, objective.needs_mismatched))
+            check_best_metric(args, eval_dataset, metric_names(objective.kind, with_kl, objective.needs_mismatched))
 
     def _plan_batches(self, data_collator: Any) -> None:
         """The model is on its device now and can show how its batches are laid out."""
@@ -267,12 +267,12 @@ class DPOTrainer(EvaluatingTrainer):
         return completion_logps(self.model, batch, self.forward_plan.scorer, log_sum_sq=self.objective.log_sum_sq)
 
     def _record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
-        metrics = preference_metrics(self.objective.data, output.scored, output.rewards_C, policy, ref, batch)
+        metrics = preference_metrics(self.objective.kind, output.scored, output.rewards_C, policy, ref, batch)
         if self.model.training:
             self.step_finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
             self.metric_store.add("train", metrics)
         else:
-            by_length = length_metrics(self.objective.data, output.scored, output.rewards_C)
+            by_length = length_metrics(self.objective.kind, output.scored, output.rewards_C)
             self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
             self.record_pairs(batch, output.scored, output.rewards_C)
 

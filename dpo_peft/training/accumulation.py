@@ -302,7 +302,8 @@ class SteppingTrainer(ResumableTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 part_loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
             loss = loss + part_loss.float()
-            rows += [] if prediction_loss_only else self._by_row(output, part)
+            if not prediction_loss_only:
+                rows += self.objective.kind.predictions_by_row(output.scored, output.rewards_C, part["rows"])
         if prediction_loss_only:
             return loss, None, None
         if "order" in batch:
@@ -310,20 +311,6 @@ class SteppingTrainer(ResumableTrainer):
         rows = interleave(gather_over_processes(rows))
         predictions, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
         return loss, predictions, labels
-
-    def _by_row(self, output: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Implicit rewards and labels of each row of an evaluation batch."""
-        if self.objective.data in ("pairs", "trajectories"):
-            rewards_B2 = output.rewards_C.view(-1, 2)
-            return list(
-                zip(rewards_B2.split(1), torch.zeros_like(rewards_B2[:, 0], dtype=torch.long).split(1), strict=True)
-            )
-        scored = output.scored
-        sample_of_C = scored.own(scored.sample_of_C)
-        rows_C = inputs["rows"][sample_of_C].to(scored.grade_C.dtype)
-        labels_C2 = torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
-        sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
-        return list(zip(scored.own(output.rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""

@@ -25,6 +25,7 @@ from ..model.generation import end_tokens, sample_completions
 from ..objective import Scored
 from .callbacks import StopEarly
 from .diagnostics import RunFacts, diagnose
+from .metrics import length_balanced
 from .sample_log import distinct_prompts, in_short, send_table
 from .saving import SavingTrainer
 
@@ -110,16 +111,16 @@ class EvaluatingTrainer(SavingTrainer):
         self._pairs = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        by_length = [output.metrics.get(f"{prefix}_accuracies/chosen_{side}") for side in ("longer", "shorter")]
-        if None not in by_length:
-            output.metrics[f"{prefix}_accuracies/length_balanced"] = sum(by_length) / 2
-        if self._recording and self.objective.data in ("pairs", "trajectories"):
+        by_length = (output.metrics.get(f"{prefix}_accuracies/chosen_{side}") for side in ("longer", "shorter"))
+        if (balanced := length_balanced(*by_length)) is not None:
+            output.metrics[f"{prefix}_accuracies/length_balanced"] = balanced
+        if self._recording and self.objective.kind.paired:
             self._keep_examples(prefix)
         return output
 
     def record_pairs(self, batch: PackedBatch, scored: Scored, rewards_C: Tensor) -> None:
         """Take note of the pairs of an evaluation's micro-batch; they stay on the device until its end."""
-        if self._recording and self.objective.data in ("pairs", "trajectories"):
+        if self._recording and self.objective.kind.paired:
             self._pairs.append((batch.rows, rewards_C, scored.logps_C.detach(), batch.lengths))
 
     def _keep_examples(self, dataset: str) -> None:
