@@ -81,6 +81,162 @@ class Coupled:
         return self.losses_I.sum() / items + (self.grad_N * (token_logps_N - token_logps_N.detach())).sum()
 
 
+class Kind:
+    """What the losses of one kind of data average over and compare, and what of it is reported.
+
+    Here: whole samples, each prompt with its completions.
+    """
+
+    data: str  # the name, as in `Objective.data`
+    paired = False  # two completions per sample: chosen at even, rejected at odd places
+
+    def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
+        """Of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
+        return Totals(sum(len(batch["rows"]) for batch in batches), 1.0)
+
+    def rows(self, batch: PackedBatch) -> Tensor:
+        """(I,) the dataset row of each item."""
+        return batch.rows
+
+    def items(self, scored: Scored) -> int:
+        """I, the number of items."""
+        return scored.num_samples
+
+    def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
+        """Every input that a loss may name.
+
+        Args:
+            scored: the completions.
+            scores_C: their log-ratios, shaped as the loss wants them; None without a reference.
+            logps_C: their log-probs, with the token weights if the loss wants them.
+            totals: of the whole optimizer batch.
+        """
+        raise NotImplementedError
+
+    def predictions_by_row(self, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What `compute_metrics` gets of each sample: (K,) implicit rewards, and (K, 2) grades and dataset row."""
+        sample_of_C = scored.own(scored.sample_of_C)
+        labels_C2 = torch.stack([scored.own(scored.grade_C), rows_E[sample_of_C].to(scored.grade_C.dtype)], dim=1)
+        sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
+        return list(zip(scored.own(rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
+
+    def differences(self, x_C: Tensor) -> Tensor:
+        """(C, C) of each completion and each other: the value of the row's minus that of the column's."""
+        return x_C[:, None] - x_C
+
+    def better(self, scored: Scored) -> Tensor:
+        """True where the first of two completions is known to be the better one; shaped as `differences`."""
+        same_CC = scored.sample_of_C[:, None] == scored.sample_of_C
+        return (self.differences(scored.grade_C) > 0) & same_CC
+
+    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """(C,) the completions that nothing is better than, and those that something is; ties are neither."""
+        better_CC = self.better(scored)
+        rest_C = better_CC.any(0)
+        return better_CC.any(1) & ~rest_C, rest_C
+
+
+class ListKind(Kind):
+    """One prompt, several graded completions."""
+
+    data = "lists"
+
+    def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
+        """As in `Kind`."""
+        return {
+            "scores_C": scores_C,
+            "logps_C": logps_C,
+            "lengths_C": scored.lengths_C,
+            "grades_C": scored.grade_C,
+            "sample_of_C": scored.sample_of_C,
+            "num_samples": scored.num_samples,
+        }
+
+
+class SingleKind(Kind):
+    """Completions judged one by one, beside answers to other prompts if the loss reads those."""
+
+    data = "singles"
+
+    def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
+        """As in `Kind`; an item is a completion."""
+        return Totals(sum(batch["num_own"] for batch in batches), 1.0)
+
+    def rows(self, batch: PackedBatch) -> Tensor:
+        """As in `Kind`."""
+        return batch.rows[batch.sample_of if batch.mismatched is None else batch.sample_of[~batch.mismatched]]
+
+    def items(self, scored: Scored) -> int:
+        """As in `Kind`."""
+        return len(scored.own(scored.lengths_C))
+
+    def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
+        """As in `Kind`."""
+        found = {"logps_C": logps_C, "lengths_C": scored.lengths_C, "grades_C": scored.grade_C, "scores_C": scores_C}
+        own = {name: x_C if x_C is None else scored.own(x_C) for name, x_C in found.items()}
+        return {**own, "mismatched_scores_M": None if scores_C is None else scored.mismatched(scores_C).detach()}
+
+    def better(self, scored: Scored) -> Tensor:
+        """As in `Kind`; any good answer is better than any bad one, whatever their prompts."""
+        better_CC = self.differences(scored.grade_C) > 0
+        return better_CC if scored.own_C is None else better_CC & scored.own_C & scored.own_C[:, None]
+
+    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """The good and the bad completions."""
+        good_C = scored.grade_C > 0
+        return (good_C, ~good_C) if scored.own_C is None else (good_C & scored.own_C, ~good_C & scored.own_C)
+
+
+class PairKind(Kind):
+    """A chosen and a rejected completion of each prompt."""
+
+    data = "pairs"
+    paired = True
+
+    def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
+        """As in `Kind`."""
+        items = sum(len(batch["rows"]) for batch in batches)
+        return Totals(items, sum(batch["lengths"][::2].sum() for batch in batches) / items if items else 1.0)
+
+    def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
+        """As in `Kind`."""
+        by_name = {"lengths": scored.lengths_C, "nll": -scored.logps_C, "logps": logps_C}
+        by_name |= {} if scores_C is None else {"scores": scores_C}
+        pairs = {f"{side}_{name}_B": x_C[i::2] for name, x_C in by_name.items() for i, side in enumerate(_SIDES)}
+        if scored.ref_weighted_logps_C is not None:
+            pairs |= {f"ref_{side}_logps_B": scored.ref_weighted_logps_C[i::2] for i, side in enumerate(_SIDES)}
+        margin_B: Any = 0.0 if scored.margin_E is None else scored.margin_E
+        return {**pairs, "margin_B": margin_B, "mean_chosen_length": totals.mean_chosen_length}
+
+    def predictions_by_row(self, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What `compute_metrics` gets of each pair: (1, 2) implicit rewards, and (1,) the index of the better one."""
+        rewards_B2 = rewards_C.view(-1, 2)
+        labels_B = torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
+        return list(zip(rewards_B2.split(1), labels_B.split(1), strict=True))
+
+    def differences(self, x_C: Tensor) -> Tensor:
+        """(C,) the value of each completion minus that of its partner."""
+        return x_C - _partner(x_C)
+
+    def better(self, scored: Scored) -> Tensor:
+        """(C,) True for the better one of each pair; a tie has none."""
+        return self.differences(scored.grade_C) > 0
+
+    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """As in `Kind`."""
+        better_C = self.better(scored)
+        return better_C, _partner(better_C)
+
+
+class TrajectoryKind(PairKind):
+    """Pairs of whole conversations."""
+
+    data = "trajectories"
+
+
+KINDS: dict[str, Kind] = {kind.data: kind for kind in (PairKind(), TrajectoryKind(), ListKind(), SingleKind())}
+
+
 class TrainingObjective:
     """The losses that a run minimises, with their options.
 
@@ -95,6 +251,7 @@ class TrainingObjective:
         self.weights = [1.0] * len(self.parts) if loss_weights is None else list(loss_weights)
         self.options = options
         self.data = self.parts[0].data
+        self.kind = KINDS[self.data]
         self.needs_reference = any(part.needs_reference for part in self.parts)
         self.batch_coupled = any(part.batch_coupled for part in self.parts)
         self.needs_mismatched = any("mismatched_scores_M" in part.inputs for part in self.parts)
@@ -111,19 +268,11 @@ class TrainingObjective:
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
         """Of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
-        if self.data == "singles":
-            return Totals(sum(batch["num_own"] for batch in batches), 1.0)
-        items = sum(len(batch["rows"]) for batch in batches)
-        if self.data == "lists" or not items:
-            return Totals(items, 1.0)
-        return Totals(items, sum(batch["lengths"][::2].sum() for batch in batches) / items)
+        return self.kind.totals(batches)
 
     def rows(self, batch: PackedBatch) -> Tensor:
         """(I,) the dataset row of each item."""
-        if self.data != "singles":
-            return batch.rows
-        own_C = slice(None) if batch.mismatched is None else ~batch.mismatched
-        return batch.rows[batch.sample_of[own_C]]
+        return self.kind.rows(batch)
 
     # ---- Scores to losses ----------------------------------------------------------------------------------------
 
@@ -184,30 +333,12 @@ class TrainingObjective:
 
     def _inputs(self, part: Objective, scored: Scored, totals: Totals) -> dict[str, Any]:
         """Every tensor that a loss of this kind of data may name."""
-        scores_C = scored.log_ratios_C if part.needs_reference else scored.weighted_logps_C
+        scores_C = scored.log_ratios_C if part.needs_reference else None
         shape = {name: self.options[name] for name in SHAPE_OPTIONS if name in part.options}
-        if shape:
+        if scores_C is not None and shape:
             scores_C = shape_scores(scores_C, self.options["beta"], **shape)
-        if self.data == "lists":
-            return {
-                "scores_C": scores_C,
-                "grades_C": scored.grade_C,
-                "sample_of_C": scored.sample_of_C,
-                "num_samples": scored.num_samples,
-            }
-        if self.data == "singles":
-            return {
-                "scores_C": scored.own(scores_C),
-                "grades_C": scored.own(scored.grade_C),
-                "mismatched_scores_M": scored.mismatched(scores_C).detach(),
-            }
-        by_completion = {"scores": scores_C, "lengths": scored.lengths_C, "nll": -scored.logps_C}
-        by_completion["logps"] = scored.weighted_logps_C if "ld_alpha" in part.options else scored.logps_C
-        pairs = {f"{side}_{name}_B": x_C[i::2] for name, x_C in by_completion.items() for i, side in enumerate(_SIDES)}
-        if scored.ref_weighted_logps_C is not None:
-            pairs |= {f"ref_{side}_logps_B": scored.ref_weighted_logps_C[i::2] for i, side in enumerate(_SIDES)}
-        margin_B: Any = 0.0 if scored.margin_E is None else scored.margin_E
-        return {**pairs, "margin_B": margin_B, "mean_chosen_length": totals.mean_chosen_length}
+        logps_C = scored.weighted_logps_C if "ld_alpha" in part.options else scored.logps_C
+        return self.kind.inputs(scored, scores_C, logps_C, totals)
 
     def rewards(self, scored: Scored) -> Tensor:
         """(C,) implicit rewards, detached: beta times what the first loss of the mix compares."""
@@ -249,15 +380,10 @@ class TrainingObjective:
             losses_I = self.losses(_concatenate([*before, *parts, *after]), totals)
             grads = torch.autograd.grad(losses_I.sum() / totals.items, leaves)
         # A loss that sorts gives its items in sorted order: every process counts another stretch of them.
-        first = sum(self._items(scored) for scored in before)
-        sizes = [self._items(scored) for scored in parts]
+        first = sum(self.kind.items(scored) for scored in before)
+        sizes = [self.kind.items(scored) for scored in parts]
         shares = losses_I.detach()[first : first + sum(sizes)].split(sizes)
         return [Coupled(*part) for part in zip(refs, shares, grads, strict=True)]
-
-    def _items(self, scored: Scored) -> int:
-        if self.data == "singles":
-            return len(scored.own(scored.lengths_C))
-        return scored.num_samples
 
 
 def _swap(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,6 +391,11 @@ def _swap(inputs: Mapping[str, Any]) -> dict[str, Any]:
     other = {"chosen": "rejected", "rejected": "chosen"}
     swapped = {"_".join(other.get(word, word) for word in name.split("_")): x for name, x in inputs.items()}
     return {**swapped, "margin_B": -inputs["margin_B"]}
+
+
+def _partner(x_C: Tensor) -> Tensor:
+    """Of each completion of a pair, the other one's value."""
+    return x_C.view(-1, 2).flip(1).flatten()
 
 
 def _grades(batch: PackedBatch) -> Tensor:

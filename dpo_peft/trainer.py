@@ -51,7 +51,7 @@ from .training.arguments import (
 from .training.building import Preparation, autocast_dtype, build_model, plan_memory, trained_with
 from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference
 from .training.diagnostics import RunFacts
-from .training.evaluation import PairRecords, Samples, Warnings, add_length_balanced, check_reported, predictions
+from .training.evaluation import PairRecords, Samples, Warnings, add_length_balanced, check_reported
 from .training.memory_budget import MemoryBudget
 from .training.metrics import MetricStore, length_metrics, mean_of, metric_names, preference_metrics
 from .training.resume import Part, RunState, check_has_optimizer, trajectory
@@ -213,7 +213,7 @@ class DPOTrainer(Trainer):
             objective = self.objective
             tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
             with_kl = objective.needs_reference and tokens
-            check_best_metric(args, eval_dataset, metric_names(objective.data, with_kl, objective.needs_mismatched))
+            check_best_metric(args, eval_dataset, metric_names(objective.kind, with_kl, objective.needs_mismatched))
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the trainer's own evaluation datasets by metric prefix."""
@@ -263,14 +263,14 @@ class DPOTrainer(Trainer):
 
     def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
-        metrics = preference_metrics(self.objective.data, output.scored, output.rewards_C, policy, ref, batch)
+        metrics = preference_metrics(self.objective.kind, output.scored, output.rewards_C, policy, ref, batch)
         if self.model.training:
             self.step.finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
             self.metric_store.add("train", metrics)
         else:
-            by_length = length_metrics(self.objective.data, output.scored, output.rewards_C)
+            by_length = length_metrics(self.objective.kind, output.scored, output.rewards_C)
             self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
-            if self.objective.data in ("pairs", "trajectories"):
+            if self.objective.kind.paired:
                 self.records.add(batch, output.scored, output.rewards_C)
 
     # ---- A run --------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ class DPOTrainer(Trainer):
 
         def score(part: dict[str, Any], totals: Totals) -> tuple[Tensor, list[Any]]:
             loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
-            return loss, predictions(self.objective.data, output.scored, output.rewards_C, part["rows"])
+            return loss, self.objective.kind.predictions_by_row(output.scored, output.rewards_C, part["rows"])
 
         loss, rows = self.step.predict(inputs, score)
         if prediction_loss_only:

@@ -33,6 +33,7 @@ from ..forward import PackedBatch
 from ..model.generation import end_tokens, sample_completions
 from ..objective import Scored
 from .diagnostics import RunFacts, diagnose
+from .metrics import length_balanced
 from .sample_log import distinct_prompts, in_short, send_table
 
 logger = logging.getLogger(__name__)
@@ -289,24 +290,10 @@ def check_reported(name: str | None, metrics: Mapping[str, float], step: int) ->
 
 def add_length_balanced(metrics: dict[str, float]) -> dict[str, float]:
     """Adds the mean of the two accuracies by length, if both are known."""
-    by_length = [metrics.get(f"accuracies/chosen_{side}") for side in ("longer", "shorter")]
-    if None not in by_length:
-        metrics["accuracies/length_balanced"] = sum(by_length) / 2  # type: ignore[arg-type]
+    balanced = length_balanced(*(metrics.get(f"accuracies/chosen_{side}") for side in ("longer", "shorter")))
+    if balanced is not None:
+        metrics["accuracies/length_balanced"] = balanced
     return metrics
-
-
-def predictions(data: str, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Implicit rewards and labels of each row of an evaluation batch."""
-    if data in ("pairs", "trajectories"):
-        rewards_B2 = rewards_C.view(-1, 2)
-        return list(
-            zip(rewards_B2.split(1), torch.zeros_like(rewards_B2[:, 0], dtype=torch.long).split(1), strict=True)
-        )
-    sample_of_C = scored.own(scored.sample_of_C)
-    rows_C = rows_E[sample_of_C].to(scored.grade_C.dtype)
-    labels_C2 = torch.stack([scored.own(scored.grade_C), rows_C], dim=1)
-    sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
-    return list(zip(scored.own(rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
 
 
 def first_and_newest(looks: Sequence[list[Row]]) -> list[list[Row]]:

@@ -3,7 +3,7 @@
 Every metric is a sum and a count kept on the device; they meet the host once, when they are logged. So a mean is over
 pairs (or tokens), whatever the split into micro-batches.
 
-Shape suffixes: N predicted tokens, C completions; CC compares the completion of the row with that of the column.
+Shape suffixes: N predicted tokens, C completions, P comparisons of two completions (see `Kind.differences`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed import gather_over_processes
 from ..forward import PackedBatch, Scores
-from ..objective import Scored
+from ..objective import Kind, Scored
 
 
 class Mean(NamedTuple):
@@ -25,7 +25,7 @@ class Mean(NamedTuple):
 
 
 def preference_metrics(
-    data: str, scored: Scored, rewards_C: Tensor, policy: Scores, ref: Scores | None, batch: PackedBatch
+    kind: Kind, scored: Scored, rewards_C: Tensor, policy: Scores, ref: Scores | None, batch: PackedBatch
 ) -> dict[str, Mean]:
     """The metrics of one batch. "Better" and "worse" are two completions whose order is known: those of a pair (unless
     it ties), any two of a list that are ranked apart, any desirable and any undesirable answer of the batch.
@@ -45,7 +45,7 @@ def preference_metrics(
       its floor at 0.
 
     Args:
-        data: "pairs", "lists", "singles" or "trajectories".
+        kind: of the data.
         scored: what the losses read.
         rewards_C: (C,) implicit rewards, detached.
         policy, ref: the log-probs that `scored` was made from.
@@ -55,21 +55,19 @@ def preference_metrics(
         Name to `Mean`, on the device of the inputs, detached.
     """
     with torch.no_grad():
-        better_CC = _better(data, scored)
-        best_C, rest_C = _best_and_rest(data, scored, better_CC)
-        margins_CC = rewards_C[:, None] - rewards_C
-        logps_C, lengths_C = scored.logps_C, scored.lengths_C
+        better_P, margins_P = kind.better(scored), kind.differences(rewards_C)
+        best_C, rest_C = kind.best_and_rest(scored)
         metrics = {
             "rewards/chosen": _mean_where(rewards_C, best_C),
             "rewards/rejected": _mean_where(rewards_C, rest_C),
-            "rewards/margins": _mean_where(margins_CC, better_CC),
-            "rewards/accuracies": _mean_where(_wins(margins_CC), better_CC),
-            "accuracies/length_only": _mean_where(_wins(lengths_C[:, None] - lengths_C), better_CC),
-            "logps/chosen": _mean_where(logps_C, best_C),
-            "logps/rejected": _mean_where(logps_C, rest_C),
+            "rewards/margins": _mean_where(margins_P, better_P),
+            "rewards/accuracies": _mean_where(_wins(margins_P), better_P),
+            "accuracies/length_only": _mean_where(_wins(kind.differences(scored.lengths_C)), better_P),
+            "logps/chosen": _mean_where(scored.logps_C, best_C),
+            "logps/rejected": _mean_where(scored.logps_C, rest_C),
         }
-        if data in ("pairs", "trajectories"):
-            metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_CC), better_CC)
+        if kind.paired:
+            metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_P), better_P)
         if ref is not None and len(ref.token_logps_N):
             log_ratio_N = policy.token_logps_N - ref.token_logps_N
             kl_N = torch.expm1(log_ratio_N) - log_ratio_N
@@ -80,49 +78,37 @@ def preference_metrics(
         return metrics
 
 
-def length_metrics(data: str, scored: Scored, rewards_C: Tensor) -> dict[str, Mean]:
+def length_metrics(kind: Kind, scored: Scored, rewards_C: Tensor) -> dict[str, Mean]:
     """How far accuracy leans on length; see `preference_metrics` for the arguments.
 
     - `accuracies/chosen_longer`, `accuracies/chosen_shorter`: `rewards/accuracies` where the better completion is the
       longer one, and where it is the shorter one. A reward that follows length is right on the first and wrong on the
-      second.
+      second. `length_balanced` is their mean.
     """
     with torch.no_grad():
-        better_CC = _better(data, scored)
-        wins_CC = _wins(rewards_C[:, None] - rewards_C)
-        longer_CC = scored.lengths_C[:, None] - scored.lengths_C
+        better_P, wins_P = kind.better(scored), _wins(kind.differences(rewards_C))
+        longer_P = kind.differences(scored.lengths_C)
         return {
-            "accuracies/chosen_longer": _mean_where(wins_CC, better_CC & (longer_CC > 0)),
-            "accuracies/chosen_shorter": _mean_where(wins_CC, better_CC & (longer_CC < 0)),
+            "accuracies/chosen_longer": _mean_where(wins_P, better_P & (longer_P > 0)),
+            "accuracies/chosen_shorter": _mean_where(wins_P, better_P & (longer_P < 0)),
         }
 
 
-def metric_names(data: str, with_reference: bool, mismatched: bool) -> set[str]:
+def length_balanced(longer: float | None, shorter: float | None) -> float | None:
+    """The mean of the accuracies where the better completion is the longer and where it is the shorter one; None if
+    either of them is missing. A reward that only follows length has 0.5."""
+    return None if longer is None or shorter is None else (longer + shorter) / 2
+
+
+def metric_names(kind: Kind, with_reference: bool, mismatched: bool) -> set[str]:
     """The names that an evaluation may report, without `eval_`: those of `preference_metrics`, `length_metrics`, the
-    loss, and `accuracies/length_balanced`, the mean of the two accuracies by length."""
+    loss, and `accuracies/length_balanced`."""
     names = (
         "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected loss".split()
     )
-    names += [f"accuracies/{kind}" for kind in ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")]
-    names += ["sample_weight"] if data in ("pairs", "trajectories") else []
-    return {*names, *(["kl"] if with_reference else []), *(["z_ref"] if mismatched else [])}
-
-
-def _better(data: str, scored: Scored) -> Tensor:
-    """(C, C) True where the row's completion is known to be better than the column's."""
-    grade_C, sample_of_C = scored.grade_C, scored.sample_of_C
-    better_CC = grade_C[:, None] > grade_C
-    if data != "singles":
-        return better_CC & (sample_of_C[:, None] == sample_of_C)
-    return better_CC if scored.own_C is None else better_CC & scored.own_C & scored.own_C[:, None]
-
-
-def _best_and_rest(data: str, scored: Scored, better_CC: Tensor) -> tuple[Tensor, Tensor]:
-    if data == "singles":
-        own_C = torch.ones_like(scored.grade_C, dtype=torch.bool) if scored.own_C is None else scored.own_C
-        return own_C & (scored.grade_C > 0), own_C & (scored.grade_C <= 0)
-    rest_C = better_CC.any(0)
-    return better_CC.any(1) & ~rest_C, rest_C
+    names += [f"accuracies/{which}" for which in ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")]
+    optional = {"sample_weight": kind.paired, "kl": with_reference, "z_ref": mismatched}
+    return {*names, *(name for name, reported in optional.items() if reported)}
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Mean:
