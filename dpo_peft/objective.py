@@ -237,6 +237,14 @@ class TrajectoryKind(PairKind):
 KINDS: dict[str, Kind] = {kind.data: kind for kind in (PairKind(), TrajectoryKind(), ListKind(), SingleKind())}
 
 
+class LossOutput(NamedTuple):
+    """What `compute_loss` gives beside the loss; detached."""
+
+    losses_I: Tensor  # loss of every item of the micro-batch
+    rewards_C: Tensor  # implicit rewards: beta * log(policy / reference), or what the objective has in its place
+    scored: Scored  # what the losses read
+
+
 class TrainingObjective:
     """The losses that a run minimises, with their options.
 

@@ -12,60 +12,40 @@ Shape suffixes: I items of the loss (pairs, lists or single answers), B pairs, C
 even, rejected at odd indices), N predicted tokens.
 """
 
-import copy
 import itertools
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import DatasetDict, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from .config import DPOConfig, objective_options
 from .data import rows_digest
 from .data.collator import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
-from .distributed import ShareCollator, check_launch, check_same, copy_from_first, unshard, world_size
+from .distributed import ShareCollator, check_same, copy_from_first, unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .model.adapter_source import record_training
 from .model.loading import storage_report
-from .objective import Scored, Totals, TrainingObjective
+from .objective import LossOutput, Totals, TrainingObjective
 from .reference.policy import ReferencePolicy
+from .training import building
 from .training.accumulation import OptimizerStep, fields_of
-from .training.arguments import (
-    AnyDataset,
-    check_arguments,
-    check_best_metric,
-    check_datasets,
-    check_optimizer,
-    check_tokenizer,
-    data_source,
-    load_tokenizer,
-    name_of,
-)
-from .training.building import Preparation, autocast_dtype, build_model, plan_memory, trained_with
-from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference
-from .training.diagnostics import RunFacts
-from .training.evaluation import PairRecords, Samples, Warnings, add_length_balanced, check_reported
-from .training.memory_budget import MemoryBudget
-from .training.metrics import MetricStore, length_metrics, mean_of, metric_names, preference_metrics
-from .training.resume import Part, RunState, check_has_optimizer, trajectory
-from .wings import wing
+from .training.arguments import AnyDataset, check_best_metric, check_optimizer
+from .training.building import Preparation, autocast_dtype, check_constructor
+from .training.callbacks import StopOnNonFinite, StopOnSignal, SyncReference
+from .training.evaluation import Evaluation, check_reported
+from .training.metrics import MetricStore, length_metrics, mean_of, preference_metrics
+from .training.resume import RunState, check_has_optimizer, save_adapter, trajectory
+from .wings import required, wing
 
 logger = logging.getLogger(__name__)
-
-
-class LossOutput(NamedTuple):
-    """What `compute_loss` gives beside the loss; detached."""
-
-    losses_I: Tensor  # loss of every item of the micro-batch
-    rewards_C: Tensor  # implicit rewards: beta * log(policy / reference), or what the objective has in its place
-    scored: Scored  # what the losses read
 
 
 class DPOTrainer(Trainer):
@@ -118,29 +98,21 @@ class DPOTrainer(Trainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
     ):
-        name = name_of(model)
-        args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-        check_arguments(model, ref_model, args, quantization_config)
-        check_launch(args)
-        check_datasets(args, train_dataset, eval_dataset)
-        tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
-        check_tokenizer(tokenizer)
+        given = model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config
+        name, args, tokenizer = check_constructor(*given)
         self.objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
-        self._check_best_metric(args, eval_dataset, compute_metrics)
-
-        self.command_options: dict[str, Any] | None = None
+        if compute_metrics is None:  # which adds metrics of its own
+            check_best_metric(args, eval_dataset, building.reported_metrics(args, self.objective))
         self.model_name = "" if isinstance(model, PeftModel) else name
-        self.data_sources = {"train": data_source(train_dataset), "eval": data_source(eval_dataset)}
-
+        self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.prepare = Preparation(args, self.objective, tokenizer)
-        self.data_reports = self.prepare.reports
-        train_dataset = self.prepare(train_dataset, "train")
-        eval_dataset = self.prepare.evaluation(eval_dataset)
+        self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
+        train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
 
         set_seed(args.seed)  # the adapter's start is drawn at random
-        needed = self.objective.needs_reference
-        model, held = build_model(model, args, tokenizer, quantization_config, peft_config, needed)
+        needs_reference = self.objective.needs_reference
+        model, held = building.build_model(model, args, tokenizer, quantization_config, peft_config, needs_reference)
         super().__init__(
             model=model,
             args=args,
@@ -162,19 +134,18 @@ class DPOTrainer(Trainer):
             check_same("train_dataset", rows_digest(self.train_dataset))
         # The model is on its device now, and shows by a probe how its batches can be laid out.
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
-        reads_tokens = self.objective.reads_reference_tokens
-        plan = self.forward_plan
-        self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, needed, reads_tokens)
-        self._build_parts(data_collator)
-        record_training(
-            self.model, self.policy_adapter, trained_with(self.model, args, self.objective.parts[0].reward)
+        self.reference = ReferencePolicy(
+            self.model, held, self.policy_adapter, args, self.forward_plan, self.objective
         )
+        self._build_parts(data_collator)
+        reward = self.objective.parts[0].reward
+        record_training(self.model, self.policy_adapter, building.trained_with(self.model, args, reward))
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)
 
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
-        args, pad_token_id = self.args, self.processing_class.pad_token_id
-        self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, pad_token_id or 0)
+        args, model, tokenizer = self.args, self.model, self.processing_class
+        self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
         if args.caches_reference:
             self.collate = KeyedCollator(self.collate)
         # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are
@@ -184,46 +155,24 @@ class DPOTrainer(Trainer):
 
         self.metric_store = MetricStore()
         self.step = OptimizerStep(
-            self.model,
+            model,
             args,
             self.objective,
-            self._plan_memory(),
+            building.plan_memory(model, args, self.forward_plan, self.objective, self.reference.adapter),
             self.metric_store,
             self.collate,
             policy=lambda batch: self.policy_logps(batch),
             reference=self.reference.logps,
             autocast=self.compute_loss_context_manager,
         )
-        evaluated = next(iter(self._evaluated().values()), None)
-        context = self.compute_loss_context_manager
-        callbacks = self.callback_handler.callbacks
-        self.samples = Samples(self.model, self.processing_class, args, evaluated, context, callbacks)
-        self.records, self.warnings = PairRecords(args.output_dir), Warnings(self.run_facts)
-        self.signal, self.early_stop = StopOnSignal(), EarlyStop.from_options(args)
-        parts: list[Part] = [self.step, self.reference, self.samples, self.records, self.warnings, *self.early_stop]
-        self.run_state = RunState(args.output_dir, self.metric_store, parts)
-        for callback in (self.signal, *self.early_stop, self.samples, self.records, StopOnNonFinite(self.step)):
+        context, callbacks = self.compute_loss_context_manager, self.callback_handler.callbacks
+        self.evaluation = Evaluation(model, tokenizer, args, self.objective, self.prepare, context, callbacks)
+        self.signal, parts = StopOnSignal(), [self.step, self.reference, *self.evaluation.parts]
+        self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
+        for callback in (self.signal, *self.evaluation.parts, StopOnNonFinite(self.step)):
             self.add_callback(callback)
-        self.add_callback(self.warnings)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
-
-    def _check_best_metric(self, args: DPOConfig, eval_dataset: Any, compute_metrics: Any) -> None:
-        if compute_metrics is None:  # which adds metrics of its own
-            objective = self.objective
-            tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
-            with_kl = objective.needs_reference and tokens
-            check_best_metric(args, eval_dataset, metric_names(objective.kind, with_kl, objective.needs_mismatched))
-
-    def _evaluated(self) -> dict[str, Any]:
-        """Returns the trainer's own evaluation datasets by metric prefix."""
-        if isinstance(self.eval_dataset, dict):
-            return {f"eval_{name}": rows for name, rows in self.eval_dataset.items()}
-        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
-
-    def _plan_memory(self) -> MemoryBudget:
-        passes = int(self.objective.needs_reference and not self.args.caches_reference)
-        return plan_memory(self.model, self.args, self.forward_plan, self.reference.adapter, passes)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -271,7 +220,7 @@ class DPOTrainer(Trainer):
             by_length = length_metrics(self.objective.kind, output.scored, output.rewards_C)
             self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
             if self.objective.kind.paired:
-                self.records.add(batch, output.scored, output.rewards_C)
+                self.evaluation.records.add(batch, output.scored, output.rewards_C)
 
     # ---- A run --------------------------------------------------------------------------------------------------
 
@@ -299,7 +248,7 @@ class DPOTrainer(Trainer):
         folder = self.run_state.find(resume)
         if folder is not None:
             self.reference.check_resumable(Path(folder))
-            self.run_state.compare(Path(folder), self.trajectory())
+            self.run_state.compare(Path(folder))
         with self.step.running(), self.signal.listening():
             output = super().train(folder, *args, **kwargs)
         if self.signal.agree():
@@ -309,54 +258,36 @@ class DPOTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _prepare_run(self) -> None:
-        self.samples.reset()
-        self.records.reset()
-        self.warnings.reset()
-        for early_stop in self.early_stop:
-            early_stop.reset()
+        self.evaluation.reset()
         # What was added to the model since it was probed is heeded.
         plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:
             if self.args.fused_layers:
                 raise OptionError(f"fused_layers=True, but by now {plan.unfused}: leave it out.")
             self.forward_plan = self.reference.plan = plan
-            self.step.budget = self._plan_memory()
+            objective, frozen = self.objective, self.reference.adapter
+            self.step.budget = building.plan_memory(self.model, self.args, plan, objective, frozen)
             logger.warning("%s", plan)
         with self.compute_loss_context_manager():
             self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
             if self.args.precompute_ref_log_probs:
-                self.reference.precompute({"train": self.train_dataset, **self._evaluated()}, self.collate)
+                datasets = {"train": self.train_dataset, **self.prepare.evaluated}
+                self.reference.precompute(datasets, self.collate)
         self.accelerator.wait_for_everyone()
 
     def trajectory(self) -> dict[str, Any]:
         """Returns options, the adapter's shape and the rows: what a resumed run should share with the interrupted."""
         adapter = self.model.peft_config[self.policy_adapter]
-        return trajectory(self.args, adapter, self._rows_digest, self._base_fingerprint)
+        return trajectory(self.args, adapter, self._rows_digest, self.reference.base_fingerprint)
 
     @cached_property
     def _rows_digest(self) -> str:
         return rows_digest(self.train_dataset)
 
-    @cached_property
-    def _base_fingerprint(self) -> str:
-        return self.reference.base_fingerprint()
-
-    def run_facts(self, state: TrainerState) -> RunFacts:
-        """Returns what the warnings need to know beside the log."""
-        args, report = self.args, self.prepare.reports["train"]
-        evaluated = self._evaluated() if args.eval_strategy != "no" else {}
-        return RunFacts(
-            reward=self.objective.parts[0].reward,
-            beta=1.0 if args.beta is None else args.beta,
-            tokens=report.completion_tokens / report.completions if report.completions else None,
-            held_out={name: self.prepare.reports[name].kept_rows for name in evaluated},
-            max_steps=state.max_steps,
-        )
-
     @property
     def warnings_raised(self) -> list[dict[str, Any]]:
         """Returns `step`, `name` and `message` of this run's warnings (docs/diagnostics.md), each name once."""
-        return self.warnings.raised
+        return self.evaluation.warnings.raised
 
     # ---- Hooks of transformers.Trainer: the step ----------------------------------------------------------------
 
@@ -412,7 +343,7 @@ class DPOTrainer(Trainer):
     # ---- Hooks of transformers.Trainer: data and evaluation -----------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        own = [self.train_dataset, *self._evaluated().values()]
+        own = [self.train_dataset, *self.prepare.evaluated.values()]
         if not any(dataset is one for one in own):  # given to `evaluate` or `predict`
             dataset = self.prepare(dataset, "test" if description == "test" else "eval")
         loader = super()._get_dataloader(dataset, description, batch_size * world_size(), *args, **kwargs)
@@ -444,10 +375,10 @@ class DPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`. Once `train()` has begun, the trainer's own evaluation datasets also give the
         pairs of `eval_examples.jsonl`, and their first prompts the completions of `samples.jsonl`."""
-        with self.records.recording(eval_dataset is None or isinstance(eval_dataset, str)):
+        with self.evaluation.records.recording(eval_dataset is None or isinstance(eval_dataset, str)):
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.records.begun and eval_dataset is None:
-            self.samples.take(self.state.global_step)
+        if self.evaluation.records.begun and eval_dataset is None:
+            self.evaluation.samples.take(self.state.global_step)
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -457,14 +388,13 @@ class DPOTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         metrics = self.metric_store.pop("eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in add_length_balanced(metrics).items()})
-        self.records.finish(prefix, self.state.global_step)
+        output.metrics.update(self.evaluation.finish(metrics, prefix, self.state.global_step))
         return output
 
     # ---- Hooks of transformers.Trainer: checkpoints and results -------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.run_state.save_checkpoint(self, self.trajectory())
+        self.run_state.save_checkpoint(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_has_optimizer(Path(resume_from_checkpoint))
@@ -484,25 +414,16 @@ class DPOTrainer(Trainer):
         self.reference.load_state_dict({}, best)
         logger.info("The best adapter is loaded: %s (%s).", best, self.state.best_metric)
         if best.name != f"checkpoint-{step}":  # the newest samples are to be of the adapter that is saved
-            self.samples.renew(step)
+            self.evaluation.samples.renew(step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, selected_adapters=[self.policy_adapter])
-        self.processing_class.save_pretrained(folder)
-        args = copy.copy(self.args)
-        args.hub_token = None  # a pickle is no place for it
-        torch.save(args, folder / "training_args.bin")
+        if self.args.should_save:
+            save_adapter(self, self.policy_adapter, Path(output_dir or self.args.output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter and the tokenizer. Called by a user also metrics.json, recipe.yaml, curves.png and the
-        model card; and with `push_to_hub` all of it is published.
-
-        Raises:
-            PublishError: publishing failed. What is saved stays.
+        model card; and with `push_to_hub` all of it is published (or a `PublishError` raised; what is saved stays).
         """
         folder = output_dir or self.args.output_dir
         self._save(folder)
@@ -516,19 +437,17 @@ class DPOTrainer(Trainer):
             artifacts.SaveResults(self).save(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the model card with the run's figures into the output folder."""
+        """Writes the model card with the run's figures, and the files that belong to it, into the output folder."""
         self._save_results(self.args.output_dir)
 
     def _publisher(self) -> Any:
-        if (hub := wing("hub")) is None:
-            raise OptionError("push_to_hub: this copy of the package has no dpo_peft/hub. Leave it out.")
-        return hub.HubPublisher(self)
+        return required("hub", "push_to_hub").HubPublisher(self)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Checks with `push_to_hub`, before anything is trained, whether the adapter can be published."""
         self._publisher().check_before_training(token)
 
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **given: Any) -> Any:
+    def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, **given: Any) -> Any:
         """Saves the adapter with its results into `output_dir` and publishes them, see `hub.HubPublisher.push`."""
         return self._publisher().push(commit_message, blocking, **given)
 

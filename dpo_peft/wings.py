@@ -8,6 +8,19 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+from .errors import OptionError
+
+
+def required(name: str, option: str) -> ModuleType:
+    """Return a wing that an option needs.
+
+    Raises:
+        OptionError: the folder is not there.
+    """
+    if (found := wing(name)) is None:
+        raise OptionError(f"{option}: this copy of the package has no dpo_peft/{name}. Leave it out.")
+    return found
+
 
 def wing(name: str) -> ModuleType | None:
     """Return the package `dpo_peft.<name>`, imported at its first use; None if the folder is not there."""

@@ -6,6 +6,7 @@ the one that was meant: before the first step, when a trained adapter is trained
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from ..config import DPOConfig
 from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
+from ..objective import TrainingObjective
 from .adapter_off import ADAPTER_OFF, Reference, check_start, is_identity, reference_logps
 from .cache import ReferenceCache, default_folder
 from .cached_logps import CachedReference
@@ -39,8 +41,7 @@ class ReferencePolicy:
         policy_adapter: the trained adapter's name.
         args: the options.
         plan: how batches are laid out and scored.
-        needed: whether the objective has a reference at all.
-        reads_tokens: whether the objective reads the reference's log-prob of every token.
+        objective: says whether it has a reference, and whether it reads the log-prob of every token.
 
     Raises:
         ReferenceMismatchError: the adapter was trained against another reference than this one.
@@ -58,17 +59,19 @@ class ReferencePolicy:
         policy_adapter: str,
         args: DPOConfig,
         plan: ForwardPlan,
-        needed: bool,
-        reads_tokens: bool,
+        objective: TrainingObjective,
     ):
-        self.model, self.policy_adapter, self.args, self.plan, self.needed = model, policy_adapter, args, plan, needed
+        self.model, self.policy_adapter, self.args, self.plan = model, policy_adapter, args, plan
+        self.needed = objective.needs_reference
         self.choice, self.adapter, self.source, self.chosen = held.choice, held.adapter, held.source, held.chosen
         self.cached: CachedReference | None = None
-        self.start_checked = not needed
-        if needed:
+        self.start_checked = not self.needed
+        if self.needed:
             self.identity = self._identify()
             if args.caches_reference:
-                self.cached = CachedReference(self._open_cache(reads_tokens), lambda batch: self.compute(batch))
+                self.cached = CachedReference(
+                    self._open_cache(objective.reads_reference_tokens), lambda batch: self.compute(batch)
+                )
 
     def _identify(self) -> Identity:
         """Says what the reference is, and refuses one that nobody asked for."""
@@ -159,6 +162,7 @@ class ReferencePolicy:
 
     # ---- Saving and resuming ---------------------------------------------------------------------------------------
 
+    @cached_property
     def base_fingerprint(self) -> str:
         """Returns the fingerprint of the base."""
         return self.identity.base_fingerprint if self.needed else base_fingerprint(self.model)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset
+from ..distributed import check_launch
 from ..errors import OptionError
 from ..forward import ForwardPlan
 from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
@@ -18,8 +19,18 @@ from ..model.loading import attach_adapter, disable_dropout, load_model, storage
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import AnyDataset, check_vocabulary
+from .arguments import (
+    AnyDataset,
+    check_arguments,
+    check_datasets,
+    check_tokenizer,
+    check_vocabulary,
+    data_source,
+    load_tokenizer,
+    name_of,
+)
 from .memory_budget import MemoryBudget, memory_limit, memory_model
+from .metrics import metric_names
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +38,33 @@ logger = logging.getLogger(__name__)
 def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
     """Returns what is computed in under mixed precision; None without."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def check_constructor(
+    model: Any,
+    ref_model: Any,
+    args: DPOConfig | None,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    quantization_config: Any,
+) -> tuple[str, DPOConfig, PreTrainedTokenizerBase]:
+    """Checks what the trainer's constructor is given, before anything is loaded or computed.
+
+    Returns:
+        The model's name (empty for one made in code), the options and the tokenizer.
+
+    Raises:
+        OptionError: an argument can't be used.
+    """
+    name = name_of(model)
+    args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
+    check_arguments(model, ref_model, args, quantization_config)
+    check_launch(args)
+    check_datasets(args, train_dataset, eval_dataset)
+    tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
+    check_tokenizer(tokenizer)
+    return name, args, tokenizer
 
 
 class Preparation:
@@ -39,11 +77,15 @@ class Preparation:
 
     Attributes:
         reports: dataset name to what became of its rows.
+        sources: "train" and "eval" to where their rows come from.
+        evaluated: the trainer's own evaluation datasets, by metric prefix ("eval", "eval_<name>").
     """
 
     def __init__(self, args: DPOConfig, objective: TrainingObjective, tokenizer: PreTrainedTokenizerBase):
         self.args, self.objective, self.tokenizer = args, objective, tokenizer
         self.reports: dict[str, DataReport] = {}
+        self.sources: dict[str, tuple[list[str], str | None]] = {}
+        self.evaluated: dict[str, AnyDataset] = {}
 
     def __call__(self, rows: AnyDataset, name: str) -> AnyDataset:
         """Returns a dataset prepared (see `prepare_dataset`)."""
@@ -67,11 +109,25 @@ class Preparation:
         logger.info("%s", report)
         return prepared
 
+    def training(self, rows: AnyDataset) -> AnyDataset:
+        """Returns the training dataset prepared."""
+        self.sources["train"] = data_source(rows)
+        return self(rows, "train")
+
     def evaluation(self, rows: AnyDataset | Mapping[str, AnyDataset] | None) -> Any:
         """Returns the evaluation dataset, or the dict of several by name, prepared."""
+        self.sources["eval"] = data_source(rows)
         if isinstance(rows, Mapping):
-            return {name: self(part, f"eval_{name}") for name, part in rows.items()}
-        return None if rows is None else self(rows, "eval")
+            self.evaluated = {f"eval_{name}": self(part, f"eval_{name}") for name, part in rows.items()}
+            return {name: self.evaluated[f"eval_{name}"] for name in rows}
+        self.evaluated = {} if rows is None else {"eval": self(rows, "eval")}
+        return self.evaluated.get("eval")
+
+
+def reported_metrics(args: DPOConfig, objective: TrainingObjective) -> set[str]:
+    """Returns the names that an evaluation may report, without `eval_`."""
+    tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
+    return metric_names(objective.kind, bool(objective.needs_reference and tokens), objective.needs_mismatched)
 
 
 def build_model(
@@ -127,15 +183,17 @@ def trained_with(model: PeftModel, args: DPOConfig, reward: str) -> TrainedWith:
     )
 
 
-def plan_memory(model: PeftModel, args: DPOConfig, plan: ForwardPlan, frozen: str | None, passes: int) -> MemoryBudget:
+def plan_memory(
+    model: PeftModel, args: DPOConfig, plan: ForwardPlan, objective: TrainingObjective, frozen: str | None
+) -> MemoryBudget:
     """Decides how memory is used, and tells fused layers how many of them are checkpointed.
 
     Args:
         model: the PEFT model, on its device.
         args: the options.
         plan: how batches are laid out and scored.
+        objective: what is minimized.
         frozen: the reference's adapter, if it has one.
-        passes: forward passes of the reference per micro-batch, 0 or 1.
 
     Raises:
         OptionError: an option that has no effect on this model or device.
@@ -164,6 +222,7 @@ def plan_memory(model: PeftModel, args: DPOConfig, plan: ForwardPlan, frozen: st
     }
     limit = memory_limit(args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable)
     memory = memory_model(model, stored, **how)
+    passes = int(objective.needs_reference and not args.caches_reference)  # of the reference, per micro-batch
     budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
     if fused is not None:
         fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading

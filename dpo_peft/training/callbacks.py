@@ -146,13 +146,13 @@ class EarlyStop(TrainerCallback):
         self.reset()
 
     @classmethod
-    def from_options(cls, args: DPOConfig) -> list["EarlyStop"]:
-        """Returns the callback that the options ask for, or none."""
+    def from_options(cls, args: DPOConfig) -> "EarlyStop | None":
+        """Returns the callback if the options ask for it."""
         if args.early_stopping_patience is None:
-            return []
+            return None
         metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         threshold = args.early_stopping_threshold
-        return [cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)]
+        return cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Returns how long it has waited, as JSON values."""

@@ -8,7 +8,7 @@ Shape suffixes: B pairs, C completions (chosen at even, rejected at odd indices)
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -26,12 +26,15 @@ from transformers import (
 )
 
 from ..config import DPOConfig
+from ..data import DataReport
 from ..distributed import gather_over_processes, rank
 from ..errors import OptionError
 from ..files import write_rows
 from ..forward import PackedBatch
 from ..model.generation import end_tokens, sample_completions
-from ..objective import Scored
+from ..objective import Scored, TrainingObjective
+from .building import Preparation
+from .callbacks import EarlyStop
 from .diagnostics import RunFacts, diagnose
 from .metrics import length_balanced
 from .sample_log import distinct_prompts, in_short, send_table
@@ -243,24 +246,45 @@ class Warnings(TrainerCallback):
     """Looks at what has been logged, and warns of each trouble once a run (docs/diagnostics.md).
 
     Args:
-        facts: tells what the log does not say of a run, given its state.
+        args: the options.
+        objective: what is minimized.
+        summaries: dataset name to what became of its rows.
+        evaluated: metric prefixes of the evaluation datasets ("eval", "eval_<name>").
 
     Attributes:
         raised: `step`, `name` and `message` of this run's warnings, each name once.
     """
 
-    def __init__(self, facts: Callable[[TrainerState], RunFacts]):
-        self._facts = facts
+    def __init__(
+        self,
+        args: DPOConfig,
+        objective: TrainingObjective,
+        summaries: Mapping[str, DataReport],
+        evaluated: Iterable[str],
+    ):
+        self._args, self._objective, self._summaries = args, objective, summaries
+        self._evaluated = list(evaluated) if args.eval_strategy != "no" else []
         self.reset()
 
     def reset(self) -> None:
         """Forgets an earlier run."""
         self.raised: list[dict[str, Any]] = []
 
+    def facts(self, state: TrainerState) -> RunFacts:
+        """Returns what is known of the run beside its log; of a stream more as it is read."""
+        train = self._summaries["train"]
+        return RunFacts(
+            reward=self._objective.parts[0].reward,
+            beta=1.0 if self._args.beta is None else self._args.beta,
+            tokens=train.completion_tokens / train.completions if train.completions else None,
+            held_out={name: self._summaries[name].kept_rows for name in self._evaluated},
+            max_steps=state.max_steps,
+        )
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Warns of what is new."""
         raised = {warning["name"] for warning in self.raised}
-        for finding in diagnose(state.log_history, self._facts(state)):
+        for finding in diagnose(state.log_history, self.facts(state)):
             if finding.name not in raised:
                 self.raised.append(finding._asdict())
                 if rank() == 0:
@@ -275,6 +299,54 @@ class Warnings(TrainerCallback):
         self.raised = list(state.get("warnings", []))
 
 
+class Evaluation:
+    """What a run's evaluations leave behind: samples, records of pairs, warnings, and whether to stop early.
+
+    Args:
+        model: the PEFT model.
+        tokenizer: its tokenizer.
+        args: the options.
+        objective: what is minimized.
+        datasets: the prepared datasets and what became of their rows.
+        autocast: mixed precision around sampling.
+        callbacks: of the trainer.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: DPOConfig,
+        objective: TrainingObjective,
+        datasets: Preparation,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        callbacks: Sequence[TrainerCallback],
+    ):
+        first = next(iter(datasets.evaluated.values()), None)
+        self.samples = Samples(model, tokenizer, args, first, autocast, callbacks)
+        self.records = PairRecords(args.output_dir)
+        self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated)
+        self.early_stop = EarlyStop.from_options(args)
+
+    @property
+    def parts(self) -> list[Samples | PairRecords | Warnings | EarlyStop]:
+        """Returns those that there are: callbacks, saved with checkpoints."""
+        return [*filter(None, [self.early_stop]), self.samples, self.records, self.warnings]
+
+    def reset(self) -> None:
+        """Forgets an earlier run."""
+        for part in self.parts:
+            part.reset()
+
+    def finish(self, metrics: dict[str, float], prefix: str, step: int) -> dict[str, float]:
+        """Ends the evaluation of a dataset. Returns its metrics with the length-balanced accuracy and the prefix."""
+        self.records.finish(prefix, step)
+        balanced = length_balanced(*(metrics.get(f"accuracies/chosen_{side}") for side in ("longer", "shorter")))
+        if balanced is not None:
+            metrics = {**metrics, "accuracies/length_balanced": balanced}
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
 def check_reported(name: str | None, metrics: Mapping[str, float], step: int) -> None:
     """Refuses a `metric_for_best_model` that an evaluation turned out to lack.
 
@@ -286,14 +358,6 @@ def check_reported(name: str | None, metrics: Mapping[str, float], step: int) ->
             f"metric_for_best_model={name!r}: the evaluation of step {step} lacks it, as no held-out row tells "
             f"anything of it. It has {', '.join(sorted(metrics))}."
         )
-
-
-def add_length_balanced(metrics: dict[str, float]) -> dict[str, float]:
-    """Adds the mean of the two accuracies by length, if both are known."""
-    balanced = length_balanced(*(metrics.get(f"accuracies/chosen_{side}") for side in ("longer", "shorter")))
-    if balanced is not None:
-        metrics["accuracies/length_balanced"] = balanced
-    return metrics
 
 
 def first_and_newest(looks: Sequence[list[Row]]) -> list[list[Row]]:

@@ -5,12 +5,14 @@ rest of the run depends on: `transformers.Trainer` saves adapter, optimizer, sch
 the data; `run_state.json` adds the sums of metrics since the last log, the options, and the state of each part.
 """
 
+import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer
@@ -79,13 +81,16 @@ class RunState:
         run_dir: where checkpoints lie.
         metrics: sums since the last log; each process has its own.
         parts: what else is saved and restored.
+        trajectory: gives what decides how the run continues (see `trajectory`).
 
     Attributes:
         saved_step: the step of the newest checkpoint that this run has written.
     """
 
-    def __init__(self, run_dir: str, metrics: MetricStore, parts: Sequence[Part]):
-        self.run_dir, self.metrics, self.parts = Path(run_dir), metrics, parts
+    def __init__(
+        self, run_dir: str, metrics: MetricStore, parts: Sequence[Part], trajectory: Callable[[], dict[str, Any]]
+    ):
+        self.run_dir, self.metrics, self.parts, self.trajectory = Path(run_dir), metrics, parts, trajectory
         self.saved_step: int | None = None
 
     # ---- Finding a checkpoint ------------------------------------------------------------------------------------
@@ -135,14 +140,14 @@ class RunState:
         found, _ = checkpoints.newest_whole(self.run_dir)
         return f"The newest whole checkpoint is {found}." if found else "There is no whole one in output_dir."
 
-    def compare(self, folder: Path, now: Mapping[str, Any]) -> None:
-        """Says which parts of the `trajectory` differ from those of a checkpoint.
+    def compare(self, folder: Path) -> None:
+        """Says in what the run's `trajectory` differs from a checkpoint's.
 
         Raises:
             OptionError: one that the checkpoint's tensors would overrule.
         """
         before = _read(folder)["trajectory"]
-        now = json.loads(json.dumps(now, default=str))
+        now = json.loads(json.dumps(self.trajectory(), default=str))
         changed = [name for name in now if name in before and now[name] != before[name]]
         lines = {name: f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed}
         fixed = [name for name in changed if name in (*_RESTORED, "base model") or name.startswith("peft_config.")]
@@ -166,19 +171,7 @@ class RunState:
         for part in self.parts:
             part.load_state_dict(state["extra"], folder)
 
-    def write(self, folder: Path, metrics: Sequence[Any], trajectory: Mapping[str, Any]) -> None:
-        """Writes `run_state.json`, and what the parts keep beside it, into a checkpoint.
-
-        Args:
-            folder: the checkpoint's.
-            metrics: the sums of each process (`MetricStore.state`).
-            trajectory: of the run.
-        """
-        extra = {name: value for part in self.parts for name, value in part.state_dict(folder).items()}
-        state = {"trajectory": trajectory, "metrics": metrics, "extra": extra}
-        (folder / RUN_STATE).write_text(json.dumps(state, indent=1, default=str) + "\n")
-
-    def save_checkpoint(self, trainer: Trainer, trajectory: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, trainer: Trainer) -> None:
         """Saves the run as `checkpoint-<step>`, whole or not at all; all processes must call it.
 
         Raises:
@@ -195,7 +188,7 @@ class RunState:
             if args.should_save:
                 checkpoints.staging_folder(run_dir, step)
             trainer.accelerator.wait_for_everyone()
-            self.write_files(trainer, checkpoints.staged_checkpoint(run_dir, step), metrics, trajectory)
+            self.write_files(trainer, checkpoints.staged_checkpoint(run_dir, step), metrics)
             trainer.accelerator.wait_for_everyone()
             if args.should_save:
                 checkpoints.commit(run_dir, step)
@@ -213,10 +206,14 @@ class RunState:
             best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
             checkpoints.rotate(run_dir, args.save_total_limit, [run_dir / f"checkpoint-{step}", *best])
 
-    def write_files(
-        self, trainer: Trainer, folder: Path, metrics: Sequence[Any], trajectory: Mapping[str, Any]
-    ) -> None:
-        """Writes all files of a checkpoint into a folder."""
+    def write_files(self, trainer: Trainer, folder: Path, metrics: Sequence[Any]) -> None:
+        """Writes all files of a checkpoint into a folder.
+
+        Args:
+            trainer: with the state of the run.
+            folder: of the checkpoint.
+            metrics: the sums of each process (`MetricStore.state`).
+        """
         trainer.save_model(str(folder), _internal_call=True)
         if not trainer.args.save_only_model:
             trainer._save_optimizer_and_scheduler(str(folder))
@@ -230,7 +227,9 @@ class RunState:
                 by_name.setdefault(type(callback).__name__, []).append(callback.state())
         trainer.state.stateful_callbacks = {n: s if len(s) > 1 else s[0] for n, s in by_name.items()}
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        self.write(folder, metrics, trajectory)
+        extra = {name: value for part in self.parts for name, value in part.state_dict(folder).items()}
+        state = {"trajectory": self.trajectory(), "metrics": metrics, "extra": extra}
+        (folder / RUN_STATE).write_text(json.dumps(state, indent=1, default=str) + "\n")
 
     # ---- Logs ----------------------------------------------------------------------------------------------------
 
@@ -241,6 +240,15 @@ class RunState:
             logs.update(self.metrics.pop("train"))
         if "train_loss" in logs:
             logs["train_loss"] = self.metrics.pop("run").get("loss", float("nan"))
+
+
+def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
+    """Saves one adapter of the trainer's model, its tokenizer and its options; without the token for the Hub."""
+    trainer.model.save_pretrained(folder, selected_adapters=[adapter])
+    trainer.processing_class.save_pretrained(folder)
+    args = copy.copy(trainer.args)
+    args.hub_token = None  # a pickle is no place for it
+    torch.save(args, folder / "training_args.bin")
 
 
 def check_has_optimizer(folder: Path) -> None:

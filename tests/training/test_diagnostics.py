@@ -306,7 +306,7 @@ def test_a_run_that_goes_wrong(tiny_llama, make_tokenizer, tmp_path, caplog, nam
     for warning in trainer.warnings_raised:
         assert f"{warning['name']} at step {warning['step']}: {warning['message']}" in caplog.text
         seen = [entry for entry in trainer.state.log_history if entry["step"] <= warning["step"]]
-        assert warning["name"] in names(seen, trainer.run_facts(trainer.state))
+        assert warning["name"] in names(seen, trainer.evaluation.warnings.facts(trainer.state))
     if name == "healthy":
         last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
         assert last["eval_rewards/accuracies"] == 1.0 and last["eval_rewards/margins"] > 0.3
@@ -317,7 +317,7 @@ def test_the_facts_of_a_run(tiny_llama, make_tokenizer, tmp_path) -> None:
     sets = {"a": pairs(3, unlike), "b": pairs(5, unlike)}
     options = {"eval_strategy": "steps", "eval_steps": 5, "beta": 0.3}
     trainer = ours(tiny_llama(), rows, make_tokenizer(), tmp_path, eval_dataset=sets, **options)
-    facts = trainer.run_facts(trainer.state)
+    facts = trainer.evaluation.warnings.facts(trainer.state)
     lengths = [len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
     assert facts.tokens == pytest.approx(sum(lengths) / 16) and facts.beta == 0.3 and facts.reward == "log_ratio"
     assert facts.held_out == {"eval_a": 3, "eval_b": 5}

@@ -243,7 +243,9 @@ def test_interrupted_equals_straight(run, tmp_path) -> None:
         resumed = run(folder, resume=str(tmp_path / "own" / "checkpoint-3"), **options)
         for name in (SAMPLES, EXAMPLES):
             assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-        assert resumed.early_stop[0].state_dict(tmp_path) == straight.early_stop[0].state_dict(tmp_path)
+        assert resumed.evaluation.early_stop.state_dict(tmp_path) == straight.evaluation.early_stop.state_dict(
+            tmp_path
+        )
         assert resumed.warnings_raised == straight.warnings_raised
 
 
@@ -376,7 +378,7 @@ def test_a_run_that_stopped_early_takes_no_further_step(stopped, run, same_rows,
     # From the checkpoint before, the count goes on: one more evaluation, not two.
     resumed = run(tmp_path / "before", resume=str(folder / f"checkpoint-{step - 1}"), **more, callbacks=[Worsen(5)])
     assert resumed.state.global_step == step
-    assert resumed.early_stop[0].state_dict(tmp_path) == trainer.early_stop[0].state_dict(tmp_path)
+    assert resumed.evaluation.early_stop.state_dict(tmp_path) == trainer.evaluation.early_stop.state_dict(tmp_path)
 
 
 def test_the_best_of_an_adapter_with_another_name(run, same_rows, tiny_llama, make_tokenizer, tmp_path) -> None:

@@ -113,9 +113,8 @@ def test_writing_in_place_is_found(torturer):
         run = Path(trainer.args.output_dir)
         state = trainer.run_state
 
-        def save(owner: Any, trajectory: Any) -> None:
-            folder = run / f"checkpoint-{owner.state.global_step}"
-            state.write_files(owner, folder, [state.metrics.state()], trajectory)
+        def save(owner: Any) -> None:
+            state.write_files(owner, run / f"checkpoint-{owner.state.global_step}", [state.metrics.state()])
 
         state.save_checkpoint = save
         state.find = lambda resume: get_last_checkpoint(str(run))
