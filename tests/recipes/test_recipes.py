@@ -55,9 +55,9 @@ SCRIPTS = {
 }
 # Run by other tests.
 ELSEWHERE = {
-    "on_policy.py": "test_on_policy.py",
-    "accelerate/ddp_cpu.yaml": "test_parallel_trainer.py",
-    **{f"objectives/{path.name}": "test_quickstart_forms.py" for path in RECIPES.glob("objectives/*.yaml")},
+    "on_policy.py": "recipes/test_on_policy.py",
+    "accelerate/ddp_cpu.yaml": "training/test_processes.py",
+    **{f"objectives/{path.name}": "quickstart/test_forms.py" for path in RECIPES.glob("objectives/*.yaml")},
 }
 # Options that a script or launcher reads; what they take stands in the script's header.
 PARTS = ("quickstart.yaml", "objectives/", "accelerate/")

@@ -215,5 +215,6 @@ def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path
     mine, trl = both(tiny_llama, rows, tokenizer, tmp_path, **changed)
     assert mine.data_reports["train"].kept_rows == ROWS == len(trl.train_dataset)
     assert len(step_logs(mine)) == 10
-    assert largest_difference(mine, trl) < 1e-5
+    # TRL adds log-probs up in float32: at -500 nats they are 6e-5 apart, and rewards a tenth of that for each of four.
+    assert largest_difference(mine, trl) < 2e-5
     assert largest_difference(mine, trl, LOGPS) < 2e-4
