@@ -15,7 +15,6 @@ even, rejected at odd indices), N predicted tokens.
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,24 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from .config import DPOConfig, objective_options
-from .data import rows_digest
-from .data.collator import PREPARED_COLUMNS, KeepRows, KeyedCollator, PreferenceCollator
-from .distributed import ShareCollator, check_same, copy_from_first, unshard, world_size
+from .config import DPOConfig
+from .data.collator import PREPARED_COLUMNS, PreferenceCollator
+from .distributed import unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .model.adapter_source import record_training
 from .model.loading import storage_report
-from .objective import LossOutput, Totals, TrainingObjective
+from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training import building
 from .training.accumulation import OptimizerStep, fields_of
-from .training.arguments import AnyDataset, check_best_metric, check_optimizer
+from .training.arguments import AnyDataset, check_optimizer
 from .training.building import Preparation, autocast_dtype, check_constructor
 from .training.callbacks import StopOnNonFinite, StopOnSignal, SyncReference
 from .training.evaluation import Evaluation, check_reported
+from .training.memory_budget import MemoryBudget
 from .training.metrics import MetricStore, length_metrics, mean_of, preference_metrics
-from .training.resume import RunState, check_has_optimizer, save_adapter, trajectory
+from .training.resume import RunState, check_has_optimizer, load_best, save_adapter, trajectory
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -66,14 +65,6 @@ class DPOTrainer(Trainer):
         callbacks, optimizers: as in `transformers.Trainer`.
         quantization_config: replaces the default NF4 configuration of a model given by name.
         peft_config: a LoraConfig; defaults to rank 16 on all linear layers.
-
-    Attributes:
-        objective: the losses, and what they read.
-        reference: what the policy is compared with, and its log-probs.
-        step: the optimizer step that is being accumulated.
-        run_state: what a checkpoint holds beyond what transformers saves.
-        prepare: prepares datasets; `prepare.reports` says what became of their rows.
-        forward_plan: how batches are laid out and scored, as the loaded model has shown it.
 
     Raises:
         OptionError: an option that can't be honored.
@@ -99,10 +90,7 @@ class DPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ):
         given = model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config
-        name, args, tokenizer = check_constructor(*given)
-        self.objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
-        if compute_metrics is None:  # which adds metrics of its own
-            check_best_metric(args, eval_dataset, building.reported_metrics(args, self.objective))
+        name, args, tokenizer, self.objective = check_constructor(*given, own_metrics=compute_metrics is not None)
         self.model_name = "" if isinstance(model, PeftModel) else name
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
@@ -126,39 +114,31 @@ class DPOTrainer(Trainer):
         )
         # compute_loss divides by the samples of the whole optimizer batch: micro-batches don't change the step.
         self.model_accepts_loss_kwargs = True
+        self._signature_columns = PREPARED_COLUMNS
+        self._weights = self.model.num_parameters(exclude_embeddings=True)
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
         self.policy_adapter = self.model.active_adapters[0]
-        copy_from_first(p for p in self.model.parameters() if p.requires_grad)
-        if world_size() > 1:
-            check_same("train_dataset", rows_digest(self.train_dataset))
+        building.align_processes(self.model, self.prepare)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
-        self.reference = ReferencePolicy(
-            self.model, held, self.policy_adapter, args, self.forward_plan, self.objective
-        )
+        plan, adapter = self.forward_plan, self.policy_adapter
+        self.reference = ReferencePolicy(self.model, held, adapter, args, plan, self.objective)
         self._build_parts(data_collator)
-        reward = self.objective.parts[0].reward
-        record_training(self.model, self.policy_adapter, building.trained_with(self.model, args, reward))
+        record_training(self.model, adapter, building.trained_with(self.model, args, self.objective))
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)
 
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
         args, model, tokenizer = self.args, self.model, self.processing_class
-        self.collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
-        if args.caches_reference:
-            self.collate = KeyedCollator(self.collate)
-        # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are
-        # laid out when all are there.
-        whole = self.objective.needs_mismatched or args.max_tokens_per_microbatch is not None
-        self.data_collator = KeepRows() if whole else ShareCollator(self.collate)
-
+        collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
+        self.collate, self.data_collator = building.collators(args, self.objective, collate)
         self.metric_store = MetricStore()
         self.step = OptimizerStep(
             model,
             args,
             self.objective,
-            building.plan_memory(model, args, self.forward_plan, self.objective, self.reference.adapter),
+            self._plan_memory(),
             self.metric_store,
             self.collate,
             policy=lambda batch: self.policy_logps(batch),
@@ -173,6 +153,10 @@ class DPOTrainer(Trainer):
             self.add_callback(callback)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
+
+    def _plan_memory(self) -> MemoryBudget:
+        frozen = self.reference.adapter
+        return building.plan_memory(self.model, self.args, self.forward_plan, self.objective, frozen)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -189,7 +173,7 @@ class DPOTrainer(Trainer):
             model: the PEFT model.
             inputs: the fields of a `PackedBatch`, on the model's device, from `get_batch_samples`.
             return_outputs: whether to return the loss per item too.
-            num_items_in_batch: the `Totals` of the whole optimizer batch; those of this micro-batch if None.
+            num_items_in_batch: the totals of the whole optimizer batch; those of this micro-batch if None.
         """
         coupled = inputs.get("coupled")
         batch = PackedBatch(**fields_of(inputs))
@@ -227,9 +211,7 @@ class DPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, or resumes an interrupted run (see `transformers.Trainer.train`).
 
-        Before the first step, policy and reference must be equal; the reference's cache is filled if asked for. On
-        SIGTERM or Ctrl-C the step is finished and saved; a second signal ends the process at once. `samples.jsonl` and
-        `eval_examples.jsonl` in `output_dir` are this run's.
+        On SIGTERM or Ctrl-C the step is finished and saved; a second signal ends the process at once.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; True for the newest whole one in `output_dir`; "latest" for
@@ -238,8 +220,7 @@ class DPOTrainer(Trainer):
         Raises:
             CheckpointError: the checkpoint is not whole, or one could not be written.
             OptionError: an option differs from the checkpoint's, and the optimizer's state would overrule it.
-            ReferenceMismatchError: policy and reference differ at the start, or the checkpoint was trained against
-                another reference.
+            ReferenceMismatchError: policy and reference differ at the start, or the checkpoint has another reference.
             NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
             TrainingInterrupted: after a signal; a `SystemExit` with the signal's exit status.
         """
@@ -265,8 +246,7 @@ class DPOTrainer(Trainer):
             if self.args.fused_layers:
                 raise OptionError(f"fused_layers=True, but by now {plan.unfused}: leave it out.")
             self.forward_plan = self.reference.plan = plan
-            objective, frozen = self.objective, self.reference.adapter
-            self.step.budget = building.plan_memory(self.model, self.args, plan, objective, frozen)
+            self.step.budget = self._plan_memory()
             logger.warning("%s", plan)
         with self.compute_loss_context_manager():
             self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
@@ -278,27 +258,21 @@ class DPOTrainer(Trainer):
     def trajectory(self) -> dict[str, Any]:
         """Returns options, the adapter's shape and the rows: what a resumed run should share with the interrupted."""
         adapter = self.model.peft_config[self.policy_adapter]
-        return trajectory(self.args, adapter, self._rows_digest, self.reference.base_fingerprint)
-
-    @cached_property
-    def _rows_digest(self) -> str:
-        return rows_digest(self.train_dataset)
+        return trajectory(self.args, adapter, self.prepare.digest, self.reference.base_fingerprint)
 
     @property
     def warnings_raised(self) -> list[dict[str, Any]]:
         """Returns `step`, `name` and `message` of this run's warnings (docs/diagnostics.md), each name once."""
         return self.evaluation.warnings.raised
 
-    # ---- Hooks of transformers.Trainer: the step ----------------------------------------------------------------
+    # ---- Hooks of transformers.Trainer ---------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of one optimizer step, and its `Totals`."""
         entries, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return self.step.begin(entries) if entries else (entries, None)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Totals | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs forward and backward of one micro-batch. Returns this process's part of the loss, detached."""
         backward = super().training_step
         return self.step.run(inputs, lambda part, totals: backward(model, part, totals))
@@ -313,12 +287,6 @@ class DPOTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Counts two forward passes, and the backward pass that skips the frozen weights: 6 per weight and token."""
         return 0 if "empty" in inputs else 6 * inputs["input_ids"].numel() * self._weights
-
-    @cached_property
-    def _weights(self) -> int:
-        return self.model.num_parameters(exclude_embeddings=True)
-
-    # ---- Hooks of transformers.Trainer: the run -----------------------------------------------------------------
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks whether the run is over after a step: one that was killed at its very end, or stopped
@@ -340,8 +308,6 @@ class DPOTrainer(Trainer):
         self.run_state.complete(logs)
         super().log(logs, start_time)
 
-    # ---- Hooks of transformers.Trainer: data and evaluation -----------------------------------------------------
-
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         own = [self.train_dataset, *self.prepare.evaluated.values()]
         if not any(dataset is one for one in own):  # given to `evaluate` or `predict`
@@ -350,16 +316,7 @@ class DPOTrainer(Trainer):
         unshard(loader, dataset)
         return loader
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = PREPARED_COLUMNS
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, **_: Any) -> Any:
         """Returns an evaluation batch's loss, implicit rewards and labels (see `compute_metrics`)."""
 
         def score(part: dict[str, Any], totals: Totals) -> tuple[Tensor, list[Any]]:
@@ -406,15 +363,9 @@ class DPOTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        """Loads the best adapter, whatever its name, and the reference that it had if that moves."""
-        best, step = Path(str(self.state.best_model_checkpoint)), self.state.global_step
-        folder = best if self.policy_adapter == "default" else best / self.policy_adapter
-        device = str(self.args.device)
-        self.model.load_adapter(str(folder), self.policy_adapter, is_trainable=True, torch_device=device)
-        self.reference.load_state_dict({}, best)
-        logger.info("The best adapter is loaded: %s (%s).", best, self.state.best_metric)
-        if best.name != f"checkpoint-{step}":  # the newest samples are to be of the adapter that is saved
-            self.evaluation.samples.renew(step)
+        load_best(self.model, self.policy_adapter, self.state, self.reference)
+        if not str(self.state.best_model_checkpoint).endswith(f"checkpoint-{self.state.global_step}"):
+            self.evaluation.samples.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""
@@ -422,9 +373,8 @@ class DPOTrainer(Trainer):
             save_adapter(self, self.policy_adapter, Path(output_dir or self.args.output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter and the tokenizer. Called by a user also metrics.json, recipe.yaml, curves.png and the
-        model card; and with `push_to_hub` all of it is published (or a `PublishError` raised; what is saved stays).
-        """
+        """Saves the adapter and the tokenizer; called by a user also the files of `dpo_peft.artifacts`, and publishes
+        with `push_to_hub`. A `PublishError` leaves what is saved."""
         folder = output_dir or self.args.output_dir
         self._save(folder)
         if not _internal_call:

@@ -1,17 +1,19 @@
 """What the trainer is built of: the model with its adapter and reference, prepared rows, the plan for memory."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import DPOConfig
-from ..data import DataReport, prepare_dataset
-from ..distributed import check_launch
+from ..config import DPOConfig, objective_options
+from ..data import DataReport, prepare_dataset, rows_digest
+from ..data.collator import KeepRows, KeyedCollator
+from ..distributed import ShareCollator, check_launch, check_same, copy_from_first, world_size
 from ..errors import OptionError
 from ..forward import ForwardPlan
 from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
@@ -22,6 +24,7 @@ from ..reference.frozen_adapter import freeze_copy
 from .arguments import (
     AnyDataset,
     check_arguments,
+    check_best_metric,
     check_datasets,
     check_tokenizer,
     check_vocabulary,
@@ -33,6 +36,8 @@ from .memory_budget import MemoryBudget, memory_limit, memory_model
 from .metrics import metric_names
 
 logger = logging.getLogger(__name__)
+
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 
 def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
@@ -48,11 +53,16 @@ def check_constructor(
     eval_dataset: Any,
     processing_class: Any,
     quantization_config: Any,
-) -> tuple[str, DPOConfig, PreTrainedTokenizerBase]:
+    own_metrics: bool,
+) -> tuple[str, DPOConfig, PreTrainedTokenizerBase, TrainingObjective]:
     """Checks what the trainer's constructor is given, before anything is loaded or computed.
 
+    Args:
+        own_metrics: whether a `compute_metrics` adds metrics that are not known here.
+        others: as for the trainer.
+
     Returns:
-        The model's name (empty for one made in code), the options and the tokenizer.
+        The model's name (empty for one made in code), the options, the tokenizer and the objective.
 
     Raises:
         OptionError: an argument can't be used.
@@ -64,7 +74,10 @@ def check_constructor(
     check_datasets(args, train_dataset, eval_dataset)
     tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
     check_tokenizer(tokenizer)
-    return name, args, tokenizer
+    objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
+    if not own_metrics:
+        check_best_metric(args, eval_dataset, reported_metrics(args, objective))
+    return name, args, tokenizer, objective
 
 
 class Preparation:
@@ -112,7 +125,13 @@ class Preparation:
     def training(self, rows: AnyDataset) -> AnyDataset:
         """Returns the training dataset prepared."""
         self.sources["train"] = data_source(rows)
-        return self(rows, "train")
+        self._training = self(rows, "train")
+        return self._training
+
+    @cached_property
+    def digest(self) -> str:
+        """Returns what the training rows are told by."""
+        return rows_digest(self._training)
 
     def evaluation(self, rows: AnyDataset | Mapping[str, AnyDataset] | None) -> Any:
         """Returns the evaluation dataset, or the dict of several by name, prepared."""
@@ -128,6 +147,16 @@ def reported_metrics(args: DPOConfig, objective: TrainingObjective) -> set[str]:
     """Returns the names that an evaluation may report, without `eval_`."""
     tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
     return metric_names(objective.kind, bool(objective.needs_reference and tokens), objective.needs_mismatched)
+
+
+def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -> tuple[Collate, Collate]:
+    """Returns what lays out a micro-batch, and what the data loader makes of this process's rows."""
+    if args.caches_reference:
+        collate = KeyedCollator(collate)
+    # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
+    # out when all are there.
+    whole = objective.needs_mismatched or args.max_tokens_per_microbatch is not None
+    return collate, KeepRows() if whole else ShareCollator(collate)
 
 
 def build_model(
@@ -159,19 +188,20 @@ def build_model(
     return model, reference
 
 
-def trained_with(model: PeftModel, args: DPOConfig, reward: str) -> TrainedWith:
-    """Returns what the adapter's config records of its training.
+def align_processes(model: PeftModel, datasets: Preparation) -> None:
+    """Gives all processes the first one's adapter, and refuses rows that differ between them."""
+    copy_from_first(p for p in model.parameters() if p.requires_grad)
+    if world_size() > 1:
+        check_same("train_dataset", datasets.digest)
 
-    Args:
-        model: the PEFT model.
-        args: the options.
-        reward: what implicit rewards are made of (`Objective.reward`).
-    """
+
+def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective) -> TrainedWith:
+    """Returns what the adapter's config records of its training."""
     base = model.get_base_model()
     return TrainedWith(
         loss_type=list(args.loss_type),
         beta=args.beta,
-        reward=reward,
+        reward=objective.parts[0].reward,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
         precision=str(autocast_dtype(args) or "no").removeprefix("torch."),

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..config import DPOConfig
@@ -249,6 +249,15 @@ def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
     args = copy.copy(trainer.args)
     args.hub_token = None  # a pickle is no place for it
     torch.save(args, folder / "training_args.bin")
+
+
+def load_best(model: PeftModel, adapter: str, state: TrainerState, reference: Part) -> None:
+    """Loads the best adapter, whatever its name, and the reference that it had if that moves."""
+    best = Path(str(state.best_model_checkpoint))
+    folder = best if adapter == "default" else best / adapter
+    model.load_adapter(str(folder), adapter, is_trainable=True, torch_device=str(model.device))
+    reference.load_state_dict({}, best)
+    logger.info("The best adapter is loaded: %s (%s).", best, state.best_metric)
 
 
 def check_has_optimizer(folder: Path) -> None:
