@@ -183,7 +183,10 @@ def model_card(run: RunSummary) -> ModelCard:
         reference=run.reference,
         quantization=quantization_text(run),
         facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
-        snippet=snippet(run),
+        adapter=json.dumps(shown_name(run.name)),
+        loading=[(name, python(value)) for name, value in run.quantization.items()],
+        dtype=python(run.dtype) if run.dtype else "",
+        has_chat_template=run.has_chat_template,
         beta="1" if run.beta is None else cell(run.beta),
         reward=REWARDS[run.reward],
         is_reward_model=run.reward == "log_ratio",
@@ -295,40 +298,6 @@ def quantization_text(run: RunSummary) -> str:
         return run.quantization_report or "not quantised."
     options = ", ".join(f"`{name}={value}`" for name, value in run.quantization.items())
     return ". ".join(part for part in (f"bitsandbytes, {options}", run.quantization_report.rstrip(".")) if part) + "."
-
-
-def snippet(run: RunSummary) -> str:
-    """Python that loads the adapter on a base quantised as in training, and generates."""
-    quantised = bool(run.quantization)
-    lines = [
-        "from peft import AutoPeftModelForCausalLM",
-        f"from transformers import AutoTokenizer{', BitsAndBytesConfig' if quantised else ''}",
-        "",
-        f"adapter = {json.dumps(shown_name(run.name))}  # this repository, or the folder it lies in",
-    ]
-    if quantised:
-        options = [f"    {name}={python(value)}," for name, value in run.quantization.items()]
-        lines += ["quantization = BitsAndBytesConfig(", *options, ")"]
-    arguments = ["adapter", *(["quantization_config=quantization"] if quantised else [])]
-    arguments += [f"dtype={python(run.dtype)}"] if run.dtype else []
-    lines += [
-        f"model = AutoPeftModelForCausalLM.from_pretrained({', '.join(arguments)})",
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-    ]
-    if run.has_chat_template:
-        lines += [
-            'messages = [{"role": "user", "content": "Tell me about your day."}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ").to(model.device)",
-        ]
-    else:
-        lines.append('inputs = tokenizer("It was", return_tensors="pt").to(model.device)')
-    lines += [
-        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-    return "\n".join(lines)
 
 
 def python(value: Any) -> str:
