@@ -330,6 +330,22 @@ def base_text(name: str) -> str:
     return link(name) + LOCAL_TEXT
 
 
+def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str) -> str:
+    """Returns a card's text as it reads in a repository of the Hub, where its example loads the adapter from.
+
+    Args:
+        text: a card without its metadata. What was written into it by hand is kept.
+        name: the adapter's in the title.
+        repo_id, base: Hub ids of adapter and base.
+        old_base: what the adapter called its base.
+    """
+    text = re.sub(r'^adapter = ".*".*$', f"adapter = {json.dumps(repo_id)}", text, count=1, flags=re.M)
+    text = text.replace(BUNDLED_TEXT, link(base)).replace(f"{LOCAL_NOTE}\n\n", "")
+    text = re.sub(rf"`[^`]+`{re.escape(LOCAL_TEXT)}", lambda _: link(base), text)
+    text = text.replace(link(old_base), link(base)) if is_repo_id(old_base) else text
+    return re.sub(rf"^# {re.escape(name)}$", f"# {repo_id.split('/')[-1]}", text, count=1, flags=re.M)
+
+
 def quoted(text: str) -> str:
     """Text in a code block that nothing in it can end, wrapped, a long one cut; the cut is said."""
     left = len(text) - SAMPLE_LENGTH

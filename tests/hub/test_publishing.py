@@ -347,7 +347,7 @@ def test_without_a_token(hub: HubServer, folder: Path, monkeypatch: pytest.Monke
     [
         ("hf_gone", REPO, "not valid, or was revoked"),
         ("hf_read", REPO, '"me\'s token" is read-only.*write access'),
-        ("hf_write", "you/x", r"you is neither your account nor an organisation of yours \(me, lab, library\)"),
+        ("hf_write", "you/x", r"you is neither your account nor an organization of yours \(me, lab, library\)"),
         ("hf_write", "library/x", "you may only read in library"),
         ("hf_narrow", REPO, "may not write to me/reviews-dpo"),
     ],
