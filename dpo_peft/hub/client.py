@@ -34,27 +34,16 @@ T = TypeVar("T")
 
 @dataclass
 class Hub:
-    """One repository of the Hub, and where in it is written.
+    """One repository of the Hub, and where in it is written."""
 
-    Attributes:
-        api: the client, with its token.
-        repo_id: the repository; without an owner until the token's is known.
-        revision: branch to write to; None: main.
-        create_pr: open a pull request instead.
-        attempts: how often a call that fails for a moment is made.
-        wait: seconds before the second attempt; each further one waits four times as long.
-        repeat: how to repeat the whole, for messages.
-        created: the repository was made by these calls.
-    """
-
-    api: HfApi
-    repo_id: str
-    revision: str | None = None
-    create_pr: bool = False
-    attempts: int = 4
-    wait: float = 2.0
-    repeat: str = "call it again with the same arguments"
-    created: bool = False
+    api: HfApi  # with its token
+    repo_id: str  # without an owner until the token's is known
+    revision: str | None = None  # branch to write to; None: main
+    create_pr: bool = False  # open a pull request instead
+    attempts: int = 4  # how often a call that fails for a moment is made
+    wait: float = 2.0  # seconds before the second attempt; each further one waits four times as long
+    repeat: str = "call it again with the same arguments."  # how to repeat the whole, for messages
+    created: bool = False  # the repository was made by these calls
 
     def call(self, what: str, action: Callable[[], T], repeatable: bool = True) -> T:
         """Does it, again if it failed for a moment.

@@ -7,11 +7,11 @@ before anything is visible; one commit at the end makes all of it visible, or no
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..artifacts.card_rules import is_repo_id, read_head
@@ -26,41 +26,18 @@ _HARMLESS = {".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.t
 
 @dataclass(frozen=True)
 class PublishResult:
-    """Says what was published.
-
-    Attributes:
-        repo_id, url: the repository.
-        commit: its newest commit; the pull request's with `create_pr`. None in a dry run.
-        pr_url: the pull request, if one was made.
-        created: the repository was made.
-        uploaded: files of this commit, and their bytes.
-        unchanged: files that were there already, the same.
-        left_out: files and folders that were not published, and why.
-        checks: what was checked.
-        notes: what is allowed and should be known.
-    """
+    """Says what was published."""
 
     repo_id: str
     url: str
-    commit: str | None
-    pr_url: str | None
-    created: bool
-    uploaded: dict[str, int]
-    unchanged: list[str]
-    left_out: dict[str, str]
-    checks: list[str]
-    notes: list[str]
-
-
-@dataclass
-class _Remote:
-    """A repository as it is now."""
-
-    sha: str
-    private: bool
-    gated: str | bool
-    hashes: dict[str, set[str]] = field(default_factory=dict)  # of each file: git's and LFS's
-    has_branch: bool = True
+    commit: str | None  # the repository's newest; the pull request's with `create_pr`. None in a dry run
+    pr_url: str | None  # the pull request, if one was made
+    created: bool  # the repository was made
+    uploaded: dict[str, int]  # files of this commit, and their bytes
+    unchanged: list[str]  # files that were there already, the same
+    left_out: dict[str, str]  # files and folders that were not published, and why
+    checks: list[str]  # what was checked
+    notes: list[str]  # what is allowed and should be known
 
 
 def publish(
@@ -126,8 +103,7 @@ def publish(
             _check_ours(hub, remote, upload)
         hub.call("checking the card", lambda: _validate(upload))
         remote = _prepare(hub, remote, private, gated)
-        commit = remote.sha
-        changed = {n for n in upload.files if not remote.hashes.get(n, set()) & _hashes(upload.content(n))}
+        commit, changed = remote.sha, _changed(upload, remote)
         if changed:
             commit, pr_url = _send(hub, upload, changed, remote.sha, commit_message)
     return PublishResult(
@@ -212,31 +188,28 @@ def check_base(hub: Hub, base: str) -> None:
         )
 
 
-def _look(hub: Hub) -> _Remote | None:
-    """Returns the repository as it is; None if there is none."""
+def _look(hub: Hub) -> ModelInfo | None:
+    """Returns the repository as it is, on its main branch if it has no other; None if there is none."""
 
-    def look() -> _Remote | None:
-        has_branch = True
+    def look() -> ModelInfo | None:
         try:
-            info = hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
+            return hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
         except RepositoryNotFoundError:
             return None
         except RevisionNotFoundError:
-            info, has_branch = hub.api.model_info(hub.repo_id, files_metadata=True), False
-        hashes = {f.rfilename: {f.blob_id, f.lfs.sha256 if f.lfs else None} - {None} for f in info.siblings or []}
-        return _Remote(info.sha, bool(info.private), info.gated or False, hashes, has_branch)
+            return hub.api.model_info(hub.repo_id, files_metadata=True)
 
     return hub.call("looking at the repository", look)
 
 
-def _check_ours(hub: Hub, remote: _Remote, upload: Upload) -> None:
+def _check_ours(hub: Hub, remote: ModelInfo, upload: Upload) -> None:
     """Lets an update of the same adapter pass; another work is not overwritten."""
 
     def content(name: str) -> str:
         path = hub.call(f"reading its {name}", lambda: hub.api.hf_hub_download(hub.repo_id, name, revision=remote.sha))
         return Path(path).read_text("utf-8")
 
-    names = set(remote.hashes) - _HARMLESS
+    names = {file.rfilename for file in remote.siblings or []} - _HARMLESS
     if not names:
         return
     remedy = "Choose another repo_id, or replace its files with overwrite."
@@ -268,32 +241,31 @@ def _validate(upload: Upload) -> None:
         raise OptionError(f"{CARD}: the Hub refuses its metadata: {' '.join(str(error).split())}") from error
 
 
-def _prepare(hub: Hub, remote: _Remote | None, private: bool | None, gated: str | None) -> _Remote:
+def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: str | None) -> ModelInfo:
     """Makes the repository and its branch, and closes it as asked for, before anything is sent; returns it as it is
     then."""
     api, repo_id, branch = hub.api, hub.repo_id, hub.revision
-    before = remote
     if remote is None:
         if hub.create_pr:
             raise OptionError(f"{repo_id} is not there: a pull request needs a repository. Leave create_pr out.")
         hub.call("creating the repository", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         hub.created = True
     settings: dict[str, Any] = {}
-    if gated is not None and GATES[gated] != (remote.gated if remote else False):
+    if gated is not None and GATES[gated] != (remote is not None and remote.gated):
         settings["gated"] = GATES[gated]
     if private is not None and remote is not None and private != remote.private:
         settings["private"] = private
     if settings:
         hub.call("setting who may see it", lambda: api.update_repo_settings(repo_id, **settings))
-    if branch is not None and (remote is None or not remote.has_branch):
+    if branch is not None:
         hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
-        before = None
-    if (now := before or _look(hub)) is None:
+    now = _look(hub) if remote is None or branch is not None else remote
+    if now is None:
         raise PublishError(f"{repo_id} was made, but the Hub does not show it. To go on, {hub.repeat}")
     return now
 
 
-def _send(hub: Hub, upload: Upload, names: set[str], parent: str, message: str) -> tuple[str, str | None]:
+def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> tuple[str, str | None]:
     """Sends the large files, then commits all of them; returns the commit and the pull request's address.
 
     A second attempt makes its operations anew: a commit whose answer was lost is then seen to be there already. That
@@ -316,7 +288,13 @@ def _send(hub: Hub, upload: Upload, names: set[str], parent: str, message: str) 
     return info.oid, info.pr_url
 
 
-def _hashes(content: bytes) -> set[str]:
-    """Returns what git and LFS call a file of this content."""
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return {git.hexdigest(), hashlib.sha256(content).hexdigest()}
+def _changed(upload: Upload, remote: ModelInfo) -> set[str]:
+    """Returns the files that the repository has not, or with another content."""
+    there = {f.rfilename: {f.blob_id, f.lfs.sha256 if f.lfs else None} for f in remote.siblings or []}
+    changed = set()
+    for name in upload.files:
+        content = upload.content(name)
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        if not there.get(name, set()) & {git, hashlib.sha256(content).hexdigest()}:  # git's name of it, and LFS's
+            changed.add(name)
+    return changed

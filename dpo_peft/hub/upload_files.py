@@ -51,21 +51,13 @@ _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # no 
 
 @dataclass
 class Upload:
-    """Holds what goes to the Hub.
+    """Holds what goes to the Hub."""
 
-    Attributes:
-        files: name there to content.
-        base_model: Hub id of the base.
-        left_out: name of a file or folder here to why it isn't published.
-        checks: what was checked, in words.
-        notes: what is allowed and should be known.
-    """
-
-    files: dict[str, bytes | Path] = field(default_factory=dict)
-    base_model: str = ""
-    left_out: dict[str, str] = field(default_factory=dict)
-    checks: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    files: dict[str, bytes | Path] = field(default_factory=dict)  # name there to content
+    base_model: str = ""  # Hub id of the base
+    left_out: dict[str, str] = field(default_factory=dict)  # file or folder here to why it isn't published
+    checks: list[str] = field(default_factory=list)  # what was checked, in words
+    notes: list[str] = field(default_factory=list)  # what is allowed and should be known
 
     def content(self, name: str) -> bytes:
         """Returns the content of a file."""
@@ -84,12 +76,7 @@ def collect(
 ) -> Upload:
     """Reads an adapter's folder and makes what is to be published of it.
 
-    Args:
-        folder: of a trained adapter.
-        repo_id: where it goes; the card's example loads it from there.
-        base_model: Hub id of the base, if the adapter names a local folder.
-        license, datasets, languages: of the card; they replace what it says.
-        include: further files, as names or patterns like "*.html".
+    The arguments are those of `publish`; what is given for the card replaces what it says.
 
     Raises:
         OptionError: there is no whole adapter, its base is no Hub id, the card would be refused, or a file names a
@@ -105,16 +92,16 @@ def collect(
     old_base = config.get("base_model_name_or_path") or ""
     upload.base_model = _hub_base(base_model, old_base)
     upload.files[CONFIG] = _json_bytes(_published_config(config, old_base, upload))
-    if not any([_add(pattern, folder, adapter, upload) for pattern in TOKENIZER]):
+    if not [path for pattern in TOKENIZER for path in _add(pattern, folder, adapter, upload)]:
         upload.notes.append("there is no tokenizer beside the adapter: others take that of the base")
     for pattern in RESULTS:
         _add(pattern, folder, folder, upload)
     for pattern in include:
         _include(pattern, folder, upload)
     upload.files[CARD] = _card(folder, repo_id, config, upload, license, datasets, languages).encode()
+    published = {name.split("/")[0] for name in upload.files}
     for path in sorted(folder.iterdir()):
-        published = path.name in {name.split("/")[0] for name in upload.files}
-        if not published and path != adapter and not path.name.startswith("."):
+        if path.name not in published and path != adapter and not path.name.startswith("."):
             upload.left_out[path.name] = next(why for name, why in LEFT_OUT.items() if fnmatch(path.name, name))
     _check_paths(upload, (folder, Path(old_base), Path.home(), Path.cwd()))
     return upload

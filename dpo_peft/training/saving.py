@@ -49,7 +49,7 @@ class SavingTrainer(ReferencedTrainer):
         if not _internal_call:
             self._save_results(output_dir or self.args.output_dir)
             if self.args.push_to_hub:
-                self._publisher().publish(output_dir or self.args.output_dir, commit_message="Model save")
+                self._publisher().publish(output_dir or self.args.output_dir, "Model save")
 
     def _save_results(self, folder: str) -> None:
         if self.args.should_save and (artifacts := wing("artifacts")) is not None:
