@@ -37,7 +37,7 @@ _LORA_OPTIONS = {
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON and YAML know it."""
+    """Returns a value as JSON and YAML know it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -54,7 +54,7 @@ def plain(value: Any) -> Any:
 
 
 def public(value: Any, is_path: bool = False) -> Any:
-    """A plain value without secrets, local paths by their last part.
+    """Returns a plain value without secrets, local paths by their last part.
 
     Args:
         value: text, number, list or mapping.
@@ -70,7 +70,7 @@ def public(value: Any, is_path: bool = False) -> Any:
 
 
 def changed_options(args: Any) -> dict[str, Any]:
-    """The options of a run that differ from their defaults, fit to be published.
+    """Returns the options of a run that differ from their defaults, fit to be published.
 
     Args:
         args: the `DPOConfig`.
@@ -96,13 +96,13 @@ def changed_options(args: Any) -> dict[str, Any]:
 
 
 def lora_options(config: Any) -> dict[str, Any]:
-    """The options of `dpo-peft train` that describe an adapter; `config` is its `LoraConfig`."""
+    """Returns the options of `dpo-peft train` that describe an adapter; `config` is its `LoraConfig`."""
     options = {option: plain(getattr(config, name)) for name, option in _LORA_OPTIONS.items()}
     return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
 
 
 def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
-    """Write a config file for `dpo-peft train`.
+    """Writes a config file for `dpo-peft train`.
 
     Args:
         path: the file.
@@ -114,10 +114,10 @@ def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, An
     options = {k: v for k, v in options.items() if k not in _OF_ONE_USER and not k.startswith("hub_")}
     if isinstance(given := options.get("model_init_kwargs"), Mapping):
         # `dpo-peft train` has options of its own for these.
-        rest = {
-            k: v for k, v in given.items() if not (k == "dtype" or (k == "revision" and "model_revision" in options))
-        }
-        options = {**options, "model_init_kwargs": rest} if rest else _without(options, "model_init_kwargs")
+        own = {"dtype", "revision"} if "model_revision" in options else {"dtype"}
+        options["model_init_kwargs"] = {name: value for name, value in given.items() if name not in own}
+        if not options["model_init_kwargs"]:
+            del options["model_init_kwargs"]
     lines = [
         "Repeats the run:  dpo-peft train --config recipe.yaml",
         "Local files and folders are shown by the last part of their path: put in your own.",
@@ -125,7 +125,3 @@ def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, An
     ]
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
     path.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
-
-
-def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != name}

@@ -44,6 +44,7 @@ class Hub:
     wait: float = 2.0  # seconds before the second attempt; each further one waits four times as long
     repeat: str = "call it again with the same arguments."  # how to repeat the whole, for messages
     created: bool = False  # the repository was made by these calls
+    has_branch: bool = False  # there was one to write to when it was looked at
 
     def call(self, what: str, action: Callable[[], T], repeatable: bool = True) -> T:
         """Does it, again if it failed for a moment.

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils.sha import git_hash
 
 from ..artifacts.card_rules import is_repo_id, read_head
 from ..errors import OptionError, PublishError
@@ -112,7 +113,7 @@ def publish(
         commit=commit,
         pr_url=pr_url,
         created=hub.created,
-        uploaded={name: len(upload.content(name)) for name in sorted(changed)},
+        uploaded={name: upload.size(name) for name in sorted(changed)},
         unchanged=sorted(set(upload.files) - changed),
         left_out=upload.left_out,
         checks=upload.checks,
@@ -189,15 +190,17 @@ def check_base(hub: Hub, base: str) -> None:
 
 
 def _look(hub: Hub) -> ModelInfo | None:
-    """Returns the repository as it is, on its main branch if it has no other; None if there is none."""
+    """Returns the repository as it is, on its main branch if it lacks the one to write to; None if there is none."""
 
     def look() -> ModelInfo | None:
         try:
-            return hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
+            info = hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
         except RepositoryNotFoundError:
             return None
         except RevisionNotFoundError:
             return hub.api.model_info(hub.repo_id, files_metadata=True)
+        hub.has_branch = True
+        return info
 
     return hub.call("looking at the repository", look)
 
@@ -257,10 +260,10 @@ def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: st
         settings["private"] = private
     if settings:
         hub.call("setting who may see it", lambda: api.update_repo_settings(repo_id, **settings))
-    if branch is not None:
+    if branch is not None and not hub.has_branch:
         hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
-    now = _look(hub) if remote is None or branch is not None else remote
-    if now is None:
+        remote = None
+    if (now := remote or _look(hub)) is None:
         raise PublishError(f"{repo_id} was made, but the Hub does not show it. To go on, {hub.repeat}")
     return now
 
@@ -290,11 +293,14 @@ def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message
 
 def _changed(upload: Upload, remote: ModelInfo) -> set[str]:
     """Returns the files that the repository has not, or with another content."""
-    there = {f.rfilename: {f.blob_id, f.lfs.sha256 if f.lfs else None} for f in remote.siblings or []}
-    changed = set()
-    for name in upload.files:
+    there = {file.rfilename: file for file in remote.siblings or []}
+
+    def same(name: str) -> bool:
+        if (file := there.get(name)) is None:
+            return False
         content = upload.content(name)
-        git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-        if not there.get(name, set()) & {git, hashlib.sha256(content).hexdigest()}:  # git's name of it, and LFS's
-            changed.add(name)
-    return changed
+        if file.lfs is not None:
+            return file.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        return file.blob_id == git_hash(content)
+
+    return {name for name in upload.files if not same(name)}

@@ -59,6 +59,11 @@ class Upload:
     checks: list[str] = field(default_factory=list)  # what was checked, in words
     notes: list[str] = field(default_factory=list)  # what is allowed and should be known
 
+    def size(self, name: str) -> int:
+        """Returns the bytes of a file."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
     def content(self, name: str) -> bytes:
         """Returns the content of a file."""
         content = self.files[name]
