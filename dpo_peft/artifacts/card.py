@@ -227,8 +227,7 @@ def metadata(run: RunSummary) -> ModelCardData:
         options.update(base_model=run.base_model, base_model_relation="adapter")
     if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
         options["datasets"] = datasets
-    if run.license:
-        options.update(license_fields(run.license))
+    options.update(license_fields(run.license or ""))
     if run.languages:
         options["language"] = list(run.languages)
     results = eval_results(run)
@@ -246,6 +245,8 @@ def metadata(run: RunSummary) -> ModelCardData:
 def license_fields(license: str) -> dict[str, str]:
     """Returns the metadata of a license: one that the Hub doesn't know is `other`, with its name beside it."""
     license = license.lower()
+    if not license:
+        return {}
     if license in HUB_LICENSES:
         return {"license": license, **({"license_name": "unnamed"} if license == "other" else {})}
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", license).strip("-")}

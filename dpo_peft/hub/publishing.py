@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
+from ..artifacts.card import license_fields
 from ..artifacts.card_rules import is_repo_id, read_head
 from ..errors import OptionError, PublishError
 from .client import LOGIN, Hub
@@ -90,14 +91,16 @@ def publish(
         PublishError: the Hub refused or could not be reached. The message says what is there by now.
     """
     _check_options(repo_id, private, gated, revision, create_pr, attempts)
-    of_card = (base_model, license or licence, datasets, languages, include)
-    upload = collect(folder, repo_id, *of_card)
+    metadata: dict[str, Any] = {"datasets": list(datasets), "language": list(languages)}
+    metadata |= license_fields(license or licence or "")
+    contents = (base_model, include, metadata)
+    upload = collect(Path(folder), repo_id, *contents)
     hub = Hub(HfApi(token=token), repo_id, revision, create_pr, attempts, wait, repeat)
     changed, commit, pr_url = set(upload.files), None, None
     if not dry_run:
         hub.repo_id = own_repository(hub)
         if hub.repo_id != repo_id:
-            upload = collect(folder, hub.repo_id, *of_card)  # the card names the repository
+            upload = collect(Path(folder), hub.repo_id, *contents)  # the card names the repository
         check_base(hub, upload.base_model)
         remote = _look(hub)
         if remote is not None and not overwrite:

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
-from ..artifacts.card import RunSummary, for_repository, is_hub_id, license_fields, model_card
+from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
 from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
 from ..errors import OptionError
@@ -71,23 +71,16 @@ class Upload:
 
 
 def collect(
-    folder: str | Path,
-    repo_id: str,
-    base_model: str | None = None,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-    languages: Sequence[str] = (),
-    include: Sequence[str] = (),
+    folder: Path, repo_id: str, base_model: str | None, include: Sequence[str], metadata: Mapping[str, Any]
 ) -> Upload:
     """Reads an adapter's folder and makes what is to be published of it.
 
-    The arguments are those of `publish`; what is given for the card replaces what it says.
+    The arguments are those of `publish`; `metadata` replaces what the card says, where it has a value.
 
     Raises:
         OptionError: there is no whole adapter, its base is no Hub id, the card would be refused, or a file names a
             path of this machine.
     """
-    folder = Path(folder)
     adapter = _adapter_folder(folder)
     upload = Upload()
     upload.files[WEIGHTS] = _checked_weights(adapter, upload)
@@ -103,7 +96,7 @@ def collect(
         _add(pattern, folder, folder, upload)
     for pattern in include:
         _include(pattern, folder, upload)
-    upload.files[CARD] = _card(folder, repo_id, config, upload, license, datasets, languages).encode()
+    upload.files[CARD] = _card(folder, repo_id, config, metadata, upload).encode()
     published = {name.split("/")[0] for name in upload.files}
     for path in sorted(folder.iterdir()):
         if path.name not in published and path != adapter and not path.name.startswith("."):
@@ -243,15 +236,7 @@ def _check_paths(upload: Upload, local: Sequence[Path]) -> None:
 # ---- The card -------------------------------------------------------------------------------------------------------
 
 
-def _card(
-    folder: Path,
-    repo_id: str,
-    config: Mapping[str, Any],
-    upload: Upload,
-    license: str | None,
-    datasets: Sequence[str],
-    languages: Sequence[str],
-) -> str:
+def _card(folder: Path, repo_id: str, config: Mapping[str, Any], metadata: Mapping[str, Any], upload: Upload) -> str:
     """Returns the card as it lies here, with repository, base and metadata filled in; a short one if there is none."""
     base, old_base, path = upload.base_model, config.get("base_model_name_or_path") or "", folder / CARD
     text = path.read_text("utf-8") if path.is_file() else ""
@@ -261,7 +246,7 @@ def _card(
         text = str(model_card(RunSummary(repo_id, base, None, lora=lora, has_chat_template=False)))
     if found := [p for p in problems(text) if not p.startswith("there is no metadata")]:
         raise OptionError(f"{CARD}: {found[0]}")
-    if missing := [name for name in datasets if not is_hub_id(name)]:
+    if missing := [name for name in metadata["datasets"] if not is_hub_id(name)]:
         raise OptionError(f"datasets: {missing[0]!r} is not a Hub id. Leave it out.")
     card = ModelCard(text)
     data: Any = card.data
@@ -271,8 +256,7 @@ def _card(
     data.base_model, data.base_model_relation = base, "adapter"
     data.library_name = data.library_name or "peft"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
-    given = {"datasets": list(datasets), "language": list(languages), **(license_fields(license) if license else {})}
-    for key, value in given.items():
+    for key, value in metadata.items():
         if value:
             data[key] = value
     finished = str(card)
