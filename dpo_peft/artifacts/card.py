@@ -105,12 +105,12 @@ class RunSummary:
     license: str | None = None
     papers: Sequence[str] = (DPO, LORA)
     languages: Sequence[str] = ()
-    quantization: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Mapping[str, object] = field(default_factory=dict)
     quantization_report: str = ""
     reference: str = ADAPTER_OFF
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, object] = field(default_factory=dict)
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     first: Mapping[str, float] = field(default_factory=dict)
     last: Mapping[str, float] = field(default_factory=dict)
     eval_first: Mapping[str, float] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class RunSummary:
     curves: str | None = None
     samples: Sequence[Sample] = ()
     sample_steps: tuple[int, int] = (0, 0)
-    warnings: Sequence[Mapping[str, Any]] = ()
+    warnings: Sequence[Mapping[str, object]] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
     has_chat_template: bool = True
 
@@ -143,7 +143,7 @@ def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def figures_of(log_history: Sequence[Mapping[str, Any]]) -> Figures:
+def figures_of(log_history: Sequence[Mapping[str, float]]) -> Figures:
     """Returns `first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
 
     Several evaluation sets are logged one by one: the first (last) value of each metric counts. `eval_` is taken off.
@@ -301,7 +301,7 @@ def quantization_text(run: RunSummary) -> str:
     return ". ".join(part for part in (f"bitsandbytes, {options}", run.quantization_report.rstrip(".")) if part) + "."
 
 
-def python(value: Any) -> str:
+def python(value: object) -> str:
     """Returns a plain value as Python source, text in double quotes."""
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
@@ -356,7 +356,7 @@ def quoted(text: str) -> str:
     return "\n".join([f"{fence}text", *lines, fence])
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """Returns a value in a Markdown table: floats to 4 digits, of paths the last part, all in one line."""
     if isinstance(value, float):
         return f"{value:.4g}"

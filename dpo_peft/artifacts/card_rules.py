@@ -82,7 +82,7 @@ def problems(readme: str) -> list[str]:
     return found + (_model_index(head["model-index"]) if "model-index" in head else [])
 
 
-def _problem(key: str, value: Any, head: Mapping[str, Any]) -> str | None:
+def _problem(key: str, value: Any, head: Mapping[str, object]) -> str | None:
     """Returns what is wrong with one value, with the remedy; None if nothing is."""
     values = value if isinstance(value, list) else [value]
     if key not in KNOWN_KEYS:
@@ -111,7 +111,7 @@ def _problem(key: str, value: Any, head: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _model_index(index: Any) -> list[str]:
+def _model_index(index: object) -> list[str]:
     """Checks a list of models; each has a name and results; each result a task, a dataset and metrics."""
     if not isinstance(index, list) or not index:
         return ["model-index must be a list with an entry for the model."]
@@ -128,7 +128,7 @@ def _model_index(index: Any) -> list[str]:
     return found
 
 
-def _result(result: Any) -> list[str]:
+def _result(result: object) -> list[str]:
     found = [f"needs {part}.{key}" for part, key in _RESULT if not _text(_in(_in(result, part), key))]
     metrics = _in(result, "metrics")
     if not isinstance(metrics, list) or not metrics:
@@ -143,9 +143,9 @@ def _result(result: Any) -> list[str]:
     return found
 
 
-def _in(mapping: Any, key: str) -> Any:
+def _in(mapping: object, key: str) -> Any:
     return mapping.get(key) if isinstance(mapping, Mapping) else None
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     return isinstance(value, str) and bool(value)

@@ -34,7 +34,7 @@ RING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: the metric's key in the log, its label and color; a baseline is dashed."""
+    """Describes one line of a panel: the metric's key in the log, its label and color; a baseline is dashed."""
 
     key: str
     label: str
@@ -44,7 +44,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `guide` is the value of no preference: before training a curve stands there. `limits` are fixed."""
+    """Describes one panel. `guide` is the value of no preference, where a curve stands before training."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -86,7 +86,7 @@ Series = list[tuple[float, float]]  # (step, value)
 
 
 def plot_training_curves(
-    log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "", start_loss: float | None = None
+    log_history: Sequence[Mapping[str, float]], path: str | Path, title: str = "", start_loss: float | None = None
 ) -> Path:
     """Draws the metrics of a run over its steps and returns the path of the PNG.
 
@@ -130,7 +130,7 @@ def plot_training_curves(
     return save(figure, Path(path))
 
 
-def panel_series(panel: Panel, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+def panel_series(panel: Panel, log_history: Sequence[Mapping[str, float]]) -> dict[str, Series]:
     """Returns the panel's metrics that the history has, training and evaluation apart: key -> [(step, value)]."""
     series: dict[str, Series] = {}
     for curve in panel.curves:

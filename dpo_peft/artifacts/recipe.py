@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
 
+from ..config import DPOConfig
 from .card import shown_name
 
 SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
@@ -36,7 +38,7 @@ _LORA_OPTIONS = {
 }
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Returns a value as JSON and YAML know it."""
     if isinstance(value, Enum):
         return value.value
@@ -53,7 +55,7 @@ def plain(value: Any) -> Any:
     return str(value).removeprefix("torch.")
 
 
-def public(value: Any, is_path: bool = False) -> Any:
+def public(value: object, is_path: bool = False) -> Any:
     """Returns a plain value without secrets, local paths by their last part.
 
     Args:
@@ -69,12 +71,8 @@ def public(value: Any, is_path: bool = False) -> Any:
     return value
 
 
-def changed_options(args: Any) -> dict[str, Any]:
-    """Returns the options of a run that differ from their defaults, fit to be published.
-
-    Args:
-        args: the `DPOConfig`.
-    """
+def changed_options(args: DPOConfig) -> dict[str, Any]:
+    """Returns the options of a run that differ from their defaults, fit to be published."""
     as_default = {  # what the config makes of a default
         "activation_checkpointing": args.gradient_checkpointing,
         "bf16": not args.fp16,
@@ -95,13 +93,15 @@ def changed_options(args: Any) -> dict[str, Any]:
     return public(changed)
 
 
-def lora_options(config: Any) -> dict[str, Any]:
-    """Returns the options of `dpo-peft train` that describe an adapter; `config` is its `LoraConfig`."""
+def lora_options(config: LoraConfig) -> dict[str, Any]:
+    """Returns the options of `dpo-peft train` that describe an adapter."""
     options = {option: plain(getattr(config, name)) for name, option in _LORA_OPTIONS.items()}
     return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
 
 
-def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
+def write_recipe(
+    path: Path, changed: Mapping[str, object], source: Mapping[str, object], notes: Sequence[str] = ()
+) -> None:
     """Writes a config file for `dpo-peft train`.
 
     Args:

@@ -119,7 +119,7 @@ class SaveResults:
             parts.append(f"{share}`{public(name)}`{f' ({source})' if source else ''}")
         return " + ".join(parts)
 
-    def _recipe_source(self) -> tuple[Mapping[str, Any], list[str]]:
+    def _recipe_source(self) -> tuple[Mapping[str, object], list[str]]:
         """Returns the recipe's options of model, data and adapter: from the command line its own; from Python what
         the run shows of them, with notes on the rest."""
         if self.command_options:

@@ -6,12 +6,12 @@ before anything is visible; one commit at the end makes all of it visible, or no
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
@@ -21,7 +21,7 @@ from ..errors import OptionError, PublishError
 from .client import LOGIN, Hub
 from .upload_files import CARD, CONFIG, Upload, collect
 
-GATES: dict[str, Any] = {"auto": "auto", "manual": "manual", "off": False}
+GATES: dict[str, str | bool] = {"auto": "auto", "manual": "manual", "off": False}
 # What a new repository may hold without being anybody's work.
 _HARMLESS = {".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
@@ -165,18 +165,12 @@ def own_repository(hub: Hub) -> str:
         )
     if roles.get(owner) == "read":
         raise OptionError(f"{repo_id}: you may only read in {owner}. Ask for the role of a contributor.")
-    if access.get("role") == "fineGrained" and not _may_write(access.get("fineGrained", {}), owner, repo_id):
+    scopes = access.get("fineGrained", {}).get("scoped")  # None: a token that does not say is left to the Hub
+    here = [scope for scope in scopes or [] if scope.get("entity", {}).get("name") in (owner, repo_id)]
+    rights = [right for scope in here for right in scope["permissions"]]
+    if scopes is not None and not any(right.startswith("repo") and right.endswith("write") for right in rights):
         raise OptionError(f"{token} may not write to {repo_id}. {LOGIN}")
     return repo_id
-
-
-def _may_write(permissions: Mapping[str, Any], owner: str, repo_id: str) -> bool:
-    """Returns whether a fine-grained token names the owner or the repository; one that says nothing is left to the
-    Hub."""
-    if "scoped" not in permissions:
-        return True
-    here = [s for s in permissions["scoped"] if s.get("entity", {}).get("name") in (owner, repo_id)]
-    return any(right.startswith("repo") and right.endswith("write") for s in here for right in s["permissions"])
 
 
 def check_base(hub: Hub, base: str) -> None:
@@ -283,7 +277,7 @@ def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message
     def operations() -> list[CommitOperationAdd]:
         return [CommitOperationAdd(name, upload.files[name]) for name in sorted(names)]
 
-    def commit() -> Any:
+    def commit() -> CommitInfo:
         with_files = prepared.pop() if prepared else operations()
         return api.create_commit(hub.repo_id, with_files, commit_message=message, parent_commit=parent, **where)
 

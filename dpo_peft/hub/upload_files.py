@@ -284,5 +284,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
+def _json_bytes(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
