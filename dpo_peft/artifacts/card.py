@@ -1,4 +1,4 @@
-"""The model card of a trained adapter: plain data in, a README.md out that the Hub accepts.
+"""Writes the model card of a trained adapter: plain data in, a README.md out that the Hub accepts.
 
 Knows no trainer. Names of local folders stay out of the metadata, and their paths out of the card altogether: the card
 is published, the machine it was written on is not. `card_rules.problems` says whether the Hub would take it.
@@ -55,7 +55,7 @@ SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model wrote on a prompt before training and after."""
+    """Holds what the model wrote on a prompt before training and after."""
 
     prompt: str
     before: str
@@ -64,12 +64,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a card says about a run. Only facts of the run: what isn't known stays empty and is left out.
+    """Holds what a card says about a run. Only facts of the run: what isn't known stays empty and is left out.
 
     Attributes:
         name: the adapter's name: a Hub id, or the name or path of its folder (of a path only the last part is shown).
         base_model: Hub id or local path of the base. A local base is called by its folder's name.
-        dtype: of the base's weights that are not quantised, for the example of use; None: as the base was saved.
+        dtype: of the base's weights that are not quantized, for the example of use; None: as the base was saved.
         beta: β of the loss; None if it has none.
         reward: the implicit reward whose figures are shown: a key of `REWARDS`.
         objective: what was optimised, as a reader should see it.
@@ -78,8 +78,8 @@ class RunSummary:
         license: of the adapter, as an SPDX id or a name of the Hub.
         papers: arXiv ids of what is cited, see `citations.cited`.
         languages: ISO 639 codes.
-        quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantised.
-        quantization_report: what was quantised and what was not, in one line.
+        quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantized.
+        quantization_report: what was quantized and what was not, in one line.
         reference: what the policy was compared with, in one sentence.
         lora: options of the adapter (rank, alpha, target modules, …).
         hyperparameters: options of the training.
@@ -105,12 +105,12 @@ class RunSummary:
     license: str | None = None
     papers: Sequence[str] = (DPO, LORA)
     languages: Sequence[str] = ()
-    quantization: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Mapping[str, object] = field(default_factory=dict)
     quantization_report: str = ""
     reference: str = ADAPTER_OFF
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, object] = field(default_factory=dict)
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     first: Mapping[str, float] = field(default_factory=dict)
     last: Mapping[str, float] = field(default_factory=dict)
     eval_first: Mapping[str, float] = field(default_factory=dict)
@@ -118,13 +118,13 @@ class RunSummary:
     curves: str | None = None
     samples: Sequence[Sample] = ()
     sample_steps: tuple[int, int] = (0, 0)
-    warnings: Sequence[Mapping[str, Any]] = ()
+    warnings: Sequence[Mapping[str, object]] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
     has_chat_template: bool = True
 
 
 class Figures(TypedDict):
-    """The figures of a `RunSummary`, under its names: `RunSummary(..., **figures)`."""
+    """Holds the figures of a `RunSummary`, under its names: `RunSummary(..., **figures)`."""
 
     first: dict[str, float]
     last: dict[str, float]
@@ -133,7 +133,7 @@ class Figures(TypedDict):
 
 
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Installed version of each package; one that is not installed is left out."""
+    """Returns the installed version of each package; one that is not installed is left out."""
     found = {}
     for package in packages:
         try:
@@ -143,8 +143,8 @@ def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def figures_of(log_history: Sequence[Mapping[str, Any]]) -> Figures:
-    """`first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
+def figures_of(log_history: Sequence[Mapping[str, float]]) -> Figures:
+    """Returns `first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
 
     Several evaluation sets are logged one by one: the first (last) value of each metric counts. `eval_` is taken off.
     """
@@ -161,7 +161,7 @@ def figures_of(log_history: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def model_card(run: RunSummary) -> ModelCard:
-    """The card of a run. `str(card)` is the README, `card.data` its metadata, `card.save(path)` writes it.
+    """Returns the card of a run. `str(card)` is the README, `card.data` its metadata, `card.save(path)` writes it.
 
     Raises:
         OptionError: name or base model is empty, or a figure is not a number.
@@ -183,7 +183,10 @@ def model_card(run: RunSummary) -> ModelCard:
         reference=run.reference,
         quantization=quantization_text(run),
         facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
-        snippet=snippet(run),
+        adapter=json.dumps(shown_name(run.name)),
+        loading=[(name, python(value)) for name, value in run.quantization.items()],
+        dtype=python(run.dtype) if run.dtype else "",
+        has_chat_template=run.has_chat_template,
         beta="1" if run.beta is None else cell(run.beta),
         reward=REWARDS[run.reward],
         is_reward_model=run.reward == "log_ratio",
@@ -210,7 +213,7 @@ def cited_entries(papers: Sequence[str]) -> str:
 
 
 def save_model_card(run: RunSummary, folder: str | Path) -> Path:
-    """Write the card as `README.md` into the folder and return its path."""
+    """Writes the card as `README.md` into the folder and returns its path."""
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     model_card(run).save(path)
@@ -218,22 +221,21 @@ def save_model_card(run: RunSummary, folder: str | Path) -> Path:
 
 
 def metadata(run: RunSummary) -> ModelCardData:
-    """The YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
+    """Returns the YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
     options: dict[str, Any] = {}
     if is_hub_id(run.base_model):
         options.update(base_model=run.base_model, base_model_relation="adapter")
     if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
         options["datasets"] = datasets
-    if run.license:
-        options.update(license_fields(run.license))
+    options.update(license_fields(run.license or ""))
     if run.languages:
         options["language"] = list(run.languages)
     results = eval_results(run)
-    quantised = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
+    quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantised],
+        tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantized],
         model_name=shown_name(run.name).split("/")[-1] if results else None,
         eval_results=results or None,
         **options,
@@ -241,15 +243,17 @@ def metadata(run: RunSummary) -> ModelCardData:
 
 
 def license_fields(license: str) -> dict[str, str]:
-    """The metadata of a license: one that the Hub doesn't know is `other`, with its name beside it."""
+    """Returns the metadata of a license: one that the Hub doesn't know is `other`, with its name beside it."""
     license = license.lower()
+    if not license:
+        return {}
     if license in HUB_LICENSES:
         return {"license": license, **({"license_name": "unnamed"} if license == "other" else {})}
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", license).strip("-")}
 
 
 def eval_results(run: RunSummary) -> list[EvalResult]:
-    """The figures of the last evaluation as the Hub's model-index; nothing where there was none."""
+    """Returns the figures of the last evaluation as the Hub's model-index; nothing where there was none."""
     results = []
     for key, value in run.eval_last.items():
         # Of several evaluation sets, each figure's name begins with the set's.
@@ -273,7 +277,7 @@ def eval_results(run: RunSummary) -> list[EvalResult]:
 
 
 def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
-    """(column heads, rows of cells) of the metrics in the order of the log; a column without figures is left out."""
+    """Returns (column heads, rows of cells) of the metrics in the order of the log; empty columns are left out."""
     columns = {
         "first step": run.first,
         "last step": run.last,
@@ -292,68 +296,34 @@ def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
 
 def quantization_text(run: RunSummary) -> str:
     if not run.quantization:
-        return run.quantization_report or "not quantised."
+        return run.quantization_report or "not quantized."
     options = ", ".join(f"`{name}={value}`" for name, value in run.quantization.items())
     return ". ".join(part for part in (f"bitsandbytes, {options}", run.quantization_report.rstrip(".")) if part) + "."
 
 
-def snippet(run: RunSummary) -> str:
-    """Python that loads the adapter on a base quantised as in training, and generates."""
-    quantised = bool(run.quantization)
-    lines = [
-        "from peft import AutoPeftModelForCausalLM",
-        f"from transformers import AutoTokenizer{', BitsAndBytesConfig' if quantised else ''}",
-        "",
-        f"adapter = {json.dumps(shown_name(run.name))}  # this repository, or the folder it lies in",
-    ]
-    if quantised:
-        options = [f"    {name}={python(value)}," for name, value in run.quantization.items()]
-        lines += ["quantization = BitsAndBytesConfig(", *options, ")"]
-    arguments = ["adapter", *(["quantization_config=quantization"] if quantised else [])]
-    arguments += [f"dtype={python(run.dtype)}"] if run.dtype else []
-    lines += [
-        f"model = AutoPeftModelForCausalLM.from_pretrained({', '.join(arguments)})",
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-    ]
-    if run.has_chat_template:
-        lines += [
-            'messages = [{"role": "user", "content": "Tell me about your day."}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ").to(model.device)",
-        ]
-    else:
-        lines.append('inputs = tokenizer("It was", return_tensors="pt").to(model.device)')
-    lines += [
-        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-    return "\n".join(lines)
-
-
-def python(value: Any) -> str:
-    """A plain value as Python source, text in double quotes."""
+def python(value: object) -> str:
+    """Returns a plain value as Python source, text in double quotes."""
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
+    """Returns whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
     return not os.path.exists(name) and is_repo_id(name)
 
 
 def shown_name(name: str) -> str:
-    """A Hub id as it is; of anything else the last part of the path."""
+    """Returns a Hub id as it is; of anything else the last part of the path."""
     return name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
 
 
 def link(name: str, kind: str = "") -> str:
-    """Markdown: a link for a Hub id (`kind` is "" for models, "datasets/" for data), the plain name for the rest."""
+    """Returns a Markdown link for a Hub id (`kind`: "" or "datasets/"), the plain name for the rest."""
     shown = shown_name(name)
     return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{shown}`"
 
 
 def base_text(name: str) -> str:
-    """The base as the card's first sentence calls it."""
+    """Returns the base as the card's first sentence calls it."""
     if is_hub_id(name):
         return link(name)
     if os.path.exists(name) and os.path.samefile(name, BUNDLED):
@@ -361,8 +331,24 @@ def base_text(name: str) -> str:
     return link(name) + LOCAL_TEXT
 
 
+def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str) -> str:
+    """Returns a card's text as it reads in a repository of the Hub, where its example loads the adapter from.
+
+    Args:
+        text: a card without its metadata. What was written into it by hand is kept.
+        name: the adapter's in the title.
+        repo_id, base: Hub ids of adapter and base.
+        old_base: what the adapter called its base.
+    """
+    text = re.sub(r'^adapter = ".*".*$', f"adapter = {json.dumps(repo_id)}", text, count=1, flags=re.M)
+    text = text.replace(BUNDLED_TEXT, link(base)).replace(f"{LOCAL_NOTE}\n\n", "")
+    text = re.sub(rf"`[^`]+`{re.escape(LOCAL_TEXT)}", lambda _: link(base), text)
+    text = text.replace(link(old_base), link(base)) if is_repo_id(old_base) else text
+    return re.sub(rf"^# {re.escape(name)}$", f"# {repo_id.split('/')[-1]}", text, count=1, flags=re.M)
+
+
 def quoted(text: str) -> str:
-    """Text in a code block that nothing in it can end, wrapped, a long one cut; the cut is said."""
+    """Returns text in a code block that nothing in it can end, wrapped, a long one cut; the cut is said."""
     left = len(text) - SAMPLE_LENGTH
     text = text if left <= 0 else f"{text[:SAMPLE_LENGTH]} [... {left} more characters]"
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 100) or [""]]
@@ -370,8 +356,8 @@ def quoted(text: str) -> str:
     return "\n".join([f"{fence}text", *lines, fence])
 
 
-def cell(value: Any) -> str:
-    """A value in a Markdown table: floats to 4 digits, of paths the last part, all in one line."""
+def cell(value: object) -> str:
+    """Returns a value in a Markdown table: floats to 4 digits, of paths the last part, all in one line."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""What the Hub accepts as the metadata of a model card, checked without asking it.
+"""Checks the metadata of a model card by the Hub's rules, without asking it.
 
 The rules are those of the Hub's card specification (`modelcard.md` of hub-docs, and its lists of licenses and tasks).
 The Hub itself checks once more when a card is pushed; these tell an offline run, and say the remedy.
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 # License names that the Hub's metadata takes as they are; any other is `other`, with its name beside it.
@@ -37,19 +38,22 @@ KNOWN_KEYS = frozenset(
     extra_gated_prompt extra_gated_fields extra_gated_heading extra_gated_description extra_gated_button_content
     extra_gated_eu_disallowed quantized_by prompt_template instance_prompt arxiv""".split()
 )
+_TEXTS = ("library_name", "license_name", "license_link", "thumbnail")
+_LISTS = ("tags", "language", "metrics")
+_RESULT = (("task", "type"), ("dataset", "type"), ("dataset", "name"))
 
 
 def read_head(readme: str) -> dict[str, Any]:
-    """The metadata of a card: YAML between the first two `---` lines; empty if there is none.
+    """Returns the metadata of a card: YAML between the first two `---` lines; empty if there is none.
 
     Raises:
         ValueError: it is not a YAML mapping.
     """
-    found = re.match(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*$", readme, flags=re.DOTALL | re.MULTILINE)
+    found = REGEX_YAML_BLOCK.search(readme)
     if found is None:
         return {}
     try:
-        head = yaml.safe_load(found[1])
+        head = yaml.safe_load(found[2])
     except yaml.YAMLError as error:
         raise ValueError(f"the metadata is not valid YAML: {' '.join(str(error).split())}") from error
     if head is not None and not isinstance(head, dict):
@@ -57,60 +61,8 @@ def read_head(readme: str) -> dict[str, Any]:
     return head or {}
 
 
-def problems(readme: str) -> list[str]:
-    """What the Hub would refuse in a card, or would not understand; each with the remedy. Empty: nothing."""
-    try:
-        head = read_head(readme)
-    except ValueError as error:
-        return [f"{error}."]
-    if not head:
-        return ["there is no metadata: the card must begin with `key: value` lines between two lines of ---."]
-    found = [*_keys(head), *_license(head), *_names(head), *_texts(head)]
-    if "model-index" in head:
-        found += _model_index(head["model-index"])
-    return found
-
-
-def _keys(head: Mapping[str, Any]) -> list[str]:
-    """An unknown key is allowed; one that is nearly a known one was meant to be it."""
-    close = {key: difflib.get_close_matches(str(key), KNOWN_KEYS, n=1, cutoff=0.8) for key in head}
-    return [
-        f"{key!r} is not a key of the Hub's metadata: did you mean {near[0]!r}?"
-        for key, near in close.items()
-        if key not in KNOWN_KEYS and near
-    ]
-
-
-def _license(head: Mapping[str, Any]) -> list[str]:
-    if "license" not in head:
-        return []
-    given = head["license"] if isinstance(head["license"], list) else [head["license"]]
-    unknown = [name for name in given if name not in HUB_LICENSES]
-    if unknown:
-        return [f"license: {unknown[0]!r} is not one of the Hub's. Use 'other' with its name as license_name."]
-    if "other" in given and not isinstance(head.get("license_name"), str):
-        return ["license: 'other' needs a license_name."]
-    return []
-
-
-def _names(head: Mapping[str, Any]) -> list[str]:
-    """Repositories that are named."""
-    found = []
-    for key in ("base_model", "datasets"):
-        if key not in head:
-            continue
-        given = head[key] if isinstance(head[key], list) else [head[key]]
-        found += [f"{key}: {name!r} is not a name of the Hub. Leave it out." for name in given if not is_repo_id(name)]
-        if key == "datasets" and not isinstance(head[key], list):
-            found.append("datasets must be a list.")
-    relation = head.get("base_model_relation")
-    if relation is not None and relation not in RELATIONS:
-        found.append(f"base_model_relation: {relation!r} must be one of {', '.join(RELATIONS)}.")
-    return found
-
-
 def is_repo_id(name: Any) -> bool:
-    """Whether a name has the form of a repository of the Hub."""
+    """Returns whether a name has the form of a repository of the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -118,73 +70,82 @@ def is_repo_id(name: Any) -> bool:
     return True
 
 
-def _texts(head: Mapping[str, Any]) -> list[str]:
-    found = []
-    for key in ("library_name", "license_name", "license_link", "thumbnail"):
-        if key in head and not (isinstance(head[key], str) and head[key]):
-            found.append(f"{key} must be text.")
-    task = head.get("pipeline_tag")
-    if task is not None and task not in TEXT_TASKS:
-        found.append(f"pipeline_tag: {task!r} is not a task of language models on the Hub, such as text-generation.")
-    for key in ("tags", "language", "metrics"):
-        given = head.get(key, [])
-        given = [given] if key != "tags" and isinstance(given, str) else given
-        if not isinstance(given, list) or not all(isinstance(item, str) and item for item in given):
-            found.append(f"{key} must be a list of texts. (In YAML, write 'no' in quotes.)")
-        elif key == "language" and (
-            bad := [code for code in given if not re.fullmatch(r"[a-z]{2,3}(-\w+)?|code", code)]
-        ):
-            found.append(f"language: {bad[0]!r} is not an ISO 639 code, such as en.")
-    return found
+def problems(readme: str) -> list[str]:
+    """Returns what the Hub would refuse in a card, or would not understand; each with the remedy. Empty: nothing."""
+    try:
+        head = read_head(readme)
+    except ValueError as error:
+        return [f"{error}."]
+    if not head:
+        return ["there is no metadata: the card must begin with `key: value` lines between two lines of ---."]
+    found = [problem for key, value in head.items() if (problem := _problem(key, value, head))]
+    return found + (_model_index(head["model-index"]) if "model-index" in head else [])
 
 
-def _model_index(index: Any) -> list[str]:
-    """A list of models; each has a name and results; each result a task, a dataset and metrics."""
+def _problem(key: str, value: Any, head: Mapping[str, object]) -> str | None:
+    """Returns what is wrong with one value, with the remedy; None if nothing is."""
+    values = value if isinstance(value, list) else [value]
+    if key not in KNOWN_KEYS:
+        # An unknown key is allowed; one that is nearly a known one was meant to be it.
+        near = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1, cutoff=0.8)
+        return f"{key!r} is not a key of the Hub's metadata: did you mean {near[0]!r}?" if near else None
+    if key == "license":
+        if unknown := [name for name in values if name not in HUB_LICENSES]:
+            return f"license: {unknown[0]!r} is not one of the Hub's. Use 'other' with its name as license_name."
+        if "other" in values and not isinstance(head.get("license_name"), str):
+            return "license: 'other' needs a license_name."
+    if key in ("base_model", "datasets") and (bad := [name for name in values if not is_repo_id(name)]):
+        return f"{key}: {bad[0]!r} is not a name of the Hub. Leave it out."
+    if key == "datasets" and not isinstance(value, list):
+        return "datasets must be a list."
+    if key == "base_model_relation" and value not in (None, *RELATIONS):
+        return f"base_model_relation: {value!r} must be one of {', '.join(RELATIONS)}."
+    if key == "pipeline_tag" and value not in (None, *TEXT_TASKS):
+        return f"pipeline_tag: {value!r} is not a task of language models on the Hub, such as text-generation."
+    if key in _TEXTS and not _text(value):
+        return f"{key} must be text."
+    if key in _LISTS and (not all(map(_text, values)) or (key == "tags" and not isinstance(value, list))):
+        return f"{key} must be a list of texts. (In YAML, write 'no' in quotes.)"
+    if key == "language" and (bad := [code for code in values if not re.fullmatch(r"[a-z]{2,3}(-\w+)?|code", code)]):
+        return f"language: {bad[0]!r} is not an ISO 639 code, such as en."
+    return None
+
+
+def _model_index(index: object) -> list[str]:
+    """Checks a list of models; each has a name and results; each result a task, a dataset and metrics."""
     if not isinstance(index, list) or not index:
         return ["model-index must be a list with an entry for the model."]
     found = []
     for model in index:
-        if not isinstance(model, Mapping) or not _text(model.get("name")):
+        results = _in(model, "results")
+        if not _text(_in(model, "name")):
             found.append("model-index: an entry needs a name.")
-            continue
-        results = model.get("results")
-        if not isinstance(results, list) or not results:
+        elif not isinstance(results, list) or not results:
             found.append(f"model-index: {model['name']} needs a list of results.")
-            continue
-        for number, result in enumerate(results, 1):
-            found += [f"model-index: result {number} {what}." for what in _result(result)]
+        else:
+            for number, result in enumerate(results, 1):
+                found += [f"model-index: result {number} {what}." for what in _result(result)]
     return found
 
 
-def _result(result: Any) -> list[str]:
-    if not isinstance(result, Mapping):
-        return ["is not a mapping"]
-    found = [] if _text(_in(result, "task", "type")) else ["needs task.type"]
-    for key in ("type", "name"):
-        if not _text(_in(result, "dataset", key)):
-            found.append(f"needs dataset.{key}")
-    metrics = result.get("metrics")
+def _result(result: object) -> list[str]:
+    found = [f"needs {part}.{key}" for part, key in _RESULT if not _text(_in(_in(result, part), key))]
+    metrics = _in(result, "metrics")
     if not isinstance(metrics, list) or not metrics:
         return [*found, "needs metrics"]
     for metric in metrics:
-        if not _text(_in({"metric": metric}, "metric", "type")):
+        kind, value = _in(metric, "type"), _in(metric, "value")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not _text(kind):
             found.append("has a metric without type")
-        elif not _figure(metric.get("value")):
-            found.append(f"has {metric.get('value')!r} as the value of {metric['type']}")
+        elif not number and not _text(value):
+            found.append(f"has {value!r} as the value of {kind}")
     return found
 
 
-def _in(mapping: Mapping[str, Any], *keys: str) -> Any:
-    value: Any = mapping
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def _in(mapping: object, key: str) -> Any:
+    return mapping.get(key) if isinstance(mapping, Mapping) else None
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
-
-
-def _figure(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return (number and math.isfinite(value)) or _text(value)

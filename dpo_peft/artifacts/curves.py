@@ -1,4 +1,4 @@
-"""Training curves as one PNG, drawn from the trainer's log history.
+"""Draws training curves as one PNG, from the trainer's log history.
 
 Left out on purpose: smoothing (a smoothed curve hides the step at which a run broke) and interactive formats.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008): told apart with every common colour vision deficiency, and in grey.
+# Okabe and Ito (2008): told apart with every common color vision deficiency, and in gray.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
 INK, RULE = "#22262B", "#D9DCE0"
 PANEL_INCHES = (4.9, 3.05)
@@ -34,7 +34,7 @@ RING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: the metric's key in the log, its label and colour; a baseline is dashed."""
+    """Describes one line of a panel: the metric's key in the log, its label and color; a baseline is dashed."""
 
     key: str
     label: str
@@ -44,7 +44,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. `guide` is the value of no preference: before training a curve stands there. `limits` are fixed."""
+    """Describes one panel. `guide` is the value of no preference, where a curve stands before training."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -86,9 +86,9 @@ Series = list[tuple[float, float]]  # (step, value)
 
 
 def plot_training_curves(
-    log_history: Sequence[Mapping[str, Any]], path: str | Path, title: str = "", start_loss: float | None = None
+    log_history: Sequence[Mapping[str, float]], path: str | Path, title: str = "", start_loss: float | None = None
 ) -> Path:
-    """Draw the metrics of a run over its steps and return the path of the PNG.
+    """Draws the metrics of a run over its steps and returns the path of the PNG.
 
     Args:
         log_history: `trainer.state.log_history`, a list of dicts. Each has `step` and metrics under TRL's names
@@ -130,8 +130,8 @@ def plot_training_curves(
     return save(figure, Path(path))
 
 
-def panel_series(panel: Panel, log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """The panel's metrics that the history has, training and evaluation apart: key -> [(step, value)]."""
+def panel_series(panel: Panel, log_history: Sequence[Mapping[str, float]]) -> dict[str, Series]:
+    """Returns the panel's metrics that the history has, training and evaluation apart: key -> [(step, value)]."""
     series: dict[str, Series] = {}
     for curve in panel.curves:
         for key in (curve.key, f"eval_{curve.key}"):
@@ -147,7 +147,7 @@ def panel_series(panel: Panel, log_history: Sequence[Mapping[str, Any]]) -> dict
 
 
 def draw_panel(axes: "Axes", panel: Panel, series: dict[str, Series]) -> None:
-    """Draw one panel: training as lines, evaluation as ringed points in the same colour, the guide behind both."""
+    """Draws one panel: training as lines, evaluation as ringed points in the same color, the guide behind both."""
     style_axes(axes, panel.title)
     several = sum(not {c.key, f"eval_{c.key}"}.isdisjoint(series) for c in panel.curves) > 1
     for curve in panel.curves:
@@ -174,7 +174,7 @@ def columns_of(series: Series) -> tuple[list[float], list[float]]:
 
 
 def add_key(figure: "Figure") -> None:
-    """Say once, below all panels, what lines and rings are."""
+    """Says once, below all panels, what lines and rings are."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=INK, label="training"), Line2D([], [], color=INK, label="evaluation", **RING)]

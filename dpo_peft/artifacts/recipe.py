@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import LoraConfig
 
+from ..config import DPOConfig
 from .card import shown_name
 
 SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
@@ -36,8 +38,8 @@ _LORA_OPTIONS = {
 }
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON and YAML know it."""
+def plain(value: object) -> Any:
+    """Returns a value as JSON and YAML know it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -53,8 +55,8 @@ def plain(value: Any) -> Any:
     return str(value).removeprefix("torch.")
 
 
-def public(value: Any, is_path: bool = False) -> Any:
-    """A plain value without secrets, local paths by their last part.
+def public(value: object, is_path: bool = False) -> Any:
+    """Returns a plain value without secrets, local paths by their last part.
 
     Args:
         value: text, number, list or mapping.
@@ -69,12 +71,8 @@ def public(value: Any, is_path: bool = False) -> Any:
     return value
 
 
-def changed_options(args: Any) -> dict[str, Any]:
-    """The options of a run that differ from their defaults, fit to be published.
-
-    Args:
-        args: the `DPOConfig`.
-    """
+def changed_options(args: DPOConfig) -> dict[str, Any]:
+    """Returns the options of a run that differ from their defaults, fit to be published."""
     as_default = {  # what the config makes of a default
         "activation_checkpointing": args.gradient_checkpointing,
         "bf16": not args.fp16,
@@ -95,14 +93,16 @@ def changed_options(args: Any) -> dict[str, Any]:
     return public(changed)
 
 
-def lora_options(config: Any) -> dict[str, Any]:
-    """The options of `dpo-peft train` that describe an adapter; `config` is its `LoraConfig`."""
+def lora_options(config: LoraConfig) -> dict[str, Any]:
+    """Returns the options of `dpo-peft train` that describe an adapter."""
     options = {option: plain(getattr(config, name)) for name, option in _LORA_OPTIONS.items()}
     return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
 
 
-def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
-    """Write a config file for `dpo-peft train`.
+def write_recipe(
+    path: Path, changed: Mapping[str, object], source: Mapping[str, object], notes: Sequence[str] = ()
+) -> None:
+    """Writes a config file for `dpo-peft train`.
 
     Args:
         path: the file.
@@ -114,10 +114,10 @@ def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, An
     options = {k: v for k, v in options.items() if k not in _OF_ONE_USER and not k.startswith("hub_")}
     if isinstance(given := options.get("model_init_kwargs"), Mapping):
         # `dpo-peft train` has options of its own for these.
-        rest = {
-            k: v for k, v in given.items() if not (k == "dtype" or (k == "revision" and "model_revision" in options))
-        }
-        options = {**options, "model_init_kwargs": rest} if rest else _without(options, "model_init_kwargs")
+        own = {"dtype", "revision"} if "model_revision" in options else {"dtype"}
+        options["model_init_kwargs"] = {name: value for name, value in given.items() if name not in own}
+        if not options["model_init_kwargs"]:
+            del options["model_init_kwargs"]
     lines = [
         "Repeats the run:  dpo-peft train --config recipe.yaml",
         "Local files and folders are shown by the last part of their path: put in your own.",
@@ -125,7 +125,3 @@ def write_recipe(path: Path, changed: Mapping[str, Any], source: Mapping[str, An
     ]
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
     path.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
-
-
-def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != name}

@@ -9,14 +9,14 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 
-from ..config_checks import OBJECTIVE_OPTIONS
+from ..config import objective_options
 from ..files import strict
 from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
@@ -116,10 +116,10 @@ class SaveResults:
         for name, part, weight in zip(self.args.loss_type, objective.parts, objective.weights, strict=True):
             share = f"{weight:g} × " if len(objective.weights) > 1 else ""
             source = re.sub(r" *\((its )?note [^)]*\)", "", part.source)
-            parts.append(f"{share}`{name}` ({source})")
+            parts.append(f"{share}`{public(name)}`{f' ({source})' if source else ''}")
         return " + ".join(parts)
 
-    def _recipe_source(self) -> tuple[Mapping[str, Any], list[str]]:
+    def _recipe_source(self) -> tuple[Mapping[str, object], list[str]]:
         """Returns the recipe's options of model, data and adapter: from the command line its own; from Python what
         the run shows of them, with notes on the rest."""
         if self.command_options:
@@ -145,8 +145,10 @@ class SaveResults:
 
     def _summary(self, folder: Path, facts: Mapping[str, Any], curves: str | None) -> RunSummary:
         args, trained, trainer = self.args, self.trained, self.trainer
-        shown = {name: plain(getattr(args, name)) for name in (*_SHOWN_OPTIONS, *OBJECTIVE_OPTIONS)}
-        shown = {name: v for name, v in shown.items() if v is not None and v != OBJECTIVE_OPTIONS.get(name)}
+        defaults = {f.name: f.default for f in fields(args)}
+        shown = {name: plain(value) for name in _SHOWN_OPTIONS if (value := getattr(args, name)) is not None}
+        of_losses = {name: value for name, value in objective_options(args).items() if name != "beta"}
+        shown |= {name: value for name, value in of_losses.items() if value != defaults[name]}
         steps, samples = read_samples(folder / "samples.jsonl")
         datasets, evaluated = self._datasets()
         license_of_data = trainer.data_sources["train"][1]

@@ -43,7 +43,7 @@ class PushArguments:
             "choices": ["auto", "manual", "off"],
         },
     )
-    license: str | None = field(default=None, metadata={"help": "License of the adapter, for the card."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the adapter, for the card."})
     datasets: list[str] | None = field(default=None, metadata={"help": "Hub ids of the training data, for the card."})
     languages: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes, such as en, for the card."})
     include: list[str] | None = field(
@@ -89,7 +89,7 @@ def push(argv: Sequence[str]) -> None:
         commit_message=options.commit_message,
         create_pr=options.create_pr,
         base_model=options.base_model,
-        license=options.license,
+        licence=options.license,
         datasets=options.datasets or (),
         languages=options.languages or (),
         include=options.include or (),

@@ -1,11 +1,5 @@
-"""Publishing an adapter on the Hub. Names are loaded on first use."""
+"""Publishing an adapter on the Hub."""
 
-from typing import Any
+from .publisher import HubPublisher
 
-
-def __getattr__(name: str) -> Any:
-    if name == "HubPublisher":
-        from .publisher import HubPublisher
-
-        return HubPublisher
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["HubPublisher"]

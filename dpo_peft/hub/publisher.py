@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 
@@ -19,21 +19,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Arguments of `transformers.Trainer.push_to_hub` for the card, and what `publish` calls them.
-_CARD_ARGUMENTS = {
-    "licence": "license",
-    "dataset": "datasets",
-    "language": "languages",
-    "finetuned_from": "base_model",
-}
-_NOT_FROM_HERE = {"repeat", "licence"}
+# Arguments of `transformers.Trainer.push_to_hub` for the card, and what `publish` calls them.
+_NAMES = {"licence": "license", "dataset": "datasets", "language": "languages", "finetuned_from": "base_model"}
 
 
 class HubPublisher:
-    """Publishes the run of a trainer.
+    """Publishes the run of a trainer, and notes the repository's full name as its `hub_model_id`.
 
     Reads of the trainer `args`, `model`, `state`, `control`, `callback_handler`, `hub_model_id`,
-    `is_world_process_zero()`, `save_model()` and what `SaveResults` reads; sets `hub_model_id` to the repository's
-    full name.
+    `is_world_process_zero()`, `save_model()` and what `SaveResults` reads.
     """
 
     def __init__(self, trainer: "DPOTrainer"):
@@ -45,8 +39,8 @@ class HubPublisher:
         return self.trainer.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
 
     def check_before_training(self, token: str | None = None) -> None:
-        """With `push_to_hub`, asks before anything is trained: is there a token, may it write, can others load the
-        base? The repository itself is made when the first adapter is published.
+        """Asks, before anything is trained: is there a token, may it write, can others load the base? The repository
+        itself is made when the first adapter is published.
 
         Raises:
             OptionError: no.
@@ -72,19 +66,15 @@ class HubPublisher:
             check_base(hub, base)
 
     def push(
-        self, commit_message: str | None = "End of training", blocking: bool = True, **given: object
+        self, commit_message: str | None = "End of training", blocking: bool = True, **given: Any
     ) -> PublishResult | None:
-        """Saves the adapter with its results into `output_dir` and publishes them, see `publish`.
+        """Saves the adapter with its results into `output_dir` and publishes them. Returns None on all processes but
+        the first.
 
         Args:
             commit_message: one line.
             blocking: must be True.
-            **given: `token`, `revision`, `private`, which replace `hub_token`, `hub_revision`, `hub_private_repo`;
-                `license`, `language`, `dataset` of the card; `finetuned_from` (or `base_model`), the base's Hub id;
-                further arguments of `publish`.
-
-        Returns:
-            What was published; None on all processes but the first.
+            **given: further arguments of `publish`, also under the names that transformers has for them.
 
         Raises:
             OptionError: an argument, the adapter, the card or the token is wrong; nothing was published.
@@ -92,15 +82,15 @@ class HubPublisher:
         """
         if not blocking:
             raise OptionError("blocking=False is not available: publishing is waited for. Leave it out.")
-        options = {_CARD_ARGUMENTS.get(name, name): value for name, value in given.items() if value is not None}
+        options = {_NAMES.get(name, name): value for name, value in given.items() if value is not None}
         for name in ("datasets", "languages"):
             if isinstance(options.get(name), str):
                 options[name] = [options[name]]
-        allowed = set(publish.__kwdefaults__ or ()) - _NOT_FROM_HERE
+        allowed = set(publish.__kwdefaults__ or ()) - {"repeat", "licence"}
         if unknown := sorted(set(options) - allowed):
             raise OptionError(f"{', '.join(unknown)}: not available here. Use {', '.join(sorted(allowed))}.")
         self._save()
-        return self.publish(self.args.output_dir, commit_message=commit_message, **options)
+        return self.publish(self.args.output_dir, commit_message, **options)
 
     def push_from_checkpoint(self) -> None:
         """With `hub_strategy` "every_save", publishes the adapter as it is now. A failure doesn't stop the run."""
@@ -109,7 +99,7 @@ class HubPublisher:
         self._save()
         step = self.trainer.state.global_step
         try:
-            self.publish(self.args.output_dir, commit_message=f"Training in progress, step {step}")
+            self.publish(self.args.output_dir, f"Training in progress, step {step}")
         except (PublishError, OptionError) as error:
             logger.warning("The adapter of step %d was not published: %s", step, error)
 
@@ -120,17 +110,14 @@ class HubPublisher:
         if self.args.should_save:
             SaveResults(trainer).save(self.args.output_dir)
 
-    def publish(self, folder: str | Path, **given: object) -> PublishResult | None:
-        """Publishes what is saved in `folder`, with the run's options where `given` has none or None.
-
-        Raises:
-            OptionError, PublishError: see `push`.
-        """
+    def publish(self, folder: str | Path, commit_message: str | None, **given: Any) -> PublishResult | None:
+        """Publishes what is saved in `folder`, with the run's options where none are given. Raises as `push` does."""
         if not self.trainer.is_world_process_zero():
             return None
         args = self.args
-        options = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo}
-        options |= {name: value for name, value in given.items() if value is not None}
+        options = {"token": args.hub_token, "revision": args.hub_revision, "private": args.hub_private_repo, **given}
+        if commit_message is not None:
+            options["commit_message"] = commit_message
         again = f"the adapter is in {folder}: dpo-peft push {folder} --repo_id {self.repo_id}"
         result = publish(folder, self.repo_id, repeat=again, **options)
         self.trainer.hub_model_id = result.repo_id

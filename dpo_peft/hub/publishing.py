@@ -6,62 +6,40 @@ before anything is visible; one commit at the end makes all of it visible, or no
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils.sha import git_hash
 
+from ..artifacts.card import license_fields
 from ..artifacts.card_rules import is_repo_id, read_head
 from ..errors import OptionError, PublishError
 from .client import LOGIN, Hub
 from .upload_files import CARD, CONFIG, Upload, collect
 
-GATES: dict[str, Any] = {"auto": "auto", "manual": "manual", "off": False}
+GATES: dict[str, str | bool] = {"auto": "auto", "manual": "manual", "off": False}
 # What a new repository may hold without being anybody's work.
 _HARMLESS = {".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt"}
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What became of it.
-
-    Attributes:
-        repo_id, url: the repository.
-        commit: its newest commit; the pull request's with `create_pr`. None in a dry run.
-        pr_url: the pull request, if one was made.
-        created: the repository was made.
-        uploaded: files of this commit, and their bytes.
-        unchanged: files that were there already, the same.
-        left_out: files and folders that were not published, and why.
-        checks: what was checked.
-        notes: what is allowed and should be known.
-    """
+    """Says what was published."""
 
     repo_id: str
     url: str
-    commit: str | None
-    pr_url: str | None
-    created: bool
-    uploaded: dict[str, int]
-    unchanged: list[str]
-    left_out: dict[str, str]
-    checks: list[str]
-    notes: list[str]
-
-
-@dataclass
-class _Remote:
-    """A repository as it is now."""
-
-    sha: str
-    private: bool
-    gated: Any
-    hashes: dict[str, set[str]] = field(default_factory=dict)  # of each file: git's and LFS's
-    has_branch: bool = True
+    commit: str | None  # the repository's newest; the pull request's with `create_pr`. None in a dry run
+    pr_url: str | None  # the pull request, if one was made
+    created: bool  # the repository was made
+    uploaded: dict[str, int]  # files of this commit, and their bytes
+    unchanged: list[str]  # files that were there already, the same
+    left_out: dict[str, str]  # files and folders that were not published, and why
+    checks: list[str]  # what was checked
+    notes: list[str]  # what is allowed and should be known
 
 
 def publish(
@@ -86,12 +64,12 @@ def publish(
     repeat: str = "call it again with the same arguments.",
     licence: str | None = None,
 ) -> PublishResult:
-    """Publish a trained adapter with its tokenizer, card, recipe, metrics, curves and samples.
+    """Publishes a trained adapter with its tokenizer, card, recipe, metrics, curves and samples.
 
     Args:
         folder: of the adapter.
         repo_id: "NAME/REPO", or "REPO" of the token's own account. Made if it isn't there.
-        private: whether only you (or the organisation) see it. None: as it is, or as the account makes new ones.
+        private: whether only you (or the organization) see it. None: as it is, or as the account makes new ones.
         gated: "auto" or "manual": who wants it must ask, and is let in at once or by hand. "off" opens it. None: as
             it is.
         token: with write access; that of `hf auth login` or HF_TOKEN if None.
@@ -106,40 +84,35 @@ def publish(
         attempts: how often a step that fails for a moment (network, server) is tried.
         wait: seconds before the second attempt; each further one waits four times as long.
         repeat: how to repeat it, for messages.
-        licence: the same as `license`.
+        licence: another spelling of `license`.
 
     Raises:
         OptionError: the adapter, the card, an option or the token is wrong; nothing was written.
         PublishError: the Hub refused or could not be reached. The message says what is there by now.
     """
     _check_options(repo_id, private, gated, revision, create_pr, attempts)
-    of_card = (base_model, license or licence, datasets, languages, include)
-    upload = collect(folder, repo_id, *of_card)
-    if dry_run:
-        return _result(f"{constants.ENDPOINT}/{repo_id}", Hub(HfApi(), repo_id), None, upload, set(upload.files))
-    hub = Hub(HfApi(token=token), repo_id, attempts, wait, repeat)
-    hub.repo_id = own_repository(hub, create_pr)
-    if hub.repo_id != repo_id:
-        upload = collect(folder, hub.repo_id, *of_card)  # the card names the repository
-    check_base(hub, upload.base_model)
-    remote = _look(hub, revision)
-    if remote is not None and not overwrite:
-        _check_ours(hub, remote, upload, revision)
-    hub.call("checking the card", lambda: _validate(upload))
-    remote = _prepare(hub, remote, private, gated, revision, create_pr)
-    changed = {name for name in upload.files if not remote.hashes.get(name, set()) & _hashes(upload.content(name))}
-    commit, pr_url = remote.sha, None
-    if changed:
-        commit, pr_url = _send(hub, upload, changed, remote, commit_message, revision, create_pr)
-    return _result(f"{hub.api.endpoint}/{hub.repo_id}", hub, commit, upload, changed, pr_url)
-
-
-def _result(
-    url: str, hub: Hub, commit: str | None, upload: Upload, changed: set[str], pr_url: str | None = None
-) -> PublishResult:
+    metadata: dict[str, Any] = {"datasets": list(datasets), "language": list(languages)}
+    metadata |= license_fields(license or licence or "")
+    contents = (base_model, include, metadata)
+    upload = collect(Path(folder), repo_id, *contents)
+    hub = Hub(HfApi(token=token), repo_id, revision, create_pr, attempts, wait, repeat)
+    changed, commit, pr_url = set(upload.files), None, None
+    if not dry_run:
+        hub.repo_id = own_repository(hub)
+        if hub.repo_id != repo_id:
+            upload = collect(Path(folder), hub.repo_id, *contents)  # the card names the repository
+        check_base(hub, upload.base_model)
+        remote = _look(hub)
+        if remote is not None and not overwrite:
+            _check_ours(hub, remote, upload)
+        hub.call("checking the card", lambda: _validate(upload))
+        remote = _prepare(hub, remote, private, gated)
+        commit, changed = remote.sha, _changed(upload, remote)
+        if changed:
+            commit, pr_url = _send(hub, upload, changed, remote.sha, commit_message)
     return PublishResult(
         repo_id=hub.repo_id,
-        url=url,
+        url=f"{hub.api.endpoint}/{hub.repo_id}",
         commit=commit,
         pr_url=pr_url,
         created=hub.created,
@@ -160,53 +133,48 @@ def _check_options(
         raise OptionError(f"gated={gated!r} must be one of {', '.join(GATES)}.")
     if attempts < 1:
         raise OptionError(f"attempts={attempts} must be at least 1.")
-    without_effect = {"private": private is not None, "gated": gated is not None, "revision": revision is not None}
-    if create_pr and (given := [name for name, on in without_effect.items() if on]):
-        raise OptionError(f"{', '.join(given)}: no effect on a pull request (create_pr). Leave it out.")
+    given = {"private": private, "gated": gated, "revision": revision}
+    if create_pr and (useless := [name for name, value in given.items() if value is not None]):
+        raise OptionError(f"{', '.join(useless)}: no effect on a pull request (create_pr). Leave it out.")
 
 
 # ---- Who, and what is there -----------------------------------------------------------------------------------------
 
 
-def own_repository(hub: Hub, create_pr: bool = False) -> str:
-    """The repository's full name, which the token may write to, as far as its account says.
+def own_repository(hub: Hub) -> str:
+    """Returns the repository's full name, which the token may write to, as far as its account says.
 
     Raises:
         OptionError: there is no valid token, it is read-only, or the repository is not its account's.
         PublishError: the Hub can't be reached.
     """
     account = hub.call("asking whose token it is", hub.api.whoami)
-    name, orgs = account["name"], {org["name"]: org for org in account.get("orgs", [])}
+    name, roles = account["name"], {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}
     repo_id = hub.repo_id if "/" in hub.repo_id else f"{name}/{hub.repo_id}"
-    access = account.get("auth", {}).get("accessToken", {})
-    if access.get("role") == "read":
-        raise OptionError(f"The token {access.get('displayName', '')!r} is read-only. {LOGIN}")
     owner = repo_id.split("/")[0]
-    if create_pr:
+    access = account.get("auth", {}).get("accessToken", {})
+    token = f"The token {access.get('displayName', '')!r}"
+    if access.get("role") == "read":
+        raise OptionError(f"{token} is read-only. {LOGIN}")
+    if hub.create_pr:
         return repo_id
-    if owner != name and owner not in orgs:
-        yours = ", ".join([name, *orgs])
+    if owner != name and owner not in roles:
         raise OptionError(
-            f"{repo_id}: {owner} is neither your account nor an organisation of yours ({yours}). Choose another "
-            "repo_id, or open a pull request (create_pr)."
+            f"{repo_id}: {owner} is neither your account nor an organization of yours ({', '.join([name, *roles])}). "
+            "Choose another repo_id, or open a pull request (create_pr)."
         )
-    if orgs.get(owner, {}).get("roleInOrg") == "read":
+    if roles.get(owner) == "read":
         raise OptionError(f"{repo_id}: you may only read in {owner}. Ask for the role of a contributor.")
-    if access.get("role") == "fineGrained" and not _may_write(access.get("fineGrained", {}), owner, repo_id):
-        raise OptionError(f"The token {access.get('displayName', '')!r} may not write to {repo_id}. {LOGIN}")
+    scopes = access.get("fineGrained", {}).get("scoped")  # None: a token that does not say is left to the Hub
+    here = [scope for scope in scopes or [] if scope.get("entity", {}).get("name") in (owner, repo_id)]
+    rights = [right for scope in here for right in scope["permissions"]]
+    if scopes is not None and not any(right.startswith("repo") and right.endswith("write") for right in rights):
+        raise OptionError(f"{token} may not write to {repo_id}. {LOGIN}")
     return repo_id
 
 
-def _may_write(permissions: Mapping[str, Any], owner: str, repo_id: str) -> bool:
-    """Whether a fine-grained token names the owner or the repository; one that says nothing is left to the Hub."""
-    if "scoped" not in permissions:
-        return True
-    here = [s for s in permissions["scoped"] if s.get("entity", {}).get("name") in (owner, repo_id)]
-    return any(right.startswith("repo") and right.endswith("write") for s in here for right in s["permissions"])
-
-
 def check_base(hub: Hub, base: str) -> None:
-    """Others must be able to load the base.
+    """Checks that others can load the base.
 
     Raises:
         OptionError: it is not on the Hub, or not for everybody.
@@ -218,139 +186,118 @@ def check_base(hub: Hub, base: str) -> None:
         )
 
 
-def _look(hub: Hub, revision: str | None) -> _Remote | None:
-    """The repository as it is; None if there is none."""
+def _look(hub: Hub) -> ModelInfo | None:
+    """Returns the repository as it is, on its main branch if it lacks the one to write to; None if there is none."""
 
-    def look(at: str | None) -> Any:
-        return hub.call(
-            "looking at the repository",
-            lambda: hub.api.model_info(hub.repo_id, revision=at, files_metadata=True),
-            may_lack=True,
-        )
-
-    has_branch = True
-    try:
+    def look() -> ModelInfo | None:
         try:
-            info = look(revision)
+            info = hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
+        except RepositoryNotFoundError:
+            return None
         except RevisionNotFoundError:
-            info, has_branch = look(None), False
-    except RepositoryNotFoundError:
-        return None
-    hashes = {f.rfilename: {f.blob_id, f.lfs.sha256 if f.lfs else None} - {None} for f in info.siblings or []}
-    return _Remote(info.sha, bool(info.private), info.gated or False, hashes, has_branch)
+            return hub.api.model_info(hub.repo_id, files_metadata=True)
+        hub.has_branch = True
+        return info
+
+    return hub.call("looking at the repository", look)
 
 
-def _check_ours(hub: Hub, remote: _Remote, upload: Upload, revision: str | None) -> None:
-    """An update of the same adapter goes on; another work is not overwritten."""
-    names = set(remote.hashes) - _HARMLESS
+def _check_ours(hub: Hub, remote: ModelInfo, upload: Upload) -> None:
+    """Lets an update of the same adapter pass; another work is not overwritten."""
+
+    def content(name: str) -> str:
+        path = hub.call(f"reading its {name}", lambda: hub.api.hf_hub_download(hub.repo_id, name, revision=remote.sha))
+        return Path(path).read_text("utf-8")
+
+    names = {file.rfilename for file in remote.siblings or []} - _HARMLESS
     if not names:
         return
     remedy = "Choose another repo_id, or replace its files with overwrite."
-    at = revision if remote.has_branch else None
     if CONFIG not in names:
         some = ", ".join(sorted(names)[:3])
         raise OptionError(f"{hub.repo_id} holds other files ({some}) and no adapter. {remedy}")
-    base = json.loads(_fetch(hub, CONFIG, at)).get("base_model_name_or_path")
+    base = json.loads(content(CONFIG)).get("base_model_name_or_path")
     if base != upload.base_model:
         raise OptionError(
             f"{hub.repo_id} holds an adapter of another base ({base}, not {upload.base_model}). {remedy}"
         )
     if CARD in names:
         try:
-            tags = read_head(_fetch(hub, CARD, at)).get("tags") or []
+            tags = read_head(content(CARD)).get("tags") or []
         except ValueError:
             tags = []
         if "dpo-peft" not in tags:
             raise OptionError(f"{hub.repo_id} has a card that is not from here, which would be lost. {remedy}")
 
 
-def _fetch(hub: Hub, name: str, revision: str | None) -> str:
-    """The text of a file of the repository."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = hub.call(
-            f"reading its {name}",
-            lambda: hub.api.hf_hub_download(hub.repo_id, name, revision=revision, local_dir=folder),
-        )
-        return Path(path).read_text("utf-8")
-
-
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
 def _validate(upload: Upload) -> None:
-    """The Hub's own check of the card's metadata."""
+    """Has the Hub check the card's metadata itself."""
     try:
         ModelCard(upload.content(CARD).decode()).validate()
     except ValueError as error:
         raise OptionError(f"{CARD}: the Hub refuses its metadata: {' '.join(str(error).split())}") from error
 
 
-def _prepare(
-    hub: Hub, remote: _Remote | None, private: bool | None, gated: str | None, revision: str | None, create_pr: bool
-) -> _Remote:
-    """The repository, made and closed as asked for before anything is sent; as it is then."""
-    api, repo_id = hub.api, hub.repo_id
+def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: str | None) -> ModelInfo:
+    """Makes the repository and its branch, and closes it as asked for, before anything is sent; returns it as it is
+    then."""
+    api, repo_id, branch = hub.api, hub.repo_id, hub.revision
     if remote is None:
-        if create_pr:
+        if hub.create_pr:
             raise OptionError(f"{repo_id} is not there: a pull request needs a repository. Leave create_pr out.")
         hub.call("creating the repository", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         hub.created = True
     settings: dict[str, Any] = {}
-    if gated is not None and GATES[gated] != (remote.gated if remote else False):
+    if gated is not None and GATES[gated] != (remote is not None and remote.gated):
         settings["gated"] = GATES[gated]
     if private is not None and remote is not None and private != remote.private:
         settings["private"] = private
     if settings:
         hub.call("setting who may see it", lambda: api.update_repo_settings(repo_id, **settings))
-    if revision is not None and (remote is None or not remote.has_branch):
-        hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    if branch is not None and not hub.has_branch:
+        hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         remote = None
-    now = _look(hub, revision) if remote is None else remote
-    if now is None:
+    if (now := remote or _look(hub)) is None:
         raise PublishError(f"{repo_id} was made, but the Hub does not show it. To go on, {hub.repeat}")
     return now
 
 
-def _send(
-    hub: Hub,
-    upload: Upload,
-    names: set[str],
-    remote: _Remote,
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-) -> tuple[str, str | None]:
-    """Send the large files, then commit all of them; the commit and the pull request's address.
+def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> tuple[str, str | None]:
+    """Sends the large files, then commits all of them; returns the commit and the pull request's address.
 
     A second attempt makes its operations anew: a commit whose answer was lost is then seen to be there already. That
     can't be seen of a pull request, so one is asked for once.
     """
-    api, repo_id = hub.api, hub.repo_id
+    api = hub.api
+    where: dict[str, Any] = {"revision": hub.revision, "create_pr": hub.create_pr}
 
     def operations() -> list[CommitOperationAdd]:
         return [CommitOperationAdd(name, upload.files[name]) for name in sorted(names)]
 
+    def commit() -> CommitInfo:
+        with_files = prepared.pop() if prepared else operations()
+        return api.create_commit(hub.repo_id, with_files, commit_message=message, parent_commit=parent, **where)
+
     prepared = [operations()]
-    where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
-    hub.call(
-        "sending the files",
-        lambda: api.preupload_lfs_files(repo_id, prepared[0], free_memory=False, **where),
-    )
-    info = hub.call(
-        "committing",
-        lambda: api.create_commit(
-            repo_id,
-            prepared.pop() if prepared else operations(),
-            commit_message=message,
-            parent_commit=remote.sha,
-            **where,
-        ),
-        repeatable=not create_pr,
-    )
+    send = api.preupload_lfs_files
+    hub.call("sending the files", lambda: send(hub.repo_id, prepared[0], free_memory=False, **where))
+    info = hub.call("committing", commit, repeatable=not hub.create_pr)
     return info.oid, info.pr_url
 
 
-def _hashes(content: bytes) -> set[str]:
-    """What git and LFS call it."""
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return {git.hexdigest(), hashlib.sha256(content).hexdigest()}
+def _changed(upload: Upload, remote: ModelInfo) -> set[str]:
+    """Returns the files that the repository has not, or with another content."""
+    there = {file.rfilename: file for file in remote.siblings or []}
+
+    def same(name: str) -> bool:
+        if (file := there.get(name)) is None:
+            return False
+        content = upload.content(name)
+        if file.lfs is not None:
+            return file.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        return file.blob_id == git_hash(content)
+
+    return {name for name in upload.files if not same(name)}

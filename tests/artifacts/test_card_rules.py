@@ -146,6 +146,14 @@ def test_the_generated_card_keeps_both_sets_of_rules() -> None:
     assert problems(str(model_card(run))) == [] == card_errors(str(model_card(run)))
 
 
+def test_a_paper_without_an_entry_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A loss of one's own may name any paper: its card is written all the same."""
+    caplog.set_level("INFO")
+    card = str(model_card(RunSummary("a/x", "a/b", 0.1, papers=[DPO, "9912.99999", LORA])))
+    assert card.count("@") == 2 and "rafailov2023direct" in card and "hu2022lora" in card
+    assert "arXiv:9912.99999 has no entry" in caplog.text and "9912.99999" not in card
+
+
 # ---- The cards in this repository -----------------------------------------------------------------------------------
 
 

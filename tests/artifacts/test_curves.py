@@ -169,7 +169,7 @@ def test_unknown_facts_are_left_out() -> None:
     assert {"license", "datasets", "language", "model-index"}.isdisjoint(head)
     assert "4-bit" not in head["tags"]
     assert "No figures were logged" in body and "![" not in body and "###" not in body
-    assert "not quantised" in body
+    assert "not quantized" in body
 
 
 def test_a_license_of_ones_own_is_other_with_its_name() -> None:

@@ -162,6 +162,7 @@ def test_a_branch_is_made_and_main_left_alone(hub: HubServer, folder: Path) -> N
     assert names(hub) == set() and PUBLISHED < set(hub.repos[REPO].branches["v2"][-1].files)
     publish(folder, REPO, revision="v2", commit_message="again")
     assert len(hub.repos[REPO].branches["v2"]) == 2  # nothing had changed
+    assert hub.count("^POST .*/branch/") == 1  # it was there the second time
 
 
 def test_a_pull_request_writes_to_nobodys_branch(hub: HubServer, folder: Path) -> None:
@@ -347,7 +348,7 @@ def test_without_a_token(hub: HubServer, folder: Path, monkeypatch: pytest.Monke
     [
         ("hf_gone", REPO, "not valid, or was revoked"),
         ("hf_read", REPO, '"me\'s token" is read-only.*write access'),
-        ("hf_write", "you/x", r"you is neither your account nor an organisation of yours \(me, lab, library\)"),
+        ("hf_write", "you/x", r"you is neither your account nor an organization of yours \(me, lab, library\)"),
         ("hf_write", "library/x", "you may only read in library"),
         ("hf_narrow", REPO, "may not write to me/reviews-dpo"),
     ],

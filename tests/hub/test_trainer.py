@@ -1,5 +1,7 @@
 """Publishing from the trainer: what of `push_to_hub` and `hub_...` is honoured, and when a run is stopped."""
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from hub_helpers import mentions, trained
 from hub_server import HubServer
 from trainer_helpers import ours, text_pairs
 
+from dpo_peft import wings
 from dpo_peft.errors import OptionError, PublishError
 from dpo_peft.hub.publishing import publish
 
@@ -88,7 +91,8 @@ def test_what_can_not_be_honoured_stops_before_training(hub: HubServer, make: An
 def test_a_local_base_stops_before_training(
     hub: HubServer, base_folder: str, make_tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match=r"a local model \(base0?\).*dpo-peft push FOLDER --base_model HUB_ID"):
+    named = re.escape(f"a local model ({Path(base_folder).name})")
+    with pytest.raises(OptionError, match=rf"{named}.*dpo-peft push FOLDER --base_model HUB_ID"):
         ours(base_folder, text_pairs(4), make_tokenizer(), tmp_path / "run", push_to_hub=True, quantize_base=False)
     assert hub.requests == []
 
@@ -100,3 +104,21 @@ def test_arguments_that_push_to_hub_does_not_have(hub: HubServer, make: Any) -> 
     with pytest.raises(OptionError, match="tasks: not available here. Use .*license"):
         trainer.push_to_hub(tasks="dpo")
     assert hub.requests == []
+
+
+def test_without_artifacts_and_hub_the_adapter_is_saved_alone(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a copy of the package without these folders; `make` trains."""
+    monkeypatch.setattr(
+        wings, "find_spec", lambda name: None if name.endswith((".artifacts", ".hub")) else find_spec(name)
+    )
+    trainer = make(max_steps=1)
+    trainer.save_model()
+    saved = {path.name for path in (tmp_path / "reviews-dpo").iterdir()}
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= saved
+    assert not {"metrics.json", "recipe.yaml", "curves.png"} & saved
+    with pytest.raises(OptionError, match="has no dpo_peft/hub"):
+        trainer.push_to_hub()
+    with pytest.raises(OptionError, match="has no dpo_peft/hub"):
+        make(push_to_hub=True)
