@@ -1,4 +1,4 @@
-"""What a run's figures say about its health: a history of metrics in, named warnings out.
+"""Tells from a run's figures how healthy it is: a history of metrics in, named warnings out.
 
 Each check looks at the newest held-out figures, or at the last training logs where there is no evaluation. What they
 mean, why the thresholds stand where they do, and the literature: docs/diagnostics.md.
@@ -6,18 +6,15 @@ mean, why the thresholds stand where they do, and the literature: docs/diagnosti
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 WINDOW = 5  # training logs that are averaged: a single one is of few pairs
 
-DISPLACED_NATS = (
-    0.1  # likelihood-displacement: fall of chosen answers in nats per token; their perplexity is up by 10 %
-)
+DISPLACED_NATS = 0.1  # likelihood-displacement: chosen completions' fall in nats a token; perplexity is up by 10 %
 DISPLACED_SHARE = 0.5  # ... and as a share of the margin's growth
 HIGH_KL = 0.5  # high-kl: nats per token
 SATURATED = 0.01  # reward-saturation: mean weight of a pair in the gradient; it starts at 0.5
-LENGTH_GAP = 0.3  # length-exploitation: accuracy where the longer answer is better minus where the shorter one is
+LENGTH_GAP = 0.3  # length-exploitation: accuracy where the longer one is better minus where the shorter one is
 LENGTH_ONLY = 0.9  # ... or this share of pairs decided by length alone, and accuracy as high
 LOSS_RISE, LOSS_RISE_SHARE = 0.02, 0.1  # overfitting: of the held-out loss over its lowest, in nats and as a share
 UNMOVED = 0.02  # no-learning: the margin after half of the run; a pair's weight is still 0.495 then
@@ -36,6 +33,8 @@ REMEDIES = {
     "no-learning": "Raise learning_rate: LoRA needs about ten times what full fine-tuning does, often 5e-6 to 1e-4.",
 }
 
+Figures = Mapping[str, float]  # names of metrics to values
+
 
 class Finding(NamedTuple):
     """One warning."""
@@ -45,8 +44,7 @@ class Finding(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True)
-class RunFacts:
+class RunFacts(NamedTuple):
     """What a history doesn't say of its run.
 
     Attributes:
@@ -61,7 +59,7 @@ class RunFacts:
     reward: str = "log_ratio"
     beta: float = 1.0
     tokens: float | None = None
-    held_out: Mapping[str, int] = field(default_factory=lambda: {"eval": 0})
+    held_out: Mapping[str, int] = {"eval": 0}
     max_steps: int = 0
 
 
@@ -69,38 +67,44 @@ class Look(NamedTuple):
     """Figures to be judged: names without prefix to values."""
 
     where: str  # for the message
-    first: Mapping[str, float]  # of the first evaluation; empty if there is none
-    now: Mapping[str, float]
+    first: Figures  # of the first evaluation; empty if there is none
+    now: Figures
     rows: int  # held-out rows; 0 if unknown
+    facts: RunFacts
+
+    def per_token(self, nats: float | None) -> float:
+        """Returns nats a completion as nats a token; 0 where either is unknown."""
+        return nats / self.facts.tokens if nats is not None and self.facts.tokens else 0.0
 
 
 class Run(NamedTuple):
     """A history, sorted."""
 
-    training: list[Mapping[str, Any]]
-    evaluations: dict[str, list[dict[str, Any]]]  # by prefix, names without it
+    training: list[Figures]
+    evaluations: Mapping[str, Sequence[Figures]]  # by prefix, names without it
     facts: RunFacts
 
     def looks(self) -> list[Look]:
-        """The newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
+        """Returns the newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
         found = []
         for prefix, entries in self.evaluations.items():
             name = prefix.removeprefix("eval").removeprefix("_")
             where = f"on the held-out rows of {name!r}" if name else "on held-out rows"
-            found += [Look(where, entries[0], entries[-1], self.facts.held_out[prefix])] if entries else []
+            rows = self.facts.held_out[prefix]
+            found += [Look(where, entries[0], entries[-1], rows, self.facts)] if entries else []
         if not self.evaluations and len(self.training) >= WINDOW:
-            found = [Look(f"over the last {WINDOW} training logs", {}, self.recent(WINDOW), 0)]
+            found = [Look(f"over the last {WINDOW} training logs", {}, self.recent(), 0, self.facts)]
         return found
 
-    def recent(self, number: int) -> dict[str, float]:
-        """Means of the last training logs, of what stands in all of them."""
-        logs = self.training[-number:]
+    def recent(self) -> dict[str, float]:
+        """Returns means over the last `WINDOW` training logs, of what stands in all of them."""
+        logs = self.training[-WINDOW:]
         names = set(logs[0]).intersection(*logs) if logs else set()
         return {name: sum(log[name] for log in logs) / len(logs) for name in names}
 
 
-def diagnose(history: Sequence[Mapping[str, Any]], facts: RunFacts) -> list[Finding]:
-    """The warnings that the newest figures of a run call for; none for a run without any.
+def diagnose(history: Sequence[Figures], facts: RunFacts) -> list[Finding]:
+    """Returns the warnings that the newest figures of a run call for; none for a run without any.
 
     Args:
         history: `trainer.state.log_history`, or `log_history` of a metrics.json.
@@ -108,7 +112,14 @@ def diagnose(history: Sequence[Mapping[str, Any]], facts: RunFacts) -> list[Find
     """
     if not history:
         return []
-    evaluations = {prefix: _evaluations(history, prefix) for prefix in facts.held_out}
+    evaluations = {
+        prefix: [
+            {name.removeprefix(f"{prefix}_"): value for name, value in entry.items() if name.startswith(f"{prefix}_")}
+            for entry in history
+            if f"{prefix}_loss" in entry
+        ]
+        for prefix in facts.held_out
+    }
     run = Run([entry for entry in history if "loss" in entry], evaluations, facts)
     step = int(history[-1].get("step", 0))
     found = [(name, check(run)) for name, check in CHECKS.items()]
@@ -117,35 +128,26 @@ def diagnose(history: Sequence[Mapping[str, Any]], facts: RunFacts) -> list[Find
     ]
 
 
-def _evaluations(history: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    start = f"{prefix}_"
-    entries = [entry for entry in history if f"{start}loss" in entry]
-    return [
-        {name.removeprefix(start): value for name, value in entry.items() if name.startswith(start)}
-        for entry in entries
-    ]
-
-
-def _any_look(check: Callable[[Look, RunFacts], str | None]) -> Callable[[Run], str | None]:
-    """A check of one look, made for all of a run: the first that finds something."""
-    return lambda run: next((text for look in run.looks() if (text := check(look, run.facts))), None)
+def _any_look(check: Callable[[Look], str | None]) -> Callable[[Run], str | None]:
+    """Makes a check of one look one of all of a run: the first that finds something."""
+    return lambda run: next(filter(None, map(check, run.looks())), None)
 
 
 # ---- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def _displacement(look: Look, facts: RunFacts) -> str | None:
-    """Chosen answers have become less likely, by much of what the margin has grown."""
-    now, first = look.now, look.first
-    if facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
-        change, gain = now.get("rewards/chosen", 0.0) / facts.beta, now.get("rewards/margins", 0.0) / facts.beta
+def _displacement(look: Look) -> str | None:
+    """Finds that chosen completions have become less likely, by much of what the margin has grown."""
+    now, first, beta = look.now, look.first, look.facts.beta
+    if look.facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
+        change, gain = now.get("rewards/chosen", 0.0) / beta, now.get("rewards/margins", 0.0) / beta
     elif "logps/chosen" in first and "logps/chosen" in now:
         change = now["logps/chosen"] - first["logps/chosen"]
         gain = change - (now["logps/rejected"] - first["logps/rejected"])
     else:
         return None
-    per_token = _per_token(-change, facts)
-    if per_token is None or per_token < DISPLACED_NATS or gain <= 0 or -change < DISPLACED_SHARE * gain:
+    per_token = look.per_token(-change)
+    if per_token < DISPLACED_NATS or gain <= 0 or -change < DISPLACED_SHARE * gain:
         return None
     return (
         f"Chosen answers have become less likely {look.where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
@@ -154,19 +156,18 @@ def _displacement(look: Look, facts: RunFacts) -> str | None:
     )
 
 
-def _high_kl(look: Look, facts: RunFacts) -> str | None:
-    """The policy is far from its reference."""
+def _high_kl(look: Look) -> str | None:
+    """Finds that the policy is far from its reference."""
     kl = look.now.get("kl")
-    per_token = None if kl is None else _per_token(kl, facts)
-    if per_token is None or per_token < HIGH_KL:
+    per_token = look.per_token(kl)
+    if per_token < HIGH_KL:
         return None
-    return (
-        f"The policy is far from its reference {look.where}: kl is {kl:.1f} nats an answer, {per_token:.2f} a token."
-    )
+    what = f"kl is {kl:.1f} nats an answer, {per_token:.2f} a token"
+    return f"The policy is far from its reference {look.where}: {what}."
 
 
-def _length(look: Look, facts: RunFacts) -> str | None:
-    """Accuracy follows length."""
+def _length(look: Look) -> str | None:
+    """Finds that accuracy follows length."""
     now = look.now
     accuracy, by_length = now.get("rewards/accuracies"), now.get("accuracies/length_only")
     if accuracy is None or by_length is None:
@@ -186,8 +187,7 @@ def _length(look: Look, facts: RunFacts) -> str | None:
     groups = ((longer, look.rows * by_length), (shorter, look.rows * (1 - by_length)))
     shares = [((share * n + 1) / (n + 2), n + 2) for share, n in groups]
     error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
-    gap = abs(longer - shorter)
-    if gap < LENGTH_GAP or gap < 3 * error:
+    if abs(longer - shorter) < max(LENGTH_GAP, 3 * error):
         return None
     return (
         f"Accuracy leans on length {look.where}: {longer:.0%} where the longer answer is the better one, "
@@ -196,8 +196,8 @@ def _length(look: Look, facts: RunFacts) -> str | None:
 
 
 def _saturation(run: Run) -> str | None:
-    """The training pairs are won by so much that they give no gradient."""
-    weight = run.recent(WINDOW).get("sample_weight")
+    """Finds that the training pairs are won by so much that they give no gradient."""
+    weight = run.recent().get("sample_weight")
     if weight is None or len(run.training) < WINDOW or weight > SATURATED:
         return None
     return (
@@ -207,8 +207,8 @@ def _saturation(run: Run) -> str | None:
 
 
 def _overfitting(run: Run) -> str | None:
-    """The held-out loss rises while the training loss is below it."""
-    train_loss = run.recent(WINDOW).get("loss")
+    """Finds that the held-out loss rises while the training loss is below it."""
+    train_loss = run.recent().get("loss")
     if train_loss is None:
         return None
     for prefix, entries in run.evaluations.items():
@@ -224,9 +224,9 @@ def _overfitting(run: Run) -> str | None:
 
 
 def _no_learning(run: Run) -> str | None:
-    """Half of the run is over and policy and reference are still the same."""
+    """Finds that half of the run is over and policy and reference are still the same."""
     steps = run.training[-1].get("step", 0) if run.training else 0
-    margin = run.recent(WINDOW).get("rewards/margins")
+    margin = run.recent().get("rewards/margins")
     early = len(run.training) < UNMOVED_LOGS or not run.facts.max_steps or 2 * steps < run.facts.max_steps
     if run.facts.reward != "log_ratio" or early or margin is None or abs(margin) >= UNMOVED:
         return None
@@ -234,10 +234,6 @@ def _no_learning(run: Run) -> str | None:
         f"Nothing is learned: after {steps} of {run.facts.max_steps} steps the margin is {margin:.4f} on average over "
         f"the last {WINDOW} logs (0 at the start)."
     )
-
-
-def _per_token(nats: float, facts: RunFacts) -> float | None:
-    return nats / facts.tokens if facts.tokens else None
 
 
 CHECKS: dict[str, Callable[[Run], str | None]] = {

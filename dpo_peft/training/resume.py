@@ -21,10 +21,10 @@ from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError, TrainingInterrupted
 from .callbacks import StopOnSignal
 from .checkpoints import (
+    commit,
     discard,
     newest_whole,
     problem_with,
-    publish,
     recover,
     rotate,
     staged_checkpoint,
@@ -202,7 +202,7 @@ class ResumableTrainer(Trainer):
             self._write(staged_checkpoint(run_dir, step), metrics)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                publish(run_dir, step)
+                commit(run_dir, step)
             self._saved_step = step
         except (
             OSError,

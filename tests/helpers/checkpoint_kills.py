@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_peft.training import checkpoints
-from dpo_peft.training.checkpoints import MANIFEST, newest_whole, publish, recover, rotate, staging_folder
+from dpo_peft.training.checkpoints import MANIFEST, commit, newest_whole, recover, rotate, staging_folder
 
 Writer = Callable[[Path, int, int], Path]  # run folder, step, generation -> the checkpoint
 
@@ -49,7 +49,7 @@ def generation_in(folder: Path) -> int:
 
 def save(run_dir: Path, step: int, generation: int) -> Path:
     write(staging_folder(run_dir, step) / f"checkpoint-{step}", generation)
-    return publish(run_dir, step)
+    return commit(run_dir, step)
 
 
 def save_in_place(run_dir: Path, step: int, generation: int) -> Path:
@@ -63,7 +63,7 @@ def save_after_deleting(run_dir: Path, step: int, generation: int) -> Path:
     """Less naive: written beside the old one, which is deleted before the new one is sealed."""
     write(staging_folder(run_dir, step) / f"checkpoint-{step}", generation)
     shutil.rmtree(run_dir / f"checkpoint-{step}", ignore_errors=True)
-    return publish(run_dir, step)
+    return commit(run_dir, step)
 
 
 def survivor(run_dir: Path) -> int:
@@ -116,7 +116,7 @@ def died(child: int) -> bool:
     return code == 9
 
 
-def loss(run_dir: Path, published: int) -> list[str]:
+def loss(run_dir: Path, committed: int) -> list[str]:
     """What a kill has done to a run's folder, if it is worse than the end of the last or of the next save.
 
     Before any recovery too, every folder that is named like a checkpoint must be one.
@@ -127,7 +127,7 @@ def loss(run_dir: Path, published: int) -> list[str]:
         left = survivor(run_dir)
     except (AssertionError, FileNotFoundError) as error:
         return [f"{type(error).__name__}: {error}"]
-    return [] if left in (published, published + 1) else [f"generation {left}, and {published} had been published"]
+    return [] if left in (committed, committed + 1) else [f"generation {left}, and {committed} had been committed"]
 
 
 def sweep(folder: Path, writer: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def sweep(folder: Path, writer: str) -> dict[str, Any]:
     os.fsync = do_not_sync
     losses, states, moment, ended = [], set(), 0, False
     while not ended:
-        run_dir, note = folder / str(moment), os.open(folder / "published", os.O_RDWR | os.O_CREAT)
+        run_dir, note = folder / str(moment), os.open(folder / "committed", os.O_RDWR | os.O_CREAT)
         os.pwrite(note, bytes([1]), 0)
         save(run_dir, 7, 1)
 
@@ -207,9 +207,9 @@ def torture(run_dir: Path, writer: str, kills: str) -> dict[str, Any]:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader, "rb") as told:
-            published = int.from_bytes(told.read()[-4:], "big") or last
+            committed = int.from_bytes(told.read()[-4:], "big") or last
         unfinished += any(path.name.startswith(".") for path in run_dir.iterdir())
-        losses += [f"kill {number}: {text}" for text in loss(run_dir, published)]
+        losses += [f"kill {number}: {text}" for text in loss(run_dir, committed)]
         if losses:
             break
         last = survivor(run_dir)

@@ -22,10 +22,10 @@ from dpo_peft.errors import CheckpointError
 from dpo_peft.training import checkpoints
 from dpo_peft.training.checkpoints import (
     MANIFEST,
+    commit,
     discard,
     newest_whole,
     problem_with,
-    publish,
     recover,
     rotate,
     staging_folder,
@@ -37,13 +37,13 @@ NO_MANIFEST = "has no manifest: it was not written to its end, or by another pro
 # ---- Whole ones -----------------------------------------------------------------------------------------------------
 
 
-def test_a_published_checkpoint_holds_what_was_staged(tmp_path: Path) -> None:
+def test_a_committed_checkpoint_holds_what_was_staged(tmp_path: Path) -> None:
     staging = staging_folder(tmp_path, 7)
     assert staging == tmp_path / ".saving-7" and list(staging.iterdir()) == []
     write(staging / "checkpoint-7", 1)
-    assert newest_whole(tmp_path) == (None, [])  # not before it is published
+    assert newest_whole(tmp_path) == (None, [])  # not before it is committed
 
-    assert publish(tmp_path, 7) == tmp_path / "checkpoint-7"
+    assert commit(tmp_path, 7) == tmp_path / "checkpoint-7"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
     assert problem_with(tmp_path / "checkpoint-7") is None
     assert generation_in(tmp_path / "checkpoint-7") == 1
@@ -54,7 +54,7 @@ def test_a_published_checkpoint_holds_what_was_staged(tmp_path: Path) -> None:
     }
 
 
-def test_publishing_replaces_a_checkpoint_whole_or_not(tmp_path: Path) -> None:
+def test_committing_replaces_a_checkpoint_whole_or_not(tmp_path: Path) -> None:
     for generation in (1, 2):
         save(tmp_path, 7, generation)
         assert generation_in(tmp_path / "checkpoint-7") == generation
@@ -73,16 +73,16 @@ def test_staging_again_starts_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("empty_folder", [False, True])
-def test_publishing_nothing_is_an_error(tmp_path: Path, empty_folder: bool) -> None:
+def test_committing_nothing_is_an_error(tmp_path: Path, empty_folder: bool) -> None:
     save(tmp_path, 7, 1)
     if empty_folder:
         (staging_folder(tmp_path, 7) / "checkpoint-7").mkdir()
     with pytest.raises(CheckpointError, match=r"\.saving-7/checkpoint-7 has no files"):
-        publish(tmp_path, 7)
+        commit(tmp_path, 7)
     assert generation_in(tmp_path / "checkpoint-7") == 1
 
 
-def test_discard_leaves_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_discard_leaves_the_committed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     save(tmp_path, 7, 1)
     write(staging_folder(tmp_path, 7) / "checkpoint-7", 2)
     with monkeypatch.context() as patch:
@@ -114,7 +114,7 @@ def test_a_disk_error_propagates_and_keeps_the_old_one(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", failing(lambda path: path.parent.name == ".saving-7"))
         with pytest.raises(OSError, match="No space left"):
-            publish(tmp_path, 7)
+            commit(tmp_path, 7)
     assert generation_in(tmp_path / "checkpoint-7") == 1
     discard(tmp_path, 7)
     assert survivor(tmp_path) == 1
@@ -141,8 +141,8 @@ def test_all_is_on_the_disk_before_the_checkpoint_gets_its_name(
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "rename", note_rename)
-    published = publish(tmp_path, 7)
-    inodes = {path.stat().st_ino for path in [published, *published.rglob("*"), tmp_path]}
+    committed = commit(tmp_path, 7)
+    inodes = {path.stat().st_ino for path in [committed, *committed.rglob("*"), tmp_path]}
     assert len(inodes) == len(NAMES) + 4  # the manifest, two folders, the run's folder
     assert list(at_rename) == [".replaced-7", "checkpoint-7"]
     assert at_rename[".replaced-7"] >= inodes  # the old one is not touched before the new one is safe
@@ -372,7 +372,7 @@ def test_the_old_one_comes_back_for_a_damaged_replacement(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damaged", ["checkpoint-7", ".replaced-7"])
-def test_publishing_over_an_unrecovered_kill_keeps_a_whole_one_aside(
+def test_committing_over_an_unrecovered_kill_keeps_a_whole_one_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
 ) -> None:
     """Both the place and the one moved aside are taken, one of them is damaged, and the next rename is the last."""
@@ -382,7 +382,7 @@ def test_publishing_over_an_unrecovered_kill_keeps_a_whole_one_aside(
     write(staging_folder(tmp_path, 7) / "checkpoint-7", 3)
     monkeypatch.setattr(os, "rename", failing(lambda path: path.parent.name == ".saving-7"))
     with pytest.raises(OSError, match="No space left"):
-        publish(tmp_path, 7)
+        commit(tmp_path, 7)
     discard(tmp_path, 7)
     assert survivor(tmp_path) == (1 if damaged == "checkpoint-7" else 2)
 

@@ -16,7 +16,7 @@ from kill_harness import Kill, Phase, Run, Torturer, differences, same_bits
 from kill_scenarios import SCENARIOS, STEPS, make_base
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_peft.training.checkpoints import MANIFEST, publish, staging_folder
+from dpo_peft.training.checkpoints import MANIFEST, commit, staging_folder
 
 # A checkpoint is there when the second save begins, so that there is something to go on from.
 SECOND_SAVE = Kill(Phase.SAVING, 2, 0.5)
@@ -97,7 +97,7 @@ def test_earlier_checkpoint_passed_off_as_later_is_found(torturer):
             staged = staging_folder(run, 6) / late.name
             shutil.copytree(early, staged, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
             shutil.copy(late / "trainer_state.json", staged)
-            publish(run, 6)
+            commit(run, 6)
         return "latest"
 
     run = torturer("float32").torture("passed off", [Kill(Phase.STEP, 8, 0.0)], resume=pass_off)
