@@ -10,7 +10,7 @@ processes must call them, in the same order.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,10 @@ from torch.utils.data import IterableDataset
 
 from .errors import OptionError
 
+T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20  # gradients cross in flat pieces of at most this size: few messages, little extra memory
 
-_LAUNCHED_AS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+_SPLIT_BY = ("FSDP", "DeepSpeed", "Megatron-LM")
 _SPLITS_MODEL = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
 _OFFERED = ("NO", "MULTI_CPU", "MULTI_GPU")
 _REMEDY = (
@@ -73,7 +70,7 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     return sums.tolist()
 
 
-def gather_over_processes(value: Any) -> list[Any]:
+def gather_over_processes(value: T) -> list[T]:
     """Returns each process's value in the order of ranks; anything that can be pickled, tensors on the CPU."""
     if world_size() == 1:
         return [value]
@@ -132,7 +129,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter, processes in zip(trainable, present.tolist(), strict=True):
         if processes and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in trainable if p.grad is not None]):
+    for bucket in _buckets([parameter.grad for parameter in trainable if parameter.grad is not None]):
         flat = torch.cat([grad.reshape(-1) for grad in bucket]).to(_device())
         dist.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
@@ -177,7 +174,7 @@ class ShareCollator:
         return self.collator(share) if share else {"empty": True}
 
 
-def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
+def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
     """Returns a global batch's rows in their order, from the shares of all ranks: undoes `ShareCollator`."""
     total = sum(len(share) for share in shares)
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
@@ -246,16 +243,16 @@ def _splits(args: Any, env: Mapping[str, str]) -> Iterator[str]:
     def is_set(variable: str) -> bool:
         return env.get(variable, "").lower() in ("1", "true", "yes", "y", "on")
 
-    for variable, name in _LAUNCHED_AS.items():
-        if is_set(variable):
+    for name in _SPLIT_BY:
+        if is_set(variable := f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
             yield f"{name} is not offered ({variable} is set, by accelerate's config)"
     for option in ("fsdp", "deepspeed"):
         if getattr(args, option):
             yield f"{option} is not offered"
     from_env = env if is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else {}
     for short, name in _SPLITS_MODEL.items():
-        size = getattr(args.parallelism_config, f"{short}_size", 1)  # 1: there is no such config
-        size = max(size, int(from_env.get(f"PARALLELISM_CONFIG_{short.upper()}_SIZE") or 1))
+        asked = int(from_env.get(f"PARALLELISM_CONFIG_{short.upper()}_SIZE") or 1)
+        size = max(asked, getattr(args.parallelism_config, f"{short}_size", 1))  # 1: there is no such config
         if size > 1:
             yield f"parallelism_config: {name} parallelism ({short}_size={size}) is not offered"
     for option in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):

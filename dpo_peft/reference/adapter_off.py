@@ -1,7 +1,7 @@
 """The reference policy: the same weights with the adapter switched off or exchanged. There is no second model.
 
-`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone, and
-`check_start`, before the first step, that policy and reference really are the same.
+`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone;
+`check_start` measures, before the first step, that policy and reference really are the same.
 
 Shape suffix: C completions.
 """
@@ -232,8 +232,7 @@ def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
     Raises:
         NonFiniteError: naming the rows.
     """
-    bad_C = ~torch.isfinite(logps_C)
-    if bad_C.any():
+    if (bad_C := ~torch.isfinite(logps_C)).any():
         rows = ", ".join(map(str, batch.rows[batch.sample_of[bad_C]].unique().tolist()))
         raise NonFiniteError(
             f"{what} {rows} are not finite. Look at these rows and at the model's weights; a model made for bfloat16 "

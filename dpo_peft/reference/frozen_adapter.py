@@ -146,7 +146,7 @@ def freeze_copy(model: PeftModel) -> str:
     """
     (adapter,) = model.active_adapters
     name = _unused_name(model)
-    memo: dict[int, Any] = {}  # one for all: what modules share, their copies share
+    memo: dict[int, object] = {}  # one for all: what modules share, their copies share
     for _, layer in adapter_layers(model):
         for _, held in _held(layer, adapter):
             held[name] = _twin(held[adapter], memo)
@@ -169,12 +169,12 @@ def _unused_name(model: PeftModel) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _twin(part: Any, memo: dict[int, Any]) -> Any:
+def _twin(part: nn.Module | Tensor, memo: dict[int, object]) -> nn.Module | Tensor:
     """Returns a frozen copy of an adapter's module or tensor."""
     return copy.deepcopy(part, memo).requires_grad_(False)
 
 
-def _settings(layer: nn.Module, adapter: str) -> list[dict[str, Any]]:
+def _settings(layer: nn.Module, adapter: str) -> list[dict[str, object]]:
     """Returns what a layer keeps by adapter in plain dicts: rank, scaling, variant, token indices, ..."""
     own = ((name, held) for name, held in vars(layer).items() if not name.startswith("_") and name != "kwargs")
     return [held for _, held in own if isinstance(held, dict) and adapter in held]
@@ -195,9 +195,9 @@ def _check_copy(model: PeftModel, adapter: str, name: str) -> None:
         )
 
 
-def _found(layer: Any, adapter: str) -> dict[str, Any]:
+def _found(layer: Any, adapter: str) -> dict[str, object]:
     """Returns an adapter's parts in a layer, found otherwise than in copying: by names and by PEFT's own lists."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     duplicates = {"remove_duplicate": False}
     for name, tensor in (*layer.named_parameters(**duplicates), *layer.named_buffers(**duplicates)):
         parts = name.split(".")
@@ -211,19 +211,17 @@ def _found(layer: Any, adapter: str) -> dict[str, Any]:
     return found
 
 
-def _difference(ours: Any, twin: Any) -> str | None:
-    if not isinstance(ours, Tensor) and not isinstance(twin, Tensor):
+def _difference(ours: object, twin: object) -> str | None:
+    if not isinstance(ours, Tensor) or not isinstance(twin, Tensor):
+        if isinstance(ours, Tensor) or isinstance(twin, Tensor):
+            return "has no twin"
         # Objects without a comparison of their own, such as LoRA variants, are compared by their class.
         alike = type(ours) is type(twin) and type(ours).__eq__ is object.__eq__
         return None if alike or ours == twin else f"{ours} and {twin}"
-    if ours is None or twin is None:
-        return "has no twin"
     if (ours.dtype, ours.device, ours.shape) != (twin.dtype, twin.device, twin.shape):
         return f"{ours.dtype} {list(ours.shape)} on {ours.device}, its twin {twin.dtype} {list(twin.shape)}"
-    if ours.numel() and ours.untyped_storage().data_ptr() == twin.untyped_storage().data_ptr():
-        return "the twin is the same tensor and would be trained with it"
-    if twin.requires_grad:
-        return "the twin is not frozen"
+    if twin.requires_grad or (ours.numel() and ours.untyped_storage().data_ptr() == twin.untyped_storage().data_ptr()):
+        return "the twin would be trained"
     ours_B, twin_B = (tensor.detach().reshape(-1).view(torch.uint8) for tensor in (ours, twin))  # NaN equals itself
     return None if torch.equal(ours_B, twin_B) else "the values differ"
 
@@ -296,12 +294,9 @@ def _check_loadable(config: PeftConfig, folder: str) -> None:
     except OptionError as error:
         raise OptionError(f"reference={folder!r} can't be used: {error}") from error
     assert isinstance(config, LoraConfig)
-    if config.layer_replication:
-        reason: str | None = "layer_replication repeats layers of the base"
-    elif config.kasa_config:
-        reason = "kasa_config cuts down the base weights"
-    else:
-        reason = moved_base(config) if config.init_lora_weights is not False else None
+    reason = moved_base(config) if config.init_lora_weights is not False else None
+    reason = "kasa_config cuts down the base weights" if config.kasa_config else reason
+    reason = "layer_replication repeats layers of the base" if config.layer_replication else reason
     if reason:
         raise OptionError(
             f"reference={folder!r} can't be loaded: its {reason}; loading it would change the base under the policy. "
@@ -372,8 +367,8 @@ def mix_into(model: PeftModel, adapter: str, frozen: str, alpha: float) -> None:
     """
     ours, its = adapter_tensors(model, adapter), adapter_tensors(model, frozen)
     odd = sorted(ours.keys() ^ its.keys()) or [name for name in ours if ours[name].shape != its[name].shape]
-    for prefix, layer in adapter_layers(model):
-        odd += [f"{prefix} (scaling)" for s in [getattr(layer, "scaling", {})] if s.get(adapter) != s.get(frozen)]
+    scalings = ((at, getattr(layer, "scaling", {})) for at, layer in adapter_layers(model))
+    odd += [f"{at} (scaling)" for at, scaling in scalings if scaling.get(adapter) != scaling.get(frozen)]
     if odd or not ours:
         raise ReferenceMismatchError(
             f"The adapters {adapter!r} and {frozen!r} can't be mixed, they differ in {odd[0] if odd else 'everything'}"

@@ -5,7 +5,7 @@ mean, why the thresholds stand where they do, and the literature: docs/diagnosti
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 WINDOW = 5  # training logs that are averaged: a single one is of few pairs
@@ -70,11 +70,6 @@ class Look(NamedTuple):
     first: Figures  # of the first evaluation; empty if there is none
     now: Figures
     rows: int  # held-out rows; 0 if unknown
-    facts: RunFacts
-
-    def per_token(self, nats: float | None) -> float:
-        """Returns nats a completion as nats a token; 0 where either is unknown."""
-        return nats / self.facts.tokens if nats is not None and self.facts.tokens else 0.0
 
 
 class Run(NamedTuple):
@@ -84,23 +79,25 @@ class Run(NamedTuple):
     evaluations: Mapping[str, Sequence[Figures]]  # by prefix, names without it
     facts: RunFacts
 
-    def looks(self) -> list[Look]:
-        """Returns the newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
-        found = []
+    def looks(self) -> Iterator[Look]:
+        """Yields the newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
         for prefix, entries in self.evaluations.items():
             name = prefix.removeprefix("eval").removeprefix("_")
             where = f"on the held-out rows of {name!r}" if name else "on held-out rows"
-            rows = self.facts.held_out[prefix]
-            found += [Look(where, entries[0], entries[-1], rows, self.facts)] if entries else []
+            if entries:
+                yield Look(where, entries[0], entries[-1], self.facts.held_out[prefix])
         if not self.evaluations and len(self.training) >= WINDOW:
-            found = [Look(f"over the last {WINDOW} training logs", {}, self.recent(), 0, self.facts)]
-        return found
+            yield Look(f"over the last {WINDOW} training logs", {}, self.recent(), 0)
 
     def recent(self) -> dict[str, float]:
         """Returns means over the last `WINDOW` training logs, of what stands in all of them."""
         logs = self.training[-WINDOW:]
         names = set(logs[0]).intersection(*logs) if logs else set()
         return {name: sum(log[name] for log in logs) / len(logs) for name in names}
+
+    def per_token(self, nats: float) -> float:
+        """Returns nats a completion as nats a token; 0 if the completions' length is unknown."""
+        return nats / self.facts.tokens if self.facts.tokens else 0.0
 
 
 def diagnose(history: Sequence[Figures], facts: RunFacts) -> list[Finding]:
@@ -122,125 +119,113 @@ def diagnose(history: Sequence[Figures], facts: RunFacts) -> list[Finding]:
     }
     run = Run([entry for entry in history if "loss" in entry], evaluations, facts)
     step = int(history[-1].get("step", 0))
-    found = [(name, check(run)) for name, check in CHECKS.items()]
+    found = [(name, next(check(run), None)) for name, check in CHECKS.items()]
     return [
         Finding(step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.") for name, text in found if text
     ]
 
 
-def _any_look(check: Callable[[Look], str | None]) -> Callable[[Run], str | None]:
-    """Makes a check of one look one of all of a run: the first that finds something."""
-    return lambda run: next(filter(None, map(check, run.looks())), None)
+# ---- Checks: each yields what it finds, and the first counts --------------------------------------------------------
 
 
-# ---- Checks ---------------------------------------------------------------------------------------------------------
-
-
-def _displacement(look: Look) -> str | None:
+def _displacement(run: Run) -> Iterator[str]:
     """Finds that chosen completions have become less likely, by much of what the margin has grown."""
-    now, first, beta = look.now, look.first, look.facts.beta
-    if look.facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
-        change, gain = now.get("rewards/chosen", 0.0) / beta, now.get("rewards/margins", 0.0) / beta
-    elif "logps/chosen" in first and "logps/chosen" in now:
-        change = now["logps/chosen"] - first["logps/chosen"]
-        gain = change - (now["logps/rejected"] - first["logps/rejected"])
-    else:
-        return None
-    per_token = look.per_token(-change)
-    if per_token < DISPLACED_NATS or gain <= 0 or -change < DISPLACED_SHARE * gain:
-        return None
-    return (
-        f"Chosen answers have become less likely {look.where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
-        f"token), while rejected ones fell by {gain - change:.1f}. The margin grows, and probability goes to answers "
-        "that are neither."
-    )
+    beta = run.facts.beta
+    for where, first, now, _ in run.looks():
+        if run.facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
+            change, gain = now.get("rewards/chosen", 0.0) / beta, now.get("rewards/margins", 0.0) / beta
+        elif "logps/chosen" in first and "logps/chosen" in now:
+            change = now["logps/chosen"] - first["logps/chosen"]
+            gain = change - (now["logps/rejected"] - first["logps/rejected"])
+        else:
+            continue
+        per_token = run.per_token(-change)
+        if per_token >= DISPLACED_NATS and gain > 0 and -change >= DISPLACED_SHARE * gain:
+            yield (
+                f"Chosen answers have become less likely {where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
+                f"token), while rejected ones fell by {gain - change:.1f}. The margin grows, and probability goes to "
+                "answers that are neither."
+            )
 
 
-def _high_kl(look: Look) -> str | None:
+def _high_kl(run: Run) -> Iterator[str]:
     """Finds that the policy is far from its reference."""
-    kl = look.now.get("kl")
-    per_token = look.per_token(kl)
-    if per_token < HIGH_KL:
-        return None
-    what = f"kl is {kl:.1f} nats an answer, {per_token:.2f} a token"
-    return f"The policy is far from its reference {look.where}: {what}."
+    for look in run.looks():
+        kl = look.now.get("kl", 0.0)
+        if (per_token := run.per_token(kl)) >= HIGH_KL:
+            what = f"kl is {kl:.1f} nats an answer, {per_token:.2f} a token"
+            yield f"The policy is far from its reference {look.where}: {what}."
 
 
-def _length(look: Look) -> str | None:
-    """Finds that accuracy follows length."""
-    now = look.now
-    accuracy, by_length = now.get("rewards/accuracies"), now.get("accuracies/length_only")
-    if accuracy is None or by_length is None:
-        return None
-    decided = max(by_length, 1 - by_length)
-    if decided >= LENGTH_ONLY and accuracy >= LENGTH_ONLY:
-        side = "longer" if by_length > 0.5 else "shorter"
-        return (
-            f"The {side} answer is the better one in {decided:.0%} of pairs {look.where}, so an accuracy of "
-            f"{accuracy:.0%} says nothing beyond length."
-        )
-    longer, shorter = now.get("accuracies/chosen_longer"), now.get("accuracies/chosen_shorter")
-    if longer is None or shorter is None or not look.rows:
-        return None
-    # Two independent shares, each of so many pairs (Laplace's estimate: one pair doesn't make certain); three standard
-    # errors, since every evaluation is another look.
-    groups = ((longer, look.rows * by_length), (shorter, look.rows * (1 - by_length)))
-    shares = [((share * n + 1) / (n + 2), n + 2) for share, n in groups]
-    error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
-    if abs(longer - shorter) < max(LENGTH_GAP, 3 * error):
-        return None
-    return (
-        f"Accuracy leans on length {look.where}: {longer:.0%} where the longer answer is the better one, "
-        f"{shorter:.0%} where the shorter one is."
-    )
-
-
-def _saturation(run: Run) -> str | None:
+def _saturation(run: Run) -> Iterator[str]:
     """Finds that the training pairs are won by so much that they give no gradient."""
-    weight = run.recent().get("sample_weight")
-    if weight is None or len(run.training) < WINDOW or weight > SATURATED:
-        return None
-    return (
-        f"Training pairs hardly count any more: over the last {WINDOW} logs their weight in the gradient is "
-        f"{weight:.4f} on average (0.5 at the start)."
-    )
+    weight = run.recent().get("sample_weight", math.inf)
+    if len(run.training) >= WINDOW and weight <= SATURATED:
+        yield (
+            f"Training pairs hardly count any more: over the last {WINDOW} logs their weight in the gradient is "
+            f"{weight:.4f} on average (0.5 at the start)."
+        )
 
 
-def _overfitting(run: Run) -> str | None:
+def _length(run: Run) -> Iterator[str]:
+    """Finds that accuracy follows length."""
+    for where, _, now, rows in run.looks():
+        accuracy, by_length = now.get("rewards/accuracies"), now.get("accuracies/length_only")
+        if accuracy is None or by_length is None:
+            continue
+        decided = max(by_length, 1 - by_length)
+        if decided >= LENGTH_ONLY and accuracy >= LENGTH_ONLY:
+            side = "longer" if by_length > 0.5 else "shorter"
+            yield (
+                f"The {side} answer is the better one in {decided:.0%} of pairs {where}, so an accuracy of "
+                f"{accuracy:.0%} says nothing beyond length."
+            )
+        longer, shorter = now.get("accuracies/chosen_longer"), now.get("accuracies/chosen_shorter")
+        if longer is None or shorter is None or not rows:
+            continue
+        # Two independent shares, each of so many pairs (Laplace's estimate: one pair doesn't make certain); three
+        # standard errors, since every evaluation is another look.
+        groups = ((longer, rows * by_length), (shorter, rows * (1 - by_length)))
+        shares = [((share * n + 1) / (n + 2), n + 2) for share, n in groups]
+        error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
+        if abs(longer - shorter) >= max(LENGTH_GAP, 3 * error):
+            yield (
+                f"Accuracy leans on length {where}: {longer:.0%} where the longer answer is the better one, "
+                f"{shorter:.0%} where the shorter one is."
+            )
+
+
+def _overfitting(run: Run) -> Iterator[str]:
     """Finds that the held-out loss rises while the training loss is below it."""
-    train_loss = run.recent().get("loss")
-    if train_loss is None:
-        return None
+    train_loss = run.recent().get("loss", math.inf)
     for prefix, entries in run.evaluations.items():
         losses = [entry["loss"] for entry in entries]
         lowest = min(losses, default=math.nan)
         bound = lowest + max(LOSS_RISE, LOSS_RISE_SHARE * abs(lowest))
         if len(losses) >= 3 and min(losses[-2:]) >= bound and train_loss < lowest:
-            return (
+            yield (
                 f"{prefix}_loss has risen from {lowest:.3f} to {losses[-1]:.3f}, while the training loss went on "
                 f"to {train_loss:.3f}: the training pairs are learned by heart."
             )
-    return None
 
 
-def _no_learning(run: Run) -> str | None:
+def _no_learning(run: Run) -> Iterator[str]:
     """Finds that half of the run is over and policy and reference are still the same."""
-    steps = run.training[-1].get("step", 0) if run.training else 0
-    margin = run.recent().get("rewards/margins")
-    early = len(run.training) < UNMOVED_LOGS or not run.facts.max_steps or 2 * steps < run.facts.max_steps
-    if run.facts.reward != "log_ratio" or early or margin is None or abs(margin) >= UNMOVED:
-        return None
-    return (
-        f"Nothing is learned: after {steps} of {run.facts.max_steps} steps the margin is {margin:.4f} on average over "
-        f"the last {WINDOW} logs (0 at the start)."
-    )
+    steps, total = run.training[-1].get("step", 0) if run.training else 0, run.facts.max_steps
+    late = len(run.training) >= UNMOVED_LOGS and total and 2 * steps >= total
+    margin = run.recent().get("rewards/margins", math.inf)
+    if run.facts.reward == "log_ratio" and late and abs(margin) < UNMOVED:
+        yield (
+            f"Nothing is learned: after {steps} of {total} steps the margin is {margin:.4f} on average over the last "
+            f"{WINDOW} logs (0 at the start)."
+        )
 
 
-CHECKS: dict[str, Callable[[Run], str | None]] = {
-    "likelihood-displacement": _any_look(_displacement),
-    "high-kl": _any_look(_high_kl),
+CHECKS: dict[str, Callable[[Run], Iterator[str]]] = {
+    "likelihood-displacement": _displacement,
+    "high-kl": _high_kl,
     "reward-saturation": _saturation,
-    "length-exploitation": _any_look(_length),
+    "length-exploitation": _length,
     "overfitting": _overfitting,
     "no-learning": _no_learning,
 }
