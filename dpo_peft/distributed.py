@@ -10,7 +10,7 @@ processes must call them, in the same order.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,10 @@ from torch.utils.data import IterableDataset
 
 from .errors import OptionError
 
+T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20  # gradients cross in flat pieces of at most this size: few messages, little extra memory
 
-_LAUNCHED_AS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+_SPLIT_BY = ("FSDP", "DeepSpeed", "Megatron-LM")
 _SPLITS_MODEL = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
 _OFFERED = ("NO", "MULTI_CPU", "MULTI_GPU")
 _REMEDY = (
@@ -42,17 +39,17 @@ _SAME_OPTIONS = (
 
 
 def world_size() -> int:
-    """Number of processes; 1 if they aren't connected."""
+    """Returns the number of processes; 1 if they aren't connected."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process; 0 if there is only one."""
+    """Returns the index of this process; 0 if there is only one."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def _device() -> torch.device | str:
-    """Where tensors must lie to be sent."""
+    """Returns where tensors must lie to be sent."""
     on_cpu = "gloo" in dist.get_backend() or dist.get_backend() == "mpi"
     return "cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
@@ -61,7 +58,7 @@ def _device() -> torch.device | str:
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:
-    """Sums, one per value, in float64 (whole numbers are exact below 2**53).
+    """Returns sums, one per value, in float64 (whole numbers are exact below 2**53).
 
     Args:
         values: as many in every process.
@@ -73,8 +70,8 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     return sums.tolist()
 
 
-def gather_over_processes(value: Any) -> list[Any]:
-    """Each process's value in the order of ranks; anything that can be pickled, tensors on the CPU."""
+def gather_over_processes(value: T) -> list[T]:
+    """Returns each process's value in the order of ranks; anything that can be pickled, tensors on the CPU."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -83,12 +80,12 @@ def gather_over_processes(value: Any) -> list[Any]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process. What stops one must stop all, or the others wait for it for ever."""
+    """Returns whether any process has set the flag: what stops one must stop all, or they wait for it for ever."""
     return sum_over_processes([flag])[0] > 0
 
 
-def check_same(name: str, value: Any) -> None:
-    """Refuse a value that differs between the processes.
+def check_same(name: str, value: object) -> None:
+    """Refuses a value that differs between the processes.
 
     Raises:
         OptionError: in all of them, with the values by rank.
@@ -105,7 +102,7 @@ def check_same(name: str, value: Any) -> None:
 
 
 def copy_from_first(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the trainable weights of rank 0: without a seed each has drawn an adapter of its own."""
+    """Gives every process the trainable weights of rank 0: without a seed each has drawn an adapter of its own."""
     if world_size() == 1:
         return
     for parameter in parameters:
@@ -116,7 +113,7 @@ def copy_from_first(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the processes.
+    """Replaces each gradient by its sum over the processes.
 
     A process without a gradient, because its share of the batch was empty, counts as zeros and gets the sum. A
     gradient that no process has stays None.
@@ -127,14 +124,12 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world_size() == 1:
         return
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trainable:
-        return
     present = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=_device())
     dist.all_reduce(present)
     for parameter, processes in zip(trainable, present.tolist(), strict=True):
         if processes and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in trainable if p.grad is not None]):
+    for bucket in _buckets([parameter.grad for parameter in trainable if parameter.grad is not None]):
         flat = torch.cat([grad.reshape(-1) for grad in bucket]).to(_device())
         dist.all_reduce(flat)
         for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
@@ -142,7 +137,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of one dtype and device and at most `BUCKET_BYTES`, the same in every process."""
+    """Yields groups of one dtype and device and at most `BUCKET_BYTES`, the same in every process."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for grad in grads:
         kinds.setdefault((grad.dtype, grad.device), []).append(grad)
@@ -174,19 +169,19 @@ class ShareCollator:
         self.world_size = world_size()
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """A global batch's rows to this process's part."""
+        """Collates this process's part of a global batch's rows."""
         share = list(rows[self.rank :: self.world_size])
         return self.collator(share) if share else {"empty": True}
 
 
-def interleave(shares: Sequence[Sequence[Any]]) -> list[Any]:
-    """The rows of a global batch in their order, from the shares of all ranks: what `ShareCollator` took apart."""
+def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Returns a global batch's rows in their order, from the shares of all ranks: undoes `ShareCollator`."""
     total = sum(len(share) for share in shares)
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
 
 
 def unshard(dataloader: Any, dataset: Any = None) -> None:
-    """Make a data loader that accelerate prepared for this process give every batch to every process, in one order.
+    """Makes a data loader that accelerate prepared for this process give every batch to every process, in one order.
 
     Accelerate gives each process other batches and fills the last ones up with rows from the start of the dataset;
     after this the loader's batches, length, and count of remaining rows are those of a single process.
@@ -218,22 +213,18 @@ def unshard(dataloader: Any, dataset: Any = None) -> None:
 
 
 def check_launch(args: Any, env: Mapping[str, str] | None = None) -> None:
-    """Refuse to start in a way that isn't offered: all processes must hold the whole model and know of each other.
+    """Refuses to start in a way that isn't offered: all processes must hold the whole model and know of each other.
 
     Args:
-        args: a `TrainingArguments`, which has connected the processes.
+        args: a `DPOConfig`, which has connected the processes.
         env: the environment that the launcher has set; `os.environ` if None.
 
     Raises:
         OptionError: what was asked for, and the remedy.
     """
     env = os.environ if env is None else env
-    _check_whole_model(args, env)
-    state = getattr(args, "distributed_state", None)
-    kind = getattr(state, "distributed_type", None)
-    name = str(getattr(kind, "value", kind or "NO"))
-    if name not in _OFFERED:
-        raise OptionError(f"Training over {name} is not offered. {_REMEDY}")
+    for what in _splits(args, env):
+        raise OptionError(f"{what}. {_REMEDY}")
     launched = int(env.get("WORLD_SIZE") or 1)
     if launched > 1 and args.world_size == 1:
         raise OptionError(
@@ -241,53 +232,52 @@ def check_launch(args: Any, env: Mapping[str, str] | None = None) -> None:
             "would train alone: on a machine without a GPU pass use_cpu=True; for a single process unset WORLD_SIZE."
         )
     if args.world_size > 1:
-        _check_data_parallel(args)
+        for what in _without_effect(args):
+            raise OptionError(what)
+        check_same("The options", {name: str(getattr(args, name)) for name in _SAME_OPTIONS})
 
 
-def _check_whole_model(args: Any, env: Mapping[str, str]) -> None:
-    for variable, name in _LAUNCHED_AS.items():
-        if _is_set(env, variable):
-            raise OptionError(f"{name} is not offered ({variable} is set, by accelerate's config). {_REMEDY}")
+def _splits(args: Any, env: Mapping[str, str]) -> Iterator[str]:
+    """Yields what was asked for by which a process would hold less than the whole model, as sentences."""
+
+    def is_set(variable: str) -> bool:
+        return env.get(variable, "").lower() in ("1", "true", "yes", "y", "on")
+
+    for name in _SPLIT_BY:
+        if is_set(variable := f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+            yield f"{name} is not offered ({variable} is set, by accelerate's config)"
     for option in ("fsdp", "deepspeed"):
-        if getattr(args, option, None):
-            raise OptionError(f"{option} is not offered. {_REMEDY}")
-    config = getattr(args, "parallelism_config", None)
-    from_env = _is_set(env, "ACCELERATE_USE_PARALLELISM_CONFIG")
+        if getattr(args, option):
+            yield f"{option} is not offered"
+    from_env = env if is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else {}
     for short, name in _SPLITS_MODEL.items():
-        size = getattr(config, f"{short}_size", 1)
-        if from_env:
-            size = max(size, int(env.get(f"PARALLELISM_CONFIG_{short.upper()}_SIZE") or 1))
+        asked = int(from_env.get(f"PARALLELISM_CONFIG_{short.upper()}_SIZE") or 1)
+        size = max(asked, getattr(args.parallelism_config, f"{short}_size", 1))  # 1: there is no such config
         if size > 1:
-            raise OptionError(
-                f"parallelism_config: {name} parallelism ({short}_size={size}) is not offered. {_REMEDY}"
-            )
-    init_kwargs = getattr(args, "model_init_kwargs", None)
+            yield f"parallelism_config: {name} parallelism ({short}_size={size}) is not offered"
     for option in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):
-        if isinstance(init_kwargs, dict) and init_kwargs.get(option) is not None:
-            raise OptionError(f"model_init_kwargs: {option} splits the model, which is not offered. {_REMEDY}")
+        if (args.model_init_kwargs or {}).get(option) is not None:
+            yield f"model_init_kwargs: {option} splits the model, which is not offered"
+    kind = args.distributed_state.distributed_type.value
+    if kind not in _OFFERED:
+        yield f"Training over {kind} is not offered"
 
 
-def _check_data_parallel(args: Any) -> None:
-    accelerator = getattr(args, "accelerator_config", None)
-    if getattr(accelerator, "split_batches", False):
-        raise OptionError(
+def _without_effect(args: Any) -> Iterator[str]:
+    """Yields options that would not do what they say in several processes, as sentences with remedies."""
+    if args.accelerator_config.split_batches:
+        yield (
             "accelerator_config: split_batches=True has no effect: per_device_train_batch_size is per process, and "
             "every batch is shared out already. Leave it out."
         )
-    if getattr(args, "average_tokens_across_devices", True) is False:
-        raise OptionError(
+    if not args.average_tokens_across_devices:
+        yield (
             "average_tokens_across_devices=False is not available: losses are means over the whole optimizer batch, "
             "whatever the number of processes. Leave it out."
         )
-    init_kwargs = getattr(args, "model_init_kwargs", None)
-    device_map = init_kwargs.get("device_map") if isinstance(init_kwargs, dict) else None
-    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise OptionError(
+    device_map = (args.model_init_kwargs or {}).get("device_map")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        yield (
             f"model_init_kwargs: device_map={device_map!r} would spread each process's model over all cards: leave it "
             "out, every process loads it on its own card."
         )
-    check_same("The options", {name: str(getattr(args, name, None)) for name in _SAME_OPTIONS})
-
-
-def _is_set(env: Mapping[str, str], variable: str) -> bool:
-    return env.get(variable, "").lower() in ("1", "true", "yes", "y", "on")

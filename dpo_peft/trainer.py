@@ -380,7 +380,7 @@ class DPOTrainer(Trainer):
         if not _internal_call:
             self._save_results(folder)
             if self.args.push_to_hub:
-                self._publisher().publish(folder, commit_message="Model save")
+                self._publisher().publish(folder, "Model save")
 
     def _save_results(self, folder: str) -> None:
         if self.args.should_save and (artifacts := wing("artifacts")) is not None:

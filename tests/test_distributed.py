@@ -180,9 +180,12 @@ def work() -> dict[str, Any]:
 
 
 def arguments(kind: str = "MULTI_CPU", **changed: Any) -> SimpleNamespace:
-    """The attributes of `TrainingArguments` that matter."""
+    """The attributes of `DPOConfig` that matter."""
+    options: dict[str, Any] = dict.fromkeys((*parallel._SAME_OPTIONS, "fsdp", "deepspeed", "parallelism_config"))
+    options |= {"accelerator_config": SimpleNamespace(split_batches=False), "average_tokens_across_devices": True}
+    options |= {"model_init_kwargs": None, "world_size": world_size(), "seed": 0}
     state = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
-    return SimpleNamespace(**{"distributed_state": state, "world_size": world_size(), "seed": 0, **changed})
+    return SimpleNamespace(**{**options, "distributed_state": state, **changed})
 
 
 # ---- Tests: three processes -----------------------------------------------------------------------------------------
@@ -367,9 +370,9 @@ def test_options_that_split_the_model_are_refused(option: str, value: Any) -> No
 
 def test_real_arguments_are_understood(tmp_path: Path) -> None:
     """`arguments` above stands for these."""
-    from transformers import TrainingArguments
+    from dpo_peft import DPOConfig
 
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     check_launch(args, {})
     with pytest.raises(OptionError, match="WORLD_SIZE=2"):
         check_launch(args, {"WORLD_SIZE": "2"})

@@ -1,7 +1,7 @@
 """The reference policy: the same weights with the adapter switched off or exchanged. There is no second model.
 
-`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone, and
-`check_start`, before the first step, that policy and reference really are the same.
+`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone;
+`check_start` measures, before the first step, that policy and reference really are the same.
 
 Shape suffix: C completions.
 """
@@ -52,7 +52,7 @@ class Reference:
 
 
 def check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> None:
-    """Refuse a reference on the bare base where the adapter's initialisation changes the base, or starts off it.
+    """Refuses a reference on the bare base where the adapter's initialisation changes the base, or starts off it.
 
     Args:
         config: of the adapter to train.
@@ -71,7 +71,7 @@ def check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> N
 
 
 def add_reference(model: PeftModel, reference: str | None, starts_at_base: bool) -> Reference:
-    """Find or make the reference of a model whose adapter is ready to be trained.
+    """Finds or makes the reference of a model whose adapter is ready to be trained.
 
     Args:
         model: the PEFT model.
@@ -82,24 +82,22 @@ def add_reference(model: PeftModel, reference: str | None, starts_at_base: bool)
         OptionError: there is no such adapter, or it can't be a reference.
         ReferenceMismatchError: the adapter can't be copied exactly.
     """
-    chosen = reference is not None
     if reference == "base":
         return Reference("base", None, chosen=True)
     if reference is None or reference == "initial":
         frozen = None if starts_at_base else freeze_copy(model)
-        result = Reference("initial", frozen, chosen=chosen)
+        result = Reference("initial", frozen, chosen=reference is not None)
     else:
         result = Reference("adapter", load_frozen(model, reference), reference, chosen=True)
     if result.adapter is not None:
         what = f"the adapter {reference!r}" if result.source else "a frozen copy of the adapter as it came in"
-        size = sum(t.numel() * t.element_size() for t in adapter_tensors(model, result.adapter).values())
-        cost = f"{size / 2**20:,.1f} MiB more, and its share of each reference pass"
-        logger.warning("The reference is %s: %s.", what, cost)
+        size = sum(tensor.nbytes for tensor in adapter_tensors(model, result.adapter).values()) / 2**20
+        logger.info("The reference is %s: %.1f MiB more, and its share of each reference pass.", what, size)
     return result
 
 
 def is_identity(model: nn.Module, adapter: str) -> bool:
-    """Whether the adapter provably changes nothing, so that the model with it off is the same.
+    """Returns whether the adapter provably changes nothing, so that the model with it off is the same.
 
     Zero LoRA products and modules or token rows that equal the base's are proof. False means "not known": a fresh DoRA
     changes nothing either, but its magnitudes show that only up to rounding.
@@ -117,15 +115,14 @@ def _adds_nothing(layer: Any, adapter: str) -> bool:
     if isinstance(layer, TrainableTokensLayer):
         rows = layer.get_base_layer().weight[layer.token_indices[adapter]]
         return same_values(layer.trainable_tokens_delta[adapter], rows)
-    first = any(not t.any() for name, t in tensors.items() if name in ("lora_A.weight", "lora_embedding_A"))
-    second = any(not t.any() for name, t in tensors.items() if name in ("lora_B.weight", "lora_embedding_B"))
-    others = tensors.keys() - {"lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
-    return (first or second) and all(name == "lora_B.bias" and not tensors[name].any() for name in others)
+    factors = {"lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"}
+    zero = {name for name, tensor in tensors.items() if not tensor.any()}
+    return bool(zero & factors) and tensors.keys() - factors <= zero & {"lora_B.bias"}
 
 
 @contextmanager
 def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
-    """Inside, `model` is the reference: eval mode (no dropout anywhere), no gradients, and the adapter exchanged.
+    """Makes `model` the reference inside: eval mode (no dropout anywhere), no gradients, and the adapter exchanged.
 
     Adapter, training flags and `requires_grad` flags are as before afterwards, exceptions or not.
 
@@ -140,16 +137,14 @@ def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[Non
     # What `PeftModel.disable_adapter` and `set_adapter` do, without their survey of the whole model, which takes
     # longer than the rest of a small step, and without setting `requires_grad`, which thaws what a user froze.
     layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    on = [] if adapter is None else [layer for layer in layers if holds_adapter(layer, adapter)]
-    if adapter is not None and not on:
+    exchanged = [adapter is not None and holds_adapter(layer, adapter) for layer in layers]
+    if adapter is not None and not any(exchanged):
         raise OptionError(f"The model has no adapter {adapter!r} to be the reference.")
     before = [(layer, layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
-        for layer in on:
-            layer._active_adapter = [adapter]
-        exchanged = set(map(id, on))
-        for layer in layers:
-            layer._disable_adapters = layer._disable_adapters or id(layer) not in exchanged
+        for layer, on in zip(layers, exchanged, strict=True):
+            layer._disable_adapters = layer._disable_adapters or not on
+            layer._active_adapter = [adapter] if on else layer._active_adapter
         with torch.no_grad(), eval_mode(model):
             yield
     finally:
@@ -173,9 +168,7 @@ def reference_logps(
 
 
 def base_change(model: PreTrainedModel, before: Tensor) -> float | None:
-    """By how much attaching an adapter to `model` changed its base, which some kinds of adapter rewrite.
-
-    It is measured on a few tokens rather than listed.
+    """Measures on a few tokens whether attaching an adapter to `model` changed its base, as some kinds of adapter do.
 
     Args:
         model: the base, now with the adapter attached.
@@ -192,7 +185,7 @@ def base_change(model: PreTrainedModel, before: Tensor) -> float | None:
 
 
 def sample_logits(model: PreTrainedModel) -> Tensor:
-    """Logits of four tokens, (1, 4, V)."""
+    """Returns the logits of four tokens, (1, 4, V)."""
     weight = model.get_input_embeddings().weight
     ids = torch.arange(4, device=weight.device)[None] * (weight.shape[0] // 4)
     with torch.no_grad(), eval_mode(model):
@@ -202,10 +195,10 @@ def sample_logits(model: PreTrainedModel) -> Tensor:
 def check_start(
     model: PeftModel, batches: list[PackedBatch], backend: Backend = "dense", adapter: str | None = None
 ) -> float:
-    """The step-0 gate: before the first step, every implicit reward must be zero within the noise floor.
+    """Checks before the first step that every implicit reward is zero within the noise floor: the step-0 gate.
 
     It is for references that the policy starts at. The policy is scored with the adapter on and dropout as training
-    will have it off; the floor is how far the reference's own log-probs move when the same completions are scored in
+    will have it; the floor is how far the reference's own log-probs move when the same completions are scored in
     another batch shape.
 
     Args:
@@ -237,13 +230,12 @@ def check_start(
 
 
 def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
-    """Refuse log-probs that are NaN or infinite; `what` begins the message, and the dataset's rows follow it.
+    """Refuses log-probs that are NaN or infinite; `what` begins the message, and the dataset's rows follow it.
 
     Raises:
         NonFiniteError: naming the rows.
     """
-    bad_C = ~torch.isfinite(logps_C)
-    if bad_C.any():
+    if (bad_C := ~torch.isfinite(logps_C)).any():
         rows = ", ".join(map(str, batch.rows[batch.sample_of[bad_C]].unique().tolist()))
         raise NonFiniteError(
             f"{what} {rows} are not finite. Look at these rows and at the model's weights; a model made for bfloat16 "
@@ -252,7 +244,7 @@ def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
 
 
 def noise_floor(ref_C: Tensor, other_shape_C: Tensor) -> float:
-    """What the shape of a batch may change, from (C,) log-probs of the same completions in two shapes; in nats."""
+    """Returns what a batch's shape may change, from (C,) log-probs of the same completions in two shapes; in nats."""
     rounding = 1e-4 + 1e-6 * float(ref_C.abs().max())
     return rounding + 2 * float((ref_C - other_shape_C).abs().max())
 

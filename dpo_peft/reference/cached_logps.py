@@ -21,6 +21,7 @@ from .cache import Entry, ReferenceCache
 
 logger = logging.getLogger(__name__)
 
+Row = dict[str, Any]  # prepared
 CHUNK_ROWS = 1024  # rows that `precompute` sorts by length at a time
 
 
@@ -37,7 +38,7 @@ class CachedReference:
         self.score = score
 
     def __call__(self, batch: PackedBatch) -> Scores:
-        """Log-probs of a batch whose `keys` are filled; `token_logps_N` is empty if the store holds sums only.
+        """Returns log-probs of a batch whose `keys` are filled; `token_logps_N` is empty if the store has sums only.
 
         Values are those that were stored first, also for the part of a batch that had to be computed again: a run that
         was interrupted reads what the straight one did.
@@ -45,20 +46,23 @@ class CachedReference:
         Raises:
             NonFiniteError: a log-prob is NaN or infinite, with the dataset rows.
         """
-        found = self.store.get(batch.keys)
-        if any(entry is None for entry in found):
-            new: dict[bytes, Entry] = {}
-            for key, entry in zip(batch.keys, self._compute(batch), strict=True):
-                new.setdefault(key, entry)
-            self.store.put(list(new), list(new.values()))
-            return _scores(
-                [entry or new[key] for key, entry in zip(batch.keys, found, strict=True)], batch, self.store.tokens
-            )
-        return _scores([entry for entry in found if entry is not None], batch, self.store.tokens)
+        entries = self.store.get(batch.keys)
+        if None in entries:
+            computed = self.fill(batch)
+            entries = [entry or computed[key] for key, entry in zip(batch.keys, entries, strict=True)]
+        found = [entry for entry in entries if entry is not None]
+        logps_C = torch.tensor([entry.logp for entry in found], dtype=torch.float64)
+        own = [entry.token_logps for entry in found if entry.token_logps is not None] if self.store.tokens else []
+        token_logps_N = torch.from_numpy(np.concatenate(own)) if own else torch.empty(0)
+        return Scores(token_logps_N.to(batch.input_ids.device), logps_C.to(batch.input_ids.device))
 
-    def fill(self, batch: PackedBatch) -> None:
-        """Compute a batch and store what the store lacks of it."""
-        self.store.put(batch.keys, self._compute(batch))
+    def fill(self, batch: PackedBatch) -> dict[bytes, Entry]:
+        """Computes a batch and stores what the store lacks of it. Returns what was computed, by key."""
+        entries = self._compute(batch)
+        self.store.put(batch.keys, entries)
+        return dict(
+            zip(reversed(batch.keys), reversed(entries), strict=True)
+        )  # of the same key twice the first counts
 
     def _compute(self, batch: PackedBatch) -> list[Entry]:
         scores = self.score(batch)
@@ -70,11 +74,11 @@ class CachedReference:
         return [Entry(logp, own) for logp, own in zip(logps_C, tokens, strict=True)]
 
     def counts(self) -> dict[str, float]:
-        """Completions read from the store and computed so far, for the log."""
+        """Returns how many completions were read from the store and computed so far, for the log."""
         return {"ref_cache/hits": self.store.hits, "ref_cache/misses": self.store.misses}
 
     def check(self, batches: Sequence[PackedBatch]) -> None:
-        """Compare what the store has of a few completions with the reference's forward pass.
+        """Compares what the store has of a few completions with the reference's forward pass.
 
         Args:
             batches: the first holds the same samples as the others together, in another shape.
@@ -97,14 +101,14 @@ class CachedReference:
 
     def precompute(
         self,
-        dataset: Sequence[Any],
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        dataset: Sequence[Row],
+        collate: Callable[[list[Row]], dict[str, Any]],
         max_tokens: int,
         device: torch.device,
         name: str,
         progress: bool,
     ) -> None:
-        """Fill the store for a dataset. What is there already is kept: after a kill it goes on where it was.
+        """Fills the store for a dataset. What is there already is kept: after a kill it continues where it was.
 
         Args:
             dataset: prepared rows.
@@ -118,30 +122,24 @@ class CachedReference:
         # do not depend on when a run was interrupted.
         computed = total = 0
         with tqdm(total=len(dataset), desc=f"reference of {name}", disable=not progress) as bar:
-            for index, rows in enumerate(_budget(dataset, max_tokens)):
-                total += 1
-                if index % world_size() == rank():
+            for rows in _budget(dataset, max_tokens):
+                if total % world_size() == rank():
                     batch = PackedBatch(**collate(rows))
-                    if self.store.missing(batch.keys):
+                    if None in self.store.peek(batch.keys):
                         self.fill(batch.to(device))
                         computed += 1
+                total += 1
                 bar.update(len(rows))
-        logger.warning(
-            "Reference of %s (%d rows): %d of %d batches computed, the rest was in %s.",
-            name,
-            len(dataset),
-            computed,
-            total,
-            self.store.path,
-        )
+        message = "Reference of %s (%d rows): %d of %d batches computed, the rest was in %s."
+        logger.info(message, name, len(dataset), computed, total, self.store.file.path)
 
 
-def _budget(dataset: Sequence[Any], max_tokens: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows of about equal length, as many as fit into a forward pass."""
+def _budget(dataset: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Yields rows of about equal length, as many as fit into a forward pass."""
     for start in range(0, len(dataset), CHUNK_ROWS):
         rows = [dataset[i] for i in range(start, min(start + CHUNK_ROWS, len(dataset)))]
         rows.sort(key=_tokens, reverse=True)
-        batch: list[dict[str, Any]] = []
+        batch: list[Row] = []
         held = 0
         for row in rows:
             if batch and held + _tokens(row) > max_tokens:
@@ -152,13 +150,5 @@ def _budget(dataset: Sequence[Any], max_tokens: int) -> Iterator[list[dict[str, 
         yield batch
 
 
-def _tokens(row: dict[str, Any]) -> int:
+def _tokens(row: Row) -> int:
     return len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
-
-
-def _scores(entries: Sequence[Entry], batch: PackedBatch, tokens: bool) -> Scores:
-    device = batch.input_ids.device
-    logps_C = torch.tensor([entry.logp for entry in entries], dtype=torch.float64)
-    own = [entry.token_logps for entry in entries if entry.token_logps is not None] if tokens else []
-    token_logps_N = torch.from_numpy(np.concatenate(own)) if own else torch.empty(0)
-    return Scores(token_logps_N.to(device), logps_C.to(device))

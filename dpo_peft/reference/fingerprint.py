@@ -1,7 +1,7 @@
 """Which model the reference was: fingerprints of the base and of a frozen adapter, and the record that names them.
 
 An adapter says nothing about the reference that it was trained against. Given to a trainer again, it could silently
-become its own reference; on another base, or on the same one quantised otherwise, its rewards would mean something
+become its own reference; on another base, or on the same one quantized otherwise, its rewards would mean something
 else. So the reference's identity is stored with the adapter and with each checkpoint, and compared on the way back.
 
 A fingerprint is about content, never about names or paths, and the tensors stay on their own device. It finds
@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +42,7 @@ _CHUNK_GPU = 1 << 26  # with a product of twice that
 
 @torch.no_grad()
 def tensor_fingerprint(t: Tensor) -> bytes:
-    """16 bytes that depend on every bit of a tensor, on its dtype and on its shape, and on nothing else.
+    """Returns 16 bytes that depend on every bit of a tensor, its dtype and its shape, and on nothing else.
 
     The bytes are taken as 32-bit words. Each block of 2**14 words is reduced to two sums of word times multiplier,
     modulo 2**64, with odd pseudo-random multipliers that depend on the position (multilinear hashing, Dietzfelbinger
@@ -56,7 +56,7 @@ def tensor_fingerprint(t: Tensor) -> bytes:
         ReferenceMismatchError: a tensor without content (on the meta device).
     """
     digest = hashlib.blake2b(f"{t.dtype} {tuple(t.shape)}".encode(), digest_size=16)
-    if is_traceable_wrapper_subclass(t):  # a quantised weight that is several tensors, say
+    if is_traceable_wrapper_subclass(t):  # a quantized weight that is several tensors, say
         for name in t.__tensor_flatten__()[0]:
             digest.update(name.encode() + tensor_fingerprint(getattr(t, name)))
     elif t.is_meta:
@@ -72,7 +72,7 @@ def tensor_fingerprint(t: Tensor) -> bytes:
 
 
 def _block_sums(data: Tensor) -> Tensor:
-    """(bytes,) uint8 -> (blocks, 2) int64; the last block is filled up with zeros, which add nothing."""
+    """Reduces (bytes,) uint8 to (blocks, 2) int64; the last block is filled up with zeros, which add nothing."""
     width = min(_WORDS, -(-data.numel() // 4))
     missing = -data.numel() % (4 * width)
     if missing or data.data_ptr() % 4 or data.storage_offset() % 4:
@@ -83,12 +83,13 @@ def _block_sums(data: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _multipliers(device: torch.device) -> Tensor:
-    """(2, _WORDS) odd int64."""
+    """Returns (2, _WORDS) odd int64."""
     draws = hashlib.shake_128(b"dpo_peft fingerprint 1").digest(2 * 8 * _WORDS)
     return torch.from_numpy(np.frombuffer(draws, "<i8").reshape(2, _WORDS) | 1).to(device)
 
 
 def digest_of(lines: Iterable[tuple[str, bytes]], size: int) -> str:
+    """Returns `size` bytes in hex for named contents in any order."""
     digest = hashlib.blake2b(digest_size=size)
     for name, content in sorted(lines):
         digest.update(f"{len(name)} {len(content)} {name}".encode() + content)
@@ -109,11 +110,11 @@ _UNRELATED = re.compile(
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """32 hex digits: the first 16 for all weights below the adapters, the last 16 for the model's class and config.
+    """Returns 16 hex digits for all weights below the adapters, then 16 for the model's class and config.
 
     Weights are the parameters and persistent buffers with their names, dtypes and shapes, and the constants that
-    bitsandbytes keeps beside quantised ones. The same before and after PEFT wraps the model, whichever adapter is
-    active, and wherever the weights lie. The compute dtype of quantised layers is not part of it.
+    bitsandbytes keeps beside quantized ones. The same before and after PEFT wraps the model, whichever adapter is
+    active, and wherever the weights lie. The compute dtype of quantized layers is not part of it.
 
     Args:
         model: a PEFT model, or a base model.
@@ -130,7 +131,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | str]]:
-    """All that decides what the base computes, by the names that it has without PEFT."""
+    """Yields all that decides what the base computes, by the names that it has without PEFT."""
     wrapped = _wrapped(module)
     if wrapped is not None:
         yield from base_parts(wrapped, prefix)
@@ -140,7 +141,9 @@ def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
     with align_module_device(module):  # brings in weights that accelerate keeps off the device
         for key in own:
             if (tensor := getattr(module, key)) is not None:
-                yield prefix + key, _as_used(module, key, tensor)
+                # 4-bit layers rewrite their bias in the dtype of their input: what acts is its value in this dtype.
+                acts = getattr(module, "compute_dtype", None) if key == "bias" else None
+                yield prefix + key, tensor if acts is None else tensor.to(acts)
                 yield from ((f"{prefix}{key}.{name}", what) for name, what in _constants(module, key, tensor))
     for key, child in module._modules.items():
         if child is not None:
@@ -155,14 +158,8 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     return getattr(module, "_orig_mod", None)  # of torch.compile
 
 
-def _as_used(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
-    """4-bit layers rewrite their bias in the dtype of their input; what acts is its value in the compute dtype."""
-    dtype = getattr(module, "compute_dtype", None)
-    return tensor.to(dtype) if key == "bias" and isinstance(dtype, torch.dtype) else tensor
-
-
 def _constants(module: Any, key: str, tensor: Any) -> Iterator[tuple[str, Tensor | str]]:
-    """What bitsandbytes keeps beside a quantised weight: in 4 bits nested states, in 8 bits one scale per row."""
+    """Yields what bitsandbytes keeps beside a quantized weight: in 4 bits nested states, in 8 bits a scale per row."""
     state, name = getattr(tensor, "quant_state", None), "quant"
     if state is not None:
         yield "stored", f"{state.quant_type} {state.dtype} {tuple(state.shape)}"
@@ -180,7 +177,7 @@ def _constants(module: Any, key: str, tensor: Any) -> Iterator[tuple[str, Tensor
 
 
 def _plain(value: Any) -> Any:
-    """A config's content in one spelling, whether it comes from code or from a file, without what is unrelated."""
+    """Returns a config's content in one spelling, be it from code or from a file, without what is unrelated."""
     if isinstance(value, dict):
         items = {str(key): _plain(v) for key, v in value.items() if not _UNRELATED.fullmatch(str(key))}
         return {key: v for key, v in items.items() if v is not None}
@@ -193,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 
 def adapter_fingerprint(model: nn.Module, adapter: str) -> str:
-    """32 hex digits for an adapter: its tensors by value in float32, and what each layer scales them by.
+    """Returns 32 hex digits for an adapter: its tensors by value in float32, and what each layer scales them by.
 
     The adapter's name doesn't count. Rank, alpha, rsLoRA and patterns count by what they amount to in each layer.
 
@@ -221,20 +218,20 @@ class Identity:
 
     base: str  # Hub id or folder
     revision: str | None
-    quantization: str  # "nf4, double quantisation, compute bfloat16" | "none"
-    dtype: str  # of the weights that are not quantised
+    quantization: str  # "nf4, double quantisation, compute bfloat16" | "none". Caches depend on the spelling
+    dtype: str  # of the weights that are not quantized
     base_fingerprint: str
     adapter: str | None  # where the frozen adapter came from; None: the adapter is switched off
     adapter_fingerprint: str | None
     sync: str | None = None  # how the reference follows the policy: "alpha 0.6 every 512 steps"
 
     def key(self) -> str:
-        """32 hex digits of the weights that decide the log-probs. Names, paths and compute dtype don't count."""
+        """Returns 32 hex digits of the weights that decide the log-probs, not of names, paths or compute dtype."""
         parts = [("base", self.base_fingerprint.encode()), ("adapter", (self.adapter_fingerprint or "").encode())]
         return digest_of(parts, 16)
 
     def differences(self, other: "Identity") -> list[str]:
-        """What sets two references apart, a line each that names this one's side first; [] if nothing does."""
+        """Returns what sets two references apart, a line each that names this one's side first; [] if nothing does."""
         lines = []
         mine, others = self.base_fingerprint, other.base_fingerprint
         for what, part in (("weights", slice(0, 16)), ("config", slice(16, None))):
@@ -264,24 +261,25 @@ class Identity:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: Any) -> "Identity":
-        """The inverse of `to_dict`. Fields that this version doesn't know are left out.
+    def from_dict(cls, record: object) -> "Identity":
+        """Does the inverse of `to_dict`. Fields that this version doesn't know are left out.
 
         Raises:
             ReferenceMismatchError: not a record, or a damaged one.
         """
         known = {f.name: record[f.name] for f in fields(cls) if f.name in record} if isinstance(record, dict) else {}
-        absent = [f.name for f in fields(cls) if f.name not in known and f.name != "sync"]
-        wrong = [key for key, v in known.items() if not isinstance(v, str) and not (v is None and key in _MAY_BE_NONE)]
-        prints = [key for key in known if key.endswith("_fingerprint") and key not in wrong and known[key] is not None]
-        wrong += [key for key in prints if not re.fullmatch("[0-9a-f]{32}", known[key])]
-        if not absent and not wrong and (known["adapter"] is None) != (known["adapter_fingerprint"] is None):
-            wrong = ["adapter"]
-        if absent or wrong:
+        faults = [f"{f.name} is missing" for f in fields(cls) if f.name not in known and f.name != "sync"]
+        for name, value in known.items():
+            form = "[0-9a-f]{32}" if name.endswith("_fingerprint") else "(?s).*"
+            whole = re.fullmatch(form, value) if isinstance(value, str) else value is None and name in _MAY_BE_NONE
+            faults += [] if whole else [f"{name} is wrong"]
+        if not faults and (known["adapter"] is None) != (known["adapter_fingerprint"] is None):
+            faults = ["adapter is wrong"]
+        if faults:
             raise ReferenceMismatchError(
                 f"The record of the reference (auto_mapping.{RECORD} in adapter_config.json) is damaged: "
-                f"{', '.join([f'{key} is missing' for key in absent] + [f'{key} is wrong' for key in wrong])}. "
-                "Restore it from a copy of the adapter, or delete the entry to go on without knowing the reference."
+                f"{', '.join(faults)}. Restore it from a copy of the adapter, or delete the entry to train without "
+                "knowing the reference."
             )
         return cls(**known)
 
@@ -292,7 +290,7 @@ _MAY_BE_NONE = ("revision", "adapter", "adapter_fingerprint", "sync")
 def identify(
     model: PeftModel, adapter: str | None, source: str | None = None, sync: str | None = None, base: str | None = None
 ) -> Identity:
-    """The identity of the reference inside `model`.
+    """Returns the identity of the reference inside `model`.
 
     Args:
         model: the PEFT model.
@@ -336,12 +334,12 @@ def _quantization(base: nn.Module) -> str:
 
 
 def write_record(model: PeftModel, adapter: str, identity: Identity) -> None:
-    """Put the reference's identity into an adapter's config, which PEFT saves with the weights."""
+    """Puts the reference's identity into an adapter's config, which PEFT saves with the weights."""
     write_entry(model, adapter, RECORD, identity.to_dict())
 
 
 def read_record(source: PeftConfig | str | Path) -> Identity | None:
-    """The identity that `write_record` stored; None if there is none.
+    """Returns the identity that `write_record` stored; None if there is none.
 
     Args:
         source: an adapter's config, or a folder with an `adapter_config.json`.
@@ -353,8 +351,8 @@ def read_record(source: PeftConfig | str | Path) -> Identity | None:
     return None if record is None else Identity.from_dict(record)
 
 
-def write_entry(model: PeftModel, adapter: str, key: str, value: dict[str, Any]) -> None:
-    """Put an entry into `auto_mapping`, the one free-form part of `adapter_config.json`: it survives loading, saving
+def write_entry(model: PeftModel, adapter: str, key: str, value: Mapping[str, object]) -> None:
+    """Puts an entry into `auto_mapping`, the one free-form part of `adapter_config.json`: it survives loading, saving
     again and the Hub, and other programs take no notice. The adapter's config is replaced by a copy, as the user may
     hold the original and build another adapter with it."""
     config = copy.copy(model.peft_config[adapter])
@@ -364,23 +362,21 @@ def write_entry(model: PeftModel, adapter: str, key: str, value: dict[str, Any])
 
 
 def read_entry(source: PeftConfig | str | Path, key: str) -> Any:
-    """What `write_entry` stored; None if there is nothing. Raises as `read_record`."""
-    if isinstance(source, (str, Path)):
-        file = Path(source) / "adapter_config.json"
-        if not file.is_file():
-            return None
+    """Returns what `write_entry` stored; None if there is nothing. Raises as `read_record`."""
+    content: Any = {}
+    if isinstance(source, PeftConfig):
+        content = {"auto_mapping": source.auto_mapping}
+    elif (file := Path(source) / "adapter_config.json").is_file():
         try:
             content = json.loads(file.read_text("utf-8"))
         except ValueError as error:
             raise ReferenceMismatchError(f"{file} is not valid JSON ({error}): restore it from a copy.") from error
-        auto_mapping = content.get("auto_mapping") if isinstance(content, dict) else None
-    else:
-        auto_mapping = source.auto_mapping
+    auto_mapping = content.get("auto_mapping") if isinstance(content, dict) else None
     return auto_mapping.get(key) if isinstance(auto_mapping, dict) else None
 
 
 def check_same(expected: Identity, actual: Identity, what: str, remedy: str) -> None:
-    """Compare the reference that something was made with to the present one.
+    """Compares the reference that something was made with to the present one.
 
     Args:
         expected: the stored identity.

@@ -1,11 +1,12 @@
 """Adapters inside one PEFT model: the tensors of one of them, a frozen copy, another one by path, a mixture of two.
 
-A frozen adapter is the reference of a run that goes on from a trained adapter. Which tensors belong to an adapter is
+A frozen adapter is the reference of a run that trains a trained adapter again. Which tensors belong to an adapter is
 read off the modules that PEFT put into the model, not off names: a copy that is matched on names ("lora_A") misses
 LoRA on embeddings, DoRA's magnitudes, single trained tokens and saved modules.
 """
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,18 +27,18 @@ _BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict, BufferDict)  # how PEFT keeps wh
 _WRAPPED = ("base_layer", "original_module")  # where a wrapping module keeps what it wraps
 
 # What these initialisations do to the base weights, or where they start the adapter.
-_MOVED_BASE = {
-    "pissa": "takes the adapter out of the base weights, so the base without it is another model",
-    "olora": "takes the adapter out of the base weights, so the base without it is another model",
-    "corda": "takes the adapter out of the base weights, so the base without it is another model",
+_MOVED_BASE: dict[str | bool, str] = {
+    **dict.fromkeys(
+        ("pissa", "olora", "corda", "lora_ga"),
+        "takes the adapter out of the base weights, so the base without it is another model",
+    ),
     "loftq": "replaces the base weights, so the base without the adapter is another model",
-    "lora_ga": "takes the adapter out of the base weights, so the base without it is another model",
     False: "starts the adapter off zero, so the policy is not the reference at the first step",
 }
 
 
-def check_adapter(config: Any) -> None:
-    """Refuse an adapter that no reference can be kept for.
+def check_adapter(config: PeftConfig) -> None:
+    """Refuses an adapter that no reference can be kept for.
 
     Args:
         config: the PEFT config of the adapter to train, or of one that is loaded as the reference.
@@ -64,14 +65,17 @@ def check_adapter(config: Any) -> None:
 
 
 def moved_base(config: LoraConfig) -> str | None:
-    """What the adapter's initialisation does that keeps the bare base from being its start, as a clause; or None."""
+    """Returns, as a clause, why the adapter's initialisation keeps the bare base from being its start; or None."""
     init = config.init_lora_weights
     key = init.lower().split("_niter")[0] if isinstance(init, str) else init
     return f"init_lora_weights={init!r} {_MOVED_BASE[key]}" if key in _MOVED_BASE else None
 
 
+# ---- The tensors of an adapter --------------------------------------------------------------------------------------
+
+
 def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Every tensor of one adapter, parameters and buffers, the live ones rather than copies.
+    """Returns every tensor of one adapter, parameters and buffers, the live ones rather than copies.
 
     Args:
         model: a PEFT model.
@@ -82,55 +86,54 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         what is left, such as "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight". A tensor that several
         modules share stands there once.
     """
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, layer in adapter_layers(model):
-        for name, tensor in layer_tensors(layer, adapter):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                tensors[f"{prefix}.{name}"] = tensor
-    return tensors
+    found = ((f"{at}.{name}", t) for at, layer in adapter_layers(model) for name, t in layer_tensors(layer, adapter))
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in found:
+        tensors.setdefault(id(tensor), (name, tensor))
+    return dict(tensors.values())
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The modules that PEFT wrapped around those of the base, with their names."""
+    """Yields the modules that PEFT wrapped around those of the base, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             yield name, module
 
 
 def holds_adapter(layer: Any, adapter: str) -> bool:
-    """Whether one of the `adapter_layers` has anything of the adapter."""
+    """Returns whether one of the `adapter_layers` has anything of the adapter."""
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return adapter in layer._adapters
     return any(adapter in getattr(layer, kind) for kind in layer.adapter_layer_names)
 
 
 def _held(layer: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The containers of a layer that have an entry for the adapter, by kind."""
+    """Yields the containers of a layer that have a module or tensor of the adapter, by kind."""
     for kind, held in layer.named_children():
         if kind not in _WRAPPED and isinstance(held, _BY_ADAPTER) and adapter in held:
             yield kind, held
 
 
 def layer_tensors(layer: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """The adapter's tensors in one of the `adapter_layers`, by kind and what is left of their names."""
+    """Yields the adapter's tensors in one of the `adapter_layers`, by kind and what is left of their names."""
     for kind, held in _held(layer, adapter):
         part = held[adapter]
         if isinstance(part, Tensor):
             yield kind, part
         else:
-            yield from ((f"{kind}.{name}", p) for name, p in part.named_parameters())
-            yield from ((f"{kind}.{name}", b) for name, b in part.named_buffers())
+            yield from ((f"{kind}.{name}", t) for name, t in (*part.named_parameters(), *part.named_buffers()))
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Equal shape and values; the dtypes may differ."""
+    """Returns whether shape and values are equal; the dtypes may differ."""
     return a.shape == b.shape and bool((a == b).all())  # bfloat16 is compared as float32, exactly
 
 
+# ---- A frozen copy --------------------------------------------------------------------------------------------------
+
+
 def freeze_copy(model: PeftModel) -> str:
-    """Copy the active adapter inside the model, frozen, never active outside `reference_mode`.
+    """Copies the active adapter inside the model, frozen, never active outside `reference_mode`.
 
     The copy is made module by module rather than by PEFT's `add_adapter`, which would run the adapter's initialisation
     again: PiSSA and its like would rewrite the base a second time.
@@ -143,14 +146,12 @@ def freeze_copy(model: PeftModel) -> str:
     """
     (adapter,) = model.active_adapters
     name = _unused_name(model)
-    memo: dict[int, Any] = {}  # one for all: what modules share, their copies share
+    memo: dict[int, object] = {}  # one for all: what modules share, their copies share
     for _, layer in adapter_layers(model):
-        for _, held in list(_held(layer, adapter)):
-            if name not in held:
-                held[name] = _twin(held[adapter], memo)
-        for settings in _settings(layer):
-            if adapter in settings:
-                settings[name] = copy.deepcopy(settings[adapter])
+        for _, held in _held(layer, adapter):
+            held[name] = _twin(held[adapter], memo)
+        for settings in _settings(layer, adapter):
+            settings[name] = copy.deepcopy(settings[adapter])
         if isinstance(layer, AuxiliaryTrainingWrapper) and adapter in layer._adapters:
             layer._adapters.add(name)
     config = copy.deepcopy(model.peft_config[adapter])
@@ -164,40 +165,28 @@ def freeze_copy(model: PeftModel) -> str:
 
 def _unused_name(model: PeftModel) -> str:
     taken = set(model.peft_config).union(*(name.split(".") for name, _ in model.named_modules()))
-    number = 0
-    while (name := f"reference_{number}" if number else "reference") in taken:
-        number += 1
-    return name
+    names = itertools.chain(["reference"], (f"reference_{number}" for number in itertools.count(1)))
+    return next(name for name in names if name not in taken)
 
 
-def _twin(part: Any, memo: dict[int, Any]) -> Any:
-    """A frozen copy of an adapter's module or tensor."""
+def _twin(part: nn.Module | Tensor, memo: dict[int, object]) -> nn.Module | Tensor:
+    """Returns a frozen copy of an adapter's module or tensor."""
     return copy.deepcopy(part, memo).requires_grad_(False)
 
 
-def _settings(layer: nn.Module) -> list[dict[str, Any]]:
-    """What a layer keeps by adapter and is not a module or tensor: rank, scaling, variant, token indices, ..."""
-    return [
-        held
-        for attribute, held in vars(layer).items()
-        if isinstance(held, dict) and not attribute.startswith("_") and attribute != "kwargs"
-    ]
+def _settings(layer: nn.Module, adapter: str) -> list[dict[str, object]]:
+    """Returns what a layer keeps by adapter in plain dicts: rank, scaling, variant, token indices, ..."""
+    own = ((name, held) for name, held in vars(layer).items() if not name.startswith("_") and name != "kwargs")
+    return [held for _, held in own if isinstance(held, dict) and adapter in held]
 
 
 def _check_copy(model: PeftModel, adapter: str, name: str) -> None:
-    """The copy against the original, found by the adapter's name in the names of tensors and by PEFT's own lists."""
     wrong = []
     for prefix, layer in adapter_layers(model):
-        ours, twins = _by_name(layer, adapter), _by_name(layer, name)
-        wrong += [f"{prefix}.{key} has no twin" for key in sorted(ours.keys() ^ twins.keys())]
-        for key in sorted(ours.keys() & twins.keys()):
-            if difference := _difference(ours[key], twins[key]):
+        ours, twins = _found(layer, adapter), _found(layer, name)
+        for key in sorted(ours.keys() | twins.keys()):
+            if difference := _difference(ours.get(key), twins.get(key)):
                 wrong.append(f"{prefix}.{key}: {difference}")
-        for attribute in (*layer.other_param_names, "lora_variant"):
-            settings = getattr(layer, attribute, None) if "." not in attribute else None
-            if isinstance(settings, dict):
-                mine, its = _comparable(settings.get(adapter)), _comparable(settings.get(name))
-                wrong += [] if mine == its else [f"{prefix}.{attribute}: {mine} and {its}"]
     if wrong:
         raise ReferenceMismatchError(
             f"The frozen copy of adapter {adapter!r} is not exact in {len(wrong)} places, such as {wrong[0]}. This "
@@ -206,35 +195,42 @@ def _check_copy(model: PeftModel, adapter: str, name: str) -> None:
         )
 
 
-def _by_name(layer: nn.Module, adapter: str) -> dict[str, Tensor]:
-    found = {}
-    for tensors in (layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False)):
-        for name, tensor in tensors:
-            parts = name.split(".")
-            if parts[0] not in _WRAPPED and adapter in parts:
-                parts.remove(adapter)
-                found[".".join(parts)] = tensor
+def _found(layer: Any, adapter: str) -> dict[str, object]:
+    """Returns an adapter's parts in a layer, found otherwise than in copying: by names and by PEFT's own lists."""
+    found: dict[str, object] = {}
+    duplicates = {"remove_duplicate": False}
+    for name, tensor in (*layer.named_parameters(**duplicates), *layer.named_buffers(**duplicates)):
+        parts = name.split(".")
+        if parts[0] not in _WRAPPED and adapter in parts:
+            parts.remove(adapter)
+            found[".".join(parts)] = tensor
+    for attribute in (*layer.other_param_names, "lora_variant"):
+        settings = getattr(layer, attribute, None) if "." not in attribute else None
+        if isinstance(settings, dict):
+            found[attribute] = settings.get(adapter)
     return found
 
 
-def _difference(ours: Tensor, twin: Tensor) -> str | None:
+def _difference(ours: object, twin: object) -> str | None:
+    if not isinstance(ours, Tensor) or not isinstance(twin, Tensor):
+        if isinstance(ours, Tensor) or isinstance(twin, Tensor):
+            return "has no twin"
+        # Objects without a comparison of their own, such as LoRA variants, are compared by their class.
+        alike = type(ours) is type(twin) and type(ours).__eq__ is object.__eq__
+        return None if alike or ours == twin else f"{ours} and {twin}"
     if (ours.dtype, ours.device, ours.shape) != (twin.dtype, twin.device, twin.shape):
         return f"{ours.dtype} {list(ours.shape)} on {ours.device}, its twin {twin.dtype} {list(twin.shape)}"
-    if ours.numel() and ours.untyped_storage().data_ptr() == twin.untyped_storage().data_ptr():
-        return "the twin is the same tensor and would be trained with it"
-    if twin.requires_grad:
-        return "the twin is not frozen"
+    if twin.requires_grad or (ours.numel() and ours.untyped_storage().data_ptr() == twin.untyped_storage().data_ptr()):
+        return "the twin would be trained"
     ours_B, twin_B = (tensor.detach().reshape(-1).view(torch.uint8) for tensor in (ours, twin))  # NaN equals itself
     return None if torch.equal(ours_B, twin_B) else "the values differ"
 
 
-def _comparable(setting: Any) -> Any:
-    """Objects without a comparison of their own, such as LoRA variants, by their class."""
-    return setting if setting is None or type(setting).__eq__ is not object.__eq__ else type(setting)
+# ---- Another adapter ------------------------------------------------------------------------------------------------
 
 
 def read_config(source: str, **from_hub: Any) -> PeftConfig:
-    """The PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision.
+    """Returns the PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision.
 
     Raises:
         OptionError: there is none, or it can't be read.
@@ -249,7 +245,7 @@ def read_config(source: str, **from_hub: Any) -> PeftConfig:
 
 
 def load_frozen(model: PeftModel, folder: str) -> str:
-    """Load another adapter into the model, frozen, as float32, never active outside `reference_mode`.
+    """Loads another adapter into the model, frozen, as float32, never active outside `reference_mode`.
 
     It may have another rank and other targets than the trained one. The base and the trained adapter, with their
     `requires_grad` flags, stay as they are.
@@ -309,14 +305,14 @@ def _check_loadable(config: PeftConfig, folder: str) -> None:
 
 
 def first_lines(error: Exception, lines: int = 3) -> str:
-    """An error of PEFT or torch, which may be pages of tensors, cut to what a message can hold."""
+    """Returns an error of PEFT or torch, which may be pages of tensors, cut to what a message can hold."""
     return f"{type(error).__name__}: " + " ".join(str(error).split("\n")[:lines]).expandtabs(0)[:400]
 
 
 @contextmanager
 def _only_its_wrappers(model: PeftModel, adapter: str) -> Iterator[None]:
-    """PEFT 0.21 looks for trained tokens of every adapter in every adapter's file, and fails: keep it from that."""
-    wrappers = [w for _, w in adapter_layers(model) if isinstance(w, AuxiliaryTrainingWrapper)]
+    """Keeps PEFT 0.21 from looking for trained tokens of every adapter in every adapter's file, where it fails."""
+    wrappers = [layer for _, layer in adapter_layers(model) if isinstance(layer, AuxiliaryTrainingWrapper)]
     others = [wrapper for wrapper in wrappers if not holds_adapter(wrapper, adapter)]
     for wrapper in others:
         wrapper.adapter_state_dict_load_map = lambda name: {}
@@ -328,11 +324,7 @@ def _only_its_wrappers(model: PeftModel, adapter: str) -> Iterator[None]:
 
 
 def _adapter_weights(model: PeftModel, weights: dict[str, Tensor], folder: str) -> dict[str, Tensor]:
-    """The file's tensors without those of the base (PEFT saves an adapted embedding's base too), which must be ours.
-
-    Raises:
-        OptionError: the file's copy of a base tensor differs from the model's.
-    """
+    """Leaves out the file's tensors of the base (PEFT saves an adapted embedding's base too), which must be ours."""
     base = model.state_dict()
     for name in weights.keys() & base.keys():
         if not same_values(weights[name].to(base[name]), base[name]):
@@ -344,7 +336,7 @@ def _adapter_weights(model: PeftModel, weights: dict[str, Tensor], folder: str) 
 
 
 def check_loaded(result: Any, adapter: str, folder: str) -> None:
-    """Refuse an adapter's file that has too few or too many tensors, which PEFT only warns of.
+    """Refuses an adapter's file that has too few or too many tensors, which PEFT only warns of.
 
     Args:
         result: what `set_peft_model_state_dict` or `PeftModel.load_adapter` returned.
@@ -362,21 +354,21 @@ def check_loaded(result: Any, adapter: str, folder: str) -> None:
 
 
 def mix_into(model: PeftModel, adapter: str, frozen: str, alpha: float) -> None:
-    """TR-DPO's update of the reference: frozen = alpha * policy + (1 - alpha) * frozen (Gorbatovski et al. 2024).
+    """Does TR-DPO's update of the reference: frozen = alpha * policy + (1 - alpha) * frozen (Gorbatovski et al. 2024).
 
     In place, every floating-point tensor of the adapter. Factors are mixed, not their product: with alpha below 1 the
     reference's LoRA update is a little off the mixture of the two updates; alpha 1 is an exact copy.
 
+    Args:
+        alpha: 0 to 1.
+
     Raises:
-        OptionError: alpha is not in [0, 1].
         ReferenceMismatchError: the two adapters are not of the same build.
     """
-    if not 0 <= alpha <= 1:
-        raise OptionError(f"alpha={alpha} of the reference's update must lie in [0, 1].")
     ours, its = adapter_tensors(model, adapter), adapter_tensors(model, frozen)
     odd = sorted(ours.keys() ^ its.keys()) or [name for name in ours if ours[name].shape != its[name].shape]
-    for prefix, layer in adapter_layers(model):
-        odd += [f"{prefix} (scaling)" for s in [getattr(layer, "scaling", {})] if s.get(adapter) != s.get(frozen)]
+    scalings = ((at, getattr(layer, "scaling", {})) for at, layer in adapter_layers(model))
+    odd += [f"{at} (scaling)" for at, scaling in scalings if scaling.get(adapter) != scaling.get(frozen)]
     if odd or not ours:
         raise ReferenceMismatchError(
             f"The adapters {adapter!r} and {frozen!r} can't be mixed, they differ in {odd[0] if odd else 'everything'}"

@@ -24,12 +24,12 @@ SCHEMA_VERSION = 1  # in the file's user_version; a file of another version is m
 BUSY_SECONDS = 60.0  # how long to wait for another process; after one wait in vain, AFTER_BUSY_SECONDS
 AFTER_BUSY_SECONDS = 1.0
 
-_SCHEMA = (
-    "CREATE TABLE refs (id INTEGER PRIMARY KEY, reference TEXT NOT NULL UNIQUE, about TEXT, last_used REAL NOT NULL)",
-    "CREATE TABLE entries (ref INTEGER NOT NULL, key BLOB NOT NULL, logp BLOB NOT NULL, tokens BLOB, "
-    "checksum BLOB NOT NULL, UNIQUE (ref, key))",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
-)
+_SCHEMA = f"""BEGIN;
+CREATE TABLE refs (id INTEGER PRIMARY KEY, reference TEXT NOT NULL UNIQUE, about TEXT, last_used REAL NOT NULL);
+CREATE TABLE entries (ref INTEGER NOT NULL, key BLOB NOT NULL, logp BLOB NOT NULL, tokens BLOB, checksum BLOB NOT NULL,
+ UNIQUE (ref, key));
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;"""
 _SETTINGS = ("synchronous = NORMAL", "secure_delete = OFF", "cell_size_check = ON", "journal_size_limit = 16777216")
 _UNWRITABLE = ("readonly", "is full", "unable to open", "disk I/O")  # in SQLite's messages
 
@@ -53,38 +53,52 @@ class Store:
         _STORES.add(self)
 
     def run(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """`work` done, on a new store if the file turns out damaged; `otherwise` if the store can't be used."""
+        """Returns what `work` gives, on a new file if this one turns out damaged; `otherwise` if none can be used."""
         for _ in range(3):
             try:
                 return work(self._connection())
             except sqlite3.ProgrammingError:  # a mistake in the program or a second thread, no fault of the file
                 raise
-            except sqlite3.DatabaseError as error:
-                if self._fault(error) != "damaged":
+            except OSError as error:
+                self._read_only(error)
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the second: a message quotes damaged text
+                text = str(error) if isinstance(error, sqlite3.OperationalError) else ""
+                # By the message, as error codes came with Python 3.11. A damaged header can forbid writing.
+                forbidden = "readonly" in text and all(os.access(p, os.W_OK) for p in (self.path, self.path.parent))
+                if "locked" in text or "locking" in text:
+                    self.warn(
+                        "locked", f"The reference cache %s stayed locked for {self._wait:g} s: continuing without it."
+                    )
+                    self._wait = AFTER_BUSY_SECONDS
+                    self.close()
                     break
-                self._replace(error)
-            except UnicodeDecodeError as error:  # a message that quotes damaged text
-                self._replace(error)
+                elif any(words in text for words in _UNWRITABLE) and not forbidden:
+                    self._read_only(error)
+                else:
+                    self._replace(error)
         return otherwise
 
     def write(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        """`run` in a transaction; `otherwise` too once the store has turned out read-only or the disk full."""
-        return self.run(lambda db: in_transaction(db, work) if self.writable else otherwise, otherwise)
+        """Runs `work` wholly or not at all; returns `otherwise` also if the store is read-only or the disk full."""
 
-    def shrink(self) -> None:
-        """Give the space of deleted rows back to the disk."""
-        if self.writable:
-            self.run(_shrink, None)
+        def in_transaction(db: sqlite3.Connection) -> T:
+            if not self.writable:
+                return otherwise
+            db.execute("BEGIN IMMEDIATE")  # waits for other writers now, never in the middle
+            with db:
+                return work(db)
+
+        return self.run(in_transaction, otherwise)
 
     def close(self) -> None:
-        """Close the file. The next use opens it again."""
+        """Closes the file. The next use opens it again."""
         db, self._db = self._db, None
         if db is not None:
             with suppress(sqlite3.Error):
                 db.close()
 
     def warn(self, kind: str, message: str) -> None:
-        """Log a message about the file (its `%s`), once of each kind."""
+        """Logs a message about the file (its `%s`), once of each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning(message, self.path)
@@ -93,58 +107,40 @@ class Store:
         if self._db is not None and self.writable and _file_id(self.path) != self._file:
             self.close()  # someone moved or deleted the file: no one would find what we add to it
         if self._db is None:
-            self._db = self._open()
+            self._db = self._open() if self.writable else _open_read_only(self.path)
         return self._db
 
     def _open(self) -> sqlite3.Connection:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _folder_lock(self.path.parent, self._wait):
-                db = _connect(self.path, self._wait)
-                self._file = _file_id(self.path)
-                try:
-                    _prepare(db)
-                except BaseException:
-                    db.close()
-                    raise
-                return db
-        except OSError as error:
-            self._read_only(error)
-        except sqlite3.OperationalError as error:
-            if self._fault(error) != "unwritable":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _folder_lock(self.path.parent, self._wait):
+            db = _connect(self.path, self._wait)
+            self._file = _file_id(self.path)
+            try:
+                _prepare(db)
+            except BaseException:
+                db.close()
                 raise
-        return _open_read_only(self.path)
-
-    def _fault(self, error: sqlite3.DatabaseError) -> str:
-        """`locked`, `unwritable` (both noted) or `damaged`, by the message: error codes came with Python 3.11."""
-        text, is_operational = str(error), isinstance(error, sqlite3.OperationalError)
-        if is_operational and ("locked" in text or "locking" in text):
-            self.warn("locked", f"The reference cache %s stayed locked for {self._wait:g} s: going on without it.")
-            self._wait = AFTER_BUSY_SECONDS
-            self.close()
-            return "locked"
-        # A damaged header can declare a file read-only that is not.
-        damaged = "readonly" in text and all(os.access(path, os.W_OK) for path in (self.path, self.path.parent))
-        if is_operational and not damaged and any(words in text for words in _UNWRITABLE):
-            self._read_only(error)
-            return "unwritable"
-        return "damaged"
+            return db
 
     def _read_only(self, error: Exception) -> None:
         self.writable = False
         self.warn("unwritable", f"The reference cache %s can't be written ({error}): nothing more is stored.")
 
     def _replace(self, error: Exception) -> None:
-        """Move the damaged file aside, unless another process has done so already."""
+        """Moves the damaged file aside, unless another process has done so already."""
         self.close()
         try:
             with _folder_lock(self.path.parent, self._wait):
                 if self._file is not None and self._file != _file_id(self.path):
                     return
-                aside = _move_aside(self.path)
+                n = 1
+                while (aside := self.path.with_name(f"{FILE_NAME}.corrupt-{n}")).exists():
+                    n += 1
+                for suffix in ("-wal", "-shm", ""):
+                    with suppress(FileNotFoundError):
+                        os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
         except (OSError, sqlite3.Error) as reason:
-            self.writable = False
-            self._db = _empty()
+            self.writable, self._db = False, _empty()
             self.warn("damaged", f"The reference cache %s can't be used ({error}) nor moved away ({reason}).")
         else:
             self.warn(
@@ -168,35 +164,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_close_all)
 
 
-def in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-    """`work` done wholly or not at all. IMMEDIATE: it waits for other writers at its start, never in the middle."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        result = work(db)
-        db.execute("COMMIT")
-        return result
-    finally:
-        if db.in_transaction:
-            with suppress(sqlite3.Error):
-                db.execute("ROLLBACK")
-
-
-def used_bytes(db: sqlite3.Connection) -> int:
-    """Bytes of the file that are in use, the open transaction included. The file grows only when all of it is."""
-    pages, free, size = (
-        db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "freelist_count", "page_size")
-    )
-    return (pages - free) * size
-
-
-def _shrink(db: sqlite3.Connection) -> None:
-    db.execute("VACUUM")
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-
 @contextmanager
 def _folder_lock(folder: Path, wait: float) -> Iterator[None]:
-    """One process at a time opens or moves the file. The lock, an empty database, dies with its holder."""
+    """Lets one process at a time open or move the file. The lock, an empty database, dies with its holder."""
     lock = _connect(folder / "logps.lock", wait)
     try:
         lock.execute("BEGIN EXCLUSIVE")
@@ -207,17 +177,17 @@ def _folder_lock(folder: Path, wait: float) -> Iterator[None]:
 
 def _connect(path: Path | str, wait: float, uri: bool = False) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=wait, isolation_level=None, uri=uri)  # None: transactions are begun by hand
-    db.text_factory = bytes  # damaged text must not fail to decode
+    db.text_factory = lambda text: text.decode("utf-8", "replace")  # damaged text must not fail to decode
     return db
 
 
 def _prepare(db: sqlite3.Connection) -> None:
-    """Set the connection up; make a new file's tables, or check that an old one's are of this version."""
+    """Sets the connection up; makes a new file's tables, or checks that an old one's are of this version."""
     for setting in _SETTINGS:
         db.execute(f"PRAGMA {setting}")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-        in_transaction(db, lambda db: [db.execute(statement) for statement in _SCHEMA])
+        db.executescript(_SCHEMA)
     elif version != SCHEMA_VERSION:
         raise sqlite3.DatabaseError(f"it has version {version}, this program writes version {SCHEMA_VERSION}")
     db.execute("PRAGMA journal_mode = WAL")
@@ -230,7 +200,7 @@ def _empty() -> sqlite3.Connection:
 
 
 def _open_read_only(path: Path) -> sqlite3.Connection:
-    """A store in a folder or on a disk that can't be written; an empty one if even that fails."""
+    """Opens a store in a folder or on a disk that can't be written; an empty one if even that fails."""
     for how in ("mode=ro", "immutable=1"):  # the second where SQLite can't make its shared-memory file
         with suppress(sqlite3.Error):
             db = _connect(f"{path.as_uri()}?{how}", AFTER_BUSY_SECONDS, uri=True)
@@ -240,20 +210,8 @@ def _open_read_only(path: Path) -> sqlite3.Connection:
     return _empty()
 
 
-def _move_aside(path: Path) -> Path:
-    """Rename a file and its log to `<name>.corrupt-<n>`."""
-    n = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{n}")).exists():
-        n += 1
-    for suffix in ("-wal", "-shm", ""):
-        with suppress(FileNotFoundError):
-            os.replace(f"{path}{suffix}", f"{aside}{suffix}")
-    return aside
-
-
 def _file_id(path: Path) -> tuple[int, int] | None:
-    try:
+    with suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None

@@ -17,9 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import CheckpointError
 
@@ -28,27 +27,33 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
 CHUNK = 1 << 20  # bytes hashed at a time
+Content = dict[str, int | str]  # a file's entry in the manifest: its bytes and their blake2b
+
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
 def staging_folder(run_dir: str | Path, step: int) -> Path:
-    """A new, empty folder `.saving-<step>`; what an earlier attempt left there is deleted.
+    """Makes a new, empty folder `.saving-<step>`; what an earlier attempt left there is deleted.
 
     A writer that takes it for its run folder writes `checkpoint-<step>` into it, as `commit` expects.
 
     Raises:
         OSError: it can't be made.
     """
-    saving = _saving(run_dir, step)
-    if os.path.lexists(saving):
-        _delete(saving)
+    saving = Path(run_dir) / f".saving-{step}"
+    _delete(saving)
     saving.mkdir(parents=True)
     return saving
 
 
+def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
+    """Returns where a checkpoint is written until `commit` gives it its place."""
+    return Path(run_dir) / f".saving-{step}" / f"checkpoint-{step}"
+
+
 def commit(run_dir: str | Path, step: int) -> Path:
-    """Seal the staged checkpoint and give it its place; its folder. A `checkpoint-<step>` that is there is replaced.
+    """Seals the staged checkpoint and gives it its place, where it replaces an older one. Returns its folder.
 
     Raises:
         CheckpointError: nothing is staged for this step.
@@ -60,21 +65,20 @@ def commit(run_dir: str | Path, step: int) -> Path:
             f"Nothing to commit: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
         )
     _seal(staged, step)
-    return _install(run_dir, step)
+    return _install(Path(run_dir), step)
 
 
 def discard(run_dir: str | Path, step: int) -> None:
-    """Delete the staged checkpoint after a failed attempt to write it. Trouble with that is logged, never raised."""
-    saving = _saving(run_dir, step)
+    """Deletes the staged checkpoint after a failed attempt to write it. Trouble with that is logged, never raised."""
+    saving = Path(run_dir) / f".saving-{step}"
     try:
-        if os.path.lexists(saving):
-            _delete(saving)
+        _delete(saving)
     except OSError as error:
         logger.warning("%s can't be deleted and is left over: %s", saving, error)
 
 
 def _seal(staged: Path, step: int) -> None:
-    """Write the manifest, and bring everything to the disk: files first, then the folders that name them."""
+    """Writes the manifest, and brings everything to the disk: files first, then the folders that name them."""
     files = {}
     for path in _files(staged):
         name = path.relative_to(staged).as_posix()
@@ -83,31 +87,30 @@ def _seal(staged: Path, step: int) -> None:
             _sync(path)
     (staged / MANIFEST).write_bytes(_manifest(step, files))
     _sync(staged / MANIFEST)
-    for folder, _, _ in os.walk(staged, topdown=False):
-        _sync(Path(folder))
-    _sync(staged.parent)
-    _sync(staged.parent.parent)
+    folders = [Path(folder) for folder, _, _ in os.walk(staged, topdown=False)]
+    for folder in (*folders, staged.parent, staged.parent.parent):
+        _sync(folder)
 
 
-def _install(run_dir: str | Path, step: int) -> Path:
-    """Move a sealed checkpoint from the staging folder to its place."""
-    target, aside = Path(run_dir) / f"checkpoint-{step}", _aside(run_dir, step)
+def _install(run_dir: Path, step: int) -> Path:
+    """Moves a sealed checkpoint from the staging folder to its place."""
+    staged = staged_checkpoint(run_dir, step)
+    target, aside = run_dir / f"checkpoint-{step}", run_dir / f".replaced-{step}"
     if os.path.lexists(target):
         if os.path.lexists(aside):  # from a kill that nobody recovered: keep one that is whole
             _delete(aside if problem_with(target) is None else target)
         if os.path.lexists(target):
             os.rename(target, aside)
     try:
-        os.rename(staged_checkpoint(run_dir, step), target)
+        os.rename(staged, target)
     except OSError:
         if os.path.lexists(aside):
             os.rename(aside, target)
         raise
-    _sync(target.parent)
-    _sync(_saving(run_dir, step))
-    if os.path.lexists(aside):
-        _remove(aside)
-    _remove(_saving(run_dir, step))
+    _sync(run_dir)
+    _sync(staged.parent)
+    for path in (aside, staged.parent):
+        _remove(path)
     return target
 
 
@@ -115,7 +118,7 @@ def _install(run_dir: str | Path, step: int) -> Path:
 
 
 def recover(run_dir: str | Path) -> list[str]:
-    """Bring what a killed process left in a run's folder to an end: call it before anything is read or written there.
+    """Brings what a killed process left in a run's folder to an end: call it before anything is read or written there.
 
     Returns:
         What was found and done, in sentences for the log; nothing if there was nothing to do.
@@ -125,8 +128,7 @@ def recover(run_dir: str | Path) -> list[str]:
     """
     run_dir, said = Path(run_dir), []
     for step, saving in _numbered(run_dir, ".saving"):
-        problem = problem_with(staged_checkpoint(run_dir, step))
-        if problem is None:
+        if problem_with(staged_checkpoint(run_dir, step)) is None:
             _install(run_dir, step)
             said.append(f"checkpoint-{step} was written to its end, but had not got its place yet: it has now.")
         else:
@@ -134,10 +136,8 @@ def recover(run_dir: str | Path) -> list[str]:
             said.append(f"An attempt to save checkpoint-{step} had been cut off: what it left is deleted.")
     for step, aside in _numbered(run_dir, ".replaced"):
         target = run_dir / f"checkpoint-{step}"
-        missing = not os.path.lexists(target)
-        if missing or (problem_with(target) is not None and problem_with(aside) is None):
-            if not missing:
-                _delete(target)
+        if not os.path.lexists(target) or (problem_with(target) is not None and problem_with(aside) is None):
+            _delete(target)
             os.rename(aside, target)
             said.append(f"The new checkpoint-{step} is not there or not whole: the old one is back in its place.")
         else:
@@ -152,7 +152,7 @@ def recover(run_dir: str | Path) -> list[str]:
 
 
 def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The whole checkpoint of the highest step, and the newer ones that are not whole, each with its `problem_with`.
+    """Returns the whole checkpoint of the highest step, and the newer ones that aren't, each with its `problem_with`.
 
     Reads every byte of the checkpoints that it looks at.
     """
@@ -166,7 +166,7 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str
 
 
 def problem_with(folder: str | Path, hashed: bool = True) -> str | None:
-    """What keeps a checkpoint from being whole, as the rest of a sentence about it; None if it is whole.
+    """Returns what keeps a checkpoint from being whole, as the rest of a sentence about it; None if it is whole.
 
     Args:
         folder: the checkpoint. Files that its manifest does not name are no problem.
@@ -189,26 +189,18 @@ def problem_with(folder: str | Path, hashed: bool = True) -> str | None:
         return f"is damaged: {MANIFEST} was changed (its seal differs)"
     if _step_of(folder, "checkpoint") not in (None, step):
         return f"is not what its name says: it was written as checkpoint-{step}"
-    for depth in (False, True) if hashed else (False,):  # all names and sizes before the first digest
-        for name, content in files.items():
-            fault = _fault(folder / name, content, depth)
-            if fault is not None:
-                return f"is damaged: {name} {fault}"
-    return None
-
-
-def _fault(path: Path, written: dict[str, Any], hashed: bool) -> str | None:
-    """What is wrong with one file, given its entry in the manifest."""
+    name = ""
     try:
-        if not path.is_file():
-            return "is missing"
-        size = path.stat().st_size
-        if size != written["bytes"]:
-            return f"has {size} of {written['bytes']} bytes"
-        if hashed and _content(path) != written:
-            return "was changed (its digest differs)"
+        for name, content in files.items():  # all names and sizes before the first digest
+            if not (folder / name).is_file():
+                return f"is damaged: {name} is missing"
+            if (size := (folder / name).stat().st_size) != content["bytes"]:
+                return f"is damaged: {name} has {size} of {content['bytes']} bytes"
+        for name, content in files.items() if hashed else ():
+            if _content(folder / name) != content:
+                return f"is damaged: {name} was changed (its digest differs)"
     except OSError as error:
-        return f"can't be read ({error})"
+        return f"is damaged: {name} can't be read ({error})"
     return None
 
 
@@ -216,7 +208,7 @@ def _fault(path: Path, written: dict[str, Any], hashed: bool) -> str | None:
 
 
 def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = ()) -> list[Path]:
-    """Delete checkpoints beyond `limit`; the folders that are gone.
+    """Deletes checkpoints beyond `limit`. Returns the folders that are gone.
 
     First go all that are damaged, which do not count; then the oldest. Never one of `keep`, never the newest whole
     one, nothing at all where none is whole, and none without a manifest, which is another program's and does not count
@@ -232,48 +224,45 @@ def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = 
         return []
     kept = {Path(path).resolve() for path in [*keep, newest]}
     ours = [path for path in _checkpoints(run_dir) if (path / MANIFEST).exists()]
-    problems = {path: why for path, why in passed_over if path in ours}
-    problems |= {path: why for path in ours if path not in problems and (why := problem_with(path, hashed=False))}
-    whole = [path for path in ours if path not in problems]
-    deleted = [path for path in problems if path.resolve() not in kept and _deleted(path, problems[path])]
-    excess = len(whole) - limit
-    for path in whole:
-        if excess > 0 and path.resolve() not in kept and _deleted(path):
-            deleted.append(path)
+    known = dict(passed_over)
+    problems = {path: known.get(path) or problem_with(path, hashed=False) for path in ours}
+    excess = list(problems.values()).count(None) - limit
+    deleted = []
+    for path, problem in sorted(problems.items(), key=lambda item: item[1] is None):  # the damaged ones first
+        if path.resolve() in kept or (problem is None and excess <= 0):
+            continue
+        try:
+            _delete(path)
+        except OSError as error:
+            logger.warning("%s can't be deleted: %s", path, error)
+            continue
+        deleted.append(path)
+        if problem is None:
             excess -= 1
+        else:
+            logger.warning("%s is deleted: it %s.", path, problem)
     return deleted
 
 
-def _deleted(path: Path, problem: str | None = None) -> bool:
-    """Delete a checkpoint, and say so if it was not whole; False, logged, if it can't be."""
-    try:
-        _delete(path)
-    except OSError as error:
-        logger.warning("%s can't be deleted: %s", path, error)
-        return False
-    if problem is not None:
-        logger.warning("%s is deleted: it %s.", path, problem)
-    return True
-
-
 def _delete(path: Path) -> None:
-    """Delete something in a run's folder. It loses its name first, so it is never found in parts.
+    """Deletes something in a run's folder, if it is there. It loses its name first, so it is never found in parts.
 
     Works on a full disk too. OSError if it can't be renamed; what can't be deleted after that is logged.
     """
-    names = (path.with_name(f".deleting-{number}") for number in itertools.count())
-    trash = next(name for name in names if not os.path.lexists(name))
-    os.rename(path, trash)
-    _remove(trash)
+    if os.path.lexists(path):
+        names = (path.with_name(f".deleting-{number}") for number in itertools.count())
+        trash = next(name for name in names if not os.path.lexists(name))
+        os.rename(path, trash)
+        _remove(trash)
 
 
 def _remove(path: Path) -> None:
-    """Delete something that has a hidden name. Trouble is logged: the next `recover` tries again."""
+    """Deletes something that has a hidden name, if it is there. Trouble is logged: the next `recover` tries again."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s can't be deleted and is left over: %s", path, error)
 
@@ -281,38 +270,25 @@ def _remove(path: Path) -> None:
 # ---- Names, files and digests ---------------------------------------------------------------------------------------
 
 
-def _saving(run_dir: str | Path, step: int) -> Path:
-    return Path(run_dir) / f".saving-{step}"
-
-
-def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
-    """Where a checkpoint is written until `commit` gives it its place."""
-    return _saving(run_dir, step) / f"checkpoint-{step}"
-
-
-def _aside(run_dir: str | Path, step: int) -> Path:
-    return Path(run_dir) / f".replaced-{step}"
-
-
 def _step_of(path: Path, kind: str) -> int | None:
-    """7 for `<kind>-7`; None for any other name."""
+    """Returns 7 for `<kind>-7`; None for any other name."""
     found = re.fullmatch(re.escape(kind) + r"-(\d+)", path.name, re.ASCII)
     return int(found[1]) if found else None
 
 
 def _numbered(run_dir: str | Path, kind: str) -> list[tuple[int, Path]]:
-    """Step and path of everything in a run's folder that is named `<kind>-<step>`, lowest step first."""
-    entries = list(Path(run_dir).iterdir()) if Path(run_dir).is_dir() else []
+    """Returns step and path of everything in a run's folder that is named `<kind>-<step>`, lowest step first."""
+    entries = Path(run_dir).iterdir() if Path(run_dir).is_dir() else ()
     return sorted((step, path) for path in entries if (step := _step_of(path, kind)) is not None)
 
 
 def _checkpoints(run_dir: str | Path) -> list[Path]:
-    """The folders named like a checkpoint, oldest first."""
+    """Returns the folders named like a checkpoint, oldest first."""
     return [path for _, path in _numbered(run_dir, "checkpoint") if path.is_dir()]
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder. Unlike a plain walk, it does not pass over what it can't read."""
+    """Yields every file below a folder. Unlike a plain walk, it does not pass over what it can't read."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -321,8 +297,8 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent) / name for name in names)
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest: its size and digest, read in chunks."""
+def _content(path: Path) -> Content:
+    """Returns a file's entry in the manifest: its size and digest, read in chunks."""
     size, digest = 0, hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -331,15 +307,15 @@ def _content(path: Path) -> dict[str, Any]:
     return {"bytes": size, "blake2b": digest.hexdigest()}
 
 
-def _manifest(step: int, files: dict[str, dict[str, Any]]) -> bytes:
-    """The manifest's bytes. They end with a digest of the rest, so that damage to them is seen as such."""
+def _manifest(step: int, files: Mapping[str, Content]) -> bytes:
+    """Returns the manifest's bytes. They end with a digest of the rest, so that damage to them is seen as such."""
     content = {"format": FORMAT, "step": step, "files": files}
     seal = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
     return (json.dumps({**content, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    """Waits until a file's bytes, or a folder's list of names, are on the disk."""
     if os.name == "nt":  # syncs neither folders nor what is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)

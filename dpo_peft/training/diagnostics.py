@@ -1,23 +1,20 @@
-"""What a run's figures say about its health: a history of metrics in, named warnings out.
+"""Tells from a run's figures how healthy it is: a history of metrics in, named warnings out.
 
 Each check looks at the newest held-out figures, or at the last training logs where there is no evaluation. What they
 mean, why the thresholds stand where they do, and the literature: docs/diagnostics.md.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 WINDOW = 5  # training logs that are averaged: a single one is of few pairs
 
-DISPLACED_NATS = (
-    0.1  # likelihood-displacement: fall of chosen answers in nats per token; their perplexity is up by 10 %
-)
+DISPLACED_NATS = 0.1  # likelihood-displacement: chosen completions' fall in nats a token; perplexity is up by 10 %
 DISPLACED_SHARE = 0.5  # ... and as a share of the margin's growth
 HIGH_KL = 0.5  # high-kl: nats per token
 SATURATED = 0.01  # reward-saturation: mean weight of a pair in the gradient; it starts at 0.5
-LENGTH_GAP = 0.3  # length-exploitation: accuracy where the longer answer is better minus where the shorter one is
+LENGTH_GAP = 0.3  # length-exploitation: accuracy where the longer one is better minus where the shorter one is
 LENGTH_ONLY = 0.9  # ... or this share of pairs decided by length alone, and accuracy as high
 LOSS_RISE, LOSS_RISE_SHARE = 0.02, 0.1  # overfitting: of the held-out loss over its lowest, in nats and as a share
 UNMOVED = 0.02  # no-learning: the margin after half of the run; a pair's weight is still 0.495 then
@@ -36,6 +33,8 @@ REMEDIES = {
     "no-learning": "Raise learning_rate: LoRA needs about ten times what full fine-tuning does, often 5e-6 to 1e-4.",
 }
 
+Figures = Mapping[str, float]  # names of metrics to values
+
 
 class Finding(NamedTuple):
     """One warning."""
@@ -45,8 +44,7 @@ class Finding(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True)
-class RunFacts:
+class RunFacts(NamedTuple):
     """What a history doesn't say of its run.
 
     Attributes:
@@ -61,7 +59,7 @@ class RunFacts:
     reward: str = "log_ratio"
     beta: float = 1.0
     tokens: float | None = None
-    held_out: Mapping[str, int] = field(default_factory=lambda: {"eval": 0})
+    held_out: Mapping[str, int] = {"eval": 0}
     max_steps: int = 0
 
 
@@ -69,38 +67,41 @@ class Look(NamedTuple):
     """Figures to be judged: names without prefix to values."""
 
     where: str  # for the message
-    first: Mapping[str, float]  # of the first evaluation; empty if there is none
-    now: Mapping[str, float]
+    first: Figures  # of the first evaluation; empty if there is none
+    now: Figures
     rows: int  # held-out rows; 0 if unknown
 
 
 class Run(NamedTuple):
     """A history, sorted."""
 
-    training: list[Mapping[str, Any]]
-    evaluations: dict[str, list[dict[str, Any]]]  # by prefix, names without it
+    training: list[Figures]
+    evaluations: Mapping[str, Sequence[Figures]]  # by prefix, names without it
     facts: RunFacts
 
-    def looks(self) -> list[Look]:
-        """The newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
-        found = []
+    def looks(self) -> Iterator[Look]:
+        """Yields the newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
         for prefix, entries in self.evaluations.items():
             name = prefix.removeprefix("eval").removeprefix("_")
             where = f"on the held-out rows of {name!r}" if name else "on held-out rows"
-            found += [Look(where, entries[0], entries[-1], self.facts.held_out[prefix])] if entries else []
+            if entries:
+                yield Look(where, entries[0], entries[-1], self.facts.held_out[prefix])
         if not self.evaluations and len(self.training) >= WINDOW:
-            found = [Look(f"over the last {WINDOW} training logs", {}, self.recent(WINDOW), 0)]
-        return found
+            yield Look(f"over the last {WINDOW} training logs", {}, self.recent(), 0)
 
-    def recent(self, number: int) -> dict[str, float]:
-        """Means of the last training logs, of what stands in all of them."""
-        logs = self.training[-number:]
+    def recent(self) -> dict[str, float]:
+        """Returns means over the last `WINDOW` training logs, of what stands in all of them."""
+        logs = self.training[-WINDOW:]
         names = set(logs[0]).intersection(*logs) if logs else set()
         return {name: sum(log[name] for log in logs) / len(logs) for name in names}
 
+    def per_token(self, nats: float) -> float:
+        """Returns nats a completion as nats a token; 0 if the completions' length is unknown."""
+        return nats / self.facts.tokens if self.facts.tokens else 0.0
 
-def diagnose(history: Sequence[Mapping[str, Any]], facts: RunFacts) -> list[Finding]:
-    """The warnings that the newest figures of a run call for; none for a run without any.
+
+def diagnose(history: Sequence[Figures], facts: RunFacts) -> list[Finding]:
+    """Returns the warnings that the newest figures of a run call for; none for a run without any.
 
     Args:
         history: `trainer.state.log_history`, or `log_history` of a metrics.json.
@@ -108,143 +109,123 @@ def diagnose(history: Sequence[Mapping[str, Any]], facts: RunFacts) -> list[Find
     """
     if not history:
         return []
-    evaluations = {prefix: _evaluations(history, prefix) for prefix in facts.held_out}
+    evaluations = {
+        prefix: [
+            {name.removeprefix(f"{prefix}_"): value for name, value in entry.items() if name.startswith(f"{prefix}_")}
+            for entry in history
+            if f"{prefix}_loss" in entry
+        ]
+        for prefix in facts.held_out
+    }
     run = Run([entry for entry in history if "loss" in entry], evaluations, facts)
     step = int(history[-1].get("step", 0))
-    found = [(name, check(run)) for name, check in CHECKS.items()]
+    found = [(name, next(check(run), None)) for name, check in CHECKS.items()]
     return [
         Finding(step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.") for name, text in found if text
     ]
 
 
-def _evaluations(history: Sequence[Mapping[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    start = f"{prefix}_"
-    entries = [entry for entry in history if f"{start}loss" in entry]
-    return [
-        {name.removeprefix(start): value for name, value in entry.items() if name.startswith(start)}
-        for entry in entries
-    ]
+# ---- Checks: each yields what it finds, and the first counts --------------------------------------------------------
 
 
-def _any_look(check: Callable[[Look, RunFacts], str | None]) -> Callable[[Run], str | None]:
-    """A check of one look, made for all of a run: the first that finds something."""
-    return lambda run: next((text for look in run.looks() if (text := check(look, run.facts))), None)
+def _displacement(run: Run) -> Iterator[str]:
+    """Finds that chosen completions have become less likely, by much of what the margin has grown."""
+    beta = run.facts.beta
+    for where, first, now, _ in run.looks():
+        if run.facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
+            change, gain = now.get("rewards/chosen", 0.0) / beta, now.get("rewards/margins", 0.0) / beta
+        elif "logps/chosen" in first and "logps/chosen" in now:
+            change = now["logps/chosen"] - first["logps/chosen"]
+            gain = change - (now["logps/rejected"] - first["logps/rejected"])
+        else:
+            continue
+        per_token = run.per_token(-change)
+        if per_token >= DISPLACED_NATS and gain > 0 and -change >= DISPLACED_SHARE * gain:
+            yield (
+                f"Chosen answers have become less likely {where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
+                f"token), while rejected ones fell by {gain - change:.1f}. The margin grows, and probability goes to "
+                "answers that are neither."
+            )
 
 
-# ---- Checks ---------------------------------------------------------------------------------------------------------
+def _high_kl(run: Run) -> Iterator[str]:
+    """Finds that the policy is far from its reference."""
+    for look in run.looks():
+        kl = look.now.get("kl", 0.0)
+        if (per_token := run.per_token(kl)) >= HIGH_KL:
+            what = f"kl is {kl:.1f} nats an answer, {per_token:.2f} a token"
+            yield f"The policy is far from its reference {look.where}: {what}."
 
 
-def _displacement(look: Look, facts: RunFacts) -> str | None:
-    """Chosen answers have become less likely, by much of what the margin has grown."""
-    now, first = look.now, look.first
-    if facts.reward == "log_ratio":  # of the same rows under the reference, so the first look is not needed
-        change, gain = now.get("rewards/chosen", 0.0) / facts.beta, now.get("rewards/margins", 0.0) / facts.beta
-    elif "logps/chosen" in first and "logps/chosen" in now:
-        change = now["logps/chosen"] - first["logps/chosen"]
-        gain = change - (now["logps/rejected"] - first["logps/rejected"])
-    else:
-        return None
-    per_token = _per_token(-change, facts)
-    if per_token is None or per_token < DISPLACED_NATS or gain <= 0 or -change < DISPLACED_SHARE * gain:
-        return None
-    return (
-        f"Chosen answers have become less likely {look.where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
-        f"token), while rejected ones fell by {gain - change:.1f}. The margin grows, and probability goes to answers "
-        "that are neither."
-    )
-
-
-def _high_kl(look: Look, facts: RunFacts) -> str | None:
-    """The policy is far from its reference."""
-    kl = look.now.get("kl")
-    per_token = None if kl is None else _per_token(kl, facts)
-    if per_token is None or per_token < HIGH_KL:
-        return None
-    return (
-        f"The policy is far from its reference {look.where}: kl is {kl:.1f} nats an answer, {per_token:.2f} a token."
-    )
-
-
-def _length(look: Look, facts: RunFacts) -> str | None:
-    """Accuracy follows length."""
-    now = look.now
-    accuracy, by_length = now.get("rewards/accuracies"), now.get("accuracies/length_only")
-    if accuracy is None or by_length is None:
-        return None
-    decided = max(by_length, 1 - by_length)
-    if decided >= LENGTH_ONLY and accuracy >= LENGTH_ONLY:
-        side = "longer" if by_length > 0.5 else "shorter"
-        return (
-            f"The {side} answer is the better one in {decided:.0%} of pairs {look.where}, so an accuracy of "
-            f"{accuracy:.0%} says nothing beyond length."
+def _saturation(run: Run) -> Iterator[str]:
+    """Finds that the training pairs are won by so much that they give no gradient."""
+    weight = run.recent().get("sample_weight", math.inf)
+    if len(run.training) >= WINDOW and weight <= SATURATED:
+        yield (
+            f"Training pairs hardly count any more: over the last {WINDOW} logs their weight in the gradient is "
+            f"{weight:.4f} on average (0.5 at the start)."
         )
-    longer, shorter = now.get("accuracies/chosen_longer"), now.get("accuracies/chosen_shorter")
-    if longer is None or shorter is None or not look.rows:
-        return None
-    # Two independent shares, each of so many pairs (Laplace's estimate: one pair doesn't make certain); three standard
-    # errors, since every evaluation is another look.
-    groups = ((longer, look.rows * by_length), (shorter, look.rows * (1 - by_length)))
-    shares = [((share * n + 1) / (n + 2), n + 2) for share, n in groups]
-    error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
-    gap = abs(longer - shorter)
-    if gap < LENGTH_GAP or gap < 3 * error:
-        return None
-    return (
-        f"Accuracy leans on length {look.where}: {longer:.0%} where the longer answer is the better one, "
-        f"{shorter:.0%} where the shorter one is."
-    )
 
 
-def _saturation(run: Run) -> str | None:
-    """The training pairs are won by so much that they give no gradient."""
-    weight = run.recent(WINDOW).get("sample_weight")
-    if weight is None or len(run.training) < WINDOW or weight > SATURATED:
-        return None
-    return (
-        f"Training pairs hardly count any more: over the last {WINDOW} logs their weight in the gradient is "
-        f"{weight:.4f} on average (0.5 at the start)."
-    )
+def _length(run: Run) -> Iterator[str]:
+    """Finds that accuracy follows length."""
+    for where, _, now, rows in run.looks():
+        accuracy, by_length = now.get("rewards/accuracies"), now.get("accuracies/length_only")
+        if accuracy is None or by_length is None:
+            continue
+        decided = max(by_length, 1 - by_length)
+        if decided >= LENGTH_ONLY and accuracy >= LENGTH_ONLY:
+            side = "longer" if by_length > 0.5 else "shorter"
+            yield (
+                f"The {side} answer is the better one in {decided:.0%} of pairs {where}, so an accuracy of "
+                f"{accuracy:.0%} says nothing beyond length."
+            )
+        longer, shorter = now.get("accuracies/chosen_longer"), now.get("accuracies/chosen_shorter")
+        if longer is None or shorter is None or not rows:
+            continue
+        # Two independent shares, each of so many pairs (Laplace's estimate: one pair doesn't make certain); three
+        # standard errors, since every evaluation is another look.
+        groups = ((longer, rows * by_length), (shorter, rows * (1 - by_length)))
+        shares = [((share * n + 1) / (n + 2), n + 2) for share, n in groups]
+        error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
+        if abs(longer - shorter) >= max(LENGTH_GAP, 3 * error):
+            yield (
+                f"Accuracy leans on length {where}: {longer:.0%} where the longer answer is the better one, "
+                f"{shorter:.0%} where the shorter one is."
+            )
 
 
-def _overfitting(run: Run) -> str | None:
-    """The held-out loss rises while the training loss is below it."""
-    train_loss = run.recent(WINDOW).get("loss")
-    if train_loss is None:
-        return None
+def _overfitting(run: Run) -> Iterator[str]:
+    """Finds that the held-out loss rises while the training loss is below it."""
+    train_loss = run.recent().get("loss", math.inf)
     for prefix, entries in run.evaluations.items():
         losses = [entry["loss"] for entry in entries]
         lowest = min(losses, default=math.nan)
         bound = lowest + max(LOSS_RISE, LOSS_RISE_SHARE * abs(lowest))
         if len(losses) >= 3 and min(losses[-2:]) >= bound and train_loss < lowest:
-            return (
+            yield (
                 f"{prefix}_loss has risen from {lowest:.3f} to {losses[-1]:.3f}, while the training loss went on "
                 f"to {train_loss:.3f}: the training pairs are learned by heart."
             )
-    return None
 
 
-def _no_learning(run: Run) -> str | None:
-    """Half of the run is over and policy and reference are still the same."""
-    steps = run.training[-1].get("step", 0) if run.training else 0
-    margin = run.recent(WINDOW).get("rewards/margins")
-    early = len(run.training) < UNMOVED_LOGS or not run.facts.max_steps or 2 * steps < run.facts.max_steps
-    if run.facts.reward != "log_ratio" or early or margin is None or abs(margin) >= UNMOVED:
-        return None
-    return (
-        f"Nothing is learned: after {steps} of {run.facts.max_steps} steps the margin is {margin:.4f} on average over "
-        f"the last {WINDOW} logs (0 at the start)."
-    )
+def _no_learning(run: Run) -> Iterator[str]:
+    """Finds that half of the run is over and policy and reference are still the same."""
+    steps, total = run.training[-1].get("step", 0) if run.training else 0, run.facts.max_steps
+    late = len(run.training) >= UNMOVED_LOGS and total and 2 * steps >= total
+    margin = run.recent().get("rewards/margins", math.inf)
+    if run.facts.reward == "log_ratio" and late and abs(margin) < UNMOVED:
+        yield (
+            f"Nothing is learned: after {steps} of {total} steps the margin is {margin:.4f} on average over the last "
+            f"{WINDOW} logs (0 at the start)."
+        )
 
 
-def _per_token(nats: float, facts: RunFacts) -> float | None:
-    return nats / facts.tokens if facts.tokens else None
-
-
-CHECKS: dict[str, Callable[[Run], str | None]] = {
-    "likelihood-displacement": _any_look(_displacement),
-    "high-kl": _any_look(_high_kl),
+CHECKS: dict[str, Callable[[Run], Iterator[str]]] = {
+    "likelihood-displacement": _displacement,
+    "high-kl": _high_kl,
     "reward-saturation": _saturation,
-    "length-exploitation": _any_look(_length),
+    "length-exploitation": _length,
     "overfitting": _overfitting,
     "no-learning": _no_learning,
 }

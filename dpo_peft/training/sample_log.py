@@ -1,4 +1,4 @@
-"""Which prompts a run answers as it is evaluated, and where people see the answers: the log and the trackers."""
+"""Chooses the prompts that a run completes as it is evaluated, and shows the completions in log and trackers."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from transformers import TrainerCallback
 
 SHOWN, SHOWN_CHARACTERS = 3, 240  # of the samples, in the log
 
-Row = dict[str, Any]  # a line of samples.jsonl
+Row = Mapping[str, Any]  # a line of samples.jsonl
 
 
 def distinct_prompts(rows: Iterable[Mapping[str, Any]], longest: int | None) -> Iterator[list[int]]:
-    """The different prompts of prepared rows, in their order, but those that are empty or longer than `longest`."""
+    """Yields the different prompts of prepared rows, in their order, but the empty and those longer than `longest`."""
     seen = set()
     for row in rows:
         prompt = tuple(row["prompt_ids"])
@@ -21,16 +21,18 @@ def distinct_prompts(rows: Iterable[Mapping[str, Any]], longest: int | None) -> 
 
 
 def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: int) -> None:
-    """Samples as a table to those trackers of `report_to` that are running.
+    """Sends samples as a table to those trackers of `report_to` that are running.
 
     Args:
         callbacks: of the trainer; those of TensorBoard, Weights & Biases and trackio are known.
         rows: of `samples.jsonl`.
         step: they were made at.
     """
-    columns, cells = list(rows[0]) if rows else [], [list(row.values()) for row in rows]
-    for callback in callbacks if rows else ():
-        tracker: Any = callback
+    if not rows:
+        return
+    columns, cells = list(rows[0]), [list(row.values()) for row in rows]
+    for callback in callbacks:
+        tracker: Any = callback  # their loggers are no part of a callback's type
         name = type(tracker).__name__
         if name == "TensorBoardCallback" and tracker.tb_writer is not None:
             lines = [columns, ["---"] * len(columns), *cells]
@@ -46,16 +48,15 @@ def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: 
             tracker._trackio.log({"samples": table, "train/global_step": step})
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", "<br>")
 
 
 def in_short(rows: Sequence[Row]) -> str:
-    """The first few samples, cut, for people."""
-    return "\n".join(map(_shown, rows[:SHOWN]))
-
-
-def _shown(row: Row) -> str:
-    prompt, answer = (" ".join(row[name].split()) for name in ("prompt", "completion"))
-    cut = [text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..." for text in (prompt, answer)]
-    return f"> {cut[0]}\n  {cut[1]}" + ("" if row["finished"] else " [cut]")
+    """Returns the first few samples, cut, for people."""
+    lines = []
+    for row in rows[:SHOWN]:
+        texts = (" ".join(row[name].split()) for name in ("prompt", "completion"))
+        prompt, completion = (t if len(t) <= SHOWN_CHARACTERS else t[:SHOWN_CHARACTERS] + " ..." for t in texts)
+        lines.append(f"> {prompt}\n  {completion}" + ("" if row["finished"] else " [cut]"))
+    return "\n".join(lines)

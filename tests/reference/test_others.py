@@ -261,9 +261,6 @@ def test_mixtures_that_make_no_sense(tiny_llama, tmp_path):
         model, _ = attach_adapter(tiny_llama(), lora(), reference=folder)
         with pytest.raises(ReferenceMismatchError, match='can\'t be mixed, they differ in .*reference="initial"'):
             mix_into(model, "default", "reference", 0.5)
-    for alpha in (-0.1, 1.5, float("nan")):
-        with pytest.raises(OptionError, match=r"must lie in \[0, 1\]"):
-            mix_into(model, "default", "reference", alpha)
 
 
 # ---- An adapter's folder as the model -------------------------------------------------------------------------------
