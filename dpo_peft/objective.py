@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from .forward import PackedBatch, Scores, sum_by_completion
-from .losses import REGISTRY, Objective, discounts, length_desensitized_weights, shape_scores, wpo_weights
+from .losses import Objective, discounts, find_objective, length_desensitized_weights, shape_scores, wpo_weights
+from .losses.registry import SHAPES, shown_name
 
-# Options that change what a loss is given; the rest go to its function.
-SHAPE_OPTIONS = ("f_divergence_type", "f_alpha_divergence_coef", "reward_clip")
-SCORE_OPTIONS = (*SHAPE_OPTIONS, "ld_alpha", "discount_gamma", "discount_unit", "use_weighting")
 _SIDES = ("chosen", "rejected")
 
 
@@ -214,19 +212,6 @@ class PairKind(Kind):
         labels_B = torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
         return list(zip(rewards_B2.split(1), labels_B.split(1), strict=True))
 
-    def differences(self, x_C: Tensor) -> Tensor:
-        """(C,) the value of each completion minus that of its partner."""
-        return x_C - _partner(x_C)
-
-    def better(self, scored: Scored) -> Tensor:
-        """(C,) True for the better one of each pair; a tie has none."""
-        return self.differences(scored.grade_C) > 0
-
-    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
-        """As in `Kind`."""
-        better_C = self.better(scored)
-        return better_C, _partner(better_C)
-
 
 class TrajectoryKind(PairKind):
     """Pairs of whole conversations."""
@@ -241,15 +226,24 @@ class TrainingObjective:
     """The losses that a run minimises, with their options.
 
     Args:
-        loss_type: names in the registry; all of them learn from the same kind of data.
+        loss_type: names in the registry or import paths; all of them learn from the same kind of data.
         loss_weights: one factor per loss; 1 each if None.
+        loss_options: options of losses that are not in the registry, by name.
         options: option name to value; each loss takes those that it reads.
     """
 
-    def __init__(self, loss_type: Sequence[str], loss_weights: Sequence[float] | None = None, **options: Any):
-        self.parts: list[Objective] = [REGISTRY[name] for name in loss_type]
+    def __init__(
+        self,
+        loss_type: Sequence[str],
+        loss_weights: Sequence[float] | None = None,
+        loss_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ):
+        self.parts = [find_objective(name) for name in loss_type]
+        self.names = [shown_name(name) for name in loss_type]  # fit to be published
         self.weights = [1.0] * len(self.parts) if loss_weights is None else list(loss_weights)
         self.options = options
+        self.loss_options = {**(loss_options or {}), "beta": options.get("beta")}
         self.data = self.parts[0].data
         self.kind = KINDS[self.data]
         self.needs_reference = any(part.needs_reference for part in self.parts)
@@ -321,7 +315,8 @@ class TrainingObjective:
 
     def _losses_of(self, part: Objective, scored: Scored, totals: Totals) -> Tensor:
         inputs = self._inputs(part, scored, totals)
-        options = {name: self.options[name] for name in part.options if name not in SCORE_OPTIONS}
+        given = self.options if part.name else self.loss_options
+        options = {name: given[name] for name in part.keywords if name in given}
         losses_I = part.loss(**{name: inputs[name] for name in part.inputs}, **options)
         if scored.preference_E is not None:
             swapped = _swap(inputs)
@@ -334,9 +329,9 @@ class TrainingObjective:
     def _inputs(self, part: Objective, scored: Scored, totals: Totals) -> dict[str, Any]:
         """Every tensor that a loss of this kind of data may name."""
         scores_C = scored.log_ratios_C if part.needs_reference else None
-        shape = {name: self.options[name] for name in SHAPE_OPTIONS if name in part.options}
+        shape = {name: self.options[name] for name in SHAPES if name in part.options and name in self.options}
         if scores_C is not None and shape:
-            scores_C = shape_scores(scores_C, self.options["beta"], **shape)
+            scores_C = shape_scores(scores_C, self.options.get("beta") or 1.0, **shape)
         logps_C = scored.weighted_logps_C if "ld_alpha" in part.options else scored.logps_C
         return self.kind.inputs(scored, scores_C, logps_C, totals)
 
@@ -391,11 +386,6 @@ def _swap(inputs: Mapping[str, Any]) -> dict[str, Any]:
     other = {"chosen": "rejected", "rejected": "chosen"}
     swapped = {"_".join(other.get(word, word) for word in name.split("_")): x for name, x in inputs.items()}
     return {**swapped, "margin_B": -inputs["margin_B"]}
-
-
-def _partner(x_C: Tensor) -> Tensor:
-    """Of each completion of a pair, the other one's value."""
-    return x_C.view(-1, 2).flip(1).flatten()
 
 
 def _grades(batch: PackedBatch) -> Tensor:
