@@ -5,7 +5,7 @@ import re
 import pytest
 from paths import REPO
 
-from dpo_peft.config_checks import OBJECTIVE_OPTIONS
+from dpo_peft.config import OBJECTIVE_OPTIONS
 from dpo_peft.losses import REGISTRY
 
 DOC = (REPO / "docs" / "objectives.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..config_checks import OBJECTIVE_OPTIONS
+from ..config import OBJECTIVE_OPTIONS
 from ..data import DataReport
 from ..files import strict
 from ..losses import REGISTRY

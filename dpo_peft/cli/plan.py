@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import DPOConfig
+from ..config_checks import check_option_names
 from ..errors import OptionError
 from ..losses import REGISTRY
-from ..option_names import check_option_names
 from ..planning.steps import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape
 from ..planning.tables import Card, Pace, Work, build_plan, is_hopper, parse_card, render
 from .options import check_unknown, parser_text, refuse_instead_of_exit, show, split_config_word

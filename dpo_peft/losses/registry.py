@@ -94,6 +94,9 @@ class Objective:
             known = ", ".join(_SHAPING_OF[data])
             raise OptionError(f"{named}: shaping={sorted(unknown)} is unknown for {data}. Use some of {known}.")
         self.options = (*self.keywords, *shaping)  # that have an effect on it
+        self.heeds = (
+            self.options if name else shaping
+        )  # of a config; `loss_options` holds those of a loss from outside
         self.batch_coupled = batch_coupled or "mismatched_scores_M" in self.inputs
         # Whether p * loss(w, l) + (1 - p) * loss(l, w) is meaningful: not with a term of the chosen answer alone.
         paired = data in ("pairs", "trajectories")
@@ -141,14 +144,7 @@ def find_objective(name: str) -> Objective:
     Raises:
         OptionError: there is none, or it can't be imported or used.
     """
-    if name in REGISTRY:
-        return REGISTRY[name]
-    if not isinstance(name, str) or ":" not in name:
-        raise OptionError(
-            f"loss_type={name!r} is not available. Use one or several of {', '.join(REGISTRY)}, or a loss of your own "
-            "as file.py:function."
-        )
-    return load_objective(name)
+    return REGISTRY[name] if name in REGISTRY else load_objective(name)
 
 
 @lru_cache
