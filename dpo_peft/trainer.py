@@ -179,7 +179,7 @@ class DPOTrainer(EvaluatingTrainer):
     def _trained_with(self) -> TrainedWith:
         args, base = self.args, self.model.get_base_model()
         return TrainedWith(
-            loss_type=list(args.loss_type),
+            loss_type=self.objective.names,
             beta=args.beta,
             reward=self.objective.parts[0].reward,
             max_length=args.max_length,

@@ -19,7 +19,8 @@ from peft import PeftModel
 from ..config import OBJECTIVE_OPTIONS
 from ..data import DataReport
 from ..files import strict
-from ..losses import REGISTRY
+from ..losses import find_objective
+from ..losses.registry import shown_name
 from ..model.adapter_source import TrainedWith
 from ..model.loading import StorageReport, storage_report
 from .card import BUNDLED, Figures, RunSummary, Sample, figures_of, framework_versions, save_model_card
@@ -191,7 +192,7 @@ def _summary(folder: Path, run: SavedRun, figures: Figures, facts: Mapping[str, 
     shown |= {name: options[name] for name, default in OBJECTIVE_OPTIONS.items() if options[name] != default}
     lora = run.lora
     steps, samples = read_samples(folder / "samples.jsonl")
-    papers = [REGISTRY[name].paper for name in run.args.loss_type]
+    papers = [find_objective(name).paper for name in run.args.loss_type]
     options |= {"sync_ref_model": run.args.sync_ref_model}
     datasets, evaluated, licence = _datasets(run)
     seconds = _facts_of_time(facts)
@@ -276,6 +277,6 @@ def _named_objective(args: Any) -> str:
     parts = []
     for name, weight in zip(args.loss_type, weights, strict=True):
         share = f"{weight:g} × " if len(weights) > 1 else ""
-        source = re.sub(r" *\((its )?note [^)]*\)", "", REGISTRY[name].source)
-        parts.append(f"{share}`{name}` ({source})")
+        source = re.sub(r" *\((its )?note [^)]*\)", "", find_objective(name).source)
+        parts.append(f"{share}`{shown_name(name)}`" + (f" ({source})" if source else ""))
     return " + ".join(parts)
