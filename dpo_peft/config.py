@@ -218,10 +218,10 @@ class DPOConfig(TrainingArguments):
         self.checkpoint_layers = "auto" if self.checkpoint_layers is None else self.checkpoint_layers
         check_read(self, losses)
         check_together(self, losses)
-        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "eval_rewards/margins"
         # transformers knows only that a loss should be small.
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
+        if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)
         if self.bf16 is None:
             self.bf16 = not self.fp16
@@ -235,7 +235,7 @@ class DPOConfig(TrainingArguments):
         for name in ("model_init_kwargs", "loss_options"):  # text of a command line is parsed by now
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
-        check_loss_options(self.loss_type, losses, self.loss_options or {})
+        check_loss_options(self, losses)
 
     @property
     def caches_reference(self) -> bool:

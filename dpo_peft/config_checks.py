@@ -9,14 +9,11 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import OptionError
 from .losses import REGISTRY, Objective, find_objective
 from .losses.registry import load_objective
-
-if TYPE_CHECKING:
-    from .config import DPOConfig
 
 # Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
 # default they change nothing and are accepted.
@@ -211,7 +208,7 @@ def resolve_beta(loss_type: Sequence[str], beta: float | None) -> float | None:
     return next(iter(defaults.values()))
 
 
-def check_read(options: "DPOConfig", losses: Sequence[Objective]) -> None:
+def check_read(options: Any, losses: Sequence[Objective]) -> None:
     """Refuse options away from their default that other losses read, and none of these."""
     for one in fields(options):
         readers = [name for name, loss in REGISTRY.items() if one.name in loss.options and one.name != "beta"]
@@ -223,34 +220,29 @@ def check_read(options: "DPOConfig", losses: Sequence[Objective]) -> None:
             )
 
 
-def check_loss_options(loss_type: Sequence[str], losses: Sequence[Objective], given: Mapping[str, Any]) -> None:
+def check_loss_options(options: Any, losses: Sequence[Objective]) -> None:
     """Refuse options of losses from outside that none of them has."""
     known = {name for loss in losses if not loss.name for name in loss.keywords} - {"beta"}
-    for name in given:
+    for name in options.loss_options or ():
         if name not in known:
             remedy = f"their options are {', '.join(sorted(known))}" if known else "leave it out"
-            raise OptionError(f"loss_options[{name!r}] has no effect on loss_type={list(loss_type)!r}: {remedy}.")
+            raise OptionError(f"loss_options[{name!r}] has no effect on loss_type={options.loss_type!r}: {remedy}.")
 
 
 # ---- Options together -----------------------------------------------------------------------------------------------
 
 
-def check_together(o: "DPOConfig", losses: Sequence[Objective]) -> None:
+def check_together(o: Any, losses: Sequence[Objective]) -> None:
     """Refuse options that contradict each other, and those without effect beside the value of another."""
     mix = ", ".join(o.loss_type)
     coupled = ", ".join(name for name, loss in zip(o.loss_type, losses, strict=True) if loss.batch_coupled)
     automatic = "auto" in (o.max_tokens_per_microbatch, o.gradient_checkpointing and o.checkpoint_layers)
     layers = {"checkpoint_layers": o.checkpoint_layers != "auto", "activation_offloading": o.activation_offloading}
     layered = ", ".join(name for name, on in layers.items() if on and not o.gradient_checkpointing)
-    referring = (
-        ""
-        if any(loss.needs_reference for loss in losses)
-        else ", ".join(
-            name
-            for name in ("reference", "sync_ref_model", "precompute_ref_log_probs", "cache_ref_log_probs")
-            if getattr(o, name)
-        )
-    )
+    of_reference = ("reference", "sync_ref_model", "precompute_ref_log_probs", "cache_ref_log_probs")
+    referring = ", ".join(name for name in of_reference if getattr(o, name))
+    split = o.gradient_accumulation_steps > 1 or o.max_tokens_per_microbatch is not None
+    mismatched = any("mismatched_scores_M" in loss.inputs for loss in losses)
     refused = {
         "f_alpha_divergence_coef has no effect without f_divergence_type='alpha_divergence'.": (
             o.f_alpha_divergence_coef != 0.5 and o.f_divergence_type != "alpha_divergence"
@@ -261,7 +253,9 @@ def check_together(o: "DPOConfig", losses: Sequence[Objective]) -> None:
         "loss_type 'exo_pair' needs label_smoothing above 0, such as 0.001 (it takes its logarithm).": (
             "exo_pair" in o.loss_type and not o.label_smoothing
         ),
-        f"{referring}: no effect, loss_type {mix} has no reference. Leave it out.": bool(referring),
+        f"{referring}: no effect, loss_type {mix} has no reference. Leave it out.": (
+            bool(referring) and not any(loss.needs_reference for loss in losses)
+        ),
         "ref_cache_tokens=False: ld_alpha and discount_gamma read single tokens. Leave it out.": (
             o.ref_cache_tokens is False and (o.ld_alpha is not None or o.discount_gamma != 1.0)
         ),
@@ -275,19 +269,13 @@ def check_together(o: "DPOConfig", losses: Sequence[Objective]) -> None:
             o.sync_ref_model and o.reference == "base"
         ),
         f"loss_type {mix} compares with mismatched answers that every batch draws anew: a cache would never hold "
-        "them. Leave precompute_ref_log_probs and cache_ref_log_probs out.": (
-            o.caches_reference and any("mismatched_scores_M" in loss.inputs for loss in losses)
-        ),
+        "them. Leave precompute_ref_log_probs and cache_ref_log_probs out.": o.caches_reference and mismatched,
         f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": bool(layered),
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,
         f"disable_dropout=False with loss_type {coupled} needs gradient_accumulation_steps=1 and no "
         "max_tokens_per_microbatch: this loss couples micro-batches through a pass of its own, which would draw other "
-        "dropout masks.": (
-            bool(coupled)
-            and not o.disable_dropout
-            and (o.gradient_accumulation_steps > 1 or o.max_tokens_per_microbatch is not None)
-        ),
+        "dropout masks.": bool(coupled) and not o.disable_dropout and split,
         f"loss_type {coupled} compares the samples of a batch with each other: set per_device_train_batch_size or "
         "gradient_accumulation_steps to at least 2.": (
             bool(coupled) and o.per_device_train_batch_size * o.gradient_accumulation_steps < 2

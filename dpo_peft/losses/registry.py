@@ -159,7 +159,7 @@ def shown_name(name: str) -> str:
     return name if name in REGISTRY else Path(name).name
 
 
-def load_function(path: str, option: str) -> Callable[..., object]:
+def load_function(path: str, option: str) -> Callable[..., Any]:
     """The function that `package.module:name` or `folder/file.py:name` names.
 
     Args:

@@ -147,13 +147,14 @@ def test_other_kinds_of_data(
 ) -> None:
     """`judged` is `apo_zero_unpaired`; a loss that reads no score trains without a reference."""
     rows, tokenizer = rows_for(like, 8), make_tokenizer()
-    run = trained(tiny_llama(), rows, tokenizer, tmp_path, loss_type=f"{path}:{name}", max_steps=3)
+    options = {"max_steps": 3, "per_device_train_batch_size": 8}
+    run = trained(tiny_llama(), rows, tokenizer, tmp_path, loss_type=f"{path}:{name}", **options)
     assert run.objective.needs_reference == (name != "likelihood")
     if name == "judged":
-        apo = trained(tiny_llama(), rows, tokenizer, tmp_path, loss_type="apo_zero_unpaired", max_steps=3)
+        apo = trained(tiny_llama(), rows, tokenizer, tmp_path, loss_type="apo_zero_unpaired", **options)
         assert [log["loss"] for log in step_logs(apo)] == [log["loss"] for log in step_logs(run)]
     else:
-        assert step_logs(run)[-1]["loss"] < step_logs(run)[0]["loss"]
+        assert step_logs(run)[-1]["loss"] < step_logs(run)[0]["loss"]  # of the same rows: each batch is all of them
 
 
 def test_what_it_leaves_behind(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dpo_peft.forward import PackedBatch, Sample, Scores, pack, sum_by_completion
-from dpo_peft.objective import KINDS, TrainingObjective
+from dpo_peft.kinds import KINDS
+from dpo_peft.objective import TrainingObjective
 from dpo_peft.training.metrics import Mean, MetricStore, mean_of, preference_metrics
 
 # Rewards of three pairs: won, lost, tied.
