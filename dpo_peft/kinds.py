@@ -62,6 +62,11 @@ class Scored:
         return x_C[:0] if self.own_C is None else x_C[~self.own_C]
 
 
+def _partner(x_C: Tensor) -> Tensor:
+    """Of each completion of a pair, the other one's value."""
+    return x_C.view(-1, 2).flip(1).flatten()
+
+
 class Kind:
     """What the losses of one kind of data average over and compare, and what of it is reported.
 
@@ -194,6 +199,19 @@ class PairKind(Kind):
         rewards_B2 = rewards_C.view(-1, 2)
         labels_B = torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
         return list(zip(rewards_B2.split(1), labels_B.split(1), strict=True))
+
+    def differences(self, x_C: Tensor) -> Tensor:
+        """(C,) the value of each completion minus that of its partner."""
+        return x_C - _partner(x_C)
+
+    def better(self, scored: Scored) -> Tensor:
+        """(C,) True for the better one of each pair; a tie has none."""
+        return self.differences(scored.grade_C) > 0
+
+    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
+        """As in `Kind`."""
+        better_C = self.better(scored)
+        return better_C, _partner(better_C)
 
 
 class TrajectoryKind(PairKind):
