@@ -114,7 +114,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
 def load_tokenizer(name: str, args: DPOConfig) -> Any:
     """The tokenizer that comes with a model; with an adapter's folder, its own or that of its base."""
     name = _with_tokenizer(name)
-    init_kwargs = dict(args.model_init_kwargs or {})
+    init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     try:
         return AutoTokenizer.from_pretrained(
             name, revision=init_kwargs.get("revision", "main"), trust_remote_code=args.trust_remote_code
