@@ -4,25 +4,33 @@ Names and defaults are those of `trl.DPOConfig` where it has them, so that a TRL
 """
 
 import functools
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .config_checks import (
-    OBJECTIVE_OPTIONS,
-    check_choice,
+    check_fields,
+    check_loss_options,
     check_loss_type,
-    check_number,
-    check_objective_options,
-    check_used,
+    check_option_names,
+    check_read,
+    check_together,
+    choice,
+    flag,
+    free,
+    number,
     resolve_beta,
+    whole,
 )
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
-from .evaluation_options import check_evaluation_options
 from .losses import F_DIVERGENCES, REGISTRY
-from .option_names import NOT_AVAILABLE, check_option_names
+
+# Of the metrics that are better when they are smaller, how their names end.
+SMALLER_IS_BETTER = ("loss", "kl", "sample_weight", "rejected")
+_CACHED = "precompute_ref_log_probs or cache_ref_log_probs"
 
 
 @dataclass
@@ -39,199 +47,182 @@ class DPOConfig(TrainingArguments):
     """
 
     # Model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Arguments of `from_pretrained` for a model given by name (JSON on the command line)."},
+    model_init_kwargs: dict[str, Any] | str | None = free(
+        None, "Arguments of `from_pretrained` for a model given by name (JSON on the command line)."
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that ships with model or tokenizer."})
-    quantize_base: bool | None = field(
-        default=None,
-        metadata={"help": "Load a model given by name in 4 bits (NF4, double quantisation). Default: yes."},
+    trust_remote_code: bool = flag(False, "Run code that ships with model or tokenizer.")
+    quantize_base: bool | None = flag(
+        None, "Load a model given by name in 4 bits (NF4, double quantization). Default: yes."
     )
-    disable_dropout: bool = field(default=True, metadata={"help": "Turn off all dropout, LoRA's included."})
-    share_prompts: bool = field(
-        default=True,
-        metadata={"help": "Compute each prompt once for all its completions, where the model can (it is probed)."},
+    disable_dropout: bool = flag(True, "Turn off all dropout, LoRA's included.")
+    share_prompts: bool = flag(
+        True, "Compute each prompt once for all its completions, where the model can (it is probed)."
     )
 
     # Reference; docs/reference.md
-    reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the policy is compared with: 'initial', the model as it comes in (a trained adapter is "
-            "copied and frozen); 'base', the adapter off; or the folder of another adapter. Default: 'initial'."
-        },
+    reference: str | None = free(
+        None,
+        "What the policy is compared with: 'initial', the model as it comes in (a trained adapter is copied and "
+        "frozen); 'base', the adapter off; or the folder of another adapter. Default: 'initial'.",
     )
-    sync_ref_model: bool = field(
-        default=False, metadata={"help": "TR-DPO: the reference follows the policy, a little every few steps."}
+    sync_ref_model: bool = flag(False, "TR-DPO: the reference follows the policy, a little every few steps.")
+    ref_model_mixup_alpha: float = number(
+        0.6,
+        "sync_ref_model: reference = alpha * policy + (1 - alpha) * reference.",
+        above=0,
+        maximum=1,
+        needs="sync_ref_model",
     )
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "sync_ref_model: reference = alpha * policy + (1 - alpha) * reference."}
+    ref_model_sync_steps: int = whole(512, 1, "sync_ref_model: steps between two updates.", needs="sync_ref_model")
+    precompute_ref_log_probs: bool = flag(
+        False, "Compute the reference's log-probs before training and keep them on disk."
     )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "sync_ref_model: steps between two updates."})
-    precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "Compute the reference's log-probs before training and keep them on disk."}
+    precompute_ref_tokens: int = whole(
+        16384, 1, "precompute_ref_log_probs: tokens of a forward pass.", needs="precompute_ref_log_probs"
     )
-    precompute_ref_tokens: int = field(
-        default=16384, metadata={"help": "precompute_ref_log_probs: tokens of a forward pass."}
+    cache_ref_log_probs: bool = flag(
+        False, "Keep the reference's log-probs on disk as they are computed; later epochs and runs read them."
     )
-    cache_ref_log_probs: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the reference's log-probs on disk as they are computed; later epochs and runs read them."
-        },
+    ref_cache_dir: str | None = free(
+        None, "Folder of the cached log-probs. Default: ~/.cache/dpo-peft/reference.", needs=_CACHED
     )
-    ref_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the cached log-probs. Default: ~/.cache/dpo-peft/reference."}
-    )
-    ref_cache_gb: float = field(default=4.0, metadata={"help": "Size that the cache keeps within, in 10^9 bytes."})
-    ref_cache_tokens: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Cache the log-prob of every token instead of sums; the kl metric needs it. Default: only if the "
-            "objective reads them."
-        },
+    ref_cache_gb: float = number(4.0, "Size that the cache keeps within, in 10^9 bytes.", above=0, needs=_CACHED)
+    ref_cache_tokens: bool | None = flag(
+        None,
+        "Cache the log-prob of every token instead of sums; the kl metric needs it. Default: only if the objective "
+        "reads them.",
+        needs=_CACHED,
     )
 
     # Data
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Longest prompt + completion in tokens; longer ones are cut. None: no limit."}
+    dataset_num_proc: int | None = whole(None, 1, "Processes that tokenize the dataset.")
+    max_length: int | None = whole(
+        1024, 2, "Longest prompt + completion in tokens; longer ones are cut. None: no limit.", optional=True
     )
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata={
-            "help": "What is cut beyond max_length: 'keep_start' keeps the first tokens, 'keep_end' the last, "
-            "'trim_prompt' cuts the prompt's start and never a completion.",
-            "choices": list(TRUNCATION_MODES),
-        },
+    truncation_mode: str = choice(
+        "keep_start",
+        TRUNCATION_MODES,
+        "What is cut beyond max_length: 'keep_start' keeps the first tokens, 'keep_end' the last, 'trim_prompt' cuts "
+        "the prompt's start and never a completion.",
     )
-    on_unusable: str = field(
-        default="drop",
-        metadata={
-            "help": "Rows without a signal (equal completions, an empty one, no room for one): 'drop' leaves them out "
-            "and reports the counts, 'error' stops.",
-            "choices": ["drop", "error"],
-        },
+    on_unusable: str = choice(
+        "drop",
+        ("drop", "error"),
+        "Rows without a signal (equal completions, an empty one, no room for one): 'drop' leaves them out and reports "
+        "the counts, 'error' stops.",
     )
-    max_unusable_share: float = field(default=0.5, metadata={"help": "Stop if more than this share would be dropped."})
+    max_unusable_share: float = number(0.5, "Stop if more than this share would be dropped.", minimum=0, maximum=1)
 
     # Speed and memory; docs/performance.md
-    max_tokens_per_microbatch: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Pack the rows of a whole optimizer step, or of an evaluation batch, into as few micro-batches as "
-            "hold so many tokens each; the step stays the same. Or 'auto'. Default: no packing, micro-batches of "
-            "per_device_train_batch_size rows."
-        },
+    max_tokens_per_microbatch: int | str | None = whole(
+        None,
+        1,
+        "Pack the rows of a whole optimizer step, or of an evaluation batch, into as few micro-batches as hold so "
+        "many tokens each; the step stays the same. Or 'auto'. Default: no packing, micro-batches of "
+        "per_device_train_batch_size rows.",
+        auto=True,
     )
-    checkpoint_layers: int | str | None = field(
-        default="auto",
-        metadata={
-            "help": "With gradient_checkpointing: how many of the first layers are recomputed in the backward pass. "
-            "'auto': as many as memory requires, for each micro-batch anew."
-        },
+    checkpoint_layers: int | str | None = whole(
+        "auto",
+        0,
+        "With gradient_checkpointing: how many of the first layers are recomputed in the backward pass. 'auto': as "
+        "many as memory requires, for each micro-batch anew.",
+        optional=True,
+        auto=True,
     )
-    max_memory_gib: float | None = field(
-        default=None,
-        metadata={"help": "GPU memory that 'auto' keeps within, in GiB. Default: most of what is free at the start."},
+    max_memory_gib: float | None = number(
+        None, "GPU memory that 'auto' keeps within, in GiB. Default: most of what is free at the start.", above=0
     )
-    activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep what checkpointed layers save in the CPU's memory: for long rows."}
-    )
-    fused_layers: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute decoder layers by our own kernels. Default: yes, on models that they are right for."
-        },
+    activation_offloading: bool = flag(False, "Keep what checkpointed layers save in the CPU's memory: for long rows.")
+    fused_layers: bool | None = flag(
+        None, "Compute decoder layers by our own kernels. Default: yes, on models that they are right for."
     )
 
     # Objective; docs/objectives.md has an entry for each loss
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"The objective, or several for a weighted mix. Available: {', '.join(REGISTRY)}."},
+    loss_type: list[str] = free(
+        ["sigmoid"],
+        f"The objective, or several for a weighted mix. Available: {', '.join(REGISTRY)}; or your own function as "
+        "file.py:function.",
     )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of a mix, one per loss. Default: 1 each."}
+    loss_weights: list[float] | None = free(None, "Weights of a mix, one per loss. Default: 1 each.")
+    loss_options: dict[str, Any] | str | None = free(
+        None, "Options of losses of your own, by name (JSON on the command line)."
     )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "How strongly the policy is held to the reference. Default: the objective's own (DPO: 0.1)."
-        },
+    beta: float | None = number(
+        None, "How strongly the policy is held to the reference. Default: the objective's own (DPO: 0.1).", above=0
     )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of the labels taken to be wrong (cDPO, robust, exo_pair, aot, ...)."}
+    label_smoothing: float = number(
+        0.0, "Share of the labels taken to be wrong (cDPO, robust, exo_pair, aot, ...).", minimum=0, below=0.5
     )
-    reward_clip: float | None = field(
-        default=None, metadata={"help": "Clip implicit rewards to [-reward_clip, reward_clip] inside the loss."}
+    reward_clip: float | None = number(
+        None, "Clip implicit rewards to [-reward_clip, reward_clip] inside the loss.", above=0
     )
-    f_divergence_type: str = field(
-        default="reverse_kl",
-        metadata={"help": "Divergence from the reference that is regularised.", "choices": list(F_DIVERGENCES)},
+    f_divergence_type: str = choice("reverse_kl", F_DIVERGENCES, "Divergence from the reference that is regularized.")
+    f_alpha_divergence_coef: float = number(0.5, "Alpha of the alpha divergence.")
+    ld_alpha: float | None = number(
+        None, "Weight of the tokens by which a completion is longer than its partner (LD-DPO).", minimum=0, maximum=1
     )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of the alpha divergence."})
-    ld_alpha: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the tokens by which a completion is longer than its partner (LD-DPO)."},
+    use_weighting: bool = flag(False, "Weight pairs by how likely the policy is to write them (WPO).")
+    discopop_tau: float = number(0.05, "Temperature of the discopop loss.", above=0)
+    ipo_length_normalize: bool = flag(False, "ipo: log-ratios per token, as TRL has them, instead of their sums.")
+    simpo_gamma: float = number(1.0, "simpo: target margin of the rewards.", minimum=0)
+    cpo_alpha: float = number(1.0, "cpo: weight of its SFT term.", minimum=0)
+    desirable_weight: float = number(1.0, "kto: weight of desirable answers.", above=0)
+    undesirable_weight: float = number(1.0, "kto: weight of undesirable answers.", above=0)
+    discount_gamma: float = number(
+        1.0, "trajectory: step t counts discount_gamma to the power of t.", above=0, maximum=1
     )
-    use_weighting: bool = field(
-        default=False, metadata={"help": "Weight pairs by how likely the policy is to write them (WPO)."}
-    )
-    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
-    ipo_length_normalize: bool = field(
-        default=False, metadata={"help": "ipo: log-ratios per token, as TRL has them, instead of their sums."}
-    )
-    simpo_gamma: float = field(default=1.0, metadata={"help": "simpo: target margin of the rewards."})
-    cpo_alpha: float = field(default=1.0, metadata={"help": "cpo: weight of its SFT term."})
-    desirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of desirable answers."})
-    undesirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of undesirable answers."})
-    discount_gamma: float = field(
-        default=1.0, metadata={"help": "trajectory: step t counts discount_gamma to the power of t."}
-    )
-    discount_unit: str = field(
-        default="turn",
-        metadata={"help": "trajectory: a step is an assistant's 'turn' or 'token'.", "choices": list(DISCOUNT_UNITS)},
-    )
+    discount_unit: str = choice("turn", DISCOUNT_UNITS, "trajectory: a step is an assistant's 'turn' or 'token'.")
 
     # Evaluation while training; docs/diagnostics.md
-    sample_prompts: int = field(
-        default=0,
-        metadata={
-            "help": "Held-out prompts to answer before training and at every evaluation, for samples.jsonl and the "
-            "model card; 4 are enough to see trouble. Default: none, as a batch of answers takes time and memory."
-        },
+    sample_prompts: int = whole(
+        0,
+        0,
+        "Held-out prompts to answer before training and at every evaluation, for samples.jsonl and the model card; 4 "
+        "are enough to see trouble. Default: none, as a batch of answers takes time and memory.",
     )
-    sample_max_new_tokens: int = field(default=128, metadata={"help": "sample_prompts: longest answer, in tokens."})
-    sample_temperature: float = field(
-        default=0.0, metadata={"help": "sample_prompts: 0 takes the likeliest token each time, 1 samples."}
+    sample_max_new_tokens: int = whole(128, 1, "sample_prompts: longest answer, in tokens.", needs="sample_prompts")
+    sample_temperature: float = number(
+        0.0, "sample_prompts: 0 takes the likeliest token each time, 1 samples.", minimum=0, needs="sample_prompts"
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so many evaluations in a row without a better metric_for_best_model, which is then "
-            "the held-out margin (eval_rewards/margins) if not set. Default: no early stopping."
-        },
+    early_stopping_patience: int | None = whole(
+        None,
+        1,
+        "Stop after so many evaluations in a row without a better metric_for_best_model, which is then the held-out "
+        "margin (eval_rewards/margins) if not set. Default: no early stopping.",
+        needs="eval_strategy",
     )
-    early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "early_stopping_patience: by how much a better one must be better."}
-    )
-
-    # Defaults that differ from TrainingArguments
-    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps (a share of all if < 1)."})
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
-    )
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16. Default: yes, unless fp16 is."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Not available: a non-finite loss stops the run."}
+    early_stopping_threshold: float = number(
+        0.0,
+        "early_stopping_patience: by how much a better one must be better.",
+        minimum=0,
+        needs="early_stopping_patience",
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    # Options of TrainingArguments with another default, or fewer values
+    train_sampling_strategy: str = choice("random", ("random", "sequential"), "Order of the rows.")
+    learning_rate: float = number(1e-6, "The initial learning rate.", minimum=0)
+    logging_steps: float = free(10, "Log every so many steps (a share of all if < 1).")
+    gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass to save memory.")
+    bf16: bool | None = flag(None, "Compute in bfloat16. Default: yes, unless fp16 is.")
+    logging_nan_inf_filter: bool = free(False, "Not available: a non-finite loss stops the run.")
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "loss_options"]
 
     def __post_init__(self) -> None:
-        self._check_values()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        losses = check_loss_type(self.loss_type, self.loss_weights)
+        check_fields(self)
+        self.beta = resolve_beta(self.loss_type, self.beta)
+        self.checkpoint_layers = "auto" if self.checkpoint_layers is None else self.checkpoint_layers
+        check_read(self, losses)
+        check_together(self, losses)
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:  # type: ignore[has-type]
+            self.metric_for_best_model = "eval_rewards/margins"
+        # transformers knows only that a loss should be small.
+        if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)
         if self.bf16 is None:
             self.bf16 = not self.fp16
         # Newer transformers renames the option and warns about the old name, which is TRL's.
@@ -241,124 +232,31 @@ class DPOConfig(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise OptionError(str(error)) from error
-        if not isinstance(self.model_init_kwargs, (dict, type(None))):
-            raise OptionError(f"model_init_kwargs={self.model_init_kwargs!r} must be a dict, or JSON like '{{...}}'.")
-
-    def _check_values(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
-        check_loss_type(self.loss_type, self.loss_weights)
-        self.beta = resolve_beta(self.loss_type, self.beta)
-        check_objective_options(self.loss_type, {name: getattr(self, name) for name in OBJECTIVE_OPTIONS})
-        self._check_batch()
-        self._check_memory()
-        self._check_reference()
-        check_evaluation_options(self)
-        check_number(self, "learning_rate", minimum=0)
-        check_number(self, "max_unusable_share", minimum=0, maximum=1)
-        check_number(self, "max_length", minimum=2, optional=True, whole=True)
-        check_number(self, "dataset_num_proc", minimum=1, optional=True, whole=True)
-        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
-        check_choice("on_unusable", self.on_unusable, ("drop", "error"))
-        flags = "trust_remote_code disable_dropout share_prompts gradient_checkpointing sync_ref_model"
-        for name in [*flags.split(), "precompute_ref_log_probs", "cache_ref_log_probs", "activation_offloading"]:
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
-        for name in ("quantize_base", "bf16", "ref_cache_tokens", "fused_layers"):
-            if not isinstance(getattr(self, name), (bool, type(None))):
-                raise OptionError(f"{name}={getattr(self, name)!r} must be True, False or None.")
-        check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
-        for name, (harmless, why) in NOT_AVAILABLE.items():
-            if getattr(self, name, harmless) not in (harmless, None):
-                raise OptionError(f"{name}={getattr(self, name)!r} is not available here. {why}")
+        for name in ("model_init_kwargs", "loss_options"):  # text of a command line is parsed by now
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
+        check_loss_options(self, losses)
 
     @property
     def caches_reference(self) -> bool:
         """Whether the reference's log-probs are kept on disk."""
         return self.precompute_ref_log_probs or self.cache_ref_log_probs
 
-    def _check_reference(self) -> None:
-        check_number(self, "ref_model_mixup_alpha", above=0, maximum=1)
-        check_number(self, "ref_model_sync_steps", minimum=1, whole=True)
-        check_number(self, "precompute_ref_tokens", minimum=1, whole=True)
-        check_number(self, "ref_cache_gb", above=0)
-        used_with = {
-            "ref_model_mixup_alpha": ("sync_ref_model", self.sync_ref_model),
-            "ref_model_sync_steps": ("sync_ref_model", self.sync_ref_model),
-            "precompute_ref_tokens": ("precompute_ref_log_probs", self.precompute_ref_log_probs),
-        }
-        cache = ("precompute_ref_log_probs or cache_ref_log_probs", self.caches_reference)
-        used_with |= dict.fromkeys(("ref_cache_dir", "ref_cache_gb", "ref_cache_tokens"), cache)
-        check_used(self, used_with)
-        if not any(REGISTRY[name].needs_reference for name in self.loss_type):
-            names = "reference sync_ref_model precompute_ref_log_probs cache_ref_log_probs".split()
-            if given := [name for name in names if getattr(self, name)]:
-                raise OptionError(
-                    f"{', '.join(given)}: no effect, loss_type {', '.join(self.loss_type)} has no reference. Leave it "
-                    "out."
-                )
-        if self.ref_cache_tokens is False and (self.ld_alpha is not None or self.discount_gamma != 1.0):
-            raise OptionError("ref_cache_tokens=False: ld_alpha and discount_gamma read single tokens. Leave it out.")
-        if self.precompute_ref_log_probs and self.cache_ref_log_probs:
-            raise OptionError("cache_ref_log_probs has no effect with precompute_ref_log_probs: set one of them.")
-        if self.caches_reference and self.sync_ref_model:
-            raise OptionError("sync_ref_model changes the reference as it goes, so nothing of it can be cached.")
-        if self.sync_ref_model and self.reference == "base":
-            raise OptionError(
-                "reference='base' is the bare model and can't follow the policy: leave sync_ref_model out."
-            )
-        if self.caches_reference and any("mismatched_scores_M" in REGISTRY[name].inputs for name in self.loss_type):
-            raise OptionError(
-                f"loss_type {', '.join(self.loss_type)} compares with mismatched answers that every batch draws anew: "
-                "a cache would never hold them. Leave precompute_ref_log_probs and cache_ref_log_probs out."
-            )
 
-    def _check_memory(self) -> None:
-        layers = "auto" if self.checkpoint_layers is None else self.checkpoint_layers
-        self.checkpoint_layers = layers = int(layers) if str(layers).isdecimal() else layers  # text if from a shell
-        if layers != "auto" and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 0):
-            raise OptionError(f"checkpoint_layers={layers!r} must be a whole number from 0, or 'auto'.")
-        needing = {"checkpoint_layers": layers != "auto", "activation_offloading": self.activation_offloading}
-        if not self.gradient_checkpointing and (given := [name for name, on in needing.items() if on]):
-            raise OptionError(
-                f"{', '.join(given)}: no effect without gradient_checkpointing: set it, or leave it out."
-            )
-        check_number(self, "max_memory_gib", above=0, optional=True)
-        automatic = self.max_tokens_per_microbatch == "auto" or (self.gradient_checkpointing and layers == "auto")
-        if self.max_memory_gib is not None and not automatic:
-            remedy = "Set checkpoint_layers or max_tokens_per_microbatch to 'auto', or leave it out."
-            raise OptionError(f"max_memory_gib={self.max_memory_gib} has no effect: nothing is 'auto'. {remedy}")
-
-    def _check_batch(self) -> None:
-        """The token budget, and what an objective that couples the samples of an optimizer batch needs of it."""
-        budget = self.max_tokens_per_microbatch
-        if isinstance(budget, str) and budget.isdecimal():  # from the command line
-            self.max_tokens_per_microbatch = budget = int(budget)
-        whole = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1
-        if not whole and budget not in (None, "auto"):
-            raise OptionError(f"max_tokens_per_microbatch={budget!r} must be a whole number from 1, 'auto' or None.")
-        names = ", ".join(name for name in self.loss_type if REGISTRY[name].batch_coupled)
-        if not names:
-            return
-        if (self.gradient_accumulation_steps > 1 or budget is not None) and self.disable_dropout is False:
-            raise OptionError(
-                f"disable_dropout=False with loss_type {names} needs gradient_accumulation_steps=1 and no "
-                "max_tokens_per_microbatch: this loss couples micro-batches through a pass of its own, which would "
-                "draw other dropout masks."
-            )
-        if self.per_device_train_batch_size * self.gradient_accumulation_steps < 2:
-            raise OptionError(
-                f"loss_type {names} compares the samples of a batch with each other: set per_device_train_batch_size "
-                "or gradient_accumulation_steps to at least 2."
-            )
+# Options that losses of the registry read, with their defaults. `beta` is apart: its default is the objective's.
+OBJECTIVE_OPTIONS: dict[str, Any] = {
+    one.name: one.default
+    for one in fields(DPOConfig)
+    if one.name != "beta" and any(one.name in loss.options for loss in REGISTRY.values())
+}
 
 
 def objective_options(config: DPOConfig) -> dict[str, Any]:
     """The options that losses read, by name."""
-    return {name: getattr(config, name) for name in ("beta", *OBJECTIVE_OPTIONS)}
+    return {name: getattr(config, name) for name in ("beta", "loss_options", *OBJECTIVE_OPTIONS)}
 
 
-def _checked(init: Any) -> Any:
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
     known = {f.name for f in fields(DPOConfig)}
 
     @functools.wraps(init)

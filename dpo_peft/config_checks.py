@@ -1,176 +1,286 @@
-"""Which options an objective reads: those that it doesn't, and values that make no sense, are refused.
+"""What the values of options may be: stated at each field, checked in one loop; and which options go together.
 
-Plain values in, `OptionError` out; the config calls it before anything is loaded.
+`number`, `whole`, `flag`, `choice` and `free` make the fields of `DPOConfig`. Everything is checked when a config is
+made, before anything is loaded; what reads the options later trusts them. Every check raises `OptionError` with the
+option's name, what is wrong with its value, and the remedy.
 """
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .data import DISCOUNT_UNITS
 from .errors import OptionError
-from .losses import F_DIVERGENCES, REGISTRY
+from .losses import REGISTRY, Objective, find_objective
+from .losses.registry import load_objective
 
-# Option -> its default, with which it changes nothing or is every loss's own choice. `beta` is apart: its default is
-# the objective's.
-OBJECTIVE_OPTIONS: dict[str, Any] = {
-    "label_smoothing": 0.0,
-    "reward_clip": None,
-    "f_divergence_type": "reverse_kl",
-    "f_alpha_divergence_coef": 0.5,
-    "ld_alpha": None,
-    "use_weighting": False,
-    "discopop_tau": 0.05,
-    "ipo_length_normalize": False,
-    "simpo_gamma": 1.0,
-    "cpo_alpha": 1.0,
-    "desirable_weight": 1.0,
-    "undesirable_weight": 1.0,
-    "discount_gamma": 1.0,
-    "discount_unit": "turn",
+# Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
+# default they change nothing and are accepted.
+NOT_OFFERED: dict[str, tuple[Any, str]] = {
+    "padding_free": (False, "Batches never hold padding here; leave it out."),
+    "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
+    "precompute_ref_batch_size": (None, "Set precompute_ref_tokens, the tokens of a forward pass."),
+    "router_aux_loss_coef": (None, "The router's auxiliary loss is not available yet."),
+    "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
 }
-# Option -> (lowest, highest, lowest allowed, highest allowed).
-_RANGES: dict[str, tuple[float, float, bool, bool]] = {
-    "beta": (0, math.inf, False, False),
-    "label_smoothing": (0, 0.5, True, False),
-    "reward_clip": (0, math.inf, False, False),
-    "f_alpha_divergence_coef": (-math.inf, math.inf, False, False),
-    "ld_alpha": (0, 1, True, True),
-    "discopop_tau": (0, math.inf, False, False),
-    "simpo_gamma": (0, math.inf, True, False),
-    "cpo_alpha": (0, math.inf, True, False),
-    "desirable_weight": (0, math.inf, False, False),
-    "undesirable_weight": (0, math.inf, False, False),
-    "discount_gamma": (0, 1, False, True),
+_DDP = "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."
+# Options of TrainingArguments that would have no effect here, or a wrong one: (harmless value, what to do instead).
+NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
+    "torch_compile": (False, "The trainer calls the backbone itself, which this option does not compile."),
+    "logging_nan_inf_filter": (False, "A non-finite loss stops the run; it is never filtered out."),
+    "neftune_noise_alpha": (None, "Noise on the policy alone would enter the implicit rewards; leave it out."),
+    "label_names": (None, "Pairs have no labels; leave it out."),
+    "include_for_metrics": ([], "compute_metrics gets the implicit rewards; leave it out."),
+    "fsdp": (None, _DDP),
+    "deepspeed": (None, _DDP),
+    "auto_find_batch_size": (False, "A micro-batch that runs out of memory is halved by itself; leave it out."),
+    "enable_jit_checkpoint": (False, "SIGTERM always saves a checkpoint here; leave it out."),
 }
 
 
-def check_loss_type(loss_type: Any, loss_weights: Any) -> None:
-    """Refuse unknown losses, mixes that can't learn from the same data, and weights that don't match."""
-    if not isinstance(loss_type, list) or not loss_type or any(name not in REGISTRY for name in loss_type):
-        raise OptionError(f"loss_type={loss_type!r} is not available. Use one or several of {', '.join(REGISTRY)}.")
+# ---- Fields and their rules -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the value of an option may be."""
+
+    kinds: tuple[type, ...] = ()  # bool, or numbers; none: it is checked elsewhere, or by its choices
+    above: float = -math.inf
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    below: float = math.inf
+    choices: Sequence[str] = ()
+    optional: bool = False  # it may be None
+    auto: bool = False  # it may be 'auto'; a number may come as text, from a shell
+    needs: str = ""  # the option without which it has no effect, or several joined by " or "
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value that the option `name` can't have."""
+        if self.optional and value is None or self.auto and value == "auto":
+            return
+        wrong = f"{name}={value!r} must be"
+        if self.choices and value not in self.choices:
+            raise OptionError(f"{wrong} one of {', '.join(map(repr, self.choices))}.")
+        if self.kinds == (bool,) and not isinstance(value, bool):
+            raise OptionError(f"{wrong} True{', False or None' if self.optional else ' or False'}.")
+        if self.kinds in ((), (bool,)):
+            return
+        whole = "a number" if float in self.kinds else "a whole number"
+        good = is_number(value) and self.above < value < self.below and self.minimum <= value <= self.maximum
+        if self.auto and not (good and isinstance(value, int)):
+            raise OptionError(f"{wrong} a whole number from {self.minimum}, 'auto' or None.")
+        bounds = {"above": self.above, "at least": self.minimum, "at most": self.maximum, "below": self.below}
+        within = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        if not good:
+            raise OptionError(f"{wrong} {whole} {within}".rstrip() + ".")
+        if not isinstance(value, self.kinds):
+            raise OptionError(f"{wrong} {whole}{' or None' if self.optional else ''}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Metadata(dict[str, Any]):
+    """A field's help and choices, which command line parsers copy item by item; the rule is no item, but is got."""
+
+    rule: Rule
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.rule if name == "rule" else super().get(name, default)
+
+
+def _option(default: Any, text: str, rule: Rule) -> Any:
+    metadata = _Metadata({"help": text, "choices": list(rule.choices)} if rule.choices else {"help": text})
+    metadata.rule = rule
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def free(default: Any, text: str, needs: str = "") -> Any:
+    """A field whose values are not checked by themselves."""
+    return _option(default, text, Rule(needs=needs))
+
+
+def flag(default: bool | None, text: str, needs: str = "") -> Any:
+    """A field that is True or False, or None if that is its default."""
+    return _option(default, text, Rule((bool,), optional=default is None, needs=needs))
+
+
+def choice(default: str, choices: Sequence[str], text: str) -> Any:
+    """A field that is one of `choices`."""
+    return _option(default, text, Rule(choices=choices))
+
+
+def number(default: float | None, text: str, **rule: Any) -> Any:
+    """A field that is a number, or None if that is its default. `rule`: see `Rule`."""
+    return _option(default, text, Rule((int, float), optional=default is None, **rule))
+
+
+def whole(default: float | str | None, minimum: int, text: str, optional: bool = False, **rule: Any) -> Any:
+    """A field that is a whole number from `minimum` on; None too if it is optional or that is its default."""
+    return _option(default, text, Rule((int,), minimum=minimum, optional=optional or default is None, **rule))
+
+
+def check_fields(options: Any) -> None:
+    """Refuse values against the rule of their field, and those that have no effect without another option."""
+    for one in fields(options):
+        rule, value = one.metadata.get("rule"), getattr(options, one.name)
+        if rule is None:
+            continue
+        if rule.auto and isinstance(value, str) and value.isdecimal():
+            value = int(value)
+            setattr(options, one.name, value)
+        rule.check(one.name, value)
+        off = (None, False, 0, "no")
+        if rule.needs and value != one.default and all(getattr(options, n) in off for n in rule.needs.split(" or ")):
+            raise OptionError(f"{one.name}={value!r} has no effect without {rule.needs}: set it too.")
+    for name, (harmless, why) in NOT_AVAILABLE.items():
+        if getattr(options, name, harmless) not in (harmless, None):  # older versions of transformers lack some
+            raise OptionError(f"{name}={getattr(options, name)!r} is not available here. {why}")
+
+
+def check_option_names(given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """Returns the options that are known; refuses others, but leaves out those of TRL that change nothing as given."""
+    kept = {}
+    for name, value in given.items():
+        if name in known:
+            kept[name] = value
+        elif name in NOT_OFFERED:
+            default, remedy = NOT_OFFERED[name]
+            if value != default and str(value).lower() != str(default).lower():  # a command line gives text
+                raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that isn't offered here. {remedy}")
+        else:
+            close = difflib.get_close_matches(name, known | set(NOT_OFFERED), n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "`dpo-peft train --help` lists them all."
+            raise OptionError(f"{name!r} is not an option. {hint}")
+    return kept
+
+
+# ---- The objective --------------------------------------------------------------------------------------------------
+
+
+def check_loss_type(loss_type: Any, loss_weights: Any) -> list[Objective]:
+    """Refuse unknown losses, mixes that can't learn from the same data, and weights that don't match.
+
+    Returns:
+        The losses.
+    """
+    known = isinstance(loss_type, list) and all(name in REGISTRY or ":" in str(name) for name in loss_type)
+    if not known or not loss_type:
+        raise OptionError(
+            f"loss_type={loss_type!r} is not available. Use one or several of {', '.join(REGISTRY)}, or your own "
+            "function as file.py:function."
+        )
+    load_objective.cache_clear()  # a file that was changed since the last config is read anew
+    losses = [find_objective(name) for name in loss_type]
     if len(set(loss_type)) < len(loss_type):
         raise OptionError(f"loss_type={loss_type!r} names a loss twice: give it once, with the sum of the weights.")
-    kinds = {REGISTRY[name].data: name for name in loss_type}
+    kinds = {loss.data: name for name, loss in zip(loss_type, losses, strict=True)}
     if len(kinds) > 1:
         needs = " but ".join(f"{name!r} learns from {data}" for data, name in kinds.items())
         raise OptionError(f"loss_type={loss_type!r} can't be mixed: {needs}. Choose losses of one kind.")
     if loss_weights is None:
-        return
+        return losses
     if not isinstance(loss_weights, list) or len(loss_weights) != len(loss_type):
         raise OptionError(f"loss_weights={loss_weights!r} must be a list with one number per loss of {loss_type}.")
-    if not all(_is_number(weight) and weight > 0 for weight in loss_weights):
+    if not all(is_number(weight) and weight > 0 for weight in loss_weights):
         raise OptionError(f"loss_weights={loss_weights!r} must be positive numbers: leave out a loss with weight 0.")
+    return losses
 
 
-def resolve_beta(loss_type: Sequence[str], beta: Any) -> float | None:
+def resolve_beta(loss_type: Sequence[str], beta: float | None) -> float | None:
     """`beta` if given, or the default that the losses agree on; None if none of them has a beta."""
-    defaults = {name: REGISTRY[name].default_beta for name in loss_type if "beta" in REGISTRY[name].options}
+    defaults = {name: one.default_beta for name in loss_type if "beta" in (one := find_objective(name)).options}
     if not defaults:
         if beta is not None:
             raise OptionError(f"beta has no effect on loss_type={list(loss_type)!r}: leave it out.")
         return None
     if beta is not None:
-        return float(_in_range("beta", beta))
+        return float(beta)
     if len(set(defaults.values())) > 1:
         raise OptionError(f"beta must be given for loss_type={list(loss_type)!r}: their defaults differ ({defaults}).")
     return next(iter(defaults.values()))
 
 
-def check_objective_options(loss_type: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Refuse an option away from its default that no loss of the mix reads, and values out of range.
-
-    Args:
-        loss_type: names in the registry.
-        given: the value of every option of `OBJECTIVE_OPTIONS`.
-    """
-    for name, default in OBJECTIVE_OPTIONS.items():
-        value = given[name]
-        if value == default:
-            continue
-        readers = [loss for loss, entry in REGISTRY.items() if name in entry.options]
-        if not set(readers) & set(loss_type):
+def check_read(options: Any, losses: Sequence[Objective]) -> None:
+    """Refuse options away from their default that other losses read, and none of these."""
+    for one in fields(options):
+        readers = [name for name, loss in REGISTRY.items() if one.name in loss.options and one.name != "beta"]
+        value = getattr(options, one.name)
+        if readers and value != one.default and not any(one.name in loss.heeds for loss in losses):
             raise OptionError(
-                f"{name}={value!r} has no effect on loss_type={list(loss_type)!r}: leave it out, or use one of "
+                f"{one.name}={value!r} has no effect on loss_type={options.loss_type!r}: leave it out, or use one of "
                 f"{', '.join(readers)}."
             )
-        if name in _RANGES:
-            _in_range(name, value)
-    check_choice("f_divergence_type", given["f_divergence_type"], F_DIVERGENCES)
-    check_choice("discount_unit", given["discount_unit"], DISCOUNT_UNITS)
-    for name in ("use_weighting", "ipo_length_normalize"):
-        if not isinstance(given[name], bool):
-            raise OptionError(f"{name}={given[name]!r} must be True or False.")
-    _check_together(loss_type, given)
 
 
-def _check_together(loss_type: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Options that have an effect only beside another one."""
-    if given["f_alpha_divergence_coef"] != 0.5 and given["f_divergence_type"] != "alpha_divergence":
-        raise OptionError("f_alpha_divergence_coef has no effect without f_divergence_type='alpha_divergence'.")
-    if given["discount_unit"] != "turn" and given["discount_gamma"] == 1.0:
-        raise OptionError("discount_unit has no effect while discount_gamma is 1: set discount_gamma below 1.")
-    if "exo_pair" in loss_type and not given["label_smoothing"]:
-        raise OptionError(
-            "loss_type 'exo_pair' needs label_smoothing above 0, such as 0.001 (it takes its logarithm)."
-        )
+def check_loss_options(options: Any, losses: Sequence[Objective]) -> None:
+    """Refuse options of losses from outside that none of them has."""
+    known = {name for loss in losses if not loss.name for name in loss.keywords} - {"beta"}
+    for name in options.loss_options or ():
+        if name not in known:
+            remedy = f"their options are {', '.join(sorted(known))}" if known else "leave it out"
+            raise OptionError(f"loss_options[{name!r}] has no effect on loss_type={options.loss_type!r}: {remedy}.")
 
 
-def _in_range(name: str, value: Any) -> Any:
-    low, high, with_low, with_high = _RANGES[name]
-    if (
-        _is_number(value)
-        and (value > low or with_low and value == low)
-        and (value < high or with_high and value == high)
-    ):
-        return value
-    bounds = [f"{'at least' if with_low else 'above'} {low:g}"] if low > -math.inf else []
-    bounds += [f"{'at most' if with_high else 'below'} {high:g}"] if high < math.inf else []
-    raise OptionError(f"{name}={value!r} must be a number {' and '.join(bounds)}.".replace(" .", "."))
+# ---- Options together -----------------------------------------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices of the option `name`."""
-    if value not in choices:
-        raise OptionError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
-
-
-def check_number(
-    options: Any,
-    name: str,
-    above: float = -math.inf,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    optional: bool = False,
-    whole: bool = False,
-) -> None:
-    """Refuse an attribute of `options` that is no number within the bounds."""
-    value = getattr(options, name)
-    if value is None and optional:
-        return
-    kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise OptionError(f"{name}={value!r} must be {kind}{' or None' if optional else ''}.")
-    if not (math.isfinite(value) and above < value and minimum <= value <= maximum):
-        bounds = [f"above {above}"] if above > -math.inf else []
-        bounds += [f"at least {minimum}"] if minimum > -math.inf else []
-        bounds += [f"at most {maximum}"] if maximum < math.inf else []
-        raise OptionError(f"{name}={value!r} must be {kind} {' and '.join(bounds)}.")
-
-
-def check_used(options: Any, used_with: Mapping[str, tuple[str, bool]]) -> None:
-    """Refuse attributes of `options` that are set beside an option that isn't.
-
-    Args:
-        options: a dataclass's instance.
-        used_with: each such attribute's name to that of the other option and whether that is on.
-    """
-    defaults = {f.name: f.default for f in fields(options)}
-    for name, (option, on) in used_with.items():
-        if not on and getattr(options, name) != defaults[name]:
-            raise OptionError(f"{name}={getattr(options, name)!r} has no effect without {option}: set it too.")
+def check_together(o: Any, losses: Sequence[Objective]) -> None:
+    """Refuse options that contradict each other, and those without effect beside the value of another."""
+    mix = ", ".join(o.loss_type)
+    coupled = ", ".join(name for name, loss in zip(o.loss_type, losses, strict=True) if loss.batch_coupled)
+    automatic = "auto" in (o.max_tokens_per_microbatch, o.gradient_checkpointing and o.checkpoint_layers)
+    layers = {"checkpoint_layers": o.checkpoint_layers != "auto", "activation_offloading": o.activation_offloading}
+    layered = ", ".join(name for name, on in layers.items() if on and not o.gradient_checkpointing)
+    of_reference = ("reference", "sync_ref_model", "precompute_ref_log_probs", "cache_ref_log_probs")
+    referring = ", ".join(name for name in of_reference if getattr(o, name))
+    split = o.gradient_accumulation_steps > 1 or o.max_tokens_per_microbatch is not None
+    mismatched = any("mismatched_scores_M" in loss.inputs for loss in losses)
+    refused = {
+        "f_alpha_divergence_coef has no effect without f_divergence_type='alpha_divergence'.": (
+            o.f_alpha_divergence_coef != 0.5 and o.f_divergence_type != "alpha_divergence"
+        ),
+        "discount_unit has no effect while discount_gamma is 1: set discount_gamma below 1.": (
+            o.discount_unit != "turn" and o.discount_gamma == 1.0
+        ),
+        "loss_type 'exo_pair' needs label_smoothing above 0, such as 0.001 (it takes its logarithm).": (
+            "exo_pair" in o.loss_type and not o.label_smoothing
+        ),
+        f"{referring}: no effect, loss_type {mix} has no reference. Leave it out.": (
+            bool(referring) and not any(loss.needs_reference for loss in losses)
+        ),
+        "ref_cache_tokens=False: ld_alpha and discount_gamma read single tokens. Leave it out.": (
+            o.ref_cache_tokens is False and (o.ld_alpha is not None or o.discount_gamma != 1.0)
+        ),
+        "cache_ref_log_probs has no effect with precompute_ref_log_probs: set one of them.": (
+            o.precompute_ref_log_probs and o.cache_ref_log_probs
+        ),
+        "sync_ref_model changes the reference as it goes, so nothing of it can be cached.": (
+            o.caches_reference and o.sync_ref_model
+        ),
+        "reference='base' is the bare model and can't follow the policy: leave sync_ref_model out.": (
+            o.sync_ref_model and o.reference == "base"
+        ),
+        f"loss_type {mix} compares with mismatched answers that every batch draws anew: a cache would never hold "
+        "them. Leave precompute_ref_log_probs and cache_ref_log_probs out.": o.caches_reference and mismatched,
+        f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": bool(layered),
+        f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
+        "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,
+        f"disable_dropout=False with loss_type {coupled} needs gradient_accumulation_steps=1 and no "
+        "max_tokens_per_microbatch: this loss couples micro-batches through a pass of its own, which would draw other "
+        "dropout masks.": bool(coupled) and not o.disable_dropout and split,
+        f"loss_type {coupled} compares the samples of a batch with each other: set per_device_train_batch_size or "
+        "gradient_accumulation_steps to at least 2.": (
+            bool(coupled) and o.per_device_train_batch_size * o.gradient_accumulation_steps < 2
+        ),
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise OptionError(message)

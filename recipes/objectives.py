@@ -39,7 +39,7 @@ import torch
 
 from dpo_peft import quickstart
 from dpo_peft.cli import train as cli
-from dpo_peft.losses import REGISTRY
+from dpo_peft.losses import find_objective
 from dpo_peft.quickstart.forms import MOST_LISTS, write_form
 from dpo_peft.quickstart.judging import judge, show, train_between_samples, write_report
 
@@ -78,7 +78,7 @@ def build_trainer(argv: list[str], lists: int = MOST_LISTS, held_out_lists: int 
     given = [word for option, value in bundled.items() if option not in argv for word in (option, value)]
     torch.manual_seed(0)
     data, args, model = cli.parse([*given, *argv])
-    kind = REGISTRY[args.loss_type[0]].data
+    kind = find_objective(args.loss_type[0]).data
     for option, (file, most) in pairs.items():
         if option not in argv:
             setattr(data, option[2:], write_form(kind, file, args.output_dir, quickstart.model_path(), most))

@@ -14,8 +14,8 @@ from trainer_helpers import id_pairs, lora, ours
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 
 from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
+from dpo_peft.config_checks import NOT_AVAILABLE, NOT_OFFERED, check_option_names
 from dpo_peft.model.loading import load_base
-from dpo_peft.option_names import NOT_AVAILABLE, NOT_OFFERED, check_option_names
 
 
 def config(**options: Any) -> DPOConfig:

@@ -9,7 +9,8 @@ from objective_rows import NEEDED, rows_for
 from trainer_helpers import id_pairs, ours
 
 from dpo_peft import DataError, DPOConfig, OptionError
-from dpo_peft.config_checks import OBJECTIVE_OPTIONS, resolve_beta
+from dpo_peft.config import OBJECTIVE_OPTIONS
+from dpo_peft.config_checks import resolve_beta
 from dpo_peft.losses import REGISTRY
 
 # A value away from the default for every option, and what else it needs to have an effect.

@@ -5,8 +5,10 @@ import re
 import pytest
 from paths import REPO
 
-from dpo_peft.config_checks import OBJECTIVE_OPTIONS
+from dpo_peft.config import OBJECTIVE_OPTIONS
 from dpo_peft.losses import REGISTRY
+from dpo_peft.losses.__main__ import entry
+from dpo_peft.losses.registry import INPUTS
 
 DOC = (REPO / "docs" / "objectives.md").read_text(encoding="utf-8")
 ENTRIES = dict(re.findall(r"^#### `(\w+)`\n(.*?)(?=^#|\Z)", DOC, flags=re.MULTILINE | re.DOTALL))
@@ -18,12 +20,20 @@ def test_entries_are_those_of_the_registry() -> None:
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_an_entry_says_what_the_registry_says(name: str) -> None:
-    entry, text = REGISTRY[name], " ".join(ENTRIES[name].split())
-    beta = "none" if entry.default_beta is None else f"{entry.default_beta:g}"
-    for said in (entry.formula, entry.use_when, f"beta: {beta}. {entry.why_beta}", entry.source):
+    """If this fails, put the output of `python -m dpo_peft.losses NAME` in the place of the entry's beginning."""
+    objective = REGISTRY[name]
+    assert f"#### `{name}`\n{ENTRIES[name]}".startswith(entry(objective))
+    beta = "none" if objective.default_beta is None else f"{objective.default_beta:g}"
+    text = " ".join(ENTRIES[name].split())
+    for said in (objective.formula, objective.use_when, f"beta: {beta}. {objective.why_beta}", objective.source):
         assert " ".join(said.split()) in text, said
     named = set(re.findall(r"options: (.*?) - source", text)[0].replace("`", "").split(", ")) - {"none"}
-    assert named == set(entry.options) - {"beta"}
+    assert named == set(objective.options) - {"beta"}
+
+
+def test_every_input_of_a_loss_is_explained() -> None:
+    table = DOC.partition("## Your own loss")[2]
+    assert not [name for names in INPUTS.values() for name in names if name.replace("rejected", "chosen") not in table]
 
 
 def test_every_objective_has_a_row_of_results() -> None:

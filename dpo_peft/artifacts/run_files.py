@@ -113,7 +113,7 @@ class SaveResults:
     def _objective(self) -> str:
         """Names, weights and sources of the losses. What the lecture note calls them helps no reader of a card."""
         objective, parts = self.trainer.objective, []
-        for name, part, weight in zip(self.args.loss_type, objective.parts, objective.weights, strict=True):
+        for name, part, weight in zip(objective.names, objective.parts, objective.weights, strict=True):
             share = f"{weight:g} × " if len(objective.weights) > 1 else ""
             source = re.sub(r" *\((its )?note [^)]*\)", "", part.source)
             parts.append(f"{share}`{public(name)}`{f' ({source})' if source else ''}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import DPOConfig
+from ..config_checks import check_option_names
 from ..errors import OptionError
-from ..losses import REGISTRY
-from ..option_names import check_option_names
+from ..losses import find_objective
 from ..planning.steps import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape
 from ..planning.tables import Card, Pace, Work, build_plan, is_hopper, parse_card, render
 from .options import check_unknown, parser_text, refuse_instead_of_exit, show, split_config_word
@@ -154,10 +154,7 @@ def _work(options: Namespace) -> Work:
 
 def _needs_reference(options: Namespace) -> bool:
     names = [options.loss_type] if isinstance(options.loss_type, str) else options.loss_type
-    for name in names:
-        if name not in REGISTRY:
-            raise OptionError(f"loss_type={name!r} is not one of {', '.join(REGISTRY)}.")
-    return any(REGISTRY[name].needs_reference for name in names)
+    return any(find_objective(name).needs_reference for name in names)
 
 
 def _checkpoints(options: Namespace) -> bool:

@@ -185,8 +185,8 @@ def _kind(rows: Any, trained: Any) -> str:
         several = is_several(first.get("rejected"), kind_of(first.get("chosen")))
         if several or is_several(first.get("rejected_ids"), "ids"):
             return "lists"
-        trajectories = trained is not None and REGISTRY[trained.loss_type[0]].data == "trajectories"
-        return "trajectories" if trajectories else "pairs"
+        entry = None if trained is None else REGISTRY.get(trained.loss_type[0])  # None too: a loss of someone's own
+        return "trajectories" if entry is not None and entry.data == "trajectories" else "pairs"
     if have & {"completions", "completions_ids"}:
         return "lists" if have.intersection(GRADE_COLUMNS) else "unlabelled"
     if have & {"completion", "completion_ids", "messages"}:

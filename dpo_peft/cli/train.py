@@ -232,7 +232,7 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     from trl import TrlParser
 
     from ..config import DPOConfig
-    from ..option_names import check_option_names
+    from ..config_checks import check_option_names
 
     argv = split_config_word(argv)
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)

@@ -1,13 +1,14 @@
-"""The objectives: pure functions of small tensors, and one literal registry of what each needs.
+"""The objectives: pure functions of small tensors, and a registry of what each needs.
 
 A loss knows nothing of models, configs or batches, and returns one number per item, unreduced. The trainer reads the
-registry to learn which log-probs to compute and which options an objective takes.
+registry to learn which log-probs to compute and which options an objective takes. `python -m dpo_peft.losses` prints
+the entries of docs/objectives.md.
 """
 
-from .objective import Objective
+from importlib import import_module
+
 from .pairwise import PairLoss, dpo_loss
-from .registry_others import OTHERS
-from .registry_reference import WITH_REFERENCE
+from .registry import REGISTRY, Objective, find_objective, load_function, objective
 from .scores import F_DIVERGENCES, discounts, length_desensitized_weights, shape_scores, wpo_weights
 from .unpaired import reference_point
 
@@ -18,10 +19,14 @@ __all__ = [
     "PairLoss",
     "discounts",
     "dpo_loss",
+    "find_objective",
     "length_desensitized_weights",
+    "load_function",
+    "objective",
     "reference_point",
     "shape_scores",
     "wpo_weights",
 ]
 
-REGISTRY: dict[str, Objective] = {**WITH_REFERENCE, **OTHERS}
+for _family in ("pairwise", "anchored", "reference_free", "listwise", "unpaired"):  # they fill the registry
+    import_module(f".{_family}", __name__)

@@ -8,6 +8,8 @@ Shape suffixes: C completions of all lists, E lists. Every loss returns (E,), in
 import torch
 from torch import Tensor
 
+from .registry import register
+
 
 def segment_logsumexp(values_C: Tensor, segment_of_C: Tensor, num_segments: int) -> Tensor:
     """log of the sum of exp(values) per segment, (E,). No segment may be empty."""
@@ -17,12 +19,17 @@ def segment_logsumexp(values_C: Tensor, segment_of_C: Tensor, num_segments: int)
     return largest_E + sums_E.log()
 
 
+@register(
+    "-log(exp(r_w) / (exp(r_w) + sum_i exp(r_i)))",
+    use_when="One best answer and several worse ones per prompt.",
+    why_beta="That of sigmoid, which this is for one rejected answer.",
+    data="lists",
+    shaping=("reward_clip",),
+)
 def multi_negative_loss(
     scores_C: Tensor, grades_C: Tensor, sample_of_C: Tensor, num_samples: int, *, beta: float = 0.1
 ) -> Tensor:
     """DPO with m rejected completions, m from list to list: -log of the chosen one's share of sum exp(r).
-
-        -log(exp(r_w) / (exp(r_w) + sum_i exp(r_i))),  r = beta * score
 
     The completion of the best grade is the chosen one; all others are rejected, whatever their order. Several of the
     best grade share the label evenly.
@@ -30,14 +37,7 @@ def multi_negative_loss(
     By hand (m = 3, beta 0.5): scores 2, -1, 0, 1 make rewards 1, -0.5, 0, 0.5; the exponentials 2.7183 + 0.6065 + 1 +
     1.6487 = 5.9735; log(5.9735 / 2.7183) = 0.7873.
 
-    Args:
-        scores_C: (C,).
-        grades_C: (C,).
-        sample_of_C: (C,) int64, which list; the lists' completions may stand in any order.
-        num_samples: E; each list has at least one completion.
-        beta: strength of the tie to the reference, the inverse temperature of the contrast (note eq. 18).
-
-    Source: note eq. 17, InfoNCE on implicit rewards (van den Oord et al. 2018, arXiv:1807.03748, eq. 4).
+    Source: van den Oord et al. 2018, InfoNCE, arXiv:1807.03748, eq. 4, on implicit rewards (note eq. 17).
     """
     rewards_C = beta * scores_C
     lowest_E = grades_C.new_full((num_samples,), torch.finfo(grades_C.dtype).min)
@@ -49,12 +49,17 @@ def multi_negative_loss(
     return segment_logsumexp(rewards_C, sample_of_C, num_samples) - chosen_E
 
 
+@register(
+    "sum_i log sum over {j not above i} of exp(r_j - r_i)",
+    use_when="Answers are ranked, and the order of the lower ones can be trusted too.",
+    why_beta="That of sigmoid, which this is for two answers.",
+    data="lists",
+    shaping=("reward_clip",),
+)
 def plackett_luce_loss(
     scores_C: Tensor, grades_C: Tensor, sample_of_C: Tensor, num_samples: int, *, beta: float = 0.1
 ) -> Tensor:
     """Minus the log-likelihood of the whole ranking: the best is picked from all, the next from the rest, and so on.
-
-        sum_i log sum over {j: grade_j <= grade_i} of exp(r_j - r_i),  r = beta * score
 
     Tied completions are each picked from the same set, which holds all of the tied ones (Breslow's form). The last
     one, if it stands alone, adds 0.
@@ -62,14 +67,7 @@ def plackett_luce_loss(
     By hand (beta 0.5): scores 2, 1, -1, best first, make rewards 1, 0.5, -0.5. The first pick:
     log((2.7183 + 1.6487 + 0.6065) / 2.7183) = 0.6041; the second: log(1 + exp(-1)) = 0.3133; together 0.9174.
 
-    Args:
-        scores_C: (C,).
-        grades_C: (C,).
-        sample_of_C: (C,) int64, which list.
-        num_samples: E.
-        beta: strength of the tie to the reference.
-
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 20 (appendix A.3).
+    Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, eq. 20 (appendix A.3).
     """
     rewards_C = beta * scores_C
     # C x C of small C: a few lists of a few completions. It is the plainest form, and exact for ties.

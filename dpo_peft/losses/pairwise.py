@@ -1,5 +1,8 @@
 """Losses of pairs that look at the difference of the two rewards: one chosen, one rejected completion.
 
+`aot` and `aot_unpaired` compare sorted batches, so that the distribution of rewards moves and not each pair by itself:
+call them on the whole optimizer batch at once; they give their losses in sorted order.
+
 A score is log pi(y|x) - log pi_ref(y|x), in nats, weighted, shaped and clipped by `scores.py` where the run asks it.
 The example of most docstrings is the note's 3.1: scores 2 and -1, beta 0.1, so h = 0.1 * (2 + 1) = 0.3.
 
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import OptionError
+from .registry import register
 from .scores import shape_scores
 
 
@@ -37,6 +41,11 @@ def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
+@register(
+    "-log sigmoid(h)",
+    use_when="The default: one better and one worse answer per prompt.",
+    why_beta="The value of the paper (appendix B), and TRL's default.",
+)
 def sigmoid_loss(
     chosen_scores_B: Tensor,
     rejected_scores_B: Tensor,
@@ -50,19 +59,19 @@ def sigmoid_loss(
     By hand (scores 2 and -1, beta 0.1): h = 0.3, log(1 + exp(-0.3)) = 0.5544. With margin 0.1, h = 0.2: 0.5981. With
     label_smoothing 0.1 (conservative DPO): 0.9 * 0.5544 + 0.1 * 0.8544 = 0.5844.
 
-    Args:
-        chosen_scores_B: (B,).
-        rejected_scores_B: (B,).
-        margin_B: (B,) or a number: by how much the chosen reward should be the larger, in rewards.
-        beta: strength of the tie to the reference.
-        label_smoothing: probability that a label is wrong, in [0, 0.5].
-
-    Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (note eqs. 8, 9, 11); smoothing: Mitchell 2023, cDPO;
-    margin: Amini et al. 2024, ODPO, arXiv:2402.10571.
+    Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, eq. 7 (note eqs. 8, 9, 11);
+    smoothing: Mitchell 2023, cDPO; margin: Amini et al. 2024, ODPO, arXiv:2402.10571.
     """
     return smoothed_logistic(beta * (chosen_scores_B - rejected_scores_B) - margin_B, label_smoothing)
 
 
+@register(
+    "-log sigmoid(h), s = sum over t of gamma^t log(pi / pi_ref)",
+    use_when="Whole conversations are compared, which may part at any turn.",
+    why_beta="That of sigmoid, which this is for one step.",
+    data="trajectories",
+    shaping=("discount_gamma", "discount_unit", "reward_clip"),
+)
 def trajectory_loss(
     chosen_scores_B: Tensor, rejected_scores_B: Tensor, margin_B: Tensor | float = 0.0, *, beta: float = 0.1
 ) -> Tensor:
@@ -71,18 +80,16 @@ def trajectory_loss(
     The caller discounts (`scores.discounts`). By hand: gamma 0.5, log-ratios 1 and 2 of the chosen trajectory's two
     steps make 1 + 0.5 * 2 = 2, one step of -1 makes -1; beta 0.1: log(1 + exp(-0.3)) = 0.5544.
 
-    Args:
-        chosen_scores_B: (B,) discounted.
-        rejected_scores_B: (B,) discounted; number of steps and start state may differ from the chosen one's.
-        margin_B: (B,) or a number, in rewards.
-        beta: strength of the tie to the reference.
-
-    Source: note eqs. 31, 46, 47 (48 is one step); Hejna et al. 2023, Contrastive Preference Learning,
-    arXiv:2310.13639, has the same form.
+    Source: Hejna et al. 2023, Contrastive Preference Learning, arXiv:2310.13639, its contrastive loss, with a
+    reference (note eqs. 31, 46, 47).
     """
     return sigmoid_loss(chosen_scores_B, rejected_scores_B, margin_B, beta=beta)
 
 
+@register(
+    "max(0, 1 - h)",
+    use_when="Pairs that are told apart well enough should stop pulling.",
+)
 def hinge_loss(
     chosen_scores_B: Tensor, rejected_scores_B: Tensor, margin_B: Tensor | float = 0.0, *, beta: float = 0.1
 ) -> Tensor:
@@ -90,11 +97,17 @@ def hinge_loss(
 
     By hand: 1 - 0.3 = 0.7.
 
-    Source: Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; on log-ratios: Liu et al. 2023, RSO, arXiv:2309.06657.
+    Source: Zhao et al. 2023, SLiC-HF, arXiv:2305.10425, the calibration term, on log-ratios as in RSO; RSO: Liu et al.
+    2023, arXiv:2309.06657.
     """
     return torch.relu(1 - (beta * (chosen_scores_B - rejected_scores_B) - margin_B))
 
 
+@register(
+    "(s_w - s_l - 1 / (2 beta))^2",
+    use_when="Labels are nearly deterministic and DPO overfits them.",
+    why_beta="TRL's default; as sums, pairs should come to lie 1 / (2 beta) = 5 nats apart.",
+)
 def ipo_loss(
     chosen_scores_B: Tensor,
     rejected_scores_B: Tensor,
@@ -112,7 +125,7 @@ def ipo_loss(
 
     By hand: (3 - 5)^2 = 4.0. Normalised, with 4 and 2 tokens: (2 / 4 + 1 / 2 - 5)^2 = 16.0.
 
-    Source: Azar et al. 2023, arXiv:2310.12036, eq. 17 (note eq. 50).
+    Source: Azar et al. 2023, A General Theoretical Paradigm (IPO), arXiv:2310.12036, eq. 17 (note eq. 50).
     """
     if ipo_length_normalize:
         chosen_scores_B = chosen_scores_B / chosen_lengths_B
@@ -120,6 +133,11 @@ def ipo_loss(
     return (chosen_scores_B - rejected_scores_B - 1 / (2 * beta)) ** 2
 
 
+@register(
+    "KL((sigmoid(h), sigmoid(-h)) || (1 - e, e))",
+    use_when="The policy should concentrate on the better answers instead of covering all of them.",
+    why_beta="The value of the paper (appendix B), and TRL's default.",
+)
 def exo_pair_loss(
     chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: float = 0.1, label_smoothing: float = 1e-3
 ) -> Tensor:
@@ -131,7 +149,7 @@ def exo_pair_loss(
     Raises:
         OptionError: label_smoothing outside (0, 0.5). At 0 the loss is infinite.
 
-    Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
+    Source: Ji et al. 2024, Efficient Exact Optimization, arXiv:2402.00856, eq. 16.
     """
     if not 0 < label_smoothing < 0.5:
         raise OptionError(
@@ -145,6 +163,11 @@ def exo_pair_loss(
     return chosen_B + log_not_q_B.exp() * (log_not_q_B - smoothing.log())
 
 
+@register(
+    "(-(1 - e) log sigmoid(h) + e log sigmoid(-h)) / (1 - 2 e)",
+    use_when="A known share e of the labels is wrong.",
+    why_beta="TRL's default; the paper's runs use 0.01.",
+)
 def robust_loss(
     chosen_scores_B: Tensor,
     rejected_scores_B: Tensor,
@@ -155,14 +178,12 @@ def robust_loss(
 ) -> Tensor:
     """Robust DPO: unbiased under labels that are flipped with probability e.
 
-        (-(1 - e) log sigmoid(h) + e log sigmoid(-h)) / (1 - 2 e)
-
     By hand (label_smoothing 0.1): (0.9 * 0.5544 - 0.1 * 0.8544) / 0.8 = 0.5169.
 
     Raises:
         OptionError: label_smoothing outside [0, 0.5).
 
-    Source: Chowdhury et al. 2024, arXiv:2403.00409.
+    Source: Chowdhury et al. 2024, Provably Robust DPO, arXiv:2403.00409, the unbiased loss of section 3.1.
     """
     if not 0 <= label_smoothing < 0.5:
         raise OptionError(f"label_smoothing={label_smoothing!r}: robust needs a value in [0, 0.5).")
@@ -171,24 +192,32 @@ def robust_loss(
     return (straight_B + label_smoothing * F.logsigmoid(-h_B)) / (1 - 2 * label_smoothing)
 
 
+@register(
+    "(1 - w) * -log sigmoid(h) + w * exp(-h), w = sigmoid(h / tau)",
+    use_when="A comparison with the loss that a language model found.",
+    why_beta="TRL's default; the paper's runs use 0.05.",
+)
 def discopop_loss(
     chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: float = 0.1, discopop_tau: float = 0.05
 ) -> Tensor:
     """DiscoPOP: a blend of the logistic and the exponential loss, w = sigmoid(h / tau).
 
-        (1 - w) * -log sigmoid(h) + w * exp(-h)
-
     By hand (h = 0.3, discopop_tau 0.3): w = 0.7311; 0.2689 * 0.5544 + 0.7311 * 0.7408 = 0.6907.
 
     w * exp(-h) is formed as one exponential: apart, they become 0 * inf at a large negative h.
 
-    Source: Lu et al. 2024, arXiv:2406.08414, eq. 5.
+    Source: Lu et al. 2024, Discovering Preference Optimization Algorithms, arXiv:2406.08414, eq. 5.
     """
     h_B = beta * (chosen_scores_B - rejected_scores_B)
     logistic_B = -F.logsigmoid(h_B) * torch.sigmoid(-h_B / discopop_tau)
     return logistic_B + torch.exp(F.logsigmoid(h_B / discopop_tau) - h_B)
 
 
+@register(
+    "-log sigmoid(beta * (s_w / |y_w| - s_l / |y_l|))",
+    use_when="The longer answer is mostly the chosen one, and answers should not grow.",
+    why_beta="TRL's default; scores per token are small, so the paper takes 5.",
+)
 def sigmoid_norm_loss(
     chosen_scores_B: Tensor,
     rejected_scores_B: Tensor,
@@ -209,6 +238,55 @@ def sigmoid_norm_loss(
     )
 
 
+@register(
+    "-log sigmoid(beta * (sort(logp_w - logp_l) - sort(ref_w - ref_l)))",
+    use_when="The whole distribution of margins should move; needs a large batch.",
+    shaping=("ld_alpha",),
+    batch_coupled=True,
+)
+def aot_loss(
+    chosen_logps_B: Tensor,
+    rejected_logps_B: Tensor,
+    ref_chosen_logps_B: Tensor,
+    ref_rejected_logps_B: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """AOT, paired: -log sigmoid(beta * (sort(policy's gaps) - sort(reference's gaps))).
+
+    A gap is log pi(y_w) - log pi(y_l).
+
+    By hand (beta 0.1): gaps 5 and 1 under the policy, 2 and -1 under the reference; sorted 1, 5 and -1, 2, so the
+    differences are 2 and 3: 0.5981 and 0.5544.
+
+    Source: Melnyk et al. 2024, Alignment via Optimal Transport, arXiv:2406.05882, the paired objective.
+    """
+    gaps_B = (chosen_logps_B - rejected_logps_B).sort().values
+    ref_gaps_B = (ref_chosen_logps_B - ref_rejected_logps_B).sort().values
+    return smoothed_logistic(beta * (gaps_B - ref_gaps_B), label_smoothing)
+
+
+@register(
+    "-log sigmoid(beta * (sort(s_w) - sort(s_l)))",
+    use_when="As aot, where good and bad answers need not belong to the same prompts.",
+    shaping=("ld_alpha",),
+    batch_coupled=True,
+)
+def aot_unpaired_loss(
+    chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> Tensor:
+    """AOT, unpaired: -log sigmoid(beta * (sort(chosen) - sort(rejected))), on scores.
+
+    By hand (beta 0.1): chosen 3 and 1, rejected -2 and 1; sorted 1, 3 and -2, 1, so the differences are 3 and 2:
+    0.5544 and 0.5981.
+
+    Source: Melnyk et al. 2024, Alignment via Optimal Transport, arXiv:2406.05882, the unpaired objective.
+    """
+    chosen_B, rejected_B = chosen_scores_B.sort().values, rejected_scores_B.sort().values
+    return smoothed_logistic(beta * (chosen_B - rejected_B), label_smoothing)
+
+
 def dpo_loss(
     chosen_logps_B: Tensor,
     rejected_logps_B: Tensor,
@@ -226,16 +304,11 @@ def dpo_loss(
     -log sigmoid(0.3) = log(1 + exp(-0.3)) = 0.5544.
 
     Args:
-        chosen_logps_B: (B,) log-probs of the chosen completions under the policy.
-        rejected_logps_B: (B,) of the rejected ones.
-        ref_chosen_logps_B: (B,) of the chosen ones under the reference.
-        ref_rejected_logps_B: (B,) of the rejected ones under the reference.
+        chosen_logps_B, rejected_logps_B: (B,) log-probs of the completions under the policy.
+        ref_chosen_logps_B, ref_rejected_logps_B: (B,) the same under the reference.
         beta: how strongly the policy is held to the reference; rewards are in units of beta nats.
         reward_clip: clip each implicit reward to [-reward_clip, reward_clip] (note section 6.3). A reward outside it
             gets no gradient. The rewards returned are the unclipped ones.
-
-    Returns:
-        `PairLoss`, each tensor (B,).
 
     Source: Rafailov et al. 2023, eq. 7 (note eqs. 8, 9, 11, listing 2).
     """

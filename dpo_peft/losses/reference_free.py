@@ -12,22 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pairwise import smoothed_logistic
+from .registry import register
 
 
+@register(
+    "-log pi(y_w) per token",
+    use_when="As one part of a mix, to keep the likelihood of the chosen answers up.",
+    why_beta="It has no beta.",
+)
 def sft_loss(chosen_nll_B: Tensor, mean_chosen_length: Tensor | float) -> Tensor:
     """Cross-entropy per token of the chosen completions. The rejected ones aren't read.
 
     By hand: nats 6 and 2 over 3 and 1 tokens, so 2 tokens a pair: 3.0 and 1.0, whose mean is 8 nats / 4 tokens.
 
-    Args:
-        chosen_nll_B: (B,) -log pi of the chosen completions, unweighted.
-        mean_chosen_length: 0-dim, tokens.
-
-    Source: plain maximum likelihood (the SFT term of note eq. 53).
+    Source: maximum likelihood, the first term of ORPO's 6 (note eq. 53).
     """
     return chosen_nll_B / mean_chosen_length
 
 
+@register(
+    "-log sigmoid(beta * (logp_w / |y_w| - logp_l / |y_l|) - gamma)",
+    use_when="No time or memory for a reference, and answers should not grow longer.",
+    why_beta="The paper's runs use 2 and more: log-probs per token are small. TRL's default is 0.1.",
+)
 def simpo_loss(
     chosen_logps_B: Tensor,
     rejected_logps_B: Tensor,
@@ -46,7 +53,7 @@ def simpo_loss(
 
     `margin_B` is taken off beside gamma, in the same unit.
 
-    Source: Meng et al. 2024, arXiv:2405.14734, eq. 6 (note eq. 52).
+    Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6 (note eq. 52).
     """
     means_B = chosen_logps_B / chosen_lengths_B - rejected_logps_B / rejected_lengths_B
     return smoothed_logistic(beta * means_B - simpo_gamma - margin_B, label_smoothing)
@@ -58,6 +65,11 @@ def log_odds(mean_logps_B: Tensor) -> Tensor:
     return below_one_B - torch.log(-torch.expm1(below_one_B))
 
 
+@register(
+    "-log pi(y_w) per token - beta * log sigmoid(log(odds(y_w) / odds(y_l)))",
+    use_when="Preference training straight from a base model, without an SFT run before.",
+    why_beta="The note's lambda; TRL's default.",
+)
 def orpo_loss(
     chosen_logps_B: Tensor,
     rejected_logps_B: Tensor,
@@ -76,12 +88,17 @@ def orpo_loss(
     By hand (beta 0.1): two chosen tokens of probability 0.5 each, one rejected token of probability 0.2. The odds are
     1 and 0.25, their ratio 4, -log(4 / 5) = 0.2231; 2 * 0.6931 nats over 2 tokens: 0.6931 + 0.1 * 0.2231 = 0.7155.
 
-    Source: Hong et al. 2024, arXiv:2403.07691, eqs. 6 and 7 (note eq. 53).
+    Source: Hong et al. 2024, ORPO, arXiv:2403.07691, eq. 6, 7 (note eq. 53).
     """
     ratio_B = log_odds(chosen_logps_B / chosen_lengths_B) - log_odds(rejected_logps_B / rejected_lengths_B)
     return sft_loss(chosen_nll_B, mean_chosen_length) - beta * F.logsigmoid(ratio_B)
 
 
+@register(
+    "-log sigmoid(beta * (logp_w - logp_l)) - alpha * log pi(y_w) per token",
+    use_when="Chosen answers are excellent and of about the same length, as in translation.",
+    why_beta="The paper's value, and TRL's default.",
+)
 def cpo_loss(
     chosen_logps_B: Tensor,
     rejected_logps_B: Tensor,

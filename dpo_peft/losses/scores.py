@@ -31,8 +31,7 @@ def shape_scores(
         js_divergence     log 2 + logsigmoid(u)
         alpha_divergence  (exp((a - 1) u) - 1) / (a - 1), which is u itself at a = 1
 
-    By hand, u = 1: 1.0, 1 - 1/e = 0.6321, log 2 - log(1 + 1/e) = 0.3799, and for a = 0.5 (exp(-0.5) - 1) / -0.5 =
-    0.7869.
+    By hand, u = 1: 1.0, 1 - 1/e = 0.6321, log 2 - log(1 + 1/e) = 0.3799, a = 0.5: (exp(-0.5) - 1) / -0.5 = 0.7869.
 
     An exponent above 80 counts as 80, so that two very unlikely completions give a huge finite score each and not
     inf - inf. Such a completion gets no gradient.
@@ -43,9 +42,6 @@ def shape_scores(
         f_divergence_type: one of `F_DIVERGENCES`.
         f_alpha_divergence_coef: a of the alpha divergence; ignored by the others.
         reward_clip: clip beta * score to [-reward_clip, reward_clip] (note section 6.3). No gradient outside.
-
-    Returns:
-        Same shape and dtype.
 
     Raises:
         OptionError: unknown divergence.
@@ -70,16 +66,9 @@ def shape_scores(
 
 
 def discounts(steps_N: Tensor, gamma: float) -> Tensor:
-    """gamma ** step: the weight of each token's log-ratio in a trajectory.
+    """(N,) float64 gamma ** step: the weight of each token's log-ratio in a trajectory; steps are int64 from 0.
 
     By hand: steps 0, 1, 3 at gamma 0.5 weigh 1, 0.5 and 0.125.
-
-    Args:
-        steps_N: (N,) int64, from 0.
-        gamma: discount per step, above 0 and at most 1.
-
-    Returns:
-        (N,) float64.
 
     Raises:
         OptionError: gamma outside (0, 1].
@@ -92,7 +81,7 @@ def discounts(steps_N: Tensor, gamma: float) -> Tensor:
 
 
 def length_desensitized_weights(position_N: Tensor, shared_length_N: Tensor, ld_alpha: float) -> Tensor:
-    """1 for the tokens up to the length of the pair's shorter completion, `ld_alpha` for those beyond.
+    """(N,) float64: 1 for tokens up to the length of the pair's shorter completion, `ld_alpha` for those beyond.
 
     By hand: 5 tokens against a completion of 3 at ld_alpha 0.2 weigh 1, 1, 1, 0.2, 0.2.
 
@@ -100,9 +89,6 @@ def length_desensitized_weights(position_N: Tensor, shared_length_N: Tensor, ld_
         position_N: (N,) int64, index of the token in its completion, from 0.
         shared_length_N: (N,) int64, length of the shorter completion of the token's pair.
         ld_alpha: 1 changes nothing, 0 cuts the excess off.
-
-    Returns:
-        (N,) float64.
 
     Source: Liu et al. 2024, LD-DPO, arXiv:2409.06411.
     """
@@ -123,10 +109,7 @@ def wpo_weights(token_logps_N: Tensor, log_sum_sq_N: Tensor, completion_of_N: Te
         token_logps_N: (N,) log-probs of the completion tokens.
         log_sum_sq_N: (N,) log of the sum over the vocabulary of squared probabilities.
         completion_of_N: (N,) int64, which completion.
-        num_completions: C.
-
-    Returns:
-        (C,) detached, dtype of `token_logps_N`. A completion without tokens weighs 1.
+        num_completions: C. The result is (C,), detached; a completion without tokens weighs 1.
 
     Source: Zhou et al. 2024, WPO, arXiv:2406.11827, eq. 2 with the sampled alignment.
     """

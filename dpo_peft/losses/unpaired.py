@@ -8,6 +8,8 @@ Shape suffixes: C completions, M mismatched answers. Every loss returns (C,), in
 import torch
 from torch import Tensor
 
+from .registry import register
+
 
 def reference_point(mismatched_scores_M: Tensor) -> Tensor:
     """KTO's z_ref: the mean score of answers that belong to other prompts, at least 0; 0-dim, detached, nats.
@@ -24,6 +26,12 @@ def reference_point(mismatched_scores_M: Tensor) -> Tensor:
     return mismatched_scores_M.detach().mean().clamp(min=0)
 
 
+@register(
+    "w_good * (1 - sigmoid(beta * (s - z))) or w_bad * sigmoid(beta * (s - z))",
+    use_when="Answers are judged good or bad one by one, in no pairs.",
+    why_beta="The paper's and TRL's default.",
+    data="singles",
+)
 def kto_loss(
     scores_C: Tensor,
     grades_C: Tensor,
@@ -41,20 +49,17 @@ def kto_loss(
     By hand (beta 0.1, z_ref 1.0 from mismatched scores 0.5 and 1.5): a good answer of score 2: 1 - sigmoid(0.1) =
     0.4750; a bad one of score -1: sigmoid(-0.2) = 0.4502.
 
-    Args:
-        scores_C: (C,).
-        grades_C: (C,) 1 good, 0 bad.
-        mismatched_scores_M: (M,) scores of mismatched answers; no gradient flows into them.
-        beta: strength of the tie to the reference.
-        desirable_weight: w of good answers.
-        undesirable_weight: w of bad answers.
-
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 7 (note eq. 51).
+    Source: Ethayarajh et al. 2024, KTO, arXiv:2402.01306, eq. 7 (note eq. 51, with beta applied once).
     """
     scores_C = scores_C - reference_point(mismatched_scores_M)
     return _judged(beta * scores_C, grades_C, desirable_weight, undesirable_weight)
 
 
+@register(
+    "w_good * (1 - sigmoid(r)) or w_bad * sigmoid(r)",
+    use_when="As kto, without the cost and noise of a reference point.",
+    data="singles",
+)
 def apo_zero_unpaired_loss(
     scores_C: Tensor,
     grades_C: Tensor,
@@ -68,7 +73,7 @@ def apo_zero_unpaired_loss(
     By hand (beta 0.1): a good answer of score 2: 1 - sigmoid(0.2) = 0.4502; a bad one of score -1: sigmoid(-0.1) =
     0.4750.
 
-    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7, one term per answer.
+    Source: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv:2408.06266, eq. 7, one term per answer.
     """
     return _judged(beta * scores_C, grades_C, desirable_weight, undesirable_weight)
 

@@ -199,7 +199,7 @@ def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective
     """Returns what the adapter's config records of its training."""
     base = model.get_base_model()
     return TrainedWith(
-        loss_type=list(args.loss_type),
+        loss_type=objective.names,
         beta=args.beta,
         reward=objective.parts[0].reward,
         max_length=args.max_length,

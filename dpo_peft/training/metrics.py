@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed import gather_over_processes
 from ..forward import PackedBatch, Scores
-from ..objective import Kind, Scored
+from ..kinds import Kind, Scored
 
 
 class Mean(NamedTuple):

@@ -17,9 +17,10 @@ from dpo_peft.losses import (
     shape_scores,
     wpo_weights,
 )
-from dpo_peft.losses.distributional import aot_loss, aot_unpaired_loss
 from dpo_peft.losses.listwise import multi_negative_loss, plackett_luce_loss, segment_logsumexp
 from dpo_peft.losses.pairwise import (
+    aot_loss,
+    aot_unpaired_loss,
     dpo_loss,
     exo_pair_loss,
     hinge_loss,

@@ -24,9 +24,10 @@ from dpo_peft.losses import (
     wpo_weights,
 )
 from dpo_peft.losses.anchored import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
-from dpo_peft.losses.distributional import aot_loss, aot_unpaired_loss
 from dpo_peft.losses.listwise import multi_negative_loss, plackett_luce_loss
 from dpo_peft.losses.pairwise import (
+    aot_loss,
+    aot_unpaired_loss,
     discopop_loss,
     exo_pair_loss,
     hinge_loss,

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dpo_peft.errors import OptionError
 from dpo_peft.losses import REGISTRY, Objective, discounts, reference_point, shape_scores
-from dpo_peft.losses.distributional import aot_unpaired_loss
-from dpo_peft.losses.pairwise import discopop_loss, exo_pair_loss, robust_loss, sigmoid_loss
+from dpo_peft.losses.pairwise import aot_unpaired_loss, discopop_loss, exo_pair_loss, robust_loss, sigmoid_loss
 from dpo_peft.losses.reference_free import orpo_loss
 from dpo_peft.losses.unpaired import kto_loss
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dpo_peft.forward import PackedBatch, Sample, Scores, pack, sum_by_completion
-from dpo_peft.objective import KINDS, TrainingObjective
+from dpo_peft.kinds import KINDS
+from dpo_peft.objective import TrainingObjective
 from dpo_peft.training.metrics import Mean, MetricStore, mean_of, preference_metrics
 
 # Rewards of three pairs: won, lost, tied.
@@ -90,6 +91,21 @@ def test_ties_count_on_neither_side() -> None:
     assert found["rewards/accuracies"] == 0.5
     assert (found["rewards/chosen"], found["rewards/rejected"]) == (2.0, 1.5)
     assert "kl" not in found
+
+
+def test_pairs_compare_no_more_than_partners() -> None:
+    """A pair's metrics are those of a list of two, which compares all completions; no (C, C) matrix is made."""
+    draw = torch.Generator().manual_seed(3)
+    preferences = [0.5, 0.7, 1.0, 1.0, 0.5, 0.9, 0.6]
+    samples = [Sample([1], [[1] * (1 + p % 3), [1] * (1 + p % 2)], p, preference=x) for p, x in enumerate(preferences)]
+    tokens = -torch.rand(sum(len(side) for s in samples for side in s.completions), generator=draw)
+    rewards = torch.randn(14, generator=draw, dtype=torch.float64).tolist()
+    pairs, lists = (read(measure(data, pack(samples), rewards, tokens, None)) for data in ("pairs", "lists"))
+    assert {name: pairs[name] for name in lists} == pytest.approx(lists, rel=1e-14)
+    batch = pack(samples)
+    scored = TrainingObjective(["sigmoid"]).score(Scores(tokens, sum_by_completion(tokens, batch)), None, batch)
+    kind = KINDS["pairs"]
+    assert kind.better(scored).shape == kind.differences(scored.grade_C).shape == (14,)
 
 
 def test_lists_by_hand() -> None:
