@@ -28,12 +28,12 @@ def model_path() -> str:
 
 
 def train_file() -> str:
-    """Returns a file of JSON lines, conversational preference pairs: prompt, chosen, rejected, chosen_reward, rejected_reward."""
+    """Returns a file of preference pairs, JSON lines of prompt, chosen, rejected, chosen_reward, rejected_reward."""
     return str(_HERE / "data" / "train.jsonl")
 
 
 def test_file() -> str:
-    """Returns a file of held-out pairs in the format of `train_file`; no subject of a prompt is in the training file."""
+    """Returns a file of held-out pairs like those of `train_file`; no subject of a prompt is in both."""
     return str(_HERE / "data" / "test.jsonl")
 
 

@@ -40,7 +40,7 @@ def judgments(text: str) -> dict[str, float]:
 
 
 def true_reward(text: str) -> float:
-    """Returns the mean valence of the distinct evaluative words of `text`: a float in [-2, 2], 0.0 where nothing is judged.
+    """Returns the mean valence of the distinct evaluative words of `text`: in [-2, 2], 0.0 where nothing is judged.
 
     The sum is divided by at least `MIN_JUDGMENTS`. Length, repetition and praise outside sentences don't raise it.
     """
@@ -49,7 +49,7 @@ def true_reward(text: str) -> float:
 
 
 def review_reward(completions: Sequence[Any], **_: Any) -> list[float]:
-    """Gives `true_reward` as a reward function of TRL's signature: one number per completion, a text or chat messages."""
+    """Gives `true_reward` as TRL's reward functions are called: one number per completion, text or chat messages."""
     return [
         true_reward(completion if isinstance(completion, str) else completion[-1]["content"])
         for completion in completions
