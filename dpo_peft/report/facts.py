@@ -11,7 +11,6 @@ import numpy as np
 from ..artifacts.card import shown_name
 from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson
 from .runs import Run, Series, adapter_facts, base_name, metric_series
-from .svg import number
 
 OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
 
@@ -90,6 +89,19 @@ def _last_examples(run: Run, source: str) -> list[dict[str, Any]]:
     of_source = [row for row in run.examples if row["dataset"] == source]
     last = max((row["step"] for row in of_source), default=0)
     return [row for row in of_source if row["step"] == last]
+
+
+def number(value: float, minus: str = "−") -> str:
+    """Returns a figure with four digits."""
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{int(value)}" if float(value).is_integer() and abs(value) < 1e5 else f"{value:.4g}"
+    return text.replace("-", minus)
+
+
+def plain(step: float) -> str:
+    """Returns a step: whole where it is whole."""
+    return str(int(step)) if float(step).is_integer() else f"{step:.6g}"
 
 
 def duration(seconds: float) -> str:

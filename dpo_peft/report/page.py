@@ -16,16 +16,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import OptionError
+from .charts import MOST_TRACES
 from .facts import (
     Figures,
     data_table,
     figure_table,
     figures_at_end,
+    number,
     raised_warnings,
     settings,
 )
 from .runs import Run, metric_series, read_runs
-from .svg import MOST_TRACES, number
 from .views import page_of_one, page_of_several
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..artifacts.curves import BLUE, GREEN, GREY, ORANGE, PANELS, Curve, Panel
-from .charts import Chart, Group, Trace, curve_chart, histogram_chart, scatter_chart, style_of, swatch
+from .charts import Chart, Trace, curve_chart, histogram_chart, scatter_chart, style_of, swatch
 from .facts import (
     Figures,
     LengthCheck,
@@ -16,19 +16,20 @@ from .facts import (
     duration,
     length_check,
     margin_of,
+    number,
+    plain,
     raised_warnings,
     source_name,
 )
 from .runs import Run, Series
 from .samples import compared_samples, sample_cards
-from .svg import number, plain
 
 POINTS = 30_000  # of all curves of a page, which bounds its size
 SCATTER_POINTS = 1_000
 LONG_ENOUGH = 10, 200  # fewest and most stretches of a thinned curve
 
-# Class of the page and dashes, so that no line is known by its colour alone.
-COLOURS = {BLUE: ("c0", 0), ORANGE: ("c1", 1), GREEN: ("c2", 3), GREY: ("grey", 2)}
+# Class of the page and dashes, so that no line is known by its color alone.
+COLORS = {BLUE: ("c0", 0), ORANGE: ("c1", 1), GREEN: ("c2", 3), GREY: ("grey", 2)}
 BY_LENGTH = Panel(
     "Accuracy by length",
     (
@@ -140,14 +141,14 @@ def _panel_traces(panel: Panel, found: Found) -> list[Trace]:
     trained = any("train" in found.get(curve.key, {}) for curve in panel.curves)
     traces = []
     for at, curve in enumerate(panel.curves):
-        colour, dash = COLOURS[curve.colour]
+        color, dash = COLORS[curve.colour]
         for source, series in found.get(curve.key, {}).items():
             points = source != "train"
             label = f"{curve.label}, {source_name(source)}" if points else curve.label
             # Marks lie on the line that they belong to; without lines their shape tells the curves apart.
             shape = shapes.get(source, 0) if trained or len(shapes) > 1 else at % 4
             named = not points or "train" not in found[curve.key]
-            traces.append(Trace(label, series, colour, dash, points, shape, named))
+            traces.append(Trace(label, series, color, dash, points, shape, named=named))
     only_baseline = all(curve.dashed or curve.key not in found for curve in panel.curves)
     return [] if only_baseline else traces
 
@@ -205,7 +206,8 @@ def _margins(dataset: str, by_step: Mapping[int, Sequence[Mapping[str, Any]]]) -
         if any(map(math.isfinite, values)):
             last = step == max(by_step)
             label = f"step {step}" + (", before training" if step == 0 else "")
-            groups.append(Group(label, values, "c2" if last else "ink", 0 if last else 1, filled=last))
+            series = [(0.0, value) for value in values]
+            groups.append(Trace(label, series, "c2" if last else "ink", 0 if last else 1, filled=last))
     title = f"Margins of pairs, {source_name(dataset)}"
     groups.sort(key=lambda group: not group.filled)  # the outline lies over the bars
     return histogram_chart(f"margins-{_slug(dataset)}", title, groups, "margin") if groups else None
@@ -266,9 +268,9 @@ def _final_table(
 
 def _run_trace(run: Run, at: int, series: Series, source: str = "train") -> Trace:
     label = run.name if source == "train" else f"{run.name}, {source_name(source)}"
-    colour, dash = style_of(at)
+    color, dash = style_of(at)
     points = source != "train"
-    return Trace(label, series, colour, dash, points, shape=dash, named=False, group=f"r{at}")
+    return Trace(label, series, color, dash, points, shape=dash, named=False, group=f"r{at}")
 
 
 def _compared_curves(runs: Sequence[Run], found: Sequence[Found]) -> list[Chart]:
@@ -303,15 +305,16 @@ def _compared_curves(runs: Sequence[Run], found: Sequence[Found]) -> list[Chart]
 
 def _compared_margins(runs: Sequence[Run]) -> list[Chart]:
     """The last evaluation of each run, one chart per evaluation set that at least one run has."""
-    sets: dict[str, list[Group]] = {}
+    sets: dict[str, list[Trace]] = {}
     for i, run in enumerate(runs):
         for dataset, by_step in _by_dataset(run):
             step = max(by_step)
             values = [margin_of(row) for row in by_step[step]]
             if any(map(math.isfinite, values)):
-                colour, dash = style_of(i)
-                group = Group(f"{run.name}, step {step}", values, colour, dash, group=f"r{i}")
-                sets.setdefault(dataset, []).append(group)
+                color, dash = style_of(i)
+                series = [(0.0, value) for value in values]
+                trace = Trace(f"{run.name}, step {step}", series, color, dash, group=f"r{i}")
+                sets.setdefault(dataset, []).append(trace)
     return [
         histogram_chart(f"margins-{_slug(name)}", f"Margins of pairs, {source_name(name)}", groups, "margin")
         for name, groups in sets.items()
