@@ -84,13 +84,12 @@ def make_report(runs: Sequence[Run], title: str = "") -> Report:
         runs=[
             {
                 "run": run,
-                "figures": one,
                 "settings": settings(run),
                 "data": data_table(run),
-                "all_figures": figure_table(run),
+                "all_figures": figure_table(metrics),
                 "warnings": raised_warnings(run),
             }
-            for run, one in zip(runs, figures, strict=True)
+            for run, metrics in zip(runs, found, strict=True)
         ],
         **context,
     )
