@@ -129,8 +129,7 @@ def curve_chart(
         thinned = max(thinned, len(trace.series) * (len(series) < len(trace.series)))
         xs, ys = [x for x, _ in series], [y if drawable(y) else math.nan for _, y in series]
         gid = plot.part(**trace.attributes([(x, y) for x, y in series if drawable(y)]))
-        look = {"marker": MARKERS[trace.shape], "linestyle": "none", "markersize": 5.5} if trace.points else {}
-        plot.axes.plot(xs, ys, gid=gid, **look)
+        plot.axes.plot(xs, ys, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
         broken = [x for x, y in series if not drawable(y)]
         gid = plot.part(class_=f"cross {trace.color}")
         plot.axes.plot(broken, [y_range[0]] * len(broken), "x", markersize=6, gid=gid)

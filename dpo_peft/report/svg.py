@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Transform
 
 WIDTH, HEIGHT = 360, 210  # near the size on the screen, so that 11 units of text are 11 pixels or little less
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 14, 182  # the plot's box
@@ -76,9 +77,8 @@ class Plot:
     def guide(self, at: float, label: str = "", vertical: bool = False) -> None:
         """Draws a dotted line at a value, and says above its end what it is."""
         (self.axes.axvline if vertical else self.axes.axhline)(at, gid=self.part(class_="guide"))
-        across = self.axes.get_yaxis_transform()
-        place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "right"}
-        self.axes.annotate(label, (1, at), xycoords=across, **place, gid="unit") if label else None
+        if label:
+            self._note(label, (1, at), self.axes.get_yaxis_transform(), (0, 3), "right")
 
     def zero(self, words: bool = True) -> None:
         """Marks where margins change sign, if it is on the chart."""
@@ -86,11 +86,16 @@ class Plot:
         if not low <= 0 <= high:
             return
         self.guide(0.0, vertical=True)
-        place = {"xycoords": self.axes.get_xaxis_transform(), "textcoords": "offset points", "gid": "unit"}
-        for word, side, room in (("wrong", -1, -low), ("right", 1, high)):
-            if words and room / (high - low) * (RIGHT - LEFT) > 46:
-                anchor = "right" if side < 0 else "left"
-                self.axes.annotate(word, (0, 1), xytext=(5 * side, 3), ha=anchor, **place)
+        enough, above = 46 / (RIGHT - LEFT) * (high - low), self.axes.get_xaxis_transform()
+        if words and -low > enough:
+            self._note("wrong", (0, 1), above, (-5, 3), "right")
+        if words and high > enough:
+            self._note("right", (0, 1), above, (5, 3), "left")
+
+    def _note(
+        self, text: str, at: tuple[float, float], space: Transform, away: tuple[float, float], side: str
+    ) -> None:
+        self.axes.annotate(text, at, away, space, "offset points", ha=side, gid="unit")
 
     def svg(self, key: str, described: str, x_name: str) -> Markup:
         """Returns the drawing. It is named by the heading `key`-title; x_name "" has nothing to hover."""

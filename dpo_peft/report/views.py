@@ -1,7 +1,7 @@
 """What the page of a report shows of one run, and of several in comparison: the template's variables."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,7 +118,7 @@ def _tiles(figures: Figures, found: Found) -> list[tuple[str, str, str]]:
         step, value = found.get(key, {}).get(figures.source, [(0.0, math.nan)])[0]
         return f"at step {plain(step)}: {number(value)}"
 
-    tiles = [
+    tiles: list[tuple[str, float | None, Callable[[float], str], str]] = [
         (f"{of} accuracy{where}", figures.accuracy, "{:.3f}".format, "; ".join(beside)),
         (f"{of} margin", figures.margin, number, f"chosen − rejected reward; {first('rewards/margins')}"),
         (f"{of} KL", figures.kl, number, f"nats per completion, estimate; {first('kl')}"),
