@@ -23,10 +23,10 @@ class Figures:
     """The headline of a run. What was not logged is None.
 
     Attributes:
-        source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `report_run`.
+        source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `runs.py`.
         pairs: pairs that the accuracy is of, if that is known.
         interval: 95 % interval of the accuracy, if the pairs are known.
-        balanced: the mean accuracy of "the better answer is longer" and "is shorter".
+        balanced: the mean accuracy of "the better completion is longer" and "is shorter".
         seconds: of the training.
     """
 
@@ -142,8 +142,8 @@ class LengthCheck:
 
 
 def length_check(examples: Sequence[Row]) -> LengthCheck:
-    """Accuracy and margin of the pairs whose chosen answer is shorter, as long, and longer, in tokens. Pairs that
-    aren't finite are left out."""
+    """Returns accuracy and margin of the pairs whose chosen completion is shorter, as long, and longer, in tokens.
+    Pairs that aren't finite are left out."""
     finite = [row for row in examples if math.isfinite(margin_of(row) + row["tokens_chosen"] - row["tokens_rejected"])]
     length = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in finite], float)
     margin = np.array([margin_of(row) for row in finite], float)
@@ -165,7 +165,7 @@ def _judged(row: Row) -> Judged:
 
 
 def margin_of(row: Row) -> float:
-    """The implicit reward of the chosen minus that of the rejected answer, as the trainer's metrics scale it."""
+    """Returns the implicit reward of chosen minus that of rejected, as the trainer's metrics scale it."""
     return row["reward_chosen"] - row["reward_rejected"]
 
 
