@@ -10,7 +10,7 @@ Expected:  1.012 nats per held-out token in NF4 (1.011 in fp32). The NF4 model i
            trigrams are known to the grammar (99.7 % for the grammar's own new text). 1243 training and 266 held-out
            pairs, reward gap 1.46 on average; the longer answer is the chosen one in 50.0 % and 47.4 % of them.
 
-Steps: write chats with the grammar of `dpo_peft/quickstart/text.py`, train a byte-level BPE and a small Llama on them,
+Steps: write chats with the grammar of `recipes/quickstart_grammar`, train a byte-level BPE and a small Llama on them,
 load that model in NF4, sample several answers to each of many new prompts, and pair a good with a bad one by the true
 reward. Held-out prompts ask about subjects that no training prompt names. Another machine rounds differently and so
 samples other answers: the shipped files are one run's.
@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from quickstart_grammar.text import known_trigrams, write_chat, write_prompt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -44,7 +45,6 @@ from transformers import (
 
 from dpo_peft.quickstart.fluency import known_trigram_share
 from dpo_peft.quickstart.reward import true_reward
-from dpo_peft.quickstart.text import write_chat, write_prompt
 
 VOCAB_SIZE = 2048
 CANDIDATES = 6
@@ -152,7 +152,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, batch_si
     """Next-token training on prompts and answers, cosine to zero, bf16 autocast.
 
     In the first part every request names a tone. Without this start the model writes just as fluently but does not
-    learn in this time which words praise and which blame, and then no preference training generalises.
+    learn in this time which words praise and which blame, and then no preference training generalizes.
     """
     torch.manual_seed(seed)
     model = new_model(tokenizer)
@@ -184,7 +184,7 @@ def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, se
 
 
 def load_4bit(folder: Path) -> PreTrainedModel:
-    """The quickstart's reference policy: NF4 with double quantisation, fp32 compute."""
+    """The quickstart's reference policy: NF4 with double quantization, fp32 compute."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -292,7 +292,7 @@ def report(title: str, figures: dict[str, float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder that gets model/ and data/")
+    parser.add_argument("--output", type=Path, required=True, help="gets model/, data/ and trigrams.txt")
     parser.add_argument("--steps", type=int, default=1000, help="pretraining steps of 32 chats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; the exact weights depend on it")
@@ -304,6 +304,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = args.output / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    (args.output / "trigrams.txt").write_text("\n".join(known_trigrams()) + "\n", encoding="utf-8")
     if not args.pairs_only:
         tokenizer = build_tokenizer(args.seed, args.tokenizer_chats)
         model = pretrain(tokenizer, args.steps, args.seed)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..report.facts import duration
+from ..report.facts import duration, number
 from ..report.page import save_report
-from ..report.svg import number
 from .options import parse_options, required, show
 
 EXAMPLES = (

@@ -1,6 +1,6 @@
 """The quickstart's embedded default: a small chat model, preference pairs sampled from it, and their true reward.
 
-`recipes/build_quickstart_model.py` rebuilds the model and the pairs from the grammar in this package.
+`recipes/build_quickstart_model.py` rebuilds the model and the pairs from a grammar.
 """
 
 import json
@@ -23,21 +23,21 @@ _HERE = Path(__file__).parent
 
 
 def model_path() -> str:
-    """Folder of the small Llama with tokenizer and chat template, for `from_pretrained`."""
+    """Returns the folder of the small Llama with tokenizer and chat template, for `from_pretrained`."""
     return str(_HERE / "model")
 
 
 def train_file() -> str:
-    """JSON lines of conversational preference pairs: prompt, chosen, rejected, chosen_reward, rejected_reward."""
+    """Returns a file of preference pairs, JSON lines of prompt, chosen, rejected, chosen_reward, rejected_reward."""
     return str(_HERE / "data" / "train.jsonl")
 
 
 def test_file() -> str:
-    """Held-out pairs in the format of `train_file`; no subject of a prompt is in the training file."""
+    """Returns a file of held-out pairs like those of `train_file`; no subject of a prompt is in both."""
     return str(_HERE / "data" / "test.jsonl")
 
 
 def eval_prompts() -> list[list[dict[str, str]]]:
-    """The held-out prompts, each a list of chat messages, in the order of `test_file`."""
+    """Returns the held-out prompts, each a list of chat messages, in the order of `test_file`."""
     with open(test_file(), encoding="utf-8") as lines:
         return [json.loads(line)["prompt"] for line in lines]

@@ -1,4 +1,4 @@
-"""The bundled pairs in the form that a kind of data needs: single judged answers, ranked lists, whole conversations.
+"""The bundled pairs in the form that a kind of data needs: single judged completions, ranked lists, conversations.
 
 Lists are sampled from the bundled model and ranked by the true reward. The other forms only rearrange the pairs.
 """
@@ -17,18 +17,18 @@ from .reward import true_reward
 from .sampling import sample_answers
 
 MOST_LISTS = 320
-SHORTEST, LONGEST = 2, 6  # answers to a prompt
+SHORTEST, LONGEST = 2, 6  # completions of a prompt
 SAMPLED_AT_ONCE = 128
 
 Row = dict[str, Any]
 
 
 def write_form(data: str, pairs_file: str, folder: str | Path, model: str, most_lists: int = MOST_LISTS) -> str:
-    """Path of a JSON lines file with the pairs of `pairs_file` as `data`, the kind that an objective learns from.
+    """Writes the pairs of `pairs_file` as JSON lines of `data`, the kind an objective learns from; returns the path.
 
     - "pairs": `pairs_file` itself.
-    - "singles": each answer is a row of its own; see `singles`.
-    - "lists": new answers to the same prompts; see `ranked_lists`. 320 lists take about a minute on a CPU.
+    - "singles": each completion is a row of its own; see `singles`.
+    - "lists": new completions of the same prompts; see `ranked_lists`. 320 lists take about a minute on a CPU.
     - "trajectories": two pairs make two conversations of two turns; see `trajectories`.
 
     Args:
@@ -56,7 +56,7 @@ def write_form(data: str, pairs_file: str, folder: str | Path, model: str, most_
 
 
 def singles(pairs: Sequence[Row], seed: int = 0) -> list[Row]:
-    """Every answer by itself, in random order: prompt, completion and label (True for a chosen one)."""
+    """Returns every completion by itself, in random order: prompt, completion and label (True for a chosen one)."""
     rows = [
         {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
         for pair in pairs
@@ -67,9 +67,9 @@ def singles(pairs: Sequence[Row], seed: int = 0) -> list[Row]:
 
 
 def trajectories(pairs: Sequence[Row], seed: int = 0) -> list[Row]:
-    """Each pair followed by another one, as whole conversations in `chosen` and `rejected`.
+    """Returns each pair followed by another one, as whole conversations in `chosen` and `rejected`.
 
-    The two of a row have the first request in common and part at the first answer. In every third row the first answer
+    The two of a row have the first request in common and part at the first reply. In every third row the first reply
     is the same too, a chosen or a rejected one by turns.
     """
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))
@@ -87,9 +87,9 @@ def trajectories(pairs: Sequence[Row], seed: int = 0) -> list[Row]:
 
 
 def ranked_lists(prompts: Sequence[list[dict[str, str]]], model: str, seed: int = 0) -> list[Row]:
-    """Answers that the model writes to each prompt, with their true rewards: prompt, `completions`, `scores`.
+    """Returns what the model writes for each prompt, with the true rewards: prompt, `completions`, `scores`.
 
-    By turns 2, 3, 4, 5 and 6 answers are sampled. One answer of a list is the best: another with the same reward is
+    By turns 2, 3, 4, 5 and 6 completions are sampled. One of a list is the best: another with the same reward is
     left out, and a prompt for which only one remains is left out too.
     """
     base = load_base(model, init_kwargs={"dtype": "float32"}, device=torch.device("cpu"))
@@ -106,11 +106,11 @@ def ranked_lists(prompts: Sequence[list[dict[str, str]]], model: str, seed: int 
     return [row for row in rows if row is not None]
 
 
-def _ranked(prompt: list[dict[str, str]], answers: list[str]) -> Row | None:
-    scores = {answer: true_reward(answer) for answer in answers}  # an answer sampled twice counts once
-    best = max(scores, key=lambda answer: scores[answer])
-    kept = [answer for answer in scores if answer == best or scores[answer] < scores[best]]
+def _ranked(prompt: list[dict[str, str]], texts: list[str]) -> Row | None:
+    scores = {text: true_reward(text) for text in texts}  # one that was sampled twice counts once
+    best = max(scores, key=lambda text: scores[text])
+    kept = [text for text in scores if text == best or scores[text] < scores[best]]
     if len(kept) < SHORTEST:
         return None
-    completions = [[{"role": "assistant", "content": answer}] for answer in kept]
-    return {"prompt": prompt, "completions": completions, "scores": [scores[answer] for answer in kept]}
+    completions = [[{"role": "assistant", "content": text}] for text in kept]
+    return {"prompt": prompt, "completions": completions, "scores": [scores[text] for text in kept]}

@@ -3,9 +3,10 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..reference.adapter_off import reference_mode
+from ..trainer import DPOTrainer
 from .fluency import known_trigram_share
 from .reward import true_reward
 from .sampling import Messages, sample_answers, sampled_kl
@@ -17,15 +18,15 @@ class Run(NamedTuple):
     """What was measured around a training."""
 
     prompts: list[Messages]
-    before: list[str]  # an answer per prompt, of the reference
+    before: list[str]  # a completion per prompt, of the reference
     after: list[str]  # the same of the trained policy
     start: dict[str, float]  # metrics on the held-out rows
     end: dict[str, float]
-    kl: float  # of the trained policy from its reference, nats per answer
+    kl: float  # of the trained policy from its reference, nats per completion
 
 
-def train_between_samples(trainer: Any, prompts: list[Messages]) -> Run:
-    """Train; sample an answer per prompt and evaluate before and after. Prints where it stands."""
+def train_between_samples(trainer: DPOTrainer, prompts: list[Messages]) -> Run:
+    """Trains, and samples a completion per prompt evaluates before and after. Prints where it stands."""
     model, tokenizer = trainer.model, trainer.processing_class
     print("\n== Before: the reference is this model with the adapter off ==")
     with reference_mode(model):
@@ -43,7 +44,7 @@ def train_between_samples(trainer: Any, prompts: list[Messages]) -> Run:
 
 
 def judge(before: list[str], after: list[str], start: dict[str, float], end: dict[str, float]) -> dict[str, float]:
-    """Figures of the run: accuracy on held-out pairs, true reward and fluency of fresh samples."""
+    """Returns the figures of the run: accuracy on held-out pairs, true reward and fluency of fresh samples."""
     rewards = {name: [true_reward(text) for text in texts] for name, texts in (("b", before), ("a", after))}
     spread = statistics.stdev(rewards["b"])
     return {
@@ -70,8 +71,8 @@ def write_report(
     after: list[str],
     title: str = "Quickstart report",
 ) -> None:
-    """report.md and report.json; the curves and the model card lie beside them."""
-    samples: list[dict[str, Any]] = [
+    """Writes report.md and report.json; the curves and the model card lie beside them."""
+    samples = [
         {"prompt": p[-1]["content"], "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)
     ]
     (folder / "report.json").write_text(json.dumps({"figures": figures, "samples": samples}, indent=2) + "\n")
@@ -88,16 +89,16 @@ def write_report(
 def show(
     figures: dict[str, float], prompts: list[Messages], before: list[str], after: list[str], folder: Path
 ) -> None:
-    """Print a few samples and the figures."""
+    """Prints a few samples and the figures."""
     for prompt, old, new in list(zip(prompts, before, after, strict=True))[:SHOWN]:
         print(f"\n> {prompt[-1]['content']}\n  before ({true_reward(old):+.2f}): {old}")
         print(f"  after  ({true_reward(new):+.2f}): {new}")
     print(
         f"\nHeld-out preference accuracy {figures['accuracy_before']:.2f} -> {figures['accuracy_after']:.2f} "
-        f"(picking the longer answer: {figures['accuracy_length_only']:.2f})"
+        f"(picking the longer completion: {figures['accuracy_length_only']:.2f})"
         f"\nMean true reward {figures['reward_before']:+.2f} -> {figures['reward_after']:+.2f}, up by "
         f"{figures['reward_gain_in_std']:.1f} of its standard deviations at the start"
         f"\nFluency {figures['fluency_before']:.3f} -> {figures['fluency_after']:.3f} (share of known word trigrams), "
-        f"KL to the reference {figures['kl_to_reference']:.1f} nats per answer"
+        f"KL to the reference {figures['kl_to_reference']:.1f} nats per completion"
         f"\n{figures['seconds']:.0f} s. Report, curves, adapter and model card: {folder}"
     )

@@ -10,18 +10,18 @@ from typing import Any
 
 from .lexicon import DEGREE_WORDS, NEGATORS, VALENCE
 
-# Fewer judgements than this share the reward with silence, so one "superb" alone is not a perfect review.
-MIN_JUDGEMENTS = 3
+# Fewer judgments than this share the reward with silence, so one "superb" alone is not a perfect review.
+MIN_JUDGMENTS = 3
 MIN_SENTENCE_WORDS = 4
-MAX_JUDGEMENT_SHARE = 0.5
+MAX_JUDGMENT_SHARE = 0.5
 NEGATION_FACTOR = -0.5
 
 _SENTENCE = re.compile(r"[^.!?]+[.!?]")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
-def judgements(text: str) -> dict[str, float]:
-    """Return each distinct evaluative word of `text` with its valence in [-2, 2], in order of first use.
+def judgments(text: str) -> dict[str, float]:
+    """Returns each distinct evaluative word of `text` with its valence in [-2, 2], in order of first use.
 
     Only finished sentences (ended by `.`, `!` or `?`) of at least four words count, and only where at most half of the
     words judge: a bare list of praise has no value. A word is counted once however often it is repeated. A negator
@@ -32,7 +32,7 @@ def judgements(text: str) -> dict[str, float]:
     for sentence in _SENTENCE.findall(text):
         words = [word.lower() for word in _WORD.findall(sentence)]
         hits = [index for index, word in enumerate(words) if word in VALENCE]
-        if len(words) < MIN_SENTENCE_WORDS or len(hits) > MAX_JUDGEMENT_SHARE * len(words):
+        if len(words) < MIN_SENTENCE_WORDS or len(hits) > MAX_JUDGMENT_SHARE * len(words):
             continue
         for index in hits:
             found.setdefault(words[index], VALENCE[words[index]] * _sign(words, index))
@@ -40,16 +40,16 @@ def judgements(text: str) -> dict[str, float]:
 
 
 def true_reward(text: str) -> float:
-    """Mean valence of the distinct evaluative words of `text`: a float in [-2, 2], 0.0 where nothing is judged.
+    """Returns the mean valence of the distinct evaluative words of `text`: in [-2, 2], 0.0 where nothing is judged.
 
-    The sum is divided by at least `MIN_JUDGEMENTS`. Length, repetition and praise outside sentences don't raise it.
+    The sum is divided by at least `MIN_JUDGMENTS`. Length, repetition and praise outside sentences don't raise it.
     """
-    values = judgements(text).values()
-    return sum(values) / max(len(values), MIN_JUDGEMENTS)
+    values = judgments(text).values()
+    return sum(values) / max(len(values), MIN_JUDGMENTS)
 
 
 def review_reward(completions: Sequence[Any], **_: Any) -> list[float]:
-    """`true_reward` as a reward function of TRL's signature: one number per completion, a text or chat messages."""
+    """Gives `true_reward` as TRL's reward functions are called: one number per completion, text or chat messages."""
     return [
         true_reward(completion if isinstance(completion, str) else completion[-1]["content"])
         for completion in completions
@@ -57,7 +57,7 @@ def review_reward(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 def _sign(words: list[str], index: int) -> float:
-    """1.0, or `NEGATION_FACTOR` where the word at `index` is negated."""
+    """Returns 1.0, or `NEGATION_FACTOR` where the word at `index` is negated."""
     before = index - 1
     while before >= 0 and words[before] in DEGREE_WORDS:
         before -= 1

@@ -3,28 +3,33 @@
 Shape suffix: C completions.
 """
 
-from typing import Any
-
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..forward import PackedBatch, completion_logps
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
+from ..trainer import DPOTrainer
 
 Messages = list[dict[str, str]]
 
 
 def sample_answers(
-    model: Any, tokenizer: Any, prompts: list[Messages], seed: int, max_new_tokens: int = 96
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    seed: int,
+    max_new_tokens: int = 96,
 ) -> list[list[int]]:
-    """One answer per prompt at temperature 1 from the whole distribution, in order, as token ids with their end token.
+    """Samples a completion per prompt at temperature 1: token ids with their end token, in the order of the prompts.
 
     Args:
         model: a causal LM or a PEFT model, its adapter on or off as the caller left it.
         tokenizer: with a chat template and a pad token.
         prompts: chat messages.
         seed: of the sampling.
-        max_new_tokens: an answer that isn't finished by then stays unfinished.
+        max_new_tokens: one that isn't finished by then stays unfinished.
     """
     prompt_ids = [
         tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
@@ -32,8 +37,8 @@ def sample_answers(
     return sample_completions(model, tokenizer, prompt_ids, seed, max_new_tokens)
 
 
-def sampled_kl(trainer: Any, prompts: list[Messages], answers: list[list[int]], batch_size: int = 32) -> float:
-    """KL(policy || reference) in nats per answer, estimated as the mean of log(policy / reference) over samples.
+def sampled_kl(trainer: DPOTrainer, prompts: list[Messages], answers: list[list[int]], batch_size: int = 32) -> float:
+    """Estimates KL(policy || reference) in nats per completion, as the mean of log(policy / reference) over samples.
 
     Unbiased if `answers` were sampled from the policy at temperature 1, one per prompt.
     """

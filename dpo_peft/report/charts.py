@@ -1,71 +1,67 @@
-"""Charts as inline SVG: curves over steps, histograms, a scatter. Text and colours follow the page they stand in.
+"""Charts of a report: curves over steps, histograms, a scatter.
 
-Lines differ by colour and dashes, points by colour and shape, so that no chart is read by colour alone. What shows
-when one points at a chart lies in `data-points` of each trace, as "x y x y ...".
+Lines differ by color and dashes, points by color and shape, so that no chart is read by color alone. What shows when
+one points at a chart lies in `data-points` of each trace, as "x y x y ...".
 
 Left out on purpose: smoothing (it hides the step at which a run broke) and logarithmic axes.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from .facts import number, plain
 from .runs import Series
-from .svg import (
-    BOTTOM,
-    COLOURS,
-    DASHES,
-    LEFT,
-    MOST_TRACES,
-    RIGHT,
-    TOP,
-    Axis,
-    cross,
-    drawable,
-    drawing,
-    element,
-    frame,
-    guide_line,
-    guide_text,
-    mark,
-    number,
-    plain,
-    px,
-    room,
-    shape_path,
-    zero_line,
-)
+from .svg import ROUND, Plot, as_svg, element
 
 TABLE_ROWS = 40
-DOT = 2.6
+COLORS = 6
+DASHES = ("", "7 3", "2 3", "9 3 2 3")
+MARKERS = "osD^"
+SWATCHES = ("M10 6a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z", "M10 3h6v6h-6z", "M13 2l4 4l-4 4l-4 -4z", "M13 2l4 7h-8z")
+MOST_TRACES = COLORS * len(DASHES)  # told apart by color and dashes together
+HUGE = 1e150  # a difference of values beyond it overflows: drawn as not finite
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One line, or with `points` one row of marks.
+    """One line, or with `points` one row of marks, or in a histogram one distribution.
 
     Attributes:
         label: what it shows.
-        series: its values.
-        colour: one of the page's classes c0 to c5, "grey" or "ink".
+        series: its (step, value); of a distribution (0, value).
+        color: one of the page's classes c0 to c5, "grey" or "ink".
         dash: of a line, a place in `DASHES`.
         points: marks instead of a line.
         shape: of the marks, 0 to 3.
+        filled: bars instead of an outline.
         named: it stands in the chart's own legend.
         group: traces of one group are brought out together.
     """
 
     label: str
     series: Series
-    colour: str = "c0"
+    color: str = "c0"
     dash: int = 0
     points: bool = False
     shape: int = 0
+    filled: bool = False
     named: bool = True
     group: str = ""
+
+    @property
+    def look(self) -> dict[str, str]:
+        kind = "bars" if self.filled else "points" if self.points else "line"
+        return {"class_": f"{kind} {self.color}", "stroke_dasharray": "" if self.points else DASHES[self.dash]}
+
+    def attributes(self, points: Series) -> dict[str, str]:
+        """Of its group on the page; `points` are shown when they are pointed at."""
+        shown = " ".join(f"{plain(x)} {number(y, '-')}" for x, y in points)
+        return {**self.look, "data_group": self.group, "data_label": self.label, "data_points": shown}
 
 
 @dataclass(frozen=True)
@@ -75,20 +71,31 @@ class Chart:
     key: str
     title: str
     svg: Markup
-    heads: list[str]
-    rows: list[list[str]]
+    heads: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
     legend: list[tuple[Markup, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def style_of(at: int) -> tuple[str, int]:
-    """Colour and dashes of run `at`; no two below `MOST_TRACES` share both."""
-    return f"c{at % COLOURS}", (at % COLOURS + at // COLOURS) % len(DASHES)
+    """Returns color and dashes of run `at`; no two below `MOST_TRACES` share both."""
+    return f"c{at % COLORS}", (at % COLORS + at // COLORS) % len(DASHES)
+
+
+def swatch(trace: Trace, marked: bool = False) -> Markup:
+    """Returns the sample of a legend: line, mark, bar, or with `marked` line and mark."""
+    drawn = [] if trace.points or trace.filled else [element("path", **trace.look, d="M1 6H25")]
+    if trace.points or marked:
+        drawn.append(element("path", class_=f"points {trace.color}", d=SWATCHES[trace.shape]))
+    if trace.filled:
+        drawn.append(element("path", **trace.look, d="M2 11V2H24V11"))
+    return element("svg", *drawn, class_="swatch", viewBox="0 0 26 12", aria_hidden="true")
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------
 
 
+@as_svg
 def curve_chart(
     key: str,
     title: str,
@@ -99,7 +106,7 @@ def curve_chart(
     limits: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
 ) -> Chart:
-    """Values over steps.
+    """Draws values over steps.
 
     Args:
         key: names the chart's elements; unique on the page.
@@ -109,33 +116,41 @@ def curve_chart(
         limits: of the axis of values; by default what is drawn, with room.
         marks: (step, name) of warnings, small triangles at the top.
     """
-    steps = [step for trace in traces for step, _ in trace.series]
-    x = Axis(*room(min(steps), max(steps), 0.0), LEFT, RIGHT)
+    steps = sorted({step for trace in traces for step, _ in trace.series})
     values = [value for trace in traces for _, value in trace.series if drawable(value)]
     values += [guide] if guide is not None else []
-    y = Axis(*(limits or room(min(values, default=0.0), max(values, default=1.0), 0.07)), BOTTOM, TOP)
-    body = [frame(x, y, "step", whole=True)]
+    y_range = limits or room(min(values, default=0.0), max(values, default=1.0), 0.07)
+    plot = Plot("step", room(steps[0], steps[-1], 0.0), y_range, whole=True)
     if guide is not None:
-        body.append(guide_line(y, guide))
+        plot.guide(guide, guide_label)
+    thinned = 0
+    for trace in sorted(traces, key=lambda trace: trace.points):  # points last: they are few, and lie over the lines
+        series = thin(trace.series, buckets)
+        thinned = max(thinned, len(trace.series) * (len(series) < len(trace.series)))
+        xs, ys = [x for x, _ in series], [y if drawable(y) else math.nan for _, y in series]
+        gid = plot.part(**trace.attributes([(x, y) for x, y in series if drawable(y)]))
+        plot.axes.plot(xs, ys, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
+        broken = [x for x, y in series if not drawable(y)]
+        gid = plot.part(class_=f"cross {trace.color}")
+        plot.axes.plot(broken, [y_range[0]] * len(broken), "x", markersize=6, gid=gid)
+    marked = [(step, name) for step, name in marks if plot.x[0] <= step <= plot.x[1]]
+    gid, top = plot.part([name for _, name in marked], class_="mark"), plot.axes.get_xaxis_transform()
+    plot.axes.plot([step for step, _ in marked], [1.04] * len(marked), "v", transform=top, gid=gid, clip_on=False)
     named = [trace for trace in traces if trace.named]
-    thinned = [replace(trace, series=thin(trace.series, buckets)) for trace in traces]
-    # Points last: they are few, and lie over the lines.
-    body += [_trace(trace, x, y) for trace in sorted(thinned, key=lambda trace: trace.points)]
-    body += [mark(x.at(step), name) for step, name in marks if x.low <= step <= x.high]
-    if guide is not None and guide_label:
-        body.append(guide_text(y, guide, guide_label))
+    note = f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."
     return Chart(
         key,
         title,
-        drawing(key, _described(traces), body, x, y, "step"),
-        *_table(traces),
-        legend=[(swatch(trace), trace.label) for trace in named] if len(named) > 1 else [],
-        notes=[*_thinning(traces, thinned, buckets), *_not_finite(traces)],
+        plot.svg(key, "; ".join(map(_ends, traces[:MOST_TRACES])) + ".", "step"),
+        ["step", *(trace.label for trace in traces)],
+        _rows(traces, steps),
+        [(swatch(trace), trace.label) for trace in named] if len(named) > 1 else [],
+        ([note] if thinned else []) + _not_finite(traces),
     )
 
 
 def thin(series: Series, buckets: int) -> Series:
-    """Of a series longer than `2 * buckets`, the lowest and the highest value of each of `buckets` stretches of
+    """Returns of a series longer than `2 * buckets` the lowest and the highest value of each of `buckets` stretches of
     equally many entries, the first that isn't finite of each, and both ends: no peak is lost."""
     if len(series) <= 2 * buckets:
         return list(series)
@@ -149,62 +164,18 @@ def thin(series: Series, buckets: int) -> Series:
     return [series[i] for i in sorted(kept)]
 
 
-def _trace(trace: Trace, x: Axis, y: Axis) -> Markup:
-    finite = [(x.at(step), y.at(value)) for step, value in trace.series if drawable(value)]
-    attributes = {
-        "class": f"{'points' if trace.points else 'line'} {trace.colour}",
-        "data_group": trace.group,
-        "data_label": trace.label,
-        "data_points": " ".join(f"{plain(s)} {number(v, plain_minus=True)}" for s, v in trace.series if drawable(v)),
-    }
-    if trace.points:
-        d = "".join(shape_path(trace.shape, px, py) for px, py in finite)
-    else:
-        attributes["stroke_dasharray"] = DASHES[trace.dash]
-        d = _broken_line(trace.series, x, y)
-    broken = "".join(cross(x.at(step), BOTTOM) for step, value in trace.series if not drawable(value))
-    crosses = element("path", **{"class": f"cross {trace.colour}", "d": broken}) if broken else Markup()
-    return element("path", **attributes, d=d) + crosses
+def _ends(trace: Trace) -> str:
+    """A trace in words, for those who can't see it."""
+    (first_step, first), (last_step, last) = trace.series[0], trace.series[-1]
+    return f"{trace.label}: {number(first)} at step {plain(first_step)}, {number(last)} at {plain(last_step)}"
 
 
-def _broken_line(series: Series, x: Axis, y: Axis) -> str:
-    """A path that is interrupted where a value isn't finite; a value between two gaps becomes a dot."""
-    d, pen = [], "M"
-    for step, value in series:
-        if not drawable(value):
-            pen = "M"
-            continue
-        # "h0" draws a lone value as a dot, by the line's round ends.
-        d.append(f"{pen}{px(x.at(step))} {px(y.at(value))}" + ("h0" if pen == "M" else ""))
-        pen = "L"
-    return "".join(d)
-
-
-def _described(traces: Sequence[Trace]) -> str:
-    """The chart in words, for those who can't see it."""
-    parts = []
-    for trace in traces[:MOST_TRACES]:
-        (first_step, first), (last_step, last) = trace.series[0], trace.series[-1]
-        ends = f"{number(first)} at step {plain(first_step)}, {number(last)} at {plain(last_step)}"
-        parts.append(f"{trace.label}: {ends}")
-    return "; ".join(parts) + "."
-
-
-def _table(traces: Sequence[Trace]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: the traces side by side at steps that are spread evenly over all that were logged."""
-    steps = sorted({step for trace in traces for step, _ in trace.series})
-    if len(steps) > TABLE_ROWS:
-        steps = [steps[int(i)] for i in np.unique(np.linspace(0, len(steps) - 1, TABLE_ROWS).round())]
+def _rows(traces: Sequence[Trace], steps: Sequence[float]) -> list[list[str]]:
+    """The traces side by side at steps that are spread evenly over all that were logged."""
     columns = [dict(trace.series) for trace in traces]
-    rows = [[plain(step), *(number(c[step]) if step in c else "" for c in columns)] for step in steps]
-    return ["step", *(trace.label for trace in traces)], rows
-
-
-def _thinning(traces: Sequence[Trace], thinned: Sequence[Trace], buckets: int) -> list[str]:
-    longest = max(len(trace.series) for trace in traces)
-    if all(len(a.series) == len(b.series) for a, b in zip(traces, thinned, strict=True)):
-        return []
-    return [f"{longest:,} values: the lowest and highest of each of {buckets} stretches are drawn."]
+    last = len(steps) - 1
+    shown = [steps[int(i)] for i in np.unique(np.linspace(0, last, min(last + 1, TABLE_ROWS)).round())]
+    return [[plain(step), *(number(c[step]) if step in c else "" for c in columns)] for step in shown]
 
 
 def _not_finite(traces: Sequence[Trace]) -> list[str]:
@@ -215,134 +186,96 @@ def _not_finite(traces: Sequence[Trace]) -> list[str]:
     return [f"× not finite at step{'s' if len(steps) > 1 else ''} {shown}."]
 
 
+def drawable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) < HUGE
+
+
+def room(low: float, high: float, share: float) -> tuple[float, float]:
+    """Returns a range with room at both ends; never empty."""
+    more = (high - low) * share
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        more = max(abs(low) * 0.1, 0.5)
+    return low - more, high + more
+
+
 # ---- Distributions --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    """One distribution of a histogram: `filled` as bars, else as an outline."""
-
-    label: str
-    values: Sequence[float]
-    colour: str = "c0"
-    dash: int = 0
-    filled: bool = False
-    group: str = ""
-
-
-def histogram_chart(key: str, title: str, groups: Sequence[Group], unit: str) -> Chart:
-    """Shares of values in bins that all groups have in common. Edges are round, so 0 is one if it is among them. The
-    outermost half per cent of each end lies in the last bins. A group that has one value only (margins before training
-    are all 0) is a line across: as a bar it would flatten the others.
+@as_svg
+def histogram_chart(key: str, title: str, traces: Sequence[Trace], unit: str) -> Chart:
+    """Draws shares of values in bins that all traces have in common. Edges are round, so 0 is one if it is among them.
+    The outermost half per cent of each end lies in the last bins. A trace that has one value only (margins before
+    training are all 0) is a line across: as a bar it would flatten the others.
 
     Args:
-        groups: at least one, each with at least one finite value.
+        traces: at least one, each with at least one finite value.
         unit: what the values are, for the axis.
     """
-    finite = [np.array([value for value in group.values if drawable(value)]) for group in groups]
+    finite = [np.array([value for _, value in trace.series if drawable(value)]) for trace in traces]
     low, high = np.percentile(np.concatenate(finite), [0.5, 99.5])
-    locator = MaxNLocator(nbins=28, steps=[1, 2, 2.5, 5, 10])
-    edges = np.asarray(locator.tick_values(*room(float(low), float(high), 0.0)))
+    edges = np.asarray(MaxNLocator(nbins=28, steps=ROUND).tick_values(*room(float(low), float(high), 0.0)))
     counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for values in finite]
     shares = [100 * count / count.sum() for count in counts]
     alike = [np.ptp(values) < 1e-3 * (edges[1] - edges[0]) for values in finite]
-    x = Axis(float(edges[0]), float(edges[-1]), LEFT, RIGHT)
-    heights = [share.max() for share, one in zip(shares, alike, strict=True) if not one or all(alike)]
-    y = Axis(0.0, float(max(heights)) * 1.08, BOTTOM, TOP)
-    body = [frame(x, y, unit, percent=True)]
-    for group, values, share, one in zip(groups, finite, shares, alike, strict=True):
-        if one and not all(alike):
-            d, points = f"M{px(x.at(values[0]))} {BOTTOM}V{TOP}", ""
+    alike = [one and not all(alike) for one in alike]
+    highest = max(share.max() for share, one in zip(shares, alike, strict=True) if not one)
+    plot = Plot(unit, (float(edges[0]), float(edges[-1])), (0.0, float(highest) * 1.08), unit="%")
+    middles = (edges[:-1] + edges[1:]) / 2
+    notes, described = [], []
+    for trace, values, share, one in zip(traces, finite, shares, alike, strict=True):
+        points = [] if one else list(zip(middles.tolist(), share.tolist(), strict=True))
+        gid = plot.part(**trace.attributes(points))
+        if one:
+            plot.axes.axvline(values[0], gid=gid)
         else:
-            d, points = _outline(x, y, edges, share), _bin_points(edges, share)
-        kind = "bars" if group.filled else "line"
-        attributes = {"class": f"{kind} {group.colour}", "data_group": group.group, "data_label": group.label}
-        body.append(element("path", **attributes, data_points=points, stroke_dasharray=DASHES[group.dash], d=d))
-    body.append(zero_line(x, y))
-    heads = [unit, *(f"{group.label}, values" for group in groups)]
+            plot.axes.stairs(share, edges, fill=trace.filled, gid=gid)
+        notes += _left_out(trace, values, edges)
+        middle, above = number(float(np.median(values))), (values > 0).mean()
+        described.append(f"{trace.label}: {len(values):,} values, median {middle}, {above:.1%} above 0")
+    plot.zero()
     rows = [
         [f"{number(a)} to {number(b)}", *(f"{count[i]:,}" for count in counts)]
         for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
     ]
-    traces = [Trace(group.label, [], group.colour, group.dash) for group in groups]
-    legend = [(swatch(t, filled=group.filled), t.label) for t, group in zip(traces, groups, strict=True)]
-    described = "; ".join(
-        f"{group.label}: {len(values):,} values, median {number(float(np.median(values)))}, "
-        f"{(values > 0).mean():.1%} above 0"
-        for group, values in zip(groups, finite, strict=True)
-    )
-    svg = drawing(key, described + ".", body, x, y, f"{unit} around", unit="%")
-    return Chart(key, title, svg, heads, rows, legend, _clipped(groups, finite, edges))
+    svg = plot.svg(key, "; ".join(described) + ".", f"{unit} around")
+    heads = [unit, *(f"{trace.label}, values" for trace in traces)]
+    return Chart(key, title, svg, heads, rows, [(swatch(trace), trace.label) for trace in traces], notes)
 
 
-def _outline(x: Axis, y: Axis, edges: np.ndarray, share: np.ndarray) -> str:
-    steps = [f"V{px(y.at(s))}H{px(x.at(right))}" for s, right in zip(share, edges[1:], strict=True)]
-    return f"M{px(x.at(edges[0]))} {BOTTOM}{''.join(steps)}V{BOTTOM}"
+def _left_out(trace: Trace, values: np.ndarray, edges: np.ndarray) -> list[str]:
+    outside, missing = int(((values < edges[0]) | (values > edges[-1])).sum()), len(trace.series) - len(values)
+    notes = [f"{trace.label}: every value is {number(values[0])}."] if len(set(values)) == 1 else []
+    notes += [f"{trace.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
+    return notes + ([f"{trace.label}: {missing:,} not finite."] if missing else [])
 
 
-def _bin_points(edges: np.ndarray, share: np.ndarray) -> str:
-    middles = (edges[:-1] + edges[1:]) / 2
-    return " ".join(f"{middle:.6g} {s:.4g}" for middle, s in zip(middles, share, strict=True))
-
-
-def _clipped(groups: Sequence[Group], finite: Sequence[np.ndarray], edges: np.ndarray) -> list[str]:
-    notes = []
-    for group, values in zip(groups, finite, strict=True):
-        notes += [f"{group.label}: every value is {number(values[0])}."] if len(set(values)) == 1 else []
-        outside = int(((values < edges[0]) | (values > edges[-1])).sum())
-        missing = len(group.values) - len(values)
-        notes += [f"{group.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
-        notes += [f"{group.label}: {missing:,} not finite."] if missing else []
-    return notes
-
-
-def scatter_chart(
-    key: str, title: str, points: Sequence[tuple[float, float, str]], x_label: str, most: int, line: bool = True
-) -> Chart:
-    """Points above 0 as discs, at or below as rings, with the line of least squares.
+@as_svg
+def scatter_chart(key: str, title: str, points: Sequence[tuple[float, float, str]], x_label: str, most: int) -> Chart:
+    """Draws points above 0 as discs, at or below as rings, with the line of least squares through all of them.
 
     Args:
         points: (x, y, text that shows when it is pointed at); not finite ones are left out and counted.
         x_label: what x is.
         most: more points than these are thinned to every n-th.
-        line: whether to draw the line of least squares through all points.
     """
     finite = [point for point in points if drawable(point[0]) and drawable(point[1])]
     every = -(-len(finite) // most)
     drawn = finite[::every]
     xs, ys = (np.array([point[i] for point in finite], float) for i in (0, 1))
-    x = Axis(*room(float(xs.min()), float(xs.max()), 0.04), LEFT, RIGHT)
-    y = Axis(*room(float(ys.min()), float(ys.max()), 0.06), BOTTOM, TOP)
-    body = [frame(x, y, x_label)]
-    if y.low < 0 < y.high:
-        body.append(guide_line(y, 0.0))
-    body.append(zero_line(x, y, words=False))
-    for px_, py_, text in drawn:
-        kind = "disc" if py_ > 0 else "ring"
-        circle = {"class": kind, "cx": px(x.at(px_)), "cy": px(y.at(py_)), "r": DOT}
-        body.append(element("circle", element("title", text), **circle))
-    if line and xs.std() > 0:
-        slope, height = np.polyfit(xs, ys, 1)
-        ends = [(x.at(v), min(max(y.at(slope * v + height), TOP), BOTTOM)) for v in (xs.min(), xs.max())]
-        d = "M" + "L".join(f"{px(a)} {px(b)}" for a, b in ends)
-        body.append(element("path", **{"class": "line grey", "stroke_dasharray": DASHES[1], "d": d}))
+    plot = Plot(x_label, room(float(xs.min()), float(xs.max()), 0.04), room(float(ys.min()), float(ys.max()), 0.06))
+    if plot.y[0] < 0 < plot.y[1]:
+        plot.guide(0.0)
+    plot.zero(words=False)
+    for kind, some in (("disc", [p for p in drawn if p[1] > 0]), ("ring", [p for p in drawn if p[1] <= 0])):
+        gid = plot.part([text for *_, text in some], class_=kind)
+        plot.axes.plot([p[0] for p in some], [p[1] for p in some], "o", markersize=5.2, gid=gid)
+    if xs.std() > 0:
+        ends = np.array([xs.min(), xs.max()])
+        line = np.clip(np.polyval(np.polyfit(xs, ys, 1), ends), *plot.y)
+        plot.axes.plot(ends, line, gid=plot.part(class_="line grey", stroke_dasharray=DASHES[1]))
     notes = [f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all."] if every > 1 else []
     if len(finite) < len(points):
         notes.append(f"{len(points) - len(finite):,} are not finite and left out.")
     described = f"{len(finite):,} points. {x_label}: {number(xs.min())} to {number(xs.max())}; {title}: "
     described += f"{number(ys.min())} to {number(ys.max())}."
-    return Chart(key, title, drawing(key, described, body, x, y, ""), [], [], notes=notes)
-
-
-# ---- Legend ---------------------------------------------------------------------------------------------------------
-
-
-def swatch(trace: Trace, filled: bool = False, marked: bool = False) -> Markup:
-    """The sample of a legend: line, mark, or with `marked` both; `filled` is a bar."""
-    line = {"class": f"line {trace.colour}", "stroke_dasharray": DASHES[trace.dash], "d": "M1 6H25"}
-    drawn = [] if trace.points or filled else [element("path", **line)]
-    if trace.points or marked:
-        drawn.append(element("path", **{"class": f"points {trace.colour}", "d": shape_path(trace.shape, 13, 6)}))
-    if filled:
-        drawn.append(element("path", **{"class": f"bars {trace.colour}", "d": "M2 11V2H24V11"}))
-    return element("svg", *drawn, **{"class": "swatch", "viewBox": "0 0 26 12", "aria_hidden": "true"})
+    return Chart(key, title, plot.svg(key, described, ""), notes=notes)

@@ -10,8 +10,7 @@ import numpy as np
 
 from ..artifacts.card import shown_name
 from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson
-from .runs import Run, Series, adapter_facts, base_name, metric_series
-from .svg import number
+from .runs import Found, Row, Run, adapter_facts, base_name
 
 OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
 
@@ -24,10 +23,10 @@ class Figures:
     """The headline of a run. What was not logged is None.
 
     Attributes:
-        source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `report_run`.
+        source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `runs.py`.
         pairs: pairs that the accuracy is of, if that is known.
         interval: 95 % interval of the accuracy, if the pairs are known.
-        balanced: the mean accuracy of "the better answer is longer" and "is shorter".
+        balanced: the mean accuracy of "the better completion is longer" and "is shorter".
         seconds: of the training.
     """
 
@@ -45,20 +44,24 @@ class Figures:
     balanced: float | None = None
 
 
-def figures_at_end(run: Run, found: Mapping[str, Mapping[str, Series]] | None = None) -> Figures:
+def figures_at_end(run: Run, found: Found) -> Figures:
     """The last values of a run: of its first evaluation set, or of training where there was no evaluation."""
-    found = metric_series(run) if found is None else found
     source = next((s for series in found.values() for s in series if s != "train"), "train")
 
     def last(metric: str) -> float | None:
         value = found.get(metric, {}).get(source, [(0.0, math.nan)])[-1][1]
         return value if math.isfinite(value) else None
 
-    accuracy, pairs, balanced = last("rewards/accuracies"), _pairs(run, source), last("accuracies/length_balanced")
+    of_source = [row for row in run.examples if row["dataset"] == source]
+    last_step = max((row["step"] for row in of_source), default=0)
+    examples = [row for row in of_source if row["step"] == last_step]
+    data = run.facts.get("data", {}).get(source, {})
+    each_is_a_pair = source != "train" and data.get("kept_rows") and data.get("completions") == 2 * data["kept_rows"]
+    pairs = len(examples) or (data["kept_rows"] if each_is_a_pair else None)
+    accuracy, balanced = last("rewards/accuracies"), last("accuracies/length_balanced")
     sure = wilson(accuracy, pairs) if accuracy is not None and pairs else None
-    if balanced is None and (examples := _last_examples(run, source)):
-        checked = length_check(examples).balanced
-        balanced = checked.value if checked else None
+    if balanced is None and (checked := length_check(examples).balanced):
+        balanced = checked.value
     entries = [entry for entry in run.log if isinstance(entry.get("step"), int | float)]
     seconds = run.facts.get("seconds") or next((e["train_runtime"] for e in run.log if "train_runtime" in e), None)
     return Figures(
@@ -77,19 +80,17 @@ def figures_at_end(run: Run, found: Mapping[str, Mapping[str, Series]] | None = 
     )
 
 
-def _pairs(run: Run, source: str) -> int | None:
-    """How many held-out pairs an evaluation had: known from its examples, or from the rows if each is one pair."""
-    if examples := _last_examples(run, source):
-        return len(examples)
-    data = run.facts.get("data", {}).get(source, {})
-    kept = data.get("kept_rows")
-    return kept if kept and data.get("completions") == 2 * kept and source != "train" else None
+def number(value: float, minus: str = "−") -> str:
+    """Returns a figure with four digits."""
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{int(value)}" if float(value).is_integer() and abs(value) < 1e5 else f"{value:.4g}"
+    return text.replace("-", minus)
 
 
-def _last_examples(run: Run, source: str) -> list[dict[str, Any]]:
-    of_source = [row for row in run.examples if row["dataset"] == source]
-    last = max((row["step"] for row in of_source), default=0)
-    return [row for row in of_source if row["step"] == last]
+def plain(step: float) -> str:
+    """Returns a step: whole where it is whole."""
+    return str(int(step)) if float(step).is_integer() else f"{step:.6g}"
 
 
 def duration(seconds: float) -> str:
@@ -101,11 +102,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if seconds >= 100 else f"{seconds:.0f} s"
 
 
-def figure_table(run: Run) -> tuple[list[str], list[list[str]]]:
+def figure_table(found: Found) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: every metric, first and last, of training and of each evaluation set."""
-    found = metric_series(run)
-    sources = list(dict.fromkeys(source for series in found.values() for source in series))
-    sources.sort(key=lambda source: source != "train")
+    sources = sorted({s: None for series in found.values() for s in series}, key=lambda source: source != "train")
     heads = ["metric", *(f"{source_name(source)}, {end}" for source in sources for end in ("first", "last"))]
     rows = []
     for metric, series in found.items():
@@ -142,31 +141,31 @@ class LengthCheck:
     balanced: Estimate | None
 
 
-def length_check(examples: Sequence[Mapping[str, Any]]) -> LengthCheck:
-    """Accuracy and margin of the pairs whose chosen answer is shorter, as long, and longer, in tokens. Pairs that
-    aren't finite are left out."""
+def length_check(examples: Sequence[Row]) -> LengthCheck:
+    """Returns accuracy and margin of the pairs whose chosen completion is shorter, as long, and longer, in tokens.
+    Pairs that aren't finite are left out."""
     finite = [row for row in examples if math.isfinite(margin_of(row) + row["tokens_chosen"] - row["tokens_rejected"])]
     length = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in finite], float)
     margin = np.array([margin_of(row) for row in finite], float)
-    wins = (np.sign(margin) + 1) / 2  # a tie counts as half
     rows = []
     for name, part in {"shorter": length < 0, "as long": length == 0, "longer": length > 0}.items():
-        figures = [f"{wins[part].mean():.3f}", number(float(margin[part].mean()))] if part.any() else ["", ""]
+        # A tie counts as half.
+        means = [((np.sign(margin[part]) + 1) / 2).mean(), margin[part].mean()] if part.any() else []
+        figures = [f"{means[0]:.3f}", number(float(means[1]))] if means else ["", ""]
         rows.append([f"chosen is {name}", f"{part.sum():,}", *figures])
     varied = len(finite) > 1 and length.std() > 0 and margin.std() > 0
-    pairs = [
-        Judged(
-            (row["reward_chosen"], row["reward_rejected"]), (row["tokens_chosen"], row["tokens_rejected"]), (1.0, 0.0)
-        )
-        for row in finite
-    ]
-    judged = agreement(tally_rows(pairs))
     correlation = float(np.corrcoef(length, margin)[0, 1]) if varied else math.nan
+    judged = agreement(tally_rows([_judged(row) for row in finite]))
     return LengthCheck(rows, correlation, judged.length_balanced if judged else None)
 
 
-def margin_of(row: Mapping[str, Any]) -> float:
-    """The implicit reward of the chosen minus that of the rejected answer, as the trainer's metrics scale it."""
+def _judged(row: Row) -> Judged:
+    scores, lengths = ((row[f"{of}_chosen"], row[f"{of}_rejected"]) for of in ("reward", "tokens"))
+    return Judged(scores, lengths, (1.0, 0.0))
+
+
+def margin_of(row: Row) -> float:
+    """Returns the implicit reward of chosen minus that of rejected, as the trainer's metrics scale it."""
     return row["reward_chosen"] - row["reward_rejected"]
 
 
@@ -176,15 +175,14 @@ def margin_of(row: Mapping[str, Any]) -> float:
 def settings(run: Run) -> dict[str, dict[str, str]]:
     """Heading -> name -> value of what the run was made with; headings without a value are left out."""
     facts = run.facts
-    record = run.adapter.get("auto_mapping") or {}
-    trained, reference = (record.get(f"dpo_peft_{part}") or {} for part in ("training", "reference"))
+    trained, reference = run.recorded("training"), run.recorded("reference")
     run_facts = {
         "base model": base_name(run),
         "objective": facts.get("objective") or trained.get("loss_type"),
         "beta": facts.get("beta", trained.get("beta")),
         "reward": facts.get("reward") or trained.get("reward"),
         "reference": facts.get("reference"),
-        "quantisation": facts.get("quantization") or trained.get("quantization") or reference.get("quantization"),
+        "quantization": facts.get("quantization") or trained.get("quantization") or reference.get("quantization"),
     }
     environment = facts.get("environment") or {}
     versions = environment.get("versions") or facts.get("versions") or {}
@@ -214,20 +212,16 @@ def data_table(run: Run) -> tuple[list[str], list[list[str]]]:
 def differences(runs: Sequence[Run]) -> list[list[str]]:
     """Rows (name, value in each run) of the settings that are not the same in all runs, names of the runs left out."""
     every = [settings(run) for run in runs]
-    headings = dict.fromkeys(heading for groups in every for heading in groups)
-    keys = [
-        (heading, dict.fromkeys(name for groups in every for name in groups.get(heading, {}))) for heading in headings
-    ]
+    names = dict.fromkeys((heading, name) for groups in every for heading in groups for name in groups[heading])
+    order = list(dict.fromkeys(heading for groups in every for heading in groups))
     rows: list[list[str]] = []
-    for heading, name in ((heading, name) for heading, names in keys for name in names):
-        if name in OWN_NAMES:
-            continue
+    for heading, name in sorted(names, key=lambda one: order.index(one[0])):
         # An option that was recorded nowhere in a run that records its options has its default there.
         values = [
             groups.get(heading, {}).get(name, "default" if heading == "Options" and "Options" in groups else "–")
             for groups in every
         ]
-        if len(set(values)) > 1 and [name, *values] not in rows:
+        if name not in OWN_NAMES and len(set(values)) > 1 and [name, *values] not in rows:
             rows.append([name, *values])
     return rows
 

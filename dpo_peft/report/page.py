@@ -8,7 +8,6 @@ import base64
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import OptionError
-from .facts import (
-    Figures,
-    data_table,
-    figure_table,
-    figures_at_end,
-    raised_warnings,
-    settings,
-)
-from .runs import Run, metric_series, read_runs
-from .svg import MOST_TRACES, number
+from .charts import MOST_TRACES
+from .facts import data_table, figure_table, figures_at_end, number, raised_warnings, settings
+from .runs import metric_series, read_runs
+from .samples import TEXT_CHARACTERS
 from .views import page_of_one, page_of_several
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -33,16 +26,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
-@dataclass(frozen=True)
-class Report:
-    """A page, and its figures as `dpo-peft report --json` prints them."""
-
-    html: bytes
-    summary: dict[str, Any]
-
-
 def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "") -> dict[str, Any]:
-    """Write the page of one run, or the comparison of several.
+    """Writes the page of one run, or the comparison of several.
 
     Args:
         runs: output folders of runs.
@@ -65,48 +50,31 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
         raise OptionError("runs is empty: give the output folder of at least one run.")
     if len(runs) > MOST_TRACES:
         raise OptionError(f"runs: {len(runs)} are too many to tell apart in one chart. Give at most {MOST_TRACES}.")
-    report = make_report(read_runs(runs), title)
+    html, summaries = _page(runs, title)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.part")
-    unfinished.write_bytes(report.html)
+    unfinished.write_bytes(html)
     os.replace(unfinished, output)
-    return {"output": str(output), "bytes": len(report.html), **report.summary}
+    return {"output": str(output), "bytes": len(html), "runs": summaries}
 
 
-def make_report(runs: Sequence[Run], title: str = "") -> Report:
-    """The page of runs that were read."""
+def _page(folders: Sequence[str | Path], title: str) -> tuple[bytes, list[dict[str, Any]]]:
+    """The page, and each run's figures as `dpo-peft report --json` prints them."""
+    runs = read_runs(folders)
     found = [metric_series(run) for run in runs]
     figures = [figures_at_end(run, one) for run, one in zip(runs, found, strict=True)]
     context = page_of_one(runs[0], found[0], figures[0]) if len(runs) == 1 else page_of_several(runs, found, figures)
-    html = _render(
-        title=title or ", ".join(run.name for run in runs),
-        runs=[
-            {
-                "run": run,
-                "figures": one,
-                "settings": settings(run),
-                "data": data_table(run),
-                "all_figures": figure_table(run),
-                "warnings": raised_warnings(run),
-            }
-            for run, one in zip(runs, figures, strict=True)
-        ],
-        **context,
-    )
-    return Report(html, {"runs": [_summary(run, one) for run, one in zip(runs, figures, strict=True)]})
-
-
-def _summary(run: Run, figures: Figures) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "finished": not run.unfinished,
-        **{key: value for key, value in vars(figures).items() if value is not None},
-        "warnings": sorted({warning["name"] for warning in raised_warnings(run)}),
-        "missing": run.notes,
-    }
-
-
-# ---- The page -------------------------------------------------------------------------------------------------------
+    parts, summaries = [], []
+    for run, metrics, headline in zip(runs, found, figures, strict=True):
+        warnings = raised_warnings(run)
+        tables = {"settings": settings(run), "data": data_table(run), "all_figures": figure_table(metrics)}
+        parts.append({"run": run, "warnings": warnings, **tables})
+        known = {key: value for key, value in vars(headline).items() if value is not None}
+        names = sorted({warning["name"] for warning in warnings})
+        summaries.append(
+            {"name": run.name, "finished": not run.unfinished, **known, "warnings": names, "missing": run.notes}
+        )
+    return _render(title=title or ", ".join(run.name for run in runs), runs=parts, **context), summaries
 
 
 def _render(**context: Any) -> bytes:
@@ -125,7 +93,7 @@ def _render(**context: Any) -> bytes:
         "base-uri 'none'; form-action 'none'"
     )
     page = environment.get_template("report.html").render(
-        policy=policy, style=Markup(style), script=Markup(script), **context
+        policy=policy, style=Markup(style), script=Markup(script), text_characters=TEXT_CHARACTERS, **context
     )
     return page.lstrip().translate(CONTROLS).encode("utf-8", "backslashreplace")
 

@@ -16,6 +16,8 @@ from ..artifacts.card import BOOKKEEPING, shown_name
 from ..errors import DataError, OptionError
 
 Series = list[tuple[float, float]]  # (step, value) by step; a value may be NaN or infinite
+Found = Mapping[str, Mapping[str, Series]]  # metric -> source -> values
+Row = Mapping[str, Any]  # of samples.jsonl or eval_examples.jsonl
 SAMPLE_FIELDS = {"step": int, "prompt_number": int, "prompt": str, "completion": str}
 _NUMBERS = "reward_chosen reward_rejected logp_chosen logp_rejected tokens_chosen tokens_rejected".split()
 EXAMPLE_FIELDS = {"step": int, "dataset": str, "row": int, **dict.fromkeys(_NUMBERS, float)}
@@ -42,10 +44,14 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    examples: list[Row] = field(default_factory=list)
     unfinished: str = ""
     notes: list[str] = field(default_factory=list)
+
+    def recorded(self, part: str) -> dict[str, Any]:
+        """What the adapter's config says of its "training" or its "reference"."""
+        return (self.adapter.get("auto_mapping") or {}).get(f"dpo_peft_{part}") or {}
 
 
 def read_run(folder: str | Path, name: str = "") -> Run:
@@ -75,13 +81,17 @@ def read_run(folder: str | Path, name: str = "") -> Run:
         raise DataError(f"{folder.name}: log_history is not a list of objects. Restore the file.")
     if not log:
         notes.append("The log is empty: no curves and no figures. Train at least one step with logging_steps set.")
-    adapter = folder / "adapter_config.json" if home == folder else home / "adapter_config.json"
+    adapter = {}
+    if (home / "adapter_config.json").is_file():
+        adapter = _read_object(home / "adapter_config.json")
+    else:
+        notes.append("There is no adapter_config.json: the adapter can't be shown.")
     return Run(
         name=name or folder.resolve().name,
         log=log,
         facts=facts,
         options=_options(folder, facts, notes),
-        adapter=_read_object(adapter) if adapter.is_file() else _without(notes, "adapter_config.json", "the adapter"),
+        adapter=adapter,
         samples=_rows(folder, "samples.jsonl", SAMPLE_FIELDS, "samples", notes),
         examples=_rows(folder, "eval_examples.jsonl", EXAMPLE_FIELDS, "margins by pair and by length", notes),
         unfinished=unfinished,
@@ -116,19 +126,20 @@ def metric_series(run: Run) -> dict[str, dict[str, Series]]:
     sets += sorted({row["dataset"] for row in run.examples} - {"eval", *sets})
     found: dict[str, dict[str, dict[float, float]]] = {}
     for entry in run.log:
-        step = entry.get("step")
-        if isinstance(step, bool) or not isinstance(step, int | float):
-            continue
-        for key, value in entry.items():
+        for key, value in entry.items() if _is_number(entry.get("step")) else ():
             source, metric = source_of(key, sets)
-            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                if metric == "learning_rate" or not BOOKKEEPING.match(metric):
-                    number = math.nan if value is None else float(value)
-                    found.setdefault(metric, {}).setdefault(source, {})[float(step)] = number
+            shown = metric == "learning_rate" or not BOOKKEEPING.match(metric)
+            if shown and (value is None or _is_number(value)):
+                values = found.setdefault(metric, {}).setdefault(source, {})
+                values[float(entry["step"])] = math.nan if value is None else float(value)
     return {
         metric: {source: sorted(by[source].items()) for source in sorted(by, key=lambda source: source != "train")}
         for metric, by in found.items()
     }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def source_of(key: str, sets: Iterable[str] = ()) -> tuple[str, str]:
@@ -140,11 +151,6 @@ def source_of(key: str, sets: Iterable[str] = ()) -> tuple[str, str]:
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
-
-
-def _without(notes: list[str], file: str, what: str) -> dict[str, Any]:
-    notes.append(f"There is no {file}: {what} can't be shown.")
-    return {}
 
 
 def _options(folder: Path, facts: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -164,20 +170,15 @@ def _options(folder: Path, facts: Mapping[str, Any], notes: list[str]) -> dict[s
 
 def _newest_state(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint with a state that can be read, and that state."""
-    numbered = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / "trainer_state.json").is_file():
-            numbered.append((int(number), path))
+    paths = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in paths}
     damaged = None
-    for _, path in sorted(numbered, reverse=True):
+    for path in sorted((p for p in paths if numbers[p].isdecimal()), key=lambda p: int(numbers[p]), reverse=True):
         try:
             return path, _read_object(path / "trainer_state.json")
         except DataError as error:
             damaged = damaged or error
-    if damaged:
-        raise damaged
-    raise OptionError(
+    raise damaged or OptionError(
         f"runs: {str(folder)!r} has neither metrics.json nor a checkpoint with trainer_state.json. Give the "
         "output_dir of a run that has been saved (`trainer.save_model()`), or that has a checkpoint."
     )
@@ -194,19 +195,17 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _rows(folder: Path, file: str, fields: Mapping[str, type], what: str, notes: list[str]) -> list[dict[str, Any]]:
+def _rows(folder: Path, file: str, fields: Mapping[str, type], what: str, notes: list[str]) -> list[Row]:
     """The rows of a JSON lines file. A run that was killed may leave its last line half written: that is noted."""
     path = folder / file
     if not path.is_file():
         notes.append(f"There is no {file}: {what} can't be shown.")
         return []
-    text = path.read_bytes().decode("utf-8", "replace")
-    lines, rows = text.split("\n"), []
+    lines: list[str] = path.read_bytes().decode("utf-8", "replace").split("\n")
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            rows.append(_checked(json.loads(line), fields))
+            rows += [_checked(json.loads(line), fields)] if line.strip() else []
         except ValueError as error:
             if number == len(lines):
                 notes.append(f"The last line of {file} is not whole and was left out.")
@@ -221,15 +220,11 @@ def _checked(row: Any, fields: Mapping[str, type]) -> dict[str, Any]:
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"{name} is missing")
-        value = row[name]
-        if kind is float:
-            value = math.nan if value is None else value
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-        else:
-            fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits:
-            raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
-        row[name] = value
+        if kind is float and row[name] is None:  # JSON's NaN
+            row[name] = math.nan
+        fits = isinstance(row[name], int | float if kind is float else kind)
+        if not fits or isinstance(row[name], bool):
+            raise ValueError(f"{name} is {row[name]!r}, not of type {kind.__name__}")
     return row
 
 

@@ -5,65 +5,52 @@ A page holds a bounded number of characters. What doesn't fit is left out in who
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from .runs import Run
+from .runs import Row, Run
 
 PAGE_CHARACTERS = 500_000
 TEXT_CHARACTERS = 8_000  # of one text
 
-Row = Mapping[str, Any]  # of samples.jsonl
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text of a sample. `name` says whose it is, `left_out` counts characters that are not shown."""
-
-    name: str
-    text: str
-    about: str = ""
-    left_out: int = 0
+Side = tuple[str, Row]  # a sample under its name
 
 
 @dataclass(frozen=True)
 class SampleCard:
     """One prompt: `sides` stand beside each other, `between` is folded."""
 
-    prompt: Text
-    sides: list[Text]
-    between: list[Text] = field(default_factory=list)
+    prompt: str
+    sides: list[Side]
+    between: list[Side] = field(default_factory=list)
 
     @property
     def characters(self) -> int:
-        return sum(len(text.text) for text in (self.prompt, *self.sides))
+        return _shown(self.prompt) + sum(_shown(row["completion"]) for _, row in self.sides)
 
 
 def sample_cards(run: Run) -> tuple[list[SampleCard], list[str]]:
-    """A card per prompt, first and last step side by side, the steps between folded; and what was left out."""
+    """Returns a card per prompt, first and last step side by side, the steps between folded; and what was left out."""
     by_prompt: dict[int, dict[int, Row]] = {}
-    for row in run.samples:
+    for row in sorted(run.samples, key=lambda row: (row["prompt_number"], row["step"])):
         by_prompt.setdefault(row["prompt_number"], {})[row["step"]] = row
-    prompts = [dict(sorted(by_step.items())) for _, by_step in sorted(by_prompt.items())]
-    cards, notes = _that_fit([_ends(by_step) for by_step in prompts])
+    cards, notes = _that_fit([_ends(by_step) for by_step in by_prompt.values()])
     # Of the steps between, the same ones for all prompts.
-    inner = [list(by_step.values())[1:-1] for by_step in prompts[: len(cards)]]
-    steps = sorted({row["step"] for rows in inner for row in rows})
-    size = dict.fromkeys(steps, 0)
-    for between in inner:
-        for inner_row in between:
-            size[inner_row["step"]] += len(_cut(inner_row["completion"])[0])
-    kept = spread(size, PAGE_CHARACTERS - sum(card.characters for card in cards))
-    if len(kept) < len(steps):
-        notes.append(f"{len(kept):,} of {len(steps):,} steps between are shown; all are in samples.jsonl.")
-    for card, between in zip(cards, inner, strict=True):
-        card.between.extend(_text(row, f"step {row['step']:,}") for row in between if row["step"] in kept)
+    inner = [list(by_step.values())[1:-1] for by_step in by_prompt.values()][: len(cards)]
+    size = dict.fromkeys(sorted({row["step"] for rows in inner for row in rows}), 0)
+    for row in (row for rows in inner for row in rows):
+        size[row["step"]] += _shown(row["completion"])
+    kept = _spread(size, PAGE_CHARACTERS - sum(card.characters for card in cards))
+    if len(kept) < len(size):
+        notes.append(f"{len(kept):,} of {len(size):,} steps between are shown; all are in samples.jsonl.")
+    for card, rows in zip(cards, inner, strict=True):
+        card.between.extend((f"step {row['step']:,}", row) for row in rows if row["step"] in kept)
     return cards, notes
 
 
 def compared_samples(runs: Sequence[Run]) -> tuple[list[SampleCard], list[str]]:
-    """A card per prompt that at least two runs have: each run's last sample beside the first run's start."""
+    """Returns a card per prompt that at least two runs have, each run's last sample beside the first run's start; and
+    what was left out."""
     by_prompt: dict[str, dict[str, list[Row]]] = {}
     for run in runs:
         for row in sorted(run.samples, key=lambda row: row["step"]):
@@ -72,9 +59,9 @@ def compared_samples(runs: Sequence[Run]) -> tuple[list[SampleCard], list[str]]:
     for prompt, by_run in by_prompt.items():
         if len(by_run) > 1:
             start = next(iter(by_run.values()))[0]
-            sides = [_text(start, "before training")] if start["step"] == 0 else []
-            sides += [_text(of[-1], f"{name}, step {of[-1]['step']:,}") for name, of in by_run.items()]
-            cards.append(SampleCard(_prompt(prompt), sides))
+            sides = [("before training", start)] if start["step"] == 0 else []
+            sides += [(f"{name}, step {of[-1]['step']:,}", of[-1]) for name, of in by_run.items()]
+            cards.append(SampleCard(prompt.strip("\n"), sides))
     alone = len(by_prompt) - len(cards)
     cards, notes = _that_fit(cards)
     return cards, notes + ([f"{alone:,} prompts were sampled in one run only."] if alone else [])
@@ -85,7 +72,8 @@ def _ends(rows: Mapping[int, Row]) -> SampleCard:
     names = {last: f"step {last:,}"} if first == last else {first: f"step {first:,}", last: f"after step {last:,}"}
     if 0 in names:
         names[0] = "before training"
-    return SampleCard(_prompt(rows[last]["prompt"]), [_text(rows[step], name) for step, name in names.items()])
+    # A chat template ends with a newline.
+    return SampleCard(rows[last]["prompt"].strip("\n"), [(name, rows[step]) for step, name in names.items()])
 
 
 def _that_fit(cards: list[SampleCard]) -> tuple[list[SampleCard], list[str]]:
@@ -95,27 +83,15 @@ def _that_fit(cards: list[SampleCard]) -> tuple[list[SampleCard], list[str]]:
     return fit, [f"{len(cards) - len(fit):,} further prompts are in samples.jsonl."] if len(fit) < len(cards) else []
 
 
-def spread(size: Mapping[int, int], room: int) -> set[int]:
+def _spread(size: Mapping[int, int], room: int) -> set[int]:
     """As many of the steps as fit into the room by their sizes, evenly spread."""
     steps = list(size)
-    for number_of in range(len(steps), 0, -1):
-        some = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, number_of).round().astype(int))]
+    for count in range(len(steps), 0, -1):
+        some = {steps[i] for i in np.linspace(0, len(steps) - 1, count).round().astype(int)}
         if sum(size[step] for step in some) <= room:
-            return set(some)
+            return some
     return set()
 
 
-def _text(row: Row, name: str) -> Text:
-    text, left_out = _cut(row["completion"])
-    tokens = f"{row['tokens']:,} tokens" if isinstance(row.get("tokens"), int) else ""
-    unfinished = "not finished" if row.get("finished") is False else ""
-    return Text(name, text, ", ".join(part for part in (tokens, unfinished) if part), left_out)
-
-
-def _prompt(prompt: str) -> Text:
-    text, left_out = _cut(prompt.strip("\n"))  # a chat template ends with one
-    return Text("prompt", text, left_out=left_out)
-
-
-def _cut(text: str) -> tuple[str, int]:
-    return text[:TEXT_CHARACTERS], max(0, len(text) - TEXT_CHARACTERS)
+def _shown(text: str) -> int:
+    return min(len(text), TEXT_CHARACTERS)

@@ -178,9 +178,14 @@ def chart(page: Node, title: str) -> Node:
     return found
 
 
+def trace_of(figure: Node, label: str) -> Node:
+    """The group of a chart that draws this line, these marks or this distribution."""
+    return figure.one("g", data_label=label)
+
+
 def points_of(figure: Node, label: str) -> list[tuple[float, float]]:
     """What a trace shows when it is pointed at."""
-    numbers = [float(word) for word in figure.one("path", data_label=label).attributes["data-points"].split()]
+    numbers = [float(word) for word in trace_of(figure, label).attributes["data-points"].split()]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from quickstart_grammar import text, topics
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dpo_peft import quickstart
-from dpo_peft.quickstart import known_trigram_share, text, topics, true_reward
-from dpo_peft.quickstart.lexicon import VALENCE
+from dpo_peft.quickstart import known_trigram_share, true_reward
+from dpo_peft.quickstart.lexicon import ENTRIES, VALENCE
 
 ROOT = Path(quickstart.__file__).parent
 WORD = re.compile(r"[^\W\d_]+")
@@ -69,6 +70,10 @@ def test_reward_is_bounded_whatever_the_text():
         assert -2 <= true_reward(" ".join(rng.choices(words, k=60))) <= 2
 
 
+def test_no_word_is_graded_or_classed_twice():
+    assert len({(word, part, grade) for word, part, grade in ENTRIES}) == len(VALENCE)
+
+
 # ---- the grammar
 
 
@@ -105,6 +110,10 @@ def test_neutral_parts_use_no_evaluative_word():
         nouns = itertools.chain(*topic.aspects.values(), *topic.performers)
         parts += [*topic.subjects, topic.short, *nouns, *topic.feelers, *topic.facts, *topic.back, *topic.audience]
     assert not [part for part in parts if set(WORD.findall(part.lower())) & set(VALENCE)]
+
+
+def test_the_shipped_trigrams_are_those_of_the_grammar():
+    assert (ROOT / "trigrams.txt").read_text("utf-8").splitlines() == text.known_trigrams()
 
 
 def test_fluency_figure_separates_text_from_salad(reviews):

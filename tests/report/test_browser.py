@@ -13,11 +13,12 @@ from dpo_peft.report.page import save_report
 PHONE = {"width": 375, "height": 700, "phone": True}
 BOXES = """[...document.querySelectorAll("svg.chart")].map(svg => {
     const box = svg.getBoundingClientRect();
-    return [box.left, box.right, box.width, box.height, svg.querySelectorAll("path.line, path.points, circle").length];
+    const marks = svg.querySelectorAll("g.line path, g.points use, g.disc use, g.ring use");
+    return [box.left, box.right, box.width, box.height, marks.length];
 })"""
-MARKS = """[...document.querySelectorAll("svg.chart path.line, svg.chart path.bars")].map(path => {
-    const box = path.getBBox();
-    return [path.dataset.label || "least squares", box.width, box.height, getComputedStyle(path).stroke];
+MARKS = """[...document.querySelectorAll("svg.chart g.line path, svg.chart g.bars path")].map(path => {
+    const box = path.getBBox(), label = path.parentElement.dataset.label || "least squares";
+    return [label, box.width, box.height, getComputedStyle(path).stroke];
 })"""
 # Everything that holds text, out of view on the right though no box around it scrolls.
 OVERFLOWING = """[...document.querySelectorAll("body *")].filter(element => {

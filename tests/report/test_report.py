@@ -23,18 +23,18 @@ from report_helpers import (
     read_page,
     samples_of,
     table_of,
+    trace_of,
     write_json,
     write_lines,
 )
 
 from dpo_peft.cli import train as cli
 from dpo_peft.errors import DataError, OptionError
-from dpo_peft.report.charts import MOST_TRACES, Group, histogram_chart, scatter_chart, style_of, thin
+from dpo_peft.report.charts import MOST_TRACES, Trace, curve_chart, histogram_chart, scatter_chart, style_of, thin
 from dpo_peft.report.facts import duration, length_check
 from dpo_peft.report.page import save_report
 from dpo_peft.report.runs import read_run, source_of
 from dpo_peft.report.samples import PAGE_CHARACTERS, TEXT_CHARACTERS
-from dpo_peft.report.svg import Axis, tick_labels
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,14 @@ def test_a_curve_is_the_log(page: Any, title: str, label: str, key: str) -> None
     svg = figure.one("svg", class_="chart")
     x0, x1, y0, y1 = map(float, svg.attributes["data-domain"].split())
     left, right, top, bottom = map(float, svg.attributes["data-box"].split())
-    d = figure.one("path", data_label=label).attributes["d"]
-    if "evaluation" not in label:
-        drawn = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", d), float)
-        expected = [(left + (s - x0) / (x1 - x0) * (right - left), (v - y0) / (y1 - y0)) for s, v in logged]
-        pixels = [(x, bottom - share * (bottom - top)) for x, share in expected]
-        assert np.abs(drawn - pixels).max() < 0.06  # a tenth of a pixel, rounded
+    trace = trace_of(figure, label)
+    if "evaluation" in label:
+        drawn = np.array([[float(use.attributes[name]) for name in "xy"] for use in trace.all("use")])
+    else:
+        drawn = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", trace.one("path").attributes["d"]), float)
+    expected = [(left + (s - x0) / (x1 - x0) * (right - left), (v - y0) / (y1 - y0)) for s, v in logged]
+    pixels = [(x, bottom - share * (bottom - top)) for x, share in expected]
+    assert np.abs(drawn - pixels).max() < 0.06  # a tenth of a pixel, rounded
 
 
 def test_headline_figures(page: Any, run_folder: Path) -> None:
@@ -181,7 +183,9 @@ def test_no_correlation_where_lengths_are_all_the_same() -> None:
 def test_a_histogram_counts_every_pair() -> None:
     draw = random.Random(0)
     values = [draw.gauss(1, 2) for _ in range(500)] + [1e9, -1e9, math.nan]
-    drawn = histogram_chart("h", "Margins", [Group("step 9", values, filled=True)], "margin")
+    drawn = histogram_chart(
+        "h", "Margins", [Trace("step 9", [(0.0, value) for value in values], filled=True)], "margin"
+    )
     edges = [[float(edge.replace("−", "-")) for edge in row[0].split(" to ")] for row in drawn.rows]
     counts = [int(row[1].replace(",", "")) for row in drawn.rows]
     assert sum(counts) == 502  # both far ones in the last bins
@@ -194,9 +198,10 @@ def test_a_histogram_counts_every_pair() -> None:
 def test_margins_that_are_all_zero_do_not_flatten_the_others(page: Any) -> None:
     """Before training every margin is 0: a bar of 100 % would hide the distribution after it."""
     figure = chart(page, "Margins of pairs, evaluation")
-    before, after = (figure.one("path", data_label=label) for label in ("step 0, before training", "step 40"))
-    assert re.fullmatch(r"M[\d.]+ [\d.]+V[\d.]+", before.attributes["d"])
-    heights = [float(y) for y in re.findall(r"V([\d.]+)", after.attributes["d"])]
+    labels = ("step 0, before training", "step 40")
+    before, after = (trace_of(figure, label).one("path").attributes["d"] for label in labels)
+    assert re.fullmatch(r"M([\d.]+) [\d.]+L\1 [\d.]+", before)
+    heights = [float(y) for y in re.findall(r"L[\d.]+ ([\d.]+)", after)]
     svg = figure.one("svg", class_="chart")
     _, _, top, bottom = map(float, svg.attributes["data-box"].split())
     assert min(heights) < top + 0.2 * (bottom - top)  # the highest bar fills the chart
@@ -205,7 +210,7 @@ def test_margins_that_are_all_zero_do_not_flatten_the_others(page: Any) -> None:
 def test_a_scatter_tells_how_many_points_it_draws() -> None:
     points = [(float(i), float(i % 7 - 3), f"pair {i}") for i in range(2500)] + [(1.0, math.inf, "bad")]
     drawn = scatter_chart("s", "Margin", points, "tokens", 1000)
-    assert len(re.findall("<circle", drawn.svg)) == 834  # every third
+    assert len(re.findall("<use", drawn.svg)) == len(re.findall("<title>pair", drawn.svg)) == 834  # every third
     assert drawn.notes == ["834 of 2,500 points are drawn; figures are of all.", "1 are not finite and left out."]
 
 
@@ -230,12 +235,13 @@ def test_thinning_keeps_peaks_gaps_and_ends() -> None:
     [
         (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
         (-30, 20, ["−30", "−20", "−10", "0", "10", "20"]),
-        (0, 1e-4, ["0", "2e−5", "4e−5", "6e−5", "8e−5", "1e−4"]),
-        (0, 5e6, ["0", "1e6", "2e6", "3e6", "4e6", "5e6"]),
+        (0, 1e-4, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0", "1e−4"]),
+        (0, 5e6, ["0", "1", "2", "3", "4", "5", "1e6"]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, labels: list[str]) -> None:
-    assert tick_labels(Axis(low, high, 0, 100).ticks(5)) == labels
+    drawn = curve_chart("c", "Chart", [Trace("trace", [(1, low), (2, high)])], 100, limits=(low, high))
+    assert re.findall(r'<text [^>]*text-anchor="(?:end|start)">([^<s]*)<', drawn.svg) == labels
 
 
 def test_runs_are_told_apart() -> None:
@@ -263,7 +269,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     page, _ = page_of(folder, output=tmp_path / "page.html")
     figure = chart(page, "Loss")
     assert "not finite at steps 5, 6, 7, 8, 9" in figure.text
-    line = figure.one("path", data_label="loss").attributes["d"]
+    line = trace_of(figure, "loss").one("path").attributes["d"]
     assert line.count("M") == 2 and len(re.findall("[ML]", line)) == 35  # two stretches, five values missing
     assert ["7", "not finite", ""] in table_of(figure)
     for element in page.all():
@@ -514,8 +520,9 @@ def test_each_evaluation_set_has_its_marks_and_margins(tmp_path: Path) -> None:
     write_lines(folder / "eval_examples.jsonl", rows)
     page, result = page_of(folder, output=tmp_path / "page.html")
     loss = chart(page, "Loss")
-    shapes = [loss.one("path", data_label=f"loss, evaluation on {name}").attributes["d"] for name in ("help", "harm")]
-    assert "a3.4" in shapes[0] and "a3.4" not in shapes[1]  # circles and squares
+    marks = [trace_of(loss, f"loss, evaluation on {name}") for name in ("help", "harm")]
+    shapes = [mark.one("path").attributes["d"] for mark in marks]
+    assert "C" in shapes[0] and "C" not in shapes[1]  # circles and squares
     assert result["runs"][0]["source"] == "eval_help"
     assert [chart(page, f"Margins of pairs, evaluation on {name}").tag for name in ("help", "harm")] == ["figure"] * 2
 
@@ -529,7 +536,7 @@ def test_warnings_are_listed_and_marked(tmp_path: Path) -> None:
     assert listed.startswith("likelihood-displacement at step 30: Chosen answers fell. docs/diagnostics.md#")
     assert listed.count("docs/diagnostics.md#high-kl") == 1  # named by the message already
     for title in ("Loss", "Implicit rewards"):
-        (mark,) = chart(page, title).all("path", class_="mark")
+        mark = chart(page, title).one("g", class_="mark")
         assert mark.one("title").text == "step 30: likelihood-displacement, high-kl"
 
 
@@ -567,11 +574,11 @@ def test_curves_of_all_runs_lie_over_each_other(three: Any) -> None:
     names = [run["name"] for run in result["runs"]]
     figure = chart(page, "Loss")
     for i, (name, steps) in enumerate(zip(names, (40, 40, 80), strict=True)):
-        trace = figure.one("path", data_label=name)
+        trace = trace_of(figure, name)
         assert trace.attributes["data-group"] == f"r{i}" and points_of(figure, name)[-1][0] == steps
-    dashes = [figure.one("path", data_label=name).attributes.get("stroke-dasharray", "") for name in names]
-    colours = [figure.one("path", data_label=name).attributes["class"] for name in names]
-    assert len(set(dashes)) == len(set(colours)) == 3
+    dashes = [trace_of(figure, name).attributes.get("stroke-dasharray", "") for name in names]
+    colors = [trace_of(figure, name).attributes["class"] for name in names]
+    assert len(set(dashes)) == len(set(colors)) == 3
     key = page.one("ul", class_="key")
     assert [button.text for button in key.all("button")] == names
     plotted = {key for key in METRICS if key != "accuracies/length_only"}

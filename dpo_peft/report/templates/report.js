@@ -46,8 +46,8 @@ function watch(svg) {
       const row = make(tip, "p");
       make(row, "span", path.dataset.label);
       make(row, "b", `${value} ${svg.dataset.unit || ""}`.trim().replace("-", "−"));
-      const colour = path.classList[1];
-      for (const part of [dot, row]) part.classList.add(colour);
+      const color = path.classList[1];
+      for (const part of [dot, row]) part.classList.add(color);
     }
     if (left_out) make(tip, "div", `and ${left_out} more`);
     tip.hidden = false;

@@ -1,9 +1,10 @@
 """The grammar that writes the pretraining text: short chats in which a user asks for a review and gets one.
 
-A review is two to five sentences over a topic (`topics.py`). Its evaluative slots are filled from `lexicon.py` with
-grades drawn almost independently of each other (a weak mood per review tilts them), so sentiment is broad and
-symmetric around zero and a policy that learns to prefer praise has room to move. Connectives agree with the grades:
-"but" between praise and blame, "and" otherwise. No evaluative word stands twice in a review.
+A review is two to five sentences over a topic (`topics.py`). Its evaluative slots are filled from
+`dpo_peft/quickstart/lexicon.yaml` with grades drawn almost independently of each other (a weak mood per review tilts
+them), so sentiment is broad and symmetric around zero and a policy that learns to prefer praise has room to move.
+Connectives agree with the grades: "but" between praise and blame, "and" otherwise. No evaluative word stands twice in
+a review.
 """
 
 import math
@@ -12,18 +13,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dpo_peft.quickstart.fluency import trigrams
+from dpo_peft.quickstart.lexicon import ADJECTIVES, GRADES, OTHER_PARTS, Table
+from dpo_peft.quickstart.reward import NEGATION_FACTOR
+
 from . import topics
-from .lexicon import (
-    ADJECTIVES,
-    ADVICE_VERBS,
-    EFFECT_VERBS,
-    FEELING_VERBS,
-    GRADES,
-    MANNER_ADVERBS,
-    RETURN_ADVERBS,
-    VERDICTS,
-)
-from .reward import NEGATION_FACTOR
 from .topics import TOPICS, Topic
 
 GRADE_WEIGHTS = (0.13, 0.26, 0.22, 0.26, 0.13)  # of +2 .. -2
@@ -88,9 +82,7 @@ class _Draft:
     used: set[str] = field(default_factory=set)
     values: list[float] = field(default_factory=list)
 
-    def word(
-        self, *tables: dict[int, list[str]], grades: tuple[int, ...] = GRADES, factor: float = 1.0
-    ) -> tuple[str, int]:
+    def word(self, *tables: Table, grades: tuple[int, ...] = GRADES, factor: float = 1.0) -> tuple[str, int]:
         """Draw a grade, then an unused word of that grade from `tables`; note its valence times `factor`."""
         weights = [GRADE_WEIGHTS[GRADES.index(grade)] * math.exp(self.mood * grade * factor) for grade in grades]
         while True:
@@ -212,23 +204,23 @@ def _negated(d: _Draft) -> str:
 
 def _feeling(d: _Draft) -> str:
     noun, _, _ = d.aspect()
-    verb, first = d.word(FEELING_VERBS)
+    verb, first = d.word(OTHER_PARTS["feeling"])
     if d.rng.random() < 0.5:
         return f"{d.person()} {verb} the {noun}."
     other, _, _ = d.aspect()
-    again, second = d.word(FEELING_VERBS)
+    again, second = d.word(OTHER_PARTS["feeling"])
     return f"{d.person()} {verb} the {noun}{' but' if first * second < 0 else ' and'} {again} the {other}."
 
 
 def _effect(d: _Draft) -> str:
     noun, _, _ = d.aspect()
-    verb, _ = d.word(EFFECT_VERBS)
+    verb, _ = d.word(OTHER_PARTS["effect"])
     whom = d.rng.choice(("me", "us", "us all", fill(d.rng, d.rng.choice(d.topic.feelers))))
     return f"the {noun} {verb} {whom}."
 
 
 def _verdict(d: _Draft) -> str:
-    noun, grade = d.word(VERDICTS)
+    noun, grade = d.word(OTHER_PARTS["verdict"])
     lead = d.rng.choice(("all in all", "in short", "for us", "to sum up", "taken together", "overall"))
     if d.rng.random() < 0.4:
         adjective, _ = d.adjective("any", grades=near(grade))
@@ -239,7 +231,7 @@ def _verdict(d: _Draft) -> str:
 def _manner(d: _Draft) -> str:
     who, verb = d.rng.choice(d.topic.performers)
     d.used.add(who.removeprefix("the "))
-    adverb, first = d.word(MANNER_ADVERBS)
+    adverb, first = d.word(OTHER_PARTS["manner"])
     if d.rng.random() < 0.5:
         return f"{who} {verb} {adverb}."
     subject, adjective, second = d.judged()
@@ -254,12 +246,12 @@ def _despite(d: _Draft) -> str:
 
 
 def _return(d: _Draft) -> str:
-    adverb, _ = d.word(RETURN_ADVERBS, grades=(1, 0, -1) if d.rng.random() < 0.5 else (2, 1, 0, -1))
+    adverb, _ = d.word(OTHER_PARTS["return"], grades=(1, 0, -1) if d.rng.random() < 0.5 else (2, 1, 0, -1))
     return f"I would {adverb} {fill(d.rng, d.rng.choice(d.topic.back))}."
 
 
 def _advice(d: _Draft) -> str:
-    verb, grade = d.word(ADVICE_VERBS)
+    verb, grade = d.word(OTHER_PARTS["advice"])
     if grade > 0 and d.rng.random() < 0.5:
         return (
             f"I can {verb} the {d.topic.short} to {d.rng.choice(d.topic.audience)}."
@@ -321,3 +313,10 @@ def write_chat(rng: random.Random, toned: float = 0.5) -> list[dict[str, str]]:
         prompt = rng.choice(TONED_ASKS).format(tone=with_article(tone), subject=subject)
     review, _ = write_review(rng, topic, tone)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": review}]
+
+
+def known_trigrams(reviews: int = 20_000) -> list[str]:
+    """Returns the trigrams (see `dpo_peft.quickstart.fluency`) of so many reviews, sorted."""
+    rng = random.Random("fluency")
+    texts = (write_review(rng, write_prompt(rng)[1])[0] for _ in range(reviews))
+    return sorted({trigram for text in texts for trigram in trigrams(text)})
