@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from ..errors import (
-    CheckpointError,
-    DataError,
-    DriftError,
-    NonFiniteError,
-    OptionError,
-    PublishError,
-    ReferenceMismatchError,
-)
+from .. import errors
 from .options import show_progress
 
 __all__ = ["main"]
 
+WRONG_INPUT = (
+    errors.OptionError,
+    errors.DataError,
+    errors.ReferenceMismatchError,
+    errors.NonFiniteError,
+    errors.CheckpointError,
+)
+REFUSED = (errors.DriftError, errors.PublishError)
 COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache")
 USAGE = """usage: dpo-peft COMMAND [options]
 
@@ -51,12 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # A command's module is loaded when the command is called: `help` should wait for nothing.
         getattr(import_module(f".{command}", __package__), command)(rest)
-    except (OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError) as error:
+    except (*WRONG_INPUT, *REFUSED) as error:
         print(f"dpo-peft: {error}", file=sys.stderr)
-        return 2
-    except (DriftError, PublishError) as error:
-        print(f"dpo-peft: {error}", file=sys.stderr)
-        return 3
+        return 3 if isinstance(error, REFUSED) else 2
     except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
         print("dpo-peft: stopped.", file=sys.stderr)
         return 130

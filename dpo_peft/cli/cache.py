@@ -1,4 +1,4 @@
-"""The command `dpo-peft cache`: what is kept of which reference's log-probs, and making room."""
+"""`dpo-peft cache`: lists what is kept of which reference's log-probs, and makes room."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class CacheArguments:
 
 
 def cache(argv: Sequence[str]) -> None:
-    """`dpo-peft cache`: list what is kept of which reference, or delete it.
+    """Lists what is kept of which reference, or deletes it.
 
     Raises:
         OptionError: there is no such folder or reference, or options that need `clear`.

@@ -63,7 +63,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return action.help if nothing else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """An option once: the parser takes it with hyphens for underscores too."""
+        """Shows an option once: the parser takes it with hyphens for underscores too."""
         if not action.option_strings or not action.option_strings[0].startswith("--"):
             return super()._format_action_invocation(action)
         return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}".rstrip()

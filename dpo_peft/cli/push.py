@@ -1,4 +1,4 @@
-"""The command `dpo-peft push`: publish a trained adapter on the Hub, with its card, recipe, metrics and samples."""
+"""`dpo-peft push`: publishes a trained adapter on the Hub, with its card, recipe, metrics and samples."""
 
 import shlex
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command `dpo-peft report`: a run as one HTML page, or several runs compared."""
+"""`dpo-peft report`: a run as one HTML page, or several runs compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class ReportArguments:
 
 
 def report(argv: Sequence[str]) -> None:
-    """`dpo-peft report`: write the page and print where it is, with each run's figures.
+    """Writes the page and prints where it is, with each run's figures.
 
     Raises:
         OptionError, DataError: with the remedy; nothing was written.
@@ -56,7 +56,7 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def _line(run: dict[str, Any]) -> str:
-    """One run's headline."""
+    """Returns one run's headline."""
     of = "held-out" if run["source"] != "train" else "training"
     parts = []
     if "accuracy" in run:

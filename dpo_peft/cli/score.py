@@ -64,7 +64,7 @@ def run(options: ScoreOptions) -> dict[str, Any]:
     """Returns the result of the command, and writes the scores of each row if there is an output."""
     from ..model.adapter_source import UNRECORDED, AdapterSource
     from ..reward.implicit import ImplicitReward
-    from ..reward.labelled import ScoredRows
+    from ..reward.judgments import ScoredRows
     from ..reward.rows import prepare_rows
 
     # Rows first: a bad one is found in seconds, not after minutes of loading the model.

@@ -97,7 +97,7 @@ def probe_rows(model: CausalLM, tokenizer: PreTrainedTokenizerBase, precision: s
     return Rows("probe texts", samples, prompts, pairs=False)
 
 
-def labelled_rows(
+def pair_rows(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, setup: TrainedWith, max_rows: int
 ) -> Rows:
     """Returns the first rows of a dataset of preference pairs, prepared as for the training. What became of them is

@@ -37,7 +37,7 @@ from ..model.loading import load_base
 from ..model.serving import serving_problems
 from ..reference.adapter_off import reference_logps
 from ..reference.frozen_adapter import moved_base
-from .drift import Drift, Observed, Rows, autocast, compare, labelled_rows, observe, probe_rows, score
+from .drift import Drift, Observed, Rows, autocast, compare, observe, pair_rows, probe_rows, score
 from .weights import dequantize, merge_into, quiet
 
 ONTO = ("dequantized", "base16")
@@ -109,7 +109,7 @@ def merge_adapter(
     rows = None
     if dataset is not None:
         setup = source.read() or UNRECORDED
-        rows = labelled_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
+        rows = pair_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
     loaded = source.load(device, with_reference=dataset is not None)
     onto, dtype, config = _plan(loaded, onto, dtype)
     seen = _observe_adapter(loaded, rows)
@@ -153,7 +153,7 @@ def merge_adapter(
 def _check(
     output_dir: str | Path, onto: str | None, dtype: str | None, max_drift: float | None, max_shard_size: str
 ) -> Path:
-    """The output folder, if everything that can be known beforehand is right."""
+    """Returns the output folder, if everything that can be known beforehand is right."""
     for name, value, choices in (("onto", onto, ONTO), ("dtype", dtype, MAX_DRIFT)):
         if value is not None and value not in choices:
             raise OptionError(f"{name}={value!r}: use one of {', '.join(choices)}.")
@@ -168,7 +168,7 @@ def _check(
 
 
 def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[str | None, str, PeftConfig]:
-    """Base and dtype of the merged model, and the adapter's config."""
+    """Returns base and dtype of the merged model, and the adapter's config."""
     base, config = source.model.get_base_model(), source.model.peft_config[source.policy]
     quantized = bool(quantization_options(getattr(base.config, "quantization_config", None)))
     if not quantized and getattr(base, "hf_quantizer", None) is not None:
@@ -220,7 +220,7 @@ def _observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> _Seen:
 
 
 def _drift_of(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) -> Drift:
-    """Load the saved model as anybody would, and compare.
+    """Loads the saved model as anybody would, and compares.
 
     It is run as the adapter's model was, so that what is measured is the weights: computing in bfloat16 alone moves
     log-probs by ten times what rounding the merged weights to bfloat16 does.
@@ -232,7 +232,7 @@ def _drift_of(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) ->
 
 
 def _coarsest(dtype: str, seen: _Seen) -> str:
-    """Of the dtypes in which the merged model was saved and the two were compared."""
+    """Returns the coarsest of the dtypes in which the merged model was saved and the two were compared."""
     used = {dtype, str(seen.dtype).removeprefix("torch."), seen.setup.precision}
     return max(used & MAX_DRIFT.keys(), key=MAX_DRIFT.__getitem__)
 
@@ -241,7 +241,7 @@ def _coarsest(dtype: str, seen: _Seen) -> str:
 
 
 def _take_base(source: TrainedAdapter) -> PreTrainedModel:
-    """The base out of the adapter's model, its 4-bit weights unpacked, on the CPU."""
+    """Returns the base out of the adapter's model, its 4-bit weights unpacked, on the CPU."""
     base = source.model.unload()
     dequantize(base)
     for tensor in [*base.parameters(), *base.buffers()]:
@@ -266,7 +266,7 @@ def _original(source: AdapterSource) -> PreTrainedModel:
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place at the end, and is removed if anything goes wrong."""
+    """Yields a folder beside `output` that takes its place at the end, and is removed if anything goes wrong."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -298,7 +298,7 @@ def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
 
 
 def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> None:
-    """merge.json and a README. Both may be published: the names in them are no paths."""
+    """Writes merge.json and a README. Both may be published: the names in them are no paths."""
     facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
     (folder / "merge.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     known: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}

@@ -20,9 +20,9 @@ from ..reference.frozen_adapter import adapter_layers, moved_base
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replace every 4-bit linear layer, in place, by a plain one on the CPU with the values that its forward uses.
+    """Replaces every 4-bit linear layer, in place, by a plain one on the CPU with the values that its forward uses.
 
-    A 4-bit layer unpacks its weight into the dtype that it was quantised from and casts that to its input's: the same
+    A 4-bit layer unpacks its weight into the dtype that it was quantized from and casts that to its input's: the same
     call gives the same values here.
     """
     import bitsandbytes as bnb
@@ -41,7 +41,7 @@ def dequantize(model: PreTrainedModel) -> None:
 def merge_into(
     base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, Any]
 ) -> PreTrainedModel:
-    """Merge an adapter into a base that is not quantised, in place: layer by layer in float32, then rounded.
+    """Merges an adapter into a base that is not quantized, in place: layer by layer in float32, then rounded.
 
     Args:
         base: on the CPU. Embeddings that are one tensor are two afterwards if the adapter made them differ.
@@ -68,7 +68,7 @@ def merge_into(
 
 
 def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
-    """Add the active adapter to the weights under it, each in float32 and then rounded to `dtype`."""
+    """Adds the active adapter to the weights under it, each in float32 and then rounded to `dtype`."""
     layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)]
     for layer in tqdm(layers, desc="Merging", unit="layer"):
         own = list(layer.get_base_layer().parameters(recurse=False))
@@ -80,7 +80,7 @@ def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
+    """Gives the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
     embed: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is not None and head.weight is embed.weight:
@@ -88,7 +88,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
-    """Let equal embeddings and head be one tensor again, and have the config say so if they are not.
+    """Lets equal embeddings and head be one tensor again, and has the config say so if they are not.
 
     A config that says "tied" makes one of two tensors vanish when the model is loaded.
     """
@@ -103,7 +103,7 @@ def tie_if_equal(model: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PEFT warns of tied and of already merged weights, both of which are taken care of here."""
+    """Hides that PEFT warns of tied and of already merged weights, both of which are taken care of here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -34,13 +34,13 @@ from .options import AdapterOptions
 
 logger = logging.getLogger(__name__)
 
-_CONSTANT = re.compile(r"\.quant\.|\.SCB$")  # of quantised weights
+_CONSTANT = re.compile(r"\.quant\.|\.SCB$")  # of quantized weights
 RECORD = "dpo_peft_training"  # the record's key in the adapter's config
 
 
 @dataclass(frozen=True)
 class TrainedWith:
-    """What of a run decides how its adapter is scored and loaded."""
+    """Holds what of a run decides how its adapter is scored and loaded."""
 
     loss_type: list[str]
     beta: float | None  # None: the objective has none, rewards are scaled by 1
@@ -48,14 +48,14 @@ class TrainedWith:
     max_length: int | None  # tokens of prompt + completion
     truncation_mode: str
     precision: str  # of autocast: "bfloat16", "float16" or "no"
-    dtype: str  # of the base's weights that are not quantised
-    quantization: dict[str, Any] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantised
+    dtype: str  # of the base's weights that are not quantized
+    quantization: dict[str, object] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantized
     discount_gamma: float = 1.0  # of trajectories
     ld_alpha: float | None = None
-    plain_fingerprint: str | None = None  # of the base's weights that are not quantised
+    plain_fingerprint: str | None = None  # of the base's weights that are not quantized
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
-        """As the base was loaded for the training."""
+        """Returns how the base was loaded for the training."""
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
 
 
@@ -71,8 +71,8 @@ UNRECORDED = TrainedWith(
 )
 
 
-def quantization_options(quantization: Any) -> dict[str, Any]:
-    """A 4-bit `quantization_config` as plain values; empty for none, or another kind."""
+def quantization_options(quantization: BitsAndBytesConfig | None) -> dict[str, object]:
+    """Returns a 4-bit `quantization_config` as plain values; empty for none, or another kind."""
     if quantization is None or not getattr(quantization, "load_in_4bit", False):
         return {}
     options = quantization.to_dict()
@@ -81,8 +81,8 @@ def quantization_options(quantization: Any) -> dict[str, Any]:
 
 
 def plain_fingerprint(model: PeftModel) -> str:
-    """32 hex digits for the base's weights that are not quantised: the same on every kind of device, while GPUs and
-    CPUs round a few 4-bit weights differently."""
+    """Returns 32 hex digits for the base's weights that are not quantized: the same on every kind of device, while
+    GPUs and CPUs round a few 4-bit weights differently."""
     tensors = (
         (name, tensor_fingerprint(part))
         for name, part in base_parts(model.get_base_model())
@@ -92,12 +92,12 @@ def plain_fingerprint(model: PeftModel) -> str:
 
 
 def record_training(model: PeftModel, adapter: str, trained: TrainedWith) -> None:
-    """Put `trained` into an adapter's config, which PEFT saves with the weights."""
+    """Puts `trained` into an adapter's config, which PEFT saves with the weights."""
     write_entry(model, adapter, RECORD, asdict(trained))
 
 
 def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
-    """What `record_training` stored; None for an adapter that was not trained by this package.
+    """Returns what `record_training` stored; None for an adapter that was not trained by this package.
 
     Raises:
         ReferenceMismatchError: the record is damaged.
@@ -216,7 +216,7 @@ class AdapterSource(AdapterOptions):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         quantization = trained.quantization_config() if trained and self.quantize is None else None
         quantize = (trained is None) if self.quantize is None else self.quantize
-        kwargs: dict[str, Any] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
+        kwargs: dict[str, object] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
         if self.config.revision and self.base is None:
             kwargs["revision"] = self.config.revision
         name = self.base_name
@@ -281,7 +281,7 @@ def trained_in(
     policy: str | None = None,
     reference: str | None = None,
 ) -> TrainedAdapter:
-    """An adapter of a PeftModel that is loaded already, with what its config records. The model stays as it is.
+    """Returns an adapter of a loaded PeftModel, with what its config records. The model stays as it is.
 
     Args:
         model: may be in training.
@@ -330,13 +330,13 @@ def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Refer
 
 
 def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftModel, adapter: str) -> None:
-    """The base must be the one of the training; where its 4-bit weights alone differ, that is said."""
+    """Refuses a base that is not the one of the training; where its 4-bit weights alone differ, that is said."""
     actual = identify(model, None)
     if recorded.base_fingerprint == actual.base_fingerprint:
         return
     same_config = recorded.base_fingerprint[16:] == actual.base_fingerprint[16:]
-    quantised_alike = recorded.quantization == actual.quantization != "none"
-    if same_config and quantised_alike and trained and trained.plain_fingerprint == plain_fingerprint(model):
+    quantized_alike = recorded.quantization == actual.quantization != "none"
+    if same_config and quantized_alike and trained and trained.plain_fingerprint == plain_fingerprint(model):
         logger.warning(
             "The base of %r has other 4-bit weights than in training, and is the same otherwise: GPUs and CPUs round "
             "some differently, which moves log-probs a little.",
@@ -350,7 +350,7 @@ def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftMode
 
 
 def _find_reference(model: PeftModel, recorded: Identity | None, given: str | None, adapter: str) -> Reference:
-    """The recorded reference: the adapter off, or a frozen adapter beside it."""
+    """Returns the recorded reference: the adapter off, or a frozen adapter beside it."""
     if recorded is None or recorded.adapter is None:
         if given is None:
             return Reference("base", None)
@@ -371,8 +371,10 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
     return Reference("adapter", name, given, chosen=True)
 
 
-def adapter_tokenizer(adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, Any]) -> Any:
-    """The adapter's own, or its base's.
+def adapter_tokenizer(
+    adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, str]
+) -> PreTrainedTokenizerBase:
+    """Returns the adapter's own tokenizer, or its base's.
 
     Raises:
         OptionError: there is none.

@@ -4,7 +4,7 @@ A policy trained by DPO is a reward model (note eq. 10; Rafailov et al. 2023, eq
 
     r(x, y) = beta * log(policy(y | x) / reference(y | x))  +  beta * log Z(x)
 
-The second term is unknown, and the same for all answers to a prompt: rewards compare answers to one prompt, not
+The second term is unknown, and the same for all completions of a prompt: rewards compare those of one prompt, not
 prompts. Objectives without a reference have beta times the policy's log-prob, or its mean over tokens, in the place of
 the first term, as in training.
 
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +48,7 @@ Row = Mapping[str, Any]
 
 
 class CompletionScore(NamedTuple):
-    """What a completion was given. Log-probs are sums over its tokens, in nats."""
+    """What a completion got. Log-probs are sums over its tokens, in nats."""
 
     reward: float  # beta times what the objective compares
     logp: float  # under the policy
@@ -63,7 +64,7 @@ class ImplicitReward:
         reward.compare(prompt, answer_a, answer_b)  # the probability that a is better
         GRPOTrainer(..., reward_funcs=reward)       # of TRL
 
-    A prompt is a text, a list of messages or a list of token ids; a completion the same. They are tokenised as the
+    A prompt is a text, a list of messages or a list of token ids; a completion the same. They are tokenized as the
     trainer does, with an end token; a completion without text is its end token alone. Prompts with several completions
     are computed once, if these stand next to each other.
 
@@ -141,19 +142,17 @@ class ImplicitReward:
         self.cut = 0  # completions or their prompts that were cut to max_length so far
         self._vocab_size = len(unwrap(self.model).get_input_embeddings().weight)
         self._dtype = None if setup.precision == "no" else getattr(torch, setup.precision)
-        with _attention(self.model, None):
+        with _attention(self.model):
             self.plan = plan_forward(self.model, dtype=self._dtype)
 
     def __str__(self) -> str:
-        """One sentence: what the reward is."""
-        what = {"logp": "log policy", "mean_logp": "mean log-prob of a token"}.get(
-            self.kind, "log(policy / reference)"
-        )
+        """Returns what the reward is, in one sentence."""
         beta = f"{self.beta:g} * " if self.beta != 1 else ""
         if self.reference is None:
-            return f"{beta}{what}"
+            return beta + {"logp": "log policy", "mean_logp": "mean log-prob of a token"}[self.kind]
         frozen = self.reference.source or self.reference.adapter
-        return f"{beta}{what}; the reference is " + (f"the adapter {frozen}" if frozen else "the adapter switched off")
+        which = f"the adapter {frozen}" if frozen else "the adapter switched off"
+        return f"{beta}log(policy / reference); the reference is {which}"
 
     # ---- What users call ------------------------------------------------------------------------------------------
 
@@ -164,7 +163,7 @@ class ImplicitReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """The reward of each completion, in the order given: the signature of TRL's reward functions.
+        """Returns the reward of each completion, in the order given: the signature of TRL's reward functions.
 
         Args:
             prompts: one for each completion.
@@ -187,7 +186,7 @@ class ImplicitReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[CompletionScore]:
-        """As a call, with the log-probs."""
+        """Returns what a call does, with the log-probs."""
         columns = {"prompt": prompts, "completion": completions, "completion_ids": completion_ids}
         columns |= {name: kwargs.get(name) for name in CHAT_COLUMNS}
         rows = []
@@ -203,17 +202,17 @@ class ImplicitReward:
         return [score for (score,) in self.score_rows(rows)]
 
     def compare(self, prompt: Any, completion_a: Any, completion_b: Any) -> float:
-        """The probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
+        """Returns the probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
         a, b = self._answers(prompt, [completion_a, completion_b])
         return 0.5 * (1 + math.tanh((a.reward - b.reward) / 2))  # exp would overflow
 
     def rank(self, prompt: Any, completions: Sequence[Any]) -> list[int]:
-        """Indices of the completions of one prompt, the best first; equal ones as they stand."""
+        """Returns the indices of the completions of one prompt, the best first; equal ones as they stand."""
         scores = self._answers(prompt, completions)
         return sorted(range(len(scores)), key=lambda i: -scores[i].reward)
 
     def score_rows(self, rows: Iterable[Row], progress: bool = False) -> list[list[CompletionScore]]:
-        """Score prepared rows (`prepare_dataset`): `prompt_ids`, `completion_ids`, and `steps` if they have some.
+        """Scores prepared rows (`prepare_dataset`): `prompt_ids`, `completion_ids`, and `steps` if they have some.
 
         Args:
             rows: a list or a `datasets.Dataset`; `row` names them in messages.
@@ -229,7 +228,10 @@ class ImplicitReward:
         collate = PreferenceCollator(plan.shared, self.tokenizer.pad_token_id or 0)
         source, scored = iter(rows), []
         total = len(rows) if isinstance(rows, Sized) else None
-        with _attention(self.model, plan), tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar:
+        with (
+            _attention(self.model, plan.shared),
+            tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar,
+        ):
             while window := list(islice(source, WINDOW)):
                 units = list(_units(window, self.max_tokens, plan.shared))
                 flat: list[list[CompletionScore]] = [[] for _ in units]
@@ -239,7 +241,9 @@ class ImplicitReward:
                     for i in one:
                         flat[i] = [next(found) for _ in units[i]["completion_ids"]]
                     bar.update(sum(units[i]["ends"] for i in one))
-                scored += _by_row(window, (score for scores in flat for score in scores))
+                in_order = (score for scores in flat for score in scores)
+                scored += [[next(in_order) for _ in row["completion_ids"]] for row in window]
+                _check_finite(window, scored[-len(window) :])
         return scored
 
     # ---- How ------------------------------------------------------------------------------------------------------
@@ -256,13 +260,13 @@ class ImplicitReward:
         return [CompletionScore(self._reward(*one), *one) for one in zip(logps, refs, lengths, strict=True)]
 
     def _reward(self, logp: float, ref_logp: float | None, tokens: int) -> float:
-        """As `Objective.rewards`."""
+        """Returns the reward, as `Objective.rewards` does."""
         if ref_logp is not None:
             return self.beta * (logp - ref_logp)
         return self.beta * (logp / tokens if self.kind == "mean_logp" else logp)
 
     def _answers(self, prompt: Any, completions: Sequence[Any]) -> list[CompletionScore]:
-        """All answer the same context: a prompt that is too long is cut for all alike."""
+        """Scores the completions of one prompt. A prompt that is too long is cut for all alike."""
         if isinstance(completions, str) or not completions:
             raise OptionError("completions must be a list of at least one completion.")
         prompt_ids, encoded = self._encode([{"prompt": prompt, "completion": one} for one in completions], 0)
@@ -290,7 +294,7 @@ class ImplicitReward:
         return fitted
 
     def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
-        """Token ids of one prompt and its completions, which begin at number `first` of the call."""
+        """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
             return encode_answers(self.tokenizer, entries, first, self._vocab_size)
         except RowProblem as problem:
@@ -303,7 +307,7 @@ class ImplicitReward:
 
 
 def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
-    """Columns of equal length to rows; a column that is None has no entries."""
+    """Turns columns of equal length into rows; a column that is None has no entries."""
     given = {name: values for name, values in columns.items() if values is not None}
     lengths = {name: len(values) for name, values in given.items() if not isinstance(values, str)}
     if len(lengths) < len(given) or len(set(lengths.values())) > 1:
@@ -314,7 +318,7 @@ def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]
 
 
 def _units(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str, Any]]:
-    """The rows' completions in their order, those of one prompt together up to the budget.
+    """Yields the rows' completions in their order, those of one prompt together up to the budget.
 
     `ends` counts the rows whose last completion is in a unit. Without shared prompts each completion is its own.
     """
@@ -337,16 +341,14 @@ def _units(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str,
         yield unit
 
 
-def _by_row(rows: Sequence[Row], scores: Iterator[CompletionScore]) -> list[list[CompletionScore]]:
-    result = [[next(scores) for _ in row["completion_ids"]] for row in rows]
-    found = zip(rows, result, strict=True)
-    if bad := [row["row"] for row, of_row in found if not all(math.isfinite(score.reward) for score in of_row)]:
+def _check_finite(rows: Sequence[Row], scored: Sequence[Sequence[CompletionScore]]) -> None:
+    pairs = zip(rows, scored, strict=True)
+    if bad := [row["row"] for row, scores in pairs if not all(math.isfinite(score.reward) for score in scores)]:
         raise NonFiniteError(
             f"The log-probs of {len(bad)} rows are not finite: {', '.join(map(str, bad[:5]))}. Look at these rows and "
             "at the model's weights; a model made for bfloat16 may overflow in float16. Rows that are computed "
             "together share what is not finite: max_tokens=1 computes each alone."
         )
-    return result
 
 
 # ---- What an adapter is scored with ---------------------------------------------------------------------------------
@@ -357,26 +359,25 @@ def _without_effect(what: str, **given: Any) -> None:
         raise OptionError(f"{', '.join(names)}: no effect for {what}. Leave it out.")
 
 
-def _beta(trained: TrainedWith | None, beta: float | None, source: str) -> float:
-    if beta is None and trained is None:
+def _beta(trained: TrainedWith | None, given: float | None, source: str) -> float:
+    """Returns what rewards are scaled by."""
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
+            raise OptionError(f"beta={given!r} must be a positive number.")
+        return float(given)
+    if trained is None:
         raise OptionError(f"{source!r} does not say which beta it was trained with: give beta.")
-    if beta is None:
-        assert trained is not None
-        return 1.0 if trained.beta is None else trained.beta
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-        raise OptionError(f"beta={beta!r} must be a positive number.")
-    return float(beta)
+    return 1.0 if trained.beta is None else trained.beta
 
 
 @contextmanager
-def _attention(model: Any, plan: ForwardPlan | None) -> Iterator[None]:
-    """The plan's attention implementation inside, afterwards that of before. None: whatever is set inside."""
+def _attention(model: nn.Module, shared: bool = False) -> Iterator[None]:
+    """Inside, prompts can be shared if asked for; afterwards the model's attention is what it was before."""
     causal_lm = unwrap(model)
     before = causal_lm.config._attn_implementation
-    wanted = IMPLEMENTATION if plan is not None and plan.shared else before
     try:
-        if wanted != before:
-            causal_lm.set_attn_implementation(wanted)
+        if shared and before != IMPLEMENTATION:
+            causal_lm.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
         if causal_lm.config._attn_implementation != before:

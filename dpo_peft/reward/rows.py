@@ -20,7 +20,7 @@ class Place(NamedTuple):
     """Where a prepared row comes from."""
 
     row: int
-    completion: int = 0  # its number in the row, of unlabelled completions
+    completion: int = 0  # its number in the row, of completions that nobody judged
 
 
 class RowsToScore(NamedTuple):
@@ -89,7 +89,7 @@ def kind_of_rows(rows: Dataset, setup: TrainedWith) -> str:
 
 
 def _one_by_one(rows: Dataset) -> tuple[Dataset, list[Place]]:
-    """Rows with one completion each, as if all were desirable, which `prepare_dataset` has a format for."""
+    """Returns rows with one completion each, as if all were desirable, which `prepare_dataset` has a format for."""
     several = next((name for name in ("completions", "completions_ids") if name in rows.column_names), None)
     if several is None:
         return rows.add_column("label", [True] * len(rows)), [Place(row) for row in range(len(rows))]

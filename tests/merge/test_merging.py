@@ -222,7 +222,7 @@ def test_reference_adapter_is_left_out(trained, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("init", "quantize"), [("pissa", False), ("olora", True)])
-def test_initialisation_that_moves_the_base(trained, tmp_path, init: str, quantize: bool) -> None:
+def test_initialization_that_moves_the_base(trained, tmp_path, init: str, quantize: bool) -> None:
     """The adapter was taken out of the base, and is added to what was left of it, not to all of it."""
     options = {"quantize_base": quantize, "learning_rate": 1e-3}
     adapter = trained(init, peft_config=lora(init_lora_weights=init), **options)
@@ -235,7 +235,7 @@ def test_initialisation_that_moves_the_base(trained, tmp_path, init: str, quanti
 
 
 def test_adapter_of_another_trainer(folders, tmp_path) -> None:
-    """Without a record of the training, the user says whether its base was quantised."""
+    """Without a record of the training, the user says whether its base was quantized."""
     model = get_peft_model(reload(folders[False]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     expected = logits_of(model.eval())

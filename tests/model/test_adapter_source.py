@@ -91,10 +91,10 @@ def test_it_comes_back_as_it_was_trained(first: Path, tmp_path: Path) -> None:
 
 def test_other_precision_is_another_model(first: Path) -> None:
     """The control of the test above: what the record decides does change the log-probs."""
-    unquantised = load_trained(str(first), quantize=False)
+    unquantized = load_trained(str(first), quantize=False)
     plain = AutoModelForCausalLM.from_pretrained(quickstart.model_path(), dtype=torch.float32)
-    assert torch.equal(reference_logps(unquantised), logps(plain))
-    assert (reference_logps(unquantised) - reference_logps(load_trained(str(first)))).abs().max() > 1e-3
+    assert torch.equal(reference_logps(unquantized), logps(plain))
+    assert (reference_logps(unquantized) - reference_logps(load_trained(str(first)))).abs().max() > 1e-3
 
 
 def test_a_frozen_reference_is_found_or_asked_for(first: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_another_base_is_noticed(first: Path, tmp_path: Path) -> None:
 
 
 def test_other_4_bit_weights_alone_are_said(first: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """As between kinds of device: a code of one quantised weight differs, nothing else of the base does."""
+    """As between kinds of device: a code of one quantized weight differs, nothing else of the base does."""
     load = trained.load_base
 
     def other_codes(*args: Any) -> Any:

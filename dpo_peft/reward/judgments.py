@@ -108,7 +108,7 @@ class ScoredRows:
     # ---- Lines ----------------------------------------------------------------------------------------------------
 
     def lines(self) -> list[Values]:
-        """Returns one for each row that was scored, one for each completion of unlabelled ones."""
+        """Returns one for each row that was scored, one for each completion of ones that nobody judged."""
         won = self._won() if self.kind == "singles" else []
         lines = []
         for i, scores in enumerate(self.scores):
