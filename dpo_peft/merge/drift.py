@@ -155,10 +155,8 @@ def compare(
     """Puts the merged model beside the adapter's.
 
     Args:
-        rows: what both were observed on.
-        adapter, merged: the observations.
-        off: (T,) log-probs of every completion with the adapter off.
-        reference: the same under the reference.
+        rows, adapter, merged: the observations, and what they were made on.
+        off, reference: (T,) log-probs of every completion with the adapter off, and under the reference.
         reward: the implicit reward that decides a pair: "log_ratio", "logp" or "mean_logp", see `Objective.reward`.
     """
     both = list(zip(merged.logps, adapter.logps, strict=True))

@@ -117,7 +117,7 @@ def merge_adapter(
     del loaded  # its 4-bit base is unpacked by now, or makes room for the original
     gc.collect()
     if bare is None:
-        bare = _original(source)
+        bare = original_base(source)
     merged = merge_into(bare, adapter, config, getattr(torch, dtype), source.from_hub)
     del bare
     limit = MAX_DRIFT[_coarsest(dtype, seen)] if max_drift is None else max_drift
@@ -128,7 +128,7 @@ def merge_adapter(
         seen.tokenizer.save_pretrained(folder)
         del merged
         gc.collect()
-        drift = _drift_of(folder, dtype, seen, source.trust_remote_code)
+        drift = measure_drift(folder, dtype, seen, source.trust_remote_code)
         if not drift.mean_token <= limit:
             raise DriftError(_refusal(drift, limit, onto, dtype))
         report = MergeReport(
@@ -145,9 +145,6 @@ def merge_adapter(
         )
         _describe(folder, report, adapter, source.base_name)
     return report
-
-
-# ---- Before the work ------------------------------------------------------------------------------------------------
 
 
 def _check(
@@ -187,9 +184,6 @@ def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[
     return onto or ("dequantized" if quantized else None), dtype or own, config
 
 
-# ---- The comparison -------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Seen:
     """What is kept of the adapter's model once it has to make room."""
@@ -219,7 +213,7 @@ def _observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> _Seen:
     return _Seen(rows, seen, off, reference, setup, tokenizer, model.device, dtype)
 
 
-def _drift_of(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) -> Drift:
+def measure_drift(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) -> Drift:
     """Loads the saved model as anybody would, and compares.
 
     It is run as the adapter's model was, so that what is measured is the weights: computing in bfloat16 alone moves
@@ -237,9 +231,6 @@ def _coarsest(dtype: str, seen: _Seen) -> str:
     return max(used & MAX_DRIFT.keys(), key=MAX_DRIFT.__getitem__)
 
 
-# ---- The two bases -------------------------------------------------------------------------------------------------
-
-
 def _take_base(source: TrainedAdapter) -> PreTrainedModel:
     """Returns the base out of the adapter's model, its 4-bit weights unpacked, on the CPU."""
     base = source.model.unload()
@@ -249,7 +240,7 @@ def _take_base(source: TrainedAdapter) -> PreTrainedModel:
     return base
 
 
-def _original(source: AdapterSource) -> PreTrainedModel:
+def original_base(source: AdapterSource) -> PreTrainedModel:
     """Returns the base as it is published."""
     revision = source.config.revision
     kwargs = {"dtype": "auto", **({"revision": revision} if revision else {})}
@@ -259,9 +250,6 @@ def _original(source: AdapterSource) -> PreTrainedModel:
             f"onto='base16': {source.base_name!r} is itself quantized, there is no original. Leave onto out."
         )
     return base
-
-
-# ---- The result -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager

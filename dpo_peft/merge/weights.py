@@ -7,7 +7,6 @@ single tokens, whole modules) is added as its forward pass does.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -39,17 +38,11 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 def merge_into(
-    base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, Any]
+    base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, str]
 ) -> PreTrainedModel:
-    """Merges an adapter into a base that is not quantized, in place: layer by layer in float32, then rounded.
-
-    Args:
-        base: on the CPU. Embeddings that are one tensor are two afterwards if the adapter made them differ.
-        adapter: folder or Hub id.
-        config: the adapter's.
-        dtype: of the result.
-        from_hub: for loading the adapter, such as a revision.
-    """
+    """Merges an adapter, by folder or Hub id, into a base that is not quantized and on the CPU, in place: layer by
+    layer in float32, then rounded to `dtype`. Embeddings that are one tensor are two afterwards if the adapter made
+    them differ."""
     tied = any(part.tie_word_embeddings for part in (base.config, base.config.get_text_config()))
     untie(base)
     if moved_base(config) and config.init_lora_weights is not False:
@@ -57,7 +50,7 @@ def merge_into(
     with quiet():
         model = PeftModel.from_pretrained(base, adapter, config=config, **from_hub)
         add_layers(model, dtype)
-        merged: Any = model.merge_and_unload(safe_merge=True)  # what is left: whole modules that were trained
+        merged = model.merge_and_unload(safe_merge=True)  # what is left: whole modules that were trained
     kept = {*(merged._keep_in_fp32_modules or ()), *(getattr(merged, "_keep_in_fp32_modules_strict", None) or ())}
     for name, parameter in merged.named_parameters():
         if parameter.is_floating_point() and not kept & set(name.split(".")):
@@ -81,19 +74,17 @@ def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
 
 def untie(model: PreTrainedModel) -> None:
     """Gives the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
-    embed: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    embed = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is not None and head.weight is embed.weight:
         head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
-    """Lets equal embeddings and head be one tensor again, and has the config say so if they are not.
-
-    A config that says "tied" makes one of two tensors vanish when the model is loaded.
-    """
-    embed: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    """Lets equal embeddings and head be one tensor again, and has the config say so if they are not: with a config
+    that says "tied", one of two tensors would vanish when the model is loaded."""
+    embed = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     equal = head is not None and torch.equal(embed.weight, head.weight)
     if equal:
         head.weight = embed.weight

@@ -40,6 +40,7 @@ from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, t
 from ..model.loading import disable_dropout
 from ..reference.adapter_off import reference_logps
 from ..training.packing import pack_rows
+from .rows import units_of
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ class ImplicitReward:
             tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar,
         ):
             while window := list(islice(source, WINDOW)):
-                units = list(_units(window, self.max_tokens, plan.shared))
+                units = list(units_of(window, self.max_tokens, plan.shared))
                 flat: list[list[CompletionScore]] = [[] for _ in units]
                 for one in pack_rows(units, self.max_tokens, plan.shared):
                     batch = PackedBatch(**collate([units[i] for i in one])).to(self.model.device)
@@ -303,9 +304,6 @@ class ImplicitReward:
             ) from problem
 
 
-# ---- Rows that share a prompt ---------------------------------------------------------------------------------------
-
-
 def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
     """Turns columns of equal length into rows; a column that is None has no entries."""
     given = {name: values for name, values in columns.items() if values is not None}
@@ -315,30 +313,6 @@ def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]
             f"{', '.join(given)} must be lists of one length, an entry for each completion; their lengths: {lengths}."
         )
     return [dict(zip(given, entry, strict=True)) for entry in zip(*given.values(), strict=True)]
-
-
-def _units(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str, Any]]:
-    """Yields the rows' completions in their order, those of one prompt together up to the budget.
-
-    `ends` counts the rows whose last completion is in a unit. Without shared prompts each completion is its own.
-    """
-    unit: dict[str, Any] = {}
-    size = 0
-    for row in rows:
-        names = [name for name in ("completion_ids", "steps") if name in row]
-        for number, ids in enumerate(row["completion_ids"]):
-            alike = bool(unit) and unit["prompt_ids"] == row["prompt_ids"] and ("steps" in unit) == ("steps" in row)
-            if not (shared and alike and size + len(ids) <= budget):
-                if unit:
-                    yield unit
-                unit = {"prompt_ids": row["prompt_ids"], "row": row["row"], "ends": 0, **{name: [] for name in names}}
-                size = len(row["prompt_ids"])
-            for name in names:
-                unit[name].append(row[name][number])
-            size += len(ids)
-        unit["ends"] += 1
-    if unit:
-        yield unit
 
 
 def _check_finite(rows: Sequence[Row], scored: Sequence[Sequence[CompletionScore]]) -> None:

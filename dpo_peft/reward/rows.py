@@ -4,14 +4,14 @@ chosen, rejected | completions with ranks or scores | completion with label    t
 completion | completions                                                      nobody judged them
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import DataReport, prepare_dataset
-from ..data.formats import GRADE_COLUMNS, LABEL_COLUMNS, is_several, kind_of
+from ..data.formats import GRADE_COLUMNS, LABEL_COLUMNS, Row, is_several, kind_of
 from ..losses import REGISTRY
 from ..model.adapter_source import TrainedWith
 
@@ -107,3 +107,27 @@ def _one_by_one(rows: Dataset) -> tuple[Dataset, list[Place]]:
         return {**columns, "label": [True] * sum(counts)}
 
     return rows.map(split, batched=True, remove_columns=rows.column_names), places
+
+
+def units_of(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str, Any]]:
+    """Yields the rows' completions in their order, those of one prompt together up to the budget.
+
+    `ends` counts the rows whose last completion is in a unit. Without shared prompts each completion is its own.
+    """
+    unit: dict[str, Any] = {}
+    size = 0
+    for row in rows:
+        names = [name for name in ("completion_ids", "steps") if name in row]
+        for number, ids in enumerate(row["completion_ids"]):
+            alike = bool(unit) and unit["prompt_ids"] == row["prompt_ids"] and ("steps" in unit) == ("steps" in row)
+            if not (shared and alike and size + len(ids) <= budget):
+                if unit:
+                    yield unit
+                unit = {"prompt_ids": row["prompt_ids"], "row": row["row"], "ends": 0, **{name: [] for name in names}}
+                size = len(row["prompt_ids"])
+            for name in names:
+                unit[name].append(row[name][number])
+            size += len(ids)
+        unit["ends"] += 1
+    if unit:
+        yield unit

@@ -336,7 +336,7 @@ def test_wrong_strength_is_refused(trained, tmp_path, monkeypatch) -> None:
 
 def test_wrong_base_is_refused(trained, merged, tiny_llama, tmp_path, monkeypatch) -> None:
     right = merged("lora", onto="base16")[1].drift.mean_token
-    monkeypatch.setattr(merging, "_original", lambda *args: tiny_llama(seed=1))
+    monkeypatch.setattr(merging, "original_base", lambda *args: tiny_llama(seed=1))
     message = refused(trained("lora"), tmp_path, onto="base16", max_drift=1.5 * right)
     assert "onto='dequantized'" in message
 
@@ -376,7 +376,7 @@ def test_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch) -> Non
         assert any(path.name.startswith(".out.") for path in tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "_drift_of", stop)
+    monkeypatch.setattr(merging, "measure_drift", stop)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(trained("lora"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
