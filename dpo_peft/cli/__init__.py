@@ -1,4 +1,7 @@
-"""The command line, `dpo-peft COMMAND ...`: a module and a function of that name for each command."""
+"""The command line, `dpo-peft COMMAND ...`: a module and a function of that name for each command.
+
+A command raises the package's own errors, each with its remedy; `main` prints them and makes them exit codes.
+"""
 
 import sys
 from collections.abc import Sequence

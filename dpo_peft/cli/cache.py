@@ -28,11 +28,7 @@ class CacheArguments:
 
 
 def cache(argv: Sequence[str]) -> None:
-    """Lists what is kept of which reference, or deletes it.
-
-    Raises:
-        OptionError: there is no such folder or reference, or options that need `clear`.
-    """
+    """Lists what is kept of which reference, or deletes it."""
     about = "Show or clear the reference's cached log-probs (see cache_ref_log_probs and precompute_ref_log_probs)."
     options = parse_options(argv, CacheArguments, "cache", about, EXAMPLES)
     if not options.clear and (options.reference or options.unused_days is not None):

@@ -57,12 +57,7 @@ ROWS_ALONE = ("dataset_split", "dataset_config", "dataset_format")  # not argume
 
 
 def merge(argv: Sequence[str]) -> None:
-    """Reads options and rows, merges, compares, and prints the result.
-
-    Raises:
-        OptionError, DataError, ReferenceMismatchError: with the remedy.
-        DriftError: the merged model was too far from the adapter's, and was removed.
-    """
+    """Reads options and rows, merges, compares, and prints the result."""
     options = parse_options(
         argv,
         MergeOptions,

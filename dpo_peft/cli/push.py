@@ -51,12 +51,7 @@ class PushArguments:
 
 
 def push(argv: Sequence[str]) -> None:
-    """Checks an adapter's folder and publishes it, see `hub.publishing.publish`.
-
-    Raises:
-        OptionError: the adapter, the card, an option or the token is wrong; nothing was written.
-        PublishError: the Hub refused or could not be reached.
-    """
+    """Checks an adapter's folder and publishes it, see `hub.publishing.publish`."""
     about = (
         "Publish a trained adapter on the Hub: weights, config, tokenizer, model card, recipe, metrics, curves and\n"
         "samples. Needs a token with write access: `hf auth login`, or HF_TOKEN. All becomes visible at once, or\n"

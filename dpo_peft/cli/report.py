@@ -1,6 +1,6 @@
 """`dpo-peft report`: a run as one HTML page, or several runs compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,38 +28,31 @@ class ReportArguments:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Writes the page and prints where it is, with each run's figures.
-
-    Raises:
-        OptionError, DataError: with the remedy; nothing was written.
-    """
-    options = parse_options(
-        argv,
-        ReportArguments,
-        "report",
+    """Writes the page and prints where it is, with each run's figures."""
+    about = (
         "Show a training run as one HTML page that needs nothing beside itself: curves, margins, accuracy by length, "
-        "samples, options. Several runs are compared on one page.",
-        EXAMPLES,
+        "samples, options. Several runs are compared on one page."
     )
+    options = parse_options(argv, ReportArguments, "report", about, EXAMPLES)
     required(options, "runs")
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
     output = options.output or folder / "report.html"
     result = save_report(options.runs, output, options.title)
-    show(result, _text(result), options.json)
+    show(result, as_text(result), options.json)
 
 
-def _text(result: dict[str, Any]) -> str:
+def as_text(result: Mapping[str, Any]) -> str:
+    """Returns a line for each run, with notes on what is missing, and where the page is."""
     lines = []
     for run in result["runs"]:
-        lines += [_line(run), *(f"  {note}" for note in run["missing"])]
+        lines += [_headline(run), *(f"  {note}" for note in run["missing"])]
     return "\n".join([*lines, f"{result['output']}: {result['bytes'] / 1000:.0f} kB, open it in a browser."])
 
 
-def _line(run: dict[str, Any]) -> str:
-    """Returns one run's headline."""
-    of = "held-out" if run["source"] != "train" else "training"
+def _headline(run: Mapping[str, Any]) -> str:
     parts = []
     if "accuracy" in run:
+        of = "held-out" if run["source"] != "train" else "training"
         baseline = f" (length alone {run['length_only']:.3f})" if "length_only" in run else ""
         parts.append(f"{of} accuracy {run['accuracy']:.3f}{baseline}")
     parts += [f"{name} {number(run[key])}" for name, key in (("margin", "margin"), ("KL", "kl")) if key in run]

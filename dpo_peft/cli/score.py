@@ -4,7 +4,6 @@ The rows go through the same preparation and the same forward pass as in trainin
 trainer's evaluation would report. What is known of the completions decides what comes out, see `reward.rows`.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,6 @@ from .options import RowOptions, load_rows, option, parse_options, required, sho
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = (
     "dpo-peft score outputs/quickstart --dataset_name test.jsonl",
@@ -42,11 +39,7 @@ class ScoreOptions(RowOptions, AdapterOptions):
 
 
 def score(argv: Sequence[str]) -> None:
-    """Reads options and rows, scores, and prints the result.
-
-    Raises:
-        OptionError, DataError, ReferenceMismatchError, NonFiniteError: with the remedy.
-    """
+    """Reads options and rows, scores, and prints the result."""
     about = (
         "Score completions by the implicit reward of a trained adapter, and compare with judgments, if there are any."
     )
@@ -62,38 +55,32 @@ def score(argv: Sequence[str]) -> None:
 
 def run(options: ScoreOptions) -> dict[str, Any]:
     """Returns the result of the command, and writes the scores of each row if there is an output."""
-    from ..model.adapter_source import UNRECORDED, AdapterSource
-    from ..reward.implicit import ImplicitReward
-    from ..reward.judgments import ScoredRows
-    from ..reward.rows import prepare_rows
-
-    # Rows first: a bad one is found in seconds, not after minutes of loading the model.
-    source, rows = AdapterSource.of(options), load_rows(options)
-    setup, tokenizer = source.read() or UNRECORDED, source.tokenizer()
+    rows = load_rows(options)
     if not len(rows):
         raise OptionError(f"dataset {options.dataset_name!r} is empty.")
     categories = None if options.category_column is None else _categories(options, rows)
-    limit = setup.max_length if options.max_length is None else options.max_length or None
-    data = prepare_rows(rows, tokenizer, setup, limit)
-    logger.info("%s", data.summary)
-    reward = ImplicitReward(source, beta=options.beta, max_length=limit, max_tokens=options.max_tokens)
-    logger.info("%s", reward.plan)
-    scored = ScoredRows(data, reward.score_rows(data.prepared, progress=True), categories)
+    from ..model.adapter_source import AdapterSource
+    from ..reward.judgments import score_dataset
+
+    limit = "recorded" if options.max_length is None else options.max_length or None
+    source = AdapterSource.of(options)
+    reward, scored = score_dataset(source, rows, categories, options.beta, limit, options.max_tokens)
+    summary = scored.data.summary
     result: dict[str, Any] = {
         "adapter": options.adapter,
         "dataset": options.dataset_name,
-        "data": data.kind,
+        "data": scored.kind,
         "reward": str(reward),
         "beta": reward.beta,
-        "max_length": limit,
+        "max_length": reward.max_length,
         "rows": len(rows),
         "scored_rows": len(scored),
-        "dropped": data.summary.dropped,
-        "truncated": data.summary.rows_truncated,
+        "dropped": summary.dropped,
+        "truncated": summary.rows_truncated,
         **scored.figures(),
     }
     if result["agreement"] is not None and options.worst:
-        result["worst"] = scored.worst(options.worst, tokenizer)
+        result["worst"] = scored.worst(options.worst, reward.tokenizer)
     if options.output is not None:
         result["output"] = str(write_rows(options.output, scored.lines()))
     return result

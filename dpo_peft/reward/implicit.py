@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import groupby, islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from peft import PeftModel
@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 2048  # rows that are packed together
 Row = Mapping[str, Any]
+Content: TypeAlias = str | Sequence[Mapping[str, object]] | Sequence[int]  # a text, messages, or token ids
 
 
 class CompletionScore(NamedTuple):
@@ -159,8 +160,8 @@ class ImplicitReward:
 
     def __call__(
         self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
+        prompts: Sequence[Content],
+        completions: Sequence[Content],
         completion_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
@@ -182,8 +183,8 @@ class ImplicitReward:
 
     def scores(
         self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
+        prompts: Sequence[Content],
+        completions: Sequence[Content],
         completion_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[CompletionScore]:
@@ -202,12 +203,12 @@ class ImplicitReward:
                 rows.append({"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": number})
         return [score for (score,) in self.score_rows(rows)]
 
-    def compare(self, prompt: Any, completion_a: Any, completion_b: Any) -> float:
+    def compare(self, prompt: Content, completion_a: Content, completion_b: Content) -> float:
         """Returns the probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
         a, b = self._answers(prompt, [completion_a, completion_b])
         return 0.5 * (1 + math.tanh((a.reward - b.reward) / 2))  # exp would overflow
 
-    def rank(self, prompt: Any, completions: Sequence[Any]) -> list[int]:
+    def rank(self, prompt: Content, completions: Sequence[Content]) -> list[int]:
         """Returns the indices of the completions of one prompt, the best first; equal ones as they stand."""
         scores = self._answers(prompt, completions)
         return sorted(range(len(scores)), key=lambda i: -scores[i].reward)
@@ -266,7 +267,7 @@ class ImplicitReward:
             return self.beta * (logp - ref_logp)
         return self.beta * (logp / tokens if self.kind == "mean_logp" else logp)
 
-    def _answers(self, prompt: Any, completions: Sequence[Any]) -> list[CompletionScore]:
+    def _answers(self, prompt: Content, completions: Sequence[Content]) -> list[CompletionScore]:
         """Scores the completions of one prompt. A prompt that is too long is cut for all alike."""
         if isinstance(completions, str) or not completions:
             raise OptionError("completions must be a list of at least one completion.")

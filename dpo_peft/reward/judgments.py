@@ -3,18 +3,55 @@
 A row's completions stand in the order of preparation, the best first.
 """
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.fields import read_grades
 from ..data.formats import GRADE_COLUMNS
+from ..model.adapter_source import UNRECORDED, AdapterSource
 from .agreement import Agreement, Estimate, Judged, Tally, agreement, comparisons, tally_rows, tally_singles, win
-from .implicit import CompletionScore
-from .rows import RowsToScore
+from .implicit import CompletionScore, ImplicitReward
+from .rows import RowsToScore, prepare_rows
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 160  # characters of a text
 Values = dict[str, object]  # of a row, by column
+
+
+def score_dataset(
+    source: AdapterSource,
+    rows: Dataset,
+    categories: Sequence[str] | None = None,
+    beta: float | None = None,
+    max_length: int | str | None = "recorded",
+    max_tokens: int = 16384,
+) -> tuple[ImplicitReward, "ScoredRows"]:
+    """Scores the completions of a dataset by a trained adapter, prepared as its training would.
+
+    Args:
+        source: the adapter.
+        rows: pairs, lists, or completions with or without labels; what can't be used is dropped and counted.
+        categories: one for each row, to report figures by.
+        beta, max_length, max_tokens: see `ImplicitReward`.
+
+    Raises:
+        OptionError, ReferenceMismatchError: as `ImplicitReward`.
+        DataError: rows in no known format.
+        NonFiniteError: a log-prob is NaN or infinite.
+    """
+    setup = source.read() or UNRECORDED
+    limit: Any = setup.max_length if max_length == "recorded" else max_length
+    # Rows first: a bad one is found in seconds, not after minutes of loading the model.
+    data = prepare_rows(rows, source.tokenizer(), setup, limit)
+    logger.info("%s", data.summary)
+    reward = ImplicitReward(source, beta=beta, max_length=limit, max_tokens=max_tokens)
+    logger.info("%s", reward.plan)
+    return reward, ScoredRows(data, reward.score_rows(data.prepared, progress=True), categories)
 
 
 class ScoredRows:
