@@ -1,7 +1,9 @@
-"""Rows of a dataset whose completions are to be scored: what is known of them decides how they are prepared.
+"""Rows of a dataset whose completions are to be scored, prepared by what is known of them:
 
-chosen, rejected | completions with ranks or scores | completion with label    they are compared
-completion | completions                                                      nobody judged them
+    chosen, rejected | completions with ranks or scores | completion with label    they are compared
+    completion | completions                                                      nobody judged them
+
+Completions of one prompt that stand next to each other are laid out together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
