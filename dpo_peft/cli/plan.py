@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,7 +12,8 @@ from ..errors import OptionError
 from ..losses import find_objective
 from ..planning.steps import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape
 from ..planning.tables import Card, Pace, Work, build_plan, is_hopper, parse_card, render
-from .options import check_unknown, parser_text, refuse_instead_of_exit, show, split_config_word
+from .options import check_unknown, parser_text, read_config_file, refuse_instead_of_exit, show, split_config_word
+from .train import DataArguments, ModelArguments
 
 EXAMPLES = [
     "dpo-peft plan --config recipes/dpo_qlora_8b.yaml --gpu RTX4090",
@@ -45,18 +46,16 @@ class PlanArguments:
     json: bool = field(default=False, metadata={"help": "Print JSON, sizes in bytes."})
 
 
-def plan(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[str]], dict[str, Any]]) -> None:
+def plan(argv: Sequence[str]) -> None:
     """`dpo-peft plan`: print the plan. Loads no weights and needs no GPU.
 
     Args:
         argv: options; those of training count where they change memory, the others are ignored.
-        groups: dataclasses of the options of `dpo-peft train` beside `DPOConfig`.
-        read_file: the options of `--config FILE.yaml`, given the words of the command line.
 
     Raises:
         OptionError: an unknown option or card, an impossible value, or a model whose memory can't be predicted.
     """
-    options = _parse(argv, groups, read_file)
+    options = _parse(argv)
     _check_numbers(options)
     card = _card(options)
     pace = _pace(options)
@@ -69,14 +68,14 @@ def plan(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[
 # ---- Options --------------------------------------------------------------------------------------------------------
 
 
-def _parse(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[str]], dict[str, Any]]) -> Namespace:
+def _parse(argv: Sequence[str]) -> Namespace:
     """Every option by name. No `DPOConfig` is made: that asks for the hardware of training."""
     from transformers import HfArgumentParser
 
     argv = split_config_word(argv)
-    every = (PlanArguments, DPOConfig, *groups)
+    every = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
     known = {f.name for group in every for f in fields(group)}
-    from_file = check_option_names(read_file(argv), known | {"env"})
+    from_file = check_option_names(read_config_file(argv), known | {"env"})
     if "--config" in argv:
         at = argv.index("--config")
         argv = argv[:at] + argv[at + 2 :]

@@ -1,13 +1,13 @@
-"""The command `dpo-peft report`: a run as one HTML page, or several runs compared."""
+"""`dpo-peft report`: a run as one HTML page, or several runs compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..report.facts import duration, number
 from ..report.page import save_report
-from .options import parse_options, required, show
+from .options import option, parse_options, required, show
 
 EXAMPLES = (
     "dpo-peft report outputs/run",
@@ -21,47 +21,37 @@ class ReportArguments:
     """Which runs, and where the page goes."""
 
     runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of runs, finished or not."})
-    output: str | None = field(
-        default=None,
-        metadata={"help": "The page. Default: report.html, in the run's folder, or here for several runs."},
-    )
-    title: str = field(default="", metadata={"help": "Title of the page. Default: the names of the runs."})
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
+    output: str | None = option(None, "The page. Default: report.html, in the run's folder, or here for several runs.")
+    title: str = option("", "Title of the page. Default: the names of the runs.")
+    json: bool = option(False, "Print one JSON object instead of text.")
 
 
 def report(argv: Sequence[str]) -> None:
-    """`dpo-peft report`: write the page and print where it is, with each run's figures.
-
-    Raises:
-        OptionError, DataError: with the remedy; nothing was written.
-    """
-    options = parse_options(
-        argv,
-        ReportArguments,
-        "report",
+    """Writes the page and prints where it is, with each run's figures."""
+    about = (
         "Show a training run as one HTML page that needs nothing beside itself: curves, margins, accuracy by length, "
-        "samples, options. Several runs are compared on one page.",
-        EXAMPLES,
+        "samples, options. Several runs are compared on one page."
     )
+    options = parse_options(argv, ReportArguments, "report", about, EXAMPLES)
     required(options, "runs")
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
     output = options.output or folder / "report.html"
     result = save_report(options.runs, output, options.title)
-    show(result, _text(result), options.json)
+    show(result, as_text(result), options.json)
 
 
-def _text(result: dict[str, Any]) -> str:
+def as_text(result: Mapping[str, Any]) -> str:
+    """Returns a line for each run, with notes on what is missing, and where the page is."""
     lines = []
     for run in result["runs"]:
-        lines += [_line(run), *(f"  {note}" for note in run["missing"])]
+        lines += [_headline(run), *(f"  {note}" for note in run["missing"])]
     return "\n".join([*lines, f"{result['output']}: {result['bytes'] / 1000:.0f} kB, open it in a browser."])
 
 
-def _line(run: dict[str, Any]) -> str:
-    """One run's headline."""
-    of = "held-out" if run["source"] != "train" else "training"
+def _headline(run: Mapping[str, Any]) -> str:
     parts = []
     if "accuracy" in run:
+        of = "held-out" if run["source"] != "train" else "training"
         baseline = f" (length alone {run['length_only']:.3f})" if "length_only" in run else ""
         parts.append(f"{of} accuracy {run['accuracy']:.3f}{baseline}")
     parts += [f"{name} {number(run[key])}" for name, key in (("margin", "margin"), ("KL", "kl")) if key in run]

@@ -7,7 +7,6 @@ single tokens, whole modules) is added as its forward pass does.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -20,9 +19,9 @@ from ..reference.frozen_adapter import adapter_layers, moved_base
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replace every 4-bit linear layer, in place, by a plain one on the CPU with the values that its forward uses.
+    """Replaces every 4-bit linear layer, in place, by a plain one on the CPU with the values that its forward uses.
 
-    A 4-bit layer unpacks its weight into the dtype that it was quantised from and casts that to its input's: the same
+    A 4-bit layer unpacks its weight into the dtype that it was quantized from and casts that to its input's: the same
     call gives the same values here.
     """
     import bitsandbytes as bnb
@@ -39,17 +38,11 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 def merge_into(
-    base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, Any]
+    base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, str]
 ) -> PreTrainedModel:
-    """Merge an adapter into a base that is not quantised, in place: layer by layer in float32, then rounded.
-
-    Args:
-        base: on the CPU. Embeddings that are one tensor are two afterwards if the adapter made them differ.
-        adapter: folder or Hub id.
-        config: the adapter's.
-        dtype: of the result.
-        from_hub: for loading the adapter, such as a revision.
-    """
+    """Merges an adapter, by folder or Hub id, into a base that is not quantized and on the CPU, in place: layer by
+    layer in float32, then rounded to `dtype`. Embeddings that are one tensor are two afterwards if the adapter made
+    them differ."""
     tied = any(part.tie_word_embeddings for part in (base.config, base.config.get_text_config()))
     untie(base)
     if moved_base(config) and config.init_lora_weights is not False:
@@ -57,7 +50,7 @@ def merge_into(
     with quiet():
         model = PeftModel.from_pretrained(base, adapter, config=config, **from_hub)
         add_layers(model, dtype)
-        merged: Any = model.merge_and_unload(safe_merge=True)  # what is left: whole modules that were trained
+        merged = model.merge_and_unload(safe_merge=True)  # what is left: whole modules that were trained
     kept = {*(merged._keep_in_fp32_modules or ()), *(getattr(merged, "_keep_in_fp32_modules_strict", None) or ())}
     for name, parameter in merged.named_parameters():
         if parameter.is_floating_point() and not kept & set(name.split(".")):
@@ -68,7 +61,7 @@ def merge_into(
 
 
 def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
-    """Add the active adapter to the weights under it, each in float32 and then rounded to `dtype`."""
+    """Adds the active adapter to the weights under it, each in float32 and then rounded to `dtype`."""
     layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, BaseTunerLayer)]
     for layer in tqdm(layers, desc="Merging", unit="layer"):
         own = list(layer.get_base_layer().parameters(recurse=False))
@@ -80,20 +73,18 @@ def add_layers(model: PeftModel, dtype: torch.dtype) -> None:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
-    embed: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    """Gives the head its own copy of embeddings that it shares: an adapter on one must not change the other."""
+    embed = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is not None and head.weight is embed.weight:
         head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
 
 
 def tie_if_equal(model: PreTrainedModel) -> None:
-    """Let equal embeddings and head be one tensor again, and have the config say so if they are not.
-
-    A config that says "tied" makes one of two tensors vanish when the model is loaded.
-    """
-    embed: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
+    """Lets equal embeddings and head be one tensor again, and has the config say so if they are not: with a config
+    that says "tied", one of two tensors would vanish when the model is loaded."""
+    embed = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     equal = head is not None and torch.equal(embed.weight, head.weight)
     if equal:
         head.weight = embed.weight
@@ -103,7 +94,7 @@ def tie_if_equal(model: PreTrainedModel) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PEFT warns of tied and of already merged weights, both of which are taken care of here."""
+    """Hides that PEFT warns of tied and of already merged weights, both of which are taken care of here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -1,14 +1,16 @@
 """Completions from a model: batched, seeded, in the order of the prompts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -18,8 +20,8 @@ from ..errors import OptionError
 
 
 def sample_completions(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[Sequence[int]],
     seed: int | Sequence[int] = 0,
     max_new_tokens: int = 256,
@@ -27,7 +29,7 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> list[list[int]]:
-    """One completion per prompt, as token ids with their end token. All prompts are one batch.
+    """Samples one completion per prompt, as token ids with their end token. All prompts are one batch.
 
     Args:
         model: a causal LM or a PEFT model, its adapter on or off as the caller left it. It runs in eval mode with its
@@ -53,7 +55,7 @@ def sample_completions(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompt_ids], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-    how: dict[str, Any] = {"do_sample": temperature > 0}
+    how: dict[str, object] = {"do_sample": temperature > 0}
     if temperature > 0:
         how |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     if temperature > 0 and not isinstance(seed, int):
@@ -97,7 +99,7 @@ class _OwnDraws(LogitsProcessor):
 def _own_draws(
     seeds: Sequence[int], device: torch.device, temperature: float, top_p: float, top_k: int
 ) -> LogitsProcessorList:
-    """What `generate` would do in sampling, in its order, ending with draws that are each row's own."""
+    """Returns the steps that `generate` takes in sampling, in its order, ending with draws that are each row's own."""
     steps = LogitsProcessorList()
     if temperature != 1:
         steps.append(TemperatureLogitsWarper(float(temperature)))
@@ -125,9 +127,9 @@ def _check(prompt_ids: Sequence[Sequence[int]], new: int, temperature: float, to
         raise OptionError("top_p and top_k have no effect with temperature=0: leave them out.")
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion. A model may stop at more than its tokenizer's end token: a chat model's end of
-    turn and end of text."""
+def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokens that end a completion. A model may stop at more than its tokenizer's end token: a chat
+    model's end of turn and end of text."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *several] if token is not None))

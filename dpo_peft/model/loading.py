@@ -6,15 +6,15 @@ most updates at DPO's learning rates round to nothing.
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
 from ..reference.adapter_off import Reference, add_reference, base_change, check_reference, is_identity, sample_logits
@@ -34,12 +34,12 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def default_lora() -> LoraConfig:
-    """LoRA of rank 16 on every linear layer but the head, without dropout."""
+    """Returns LoRA of rank 16 on every linear layer but the head, without dropout."""
     return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation (Dettmers et al. 2023, QLoRA): about 4.13 bits per weight."""
+    """Returns NF4 with double quantization (Dettmers et al. 2023, QLoRA): about 4.13 bits per weight."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -50,18 +50,18 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def load_base(
     name: str,
-    quantization_config: Any = None,
+    quantization_config: QuantizationConfigMixin | None = None,
     quantize: bool = True,
-    init_kwargs: dict[str, Any] | None = None,
+    init_kwargs: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM by name or folder: bfloat16, its linear layers in NF4, unless told otherwise.
+    """Loads a causal LM by name or folder: bfloat16, its linear layers in NF4, unless told otherwise.
 
     Args:
         name: Hub id or local folder.
         quantization_config: replaces the default NF4 configuration.
-        quantize: False loads without quantisation (unless `quantization_config` is given).
+        quantize: False loads without quantization (unless `quantization_config` is given).
         init_kwargs: for `from_pretrained`; `dtype` may be a string such as "float32".
         trust_remote_code: run code that ships with the model.
         device: where the model goes; the CPU if None.
@@ -76,7 +76,7 @@ def load_base(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     elif quantize and "quantization_config" not in kwargs:
-        kwargs["quantization_config"] = nf4_config(torch.bfloat16 if dtype == "auto" else dtype)
+        kwargs["quantization_config"] = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     if device is not None and device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
@@ -86,25 +86,26 @@ def load_base(
         raise OptionError(f"model={name!r} can't be loaded: {error}") from error
 
 
-def _read_dtype(dtype: Any) -> Any:
+def _read_dtype(dtype: object) -> torch.dtype | str:
+    if dtype == "auto":
+        return "auto"
+    for name, known in _DTYPES.items():
+        if dtype in (name, known):
+            return known
     if dtype is None:
         return torch.bfloat16
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if dtype == "auto" or dtype in _DTYPES.values():
-        return dtype
     raise OptionError(f"model_init_kwargs['dtype']={dtype!r}: use one of 'auto', {', '.join(map(repr, _DTYPES))}.")
 
 
 def load_model(
     name: str,
-    quantization_config: Any = None,
+    quantization_config: QuantizationConfigMixin | None = None,
     quantize: bool = True,
-    init_kwargs: dict[str, Any] | None = None,
+    init_kwargs: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
     device: torch.device | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """`load_base`, or if `name` is an adapter's folder or Hub id, its base with the adapter on it, to be trained on.
+    """Loads a base as `load_base` does, or if `name` is an adapter's, its base with the adapter on it to train on.
 
     The base is the one that the adapter's config names, at the revision that it names; a `revision` in `init_kwargs`
     is that of `name`. Arguments as for `load_base`.
@@ -141,7 +142,7 @@ def load_model(
     return load_on(base, name, from_hub)
 
 
-def is_adapter(name: str, **from_hub: Any) -> bool:
+def is_adapter(name: str, **from_hub: object) -> bool:
     """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, "adapter_config.json"))
@@ -151,8 +152,8 @@ def is_adapter(name: str, **from_hub: Any) -> bool:
         return False
 
 
-def load_on(base: PreTrainedModel, name: str, from_hub: dict[str, Any]) -> PeftModel:
-    """The adapter `name` on a loaded base, every tensor of it accounted for.
+def load_on(base: PreTrainedModel, name: str, from_hub: Mapping[str, object]) -> PeftModel:
+    """Loads the adapter `name` on a loaded base, every tensor of it accounted for.
 
     Raises:
         OptionError: it does not fit.
@@ -174,11 +175,11 @@ def load_on(base: PreTrainedModel, name: str, from_hub: dict[str, Any]) -> PeftM
 
 def attach_adapter(
     model: PreTrainedModel | PeftModel,
-    peft_config: Any = None,
+    peft_config: LoraConfig | None = None,
     reference: str | None = None,
     needs_reference: bool = True,
 ) -> tuple[PeftModel, Reference]:
-    """The PEFT model to train: `model` itself if it has an adapter, else `model` with a new one; and its reference.
+    """Returns the PEFT model to train, `model` itself if it has an adapter and else with a new one, and its reference.
 
     Everything but the active adapter is frozen; trainable weights become float32.
 
@@ -226,16 +227,16 @@ def attach_adapter(
 
 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
-    """`base` with a fresh adapter, and whether that starts at the base."""
+    """Returns `base` with a fresh adapter, and whether that starts at the base."""
     before = sample_logits(base)
     try:
         model = get_peft_model(base, peft_config)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # PEFT raises all kinds; some initialisations need preparation
+    except Exception as error:  # PEFT raises all kinds; some initializations need preparation
         raise OptionError(
             f"peft_config can't be attached to this model (init_lora_weights={peft_config.init_lora_weights!r}): "
-            f"{first_lines(error)} If the initialisation needs preparation, do it as PEFT's documentation "
+            f"{first_lines(error)} If the initialization needs preparation, do it as PEFT's documentation "
             "says and pass the PeftModel; init_lora_weights=True needs none."
         ) from error
     change = base_change(base, before)
@@ -272,7 +273,7 @@ def _check_peft_model(model: PeftModel) -> None:
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place.
+    """Stops bitsandbytes from repacking 4-bit weights in place.
 
     On a CPU with AVX512-BF16 its linear layers do so at the first forward in eval mode, for faster inference: scales
     are rounded to bfloat16, and the layer has no gradient any more. The reference is scored in eval mode, so it would
@@ -292,7 +293,7 @@ def keep_weights(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
-    """Turn every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers.
+    """Turns every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers.
 
     Layer drop and the noise on a router's input, which act in training only too, count as dropout.
 
@@ -300,7 +301,7 @@ def disable_dropout(model: nn.Module) -> list[str]:
         The distinct names of what was on, for the log.
     """
     found = set()
-    holders: list[Any] = []
+    holders: list[object] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             found.add("lora_dropout" if "lora_dropout" in name else name.rsplit(".", 1)[-1])
@@ -326,12 +327,12 @@ def _is_dropout(name: str) -> bool:
 class StorageReport:
     """Where the bytes of a model are. Tied weights count once."""
 
-    quantized: int = 0  # bytes of 4- or 8-bit weights with their quantisation constants
+    quantized: int = 0  # bytes of 4- or 8-bit weights with their quantization constants
     unquantized: int = 0  # bytes of frozen weights in 16 or 32 bits
     reference_adapter: int = 0  # bytes of the frozen adapter that is the reference
     trainable: int = 0  # bytes of trained weights
     trainable_count: int = 0
-    dtypes: dict[str, int] = field(default_factory=dict)  # dtype of the unquantised weights to bytes
+    dtypes: dict[str, int] = field(default_factory=dict)  # dtype of the unquantized weights to bytes
     largest_unquantized: list[tuple[str, int]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -340,18 +341,18 @@ class StorageReport:
         largest = ", ".join(f"{name} {_mib(n)}" for name, n in worth_naming)
         reference = f" Reference adapter: {_mib(self.reference_adapter)}." if self.reference_adapter else ""
         return (
-            f"Base: {_mib(self.quantized)} quantised, {_mib(self.unquantized)} not ({dtypes or 'nothing'}; largest: "
+            f"Base: {_mib(self.quantized)} quantized, {_mib(self.unquantized)} not ({dtypes or 'nothing'}; largest: "
             f"{largest or 'none'}). Adapter: {self.trainable_count:,} trained weights, {_mib(self.trainable)}."
             f"{reference}"
         )
 
 
 def storage_report(model: nn.Module, show: int = 3, reference: str | None = None) -> StorageReport:
-    """Count a model's bytes by what was quantised and what was not (a layer missed by quantisation shows up here).
+    """Counts a model's bytes by what was quantized and what was not (a layer missed by quantization shows up here).
 
     Args:
         model: the base or PEFT model.
-        show: how many of the largest unquantised weights to list.
+        show: how many of the largest unquantized weights to list.
         reference: name of the frozen adapter that is the reference, which is counted apart.
     """
     report = StorageReport()
@@ -380,8 +381,8 @@ def storage_report(model: nn.Module, show: int = 3, reference: str | None = None
     return report
 
 
-def _constants(parameter: Any) -> Iterable[torch.Tensor]:
-    """The tensors of a bitsandbytes quantisation state, nested ones included."""
+def _constants(parameter: Tensor) -> Iterable[torch.Tensor]:
+    """Yields the tensors of a bitsandbytes quantization state, nested ones included."""
     state = getattr(parameter, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))

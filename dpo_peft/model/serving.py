@@ -1,4 +1,4 @@
-"""What other programs' LoRA loaders make of an adapter's config, so that nobody finds out on the server.
+"""How other programs' LoRA loaders read an adapter's config, so that nobody finds out on the server.
 
 Read off vLLM's `PEFTHelper` and `LoRAModel` and llama.cpp's `convert_lora_to_gguf.py` and `llama_adapter_lora_weight`.
 Both take `adapter_config.json` with `adapter_model.safetensors` as PEFT writes them and ignore keys that they do not
@@ -19,8 +19,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
-def serving_problems(config: PeftConfig | Mapping[str, Any]) -> list[str]:
-    """What vLLM's and llama.cpp's LoRA loaders would refuse or get wrong, one sentence each; empty if nothing.
+def serving_problems(config: PeftConfig | Mapping[str, object]) -> list[str]:
+    """Returns what vLLM's and llama.cpp's LoRA loaders would refuse or get wrong, a sentence each; empty if nothing.
 
     Args:
         config: of the adapter, from PEFT or as read from adapter_config.json.
@@ -79,8 +79,8 @@ def _target_problems(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def max_lora_rank(config: PeftConfig | Mapping[str, Any]) -> int:
-    """The least value for vLLM's `--max-lora-rank` that the adapter fits into."""
+def max_lora_rank(config: PeftConfig | Mapping[str, object]) -> int:
+    """Returns the least value for vLLM's `--max-lora-rank` that the adapter fits into."""
     options = dict(config) if isinstance(config, Mapping) else config.to_dict()
     largest = max([options.get("r", 8), *(options.get("rank_pattern") or {}).values()])
     return next((rank for rank in VLLM_RANKS if rank >= largest), largest)

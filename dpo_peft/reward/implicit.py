@@ -4,7 +4,7 @@ A policy trained by DPO is a reward model (note eq. 10; Rafailov et al. 2023, eq
 
     r(x, y) = beta * log(policy(y | x) / reference(y | x))  +  beta * log Z(x)
 
-The second term is unknown, and the same for all answers to a prompt: rewards compare answers to one prompt, not
+The second term is unknown, and the same for all completions of a prompt: rewards compare those of one prompt, not
 prompts. Objectives without a reference have beta times the policy's log-prob, or its mean over tokens, in the place of
 the first term, as in training.
 
@@ -17,10 +17,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -32,23 +33,24 @@ from ..data.formats import CHAT_COLUMNS
 from ..data.tokenize import check_tokenizer
 from ..data.truncate import Fitted, check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
-from ..forward import ForwardPlan, PackedBatch, Scores, plan_forward, recheck
+from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
 from ..forward.score import unwrap
-from ..model.adapter_source import TrainedAdapter, TrainedWith, load_trained, read_training, trained_in
-from ..model.loading import disable_dropout, is_adapter
+from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, trained_in
+from ..model.loading import disable_dropout
 from ..reference.adapter_off import reference_logps
-from ..reference.frozen_adapter import read_config
 from ..training.packing import pack_rows
+from .rows import units_of
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 2048  # rows that are packed together
 Row = Mapping[str, Any]
+Content: TypeAlias = str | Sequence[Mapping[str, object]] | Sequence[int]  # a text, messages, or token ids
 
 
 class CompletionScore(NamedTuple):
-    """What a completion was given. Log-probs are sums over its tokens, in nats."""
+    """What a completion got. Log-probs are sums over its tokens, in nats."""
 
     reward: float  # beta times what the objective compares
     logp: float  # under the policy
@@ -64,26 +66,27 @@ class ImplicitReward:
         reward.compare(prompt, answer_a, answer_b)  # the probability that a is better
         GRPOTrainer(..., reward_funcs=reward)       # of TRL
 
-    A prompt is a text, a list of messages or a list of token ids; a completion the same. They are tokenised as the
+    A prompt is a text, a list of messages or a list of token ids; a completion the same. They are tokenized as the
     trainer does, with an end token; a completion without text is its end token alone. Prompts with several completions
     are computed once, if these stand next to each other.
 
     Args:
-        adapter: its folder or Hub id, a `TrainedAdapter`, or a PeftModel, which is left as it was: adapters, modes and
-            flags. A model that is being trained is scored as it is at each call.
+        adapter: its folder or Hub id, an `AdapterSource`, a `TrainedAdapter`, or a PeftModel, which is left as it was:
+            adapters, modes and flags. A model that is being trained is scored as it is at each call.
         beta: replaces the recorded one.
-        reference: for a folder or Hub id, see `load_trained`; for a PeftModel, the name of a frozen adapter in it, or
+        reference: for a folder or Hub id, see `AdapterSource`; for a PeftModel, the name of a frozen adapter in it, or
             "base" for the model with all adapters off. None: the recorded one.
         tokenizer: replaces the adapter's. A PeftModel needs one.
         policy: for a PeftModel, the adapter's name in it; the active one if None.
         max_length: most tokens of prompt + completion, cut as in training; None for no limit, "recorded" for the
             adapter's. What is given as `completion_ids` is never cut.
         max_tokens: of one forward pass. Lower it if memory runs out.
-        load: options of `load_trained` for a folder or Hub id: base, quantize, dtype, device, check_base,
-            trust_remote_code, revision.
+        device: of a folder or Hub id: where the model goes; a GPU if there is one.
+        made: of a folder or Hub id: options of `AdapterSource`: base, quantize, dtype, check_base, trust_remote_code,
+            revision.
 
     Raises:
-        OptionError: no beta is known, an option has no effect, or as `load_trained`.
+        OptionError: no beta is known, an option has no effect, or as `AdapterSource.load`.
         ReferenceMismatchError: the base or the reference is another one than in training.
     """
 
@@ -91,7 +94,7 @@ class ImplicitReward:
 
     def __init__(
         self,
-        adapter: str | PeftModel | TrainedAdapter,
+        adapter: str | AdapterSource | PeftModel | TrainedAdapter,
         *,
         beta: float | None = None,
         reference: str | None = None,
@@ -99,63 +102,70 @@ class ImplicitReward:
         policy: str | None = None,
         max_length: int | str | None = "recorded",
         max_tokens: int = 16384,
-        **load: Any,
+        device: torch.device | str | None = None,
+        **made: Any,
     ):
         if type(max_tokens) is not int or max_tokens < 1:
             raise OptionError(f"max_tokens={max_tokens!r} must be a positive integer.")
         if isinstance(adapter, str):
             _without_effect("a folder or Hub id", policy=policy)
-            _check_beta(adapter, beta, load.get("revision"))
-            adapter = load_trained(adapter, reference=reference, **load)
+            adapter = AdapterSource(adapter, reference=reference, **made)
+        elif isinstance(adapter, AdapterSource):
+            _without_effect("an AdapterSource", policy=policy, reference=reference, **made)
+        if isinstance(adapter, AdapterSource):
+            _beta(adapter.read(), beta, adapter.adapter)  # before minutes of loading
+            adapter = adapter.load(device)
             disable_dropout(adapter.model)  # a layer that can drop out is not computed by fused code
         elif isinstance(adapter, TrainedAdapter):
-            _without_effect("a TrainedAdapter", policy=policy, reference=reference, **load)
+            _without_effect("a TrainedAdapter", policy=policy, reference=reference, device=device, **made)
         else:
-            _without_effect("a PeftModel", **load)
+            _without_effect("a PeftModel", device=device, **made)
             adapter = trained_in(adapter, tokenizer, policy, reference)
         self.adapter = adapter
         self.model, self.reference, self.trained = adapter.model, adapter.reference, adapter.trained
         self.tokenizer = adapter.tokenizer if tokenizer is None else tokenizer
         check_tokenizer(self.tokenizer, need_eos=False)
-        self.kind = self.trained.reward if self.trained else "log_ratio"
-        _warn_of_weights(self.trained)
+        setup = adapter.setup
+        self.kind = setup.reward
+        if setup.discount_gamma != 1.0 or setup.ld_alpha is not None:
+            logger.warning(
+                "The adapter was trained with discount_gamma=%s and ld_alpha=%s, which weigh single tokens. A reward "
+                "here is that of the whole completion, every token alike, unlike those in the training's log.",
+                setup.discount_gamma,
+                setup.ld_alpha,
+            )
         if self.kind == "log_ratio" and self.reference is None:
             raise OptionError("The TrainedAdapter was loaded without its reference: load it with_reference=True.")
         self.beta = _beta(self.trained, beta, adapter.source)
-        recorded = self.trained.max_length if self.trained else None
-        limit: Any = recorded if max_length == "recorded" else max_length
-        self.max_length: int | None = limit
-        self.truncation_mode = self.trained.truncation_mode if self.trained else "keep_start"
+        self.max_length = cast("int | None", setup.max_length if max_length == "recorded" else max_length)
+        self.truncation_mode = setup.truncation_mode
         check_truncation(self.max_length, self.truncation_mode)
         self.max_tokens = max_tokens
         self.cut = 0  # completions or their prompts that were cut to max_length so far
         self._vocab_size = len(unwrap(self.model).get_input_embeddings().weight)
-        precision = self.trained.precision if self.trained else "no"
-        self._dtype = None if precision == "no" else getattr(torch, precision)
-        with _attention(self.model, None):
+        self._dtype = None if setup.precision == "no" else getattr(torch, setup.precision)
+        with _attention(self.model):
             self.plan = plan_forward(self.model, dtype=self._dtype)
 
     def __str__(self) -> str:
-        """One sentence: what the reward is."""
-        what = {"logp": "log policy", "mean_logp": "mean log-prob of a token"}.get(
-            self.kind, "log(policy / reference)"
-        )
+        """Returns what the reward is, in one sentence."""
         beta = f"{self.beta:g} * " if self.beta != 1 else ""
         if self.reference is None:
-            return f"{beta}{what}"
+            return beta + {"logp": "log policy", "mean_logp": "mean log-prob of a token"}[self.kind]
         frozen = self.reference.source or self.reference.adapter
-        return f"{beta}{what}; the reference is " + (f"the adapter {frozen}" if frozen else "the adapter switched off")
+        which = f"the adapter {frozen}" if frozen else "the adapter switched off"
+        return f"{beta}log(policy / reference); the reference is {which}"
 
     # ---- What users call ------------------------------------------------------------------------------------------
 
     def __call__(
         self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
+        prompts: Sequence[Content],
+        completions: Sequence[Content],
         completion_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[float]:
-        """The reward of each completion, in the order given: the signature of TRL's reward functions.
+        """Returns the reward of each completion, in the order given: the signature of TRL's reward functions.
 
         Args:
             prompts: one for each completion.
@@ -173,12 +183,12 @@ class ImplicitReward:
 
     def scores(
         self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
+        prompts: Sequence[Content],
+        completions: Sequence[Content],
         completion_ids: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> list[CompletionScore]:
-        """As a call, with the log-probs."""
+        """Returns what a call does, with the log-probs."""
         columns = {"prompt": prompts, "completion": completions, "completion_ids": completion_ids}
         columns |= {name: kwargs.get(name) for name in CHAT_COLUMNS}
         rows = []
@@ -193,18 +203,18 @@ class ImplicitReward:
                 rows.append({"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": number})
         return [score for (score,) in self.score_rows(rows)]
 
-    def compare(self, prompt: Any, completion_a: Any, completion_b: Any) -> float:
-        """The probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
+    def compare(self, prompt: Content, completion_a: Content, completion_b: Content) -> float:
+        """Returns the probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
         a, b = self._answers(prompt, [completion_a, completion_b])
         return 0.5 * (1 + math.tanh((a.reward - b.reward) / 2))  # exp would overflow
 
-    def rank(self, prompt: Any, completions: Sequence[Any]) -> list[int]:
-        """Indices of the completions of one prompt, the best first; equal ones as they stand."""
+    def rank(self, prompt: Content, completions: Sequence[Content]) -> list[int]:
+        """Returns the indices of the completions of one prompt, the best first; equal ones as they stand."""
         scores = self._answers(prompt, completions)
         return sorted(range(len(scores)), key=lambda i: -scores[i].reward)
 
     def score_rows(self, rows: Iterable[Row], progress: bool = False) -> list[list[CompletionScore]]:
-        """Score prepared rows (`prepare_dataset`): `prompt_ids`, `completion_ids`, and `steps` if they have some.
+        """Scores prepared rows (`prepare_dataset`): `prompt_ids`, `completion_ids`, and `steps` if they have some.
 
         Args:
             rows: a list or a `datasets.Dataset`; `row` names them in messages.
@@ -220,41 +230,45 @@ class ImplicitReward:
         collate = PreferenceCollator(plan.shared, self.tokenizer.pad_token_id or 0)
         source, scored = iter(rows), []
         total = len(rows) if isinstance(rows, Sized) else None
-        with _attention(self.model, plan), tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar:
+        with (
+            _attention(self.model, plan.shared),
+            tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar,
+        ):
             while window := list(islice(source, WINDOW)):
-                units = list(_units(window, self.max_tokens, plan.shared))
+                units = list(units_of(window, self.max_tokens, plan.shared))
                 flat: list[list[CompletionScore]] = [[] for _ in units]
                 for one in pack_rows(units, self.max_tokens, plan.shared):
                     batch = PackedBatch(**collate([units[i] for i in one])).to(self.model.device)
-                    found = iter(self._score(batch, plan.scorer))
+                    found = iter(self._score(batch, plan))
                     for i in one:
                         flat[i] = [next(found) for _ in units[i]["completion_ids"]]
                     bar.update(sum(units[i]["ends"] for i in one))
-                scored += _by_row(window, (score for scores in flat for score in scores))
+                in_order = (score for scores in flat for score in scores)
+                scored += [[next(in_order) for _ in row["completion_ids"]] for row in window]
+                _check_finite(window, scored[-len(window) :])
         return scored
 
     # ---- How ------------------------------------------------------------------------------------------------------
 
-    def _score(self, batch: PackedBatch, backend: Any) -> list[CompletionScore]:
+    def _score(self, batch: PackedBatch, plan: ForwardPlan) -> list[CompletionScore]:
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             # The policy is scored as a reference is: one adapter on by its name, and all that was set put back.
-            policy = reference_logps(self.model, batch, backend, self.adapter.policy)
-            ref: Scores | None = None
+            logps = reference_logps(self.model, batch, plan.scorer, self.adapter.policy).logps_C.tolist()
+            refs = [None] * len(logps)
             if self.reference is not None:
-                ref = reference_logps(self.model, batch, backend, self.reference.adapter)
-        logps, lengths = policy.logps_C.tolist(), batch.lengths.tolist()
-        refs = [None] * len(logps) if ref is None else ref.logps_C.tolist()
+                refs = reference_logps(self.model, batch, plan.scorer, self.reference.adapter).logps_C.tolist()
+        lengths = batch.lengths.tolist()
         return [CompletionScore(self._reward(*one), *one) for one in zip(logps, refs, lengths, strict=True)]
 
     def _reward(self, logp: float, ref_logp: float | None, tokens: int) -> float:
-        """As `TrainingObjective.rewards`."""
+        """Returns the reward, as `Objective.rewards` does."""
         if ref_logp is not None:
             return self.beta * (logp - ref_logp)
         return self.beta * (logp / tokens if self.kind == "mean_logp" else logp)
 
-    def _answers(self, prompt: Any, completions: Sequence[Any]) -> list[CompletionScore]:
-        """All answer the same context: a prompt that is too long is cut for all alike."""
+    def _answers(self, prompt: Content, completions: Sequence[Content]) -> list[CompletionScore]:
+        """Scores the completions of one prompt. A prompt that is too long is cut for all alike."""
         if isinstance(completions, str) or not completions:
             raise OptionError("completions must be a list of at least one completion.")
         prompt_ids, encoded = self._encode([{"prompt": prompt, "completion": one} for one in completions], 0)
@@ -282,7 +296,7 @@ class ImplicitReward:
         return fitted
 
     def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
-        """Token ids of one prompt and its completions, which begin at number `first` of the call."""
+        """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
             return encode_answers(self.tokenizer, entries, first, self._vocab_size)
         except RowProblem as problem:
@@ -291,11 +305,8 @@ class ImplicitReward:
             ) from problem
 
 
-# ---- Rows that share a prompt ---------------------------------------------------------------------------------------
-
-
 def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
-    """Columns of equal length to rows; a column that is None has no entries."""
+    """Turns columns of equal length into rows; a column that is None has no entries."""
     given = {name: values for name, values in columns.items() if values is not None}
     lengths = {name: len(values) for name, values in given.items() if not isinstance(values, str)}
     if len(lengths) < len(given) or len(set(lengths.values())) > 1:
@@ -305,40 +316,14 @@ def _entries(columns: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]
     return [dict(zip(given, entry, strict=True)) for entry in zip(*given.values(), strict=True)]
 
 
-def _units(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str, Any]]:
-    """The rows' completions in their order, those of one prompt together up to the budget.
-
-    `ends` counts the rows whose last completion is in a unit. Without shared prompts each completion is its own.
-    """
-    unit: dict[str, Any] = {}
-    size = 0
-    for row in rows:
-        names = [name for name in ("completion_ids", "steps") if name in row]
-        for number, ids in enumerate(row["completion_ids"]):
-            alike = bool(unit) and unit["prompt_ids"] == row["prompt_ids"] and ("steps" in unit) == ("steps" in row)
-            if not (shared and alike and size + len(ids) <= budget):
-                if unit:
-                    yield unit
-                unit = {"prompt_ids": row["prompt_ids"], "row": row["row"], "ends": 0, **{name: [] for name in names}}
-                size = len(row["prompt_ids"])
-            for name in names:
-                unit[name].append(row[name][number])
-            size += len(ids)
-        unit["ends"] += 1
-    if unit:
-        yield unit
-
-
-def _by_row(rows: Sequence[Row], scores: Iterator[CompletionScore]) -> list[list[CompletionScore]]:
-    result = [[next(scores) for _ in row["completion_ids"]] for row in rows]
-    found = zip(rows, result, strict=True)
-    if bad := [row["row"] for row, of_row in found if not all(math.isfinite(score.reward) for score in of_row)]:
+def _check_finite(rows: Sequence[Row], scored: Sequence[Sequence[CompletionScore]]) -> None:
+    pairs = zip(rows, scored, strict=True)
+    if bad := [row["row"] for row, scores in pairs if not all(math.isfinite(score.reward) for score in scores)]:
         raise NonFiniteError(
             f"The log-probs of {len(bad)} rows are not finite: {', '.join(map(str, bad[:5]))}. Look at these rows and "
             "at the model's weights; a model made for bfloat16 may overflow in float16. Rows that are computed "
             "together share what is not finite: max_tokens=1 computes each alone."
         )
-    return result
 
 
 # ---- What an adapter is scored with ---------------------------------------------------------------------------------
@@ -349,45 +334,25 @@ def _without_effect(what: str, **given: Any) -> None:
         raise OptionError(f"{', '.join(names)}: no effect for {what}. Leave it out.")
 
 
-def _check_beta(adapter: str, beta: float | None, revision: str | None) -> None:
-    """Before minutes of loading. What is no adapter is left to `load_trained`."""
-    from_hub = {} if revision is None else {"revision": revision}
-    if beta is not None:
-        _beta(None, beta, adapter)
-    elif is_adapter(adapter, **from_hub):
-        _beta(read_training(read_config(adapter, **from_hub)), None, adapter)
-
-
-def _warn_of_weights(trained: TrainedWith | None) -> None:
-    if trained is not None and (trained.discount_gamma != 1.0 or trained.ld_alpha is not None):
-        logger.warning(
-            "The adapter was trained with discount_gamma=%s and ld_alpha=%s, which weigh single tokens. A reward "
-            "here is that of the whole completion, every token alike, and differs from those in the training's log.",
-            trained.discount_gamma,
-            trained.ld_alpha,
-        )
-
-
-def _beta(trained: TrainedWith | None, beta: float | None, source: str) -> float:
-    if beta is None and trained is None:
+def _beta(trained: TrainedWith | None, given: float | None, source: str) -> float:
+    """Returns what rewards are scaled by."""
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < math.inf:
+            raise OptionError(f"beta={given!r} must be a positive number.")
+        return float(given)
+    if trained is None:
         raise OptionError(f"{source!r} does not say which beta it was trained with: give beta.")
-    if beta is None:
-        assert trained is not None
-        return 1.0 if trained.beta is None else trained.beta
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
-        raise OptionError(f"beta={beta!r} must be a positive number.")
-    return float(beta)
+    return 1.0 if trained.beta is None else trained.beta
 
 
 @contextmanager
-def _attention(model: Any, plan: ForwardPlan | None) -> Iterator[None]:
-    """The plan's attention implementation inside, afterwards that of before. None: whatever is set inside."""
+def _attention(model: nn.Module, shared: bool = False) -> Iterator[None]:
+    """Inside, prompts can be shared if asked for; afterwards the model's attention is what it was before."""
     causal_lm = unwrap(model)
     before = causal_lm.config._attn_implementation
-    wanted = IMPLEMENTATION if plan is not None and plan.shared else before
     try:
-        if wanted != before:
-            causal_lm.set_attn_implementation(wanted)
+        if shared and before != IMPLEMENTATION:
+            causal_lm.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
         if causal_lm.config._attn_implementation != before:

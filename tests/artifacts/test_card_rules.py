@@ -150,7 +150,7 @@ def test_a_paper_without_an_entry_is_left_out(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_generated_card_keeps_both_sets_of_rules() -> None:
-    run = RunSummary("a/x", "a/b", 0.1, licence="Own Terms", datasets=["a/c"], eval_last={"rewards/accuracies": 0.7})
+    run = RunSummary("a/x", "a/b", 0.1, license="Own Terms", datasets=["a/c"], eval_last={"rewards/accuracies": 0.7})
     assert problems(str(model_card(run))) == [] == card_errors(str(model_card(run)))
 
 

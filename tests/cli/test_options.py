@@ -1,12 +1,15 @@
 """Options of a command: words, file and command line, what is refused, and the help. Rows from and to files."""
 
 import json
-from dataclasses import dataclass, field
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
-from dpo_peft.cli.options import parse_options, required, show
+from dpo_peft.cli.options import option_of, parse_options, required, show
 from dpo_peft.errors import OptionError
 from dpo_peft.files import read_rows, write_rows
 
@@ -122,3 +125,27 @@ def test_a_file_appears_once_it_is_whole(tmp_path: Path) -> None:
 def test_other_endings_are_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(OptionError, match="must end in .jsonl or .parquet"):
         write_rows(tmp_path / path, [])
+
+
+def test_an_option_like_another_ones() -> None:
+    @dataclass
+    class Other:
+        number: int = option_of(Some, "number")
+        name: str | None = option_of(Some, "name", help="Another name.")
+
+    assert Other() == Other(3, None)
+    told = {f.name: dict(f.metadata) for f in fields(Other)}
+    assert told == {"number": {"help": "How many."}, "name": {"help": "Another name.", "choices": ["a", "b"]}}
+
+
+@pytest.mark.parametrize(("rank", "expected"), [("0", "news\nwarning\n"), ("1", "warning\n")])
+def test_news_are_plain_lines_on_stderr_once_per_job(rank: str, expected: str) -> None:
+    code = (
+        "import logging; from dpo_peft.cli.options import show_progress; show_progress(); show_progress()\n"
+        "logger = logging.getLogger('dpo_peft.data'); logger.debug('detail'); logger.info('news')\n"
+        "logger.warning('warning'); logging.getLogger('other').info('no')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "RANK": rank}
+    )
+    assert (done.stdout, done.stderr) == ("", expected)

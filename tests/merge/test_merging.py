@@ -26,7 +26,7 @@ from dpo_peft.forward import sequence_logps
 from dpo_peft.merge import drift, merging
 from dpo_peft.merge import weights as merge_weights
 from dpo_peft.merge.merging import MergeReport, merge_adapter
-from dpo_peft.model.adapter_source import load_trained
+from dpo_peft.model.adapter_source import AdapterSource, load_trained
 from dpo_peft.model.loading import keep_weights, load_base
 
 ROWS = text_pairs(16)
@@ -222,7 +222,7 @@ def test_reference_adapter_is_left_out(trained, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("init", "quantize"), [("pissa", False), ("olora", True)])
-def test_initialisation_that_moves_the_base(trained, tmp_path, init: str, quantize: bool) -> None:
+def test_initialization_that_moves_the_base(trained, tmp_path, init: str, quantize: bool) -> None:
     """The adapter was taken out of the base, and is added to what was left of it, not to all of it."""
     options = {"quantize_base": quantize, "learning_rate": 1e-3}
     adapter = trained(init, peft_config=lora(init_lora_weights=init), **options)
@@ -235,7 +235,7 @@ def test_initialisation_that_moves_the_base(trained, tmp_path, init: str, quanti
 
 
 def test_adapter_of_another_trainer(folders, tmp_path) -> None:
-    """Without a record of the training, the user says whether its base was quantised."""
+    """Without a record of the training, the user says whether its base was quantized."""
     model = get_peft_model(reload(folders[False]), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     expected = logits_of(model.eval())
@@ -336,7 +336,7 @@ def test_wrong_strength_is_refused(trained, tmp_path, monkeypatch) -> None:
 
 def test_wrong_base_is_refused(trained, merged, tiny_llama, tmp_path, monkeypatch) -> None:
     right = merged("lora", onto="base16")[1].drift.mean_token
-    monkeypatch.setattr(merging, "_original", lambda *args: tiny_llama(seed=1))
+    monkeypatch.setattr(merging, "original_base", lambda *args: tiny_llama(seed=1))
     message = refused(trained("lora"), tmp_path, onto="base16", max_drift=1.5 * right)
     assert "onto='dequantized'" in message
 
@@ -376,7 +376,7 @@ def test_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch) -> Non
         assert any(path.name.startswith(".out.") for path in tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "_drift_of", stop)
+    monkeypatch.setattr(merging, "measure_drift", stop)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter(trained("lora"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -395,13 +395,13 @@ def test_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch) -> Non
     ],
 )
 def test_wrong_options_are_found_before_loading(trained, tmp_path, monkeypatch, options, message) -> None:
-    monkeypatch.setattr(merging, "load_trained", None)
+    monkeypatch.setattr(AdapterSource, "load", None)
     with pytest.raises(OptionError, match=message):
         merge_adapter(trained("lora"), tmp_path / "out", **options)
 
 
 def test_folder_with_files_is_refused_before_loading(trained, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(merging, "load_trained", None)
+    monkeypatch.setattr(AdapterSource, "load", None)
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(OptionError, match="is not an empty folder"):
         merge_adapter(trained("lora"), tmp_path)

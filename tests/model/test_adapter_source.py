@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
 from dpo_peft.forward import sequence_logps
 from dpo_peft.model import adapter_source as trained
-from dpo_peft.model.adapter_source import RECORD, TrainedAdapter, load_trained, read_training
+from dpo_peft.model.adapter_source import RECORD, AdapterSource, TrainedAdapter, load_trained, read_training
+from dpo_peft.model.options import AdapterOptions
 from dpo_peft.reference.fingerprint import read_record
 
 
@@ -91,10 +92,10 @@ def test_it_comes_back_as_it_was_trained(first: Path, tmp_path: Path) -> None:
 
 def test_other_precision_is_another_model(first: Path) -> None:
     """The control of the test above: what the record decides does change the log-probs."""
-    unquantised = load_trained(str(first), quantize=False)
+    unquantized = load_trained(str(first), quantize=False)
     plain = AutoModelForCausalLM.from_pretrained(quickstart.model_path(), dtype=torch.float32)
-    assert torch.equal(reference_logps(unquantised), logps(plain))
-    assert (reference_logps(unquantised) - reference_logps(load_trained(str(first)))).abs().max() > 1e-3
+    assert torch.equal(reference_logps(unquantized), logps(plain))
+    assert (reference_logps(unquantized) - reference_logps(load_trained(str(first)))).abs().max() > 1e-3
 
 
 def test_a_frozen_reference_is_found_or_asked_for(first: Path, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_another_base_is_noticed(first: Path, tmp_path: Path) -> None:
 
 
 def test_other_4_bit_weights_alone_are_said(first: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """As between kinds of device: a code of one quantised weight differs, nothing else of the base does."""
+    """As between kinds of device: a code of one quantized weight differs, nothing else of the base does."""
     load = trained.load_base
 
     def other_codes(*args: Any) -> Any:
@@ -180,3 +181,21 @@ def test_an_adapter_of_another_program(base_folder: str, tmp_path: Path) -> None
     loaded = load_trained(str(tmp_path), quantize=False, dtype="float32")
     assert loaded.trained is None and loaded.reference.adapter is None
     assert torch.equal(logps(loaded.model), logps(AutoModelForCausalLM.from_pretrained(base_folder)))
+
+
+def test_a_source_reads_before_it_loads(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record, tokenizer and base's name need no weights; what it loads is what `load_trained` loads."""
+    source = AdapterSource.of(AdapterOptions(str(first), check_base=False))
+    assert source == AdapterSource(str(first), check_base=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(trained, "load_base", None)
+        assert source.read() == read_training(first)
+        assert source.base_name == quickstart.model_path() and source.tokenizer().chat_template
+        assert AdapterSource(str(first), base="elsewhere").base_name == "elsewhere"
+        with pytest.raises(OptionError, match="is not an adapter"):
+            AdapterSource(str(tmp_path)).read()
+    assert torch.equal(logps(source.load().model), logps(load_trained(str(first)).model))
+    with pytest.raises(OptionError, match="reference: no effect for an AdapterSource"):
+        ImplicitReward(source, reference="base")
+    prompts, texts = ["Write a review."], ["The room was clean."]
+    assert ImplicitReward(source)(prompts, texts) == ImplicitReward(str(first))(prompts, texts)

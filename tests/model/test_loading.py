@@ -47,16 +47,16 @@ def test_init_kwargs_are_passed_on_and_left_alone(base_folder):
 
 
 def test_nf4_is_near_the_original_and_not_equal(base_folder, tiny_llama):
-    """A rounding to 4 bits: the right layer, and really quantised."""
+    """A rounding to 4 bits: the right layer, and really quantized."""
     original = tiny_llama().model.layers[0].mlp.up_proj.weight
     layer = load_base(base_folder, init_kwargs={"dtype": "float32"}).model.layers[0].mlp.up_proj
-    quantised = layer(torch.eye(64)).T.detach()
-    error = (quantised - original).norm() / original.norm()
+    quantized = layer(torch.eye(64)).T.detach()
+    error = (quantized - original).norm() / original.norm()
     assert 0.05 < error < 0.15
-    assert len(quantised.abs().unique()) < original.abs().unique().numel()
+    assert len(quantized.abs().unique()) < original.abs().unique().numel()
 
 
-def test_a_quantised_folder_loads_as_it_is(base_folder, tmp_path):
+def test_a_quantized_folder_loads_as_it_is(base_folder, tmp_path):
     first = load_base(base_folder, init_kwargs={"dtype": "float32"})
     first.save_pretrained(tmp_path)
     again = load_base(str(tmp_path), init_kwargs={"dtype": "float32"})

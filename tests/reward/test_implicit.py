@@ -18,7 +18,7 @@ from dpo_peft.data.completions import encode_answers
 from dpo_peft.errors import NonFiniteError
 from dpo_peft.model.adapter_source import load_trained
 from dpo_peft.quickstart.sampling import sample_answers
-from dpo_peft.reward.implicit import _units
+from dpo_peft.reward.rows import units_of
 
 
 def margins(rewards: Any) -> torch.Tensor:
@@ -250,13 +250,13 @@ def test_a_prompt_is_computed_once_for_neighbours() -> None:
         return {"row": number, "prompt_ids": prompt, "completion_ids": [[9] * n for n in lengths]}
 
     rows = [row(0, [1, 2], 3), row(1, [1, 2], 1, 1), row(2, [1], 4), row(3, [1, 2], 1)]
-    units = list(_units(rows, 100, shared=True))
+    units = list(units_of(rows, 100, shared=True))
     assert [[len(ids) for ids in unit["completion_ids"]] for unit in units] == [[3, 1, 1], [4], [1]]
     assert [unit["ends"] for unit in units] == [2, 1, 1]
     # No more than fits: 2 + 3, 2 + 1 + 1, ...
-    units = list(_units(rows, 5, shared=True))
+    units = list(units_of(rows, 5, shared=True))
     assert [[len(ids) for ids in unit["completion_ids"]] for unit in units] == [[3], [1, 1], [4], [1]]
-    assert [len(unit["completion_ids"]) for unit in _units(rows, 100, shared=False)] == [1] * 5
+    assert [len(unit["completion_ids"]) for unit in units_of(rows, 100, shared=False)] == [1] * 5
 
 
 def test_prompts_are_cut_as_in_training_and_counted(tiny_reward: ImplicitReward, caplog: Any) -> None:

@@ -305,7 +305,7 @@ def test_t19_default_of_a_model_given_by_name(base_folder, tmp_path, caplog):
     # Counted by hand, see test_storage_report_by_hand; rank 16 on 7 layers of 2 blocks.
     lora_weights = 2 * 16 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
     assert f"Adapter: {lora_weights:,} trained weights, {lora_weights * 4 / 2**20:.1f} MiB" in caplog.text
-    assert "quantised" in caplog.text and "bfloat16" in caplog.text
+    assert "quantized" in caplog.text and "bfloat16" in caplog.text
 
 
 def test_storage_report_by_hand(base_folder):
