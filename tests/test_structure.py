@@ -30,8 +30,6 @@ DEBTS = {
     "forward.score": {"fused"},
     "reference.adapter_off": {"fused"},
     "trainer": {"artifacts"},
-    "training.memory_budget": {"planning"},
-    "training.packing": {"planning"},
     "training.referenced": {"artifacts"},
     "training.saving": {"artifacts", "hub"},
 }
