@@ -19,18 +19,18 @@ reward +0.01, fluency 0.016).
 
 import argparse
 import json
-import logging
 import os
 import statistics
-import warnings
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait by spinning make a step ten times slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-warnings.filterwarnings("ignore", category=FutureWarning)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that is not used here
+
+from dpo_peft.cli.options import show_progress
+
+show_progress()  # before torch is imported
 
 import torch
 from datasets import Dataset, load_dataset

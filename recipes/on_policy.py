@@ -20,19 +20,19 @@ stay within one KL budget. Each adapter records what it was trained against, so 
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait by spinning make a step ten times slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-warnings.filterwarnings("ignore", category=FutureWarning)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that is not used here
+
+from dpo_peft.cli.options import show_progress
+
+show_progress()  # before torch is imported
 
 from datasets import Dataset
 

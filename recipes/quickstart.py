@@ -12,18 +12,18 @@ true reward is a documented function of the text, so the run can be judged by mo
 sampled from the model itself and ranked by that reward.
 """
 
-import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait by spinning make a step ten times slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-warnings.filterwarnings("ignore", category=FutureWarning)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that is not used here
+
+from dpo_peft.cli.options import show_progress
+
+show_progress()  # before torch is imported
 
 import torch
 

@@ -29,6 +29,10 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from dpo_peft.cli.options import show_progress
+
+show_progress()  # before torch is imported
+
 from datasets import Dataset
 from transformers import HfArgumentParser
 

@@ -1,5 +1,70 @@
-"""The command line: one module a command."""
+"""The command line, `dpo-peft COMMAND ...`: a module and a function of that name for each command."""
 
-from .train import main
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from ..errors import (
+    CheckpointError,
+    DataError,
+    DriftError,
+    NonFiniteError,
+    OptionError,
+    PublishError,
+    ReferenceMismatchError,
+)
+from .options import show_progress
 
 __all__ = ["main"]
+
+COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache")
+USAGE = """usage: dpo-peft COMMAND [options]
+
+  plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
+  pairs   sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
+  train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
+  score   score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
+  report  show runs as one HTML page:  dpo-peft report RUN [RUN ...]
+  merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
+  push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
+  cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+
+dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, or one of `options.EXIT_CODES`."""
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["help"]
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
+    if command in ("help", "-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        print(f"dpo-peft {_version()}")
+        return 0
+    if command not in COMMANDS:
+        print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    show_progress()
+    try:
+        # A command's module is loaded when the command is called: `help` should wait for nothing.
+        getattr(import_module(f".{command}", __package__), command)(rest)
+    except (OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError) as error:
+        print(f"dpo-peft: {error}", file=sys.stderr)
+        return 2
+    except (DriftError, PublishError) as error:
+        print(f"dpo-peft: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
+        print("dpo-peft: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _version() -> str:
+    try:
+        return version("dpo-peft")
+    except PackageNotFoundError:  # run from a checkout
+        return "(not installed)"

@@ -1,12 +1,12 @@
 """The command `dpo-peft cache`: what is kept of which reference's log-probs, and making room."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OptionError
 from ..reference.cache import clear, default_folder, summary
-from .options import parse_options, show
+from .options import option, parse_options, show
 
 EXAMPLES = [
     "dpo-peft cache",
@@ -20,15 +20,11 @@ EXAMPLES = [
 class CacheArguments:
     """Which entries, and what becomes of them."""
 
-    dir: str | None = field(
-        default=None, metadata={"help": f"Folder of the cache. Default: {default_folder()}, as in training."}
-    )
-    clear: bool = field(default=False, metadata={"help": "Delete entries: all, or those that the options name."})
-    reference: str | None = field(default=None, metadata={"help": "With clear: of this reference alone (its id)."})
-    unused_days: float | None = field(
-        default=None, metadata={"help": "With clear: of references that no run has opened for so many days."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object, sizes in bytes."})
+    dir: str | None = option(None, f"Folder of the cache. Default: {default_folder()}, as in training.")
+    clear: bool = option(False, "Delete entries: all, or those that the options name.")
+    reference: str | None = option(None, "With clear: of this reference alone (its id).")
+    unused_days: float | None = option(None, "With clear: of references that no run has opened for so many days.")
+    json: bool = option(False, "Print one JSON object, sizes in bytes.")
 
 
 def cache(argv: Sequence[str]) -> None:

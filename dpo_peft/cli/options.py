@@ -9,15 +9,23 @@ Leading words that belong to no option are the value of the command's first opti
 import argparse
 import difflib
 import json
+import logging
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
+from tqdm import tqdm
 
 from ..errors import OptionError
-from ..files import strict
+from ..files import CONVERTERS, READERS, read_rows, strict
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 EXIT_CODES = """exit codes:
   0    done
@@ -26,6 +34,25 @@ EXIT_CODES = """exit codes:
   130, 143  stopped by Ctrl-C or SIGTERM"""
 
 Options = TypeVar("Options")
+T = TypeVar("T")
+
+
+class _Lines(logging.Handler):
+    """Plain lines on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_progress() -> None:
+    """Shows the package's news on stderr, once per job: further processes keep to warnings. A program that has
+    handlers of its own gets them there. For the command line and for scripts; call it before torch is imported."""
+    logger = logging.getLogger("dpo_peft")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    if not logger.hasHandlers():
+        logger.addHandler(_Lines())
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that isn't used here
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for those who write programs
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -42,10 +69,46 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}".rstrip()
 
 
+def option(default: object, help: str, **metadata: object) -> Any:
+    """Returns the field of an options class: its default, its line in the help, and `choices` if it has some."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Which rows a command reads."""
+
+    dataset_name: str | None = option(None, "Hub id, or a JSON(L), Parquet or CSV file.")
+    dataset_split: str | None = option(None, "Split of a Hub dataset; 'test' if not given.")
+    dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
+    dataset_format: str | None = option(None, "Convert rows first.", choices=list(CONVERTERS))
+
+
+def load_rows(options: RowOptions) -> "Dataset":
+    """Returns the rows that the options name, converted if they say so.
+
+    Raises:
+        OptionError: no such file or dataset, or an option of a Hub dataset for a file.
+    """
+    name = options.dataset_name or ""
+    if Path(name).suffix in READERS:
+        for option in ("dataset_split", "dataset_config"):
+            if getattr(options, option) is not None:
+                raise OptionError(f"{option} has no effect: {name} is a file. Leave it out.")
+    split = options.dataset_split or "test"
+    return read_rows(name, split, options.dataset_config, dataset_format=options.dataset_format)
+
+
+def option_of(options: type, name: str, **metadata: object) -> Any:
+    """Returns a field like another options class has; `metadata`, such as `help`, replaces what that says."""
+    (found,) = (f for f in fields(options) if f.name == name)
+    return field(default=found.default, metadata={**found.metadata, **metadata})
+
+
 def parse_options(
     argv: Sequence[str], options: type[Options], command: str, description: str, examples: Sequence[str]
 ) -> Options:
-    """The options of a command.
+    """Returns the options of a command.
 
     Args:
         argv: words after the command's name.
@@ -62,24 +125,23 @@ def parse_options(
     from transformers import HfArgumentParser
 
     names = [f.name for f in fields(options)]  # type: ignore[arg-type]
-    first, known = names[0], set(names)
     argv = split_config_word(argv)
-    from_file = check_names(read_config_file(argv), known, command)
+    from_file = check_names(read_config_file(argv), names, command)
     if "--config" in argv:
         at = argv.index("--config")
         argv = argv[:at] + argv[at + 2 :]
     if argv and not argv[0].startswith("-"):
-        argv = [f"--{first}", *argv]
-    words = f"[{first.upper()}] [--config FILE.yaml] [--option value ...]"
+        argv = [f"--{names[0]}", *argv]
+    words = f"[{names[0].upper()}] [--config FILE.yaml] [--option value ...]"
     parser = HfArgumentParser(options, **parser_text(command, words, description, examples))
     refuse_instead_of_exit(parser)
     parsed, unknown = parser.parse_known_args([*_as_words(from_file), *argv])
-    check_unknown(unknown, lambda given: check_names(given, known, command))
-    return options(**{name: getattr(parsed, name) for name in known})
+    check_unknown(unknown, lambda given: check_names(given, names, command))
+    return options(**{name: getattr(parsed, name) for name in names})
 
 
 def parser_text(command: str, words: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
-    """Arguments of an `argparse.ArgumentParser` for a help with a short usage line, examples and exit codes."""
+    """Returns the arguments of a parser whose help has a short usage line, examples and exit codes."""
     shown = "\n".join(f"  {example}" for example in examples)
     return {
         "prog": f"dpo-peft {command}",
@@ -92,21 +154,21 @@ def parser_text(command: str, words: str, description: str, examples: Sequence[s
 
 
 def refuse_instead_of_exit(parser: argparse.ArgumentParser) -> None:
-    """A wrong value becomes an `OptionError` like every other wrong input; argparse would print its usage and exit."""
+    """Makes a wrong value an `OptionError` like every other wrong input; argparse would print its usage and exit."""
 
-    def refuse(message: str) -> Any:
+    def refuse(message: str) -> NoReturn:
         raise OptionError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
 
 
 def split_config_word(argv: Sequence[str]) -> list[str]:
-    """`--config=FILE` as two words."""
+    """Returns `argv` with `--config=FILE` as two words."""
     return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
 
 
-def _as_words(given: Mapping[str, Any]) -> list[str]:
-    """Options of a file as words of a command line, so that both are checked alike."""
+def _as_words(given: Mapping[str, object]) -> list[str]:
+    """Returns options of a file as words of a command line, so that both are checked alike."""
     words = []
     for name, value in given.items():
         if value is not None:
@@ -114,26 +176,25 @@ def _as_words(given: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def check_unknown(unknown: Sequence[str], check: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Refuse the words that a parser could not place; none is all right.
+def check_unknown(unknown: Sequence[str], check: Callable[[dict[str, str]], object]) -> None:
+    """Refuses the words that a parser could not place; none is all right.
 
     Args:
         unknown: those words.
-        check: refuses options that don't exist, given by name, and returns the others.
+        check: refuses options that don't exist, given by name.
 
     Raises:
         OptionError: naming the first one.
     """
-    words = zip(unknown, [*unknown[1:], ""], strict=False)
-    check({word[2:].split("=")[0]: value for word, value in words if word.startswith("--")})
-    for before, word in zip(["", *unknown], unknown, strict=False):
-        is_value = before.startswith("--") and "=" not in before
-        if not word.startswith("--") and not is_value:
+    for before, word, after in zip(["", *unknown], unknown, [*unknown[1:], ""], strict=False):
+        if word.startswith("--"):
+            check({word[2:].split("=")[0]: after})
+        elif not before.startswith("--") or "=" in before:
             raise OptionError(f"{word!r} belongs to no option: write --option value.")
 
 
-def check_names(given: dict[str, Any], known: set[str], command: str) -> dict[str, Any]:
-    """`given`, if every name of it is known.
+def check_names(given: dict[str, T], known: Sequence[str], command: str) -> dict[str, T]:
+    """Returns `given`, if every name of it is known.
 
     Raises:
         OptionError: one isn't.
@@ -147,15 +208,14 @@ def check_names(given: dict[str, Any], known: set[str], command: str) -> dict[st
 
 
 def read_config_file(argv: Sequence[str]) -> dict[str, Any]:
-    """The options of `--config FILE.yaml`; none without one.
+    """Returns the options of `--config FILE.yaml`; none without one.
 
     Raises:
         OptionError: there is no such file, or it is not a YAML mapping.
     """
-    argv = list(argv)
     if "--config" not in argv:
         return {}
-    path = Path(argv[argv.index("--config") + 1]) if argv[-1] != "--config" else Path()
+    path = Path([*argv, ""][argv.index("--config") + 1])
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
     try:
@@ -167,8 +227,8 @@ def read_config_file(argv: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def required(options: Any, *names: str) -> None:
-    """Refuse options that must be given and aren't.
+def required(options: object, *names: str) -> None:
+    """Refuses options that must be given and aren't.
 
     Raises:
         OptionError: naming the first one.
@@ -178,6 +238,6 @@ def required(options: Any, *names: str) -> None:
             raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
 
 
-def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
-    """Print a command's result: `text` for people, or `result` as one JSON object, NaN and infinity as null."""
+def show(result: Mapping[str, object], text: str, as_json: bool) -> None:
+    """Prints a command's result: `text` for people, or `result` as one JSON object, NaN and infinity as null."""
     print(json.dumps(strict(result), indent=2, ensure_ascii=False) if as_json else text)

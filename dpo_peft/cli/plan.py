@@ -2,9 +2,8 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 from ..config import DPOConfig
 from ..option_names import check_option_names
@@ -12,7 +11,16 @@ from ..planning.gpus import SOLD_AS
 from ..planning.memory import GIB, HEAD_PHASE, LAYER_PHASE, RESERVE
 from ..planning.run import DEFAULTS, Plan, PlanOptions
 from ..planning.run import plan as make_plan
-from .options import check_unknown, parser_text, refuse_instead_of_exit, show, split_config_word
+from .options import (
+    check_unknown,
+    option,
+    parser_text,
+    read_config_file,
+    refuse_instead_of_exit,
+    show,
+    split_config_word,
+)
+from .train import DataArguments, ModelArguments
 
 EXAMPLES = [
     "dpo-peft plan --config recipes/dpo_qlora_8b.yaml --gpu RTX4090",
@@ -40,33 +48,31 @@ LABELS = {
 class PlanArguments(PlanOptions):
     """What the prediction is for, and how it is printed."""
 
-    json: bool = field(default=False, metadata={"help": "Print JSON, sizes in bytes."})
+    json: bool = option(False, "Print JSON, sizes in bytes.")
 
 
-def plan(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[str]], dict[str, Any]]) -> None:
+def plan(argv: Sequence[str]) -> None:
     """Prints the plan of `dpo-peft plan`. Loads no weights and needs no GPU.
 
     Args:
         argv: options; those of training count where they change memory, the others are ignored.
-        groups: dataclasses of the options of `dpo-peft train` beside `DPOConfig`.
-        read_file: the options of `--config FILE.yaml`, given the words of the command line.
 
     Raises:
         OptionError: an unknown option or GPU, an impossible value, or a model whose memory can't be predicted.
     """
-    options = _parse(argv, groups, read_file)
+    options = _parse(argv)
     planned = make_plan(**{name: getattr(options, name) for name in DEFAULTS})
     show(planned.figures, render(planned), options.json)
 
 
-def _parse(argv: Sequence[str], groups: Sequence[type], read_file: Callable[[list[str]], dict[str, Any]]) -> Namespace:
+def _parse(argv: Sequence[str]) -> Namespace:
     """Reads every option by name. No `DPOConfig` is made: that asks for the hardware of training."""
     from transformers import HfArgumentParser
 
     argv = split_config_word(argv)
-    every = (PlanArguments, DPOConfig, *groups)
+    every = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
     known = {f.name for group in every for f in fields(group)}
-    from_file = check_option_names(read_file(argv), known | {"env"})
+    from_file = check_option_names(read_config_file(argv), known | {"env"})
     if "--config" in argv:
         at = argv.index("--config")
         argv = argv[:at] + argv[at + 2 :]

@@ -2,11 +2,11 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .options import parse_options, required, show
+from .options import option, parse_options, required, show
 
 if TYPE_CHECKING:  # it loads torch, which a help should not wait for
     from ..hub.publishing import PublishResult
@@ -23,47 +23,35 @@ EXAMPLES = [
 class PushArguments:
     """What goes where."""
 
-    adapter: str = field(default="", metadata={"help": "Folder of the adapter, as training wrote it."})
-    repo_id: str = field(
-        default="", metadata={"help": "NAME/REPO on the Hub, or REPO of your own account. Made if it isn't there."}
+    adapter: str = option("", "Folder of the adapter, as training wrote it.")
+    repo_id: str = option("", "NAME/REPO on the Hub, or REPO of your own account. Made if it isn't there.")
+    base_model: str | None = option(
+        None, "Hub id of the base, if the adapter was trained on a model in a local folder."
     )
-    base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the base, if the adapter was trained on a model in a local folder."}
+    private: bool = option(
+        False, "Only you (or the organization) see it. Default: as it is, or as your account has it."
     )
-    private: bool = field(
-        default=False,
-        metadata={"help": "Only you (or the organisation) see it. Default: as it is, or as your account has it."},
+    public: bool = option(False, "Everybody sees it, also if it was private.")
+    gated: str | None = option(
+        None,
+        "Who wants it must ask, and is let in at once (auto) or by hand (manual); 'off' opens it. Default: as it is.",
+        choices=["auto", "manual", "off"],
     )
-    public: bool = field(default=False, metadata={"help": "Everybody sees it, also if it was private."})
-    gated: str | None = field(
-        default=None,
-        metadata={
-            "help": "Who wants it must ask, and is let in at once (auto) or by hand (manual); 'off' opens it. "
-            "Default: as it is.",
-            "choices": ["auto", "manual", "off"],
-        },
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence of the adapter, for the card."})
-    datasets: list[str] | None = field(default=None, metadata={"help": "Hub ids of the training data, for the card."})
-    languages: list[str] | None = field(default=None, metadata={"help": "ISO 639 codes, such as en, for the card."})
-    include: list[str] | None = field(
-        default=None, metadata={"help": "Further files of the folder, as names or patterns such as '*.html'."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch to write to. Default: main."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of writing."})
-    commit_message: str = field(default="Publish the adapter", metadata={"help": "Message of the commit."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Replace files of a repository that holds something else."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check all that can be checked offline, list the files, and stop."}
-    )
-    attempts: int = field(default=4, metadata={"help": "How often a step that fails for a moment is tried."})
-    json: bool = field(default=False, metadata={"help": "Print one JSON object."})
+    license: str | None = option(None, "License of the adapter, for the card.")
+    datasets: list[str] | None = option(None, "Hub ids of the training data, for the card.")
+    languages: list[str] | None = option(None, "ISO 639 codes, such as en, for the card.")
+    include: list[str] | None = option(None, "Further files of the folder, as names or patterns such as '*.html'.")
+    revision: str | None = option(None, "Branch to write to. Default: main.")
+    create_pr: bool = option(False, "Open a pull request instead of writing.")
+    commit_message: str = option("Publish the adapter", "Message of the commit.")
+    overwrite: bool = option(False, "Replace files of a repository that holds something else.")
+    dry_run: bool = option(False, "Check all that can be checked offline, list the files, and stop.")
+    attempts: int = option(4, "How often a step that fails for a moment is tried.")
+    json: bool = option(False, "Print one JSON object.")
 
 
 def push(argv: Sequence[str]) -> None:
-    """`dpo-peft push`: check an adapter's folder and publish it, see `publish.publish`.
+    """Checks an adapter's folder and publishes it, see `hub.publishing.publish`.
 
     Raises:
         OptionError: the adapter, the card, an option or the token is wrong; nothing was written.
@@ -80,53 +68,34 @@ def push(argv: Sequence[str]) -> None:
         raise OptionError("private contradicts public: give one of them.")
     from ..hub.publishing import publish
 
+    others = ("adapter", "public", "private", "license", "json")
+    given = {name: value for name, value in vars(options).items() if value is not None and name not in others}
     result = publish(
         options.adapter,
-        options.repo_id,
         private=True if options.private else False if options.public else None,
-        gated=options.gated,
-        revision=options.revision,
-        commit_message=options.commit_message,
-        create_pr=options.create_pr,
-        base_model=options.base_model,
         licence=options.license,
-        datasets=options.datasets or (),
-        languages=options.languages or (),
-        include=options.include or (),
-        overwrite=options.overwrite,
-        dry_run=options.dry_run,
-        attempts=options.attempts,
         repeat=f"give the command again: {shlex.join(['dpo-peft', 'push', *argv])}",
+        **given,
     )
-    contents = {**asdict(result), "dry_run": options.dry_run}
-    show(contents, _dry(result) if options.dry_run else _done(result), options.json)
+    show({**asdict(result), "dry_run": options.dry_run}, as_text(result, options.dry_run), options.json)
 
 
-def _dry(result: "PublishResult") -> str:
-    size = sum(result.uploaded.values())
-    lines = [f"Would publish {len(result.uploaded)} files, {_bytes(size)}, as {result.url}"]
-    return "\n".join([*lines, *_files(result), *_remarks(result), "Nothing was sent (dry_run)."])
-
-
-def _done(result: "PublishResult") -> str:
-    if result.pr_url:
+def as_text(result: "PublishResult", dry_run: bool) -> str:
+    """Returns the result for people."""
+    commit = f"{result.url} (commit {str(result.commit)[:8]})"
+    if dry_run:
+        size = sum(result.uploaded.values())
+        head = f"Would publish {len(result.uploaded)} files, {_bytes(size)}, as {result.url}"
+    elif result.pr_url:
         head = f"Opened the pull request {result.pr_url}"
-    elif not result.uploaded:
-        head = f"Everything is there already: {result.url} (commit {str(result.commit)[:8]})"
     else:
-        head = f"Published {result.url} (commit {str(result.commit)[:8]})"
-    return "\n".join([head, *_files(result), *_remarks(result)])
-
-
-def _files(result: "PublishResult") -> list[str]:
+        head = f"Published {commit}" if result.uploaded else f"Everything is there already: {commit}"
     width = max(map(len, [*result.uploaded, *result.unchanged, *result.left_out]), default=0)
-    lines = [f"  + {name:<{width}}  {_bytes(size):>9}" for name, size in result.uploaded.items()]
+    lines = [head, *(f"  + {name:<{width}}  {_bytes(size):>9}" for name, size in result.uploaded.items())]
     lines += [f"  = {name:<{width}}  unchanged" for name in result.unchanged]
-    return lines + [f"  - {name:<{width}}  left out: {why}" for name, why in result.left_out.items()]
-
-
-def _remarks(result: "PublishResult") -> list[str]:
-    return [f"  ok    {check}" for check in result.checks] + [f"  note  {note}" for note in result.notes]
+    lines += [f"  - {name:<{width}}  left out: {why}" for name, why in result.left_out.items()]
+    lines += [f"  ok    {check}" for check in result.checks] + [f"  note  {note}" for note in result.notes]
+    return "\n".join([*lines, "Nothing was sent (dry_run)."] if dry_run else lines)
 
 
 def _bytes(size: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..report.facts import duration
 from ..report.page import save_report
 from ..report.svg import number
-from .options import parse_options, required, show
+from .options import option, parse_options, required, show
 
 EXAMPLES = (
     "dpo-peft report outputs/run",
@@ -22,12 +22,9 @@ class ReportArguments:
     """Which runs, and where the page goes."""
 
     runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of runs, finished or not."})
-    output: str | None = field(
-        default=None,
-        metadata={"help": "The page. Default: report.html, in the run's folder, or here for several runs."},
-    )
-    title: str = field(default="", metadata={"help": "Title of the page. Default: the names of the runs."})
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
+    output: str | None = option(None, "The page. Default: report.html, in the run's folder, or here for several runs.")
+    title: str = option("", "Title of the page. Default: the names of the runs.")
+    json: bool = option(False, "Print one JSON object instead of text.")
 
 
 def report(argv: Sequence[str]) -> None:

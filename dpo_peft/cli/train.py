@@ -1,33 +1,24 @@
-"""The command line: `dpo-peft train --config recipes/quickstart.yaml --beta 0.2`.
+"""`dpo-peft train --config recipes/quickstart.yaml --beta 0.2`: options and data in, a trained adapter out.
 
 A YAML file holds any of the options; the command line overrides it. Each option belongs to one of three groups:
 `DPOConfig` (training), `DataArguments` and `ModelArguments`.
 """
 
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, field, fields
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..errors import (
-    CheckpointError,
-    DataError,
-    DriftError,
-    NonFiniteError,
-    OptionError,
-    PublishError,
-    ReferenceMismatchError,
-)
-from ..files import CONVERTERS, read_rows
+from ..errors import OptionError
+from ..files import read_rows
 from .options import (
+    RowOptions,
     check_unknown,
+    option,
+    option_of,
     parser_text,
     read_config_file,
     refuse_instead_of_exit,
@@ -36,21 +27,15 @@ from .options import (
     split_config_word,
 )
 
-if TYPE_CHECKING:  # importing it takes seconds, which `dpo-peft help` should not
+if TYPE_CHECKING:  # importing them takes seconds, which a help should not
+    from datasets import Dataset, IterableDataset
+    from peft import LoraConfig
+
     from ..config import DPOConfig
+    from ..trainer import DPOTrainer
 
-USAGE = """usage: dpo-peft COMMAND [options]
+    Rows: TypeAlias = Dataset | IterableDataset
 
-  plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
-  pairs   sample answers and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
-  train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
-  score   judge answers by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
-  report  show runs as one HTML page:  dpo-peft report RUN [RUN ...]
-  merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
-  push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
-  cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
-
-dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
 EXAMPLES = [
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml --beta 0.2 --output_dir outputs/beta-0.2",
@@ -65,18 +50,13 @@ class DataArguments:
     """Where the preference rows come from."""
 
     _argument_group_name = "data"  # the heading in the help
-    dataset_name: str = field(default="", metadata={"help": "Hub id, or a JSON(L), Parquet or CSV file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if evaluation is on."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or file to evaluate on, if not a split of dataset_name."}
-    )
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read rows as they come; needs max_steps."})
-    dataset_format: str | None = field(
-        default=None,
-        metadata={"help": "Convert rows first.", "choices": list(CONVERTERS)},
-    )
+    dataset_name: str = option("", "Hub id, or a JSON(L), Parquet or CSV file.")
+    dataset_config: str | None = option_of(RowOptions, "dataset_config")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on, if evaluation is on.")
+    eval_dataset_name: str | None = option(None, "Hub id or file to evaluate on, if not a split of dataset_name.")
+    dataset_streaming: bool = option(False, "Read rows as they come; needs max_steps.")
+    dataset_format: str | None = option_of(RowOptions, "dataset_format")
 
 
 @dataclass
@@ -84,24 +64,22 @@ class ModelArguments:
     """Which model, and which adapter on it."""
 
     _argument_group_name = "model and adapter"
-    model_name_or_path: str = field(default="", metadata={"help": "Hub id or folder of the base model."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    dtype: str = field(
-        default="bfloat16",
-        metadata={
-            "help": "Dtype of what is not quantised, and of computing.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
+    model_name_or_path: str = option("", "Hub id or folder of the base model.")
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    dtype: str = option(
+        "bfloat16",
+        "Dtype of what is not quantized, and of computing.",
+        choices=["auto", "bfloat16", "float16", "float32"],
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale: the update is multiplied by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout; needs disable_dropout false."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get an adapter. Default: all linear layers but the head."}
+    lora_r: int = option(16, "Rank.")
+    lora_alpha: int = option(32, "Scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout; needs disable_dropout false.")
+    lora_target_modules: list[str] | None = option(
+        None, "Modules that get an adapter. Default: all linear layers but the head."
     )
-    lora_modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train in full."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    lora_modules_to_save: list[str] | None = option(None, "Modules to train in full.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
+    use_dora: bool = option(False, "Weight-decomposed LoRA.")
 
 
 @dataclass
@@ -109,55 +87,11 @@ class OutputArguments:
     """What is printed at the end."""
 
     _argument_group_name = "result"
-    json: bool = field(
-        default=False,
-        metadata={"help": "Print the result as one JSON object on stdout, everything else on stderr."},
-    )
+    json: bool = option(False, "Print the result as one JSON object on stdout, everything else on stderr.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or one of `cli_options.EXIT_CODES`."""
-    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["help"]
-    if command == "help" and rest:
-        command, rest = rest[0], ["--help"]
-    if command in ("help", "-h", "--help"):
-        print(USAGE)
-        return 0
-    if command == "--version":
-        print(f"dpo-peft {_version()}")
-        return 0
-    here = {"train": train, "plan": plan}
-    # Others lie in modules of their own, which are loaded when they are called.
-    elsewhere = ("score", "pairs", "merge", "push", "report", "cache")
-    if command not in (*here, *elsewhere):
-        print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
-        return 2
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that isn't used here
-    warnings.filterwarnings("ignore", category=FutureWarning)  # for those who write programs
-    try:
-        run = here[command] if command in here else getattr(import_module(f".{command}", __package__), command)
-        run(rest)
-    except (OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError) as error:
-        print(f"dpo-peft: {error}", file=sys.stderr)
-        return 2
-    except (DriftError, PublishError) as error:
-        print(f"dpo-peft: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
-        print("dpo-peft: stopped.", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _version() -> str:
-    try:
-        return version("dpo-peft")
-    except PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
-
-
-def train(argv: Sequence[str]) -> Any:
-    """`dpo-peft train`: read options and data, train, evaluate, save. Returns the trainer.
+def train(argv: Sequence[str]) -> "DPOTrainer":
+    """Reads options and data, trains, evaluates, saves, and returns the trainer.
 
     Raises:
         OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
@@ -174,31 +108,15 @@ def train(argv: Sequence[str]) -> Any:
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         result = {"output_dir": str(folder), "steps": trainer.state.global_step, "seconds": seconds}
-        result |= _figures(folder)
+        saved = json.loads((folder / "metrics.json").read_text("utf-8"))
+        result |= {name: saved[name] for name in ("first", "last", "eval_first", "eval_last")}
+        result["warnings"] = saved.get("warnings", [])
         show(result, f"Adapter, model card, metrics.json and curves.png are in {folder}", output.json)
     return trainer
 
 
-def _figures(folder: Path) -> dict[str, Any]:
-    """Of a finished run: metrics at start and end, and the warnings that came up."""
-    saved = json.loads((folder / "metrics.json").read_text("utf-8"))
-    names = ("first", "last", "eval_first", "eval_last")
-    return {**{name: saved[name] for name in names}, "warnings": saved.get("warnings", [])}
-
-
-def plan(argv: Sequence[str]) -> None:
-    """`dpo-peft plan`: what training would take of a GPU, see `cli_plan.plan`.
-
-    Raises:
-        OptionError: as `cli_plan.plan`.
-    """
-    from .plan import plan as print_plan
-
-    print_plan(argv, (DataArguments, ModelArguments), read_config_file)
-
-
-def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> Any:
-    """Load the data and build the `DPOTrainer` that the options describe."""
+def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> "DPOTrainer":
+    """Loads the data and builds the `DPOTrainer` that the options describe."""
     from ..trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
     train_dataset, eval_dataset = load_datasets(data, evaluate=args.eval_strategy != "no")
@@ -218,14 +136,13 @@ def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments)
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments]:
-    """Options from the command line over those of `--config FILE.yaml`.
+    """Returns options from the command line over those of `--config FILE.yaml`.
 
     Raises:
         OptionError: an unknown option, a value of the wrong type, a file that can't be read, or no model or dataset.
         SystemExit: `--help` was asked for and printed.
     """
-    data, args, model, _ = _parse(argv)
-    return data, args, model
+    return _parse(argv)[:3]
 
 
 def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments, OutputArguments]:
@@ -251,31 +168,25 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     return data, args, model, output
 
 
-def load_datasets(data: DataArguments, evaluate: bool) -> tuple[Any, Any]:
-    """The training rows, and the evaluation rows if wanted.
+def load_datasets(data: DataArguments, evaluate: bool) -> tuple["Rows", "Rows | None"]:
+    """Returns the training rows, and the evaluation rows if wanted.
 
     Raises:
         OptionError: no such file, split or dataset.
     """
-    train_dataset = _load_rows(data.dataset_name, data.dataset_train_split, data)
-    if not evaluate:
-        if data.eval_dataset_name is not None:
-            raise OptionError(
-                "eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out."
-            )
-        return train_dataset, None
-    if data.eval_dataset_name is None and Path(data.dataset_name).is_file():
-        raise OptionError("eval_strategy is set, but a file has no test split: give eval_dataset_name.")
-    eval_name = data.eval_dataset_name or data.dataset_name
-    return train_dataset, _load_rows(eval_name, data.dataset_test_split, data)
+    how = (data.dataset_config, data.dataset_streaming, data.dataset_format)
+    train_dataset = read_rows(data.dataset_name, data.dataset_train_split, *how)
+    if evaluate:
+        if data.eval_dataset_name is None and Path(data.dataset_name).is_file():
+            raise OptionError("eval_strategy is set, but a file has no test split: give eval_dataset_name.")
+        return train_dataset, read_rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split, *how)
+    if data.eval_dataset_name is not None:
+        raise OptionError("eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out.")
+    return train_dataset, None
 
 
-def _load_rows(name: str, split: str, data: DataArguments) -> Any:
-    return read_rows(name, split, data.dataset_config, data.dataset_streaming, data.dataset_format)
-
-
-def lora_config(model: ModelArguments, args: "DPOConfig") -> Any:
-    """The adapter that the options describe; None if the model is an adapter, which goes on training.
+def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None":
+    """Returns the adapter that the options describe; None if the model is an adapter, which is trained on.
 
     Raises:
         OptionError: `lora_dropout` without effect, or options of a new adapter for one that there is.

@@ -7,22 +7,28 @@ Shape suffixes: T tokens of one completion, C completions.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import prepare_dataset
 from ..data.collator import PreferenceCollator
 from ..errors import OptionError
 from ..forward import PackedBatch, completion_logps
+from ..model.adapter_source import TrainedWith
 from ..model.generation import sample_completions
 
 logger = logging.getLogger(__name__)
+
+CausalLM: TypeAlias = PreTrainedModel | PeftModel
 
 NEW_TOKENS = 32  # of each text that a model writes here
 GREEDY_PROMPTS = 8
@@ -77,8 +83,8 @@ class Drift:
     accuracy_merged: float | None = None
 
 
-def probe_rows(model: Any, tokenizer: Any, precision: str) -> Rows:
-    """Answers of the model itself, sampled with a fixed seed, to a few prompts about everyday things."""
+def probe_rows(model: CausalLM, tokenizer: PreTrainedTokenizerBase, precision: str) -> Rows:
+    """Returns completions of the model itself, sampled with a fixed seed, of a few prompts about everyday things."""
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": text}] for text in PROBE_PROMPTS]
         encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -86,15 +92,16 @@ def probe_rows(model: Any, tokenizer: Any, precision: str) -> Rows:
         encoded = tokenizer(PROBE_PROMPTS)["input_ids"]
     prompts = [list(ids) for ids in encoded]
     with autocast(model, precision):
-        answers = sample_completions(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
-    samples = [{"prompt_ids": p, "completion_ids": [a]} for p, a in zip(prompts, answers, strict=True)]
+        written = sample_completions(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
+    samples = [{"prompt_ids": p, "completion_ids": [c]} for p, c in zip(prompts, written, strict=True)]
     return Rows("probe texts", samples, prompts, pairs=False)
 
 
 def labelled_rows(
-    dataset: Any, tokenizer: Any, name: str, max_length: int | None, truncation_mode: str, max_rows: int
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, setup: TrainedWith, max_rows: int
 ) -> Rows:
-    """The first rows of a dataset of preference pairs, prepared as for training. What became of them is logged.
+    """Returns the first rows of a dataset of preference pairs, prepared as for the training. What became of them is
+    logged.
 
     Raises:
         OptionError: `max_rows` is not positive.
@@ -103,57 +110,49 @@ def labelled_rows(
     if max_rows < 1:
         raise OptionError(f"max_rows={max_rows} must be at least 1.")
     used = dataset.select(range(min(max_rows, len(dataset))))
-    prepared, report = prepare_dataset(used, tokenizer, name, max_length, truncation_mode)
-    logger.warning("%s", report)
+    prepared, summary = prepare_dataset(used, tokenizer, name, setup.max_length, setup.truncation_mode)
+    logger.info("%s", summary)
     samples = list(prepared)
     shown = f"{name} ({len(used):,} of {len(dataset):,} rows)" if len(used) < len(dataset) else name
     prompts = [sample["prompt_ids"] for sample in samples[:GREEDY_PROMPTS]]
     return Rows(shown, samples, prompts, pairs=True)
 
 
-def autocast(model: Any, precision: str) -> AbstractContextManager[Any]:
+def autocast(model: CausalLM, precision: str) -> AbstractContextManager[object]:
     """Mixed precision as the trainer had it: "bfloat16", "float16", or "no"."""
     if precision == "no":
         return nullcontext()
     return torch.autocast(model.device.type, getattr(torch, precision))
 
 
-def observe(model: Any, tokenizer: Any, rows: Rows, precision: str = "no", what: str = "model") -> Observed:
-    """Score the rows and answer the prompts.
-
-    Args:
-        model: a causal LM or a PEFT model, in eval mode.
-        tokenizer: has an end token.
-        rows: from `probe_rows` or `labelled_rows`.
-        precision: see `autocast`.
-        what: names the progress bar.
-    """
+def observe(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Rows, precision: str = "no", what: str = "model"
+) -> Observed:
+    """Scores the rows and completes the prompts by a model in eval mode, in the precision of `autocast`; `what` names
+    the progress bar."""
     with autocast(model, precision):
         logps = score(rows, model, lambda batch: completion_logps(model, batch).token_logps_N, what)
         greedy = sample_completions(model, tokenizer, rows.prompts, max_new_tokens=NEW_TOKENS, temperature=0)
     return Observed(logps, greedy)
 
 
-def score(rows: Rows, model: Any, token_logps: Callable[[PackedBatch], Tensor], what: str) -> list[Tensor]:
-    """(T,) log-probs of every completion of the rows, on the CPU, by a function of a batch of plain padded rows."""
+def score(rows: Rows, model: CausalLM, token_logps: Callable[[PackedBatch], Tensor], what: str) -> list[Tensor]:
+    """Returns (T,) log-probs of every completion of the rows, on the CPU, by a function of a batch of plain padded
+    rows."""
+    collate = PreferenceCollator(shared=False)
+    starts = range(0, len(rows.samples), ROWS_PER_BATCH)
     found: list[Tensor] = []
     with torch.no_grad():
-        for batch in tqdm(list(_batches(rows)), desc=f"Scoring the {what}", unit="batch"):
-            batch = batch.to(model.device)
+        for start in tqdm(starts, desc=f"Scoring the {what}", unit="batch"):
+            batch = PackedBatch(**collate(rows.samples[start : start + ROWS_PER_BATCH])).to(model.device)
             found += token_logps(batch).float().cpu().split(batch.lengths.tolist())
     return found
-
-
-def _batches(rows: Rows) -> Iterator[PackedBatch]:
-    collate = PreferenceCollator(shared=False)
-    for start in range(0, len(rows.samples), ROWS_PER_BATCH):
-        yield PackedBatch(**collate(rows.samples[start : start + ROWS_PER_BATCH]))
 
 
 def compare(
     rows: Rows, adapter: Observed, merged: Observed, off: list[Tensor], reference: list[Tensor], reward: str
 ) -> Drift:
-    """Put the merged model beside the adapter's.
+    """Puts the merged model beside the adapter's.
 
     Args:
         rows: what both were observed on.
@@ -162,34 +161,30 @@ def compare(
         reference: the same under the reference.
         reward: the implicit reward that decides a pair: "log_ratio", "logp" or "mean_logp", see `Objective.reward`.
     """
-    by_token = torch.cat([(m - a).abs() for m, a in zip(merged.logps, adapter.logps, strict=True)]).double()
-    by_completion = torch.stack(
-        [(m.double().sum() - a.double().sum()).abs() for m, a in zip(merged.logps, adapter.logps, strict=True)]
-    )
+    both = list(zip(merged.logps, adapter.logps, strict=True))
+    by_token = torch.cat([(m - a).abs() for m, a in both]).double()
+    by_completion = torch.stack([(m.double().sum() - a.double().sum()).abs() for m, a in both])
     by_adapter = torch.cat([(a - o).abs() for a, o in zip(adapter.logps, off, strict=True)]).double()
-    drift: dict[str, Any] = {
-        "rows": rows.name,
-        "completions": len(by_completion),
-        "tokens": len(by_token),
-        "mean_token": by_token.mean().item(),
-        "max_token": by_token.max().item(),
-        "mean_completion": by_completion.mean().item(),
-        "max_completion": by_completion.max().item(),
-        "adapter_token": by_adapter.mean().item(),
-        "greedy_prompts": len(adapter.greedy),
-        "greedy_equal": sum(a == m for a, m in zip(adapter.greedy, merged.greedy, strict=True)),
-    }
-    if rows.pairs:
-        drift |= {
-            "pairs": len(rows.samples),
-            "accuracy_adapter": _accuracy(adapter.logps, reference, reward),
-            "accuracy_merged": _accuracy(merged.logps, reference, reward),
-        }
-    return Drift(**drift)
+    return Drift(
+        rows=rows.name,
+        completions=len(by_completion),
+        tokens=len(by_token),
+        mean_token=by_token.mean().item(),
+        max_token=by_token.max().item(),
+        mean_completion=by_completion.mean().item(),
+        max_completion=by_completion.max().item(),
+        adapter_token=by_adapter.mean().item(),
+        greedy_prompts=len(adapter.greedy),
+        greedy_equal=sum(a == m for a, m in zip(adapter.greedy, merged.greedy, strict=True)),
+        pairs=len(rows.samples) if rows.pairs else 0,
+        accuracy_adapter=_accuracy(adapter.logps, reference, reward) if rows.pairs else None,
+        accuracy_merged=_accuracy(merged.logps, reference, reward) if rows.pairs else None,
+    )
 
 
 def _accuracy(logps: list[Tensor], reference: list[Tensor], reward: str) -> float:
-    """Share of pairs (chosen at even, rejected at odd indices) whose chosen completion has the higher reward."""
+    """Returns the share of pairs (chosen at even, rejected at odd indices) whose chosen completion has the higher
+    reward."""
     rewards = [ours.double().sum() for ours in logps]
     if reward == "log_ratio":
         rewards = [r - ref.double().sum() for r, ref in zip(rewards, reference, strict=True)]

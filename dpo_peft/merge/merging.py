@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifacts.card import is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
-from ..model.adapter_source import TrainedAdapter, TrainedWith, load_trained, quantization_options, read_adapter
+from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, TrainedWith, quantization_options
 from ..model.loading import load_base
 from ..model.serving import serving_problems
 from ..reference.adapter_off import reference_logps
@@ -52,7 +53,7 @@ class MergeReport:
 
     adapter: str
     base: str
-    onto: str | None  # one of `ONTO`; None: the base was not quantised, there is only one
+    onto: str | None  # one of `ONTO`; None: the base was not quantized, there is only one
     dtype: str
     tied: bool  # input and output embeddings are one tensor
     output_dir: str
@@ -66,72 +67,58 @@ def merge_adapter(
     adapter: str,
     output_dir: str | Path,
     onto: str | None = None,
-    base: str | None = None,
+    *,
     dtype: str | None = None,
     max_drift: float | None = None,
-    dataset: Any = None,
+    dataset: Dataset | None = None,
     dataset_name: str = "the dataset",
     max_rows: int = 64,
     max_shard_size: str = "5GB",
     device: torch.device | str | None = None,
-    reference: str | None = None,
-    quantize: bool | None = None,
-    check_base: bool = True,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    **made: Any,
 ) -> MergeReport:
-    """Merge an adapter into its base, save the model, load it again and compare it with the adapter's model.
+    """Merges an adapter into its base, saves the model, loads it again and compares it with the adapter's model.
 
     Args:
         adapter: folder or Hub id.
         output_dir: a folder that does not exist yet, or an empty one. It appears once the model is accepted.
         onto: one of `ONTO`; None is "dequantized" for an adapter of a 4-bit base, and otherwise the base as it is.
-        base: folder or Hub id of the base, if it isn't where the adapter's config says.
         dtype: of the saved weights: "float32", "bfloat16" or "float16"; None keeps that of the base in training.
         max_drift: most nats per token, on average, that the log-probs may differ by; None is by dtype (`MAX_DRIFT`):
             the coarsest of the saved one and those in which the adapter's model computes.
-        dataset: a `datasets.Dataset` of preference pairs to compare on, which shows the accuracy of the margins too.
-            None compares on answers that the adapter's model writes to a few prompts.
+        dataset: preference pairs to compare on, which shows the accuracy of the margins too. None compares on
+            completions that the adapter's model writes to a few prompts.
         dataset_name: how the report calls it.
         max_rows: so many rows of it, from the start.
         max_shard_size: of a file of weights, such as "5GB".
         device: where both models are run. Weights are merged on the CPU.
-        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says; it
-            decides the margins on a dataset, and isn't needed without one.
-        quantize, check_base, trust_remote_code, revision: as for `load_trained`.
+        made: options of `AdapterSource`: base, quantize, reference, check_base, trust_remote_code, revision. The
+            reference decides the margins on a dataset, and isn't needed without one.
 
     Raises:
-        OptionError: an option that can't be honoured, or an output folder with something in it.
+        OptionError: an option that can't be honored, or an output folder with something in it.
         ReferenceMismatchError: the base is not the one of the training.
         DataError: rows that can't be used.
         DriftError: the merged model is too far from the adapter's; nothing is left behind.
     """
     output = _check(output_dir, onto, dtype, max_drift, max_shard_size)
-    if reference is not None and dataset is None:
+    source = AdapterSource(adapter, **made)
+    if source.reference is not None and dataset is None:
         raise OptionError("reference has no effect without a dataset: leave it out.")
+    # Rows come before the model: a bad row is found in seconds, not after minutes of loading.
     rows = None
-    if dataset is not None:  # before the model: a bad row is found in seconds, not after minutes of loading
-        rows = _labelled(read_adapter(adapter, base, trust_remote_code, revision), dataset, dataset_name, max_rows)
-    source = load_trained(
-        adapter,
-        base,
-        quantize=quantize,
-        reference=reference,
-        device=device,
-        check_base=check_base,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        with_reference=dataset is not None,
-    )
-    onto, dtype, config = _plan(source, onto, dtype)
-    base_name = base or config.base_model_name_or_path or ""
-    seen = _observe_adapter(source, rows)
-    bare = _take_base(source) if onto != "base16" else None
-    del source  # its 4-bit base is unpacked by now, or makes room for the original
+    if dataset is not None:
+        setup = source.read() or UNRECORDED
+        rows = labelled_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
+    loaded = source.load(device, with_reference=dataset is not None)
+    onto, dtype, config = _plan(loaded, onto, dtype)
+    seen = _observe_adapter(loaded, rows)
+    bare = _take_base(loaded) if onto != "base16" else None
+    del loaded  # its 4-bit base is unpacked by now, or makes room for the original
     gc.collect()
     if bare is None:
-        bare = _original(base_name, config, trust_remote_code)
-    merged = merge_into(bare, adapter, config, getattr(torch, dtype), {"revision": revision} if revision else {})
+        bare = _original(source)
+    merged = merge_into(bare, adapter, config, getattr(torch, dtype), source.from_hub)
     del bare
     limit = MAX_DRIFT[_coarsest(dtype, seen)] if max_drift is None else max_drift
     with _unfinished(output) as folder:
@@ -141,12 +128,22 @@ def merge_adapter(
         seen.tokenizer.save_pretrained(folder)
         del merged
         gc.collect()
-        drift = _drift_of(folder, dtype, seen, trust_remote_code)
+        drift = _drift_of(folder, dtype, seen, source.trust_remote_code)
         if not drift.mean_token <= limit:
             raise DriftError(_refusal(drift, limit, onto, dtype))
-        about = (shown_name(adapter), shown_name(base_name), onto, dtype, tied, str(output_dir), _weight_files(folder))
-        report = MergeReport(*about, limit, drift, serving_problems(config))
-        _describe(folder, report, adapter, base_name)
+        report = MergeReport(
+            adapter=shown_name(adapter),
+            base=shown_name(source.base_name),
+            onto=onto,
+            dtype=dtype,
+            tied=tied,
+            output_dir=str(output_dir),
+            files={path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+            max_drift=limit,
+            drift=drift,
+            serving=serving_problems(config),
+        )
+        _describe(folder, report, adapter, source.base_name)
     return report
 
 
@@ -170,25 +167,18 @@ def _check(
     return output
 
 
-def _labelled(adapter: tuple[TrainedWith | None, Any], dataset: Any, name: str, max_rows: int) -> Rows:
-    """The dataset's rows, cut as they were in training."""
-    trained, tokenizer = adapter
-    limits = (trained.max_length, trained.truncation_mode) if trained else (None, "keep_start")
-    return labelled_rows(dataset, tokenizer, shown_name(name), *limits, max_rows)
-
-
 def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[str | None, str, PeftConfig]:
     """Base and dtype of the merged model, and the adapter's config."""
     base, config = source.model.get_base_model(), source.model.peft_config[source.policy]
     quantized = bool(quantization_options(getattr(base.config, "quantization_config", None)))
     if not quantized and getattr(base, "hf_quantizer", None) is not None:
         raise OptionError(
-            f"The base of {source.source!r} is quantised by {type(base.hf_quantizer).__name__}: only bases in 4 bits "
-            "of bitsandbytes, or not quantised, can be merged into."
+            f"The base of {source.source!r} is quantized by {type(base.hf_quantizer).__name__}: only bases in 4 bits "
+            "of bitsandbytes, or not quantized, can be merged into."
         )
     if onto is not None and not quantized:
         raise OptionError(
-            f"onto={onto!r} has no effect: {source.source!r} was trained on a base that is not quantised, and is "
+            f"onto={onto!r} has no effect: {source.source!r} was trained on a base that is not quantized, and is "
             "merged into that. Leave it out."
         )
     if onto == "base16" and (moved := moved_base(config)) is not None and config.init_lora_weights is not False:
@@ -208,30 +198,25 @@ class _Seen:
     logps_and_texts: Observed
     off: list[torch.Tensor]  # log-probs of the rows with the adapter off
     reference: list[torch.Tensor]  # and under its reference
-    reward: str
-    tokenizer: Any
+    setup: TrainedWith
+    tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    dtype: torch.dtype  # of its weights that were not quantised
-    precision: str  # of autocast
+    dtype: torch.dtype  # of its weights that were not quantized
 
 
-def _observe_adapter(source: TrainedAdapter, rows: Rows | None) -> _Seen:
-    model, tokenizer, trained = source.model, source.tokenizer, source.trained
-    precision = trained.precision if trained else "no"
+def _observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> _Seen:
+    model, tokenizer, setup = loaded.model, loaded.tokenizer, loaded.setup
     if rows is None:
-        rows = probe_rows(model, tokenizer, precision)
-    seen = observe(model, tokenizer, rows, precision, "adapter's model")
-    with autocast(model, precision):
-        off = score(rows, model, lambda b: reference_logps(model, b).token_logps_N, "base")
-        frozen = source.reference.adapter if source.reference else None
-        reference = (
-            off
-            if frozen is None
-            else score(rows, model, lambda b: reference_logps(model, b, adapter=frozen).token_logps_N, "reference")
-        )
-    reward = trained.reward if trained else "log_ratio"
+        rows = probe_rows(model, tokenizer, setup.precision)
+    seen = observe(model, tokenizer, rows, setup.precision, "adapter's model")
+    with autocast(model, setup.precision):
+        off = reference = score(rows, model, lambda b: reference_logps(model, b).token_logps_N, "base")
+        if loaded.reference and (frozen := loaded.reference.adapter) is not None:
+            reference = score(
+                rows, model, lambda b: reference_logps(model, b, adapter=frozen).token_logps_N, "reference"
+            )
     dtype = model.get_input_embeddings().weight.dtype
-    return _Seen(rows, seen, off, reference, reward, tokenizer, model.device, dtype, precision)
+    return _Seen(rows, seen, off, reference, setup, tokenizer, model.device, dtype)
 
 
 def _drift_of(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) -> Drift:
@@ -242,13 +227,13 @@ def _drift_of(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) ->
     """
     wider = torch.promote_types(getattr(torch, dtype), seen.dtype)
     model = load_base(str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device).eval()
-    merged = observe(model, seen.tokenizer, seen.rows, seen.precision, "merged model")
-    return compare(seen.rows, seen.logps_and_texts, merged, seen.off, seen.reference, seen.reward)
+    merged = observe(model, seen.tokenizer, seen.rows, seen.setup.precision, "merged model")
+    return compare(seen.rows, seen.logps_and_texts, merged, seen.off, seen.reference, seen.setup.reward)
 
 
 def _coarsest(dtype: str, seen: _Seen) -> str:
     """Of the dtypes in which the merged model was saved and the two were compared."""
-    used = {dtype, str(seen.dtype).removeprefix("torch."), seen.precision}
+    used = {dtype, str(seen.dtype).removeprefix("torch."), seen.setup.precision}
     return max(used & MAX_DRIFT.keys(), key=MAX_DRIFT.__getitem__)
 
 
@@ -264,12 +249,15 @@ def _take_base(source: TrainedAdapter) -> PreTrainedModel:
     return base
 
 
-def _original(name: str, config: PeftConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """The base as it is published."""
-    kwargs = {"dtype": "auto", **({"revision": config.revision} if config.revision else {})}
-    base = load_base(name, None, False, kwargs, trust_remote_code)
+def _original(source: AdapterSource) -> PreTrainedModel:
+    """Returns the base as it is published."""
+    revision = source.config.revision
+    kwargs = {"dtype": "auto", **({"revision": revision} if revision else {})}
+    base = load_base(source.base_name, None, False, kwargs, source.trust_remote_code)
     if getattr(base, "hf_quantizer", None) is not None:
-        raise OptionError(f"onto='base16': {name!r} is itself quantised, there is no original. Leave onto out.")
+        raise OptionError(
+            f"onto='base16': {source.base_name!r} is itself quantized, there is no original. Leave onto out."
+        )
     return base
 
 
@@ -290,10 +278,6 @@ def _unfinished(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _weight_files(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
@@ -321,7 +305,7 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> Non
     tags = ["dpo-peft", "merge"]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
     drift = report.drift
-    which = {"dequantized": "the 4-bit base, dequantised, that it was trained on", "base16": "the original base"}
+    which = {"dequantized": "the 4-bit base, dequantized, that it was trained on", "base16": "the original base"}
     text = (
         f"# {Path(report.output_dir).resolve().name}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
         f"{which.get(report.onto or '', 'the base that it was trained on')}, saved in {report.dtype}.\n\n"

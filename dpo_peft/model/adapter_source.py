@@ -7,6 +7,7 @@ needed into the adapter's config (`record_training`), and `load_trained` reads i
 import logging
 import re
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..reference.fingerprint import (
 )
 from ..reference.frozen_adapter import check_adapter, load_frozen, read_config
 from .loading import is_adapter, keep_weights, load_base, load_on
+from .options import AdapterOptions
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,18 @@ class TrainedWith:
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """As the base was loaded for the training."""
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
+
+
+# What is assumed of an adapter that another program trained, which has no record.
+UNRECORDED = TrainedWith(
+    loss_type=["sigmoid"],
+    beta=None,
+    reward="log_ratio",
+    max_length=None,
+    truncation_mode="keep_start",
+    precision="no",
+    dtype="bfloat16",
+)
 
 
 def quantization_options(quantization: Any) -> dict[str, Any]:
@@ -102,26 +116,120 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
         ) from error
 
 
-def read_adapter(
-    adapter: str, base: str | None = None, trust_remote_code: bool = False, revision: str | None = None
-) -> tuple[TrainedWith | None, Any]:
-    """The record of an adapter's training and its tokenizer, before its model is loaded.
+class AdapterSource(AdapterOptions):
+    """An adapter and how its base is made again: as it was made for the training, unless an option says otherwise.
 
-    Raises:
-        OptionError: no adapter, or no tokenizer.
-        ReferenceMismatchError: the record is damaged.
+    Read by scoring, merging and sampling alike, from Python and from the command line.
+
+    Args:
+        adapter: its folder or Hub id.
+        base: folder or Hub id of the base, if it isn't where the adapter's config says.
+        quantize: True or False replaces the recorded quantization by NF4 or none; None keeps it.
+        dtype: replaces the recorded dtype of what isn't quantized.
+        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says.
+        check_base: whether the loaded base must be the recorded one, weight for weight. What replaces the recorded
+            quantization or dtype is not checked.
+        revision: of the adapter on the Hub.
+        trust_remote_code: run code that ships with the model.
     """
-    config, from_hub = _config_of(adapter, revision)
-    name = base or config.base_model_name_or_path or adapter
-    return read_training(config), adapter_tokenizer(adapter, name, trust_remote_code, from_hub)
 
+    @classmethod
+    def of(cls, options: AdapterOptions) -> "AdapterSource":
+        """Returns the source that a command's options name."""
+        return cls(**{f.name: getattr(options, f.name) for f in fields(AdapterOptions)})
 
-def _config_of(adapter: str, revision: str | None) -> tuple[PeftConfig, dict[str, Any]]:
-    """An adapter's config, and the arguments with which the rest of it is found on the Hub."""
-    from_hub = {} if revision is None else {"revision": revision}
-    if not is_adapter(adapter, **from_hub):
-        raise OptionError(f"{adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json.")
-    return read_config(adapter, **from_hub), from_hub
+    @property
+    def from_hub(self) -> dict[str, str]:
+        """The arguments with which the adapter's files are found on the Hub."""
+        return {} if self.revision is None else {"revision": self.revision}
+
+    @cached_property
+    def config(self) -> PeftConfig:
+        """The adapter's config.
+
+        Raises:
+            OptionError: no adapter.
+        """
+        if not is_adapter(self.adapter, **self.from_hub):
+            raise OptionError(
+                f"{self.adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json."
+            )
+        return read_config(self.adapter, **self.from_hub)
+
+    @property
+    def base_name(self) -> str:
+        """Folder or Hub id of the base.
+
+        Raises:
+            OptionError: no adapter, or its config names no base and none is given.
+        """
+        name = self.base or self.config.base_model_name_or_path
+        if not name:
+            raise OptionError(f"The adapter {self.adapter!r} does not say which base it belongs to: give base.")
+        return name
+
+    def read(self) -> TrainedWith | None:
+        """Returns what the adapter records of its training, without loading its model; None if it was not trained by
+        this package.
+
+        Raises:
+            OptionError: no adapter.
+            ReferenceMismatchError: the record is damaged.
+        """
+        return read_training(self.config)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the adapter's own tokenizer, or its base's.
+
+        Raises:
+            OptionError: no adapter, or no tokenizer.
+        """
+        base = self.base or self.config.base_model_name_or_path or self.adapter
+        return adapter_tokenizer(self.adapter, base, self.trust_remote_code, self.from_hub)
+
+    def load(self, device: torch.device | str | None = None, with_reference: bool = True) -> "TrainedAdapter":
+        """Loads the adapter on the base that it was trained on, made as it was then, with its reference.
+
+        Args:
+            device: where the model goes; a GPU if there is one.
+            with_reference: False leaves the reference out, to sample from the policy alone.
+
+        Raises:
+            OptionError: no adapter, no base, or a reference that can't be found.
+            ReferenceMismatchError: the base or the reference is another one than in training.
+        """
+        check_adapter(self.config)
+        trained = self.read()
+        needs_reference = _needs_reference(trained, self.reference)
+        model = self._load_model(trained, device)
+        policy = model.active_adapters[0]
+        recorded = read_record(model.peft_config[policy])
+        as_recorded = trained is not None and self.quantize is None and self.dtype is None
+        if recorded is not None and as_recorded and self.check_base:
+            _check_base(recorded, trained, model, self.adapter)
+        wanted = needs_reference and with_reference
+        reference = _find_reference(model, recorded, self.reference, self.adapter) if wanted else None
+        return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
+
+    def _load_model(self, trained: TrainedWith | None, device: torch.device | str | None) -> PeftModel:
+        """Returns the adapter on its base, in eval mode, nothing trainable."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        quantization = trained.quantization_config() if trained and self.quantize is None else None
+        quantize = (trained is None) if self.quantize is None else self.quantize
+        kwargs: dict[str, Any] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
+        if self.config.revision and self.base is None:
+            kwargs["revision"] = self.config.revision
+        name = self.base_name
+        try:
+            base = load_base(name, quantization, quantize, kwargs, self.trust_remote_code, device)
+        except OptionError as error:
+            raise OptionError(
+                f"The base of the adapter {self.adapter!r}: {error} If it lies elsewhere, give base."
+            ) from error
+        keep_weights(base)
+        model = load_on(base, self.adapter, self.from_hub)
+        model.requires_grad_(False).eval()
+        return model
 
 
 @dataclass
@@ -135,68 +243,36 @@ class TrainedAdapter:
     trained: TrainedWith | None  # None: not trained by this package
     source: str  # the folder or Hub id
 
+    @property
+    def setup(self) -> TrainedWith:
+        """How it was trained, or what is assumed of an adapter without a record."""
+        return self.trained or UNRECORDED
+
 
 def load_trained(
-    adapter: str,
-    base: str | None = None,
-    quantize: bool | None = None,
-    dtype: str | None = None,
-    reference: str | None = None,
-    device: torch.device | str | None = None,
-    check_base: bool = True,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    with_reference: bool = True,
+    adapter: str, *, device: torch.device | str | None = None, with_reference: bool = True, **made: Any
 ) -> TrainedAdapter:
-    """Load an adapter on the base that it was trained on, quantised as it was then, with its reference.
+    """Loads an adapter on the base that it was trained on, made as it was then, with its reference.
 
     Args:
         adapter: its folder or Hub id.
-        base: folder or Hub id of the base, if it isn't where the adapter's config says.
-        quantize: True or False replaces the recorded quantisation by NF4 or none; None keeps it.
-        dtype: replaces the recorded dtype of what isn't quantised.
-        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says.
         device: where the model goes; a GPU if there is one.
-        check_base: whether the loaded base must be the recorded one, weight for weight.
-        trust_remote_code: run code that ships with the model.
-        revision: of the adapter on the Hub.
         with_reference: False leaves the reference out, to sample from the policy alone.
+        made: options of `AdapterSource`: base, quantize, dtype, reference, check_base, trust_remote_code, revision.
 
     Raises:
         OptionError: no adapter, no base, or a reference that can't be found.
         ReferenceMismatchError: the base or the reference is another one than in training.
     """
-    config, from_hub = _config_of(adapter, revision)
-    check_adapter(config)
-    trained = read_training(config)
-    needs_reference = trained is None or trained.reward == "log_ratio"
-    if reference is not None and not needs_reference:
+    return AdapterSource(adapter, **made).load(device, with_reference)
+
+
+def _needs_reference(trained: TrainedWith | None, given: str | None) -> bool:
+    """Whether the adapter's objective has a reference; one that is given without effect is refused."""
+    needed = (trained or UNRECORDED).reward == "log_ratio"
+    if given is not None and not needed:
         raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise OptionError(f"The adapter {adapter!r} does not say which base it belongs to: give base.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    as_recorded = trained is not None and quantize is None and dtype is None
-    quantization = trained.quantization_config() if trained and quantize is None else None
-    kwargs: dict[str, Any] = {"dtype": dtype or (trained.dtype if trained else "bfloat16")}
-    if config.revision and base is None:
-        kwargs["revision"] = config.revision
-    quantize = (trained is None) if quantize is None else quantize
-    try:
-        bare = load_base(name, quantization, quantize, kwargs, trust_remote_code, device)
-    except OptionError as error:
-        raise OptionError(f"The base of the adapter {adapter!r}: {error} If it lies elsewhere, give base.") from error
-    keep_weights(bare)
-    model = load_on(bare, adapter, from_hub)
-    model.requires_grad_(False).eval()
-    policy = model.active_adapters[0]
-    recorded = read_record(model.peft_config[policy])
-    if recorded is not None and as_recorded and check_base:
-        _check_base(recorded, trained, model, adapter)
-    found = _find_reference(model, recorded, reference, adapter) if needs_reference and with_reference else None
-    return TrainedAdapter(
-        model, adapter_tokenizer(adapter, name, trust_remote_code, from_hub), policy, found, trained, adapter
-    )
+    return needed
 
 
 def trained_in(
@@ -229,10 +305,7 @@ def trained_in(
     if policy not in model.peft_config:
         raise OptionError(f"policy={policy!r}: the model's adapters are {', '.join(model.peft_config)}.")
     trained = read_training(model.peft_config[policy])
-    needs_reference = trained is None or trained.reward == "log_ratio"
-    if reference is not None and not needs_reference:
-        raise OptionError("reference has no effect: the adapter's objective has none. Leave it out.")
-    found = _reference_in(model, policy, reference) if needs_reference else None
+    found = _reference_in(model, policy, reference) if _needs_reference(trained, reference) else None
     return TrainedAdapter(model, tokenizer, policy, found, trained, f"adapter {policy!r} of the model")
 
 

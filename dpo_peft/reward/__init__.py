@@ -1,4 +1,4 @@
-"""The trained adapter as a reward model, and how well rewards agree with judgements."""
+"""The trained adapter as a reward model, and how well rewards agree with judgments."""
 
 from .implicit import ImplicitReward
 

@@ -1,20 +1,20 @@
-"""How well scores agree with judgements: accuracy, what length alone explains of it, and how sure one can be.
+"""How well scores agree with judgments: accuracy, what length alone explains of it, and how sure one can be.
 
-A comparison is two answers of which one is known to be better. It is won if the better one has the higher score; equal
-scores count as half. A pair is one comparison, a ranked list one for any two of its answers that are ranked apart; of
-single judged answers any desirable and any undesirable one are compared.
+A comparison is two completions of which one is known to be better. It is won if the better one has the higher score;
+equal scores count as half. A pair is one comparison, a ranked list one for any two of its completions that are ranked
+apart; of completions that were judged one by one any desirable and any undesirable one are compared.
 
 Reward models, and people, like what is longer. Two figures beside accuracy show how much: what "the longer answer is
-better" wins, and the length-balanced accuracy: the mean of the accuracies on comparisons whose better answer is the
-longer one, and on those whose better answer is the shorter one. Length alone gets exactly one half of that. Answers of
-equal length say nothing about length, and are left out of it.
+better" wins, and the length-balanced accuracy: the mean of the accuracies on comparisons whose better completion is
+the longer one, and on those whose better completion is the shorter one. Length alone gets exactly one half of that.
+Completions of equal length say nothing about length, and are left out of it.
 
 Comparisons that share a row are not independent. So the spread of an accuracy is estimated by leaving out one row at a
 time (jackknife; Efron and Stein 1981), and read as a number of independent comparisons that would spread as much. The
 95 % interval is Wilson's (1927) for that number; for pairs it is the number of pairs. The interval of the balanced
 accuracy is put together from those of its two halves (Zou and Donner 2008).
 
-Shape suffixes: R rows that have comparisons (of single answers: answers), S strata: better is longer, shorter, equal.
+Shape suffixes: R rows that have comparisons (or single completions), S strata: better is longer, shorter, equal.
 """
 
 import math
@@ -29,7 +29,7 @@ Array = np.ndarray
 Z = 1.959963984540054  # of the normal distribution 2.5 % lie above
 LONGER, SHORTER, EQUAL = range(3)
 LENGTH_WINS_S = np.array([1.0, 0.0, 0.5])
-BLOCK = 1024  # desirable answers that are compared with all others at a time
+BLOCK = 1024  # desirable completions that are compared with all others at a time
 
 
 class Estimate(NamedTuple):
@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One row: its answers' scores, lengths in tokens, and grades (higher is better)."""
+    """One row: its completions' scores, lengths in tokens, and grades (higher is better)."""
 
     scores: Sequence[float]
     lengths: Sequence[int]
@@ -58,8 +58,8 @@ class Tally:
     wins_RS: Array
     number_RS: Array
     margin_R: Array  # better minus worse score
-    side_R: Array  # 1 for an undesirable single answer, otherwise 0
-    shared_by: int = 1  # rows that a comparison belongs to: 2 for single answers
+    side_R: Array  # 1 for an undesirable single completion, otherwise 0
+    shared_by: int = 1  # rows that a comparison belongs to: 2 for single completions
 
     @property
     def rows(self) -> int:
@@ -74,20 +74,20 @@ class Tally:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Scores against judgements."""
+    """Scores against judgments."""
 
     rows: int
     comparisons: int
     accuracy: Estimate
     length_only: Estimate  # accuracy of "the longer answer is better"
-    length_balanced: Estimate | None  # None: the better answer is never longer, or never shorter
-    better_longer: tuple[int, float | None]  # comparisons whose better answer is longer, and accuracy on them
+    length_balanced: Estimate | None  # None: the better completion is never longer, or never shorter
+    better_longer: tuple[int, float | None]  # comparisons whose better completion is longer, and accuracy on them
     better_shorter: tuple[int, float | None]
-    mean_margin: float  # score of the better minus that of the worse answer
+    mean_margin: float  # score of the better minus that of the worse completion
 
 
 def agreement(tally: Tally) -> Agreement | None:
-    """The figures of a tally; None if there is nothing to compare."""
+    """Returns the figures of a tally; None if there is nothing to compare."""
     if not tally.comparisons:
         return None
     wins_S, number_S = tally.wins_RS.sum(0), tally.number_RS.sum(0)
@@ -111,38 +111,33 @@ def agreement(tally: Tally) -> Agreement | None:
 
 
 def tally_rows(rows: Sequence[Judged]) -> Tally:
-    """Comparisons inside each row: pairs and ranked lists. Answers of one grade are not compared."""
-    kept = []
-    for row in rows:
-        wins_S, number_S, margin = np.zeros(3), np.zeros(3), 0.0
+    """Counts the comparisons inside each row: pairs and ranked lists. Equal grades are not compared."""
+    wins_RS, number_RS, margin_R = np.zeros((len(rows), 3)), np.zeros((len(rows), 3)), np.zeros(len(rows))
+    for i, row in enumerate(rows):
         for better, worse in comparisons(row.grades):
-            stratum = _stratum(row.lengths[better], row.lengths[worse])
+            longer = row.lengths[better] - row.lengths[worse]
+            stratum = LONGER if longer > 0 else SHORTER if longer < 0 else EQUAL
             difference = row.scores[better] - row.scores[worse]
-            wins_S[stratum] += win(difference)
-            number_S[stratum] += 1
-            margin += difference
-        if number_S.any():
-            kept.append((wins_S, number_S, margin))
-    wins, numbers, margins = zip(*kept, strict=True) if kept else ([np.zeros(3)][:0], [np.zeros(3)][:0], [])
-    shape = (len(kept), 3)
-    return Tally(
-        np.reshape(wins, shape), np.reshape(numbers, shape), np.array(margins), np.zeros(len(kept), dtype=int)
-    )
+            wins_RS[i, stratum] += win(difference)
+            number_RS[i, stratum] += 1
+            margin_R[i] += difference
+    kept = number_RS.any(1)
+    return Tally(wins_RS[kept], number_RS[kept], margin_R[kept], np.zeros(kept.sum(), dtype=int))
 
 
 def comparisons(grades: Sequence[float]) -> list[tuple[int, int]]:
-    """(better, worse): all answers of a row that are graded apart, by their indices."""
+    """Returns (better, worse): all completions of a row that are graded apart, by their indices."""
     indices = range(len(grades))
     return [(i, j) for i in indices for j in indices if grades[i] > grades[j]]
 
 
 def win(difference: float) -> float:
-    """1 if the better answer has the higher score, 0.5 if both have the same, else 0."""
+    """Returns 1 if the better completion has the higher score, 0.5 if both have the same, else 0."""
     return (float(np.sign(difference)) + 1) / 2
 
 
 def tally_singles(scores: Sequence[float], lengths: Sequence[int], desirable: Sequence[bool]) -> Tally:
-    """Comparisons of every desirable with every undesirable answer. Accuracy is the area under the ROC curve."""
+    """Compares every desirable with every undesirable completion. Accuracy is the area under the ROC curve."""
     score, length, good = np.asarray(scores, float), np.asarray(lengths), np.asarray(desirable, bool)
     places = [np.flatnonzero(good), np.flatnonzero(~good)]
     wins_RS, number_RS, margin_R = np.zeros((len(good), 3)), np.zeros((len(good), 3)), np.zeros(len(good))
@@ -163,22 +158,18 @@ def tally_singles(scores: Sequence[float], lengths: Sequence[int], desirable: Se
     return Tally(wins_RS, number_RS, margin_R, (~good).astype(int), shared_by=2)
 
 
-def _stratum(better: int, worse: int) -> int:
-    return LONGER if better > worse else SHORTER if better < worse else EQUAL
-
-
 # ---- Figures and how sure they are ----------------------------------------------------------------------------------
 
 
 def wilson(share: float, number: float) -> Estimate:
-    """Wilson's 95 % interval of a binomial share; `number` of independent comparisons, not necessarily whole."""
-    centre = (share + Z**2 / (2 * number)) / (1 + Z**2 / number)
+    """Returns Wilson's 95 % interval of a binomial share of `number` independent comparisons, maybe not whole."""
+    center = (share + Z**2 / (2 * number)) / (1 + Z**2 / number)
     half = Z * math.sqrt(share * (1 - share) / number + Z**2 / (4 * number**2)) / (1 + Z**2 / number)
-    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+    return Estimate(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
 
 
 def _accuracy(tally: Tally, strata: Sequence[int] = (LONGER, SHORTER, EQUAL)) -> Estimate:
-    """On the comparisons of some strata.
+    """Returns the accuracy on the comparisons of some strata.
 
     Where leaving a row out changes nothing, or leaves nothing, as many independent comparisons are assumed as there
     are rows: an accuracy of 1 on ten pairs is not certain.
@@ -190,14 +181,14 @@ def _accuracy(tally: Tally, strata: Sequence[int] = (LONGER, SHORTER, EQUAL)) ->
     variance = ((rows - 1) / rows) ** 2 * float((_deviations(tally, strata) ** 2).sum())
     spread = wins / number * (1 - wins / number)
     if not (0 < variance < math.inf and spread > 0):
-        # Of single answers, as many as there are of the rarer kind.
+        # Of single completions, as many as there are of the rarer kind.
         sides = range(tally.shared_by)
         return wilson(wins / number, min(int((held_R & (tally.side_R == side)).sum()) for side in sides))
     return wilson(wins / number, spread / variance)
 
 
 def _deviations(tally: Tally, strata: Sequence[int]) -> Array:
-    """(R,) the accuracy without each row, less their mean."""
+    """Returns (R,): the accuracy without each row, less their mean."""
     wins_R, number_R = tally.wins_RS[:, strata].sum(1), tally.number_RS[:, strata].sum(1)
     # A comparison stands in as many rows as share it, so the sums hold it that often.
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -206,7 +197,7 @@ def _deviations(tally: Tally, strata: Sequence[int]) -> Array:
 
 
 def _balanced(tally: Tally) -> Estimate:
-    """The mean of two accuracies, which rows that hold comparisons of both kinds make depend on each other."""
+    """Returns the mean of two accuracies, which rows that hold comparisons of both kinds make depend on each other."""
     halves = [_accuracy(tally, [stratum]) for stratum in (LONGER, SHORTER)]
     a_R, b_R = (_deviations(tally, [stratum]) for stratum in (LONGER, SHORTER))
     scale = math.sqrt((a_R**2).sum() * (b_R**2).sum())

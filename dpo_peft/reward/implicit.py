@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -32,13 +32,12 @@ from ..data.formats import CHAT_COLUMNS
 from ..data.tokenize import check_tokenizer
 from ..data.truncate import Fitted, check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
-from ..forward import ForwardPlan, PackedBatch, Scores, plan_forward, recheck
+from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
 from ..forward.score import unwrap
-from ..model.adapter_source import TrainedAdapter, TrainedWith, load_trained, read_training, trained_in
-from ..model.loading import disable_dropout, is_adapter
+from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, trained_in
+from ..model.loading import disable_dropout
 from ..reference.adapter_off import reference_logps
-from ..reference.frozen_adapter import read_config
 from ..training.packing import pack_rows
 
 logger = logging.getLogger(__name__)
@@ -69,21 +68,22 @@ class ImplicitReward:
     are computed once, if these stand next to each other.
 
     Args:
-        adapter: its folder or Hub id, a `TrainedAdapter`, or a PeftModel, which is left as it was: adapters, modes and
-            flags. A model that is being trained is scored as it is at each call.
+        adapter: its folder or Hub id, an `AdapterSource`, a `TrainedAdapter`, or a PeftModel, which is left as it was:
+            adapters, modes and flags. A model that is being trained is scored as it is at each call.
         beta: replaces the recorded one.
-        reference: for a folder or Hub id, see `load_trained`; for a PeftModel, the name of a frozen adapter in it, or
+        reference: for a folder or Hub id, see `AdapterSource`; for a PeftModel, the name of a frozen adapter in it, or
             "base" for the model with all adapters off. None: the recorded one.
         tokenizer: replaces the adapter's. A PeftModel needs one.
         policy: for a PeftModel, the adapter's name in it; the active one if None.
         max_length: most tokens of prompt + completion, cut as in training; None for no limit, "recorded" for the
             adapter's. What is given as `completion_ids` is never cut.
         max_tokens: of one forward pass. Lower it if memory runs out.
-        load: options of `load_trained` for a folder or Hub id: base, quantize, dtype, device, check_base,
-            trust_remote_code, revision.
+        device: of a folder or Hub id: where the model goes; a GPU if there is one.
+        made: of a folder or Hub id: options of `AdapterSource`: base, quantize, dtype, check_base, trust_remote_code,
+            revision.
 
     Raises:
-        OptionError: no beta is known, an option has no effect, or as `load_trained`.
+        OptionError: no beta is known, an option has no effect, or as `AdapterSource.load`.
         ReferenceMismatchError: the base or the reference is another one than in training.
     """
 
@@ -91,7 +91,7 @@ class ImplicitReward:
 
     def __init__(
         self,
-        adapter: str | PeftModel | TrainedAdapter,
+        adapter: str | AdapterSource | PeftModel | TrainedAdapter,
         *,
         beta: float | None = None,
         reference: str | None = None,
@@ -99,39 +99,48 @@ class ImplicitReward:
         policy: str | None = None,
         max_length: int | str | None = "recorded",
         max_tokens: int = 16384,
-        **load: Any,
+        device: torch.device | str | None = None,
+        **made: Any,
     ):
         if type(max_tokens) is not int or max_tokens < 1:
             raise OptionError(f"max_tokens={max_tokens!r} must be a positive integer.")
         if isinstance(adapter, str):
             _without_effect("a folder or Hub id", policy=policy)
-            _check_beta(adapter, beta, load.get("revision"))
-            adapter = load_trained(adapter, reference=reference, **load)
+            adapter = AdapterSource(adapter, reference=reference, **made)
+        elif isinstance(adapter, AdapterSource):
+            _without_effect("an AdapterSource", policy=policy, reference=reference, **made)
+        if isinstance(adapter, AdapterSource):
+            _beta(adapter.read(), beta, adapter.adapter)  # before minutes of loading
+            adapter = adapter.load(device)
             disable_dropout(adapter.model)  # a layer that can drop out is not computed by fused code
         elif isinstance(adapter, TrainedAdapter):
-            _without_effect("a TrainedAdapter", policy=policy, reference=reference, **load)
+            _without_effect("a TrainedAdapter", policy=policy, reference=reference, device=device, **made)
         else:
-            _without_effect("a PeftModel", **load)
+            _without_effect("a PeftModel", device=device, **made)
             adapter = trained_in(adapter, tokenizer, policy, reference)
         self.adapter = adapter
         self.model, self.reference, self.trained = adapter.model, adapter.reference, adapter.trained
         self.tokenizer = adapter.tokenizer if tokenizer is None else tokenizer
         check_tokenizer(self.tokenizer, need_eos=False)
-        self.kind = self.trained.reward if self.trained else "log_ratio"
-        _warn_of_weights(self.trained)
+        setup = adapter.setup
+        self.kind = setup.reward
+        if setup.discount_gamma != 1.0 or setup.ld_alpha is not None:
+            logger.warning(
+                "The adapter was trained with discount_gamma=%s and ld_alpha=%s, which weigh single tokens. A reward "
+                "here is that of the whole completion, every token alike, unlike those in the training's log.",
+                setup.discount_gamma,
+                setup.ld_alpha,
+            )
         if self.kind == "log_ratio" and self.reference is None:
             raise OptionError("The TrainedAdapter was loaded without its reference: load it with_reference=True.")
         self.beta = _beta(self.trained, beta, adapter.source)
-        recorded = self.trained.max_length if self.trained else None
-        limit: Any = recorded if max_length == "recorded" else max_length
-        self.max_length: int | None = limit
-        self.truncation_mode = self.trained.truncation_mode if self.trained else "keep_start"
+        self.max_length = cast("int | None", setup.max_length if max_length == "recorded" else max_length)
+        self.truncation_mode = setup.truncation_mode
         check_truncation(self.max_length, self.truncation_mode)
         self.max_tokens = max_tokens
         self.cut = 0  # completions or their prompts that were cut to max_length so far
         self._vocab_size = len(unwrap(self.model).get_input_embeddings().weight)
-        precision = self.trained.precision if self.trained else "no"
-        self._dtype = None if precision == "no" else getattr(torch, precision)
+        self._dtype = None if setup.precision == "no" else getattr(torch, setup.precision)
         with _attention(self.model, None):
             self.plan = plan_forward(self.model, dtype=self._dtype)
 
@@ -226,7 +235,7 @@ class ImplicitReward:
                 flat: list[list[CompletionScore]] = [[] for _ in units]
                 for one in pack_rows(units, self.max_tokens, plan.shared):
                     batch = PackedBatch(**collate([units[i] for i in one])).to(self.model.device)
-                    found = iter(self._score(batch, plan.scorer))
+                    found = iter(self._score(batch, plan))
                     for i in one:
                         flat[i] = [next(found) for _ in units[i]["completion_ids"]]
                     bar.update(sum(units[i]["ends"] for i in one))
@@ -235,20 +244,19 @@ class ImplicitReward:
 
     # ---- How ------------------------------------------------------------------------------------------------------
 
-    def _score(self, batch: PackedBatch, backend: Any) -> list[CompletionScore]:
+    def _score(self, batch: PackedBatch, plan: ForwardPlan) -> list[CompletionScore]:
         device = batch.input_ids.device.type
         with torch.autocast(device, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
             # The policy is scored as a reference is: one adapter on by its name, and all that was set put back.
-            policy = reference_logps(self.model, batch, backend, self.adapter.policy)
-            ref: Scores | None = None
+            logps = reference_logps(self.model, batch, plan.scorer, self.adapter.policy).logps_C.tolist()
+            refs = [None] * len(logps)
             if self.reference is not None:
-                ref = reference_logps(self.model, batch, backend, self.reference.adapter)
-        logps, lengths = policy.logps_C.tolist(), batch.lengths.tolist()
-        refs = [None] * len(logps) if ref is None else ref.logps_C.tolist()
+                refs = reference_logps(self.model, batch, plan.scorer, self.reference.adapter).logps_C.tolist()
+        lengths = batch.lengths.tolist()
         return [CompletionScore(self._reward(*one), *one) for one in zip(logps, refs, lengths, strict=True)]
 
     def _reward(self, logp: float, ref_logp: float | None, tokens: int) -> float:
-        """As `TrainingObjective.rewards`."""
+        """As `Objective.rewards`."""
         if ref_logp is not None:
             return self.beta * (logp - ref_logp)
         return self.beta * (logp / tokens if self.kind == "mean_logp" else logp)
@@ -347,25 +355,6 @@ def _by_row(rows: Sequence[Row], scores: Iterator[CompletionScore]) -> list[list
 def _without_effect(what: str, **given: Any) -> None:
     if names := [name for name, value in given.items() if value is not None]:
         raise OptionError(f"{', '.join(names)}: no effect for {what}. Leave it out.")
-
-
-def _check_beta(adapter: str, beta: float | None, revision: str | None) -> None:
-    """Before minutes of loading. What is no adapter is left to `load_trained`."""
-    from_hub = {} if revision is None else {"revision": revision}
-    if beta is not None:
-        _beta(None, beta, adapter)
-    elif is_adapter(adapter, **from_hub):
-        _beta(read_training(read_config(adapter, **from_hub)), None, adapter)
-
-
-def _warn_of_weights(trained: TrainedWith | None) -> None:
-    if trained is not None and (trained.discount_gamma != 1.0 or trained.ld_alpha is not None):
-        logger.warning(
-            "The adapter was trained with discount_gamma=%s and ld_alpha=%s, which weigh single tokens. A reward "
-            "here is that of the whole completion, every token alike, and differs from those in the training's log.",
-            trained.discount_gamma,
-            trained.ld_alpha,
-        )
 
 
 def _beta(trained: TrainedWith | None, beta: float | None, source: str) -> float:

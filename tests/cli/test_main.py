@@ -14,7 +14,8 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from dpo_peft.cli import train as cli
+from dpo_peft import cli
+from dpo_peft.cli import train as cli_train
 from dpo_peft.errors import DriftError, OptionError, TrainingInterrupted
 from dpo_peft.reference.cache import Entry, ReferenceCache
 
@@ -50,15 +51,15 @@ def run_folder(tmp_path: Path, tiny_llama: Any, make_tokenizer: Any) -> Path:
 
 
 def train(folder: Path, *options: str) -> Any:
-    return cli.train(["--config", str(folder / "run.yaml"), *options])
+    return cli_train.train(["--config", str(folder / "run.yaml"), *options])
 
 
 def test_the_command_line_overrides_the_file(run_folder: Path) -> None:
-    data, args, model = cli.parse(["--config", str(run_folder / "run.yaml"), "--beta", "0.2", "--lora_r", "8"])
+    data, args, model = cli_train.parse(["--config", str(run_folder / "run.yaml"), "--beta", "0.2", "--lora_r", "8"])
     assert (args.beta, model.lora_r) == (0.2, 8)
     assert (args.learning_rate, args.num_train_epochs, model.dtype) == (1e-3, 2, "float32")
     assert data.dataset_name.endswith("train.jsonl")
-    assert cli.parse([f"--config={run_folder / 'run.yaml'}"])[1].beta == 0.3
+    assert cli_train.parse([f"--config={run_folder / 'run.yaml'}"])[1].beta == 0.3
 
 
 def test_a_run_leaves_adapter_card_metrics_and_curves(run_folder: Path) -> None:
@@ -126,7 +127,7 @@ def test_bad_config_files(tmp_path: Path, content: str | None, message: str) -> 
     if content is not None:
         path.write_text(content)
     with pytest.raises(OptionError, match=message):
-        cli.parse(["--config", str(path), "--model_name_or_path", "m", "--dataset_name", "d"])
+        cli_train.parse(["--config", str(path), "--model_name_or_path", "m", "--dataset_name", "d"])
 
 
 def test_a_file_without_a_test_split_cannot_be_evaluated_on(run_folder: Path) -> None:
@@ -191,7 +192,7 @@ def test_exit_codes(
     def fail(argv: Sequence[str]) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "plan", fail)
+    monkeypatch.setattr("dpo_peft.cli.plan.plan", fail)
     assert cli.main(["plan"]) == status
     out, error = capsys.readouterr()
     assert not out and error.startswith("dpo-peft: ") and "Traceback" not in error
@@ -201,7 +202,7 @@ def test_an_interrupted_training_leaves_with_the_signal_s_code(monkeypatch: pyte
     def stopped(argv: Sequence[str]) -> None:
         raise TrainingInterrupted(143)
 
-    monkeypatch.setattr(cli, "train", stopped)
+    monkeypatch.setattr(cli_train, "train", stopped)
     with pytest.raises(SystemExit) as exit:
         cli.main(["train"])
     assert exit.value.code == 143

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from trainer_helpers import lora, ours, text_pairs
 from transformers import AutoModelForCausalLM
 
-from dpo_peft.cli import train as cli
+from dpo_peft import cli
 from dpo_peft.merge import drift
 from dpo_peft.model.serving import max_lora_rank, serving_problems
 

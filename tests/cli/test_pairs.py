@@ -18,8 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trainer_helpers import lora, options, text_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_peft import DPOConfig, DPOTrainer
-from dpo_peft.cli import train as cli
+from dpo_peft import DPOConfig, DPOTrainer, cli
 from dpo_peft.data import prepare_dataset
 from dpo_peft.errors import OptionError
 from dpo_peft.model.generation import sample_completions

@@ -12,8 +12,7 @@ from peft import PeftModel
 from trainer_helpers import lora
 from transformers import LlamaConfig, T5Config
 
-from dpo_peft import OptionError, planning
-from dpo_peft.cli import train as cli
+from dpo_peft import OptionError, cli, planning
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
 from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel
 from dpo_peft.planning.gpus import GPUS, parse_gpu

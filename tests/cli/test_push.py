@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
-from dpo_peft.cli import train as cli
+from dpo_peft import cli
 
 pytest_plugins = ["hub_helpers"]
 

@@ -8,9 +8,8 @@ import pytest
 from datasets import load_dataset
 from trainer_helpers import ours, text_pairs
 
-from dpo_peft import DPOTrainer
+from dpo_peft import DPOTrainer, cli
 from dpo_peft.cli import score as cli_score
-from dpo_peft.cli import train as cli
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from dpo_peft.forward import sequence_logps
 from dpo_peft.merge import drift, merging
 from dpo_peft.merge import weights as merge_weights
 from dpo_peft.merge.merging import MergeReport, merge_adapter
-from dpo_peft.model.adapter_source import load_trained
+from dpo_peft.model.adapter_source import AdapterSource, load_trained
 from dpo_peft.model.loading import keep_weights, load_base
 
 ROWS = text_pairs(16)
@@ -395,13 +395,13 @@ def test_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch) -> Non
     ],
 )
 def test_wrong_options_are_found_before_loading(trained, tmp_path, monkeypatch, options, message) -> None:
-    monkeypatch.setattr(merging, "load_trained", None)
+    monkeypatch.setattr(AdapterSource, "load", None)
     with pytest.raises(OptionError, match=message):
         merge_adapter(trained("lora"), tmp_path / "out", **options)
 
 
 def test_folder_with_files_is_refused_before_loading(trained, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(merging, "load_trained", None)
+    monkeypatch.setattr(AdapterSource, "load", None)
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(OptionError, match="is not an empty folder"):
         merge_adapter(trained("lora"), tmp_path)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config
 
 from dpo_peft import quickstart
+from dpo_peft.cli import main
 from dpo_peft.cli import train as cli
 from dpo_peft.model.adapter_source import load_trained
 from dpo_peft.quickstart import judging
@@ -150,7 +151,7 @@ def test_peaks_are_those_of_the_plan(name: str, tmp_path: Path, capsys: pytest.C
     stand_in = ["--model_name_or_path", str(tmp_path / ("sft" if "from_sft" in name else "Qwen3-8B"))]
     stand_in = ["--shape", "70b"] if "70b" in name else stand_in
     arguments = [str(REPO / word) if word.startswith("recipes/") else word for word in shlex.split(options)]
-    assert cli.main(["plan", "--json", *arguments, *stand_in]) == 0
+    assert main(["plan", "--json", *arguments, *stand_in]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["peak"] / 2**30 == pytest.approx(float(peak), abs=0.006)
     assert plan["step"] is None or plan["step"]["fits"]
@@ -331,7 +332,7 @@ def test_the_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(REPO)
     said = {}
     for command in commands:
-        assert cli.main([*command, "--json"]) == 0, capsys.readouterr().err
+        assert main([*command, "--json"]) == 0, capsys.readouterr().err
         said[command[0]] = json.loads(capsys.readouterr().out)
     assert said["train"]["steps"] == 2
     assert len((out / "scores.jsonl").read_text().splitlines()) == 8

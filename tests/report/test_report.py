@@ -27,7 +27,7 @@ from report_helpers import (
     write_lines,
 )
 
-from dpo_peft.cli import train as cli
+from dpo_peft import cli
 from dpo_peft.errors import DataError, OptionError
 from dpo_peft.report.charts import MOST_TRACES, Group, histogram_chart, scatter_chart, style_of, thin
 from dpo_peft.report.facts import duration, length_check
