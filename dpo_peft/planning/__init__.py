@@ -8,7 +8,6 @@ plan(shape="8b", gpu="24GB", lora_r=64).figures["peak"]  # bytes
 from .memory import GIB, RESERVE, MemoryModel
 from .run import Plan, PlanOptions, plan
 from .shapes import PRESETS, Lora, Shape
-from .steps import StepPlan, plan_step
+from .steps import plan_step
 
-__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "StepPlan", "plan"]
-__all__ += ["plan_step"]
+__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "plan", "plan_step"]

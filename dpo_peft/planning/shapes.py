@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import OptionError
 
-GROUPS = ("qkv", "o", "up", "down")  # linear layers with one input: they are dequantised and multiplied together
+GROUPS = ("qkv", "o", "up", "down")  # linear layers with one input: they are dequantized and multiplied together
 
 # Names that models give to the linear layers of a decoder layer. A name that isn't here is an error: a layer that is
 # not understood would be counted wrong.
@@ -130,11 +130,6 @@ class Shape:
         return sum(linear.outputs for linear in self.group(name))
 
     @property
-    def linear_weights(self) -> int:
-        """Weights of all linear layers but the head."""
-        return self.layers * sum(linear.weights for linear in self.linears)
-
-    @property
     def unquantized_weights(self) -> int:
         """Weights that stay as they are when the model is quantized; tied ones count once."""
         return (1 if self.tied else 2) * self.vocab * self.hidden + self.others
@@ -142,7 +137,7 @@ class Shape:
     @property
     def weights(self) -> int:
         """All weights; tied ones count once."""
-        return self.linear_weights + self.unquantized_weights
+        return self.layers * sum(linear.weights for linear in self.linears) + self.unquantized_weights
 
 
 def nf4_bytes(weights: int, nested: bool = True) -> int:
