@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     for group in (DPOConfig, PlanOptions)
     for f in fields(group)
 } | {"model_name_or_path": "", "model_revision": None, "dtype": "bfloat16", "lora_r": 16, "use_dora": False}
-DEFAULTS |= {"lora_target_modules": None, "lora_modules_to_save": None}
+DEFAULTS |= dict.fromkeys("lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora".split())
 
 
 class Plan(NamedTuple):
