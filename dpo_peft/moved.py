@@ -8,7 +8,7 @@ from types import ModuleType
 
 MOVED = {
     "agreement": "reward.agreement",
-    "cli_pairs": "cli.pairs",
+    "cli_pairs": "pairs",
     "diagnostics": "training.diagnostics",
     "engines": "pairs.engines",
     "frozen": "reference.frozen_adapter",

@@ -37,8 +37,9 @@ show_progress()  # before torch is imported
 from datasets import Dataset
 
 from dpo_peft import DPOConfig, DPOTrainer, quickstart
-from dpo_peft.cli.pairs import PairsOptions, describe, make_pairs
+from dpo_peft.cli.pairs import describe
 from dpo_peft.data.prompts import encode_prompts, read_prompts
+from dpo_peft.pairs import PairsOptions, make_pairs
 from dpo_peft.pairs.building import seed_of
 from dpo_peft.pairs.engines import ModelSource, Sampling, TransformersEngine
 

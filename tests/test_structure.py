@@ -29,8 +29,6 @@ DEBTS = {
     "forward.probe": {"fused"},
     "forward.score": {"fused"},
     "reference.adapter_off": {"fused"},
-    "training.memory_budget": {"planning"},
-    "training.packing": {"planning"},
 }
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.

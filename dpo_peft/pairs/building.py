@@ -1,12 +1,12 @@
-"""Preference pairs from several scored answers to a prompt.
+"""Preference pairs from several scored completions of a prompt.
 
 | method       | pairs of a prompt                                                                               |
 |--------------|-------------------------------------------------------------------------------------------------|
 | `best_worst` | one: the highest reward against the lowest                                                      |
-| `all`        | every two answers of different reward, the widest margins first, at most `max_pairs`            |
-| `rso`        | rejection sampling first, then pairs of what was accepted (`rso.py`)                            |
+| `all`        | every two completions of different reward, the widest margins first, at most `max_pairs`        |
+| `rso`        | rejection sampling first, then pairs of what was accepted (`rejection_sampling.py`)             |
 
-Nothing is left out silently: every answer, pair and prompt that gives nothing is counted under one of the reasons
+Nothing is left out silently: every completion, pair and prompt that gives nothing is counted under one of the reasons
 below.
 """
 
@@ -27,16 +27,16 @@ from .rejection_sampling import first_round, rejection_sample, tournament
 METHODS = ("best_worst", "all", "rso")
 MATCHES = {"first_round": first_round, "tournament": tournament}
 
-# Why an answer is not used.
+# Why a completion is not used.
 EMPTY, UNFINISHED, DUPLICATE, UNSCORED = "empty", "unfinished", "same text as another", "no reward"
-# Why two answers are not a pair.
+# Why two completions are not a pair.
 TIE, BELOW_MARGIN, BEYOND_MAX = "equal rewards", "margin below min_margin", "beyond max_pairs"
 # Why a prompt has no pair, if it isn't one of the above.
 TOO_FEW, TOO_LONG = "fewer than two different answers", "prompt too long for the model"
 
 
 class Candidate(NamedTuple):
-    """An answer to a prompt."""
+    """A completion of a prompt."""
 
     completion: Any  # text, or a list of messages
     score: float | None
@@ -45,18 +45,18 @@ class Candidate(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What the answer says: two answers are the same if this is."""
+        """The text, or what messages say: two completions are the same if this is."""
         if isinstance(self.completion, str):
             return self.completion
-        if len(self.completion) == 1 and isinstance(self.completion[0].get("content"), str):
-            if set(self.completion[0]) == {"role", "content"}:
-                return str(self.completion[0]["content"])
+        match self.completion:
+            case [{"role": _, "content": str(text), **more}] if not more:
+                return text
         return json.dumps(self.completion, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How pairs are made of candidates.
+    """The rules by which pairs are made of candidates.
 
     Raises:
         OptionError: a value out of range.
@@ -72,43 +72,42 @@ class Rules:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("rso_pairs", tuple(MATCHES))):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r} is unknown. Use one of {', '.join(known)}.")
-        if not (math.isfinite(self.min_margin) and self.min_margin >= 0):
-            raise OptionError(f"min_margin={self.min_margin} must be 0 or above.")
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise OptionError(f"max_pairs={self.max_pairs} must be at least 1.")
-        if not (math.isfinite(self.rso_beta) and self.rso_beta > 0):
-            raise OptionError(f"rso_beta={self.rso_beta} must be a number above 0.")
-        if self.rso_accept < 2:
-            raise OptionError(f"rso_accept={self.rso_accept} must be at least 2, to make a pair.")
+        for name, right, must in (
+            ("method", self.method in METHODS, f"be one of {', '.join(METHODS)}"),
+            ("rso_pairs", self.rso_pairs in MATCHES, f"be one of {', '.join(MATCHES)}"),
+            ("min_margin", 0 <= self.min_margin < math.inf, "be 0 or above"),
+            ("max_pairs", self.max_pairs is None or self.max_pairs >= 1, "be at least 1"),
+            ("rso_beta", 0 < self.rso_beta < math.inf, "be a number above 0"),
+            ("rso_accept", self.rso_accept >= 2, "be at least 2, to make a pair"),
+        ):
+            if not right:
+                raise OptionError(f"{name}={getattr(self, name)!r} must {must}.")
 
 
 @dataclass
 class Built:
-    """What became of one prompt."""
+    """The pairs of one prompt, and what became of its completions."""
 
     pairs: list[tuple[Candidate, Candidate]] = field(default_factory=list)  # chosen, rejected
-    usable: list[Candidate] = field(default_factory=list)  # all answers that could be in a pair
+    usable: list[Candidate] = field(default_factory=list)  # all that could be in a pair
     accepted: list[Candidate] = field(default_factory=list)  # by rejection sampling, in that order
     trials: int = 0  # of rejection sampling
-    unused: Counter[str] = field(default_factory=Counter)  # answers, by reason
-    no_pair: Counter[str] = field(default_factory=Counter)  # twos of answers, by reason
+    unused: Counter[str] = field(default_factory=Counter)  # completions, by reason
+    no_pair: Counter[str] = field(default_factory=Counter)  # twos of completions, by reason
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed in [0, 2**63) for a part of the work, such as (seed, prompt number, candidate): near numbers give
+    """Returns a seed in [0, 2**63) for a part of the work, such as (seed, prompt number, candidate): near numbers give
     unrelated seeds."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def build_pairs(candidates: Sequence[Candidate], rules: Rules, number: int) -> Built:
-    """The pairs of one prompt.
+    """Makes the pairs of one prompt.
 
     Args:
-        candidates: the answers in the order in which they were sampled.
+        candidates: the completions in the order in which they were sampled.
         rules: as above.
         number: of the prompt; with the rules' seed it decides what is drawn.
     """
@@ -165,7 +164,7 @@ def _refused(margin: float, pairs: int, rules: Rules) -> str | None:
 
 @dataclass
 class Tally:
-    """What became of all prompts."""
+    """The count of what became of all prompts."""
 
     prompts: int = 0
     with_pairs: int = 0
@@ -180,7 +179,7 @@ class Tally:
     lengths: list[tuple[int, int]] = field(default_factory=list)  # characters of the pairs
 
     def add(self, candidates: Sequence[Candidate], built: Built, skipped: str | None = None) -> None:
-        """One prompt; `skipped` is why it was not answered at all."""
+        """Counts one prompt; `skipped` is why it was not completed at all."""
         self.prompts += 1
         self.candidates += len(candidates)
         self.rewards += [candidate.score for candidate in candidates if candidate.score is not None]
@@ -199,11 +198,11 @@ class Tally:
             self.without_pairs[skipped or near] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Figures as JSON values. Rewards are means, in the judge's units; None where there are none.
+        """Returns figures as JSON values. Rewards are means, in the judge's units; None where there are none.
 
-        `longer_chosen` is the share of pairs whose chosen answer has more characters: far from 0.5, length is what the
-        judge rewards. `acceptance_rate` is the share of rejection sampling's trials that accepted (Theorem 1 of the
-        paper: near the mean of exp((r - r_max) / beta) while many candidates are left).
+        `longer_chosen` is the share of pairs whose chosen completion has more characters: far from 0.5, length is what
+        the judge rewards. `acceptance_rate` is the share of rejection sampling's trials that accepted (Theorem 1 of
+        the paper: near the mean of exp((r - r_max) / beta) while many candidates are left).
         """
         chosen, rejected = [c for c, _ in self.kept], [r for _, r in self.kept]
         longer = [(a > b) + (a == b) / 2 for a, b in self.lengths]

@@ -1,21 +1,21 @@
-"""Who writes the answers: a model in this process, or vLLM. Both take token ids and a seed for each answer."""
+"""Who writes the completions: a model in this process, or vLLM. Both take token ids and a seed for each completion."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import OptionError
-from ..model.adapter_source import adapter_tokenizer, load_trained, read_training
+from ..model.adapter_source import AdapterSource
 from ..model.generation import end_tokens, sample_completions
 from ..model.loading import is_adapter, keep_weights, load_base
 from ..model.serving import VLLM_RANKS, max_lora_rank
-from ..reference.frozen_adapter import read_config
 
 
 class Sampling(NamedTuple):
-    """How answers are drawn, see `sampling.sample_completions`."""
+    """How completions are drawn, see `model.generation.sample_completions`."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One answer."""
+    """One completion."""
 
     text: str  # without its end token
     ids: list[int]  # with it
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 class Engine(Protocol):
-    """Writes one answer for each prompt; a prompt that stands several times gets one for each of its seeds."""
+    """Writes one completion of each prompt; a prompt that stands several times gets one for each of its seeds."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 
 class ModelSource(NamedTuple):
-    """Which model to sample from, and how it is loaded."""
+    """Which model to sample from, and how it is loaded. Work files hold these fields by name."""
 
     name: str  # a base model's or an adapter's folder or Hub id
     base: str | None = None  # of an adapter, if it isn't where its config says
@@ -51,43 +51,39 @@ class ModelSource(NamedTuple):
     check_base: bool = True  # the base must be the one that the adapter was trained on
 
     @property
-    def from_hub(self) -> dict[str, Any]:
+    def from_hub(self) -> dict[str, str]:
         return {} if self.revision is None else {"revision": self.revision}
 
-    def bare(self) -> tuple[str, Any]:
-        """The base's name, and the adapter's config if there is an adapter.
+    @property
+    def adapter(self) -> AdapterSource | None:
+        """The adapter; None for a base model.
 
         Raises:
-            OptionError: `base` without effect, or an adapter that doesn't say what it belongs to.
+            OptionError: `base` without effect.
         """
-        if not is_adapter(self.name, **self.from_hub):
-            if self.base is not None:
-                raise OptionError(f"base has no effect: {self.name!r} is not an adapter. Leave it out.")
-            return self.name, None
-        config = read_config(self.name, **self.from_hub)
-        base = self.base or config.base_model_name_or_path
-        if not base:
-            raise OptionError(f"The adapter {self.name!r} does not say which base it belongs to: give base.")
-        return base, config
+        if is_adapter(self.name, **self.from_hub):
+            return AdapterSource(adapter=self.name, **{n: v for n, v in self._asdict().items() if n != "name"})
+        if self.base is not None:
+            raise OptionError(f"base has no effect: {self.name!r} is not an adapter. Leave it out.")
+        return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The adapter's own, or its base's; of a base model its own.
+        """Returns the adapter's own tokenizer, or its base's; of a base model its own.
 
         Raises:
             OptionError: there is none.
         """
-        base, adapter = self.bare()
-        if adapter is not None:
-            return adapter_tokenizer(self.name, base, self.trust_remote_code, self.from_hub)
+        if adapter := self.adapter:
+            return adapter.tokenizer()
         try:
-            return AutoTokenizer.from_pretrained(base, trust_remote_code=self.trust_remote_code, **self.from_hub)
+            return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code, **self.from_hub)
         except (OSError, ValueError) as error:
-            raise OptionError(f"No tokenizer can be loaded for {base!r}: {error}") from error
+            raise OptionError(f"No tokenizer can be loaded for {self.name!r}: {error}") from error
 
     def context(self) -> int | None:
-        """Tokens that the model was made for; None if its config doesn't say."""
-        base, adapter = self.bare()
-        where = self.from_hub if adapter is None else {}
+        """Returns the tokens that the model was made for; None if its config doesn't say."""
+        adapter = self.adapter
+        base, where = (adapter.base_name, {}) if adapter else (self.name, self.from_hub)
         try:
             config = AutoConfig.from_pretrained(base, trust_remote_code=self.trust_remote_code, **where)
         except (OSError, ValueError) as error:
@@ -96,32 +92,21 @@ class ModelSource(NamedTuple):
 
 
 class TransformersEngine:
-    """Batched `generate` of a loaded model. A batch that runs out of memory is halved: seeds are the answers' own, so
-    that changes nothing but rounding."""
+    """Batched `generate` of a loaded model. A batch that runs out of memory is halved: seeds are the completions' own,
+    so that changes nothing but rounding."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, how: Sampling, batch_size: int):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Sampling, batch_size: int):
         self.model, self.tokenizer, self.how, self.batch_size = model, tokenizer, how, batch_size
 
     @classmethod
     def load(cls, source: ModelSource, how: Sampling, batch_size: int) -> "TransformersEngine":
-        """Raises OptionError or ReferenceMismatchError: as `load_base` and `load_trained`."""
+        """Loads the model, onto a GPU if there is one. Raises what `load_base` and `AdapterSource.load` raise."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if source.bare()[1] is not None:
-            trained = load_trained(
-                source.name,
-                base=source.base,
-                quantize=source.quantize,
-                dtype=source.dtype,
-                with_reference=False,
-                check_base=source.check_base,
-                device=device,
-                trust_remote_code=source.trust_remote_code,
-                revision=source.revision,
-            )
+        if adapter := source.adapter:
+            trained = adapter.load(device, with_reference=False)
             return cls(trained.model, trained.tokenizer, how, batch_size)
         kwargs = {"dtype": source.dtype, **source.from_hub}
-        quantize = source.quantize is not False
-        model = load_base(source.name, None, quantize, kwargs, source.trust_remote_code, device)
+        model = load_base(source.name, None, source.quantize is not False, kwargs, source.trust_remote_code, device)
         keep_weights(model)  # it computes as it does in training
         return cls(model.requires_grad_(False).eval(), source.tokenizer(), how, batch_size)
 
@@ -138,7 +123,7 @@ class TransformersEngine:
         except torch.OutOfMemoryError as error:
             if len(prompt_ids) == 1:
                 raise OptionError(
-                    f"Out of memory for a single answer to a prompt of {len(prompt_ids[0])} tokens: lower "
+                    f"Out of memory for a single completion of a prompt of {len(prompt_ids[0])} tokens: lower "
                     "max_new_tokens, leave out the longest prompts, or load the model with quantize true."
                 ) from error
             completions = None
@@ -173,57 +158,49 @@ class VllmEngine:
                 f"engine='vllm' needs the package vllm, which can't be imported ({error}): pip install vllm, or use "
                 "engine 'transformers'."
             ) from error
-        base, adapter = source.bare()
+        adapter = source.adapter
         self.how, self.tokenizer, self._params, self._lora = how, source.tokenizer(), SamplingParams, None
         options: dict[str, Any] = {
-            "model": base,
+            "model": adapter.base_name if adapter else source.name,
             "dtype": source.dtype or "auto",
             "max_model_len": longest_prompt + how.max_new_tokens,
             "trust_remote_code": source.trust_remote_code,
         }
-        if source.revision is not None and adapter is None:
-            options["revision"] = source.revision
+        if adapter is None:
+            options |= source.from_hub
         if memory is not None:
             options["gpu_memory_utilization"] = memory
         if _in_4_bits(source, adapter):
             options["quantization"] = "bitsandbytes"  # NF4 as it loads
         if adapter is not None:
-            options |= {"enable_lora": True, "max_lora_rank": _served_rank(source.name, adapter)}
+            options |= {"enable_lora": True, "max_lora_rank": _served_rank(source.name, adapter.config)}
             self._lora = LoRARequest("policy", 1, source.name)
         self._llm = LLM(**options)
 
     def __call__(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]:
-        how = self.how
-        params = [
-            self._params(
-                temperature=how.temperature,
-                top_p=how.top_p,
-                top_k=how.top_k or -1,
-                max_tokens=how.max_new_tokens,
-                seed=seed,
-            )
-            for seed in seeds
-        ]
+        how, top_k = self.how, self.how.top_k or -1
+        same = {"temperature": how.temperature, "top_p": how.top_p, "top_k": top_k, "max_tokens": how.max_new_tokens}
+        params = [self._params(**same, seed=seed) for seed in seeds]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
         outputs = self._llm.generate(prompts, sampling_params=params, lora_request=self._lora, use_tqdm=False)
-        answers = [output.outputs[0] for output in outputs]
-        return [decode(self.tokenizer, list(a.token_ids), a.finish_reason == "stop") for a in answers]
+        found = [output.outputs[0] for output in outputs]
+        return [decode(self.tokenizer, list(one.token_ids), one.finish_reason == "stop") for one in found]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], finished: bool) -> Sample:
-    """A sample of its tokens; the end token and other special ones are not part of the text."""
+    """Makes a sample of its tokens; the end token and other special ones are not part of the text."""
     return Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, finished)
 
 
-def _in_4_bits(source: ModelSource, adapter: Any) -> bool:
+def _in_4_bits(source: ModelSource, adapter: AdapterSource | None) -> bool:
     if source.quantize is not None:
         return source.quantize
-    trained = None if adapter is None else read_training(adapter)
+    trained = adapter.read() if adapter else None
     return trained is None or bool(trained.quantization)
 
 
-def _served_rank(name: str, config: Any) -> int:
-    """What `max_lora_rank` must be."""
+def _served_rank(name: str, config: PeftConfig) -> int:
+    """Returns what vLLM's `max_lora_rank` must be."""
     if config.use_dora or config.modules_to_save:
         what = "DoRA" if config.use_dora else "modules_to_save"
         raise OptionError(f"vLLM can't serve {name!r}, an adapter with {what}: use engine 'transformers'.")

@@ -1,4 +1,4 @@
-"""Who scores the answers: a Python function with TRL's signature, a reward model, or a trained adapter.
+"""Who scores the completions: a Python function with TRL's signature, a reward model, or a trained adapter.
 
 All of them are called as TRL's GRPO trainer calls a reward function: `judge(prompts=..., completions=...,
 completion_ids=..., **columns)`, lists of equal length, which return one number for each completion, or None for one
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,12 +19,30 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.tokenize import leading_ids, text_ids
 from ..errors import DataError, OptionError
+from .options import PairsOptions
 
 Judge = Callable[..., Any]
 
 
+def load_judge(options: PairsOptions) -> Judge | None:
+    """Returns the judge that the options name; None for scores that the rows have.
+
+    Raises:
+        OptionError, ReferenceMismatchError: it can't be loaded.
+    """
+    if options.reward is not None:
+        return load_function(options.reward)
+    if options.reward_model is not None:
+        return RewardModel(options.reward_model, trust_remote_code=options.trust_remote_code)
+    if options.implicit_reward is not None:
+        from ..reward.implicit import ImplicitReward
+
+        return ImplicitReward(options.implicit_reward)
+    return None
+
+
 def load_function(path: str) -> Judge:
-    """The function that `package.module:name` or `folder/file.py:name` names.
+    """Returns the function that `package.module:name` or `folder/file.py:name` names.
 
     Raises:
         OptionError: there is no such module, file or function, or importing it fails.
@@ -43,7 +62,7 @@ def load_function(path: str) -> Judge:
     return found
 
 
-def _load_file(file: str) -> Any:
+def _load_file(file: str) -> ModuleType:
     if not Path(file).is_file():
         raise OptionError("there is no such file")
     spec = util.spec_from_file_location(Path(file).stem, file)
@@ -54,7 +73,8 @@ def _load_file(file: str) -> Any:
 
 
 def source_of(judge: Judge) -> str | None:
-    """A digest of the file that a function was written in, to notice that it was changed; None if there is none."""
+    """Returns a digest of the file that a function was written in, to notice that it was changed; None if there is
+    none."""
     try:
         file = inspect.getsourcefile(judge)
     except TypeError:  # not a Python function
@@ -71,7 +91,7 @@ class RewardModel:
         """
         Args:
             name: its folder or Hub id.
-            batch_size: answers in one pass.
+            batch_size: completions in one pass.
             dtype: that of its weights; "auto" as they are stored.
 
         Raises:
@@ -95,7 +115,7 @@ class RewardModel:
         self.name, self.batch_size, self.leading = name, batch_size, leading_ids(self.tokenizer)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """One reward per completion, in their order. Nothing is cut off.
+        """Returns one reward per completion, in their order. Nothing is cut off.
 
         Raises:
             OptionError: conversations, and the model's tokenizer has no chat template.
@@ -133,7 +153,7 @@ def judge_answers(
     columns: Mapping[str, Sequence[Any]],
     rows: Sequence[int],
 ) -> list[float | None]:
-    """Call a reward function and check what it returns.
+    """Calls a reward function and checks what it returns.
 
     Args:
         judge: takes keyword arguments alone, as TRL calls it.
@@ -170,5 +190,7 @@ def _checked(value: Any, name: str, row: int) -> float | None:
     except (TypeError, ValueError):
         raise OptionError(f"The reward function {name} returned {value!r}: a reward is a number or None.") from None
     if not math.isfinite(number):
-        raise DataError(f"The reward function {name} gave {number} to an answer to prompt {row}: mend it, or the row.")
+        raise DataError(
+            f"The reward function {name} gave {number} to a completion of prompt {row}: mend it, or the row."
+        )
     return number

@@ -1,8 +1,9 @@
-"""Statistical rejection sampling: from a policy's own answers, those that the best policy for a reward would give.
+"""Statistical rejection sampling: of a policy's own completions, those that the best policy for a reward would give.
 
-The optimum of RLHF's objective is pi*(y|x) = pi(y|x) exp(r(x, y) / beta) / Z(x) (note eq. 4). Answers sampled from pi
-become answers of pi* if each is kept with a probability in proportion to exp(r / beta). Liu et al. 2023, "Statistical
-Rejection Sampling Improves Preference Optimization" (RSO, arXiv:2309.06657), section 3.2 and Algorithm 1; note 8.3.
+The optimum of RLHF's objective is pi*(y|x) = pi(y|x) exp(r(x, y) / beta) / Z(x) (note eq. 4). Completions sampled
+from pi become completions of pi* if each is kept with a probability in proportion to exp(r / beta). Liu et al. 2023,
+"Statistical Rejection Sampling Improves Preference Optimization" (RSO, arXiv:2309.06657), section 3.2 and Algorithm 1;
+note 8.3.
 
 Nothing here knows of models or texts: candidates are their rewards, by index.
 """
@@ -23,13 +24,13 @@ class Accepted(NamedTuple):
 
 
 def acceptance(reward: float, best: float, beta: float) -> float:
-    """Probability that a candidate is accepted: exp((reward - best) / beta), `best` being the highest reward that is
-    left. Theorem 1 of the paper: its mean over pi is the expected share of accepted ones."""
+    """Returns the probability that a candidate is accepted: exp((reward - best) / beta), `best` being the highest
+    reward that is left. Theorem 1 of the paper: its mean over pi is the expected share of accepted ones."""
     return math.exp((reward - best) / beta)
 
 
 def rejection_sample(rewards: Sequence[float], accept: int, beta: float, draw: Random) -> Accepted:
-    """Accept `accept` of the candidates, each at most once (Algorithm 1 of the paper).
+    """Accepts `accept` of the candidates, each at most once (Algorithm 1 of the paper).
 
     In rounds: every candidate that is left is accepted with `acceptance`, against the highest reward that was left
     when the round began. As the best one is always accepted, each round accepts one at least. With many candidates the
@@ -65,7 +66,7 @@ def rejection_sample(rewards: Sequence[float], accept: int, beta: float, draw: R
 
 
 def first_round(accepted: Sequence[int], rewards: Sequence[float], draw: Random) -> list[tuple[int, int]]:
-    """Random pairs of the accepted candidates, each in one pair (the paper's first-round-rank).
+    """Pairs the accepted candidates at random, each in one pair (the paper's first-round-rank).
 
     Returns:
         (better, worse) by reward; of two equal ones in the order drawn. An odd one is left over.
@@ -75,8 +76,8 @@ def first_round(accepted: Sequence[int], rewards: Sequence[float], draw: Random)
 
 
 def tournament(accepted: Sequence[int], rewards: Sequence[float], draw: Random) -> list[tuple[int, int]]:
-    """Random pairs, then pairs of the winners, until one is left: one pair less than there are candidates (the paper's
-    tournament-rank). Of two equal ones the first drawn goes on; an odd one goes on by itself.
+    """Pairs at random, then the winners, until one is left: one pair less than there are candidates (the paper's
+    tournament-rank). Of two equal ones the first drawn stays; an odd one stays by itself.
 
     Returns:
         (better, worse) of every match.

@@ -1,4 +1,4 @@
-"""A file that long work on numbered items is written to as it goes, so that a killed run goes on where it was.
+"""A file that long work on numbered items is written to as it goes, so that a killed run resumes where it was.
 
 The first line says what the work is (`header`); each further line is one finished chunk, a JSON list with a record per
 item, in the order of the items. A chunk is on the disk before the next one begins. One that was being written when the
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def unfinished(output: Path) -> Path:
-    """Where unfinished work on a file is kept."""
+    """Returns the path where unfinished work on a file is kept."""
     return output.with_name(output.name + ".unfinished")
 
 
@@ -26,7 +26,7 @@ class WorkLog:
     """Finished records on disk. Only one process may write to it at a time."""
 
     def __init__(self, path: str | Path, header: Mapping[str, Any]):
-        """Begin the work, or go on with it.
+        """Begins the work, or resumes it.
 
         Args:
             path: the file; it is made if it isn't there.
@@ -35,71 +35,54 @@ class WorkLog:
         Raises:
             OptionError: the file was begun with another header (the first difference is named), or is damaged.
         """
-        self.path = Path(path)
+        self.path, self.done = Path(path), 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._whole_lines()
-        begun = self._header(lines[0]) if lines else {}
+        there = self.path.read_bytes() if self.path.is_file() else b""
+        whole = there[: there.rfind(b"\n") + 1]  # the last line may be cut off
+        lines = whole.split(b"\n")[:-1]
+        begun = dict(self._parse(lines[0], dict, "is no work file of this package. Delete it")) if lines else {}
         if len(lines) > 1:  # before the first chunk nothing is lost by beginning anew
-            self._compare(begun, header)
-            self.done = sum(len(self._parse(line, number)) for number, line in enumerate(lines[1:], 2))
-            with open(self.path, "r+b") as file:
-                file.truncate(sum(map(len, lines)))
+            self._compare(begun, json.loads(json.dumps(header)), len(lines) - 1)
+            self.done = sum(len(self._chunk(line, number)) for number, line in enumerate(lines[1:], 2))
+            os.truncate(self.path, len(whole))
         else:
-            self.done = 0
             self._write(json.dumps(header), "wb")
             _sync_folder(self.path.parent)
 
     def append(self, records: Sequence[Record]) -> None:
-        """One chunk. When this returns it is on the disk."""
+        """Writes one chunk. When this returns it is on the disk."""
         self._write(json.dumps(list(records), ensure_ascii=False), "ab")
         self.done += len(records)
 
     def records(self) -> Iterator[Record]:
-        """All finished records in order, read from the file."""
+        """Yields all finished records in order, read from the file."""
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if number > 1:
-                    yield from self._parse(line, number)
+                    yield from self._chunk(line, number)
 
     def delete(self) -> None:
-        """The work is done and its result is elsewhere."""
+        """Deletes the file: the work is done and its result is elsewhere."""
         self.path.unlink(missing_ok=True)
 
-    def _whole_lines(self) -> list[bytes]:
-        if not self.path.is_file():
-            return []
-        with open(self.path, "rb") as file:
-            lines = list(file)
-        return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-
-    def _header(self, line: bytes) -> Record:
-        try:
-            return dict(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise OptionError(f"{self.path} is no work file of this package. Delete it to begin anew.") from error
-
-    def _compare(self, begun: Record, header: Mapping[str, Any]) -> None:
-        now = json.loads(json.dumps(header))
+    def _compare(self, begun: Record, now: Record, chunks: int) -> None:
         for name in [*now, *begun]:
             if begun.get(name) != now.get(name):
                 raise OptionError(
-                    f"{self.path} holds {self._chunks()} of unfinished work that was begun with {name} = "
-                    f"{begun.get(name)!r}, and now it is {now.get(name)!r}. Give what it was begun with to go on, or "
-                    "delete the file to begin anew."
+                    f"{self.path} holds {chunks} chunk{'s' * (chunks > 1)} of unfinished work that was begun with "
+                    f"{name} = {begun.get(name)!r}, and now it is {now.get(name)!r}. Give what it was begun with to "
+                    "resume it, or delete the file to begin anew."
                 )
 
-    def _chunks(self) -> str:
-        chunks = len(self._whole_lines()) - 1
-        return f"{chunks} chunk{'' if chunks == 1 else 's'}"
+    def _chunk(self, line: bytes, number: int) -> list[Record]:
+        wrong = f"line {number} is damaged. Cut the file off before that line to keep what is above, or delete it"
+        return list(self._parse(line, list, wrong))
 
-    def _parse(self, line: bytes, number: int) -> list[Record]:
-        try:
-            return list(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise OptionError(
-                f"{self.path} line {number} is damaged. Cut the file off before that line to keep what is above, or "
-                "delete it to begin anew."
-            ) from error
+    def _parse(self, line: bytes, kind: type, wrong: str) -> Any:
+        with suppress(ValueError):
+            if isinstance(found := json.loads(line), kind):
+                return found
+        raise OptionError(f"{self.path} {wrong} to begin anew.")
 
     def _write(self, line: str, mode: str) -> None:
         with open(self.path, mode) as file:
@@ -109,7 +92,7 @@ class WorkLog:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new file's name is in its folder, which is to be on the disk too."""
+    """Waits until a new file's name, which is in its folder, is on the disk too."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

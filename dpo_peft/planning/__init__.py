@@ -1,1 +1,13 @@
-"""How much memory training takes, and how to run a step within it, predicted from shapes."""
+"""How much memory training takes, and how to run a step within it, predicted from shapes.
+
+from dpo_peft.planning import plan
+
+plan(shape="8b", gpu="24GB", lora_r=64).figures["peak"]  # bytes
+"""
+
+from .memory import GIB, RESERVE, MemoryModel
+from .run import Plan, PlanOptions, plan
+from .shapes import PRESETS, Lora, Shape
+from .steps import plan_step
+
+__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "plan", "plan_step"]

@@ -2,24 +2,30 @@
 
 Every number that isn't the size of a tensor stands in the block of constants below.
 
-Symbols: T tokens, S gathered keys (of a pair with prompt p and answers a, b: p + (p+a) + (p+b)), P predicted tokens,
-H hidden size, F width of the MLP, Q and G widths of all query and all key heads, V vocabulary, R ranks of a group of
-linear layers together, e bytes of an element that is computed with.
+Symbols: T tokens, S gathered keys (of a pair with prompt p and completions a, b: p + (p+a) + (p+b)), P predicted
+tokens, H hidden size, F width of the MLP, Q and G widths of all query and all key heads, V vocabulary, R ranks of a
+group of linear layers together, e bytes of an element that is computed with.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from .shapes import GROUPS, Lora, Shape, nf4_bytes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ..model.loading import StorageReport
 
 GIB = 2**30
 
 # ---- Constants ------------------------------------------------------------------------------------------------------
 
-# What a process takes on a card besides tensors: CUDA's context, library workspaces, the allocator's rounding.
+# What a process takes of a GPU besides tensors: CUDA's context, library workspaces, the allocator's rounding.
 RESERVE = 0.6 * GIB
 
 # Bytes of optimizer state per trained weight. 8-bit state has a float32 scale per 256 values.
@@ -38,39 +44,12 @@ OPTIMIZERS = {
 }
 
 CHUNK_ROWS = 1024  # rows of logits that the head has at a time
-# Bytes per logit: in place in fused kernels; else float32 logits, their exponentials, and these in e bytes.
-HEAD_FUSED, HEAD_PLAIN = 0, 8  # each + e
+# Bytes per logit beside these in e bytes: fused kernels compute in place; else float32 logits and their exponentials.
+HEAD_PLAIN = 8
 
 # Widths of the MLP that the backward of a plain one has at a time: gradients of the product, of its factors and of the
 # activation's input, and one more for the adapter's share. An approximation; the fused layers' are counted.
 PLAIN_MLP_GRADIENTS = 5
-
-# Measured over predicted bytes of saved activations and of a layer's backward, to calibrate with; 1 as long as the
-# sizes of tensors explain what is measured.
-SAVED_FACTOR, BACKWARD_FACTOR = 1.0, 1.0
-
-
-def optimizer_bytes(optimizer: str) -> float:
-    """Bytes of state per trained weight.
-
-    Raises:
-        OptionError: an optimizer whose state isn't known here.
-    """
-    if optimizer not in OPTIMIZERS:
-        raise OptionError(
-            f"optim={optimizer!r}: how much memory it takes is not known to the planner. Use one of "
-            f"{', '.join(OPTIMIZERS)}."
-        )
-    return OPTIMIZERS[optimizer]
-
-
-class Stored(Protocol):
-    """What is read of `modeling.StorageReport`: counted bytes of a loaded model."""
-
-    quantized: int
-    unquantized: int
-    reference_adapter: int
-    trainable_count: int
 
 
 # ---- One micro-batch ------------------------------------------------------------------------------------------------
@@ -84,7 +63,7 @@ HEAD_PHASE = ("head",)
 class MemoryModel:
     """Predicts bytes of GPU memory: fixed ones, and those of a micro-batch.
 
-    With `fused` layers as those of `forward/fused.py`; else those of transformers with PEFT under autocast.
+    `fused` layers are those of the folder `fused`; others are those of transformers with PEFT under autocast.
     """
 
     shape: Shape
@@ -112,14 +91,14 @@ class MemoryModel:
         reference: Lora | None = None,
         **options: Any,
     ) -> "MemoryModel":
-        """Of a model that isn't loaded.
+        """Predicts for a model that isn't loaded.
 
         Args:
             shape: of the base.
             lora: the adapter; rank 16 on every linear layer if None.
             quantize: whether linear layers but the head are in NF4.
-            nested: whether with double quantisation.
-            weight_bytes: of a weight that isn't quantised.
+            nested: whether with double quantization.
+            weight_bytes: of a weight that isn't quantized.
             reference: a frozen adapter beside the trained one.
             options: the fields `optimizer`, `element`, `fused`, `packed`, `offload`, `chunk_rows`.
         """
@@ -136,11 +115,11 @@ class MemoryModel:
         )
 
     @classmethod
-    def of_model(cls, model: Any, stored: Stored, **options: Any) -> "MemoryModel":
-        """Of a loaded PEFT model.
+    def of_model(cls, model: "PeftModel", stored: "StorageReport", **options: Any) -> "MemoryModel":
+        """Predicts for a loaded PEFT model, the adapter to train active.
 
         Args:
-            model: with the adapter to train active.
+            model: the model.
             stored: `storage_report(model)`, whose bytes are taken.
             options: as for `of_shape`.
 
@@ -148,16 +127,14 @@ class MemoryModel:
             OptionError: not a plain decoder.
         """
         shape = Shape.of(model.config)
-        ranks: dict[str, int] = {}
-        for name, module in model.named_modules():
-            if hasattr(module, "lora_A"):
-                short = name.rsplit(".", 1)[-1]
-                ranks[short] = max([ranks.get(short, 0), *(module.r.get(a, 0) for a in module.active_adapters)])
-        ranks = {linear.name: ranks[linear.name] for linear in shape.linears if ranks.get(linear.name)}
-        lora = Lora(ranks)
+        ranks = {linear.name: 0 for linear in shape.linears}
+        for path, module in model.named_modules():
+            if hasattr(module, "lora_A") and (name := path.rsplit(".", 1)[-1]) in ranks:
+                ranks[name] = max([ranks[name], *(module.r.get(adapter, 0) for adapter in module.active_adapters)])
+        lora = Lora({name: rank for name, rank in ranks.items() if rank})
         return cls(
             shape,
-            Lora(ranks, stored.trainable_count - lora.weights(shape)),
+            Lora(lora.ranks, stored.trainable_count - lora.weights(shape)),
             quantized=stored.quantized,
             unquantized=stored.unquantized,
             trained=stored.trainable_count,
@@ -165,76 +142,75 @@ class MemoryModel:
             **options,
         )
 
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return self.shape.layers
+
     @cached_property
     def fixed(self) -> dict[str, float]:
-        """Bytes that are there whatever the micro-batch."""
+        """Bytes that are there whatever the micro-batch.
+
+        Raises:
+            OptionError: an optimizer whose state isn't known here.
+        """
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError(
+                f"optim={self.optimizer!r}: how much memory it takes is not known to the planner. Use one of "
+                f"{', '.join(OPTIMIZERS)}."
+            )
         return {
             "quantized_weights": self.quantized,
             "unquantized_weights": self.unquantized,
             "adapter": 4 * self.trained,
             "adapter_working_copy": self._working_copy(),
-            "optimizer_state": optimizer_bytes(self.optimizer) * self.trained,
+            "optimizer_state": OPTIMIZERS[self.optimizer] * self.trained,
             "gradients": 4 * self.trained,
             "reference_adapter": self.reference,
         }
 
     def components(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> dict[str, float]:
-        """Bytes by component when a micro-batch is back-propagated.
+        """Returns the bytes by component when a micro-batch of T, S and P is back-propagated; their sum is above the
+        peak, see there.
 
-        Args:
-            tokens, keys, predicted: T, S and P.
-            checkpoint_layers: how many of the first layers keep their input alone.
-
-        Returns:
-            In the order of a table. Their sum is above the peak: see `peak`.
+        Of the first `checkpoint_layers` layers the input alone is kept.
         """
-        return {
-            **self.fixed,
-            "saved_activations": self._saved(tokens, keys, checkpoint_layers),
-            "layer_backward": self._backward(tokens, keys),
-            "dequantized_weights": self._scratch,
-            "head": self._head(predicted),
-            "index_tensors": self._index_tensors(tokens, keys, predicted),
-        }
+        saved = {"saved_activations": self._saved(tokens, keys, checkpoint_layers)}
+        return {**self.fixed, **saved, **self._passing(tokens, keys, predicted)}
 
     def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> float:
-        """Bytes at the worst moment: all components, but of the head and a layer's backward only the larger."""
+        """Returns the bytes at the worst moment: all components, but of the head and a layer's backward the larger."""
         return self._unsaved(tokens, keys, predicted) + self._saved(tokens, keys, checkpoint_layers)
 
     def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int:
-        """The fewest layers to checkpoint so that the peak is within `limit` bytes; all of them if none is enough.
+        """Returns the fewest layers to checkpoint so that the peak is within `limit` bytes; all if none is enough.
 
         Layers that aren't fused are checkpointed all or none, as transformers does it.
         """
         unsaved = self._unsaved(tokens, keys, predicted)
+
+        def fits(layers: int) -> bool:
+            return unsaved + self._saved(tokens, keys, layers) <= limit
+
         if not self.fused:
-            return 0 if unsaved + self._saved(tokens, keys, 0) <= limit else self.shape.layers
-        low, high = 0, self.shape.layers
-        while low < high:  # the peak never grows with the number of checkpointed layers
-            middle = (low + high) // 2
-            if unsaved + self._saved(tokens, keys, middle) <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+            return 0 if fits(0) else self.layers
+        return bisect_left(range(self.layers), True, key=fits)  # the peak never grows with checkpointed layers
 
     def largest_tokens(
         self, limit: float, checkpoint_layers: int, keys_per_token: float = 1.5, predicted_share: float = 0.75
     ) -> int:
-        """The most tokens of a micro-batch whose peak is within `limit` bytes; 0 if there is no room for one."""
-
-        def fits(n: int) -> bool:
-            return self.peak(n, n * keys_per_token, n * predicted_share, checkpoint_layers) <= limit
-
-        return _largest(fits)
+        """Returns the most tokens of a micro-batch whose peak is within `limit` bytes; 0 if there is no room for one.
+        `keys_per_token` and `predicted_share` are S / T and P / T."""
+        return _largest(lambda n: self.peak(n, n * keys_per_token, n * predicted_share, checkpoint_layers) <= limit)
 
     def longest_row(self, limit: float, checkpoint_layers: int, answers: int = 2) -> int:
-        """The longest prompt + answer, in tokens, of which one sample fits however prompt and answers share it."""
+        """Returns the longest prompt + completion, in tokens, of which one sample with `answers` completions fits
+        however prompt and completions share it."""
 
         def fits(n: int) -> bool:
-            all_answer = self.peak(answers * n, answers * n, answers * n, checkpoint_layers)
+            all_completion = self.peak(answers * n, answers * n, answers * n, checkpoint_layers)
             all_prompt = self.peak(n, (answers + 1) * n, answers, checkpoint_layers)
-            return max(all_answer, all_prompt) <= limit
+            return max(all_completion, all_prompt) <= limit
 
         return _largest(fits)
 
@@ -242,7 +218,7 @@ class MemoryModel:
 
     def _rank(self, group: str) -> int:
         """R; the fused layers round it up to a multiple of 8."""
-        rank = self.lora.rank(self.shape, group)
+        rank = sum(self.lora.ranks.get(linear.name, 0) for linear in self.shape.group(group))
         return -(-rank // 8) * 8 if self.fused else rank
 
     def _working_copy(self) -> float:
@@ -254,16 +230,35 @@ class MemoryModel:
         return self.element * shape.layers * sum(sizes)
 
     def _unsaved(self, T: float, S: float, P: float) -> float:
-        """The peak but for saved activations."""
-        layer = self._backward(T, S) + self._scratch
-        return self._fixed + self._index_tensors(T, S, P) + max(layer, self._head(P))
+        """Returns the peak but for saved activations."""
+        parts = self._passing(T, S, P)
+        head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
+        return sum(self.fixed.values()) + parts["index_tensors"] + max(layer, head)
 
-    def _backward(self, T: float, S: float) -> float:
-        return BACKWARD_FACTOR * max(self.phases(T, S).values())
+    def _passing(self, T: float, S: float, P: float) -> dict[str, float]:
+        """Returns the bytes that a micro-batch takes for a moment, beside what is saved for its backward."""
+        shape, e = self.shape, self.element
+        per_logit = e if self.fused else e + HEAD_PLAIN
+        # Hidden states before and after the final norm, and the gradient.
+        states = 3 * e * P * shape.hidden
+        return {
+            "layer_backward": max(self.phases(T, S).values()),
+            "dequantized_weights": self._scratch,
+            "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
+            # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
+            # angles of positions; log-probs and their gradients.
+            "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
+        }
 
     @cached_property
-    def _fixed(self) -> float:
-        return sum(self.fixed.values())
+    def _scratch(self) -> float:
+        """The bytes of the largest weights that are dequantized for one product."""
+        if not self.quantized and not self.fused:
+            return 0
+        if not self.fused:  # one linear layer at a time
+            return self.element * max(linear.weights for linear in self.shape.linears)
+        groups = ((self.shape.group(g)[0].inputs + self._rank(g)) * self.shape.group_outputs(g) for g in GROUPS)
+        return self.element * max(groups)
 
     def _saved(self, T: float, S: float, checkpoint_layers: int) -> float:
         kept, inputs = self._kept(T, S), self.element * T * self.shape.hidden
@@ -274,10 +269,10 @@ class MemoryModel:
         saved = checkpoint_layers * held + max(others * kept, kept - held)
         if not self.fused:  # transformers' final norm keeps its input in float32 and its output
             saved += (4 + self.element) * T * self.shape.hidden
-        return SAVED_FACTOR * saved
+        return saved
 
     def _kept(self, T: float, S: float) -> float:
-        """Bytes that a layer keeps for its backward if it isn't checkpointed."""
+        """Returns the bytes that a layer keeps for its backward if it isn't checkpointed."""
         shape, e = self.shape, self.element
         H, Q, G, F = shape.hidden, shape.q, shape.kv, shape.intermediate
         # q, attention's output and its float32 log-sum-exp; k and v gathered.
@@ -285,13 +280,13 @@ class MemoryModel:
         if self.fused:
             # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
             return attention + e * T * (2 * H + shape.group_outputs("up") + (Q + 2 * G) * shape.qk_norm)
-        # Norms keep their input in float32. The activation keeps its inputs, and if gated also its output. Each
-        # adapter keeps its input and what its A makes of it, in a copy of its own.
+        # Norms keep their input in float32. The activation keeps its inputs, and if gated (they are wider than F) also
+        # its output. Each adapter keeps its input and what its A makes of it, in a copy of its own.
         adapters = sum(one.inputs + self.lora.ranks[one.name] for one in shape.linears if one.name in self.lora.ranks)
-        return attention + T * (2 * 4 * H + e * (F * (3 if shape.gated else 1) + adapters))
+        return attention + T * (2 * 4 * H + e * (2 * shape.group_outputs("up") - F + adapters))
 
     def phases(self, T: float, S: float) -> dict[str, float]:
-        """Bytes that a layer's backward needs beside what is kept, phase by phase; the largest counts."""
+        """Returns the bytes that a layer's backward needs beside what is kept, phase by phase; the largest counts."""
         shape, e = self.shape, self.element
         H, Q, G, F = shape.hidden, shape.q, shape.kv, shape.intermediate
         N = Q + 2 * G
@@ -316,36 +311,7 @@ class MemoryModel:
             "qkv": gradient + e * T * (N + 3 * H),
         }
 
-    @cached_property
-    def _scratch(self) -> float:
-        if not self.quantized and not self.fused:
-            return 0
-        if not self.fused:  # one linear layer at a time
-            return self.element * max(linear.weights for linear in self.shape.linears)
-        groups = ((self.shape.group(g)[0].inputs + self._rank(g)) * self.shape.group_outputs(g) for g in GROUPS)
-        return self.element * max(groups)
-
-    def _head(self, P: float) -> float:
-        rows = min(self.chunk_rows, P)
-        # Hidden states before and after the final norm, and the gradient.
-        states = 3 * self.element * P * self.shape.hidden
-        return rows * self.shape.vocab * (self.element + (HEAD_FUSED if self.fused else HEAD_PLAIN)) + states
-
-    def _index_tensors(self, T: float, S: float, P: float) -> float:
-        # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
-        # angles of positions; log-probs and their gradients.
-        return 8 * (8 * T + S + 3 * P) + 2 * self.element * T * self.shape.head_dim + 16 * P
-
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest n from 0 that fits, of a size that fits only if all smaller ones do."""
-    if not fits(1):
-        return 0
-    high = 2
-    while fits(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """Returns the largest n from 0 that fits, of a size that fits only if all smaller ones do."""
+    return bisect_left(range(2**40), True, key=lambda n: not fits(n + 1))

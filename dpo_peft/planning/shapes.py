@@ -1,21 +1,21 @@
 """The sizes of a decoder, read off its config, and of a LoRA adapter on it: no weights are loaded, and none are made.
 
-What counts for memory is few: how wide the layers are, which linear layers they have (those are quantised and get
+What counts for memory is few: how wide the layers are, which linear layers they have (those are quantized and get
 adapters), and how many weights there are beside them.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import OptionError
 
-GROUPS = ("qkv", "o", "up", "down")  # linear layers with one input: they are dequantised and multiplied together
+GROUPS = ("qkv", "o", "up", "down")  # linear layers with one input: they are dequantized and multiplied together
 
 # Names that models give to the linear layers of a decoder layer. A name that isn't here is an error: a layer that is
 # not understood would be counted wrong.
@@ -27,7 +27,6 @@ _MLP = {
     "up": {"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"},
     "down": {"down_proj", "fc2", "c_proj", "dense_4h_to_h"},
 }
-
 
 # bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
@@ -61,7 +60,7 @@ class Shape:
     tied: bool  # whether the head is the embedding
     linears: tuple[Linear, ...]  # of one layer
     others: int  # weights of norms and biases, over the whole model
-    qk_norm: bool = False  # whether queries and keys are normalised
+    qk_norm: bool = False  # whether queries and keys are normalized
 
     @classmethod
     def llama(
@@ -76,7 +75,7 @@ class Shape:
         tied: bool = False,
         qk_norm: bool = False,
     ) -> "Shape":
-        """A Llama's: no biases, two norms a layer and one at the end (with `qk_norm` two more of a head's size)."""
+        """Makes a Llama's: no biases, two norms a layer and one at the end (`qk_norm`: two more of a head's size)."""
         head_dim = head_dim or hidden // heads
         q, kv = heads * head_dim, kv_heads * head_dim
         linears = (
@@ -92,8 +91,8 @@ class Shape:
         return cls(hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied, linears, others, qk_norm)
 
     @classmethod
-    def of(cls, config: Any, trust_remote_code: bool = False) -> "Shape":
-        """The shape of the causal LM that a transformers config describes, built without storage on the meta device.
+    def of(cls, config: PretrainedConfig, trust_remote_code: bool = False) -> "Shape":
+        """Reads the causal LM that a transformers config describes, built without storage on the meta device.
 
         Args:
             config: the model's config; of a model for text and images, the text part counts.
@@ -108,7 +107,8 @@ class Shape:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise _refusal(config, f"it can't be built from its config ({_first_line(error)})") from error
+            first = str(error).strip().partition("\n")[0][:200]
+            raise _refusal(config, f"it can't be built from its config ({type(error).__name__}: {first})") from error
         return _read(model, config)
 
     @property
@@ -121,37 +121,27 @@ class Shape:
         """G, the width of all key (or value) heads."""
         return self.kv_heads * self.head_dim
 
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP multiplies two projections of its input."""
-        return self.group_outputs("up") == 2 * self.intermediate
-
     def group(self, name: str) -> tuple[Linear, ...]:
-        """The linear layers of a group."""
+        """Returns the linear layers of a group."""
         return tuple(linear for linear in self.linears if linear.group == name)
 
     def group_outputs(self, name: str) -> int:
-        """How many outputs a group has together."""
+        """Returns how many outputs a group has together."""
         return sum(linear.outputs for linear in self.group(name))
 
     @property
-    def linear_weights(self) -> int:
-        """Weights of all linear layers but the head."""
-        return self.layers * sum(linear.weights for linear in self.linears)
-
-    @property
     def unquantized_weights(self) -> int:
-        """Weights that stay as they are when the model is quantised; tied ones count once."""
+        """Weights that stay as they are when the model is quantized; tied ones count once."""
         return (1 if self.tied else 2) * self.vocab * self.hidden + self.others
 
     @property
     def weights(self) -> int:
         """All weights; tied ones count once."""
-        return self.linear_weights + self.unquantized_weights
+        return self.layers * sum(linear.weights for linear in self.linears) + self.unquantized_weights
 
 
 def nf4_bytes(weights: int, nested: bool = True) -> int:
-    """Bytes of a linear layer's weights in NF4 with its constants; `nested` is double quantisation."""
+    """Returns the bytes of a linear layer's weights in NF4 with its constants; `nested` is double quantization."""
     blocks = -(-weights // NF4_BLOCK)
     if not nested:
         return -(-weights // 2) + 4 * blocks + 4 * 16
@@ -161,22 +151,22 @@ def nf4_bytes(weights: int, nested: bool = True) -> int:
 # ---- Reading a model on the meta device ----------------------------------------------------------------------------
 
 
-def _read(model: Any, config: Any) -> Shape:
-    layers = _decoder_layers(model, config)
+def _read(model: PreTrainedModel, config: PretrainedConfig) -> Shape:
+    number = getattr(config, "num_hidden_layers", None)
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number)
+    layers = next(lists, None)
+    if layers is None:
+        raise _refusal(config, "it has no list of decoder layers")
     linears = [_linears(layer, config) for layer in layers]
     if any(of_layer != linears[0] for of_layer in linears):
         raise _refusal(config, "its layers differ from each other")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
         raise _refusal(config, "it has no embedding or no head")
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    strays = [
-        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and id(m) not in inside
-    ]
-    if strays:
+    known = {head, *layers.modules()}
+    if strays := [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m not in known]:
         raise _refusal(config, f"it has linear layers outside of its decoder layers ({strays[0]})")
     heads = config.num_attention_heads
-    tied = embedding.weight is head.weight
     vocab, hidden = embedding.weight.shape
     shape = Shape(
         hidden=hidden,
@@ -186,26 +176,16 @@ def _read(model: Any, config: Any) -> Shape:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         vocab=vocab,
-        tied=tied,
+        tied=embedding.weight is head.weight,
         linears=linears[0],
         others=0,
         qk_norm=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
     )
-    total = sum(parameter.numel() for parameter in model.parameters())
-    shape = replace(shape, others=total - shape.weights)
     _check(shape, config)
-    return shape
+    return replace(shape, others=sum(parameter.numel() for parameter in model.parameters()) - shape.weights)
 
 
-def _decoder_layers(model: Any, config: Any) -> nn.ModuleList:
-    number = getattr(config, "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise _refusal(config, "it has no list of decoder layers")
-
-
-def _linears(layer: nn.Module, config: Any) -> tuple[Linear, ...]:
+def _linears(layer: nn.Module, config: PretrainedConfig) -> tuple[Linear, ...]:
     found = []
     for path, module in layer.named_modules():
         if isinstance(module, nn.Linear):
@@ -215,15 +195,16 @@ def _linears(layer: nn.Module, config: Any) -> tuple[Linear, ...]:
             if group is None or "expert" in path:
                 raise _refusal(config, f"its layers hold {path}")
             found.append(Linear(name, group, module.out_features, module.in_features))
-        else:  # norms are vectors; anything larger is an expert, a convolution, a table, ...
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim > 1:
-                    raise _refusal(config, f"its layers hold {path}.{name}, which is no linear layer")
+            continue
+        # Norms are vectors; anything larger is an expert, a convolution, a table, ...
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                raise _refusal(config, f"its layers hold {path}.{name}, which is no linear layer")
     return tuple(found)
 
 
-def _check(shape: Shape, config: Any) -> None:
-    """The linear layers must have the sizes that attention and MLP of this shape have."""
+def _check(shape: Shape, config: PretrainedConfig) -> None:
+    """Refuses linear layers of other sizes than attention and MLP of this shape have."""
     outputs = {group: shape.group_outputs(group) for group in GROUPS}
     inputs = {group: {linear.inputs for linear in shape.group(group)} for group in GROUPS}
     attention = (outputs["qkv"], inputs["qkv"], outputs["o"], inputs["o"])
@@ -234,17 +215,12 @@ def _check(shape: Shape, config: Any) -> None:
         raise _refusal(config, "its MLP is not a plain one")
 
 
-def _refusal(config: Any, reason: str) -> OptionError:
+def _refusal(config: PretrainedConfig, reason: str) -> OptionError:
     return OptionError(
         f"The memory of a {config.model_type} model can't be predicted: {reason}. The planner knows decoders whose "
         "layers are all alike, an attention and an MLP each. For an estimate, give `dpo-peft plan` a --shape that is "
         "near in size."
     )
-
-
-def _first_line(error: Exception) -> str:
-    first, _, _ = str(error).strip().partition("\n")
-    return f"{type(error).__name__}: {first[:200]}"
 
 
 # ---- The adapter ----------------------------------------------------------------------------------------------------
@@ -266,7 +242,7 @@ class Lora:
         dora: bool = False,
         saved: Sequence[str] = (),
     ) -> "Lora":
-        """One rank everywhere.
+        """Makes one with the same rank everywhere.
 
         Args:
             shape: of the base.
@@ -283,9 +259,9 @@ class Lora:
         known = [linear.name for linear in shape.linears]
         targets = known if targets is None or list(targets) == ["all-linear"] else list(targets)
         outside = ["embed_tokens", "lm_head"]
-        for option, names, allowed in (("target", targets, known + outside), ("modules_to_save", saved, outside)):
+        named = {"lora_target_modules": (targets, known + outside), "lora_modules_to_save": (saved, outside)}
+        for option, (names, allowed) in named.items():
             if wrong := [name for name in names if name not in allowed]:
-                option = "lora_target_modules" if option == "target" else "lora_modules_to_save"
                 raise OptionError(f"{option}: {wrong[0]!r} is not one of {', '.join(allowed)}.")
         ranks = {name: rank for name in known if name in targets}
         magnitudes = shape.layers * sum(linear.outputs for linear in shape.linears if linear.name in ranks)
@@ -294,13 +270,9 @@ class Lora:
         return cls(ranks, others)
 
     def weights(self, shape: Shape) -> int:
-        """How many weights are trained."""
+        """Returns how many weights are trained."""
         factors = sum(self.ranks.get(one.name, 0) * (one.inputs + one.outputs) for one in shape.linears)
         return shape.layers * factors + self.others
-
-    def rank(self, shape: Shape, group: str) -> int:
-        """R of a group."""
-        return sum(self.ranks.get(linear.name, 0) for linear in shape.group(group))
 
 
 # ---- By name --------------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@
 the same code.
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..training.packing import longest_first
 from .memory import GIB, RESERVE, MemoryModel
 from .shapes import PRESETS, Lora, Shape
 
@@ -16,7 +16,7 @@ __all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "MicroBatch", "Sh
 
 RECOMPUTED = 0.73  # of a checkpointed layer's forward pass that its backward repeats: all but the last product
 # What a pass over the weights costs beside its tokens' work, in tokens, and below which number of tokens it gets no
-# shorter, since launching its kernels takes as long. From an 8B shape on an H100: weights are dequantised in 6 ms.
+# shorter, since launching its kernels takes as long. From an 8B shape on an H100: weights are dequantized in 6 ms.
 PASS_TOKENS, LEAST_TOKENS = 400, 4000
 
 
@@ -54,10 +54,10 @@ def plan_step(
     pass_tokens: float = PASS_TOKENS,
     least_tokens: float = LEAST_TOKENS,
 ) -> StepPlan:
-    """The cheapest way to run an optimizer step within memory.
+    """Finds the cheapest way to run an optimizer step within memory.
 
     Few large micro-batches pass over the weights less often; small ones need fewer layers checkpointed. Numbers of
-    micro-batches are tried from 1 on, with the samples spread evenly by tokens, largest first.
+    micro-batches are tried from 1 on, with the samples spread evenly by tokens.
 
     Args:
         samples: T, S and P of each, which add up (prompts are shared).
@@ -72,70 +72,37 @@ def plan_step(
         Every sample in exactly one micro-batch. A sample that doesn't fit alone stands alone all the same.
     """
     most = math.inf if max_tokens is None else max_tokens
-    single = [_micro_batch([i], samples, model, limit) for i in range(len(samples))]
-    alone = [batch for batch in single if batch.peak > limit or batch.tokens > most]
-    rest = [i for batch in single if batch.peak <= limit and batch.tokens <= most for i in batch.samples]
+    tokens, passes = [sample[0] for sample in samples], 2 + reference_passes
+
+    def micro_batch(indices: Sequence[int]) -> MicroBatch:
+        T, S, P = (sum(samples[i][k] for i in indices) for k in range(3))
+        layers = model.checkpoint_layers_for(T, S, P, limit)
+        return MicroBatch(tuple(sorted(indices)), T, S, P, layers, model.peak(T, S, P, layers))
+
+    def fits(batch: MicroBatch) -> bool:
+        return batch.peak <= limit and batch.tokens <= most
+
+    def cost(batch: MicroBatch) -> float:
+        # Passes over the weights, and recomputation, beyond the samples' own work; in tokens of a forward pass.
+        repeated = RECOMPUTED * batch.checkpoint_layers / model.layers
+        return (passes + repeated) * max(batch.tokens + pass_tokens, least_tokens) - passes * batch.tokens
+
+    single = [micro_batch([i]) for i in range(len(samples))]
+    alone = [batch for batch in single if not fits(batch)]
+    rest = sorted((i for i, batch in enumerate(single) if fits(batch)), key=lambda i: (-tokens[i], i))
     best: list[MicroBatch] = []
     best_cost = math.inf
     for number in range(1, len(rest) + 1):
-        if number * (2 + reference_passes) * pass_tokens >= best_cost:
+        if number * passes * pass_tokens >= best_cost:
             break  # more micro-batches cost more than what is known
         tried = []
-        for one in _spread(rest, samples, number):  # the largest first: what doesn't fit shows at once
-            batch = _micro_batch(one, samples, model, limit)
-            if batch.peak > limit or batch.tokens > most:
+        # The largest first: what doesn't fit shows at once.
+        for one in sorted(longest_first(rest, tokens, number), key=lambda one: -sum(tokens[i] for i in one)):
+            tried.append(micro_batch(one))
+            if not fits(tried[-1]):
                 break
-            tried.append(batch)
         else:
-            cost = sum(_cost(batch, model, reference_passes, pass_tokens, least_tokens) for batch in tried)
-            if cost < best_cost:
-                best, best_cost = tried, cost
+            if (costs := sum(map(cost, tried))) < best_cost:
+                best, best_cost = tried, costs
     batches = sorted(alone + best, key=lambda batch: (-batch.tokens, batch.samples))
-    cost = sum(_cost(batch, model, reference_passes, pass_tokens, least_tokens) for batch in batches)
-    return StepPlan(tuple(batches), cost, all(batch.peak <= limit for batch in batches))
-
-
-def _total(indices: Sequence[int], samples: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
-    tokens, keys, predicted = (sum(samples[i][k] for i in indices) for k in range(3))
-    return tokens, keys, predicted
-
-
-def _micro_batch(
-    indices: Sequence[int], samples: Sequence[tuple[int, int, int]], model: MemoryModel, limit: float
-) -> MicroBatch:
-    size = _total(indices, samples)
-    layers = model.checkpoint_layers_for(*size, limit)
-    return MicroBatch(tuple(sorted(indices)), *size, layers, model.peak(*size, layers))
-
-
-def _cost(
-    batch: MicroBatch, model: MemoryModel, reference_passes: int, pass_tokens: float, least_tokens: float
-) -> float:
-    """Passes over the weights, and recomputation, beyond the samples' own work; in tokens of a forward pass."""
-    passes = 2 + reference_passes
-    repeated = RECOMPUTED * batch.checkpoint_layers / model.shape.layers
-    return (passes + repeated) * max(batch.tokens + pass_tokens, least_tokens) - passes * batch.tokens
-
-
-def _spread(indices: Sequence[int], samples: Sequence[tuple[int, int, int]], number: int) -> list[list[int]]:
-    """Bins of about equally many tokens, the largest first."""
-    tokens = [sample[0] for sample in samples]
-    bins = longest_first(sorted(indices, key=lambda i: (-tokens[i], i)), tokens, number)
-    return sorted(bins, key=lambda one: -sum(tokens[i] for i in one))
-
-
-def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
-    """Level bins: each item into the emptiest one (Graham 1969).
-
-    Args:
-        order: items as indices into `sizes`, the largest first.
-        sizes: of all items.
-        number: of bins.
-    """
-    bins: list[list[int]] = [[] for _ in range(number)]
-    loads = [(0, b) for b in range(number)]  # a heap
-    for i in order:
-        load, b = loads[0]
-        bins[b].append(i)
-        heapq.heapreplace(loads, (load + sizes[i], b))
-    return bins
+    return StepPlan(tuple(batches), sum(map(cost, batches)), all(batch.peak <= limit for batch in batches))

@@ -7,17 +7,16 @@ alone: a resumed run packs as the straight one does.
 A bin is the rows of one micro-batch, by their indices. A row that is larger than the budget gets a bin of its own.
 """
 
+import heapq
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from ..planning.steps import longest_first
-
 
 class Size(NamedTuple):
-    """What a row takes in a micro-batch of its own."""
+    """The tokens that a row takes in a micro-batch of its own."""
 
     tokens: int  # positions of the forward pass, padding included
     keys: int  # keys that its segments read: a shared prompt counts for itself and once more for each completion
@@ -25,35 +24,35 @@ class Size(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a row takes when each completion is padded to the longest of the micro-batch."""
+    """The rectangle that a row takes when each completion is padded to the longest of the micro-batch."""
 
-    answers: int  # completions, answers to other prompts among them
+    completions: int  # those of other prompts beside it among them
     longest: int  # prompt and longest completion
 
 
 def shape_of(row: Mapping[str, Any]) -> Shape:
-    """Of a prepared row."""
-    answers = [len(ids) for ids in (*row["completion_ids"], *row.get("mismatched_ids", ()))]
-    return Shape(len(answers), len(row["prompt_ids"]) + max(answers))
+    """Returns the shape of a prepared row."""
+    lengths = [len(ids) for ids in (*row["completion_ids"], *row.get("mismatched_ids", ()))]
+    return Shape(len(lengths), len(row["prompt_ids"]) + max(lengths))
 
 
 def size_of(row: Mapping[str, Any], shared: bool) -> Size:
-    """Of a prepared row, whose prompt is laid out once (`shared`) or once per completion."""
+    """Returns the size of a prepared row, whose prompt is laid out once (`shared`) or once per completion."""
     prompt = len(row["prompt_ids"])
     own, others = (sum(map(len, row.get(name, ()))) for name in ("completion_ids", "mismatched_ids"))
     steps = row.get("steps")
     predicted = others + (own if steps is None else sum(step >= 0 for steps_C in steps for step in steps_C))
-    answers, longest = shape_of(row)
+    completions, longest = shape_of(row)
     if not shared:
-        return Size(answers * longest, answers * longest, predicted)
+        return Size(completions * longest, completions * longest, predicted)
     tokens = prompt + own + others
-    return Size(tokens, tokens + answers * prompt, predicted)
+    return Size(tokens, tokens + completions * prompt, predicted)
 
 
 def pack_rows(rows: Sequence[Mapping[str, Any]], budget: int, shared: bool) -> list[list[int]]:
-    """Prepared rows to bins of at most `budget` tokens, the largest first; indices ascend in each.
+    """Packs prepared rows into bins of at most `budget` tokens, the largest first; indices ascend in each.
 
-    Largest first, so that what does not fit into memory is known at once, and its blocks are used again.
+    The largest comes first, so that what does not fit into memory is known at once, and its blocks are used again.
     """
     if shared:
         return level_bins([size_of(row, shared).tokens for row in rows], budget)
@@ -64,7 +63,7 @@ def pack_rows(rows: Sequence[Mapping[str, Any]], budget: int, shared: bool) -> l
 
 
 def level_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """As few bins as first-fit or longest-first needs, as level as longest-first makes them.
+    """Packs into as few bins as first-fit or longest-first needs, as level as longest-first makes them.
 
     First-fit decreasing takes at most 11/9 of the fewest bins and 6/9 (Dósa 2007). Longest-first, each row into the
     emptiest bin, has a largest bin of at most 4/3 of the smallest possible (Graham 1969); where it would go beyond the
@@ -83,6 +82,23 @@ def level_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return [[i] for i in alone] + [sorted(one) for one in bins]
 
 
+def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
+    """Spreads items over bins that are level: each item goes into the emptiest one (Graham 1969).
+
+    Args:
+        order: items as indices into `sizes`, the largest first.
+        sizes: of all items.
+        number: of bins.
+    """
+    bins: list[list[int]] = [[] for _ in range(number)]
+    loads = [(0, b) for b in range(number)]  # a heap
+    for i in order:
+        load, b = loads[0]
+        bins[b].append(i)
+        heapq.heapreplace(loads, (load + sizes[i], b))
+    return bins
+
+
 def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
     room: list[int] = []
@@ -96,14 +112,14 @@ def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[
     return bins
 
 
-# ---- Padded rows: a bin's size is its answers times the longest -----------------------------------------------------
+# ---- Padded rows: a bin's size is its completions times the longest -------------------------------------------------
 
 
 def padded_bins(shapes: Sequence[Shape], budget: int) -> list[list[int]]:
-    """Stretches of the rows in order of their length, so that little is padded: with equally many answers in each row
-    the fewest bins that there are, and their largest as small as stretches can have it."""
-    order = sorted(range(len(shapes)), key=lambda i: (-shapes[i].longest, -shapes[i].answers, i))
-    single = [shape.answers * shape.longest for shape in shapes]
+    """Cuts the rows, in order of their length, into stretches, so that little is padded: with equally many completions
+    in each row the fewest bins that there are, and their largest as small as stretches can have it."""
+    order = sorted(range(len(shapes)), key=lambda i: (-shapes[i].longest, -shapes[i].completions, i))
+    single = [shape.completions * shape.longest for shape in shapes]
     alone = sorted((i for i in order if single[i] > budget), key=lambda i: (-single[i], i))
     rest = [i for i in order if single[i] <= budget]
     number = len(_stretches(rest, shapes, budget))
@@ -120,21 +136,21 @@ def padded_bins(shapes: Sequence[Shape], budget: int) -> list[list[int]]:
 
 
 def padded_size(rows: Sequence[int], shapes: Sequence[Shape]) -> int:
-    """Tokens of a bin of padded rows."""
-    return sum(shapes[i].answers for i in rows) * max(shapes[i].longest for i in rows)
+    """Returns the tokens of a bin of padded rows."""
+    return sum(shapes[i].completions for i in rows) * max(shapes[i].longest for i in rows)
 
 
 def _stretches(order: Sequence[int], shapes: Sequence[Shape], budget: int) -> list[list[int]]:
-    """`order` is by length: the first row of a bin is its longest."""
+    """Cuts `order`, which is by length: the first row of a bin is its longest."""
     bins: list[list[int]] = []
-    answers = 0  # of the last bin
+    completions = 0  # of the last bin
     for i in order:
-        answers += shapes[i].answers
-        if bins and answers * shapes[bins[-1][0]].longest <= budget:
+        completions += shapes[i].completions
+        if bins and completions * shapes[bins[-1][0]].longest <= budget:
             bins[-1].append(i)
         else:
             bins.append([i])
-            answers = shapes[i].answers
+            completions = shapes[i].completions
     return bins
 
 
@@ -142,7 +158,7 @@ def _stretches(order: Sequence[int], shapes: Sequence[Shape], budget: int) -> li
 
 
 def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number: int) -> list[dict[str, Any]]:
-    """Micro-batches on the entries that `transformers.Trainer` counts as those of an optimizer step.
+    """Hangs micro-batches on the entries that `transformers.Trainer` counts as those of an optimizer step.
 
     Its loop takes as many entries as were read from the data loader, however many micro-batches there are: each entry
     gets some, or none.
@@ -171,7 +187,7 @@ def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch that was laid out on the CPU, queued for the device. From pageable memory, the copy would wait until the
+    """Queues a batch that was laid out on the CPU for the device. From pageable memory, the copy would wait until the
     GPU has done all that was asked of it before."""
 
     def move(value: Any) -> Any:
@@ -185,7 +201,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def describe(packs: Sequence[Mapping[str, Any]], budget: int) -> str:
-    """One sentence for people: how the rows of a step were packed."""
+    """Says in one sentence how the rows of a step were packed."""
     tokens = [pack["input_ids"].numel() for pack in packs]
     return (
         f"{sum(len(pack['rows']) for pack in packs)} rows in {len(packs)} micro-batches, the largest of {max(tokens)} "

@@ -163,7 +163,7 @@ def test_batches_and_memory_do_not_change_the_answers(work: Path, adapter: str, 
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("dpo_peft.pairs.engines.sample_completions", without_memory)
-    assert "Out of memory for a single answer" in refused(command(work, adapter, "none.jsonl"), capsys)
+    assert "Out of memory for a single completion" in refused(command(work, adapter, "none.jsonl"), capsys)
 
 
 def test_a_base_model_in_4_bits_or_whole(work: Path, base_folder: str, adapter: str, capsys: Any) -> None:
@@ -304,7 +304,7 @@ def test_ctrl_c_keeps_what_is_finished_and_other_options_are_refused(
 
 def test_other_rules_use_the_answers_that_are_there(work: Path, adapter: str, capsys: Any) -> None:
     error = refused(command(work, adapter, min_margin=5), capsys)
-    assert "no pair could be made of 40 answers" in error and "margin below min_margin" in error
+    assert "no pair could be made of 40 completions" in error and "margin below min_margin" in error
     assert not (work / "pairs.jsonl").exists()
     judged = (work / "judged.txt").read_text()
     assert run(command(work, adapter, min_margin=0.01), capsys)["resumed_prompts"] == 10
@@ -443,7 +443,7 @@ def test_sampling_options_have_no_effect_on_given_answers(work: Path, base_folde
     words = [f"--prompts={work / 'given.jsonl'}", f"--output={work / 'pairs.jsonl'}"]
     assert "The rows have scores: --score_column scores" in refused(words, capsys)
     error = refused([base_folder, *words, "--score_column=scores", "--temperature=0.5"], capsys)
-    assert "model, temperature: no effect, the rows have answers in 'completions' already" in error
+    assert "model, temperature: no effect, the rows have completions in 'completions' already" in error
     assert "model is missing" in refused(command(work, None), capsys)
 
 

@@ -12,10 +12,10 @@ from peft import PeftModel
 from trainer_helpers import lora
 from transformers import LlamaConfig, T5Config
 
-from dpo_peft import OptionError, cli
+from dpo_peft import OptionError, cli, planning
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.planning.steps import GIB, PRESETS, RESERVE, Lora, MemoryModel
-from dpo_peft.planning.tables import CARDS, parse_card
+from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel
+from dpo_peft.planning.gpus import GPUS, parse_gpu
 
 CONFIG = dict(
     vocab_size=320,
@@ -58,10 +58,10 @@ def text(capsys: pytest.CaptureFixture) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("size", "card", "at_least"), [("70b", "H100", 20000), ("70b", "80GB", 20000), ("8b", "24GB", 16000)]
+    ("size", "gpu", "at_least"), [("70b", "H100", 20000), ("70b", "80GB", 20000), ("8b", "24GB", 16000)]
 )
-def test_what_must_fit(plan: Any, size: str, card: str, at_least: int) -> None:
-    found = plan("--shape", size, "--gpu", card)
+def test_what_must_fit(plan: Any, size: str, gpu: str, at_least: int) -> None:
+    found = plan("--shape", size, "--gpu", gpu)
     none, half, full = found["fits"]
     assert none["tokens"] < half["tokens"] < full["tokens"] >= at_least
     assert [row["checkpoint_layers"] for row in found["fits"]] == [n * found["layers"] // 2 for n in (0, 1, 2)]
@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_library(plan: Any) -> None:
     found = plan("--shape", "8b", "--gpu", "RTX4090", "--optim", "adamw_8bit", "--lora_r", 32)
     shape = PRESETS["8b"][1]
     model = MemoryModel.of_shape(shape, Lora.of(shape, 32), optimizer="adamw_8bit")
-    usable = CARDS["RTX4090"] * GIB - RESERVE
+    usable = GPUS["RTX4090"] * GIB - RESERVE
     assert found["gpu"]["usable"] == usable
     assert [row["tokens"] for row in found["fits"]] == [model.largest_tokens(usable, n) for n in (0, 16, 32)]
     assert [row["longest_row"] for row in found["fits"]] == [model.longest_row(usable, n) for n in (0, 16, 32)]
@@ -83,10 +83,19 @@ def test_figures_are_those_of_the_library(plan: Any) -> None:
     assert found["trained_weights"] == 2 * 41943040
 
 
+def test_the_function_gives_what_the_command_prints(plan: Any) -> None:
+    options = {"shape": "8b", "gpu": "24GB", "lora_r": 32, "loss_type": "simpo", "pairs": 60, "pairs_per_second": 2.0}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert planning.plan(**options).figures == plan(*words)
+    assert planning.plan(shape="8b").figures == plan("--shape", "8b")
+    with pytest.raises(OptionError, match="'gpus'.*'gpu'"):
+        planning.plan(shape="8b", gpus="24GB")
+
+
 def test_a_step_is_cut_until_it_fits(plan: Any) -> None:
     """64 pairs of 800 tokens: each micro-batch holds whole pairs, all 51,200 tokens are in some."""
     options = "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 8
-    small, large = (plan("--shape", "8b", "--gpu", card, *options)["step"] for card in ("24GB", "80GB"))
+    small, large = (plan("--shape", "8b", "--gpu", gpu, *options)["step"] for gpu in ("24GB", "80GB"))
     for step in (small, large):
         assert (step["samples"], step["tokens"]) == (64, 51200)
         assert len(step["checkpoint_layers"]) == step["micro_batches"]
@@ -96,7 +105,7 @@ def test_a_step_is_cut_until_it_fits(plan: Any) -> None:
     assert (held["max_tokens"], held["micro_batches"]) == (4000, 13)
 
 
-def test_without_a_card_the_options_say_how_it_runs(plan: Any, text: Any) -> None:
+def test_without_a_gpu_the_options_say_how_it_runs(plan: Any, text: Any) -> None:
     options = "--shape", "8b", "--per_device_train_batch_size", 4
     full, none = plan(*options), plan(*options, "--gradient_checkpointing", "False")
     assert full["micro_batch"] == {
@@ -110,7 +119,7 @@ def test_without_a_card_the_options_say_how_it_runs(plan: Any, text: Any) -> Non
     assert full["gpu"] is None and full["step"] is None
     model = MemoryModel.of_shape(PRESETS["8b"][1])
     need = (model.peak(3200, 4800, 2400, 32) + RESERVE) / 0.98 / GIB
-    assert f"a card of {int(need) + 1} GB or more" in text(*options)
+    assert f"a GPU of {int(need) + 1} GB or more" in text(*options)
 
 
 def test_lengths_of_samples(plan: Any) -> None:
@@ -317,12 +326,12 @@ def test_what_it_refuses(capsys: pytest.CaptureFixture, options: list[str], name
 def test_models_that_cannot_be_predicted(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     T5Config(d_model=32, num_layers=1).save_pretrained(tmp_path / "t5")
     LlamaConfig(**CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}).save_pretrained(tmp_path / "gptq")
-    for name, word in (("t5", "t5 model can't be predicted"), ("gptq", "stored quantised (gptq)")):
+    for name, word in (("t5", "t5 model can't be predicted"), ("gptq", "stored quantized (gptq)")):
         assert cli.main(["plan", "--model_name_or_path", str(tmp_path / name)]) == 2
         assert word in capsys.readouterr().err
 
 
-# ---- Cards ----------------------------------------------------------------------------------------------------------
+# ---- GPUs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,27 +340,27 @@ def test_models_that_cannot_be_predicted(capsys: pytest.CaptureFixture, tmp_path
         ("24GB", 24 * 0.98),
         ("23.5GiB", 23.5),
         ("80", 80 * 0.98),
-        ("rtx 4090", CARDS["RTX4090"]),
-        ("NVIDIA GeForce RTX 4090", CARDS["RTX4090"]),
-        ("a100-40gb", CARDS["A100-40GB"]),
+        ("rtx 4090", GPUS["RTX4090"]),
+        ("NVIDIA GeForce RTX 4090", GPUS["RTX4090"]),
+        ("a100-40gb", GPUS["A100-40GB"]),
     ],
 )
-def test_cards(text: str, gib: float) -> None:
-    card = parse_card(text)
-    assert card.total == pytest.approx(gib * GIB)
-    assert card.usable == card.total - RESERVE
+def test_gpus(text: str, gib: float) -> None:
+    gpu = parse_gpu(text)
+    assert gpu.total == pytest.approx(gib * GIB)
+    assert gpu.usable == gpu.total - RESERVE
 
 
-def test_cards_report_less_than_they_are_sold_as() -> None:
-    """Where the size is part of the name, and for cards of one size."""
+def test_gpus_report_less_than_they_are_sold_as() -> None:
+    """Where the size is part of the name, and for GPUs of one size."""
     sold = {"A100-40GB": 40, "A100-80GB": 80, "V100-16GB": 16, "V100-32GB": 32, "T4": 16, "RTX4090": 24, "H100": 80}
     for name, size in sold.items():
-        assert 0.9 * size < CARDS[name] < size, name
+        assert 0.9 * size < GPUS[name] < size, name
     with pytest.raises(OptionError, match="A100-40GB or A100-80GB|A100-80GB or A100-40GB"):
-        parse_card("A100")
+        parse_gpu("A100")
 
 
-def test_a_limit_stands_in_for_a_card(plan: Any, text: Any, capsys: Any) -> None:
+def test_a_limit_stands_in_for_a_gpu(plan: Any, text: Any, capsys: Any) -> None:
     limited = plan("--shape", "8b", "--max_memory_gib", 15.4)
     assert limited["gpu"]["usable"] == pytest.approx(15.4 * GIB)
     assert plan("--shape", "8b", "--gpu", "24GB", "--max_memory_gib", 15.4)["step"] == limited["step"]

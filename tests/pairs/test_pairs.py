@@ -11,9 +11,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from dpo_peft import cli_pairs  # type: ignore[attr-defined]
 from dpo_peft.data import prepare_dataset
 from dpo_peft.data.prompts import encode_prompts, read_prompts
 from dpo_peft.errors import DataError, OptionError
+from dpo_peft.pairs import PairsOptions, make_pairs
 from dpo_peft.pairs.building import Candidate, Rules, Tally, build_pairs, seed_of
 from dpo_peft.pairs.judges import RewardModel, judge_answers, load_function, source_of
 from dpo_peft.pairs.worklog import WorkLog
@@ -264,7 +266,7 @@ def test_a_judge_is_called_as_trl_calls_it() -> None:
         (lambda **_: [1.0], OptionError, "returned 1 values for 2 completions"),
         (lambda **_: 1.0, OptionError, "returned a float"),
         (lambda **_: ["good", "bad"], OptionError, "returned 'good'"),
-        (lambda **_: [1.0, float("nan")], DataError, "gave nan to an answer to prompt 1"),
+        (lambda **_: [1.0, float("nan")], DataError, "gave nan to a completion of prompt 1"),
         (lambda **_: {}["x"], OptionError, "failed: KeyError"),
         (lambda x: [1.0, 2.0], OptionError, "failed: TypeError"),
     ],
@@ -334,6 +336,22 @@ def test_a_reward_model_that_is_none(tmp_path: Path, base_folder: str, reward_mo
     AutoTokenizer.from_pretrained(reward_model).save_pretrained(tmp_path / "two")
     with pytest.raises(OptionError, match="has 2 outputs"):
         RewardModel(str(tmp_path / "two"))
+
+
+def test_pairs_from_python(tmp_path: Path) -> None:
+    """Under today's name and that of 0.1; what stops it by Ctrl-C says what is kept."""
+    row = {"prompt": "a?", "completions": [" x", " y"], "scores": [1.0, 3.0]}
+    (tmp_path / "given.jsonl").write_text(json.dumps(row) + "\n")
+    given: dict[str, Any] = {"prompts": str(tmp_path / "given.jsonl"), "output": str(tmp_path / "pairs.jsonl")}
+    result = make_pairs(PairsOptions(**given, score_column="scores"))
+    assert result["pairs"] == 1 and result["output"] == given["output"]
+    assert json.loads((tmp_path / "pairs.jsonl").read_text())["chosen"] == " y"
+    with pytest.raises(OptionError, match="is there already"):
+        cli_pairs.make_pairs(cli_pairs.PairsOptions(**given, score_column="scores"))
+    (tmp_path / "stop.py").write_text("def reward(**_):\n    raise KeyboardInterrupt\n")
+    judged = PairsOptions(**given, reward=f"{tmp_path / 'stop.py'}:reward", overwrite=True)
+    with pytest.raises(KeyboardInterrupt, match="0 of 1 prompts are in .*pairs.jsonl.unfinished"):
+        make_pairs(judged)
 
 
 # ---- Work that is written as it goes --------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from transformers import (
 from dpo_peft import OptionError
 from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
+from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, plan_step
 from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE
 from dpo_peft.planning.shapes import nf4_bytes
-from dpo_peft.planning.steps import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, plan_step
 
 TINY = Shape.llama(hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, vocab=32)
 SMALL = dict(
@@ -55,7 +55,7 @@ def test_components_by_hand() -> None:
     A layer's weights: q 8*8 = 64, k and v 4*8 = 32 each, o 64, gate, up and down 16*8 = 128 each.
     NF4 of 64 weights: 32 bytes, 1 block -> 1 scale and 1 scale of scales (4), tables 64 + 1024 + 4: 1129.
       of 32: 16 + 1 + 4 + 1092 = 1113. of 128: 64 + 2 + 4 + 1092 = 1162. A layer: 2*1129 + 2*1113 + 3*1162 = 7970.
-    Not quantised: embedding and head 2*32*8 = 512, norms 3*2*8 + 8 = 56: 568 weights, 1136 bytes.
+    Not quantized: embedding and head 2*32*8 = 512, norms 3*2*8 + 8 = 56: 568 weights, 1136 bytes.
     Trained, rank * (inputs + outputs): q 32, k 24, v 24, o 32, gate 48, up 48, down 48 = 256 a layer, 768.
       float32: 3072; AdamW's two moments 6144; gradients 3072.
     Copy that computes: ranks of a group, rounded up to 8: all four 8. 8 * (inputs + outputs of the group):
@@ -66,7 +66,7 @@ def test_components_by_hand() -> None:
     Saved, 1 layer checkpointed: 160 + 2*1584 = 3328. All 3, one of them recomputed: 2*160 + 1584 = 1904.
     Backward of one layer, the attention kernel: gradients of output and residual 2*2*10*8 = 320, of o and q 320, of q
       in float32 4*10*8 = 320, of keys and values for each query head and each key head 2*2*14*(8+4) = 672: 1632.
-    Largest dequantised group with ranks: gate and up, 32 * (8+8), in 2 bytes: 1024.
+    Largest dequantized group with ranks: gate and up, 32 * (8+8), in 2 bytes: 1024.
     Head: 6 rows (fewer than 1024) of 32 logits in 2 bytes: 384; three (6, 8) of hidden states: 288. 672 in all.
     Indices: 8*(8*10 + 14 + 3*6) = 896; cos and sin 2*2*10*4 = 160; log-probs 16*6 = 96: 1152.
     """
@@ -164,9 +164,8 @@ def test_bytes_are_those_of_the_loaded_model(name: str, tmp_path: Any) -> None:
     real = storage_report(model)
     shape = Shape.of(config)
     predicted = MemoryModel.of_shape(shape, Lora.of(shape, rank=4))
-    assert shape.weights == sum(
-        p.numel() for p in model.get_base_model().parameters() if p.dtype == torch.bfloat16
-    ) + (shape.linear_weights)
+    in_16_bits = sum(p.numel() for p in model.get_base_model().parameters() if p.dtype == torch.bfloat16)
+    assert shape.unquantized_weights == in_16_bits
     assert (predicted.quantized, predicted.unquantized) == (real.quantized, real.unquantized)
     assert predicted.trained == real.trainable_count
     assert MemoryModel.of_model(model, real) == predicted

@@ -10,7 +10,7 @@ from trainer_helpers import adapter_weights, id_pairs, ours, step_logs
 
 from dpo_peft.errors import OptionError
 from dpo_peft.forward import Sample, pack
-from dpo_peft.planning.steps import GIB, PRESETS, MemoryModel, Shape
+from dpo_peft.planning import GIB, PRESETS, MemoryModel, Shape
 from dpo_peft.training.memory_budget import MemoryBudget, memory_limit
 from dpo_peft.training.packing import level_bins
 
@@ -43,9 +43,9 @@ def test_micro_batches_that_fit() -> None:
     assert budget(room, tokens=100).microbatch_tokens(samples) == 100
 
 
-def test_a_row_of_6000_tokens_among_short_ones_fits_a_card_of_24_gb() -> None:
+def test_a_row_of_6000_tokens_among_short_ones_fits_a_gpu_of_24_gb() -> None:
     """8B, 16 pairs a step of about 800 tokens and one outlier: every micro-batch's predicted peak keeps within 95 % of
-    what the card has, however the lengths fall; most are run without checkpoints, the long ones with."""
+    what the GPU has, however the lengths fall; most are run without checkpoints, the long ones with."""
     memory = MemoryModel.of_shape(PRESETS["8b"][1])
     limit = 0.95 * 22.9 * GIB
     decide = MemoryBudget(memory, limit, "auto", "auto", 1)
@@ -88,7 +88,7 @@ def test_the_limit() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_process_that_may_use_part_of_a_card() -> None:
+def test_a_process_that_may_use_part_of_a_gpu() -> None:
     device = torch.device("cuda", 0)
     whole = memory_limit(device, None, 0)
     torch.cuda.set_per_process_memory_fraction(0.1)

@@ -1,0 +1,161 @@
+"""The options of `make_pairs` and `dpo-peft pairs`. Nothing slow is imported here: a help should not wait."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+from ..files import CONVERTERS, check_output
+from .building import MATCHES, METHODS, Rules
+from .worklog import unfinished
+
+SAMPLING = (
+    "model num_candidates temperature top_p top_k max_new_tokens batch_size engine gpu_memory_utilization base "
+    "quantize dtype check_base revision require_finished"
+).split()
+RSO = "rso_beta rso_accept rso_pairs sft_output".split()
+JUDGES = "reward reward_model implicit_reward score_column".split()
+
+
+def _option(default: object, help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+
+
+@dataclass
+class PairsOptions:
+    """What to sample, who judges, and how pairs are made."""
+
+    model: str | None = _option(None, "Folder or Hub id of a model or an adapter. Not with completions in the file.")
+    prompts: str | None = _option(
+        None, "Hub id, or a JSON(L), Parquet or CSV file: prompt as text or messages, or pairs."
+    )
+    output: str | None = _option(None, "The pairs: a .jsonl or .parquet file.")
+    prompts_split: str = _option("train", "Split of a Hub dataset.")
+    prompts_config: str | None = _option(None, "Configuration of a Hub dataset.")
+    dataset_format: str | None = _option(None, "Convert rows first.", CONVERTERS)
+    max_prompts: int | None = _option(None, "Use the first so many rows.")
+    as_chat: bool = _option(False, "Make a prompt that is text a user's message.")
+
+    num_candidates: int = _option(8, "Completions of each prompt.")
+    temperature: float = _option(1.0, "Of the sampling; rejection sampling wants 1.")
+    top_p: float = _option(1.0, "Sample from the likeliest tokens of this total probability.")
+    top_k: int = _option(0, "Sample from so many likeliest tokens; 0 is no limit.")
+    max_new_tokens: int = _option(512, "Longest completion.")
+    seed: int = _option(0, "Each completion has a seed of its own, made from this one.")
+    batch_size: int | None = _option(None, "Completions that are sampled at once: 32, or 512 with vllm, if not given.")
+    engine: str = _option("transformers", "Who samples.", ("transformers", "vllm"))
+    gpu_memory_utilization: float | None = _option(None, "Share of the GPU for vllm.")
+
+    reward: str | None = _option(None, "Reward function of TRL's signature: package.module:name or file.py:name.")
+    reward_model: str | None = _option(None, "Folder or Hub id of a sequence classifier with one output.")
+    implicit_reward: str | None = _option(None, "Folder or Hub id of a preference-trained adapter.")
+    score_column: str | None = _option(None, "Column with a score for each of `completions`, higher is better.")
+
+    method: str = _option("best_worst", "How pairs are made.", METHODS)
+    min_margin: float = _option(0.0, "Least difference of the rewards of a pair.")
+    max_pairs: int | None = _option(None, "Pairs of a prompt, with method all.")
+    require_finished: bool | None = _option(
+        None, "Leave out completions that max_new_tokens cut off: true if not given."
+    )
+    rso_beta: float = _option(0.5, "Accept with probability exp((reward - best) / rso_beta).")
+    rso_accept: int = _option(4, "Completions that rejection sampling accepts per prompt.")
+    rso_pairs: str = _option("first_round", "Pairs of the accepted ones.", list(MATCHES))
+    sft_output: str | None = _option(
+        None, "The accepted completions as prompt and completion: a .jsonl or .parquet file."
+    )
+    lists_output: str | None = _option(
+        None, "All usable completions as prompt, completions, scores: a .jsonl or .parquet file."
+    )
+
+    base: str | None = _option(None, "An adapter's base, if it isn't where its config says.")
+    quantize: bool | None = _option(None, "Load in 4 bits: as an adapter was trained, true for a model, if not given.")
+    dtype: str | None = _option(None, "Dtype of what isn't quantized: as trained, or bfloat16, if not given.")
+    check_base: bool = _option(True, "The base must be the one that the adapter was trained on, weight for weight.")
+    revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = _option(False, "Run code that ships with a model.")
+    overwrite: bool = _option(False, "Replace output, and begin unfinished work anew.")
+    json: bool = _option(False, "Print the summary as JSON.")
+
+    @property
+    def judge(self) -> dict[str, str]:
+        """The options that name a judge, and their values."""
+        return {name: value for name in JUDGES if (value := getattr(self, name)) is not None}
+
+    @property
+    def rules(self) -> Rules:
+        """How pairs are made.
+
+        Raises:
+            OptionError: a value out of range.
+        """
+        same = {f.name: getattr(self, f.name) for f in fields(Rules)}
+        return Rules(**{**same, "require_finished": self.require_finished is not False})
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The files to write, by option.
+
+        Raises:
+            OptionError: another ending, or a folder.
+        """
+        named = {name: getattr(self, name) for name in ("output", "sft_output", "lists_output")}
+        return {name: check_output(name, path) for name, path in named.items() if path is not None}
+
+    def check(self) -> None:
+        """Refuses options that can't be right, whatever the rows are.
+
+        Raises:
+            OptionError: naming the first one.
+        """
+        for name in ("prompts", "output"):
+            if not getattr(self, name):
+                raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
+        outputs = self.outputs
+        if len({path.resolve() for path in outputs.values()}) < len(outputs):
+            raise OptionError(f"{', '.join(outputs)} name the same file: give each its own.")
+        resumes = unfinished(outputs["output"]).is_file()
+        for name, path in outputs.items():
+            if path.exists() and not self.overwrite and not resumes:
+                raise OptionError(f"{name}={str(path)!r} is there already: give another name, or --overwrite.")
+        for name in ("num_candidates", "max_new_tokens", "batch_size", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name}={value} must be at least 1.")
+        _ = self.rules
+
+    def check_for(self, columns: Sequence[str]) -> None:
+        """Refuses options that go ill with the rows' columns or with each other, and those that would do nothing.
+
+        Raises:
+            OptionError: naming them.
+        """
+        given = "completions" in columns
+        if len(self.judge) != 1:
+            scored = given and "scores" in columns and not self.judge
+            hint = " The rows have scores: --score_column scores." if scored else ""
+            what = f"{', '.join(self.judge)} are given" if self.judge else "no judge is given"
+            raise OptionError(f"{what}: give one of {', '.join(JUDGES)}.{hint}")
+        if given:
+            self._refuse(SAMPLING, "the rows have completions in 'completions' already")
+        elif self.model is None:
+            raise OptionError(
+                "model is missing: give a folder or Hub id to sample from, or rows with completions in 'completions'."
+            )
+        elif self.num_candidates < 2:
+            raise OptionError("num_candidates must be at least 2, to make a pair.")
+        if self.method != "rso":
+            self._refuse(RSO, f"method is {self.method!r} and not 'rso'")
+        elif not given and self.rso_accept > self.num_candidates:
+            raise OptionError(
+                f"rso_accept={self.rso_accept} is more than num_candidates={self.num_candidates}: nothing would be "
+                "rejected. Sample more, or accept fewer."
+            )
+        if self.method != "all":
+            self._refuse(["max_pairs"], f"method is {self.method!r} and not 'all'")
+        if self.engine != "vllm":
+            self._refuse(["gpu_memory_utilization"], "engine is not 'vllm'")
+
+    def _refuse(self, names: Sequence[str], why: str) -> None:
+        if changed := [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]:
+            raise OptionError(f"{', '.join(changed)}: no effect, {why}. Leave it out.")

@@ -1,0 +1,295 @@
+"""What a run takes of a GPU, from its options: `plan` does what `dpo-peft plan` prints."""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from peft import PeftConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from ..config import DPOConfig
+from ..config_checks import check_option_names
+from ..errors import OptionError
+from ..losses import find_objective
+from ..model.loading import is_adapter
+from ..reference.frozen_adapter import check_adapter, read_config
+from .gpus import Gpu, is_hopper, parse_gpu
+from .memory import GIB, RESERVE, MemoryModel
+from .shapes import PRESETS, Lora, Shape
+from .steps import plan_step
+
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes
+# Training every weight with AdamW in mixed precision: gradients 2, float32 masters 4, moments 8 bytes per weight.
+FULL_TRAINING = 14
+
+
+@dataclass
+class PlanOptions:
+    """What the prediction is for, beside the options of training."""
+
+    _argument_group_name = "the prediction"  # the heading in the help
+    gpu: str | None = field(
+        default=None, metadata={"help": "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB."}
+    )
+    shape: str | None = field(
+        default=None, metadata={"help": f"Instead of a model, one of these shapes: {', '.join(PRESETS)}."}
+    )
+    prompt_tokens: int = field(default=200, metadata={"help": "Mean length of a prompt."})
+    answer_tokens: int = field(default=300, metadata={"help": "Mean length of a completion."})
+    answers: int = field(default=2, metadata={"help": "Completions of a prompt: 2 for pairs."})
+    pairs: int | None = field(default=None, metadata={"help": "Samples of the dataset, for the time of an epoch."})
+    pairs_per_second: float | None = field(default=None, metadata={"help": "Throughput: samples in a second."})
+    tokens_per_second: float | None = field(
+        default=None, metadata={"help": "Throughput: tokens of packed samples in a second."}
+    )
+
+
+# Every option that `plan` takes, and its default: of training, of the prediction, and of the model that is trained.
+DEFAULTS: dict[str, Any] = {
+    f.name: f.default if f.default_factory is MISSING else f.default_factory()
+    for group in (DPOConfig, PlanOptions)
+    for f in fields(group)
+} | {"model_name_or_path": "", "model_revision": None, "dtype": "bfloat16", "lora_r": 16, "use_dora": False}
+DEFAULTS |= dict.fromkeys("lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora".split())
+
+
+class Plan(NamedTuple):
+    """A prediction."""
+
+    figures: dict[str, Any]  # what `dpo-peft plan --json` prints: sizes in bytes, times in seconds
+    options: SimpleNamespace  # all that it was made with
+    model: MemoryModel
+
+
+def plan(**options: Any) -> Plan:
+    """Predicts what a run takes of a GPU. Loads no weights and needs no GPU.
+
+    Args:
+        options: those of `PlanOptions`, and of training, the model and its adapter by their names in `dpo-peft train`.
+            `shape` or `model_name_or_path` is needed. Without `gpu` and `max_memory_gib`, one micro-batch of
+            `per_device_train_batch_size` samples is predicted, whatever it takes.
+
+    Raises:
+        OptionError: an unknown option or GPU, an impossible value, or a model whose memory can't be predicted.
+    """
+    o = SimpleNamespace(**{**DEFAULTS, **check_option_names(options, set(DEFAULTS))})
+    _check(o)
+    gpu = _gpu(o)
+    # T, S and P of a sample of mean lengths.
+    predicted, prompts = o.answers * o.answer_tokens, o.answers * o.prompt_tokens
+    tokens = predicted + (o.prompt_tokens if o.share_prompts else prompts)
+    sample = tokens, tokens + prompts * o.share_prompts, predicted
+    time = _time(o, tokens)
+    name, model = _model(o)
+    T, S, P = (o.per_device_train_batch_size * n for n in sample)
+    checkpointed = model.layers if o.gradient_checkpointing else 0
+    fits: list[dict[str, int]] = []
+    step = None
+    if gpu is not None:
+        choices = [0, model.layers // 2, model.layers] if model.fused else [0, model.layers]
+        for layers in choices:
+            most = model.largest_tokens(gpu.usable, layers, sample[1] / tokens, predicted / tokens)
+            row = model.longest_row(gpu.usable, layers, o.answers)
+            fits.append({"checkpoint_layers": layers, "tokens": most, "samples": most // tokens, "longest_row": row})
+        number = o.per_device_train_batch_size * o.gradient_accumulation_steps
+        max_tokens = None if o.max_tokens_per_microbatch in (None, "auto") else int(o.max_tokens_per_microbatch)
+        passes = int(_needs_reference(o) and not o.precompute_ref_log_probs)
+        best = plan_step([sample] * number, model, gpu.usable, max_tokens=max_tokens, reference_passes=passes)
+        _, T, S, P, checkpointed, _ = best.micro_batches[0]
+        step = {
+            "samples": number,
+            "tokens": number * tokens,
+            "micro_batches": len(best.micro_batches),
+            "max_tokens": best.max_tokens,
+            "checkpoint_layers": [batch.checkpoint_layers for batch in best.micro_batches],
+            "peak": max(batch.peak for batch in best.micro_batches),
+            "fits": best.fits,
+        }
+    size = {"tokens": T, "keys": S, "predicted": P, "checkpoint_layers": checkpointed}
+    figures = {
+        "model": name,
+        "weights": model.shape.weights,
+        "layers": model.layers,
+        "trained_weights": model.trained,
+        "optimizer": model.optimizer,
+        "fused_layers": model.fused,
+        "gpu": gpu and {"name": gpu.name, "total": gpu.total, "reserved": RESERVE, "usable": gpu.usable},
+        "fits": fits,
+        "step": step,
+        "micro_batch": {"samples": T // tokens, **size},
+        "components": model.components(**size),
+        "peak": model.peak(**size),
+        "time": time,
+        "methods": compare_methods(model),
+    }
+    return Plan(figures, o, model)
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+
+def _check(o: SimpleNamespace) -> None:
+    sizes = "prompt_tokens answer_tokens answers pairs lora_r max_length per_device_train_batch_size"
+    for name in (*sizes.split(), "gradient_accumulation_steps"):
+        value = getattr(o, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name}={value!r} must be a whole number at least 1.")
+    for name in ("pairs_per_second", "tokens_per_second", "num_train_epochs", "max_memory_gib"):
+        value = getattr(o, name)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise OptionError(f"{name}={value!r} must be a number above 0.")
+    if o.dtype not in ELEMENT:
+        raise OptionError(f"dtype={o.dtype!r} is not one of {', '.join(ELEMENT)}.")
+    if o.checkpoint_layers not in (None, "auto"):
+        raise OptionError("checkpoint_layers has no effect here, the plan finds how many: leave it out.")
+    most = o.max_tokens_per_microbatch
+    if not (most in (None, "auto") or str(most).isdecimal() and int(most) > 0):
+        raise OptionError(f"max_tokens_per_microbatch={most!r} must be a whole number from 1, 'auto' or None.")
+    o.loss_type = [o.loss_type] if isinstance(o.loss_type, str) else o.loss_type
+    for name in o.loss_type:
+        find_objective(name)  # refuses one that there is not
+
+
+def _gpu(o: SimpleNamespace) -> Gpu | None:
+    """The smaller one of the GPU and the limit."""
+    given = [] if o.gpu is None else [parse_gpu(o.gpu)]
+    if o.max_memory_gib is not None:
+        given.append(Gpu(f"max_memory_gib={o.max_memory_gib:g}", o.max_memory_gib * GIB + RESERVE))
+    return min(given, key=lambda gpu: gpu.total, default=None)
+
+
+def _time(o: SimpleNamespace, tokens: int) -> dict[str, float] | None:
+    """The time of the run, at `tokens` a sample; None without a throughput."""
+    given = [name for name in ("pairs_per_second", "tokens_per_second") if getattr(o, name) is not None]
+    if len(given) == 2:
+        raise OptionError("pairs_per_second and tokens_per_second are given: give one throughput.")
+    if given and o.pairs is None:
+        raise OptionError(f"{given[0]} has no effect without pairs, the number of samples: give --pairs too.")
+    if o.pairs is None:
+        return None
+    if not given:
+        raise OptionError("pairs has no effect without a throughput: give --pairs_per_second or --tokens_per_second.")
+    speed = o.pairs_per_second or o.tokens_per_second / tokens
+    epoch = {"samples": o.pairs, "samples_per_second": speed, "seconds_per_epoch": o.pairs / speed}
+    return {**epoch, "epochs": o.num_train_epochs, "seconds": o.num_train_epochs * epoch["seconds_per_epoch"]}
+
+
+def _needs_reference(o: SimpleNamespace) -> bool:
+    return any(find_objective(name).needs_reference for name in o.loss_type)
+
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+
+
+def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
+    """The base's name, and the model's memory."""
+    adapter = None
+    stored = {"quantize": o.quantize_base is not False}
+    if o.shape is not None:
+        if o.model_name_or_path:
+            raise OptionError("shape has no effect with model_name_or_path: give one of them.")
+        if o.shape.lower() not in PRESETS:
+            raise OptionError(f"shape={o.shape!r} is not one of {', '.join(PRESETS)}.")
+        name, shape = PRESETS[o.shape.lower()]
+        recognized = True
+    else:
+        from ..fused.recognition import MODEL_TYPES
+
+        name, adapter = _base_of(o)
+        revision = o.model_revision if adapter is None else None
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=o.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
+        shape = Shape.of(config, o.trust_remote_code)
+        recognized = config.model_type in MODEL_TYPES and getattr(config, "hidden_act", None) == "silu"
+        stored |= _stored(config, name)
+    if adapter is None:
+        lora = Lora.of(shape, o.lora_r, o.lora_target_modules, o.use_dora, o.lora_modules_to_save or ())
+    else:
+        lora = _lora_of(shape, adapter, o.model_name_or_path)
+    reference = None
+    if _needs_reference(o) and o.reference not in (None, "initial", "base"):
+        reference = _lora_of(shape, read_config(o.reference), o.reference)
+    elif _needs_reference(o) and o.reference != "base" and (adapter is not None or o.sync_ref_model):
+        reference = lora  # a frozen copy; else it is the adapter switched off
+    element = 2 if o.bf16 is not False or o.fp16 else ELEMENT[o.dtype]
+    plain = o.use_dora or lora.others or element != ELEMENT[o.dtype] or not o.share_prompts
+    fused = recognized and not plain and o.fused_layers is not False
+    return name, MemoryModel.of_shape(
+        shape,
+        lora,
+        **stored,
+        weight_bytes=ELEMENT[o.dtype],
+        reference=reference,
+        optimizer=str(getattr(o.optim, "value", o.optim)),
+        element=element,
+        fused=fused,
+        packed=fused and is_hopper(o.gpu),
+        offload=o.activation_offloading,
+    )
+
+
+def _base_of(o: SimpleNamespace) -> tuple[str, PeftConfig | None]:
+    """The base's name, and the adapter's config if the model is an adapter."""
+    name = o.model_name_or_path
+    if not name:
+        raise OptionError(
+            f"model_name_or_path is missing: give a folder or Hub id, or --shape, one of {', '.join(PRESETS)}."
+        )
+    if not is_adapter(name, revision=o.model_revision):
+        return name, None
+    adapter = read_config(name, revision=o.model_revision)
+    check_adapter(adapter)
+    if not adapter.base_model_name_or_path:
+        raise OptionError(f"The adapter {name!r} does not say which base it belongs to: give the base's name.")
+    return adapter.base_model_name_or_path, adapter
+
+
+def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
+    """How a base that is stored in 4 bits is quantized; empty for one that isn't."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if not stored.get("load_in_4bit"):
+        raise OptionError(
+            f"The weights of {name!r} are stored quantized ({stored.get('quant_method', 'unknown')}): their size is "
+            "not known to the planner. Give the model that they were made from."
+        )
+    return {"quantize": True, "nested": bool(stored.get("bnb_4bit_use_double_quant"))}
+
+
+def _lora_of(shape: Shape, config: Any, folder: str) -> Lora:
+    targets = config.target_modules
+    if config.rank_pattern or isinstance(targets, str) or config.trainable_token_indices:
+        raise OptionError(
+            f"The adapter {folder!r} has a rank_pattern, a regular expression for targets, or trained tokens: its "
+            "size is not known to the planner. Give its base, with lora_r and lora_target_modules near to it."
+        )
+    return Lora.of(shape, config.r, sorted(targets), config.use_dora, config.modules_to_save or ())
+
+
+# ---- Other methods --------------------------------------------------------------------------------------------------
+
+
+def compare_methods(model: MemoryModel) -> list[dict[str, Any]]:
+    """Compares with PPO and full DPO as the note does (1.1 and 9.1), in bytes, without activations.
+
+    PPO holds policy, value function, reference and reward model, and trains the first two; DPO as published holds
+    policy and reference. Both in bfloat16, trained in full. Value function and reward model have a head of one output.
+    """
+    shape, fixed = model.shape, model.fixed
+    language = shape.weights
+    scalar = language - (0 if shape.tied else shape.vocab * shape.hidden) + shape.hidden
+    weights = fixed["quantized_weights"] + fixed["unquantized_weights"]
+    rows = [
+        ("PPO (RLHF)", 4, 2 * (2 * language + 2 * scalar), FULL_TRAINING * (language + scalar)),
+        ("DPO, every weight trained", 2, 2 * 2 * language, FULL_TRAINING * language),
+        ("here", 1, weights, sum(fixed.values()) - weights),
+    ]
+    return [
+        {"method": method, "models": models, "weights": held, "training": training, "total": held + training}
+        for method, models, held, training in rows
+    ]
