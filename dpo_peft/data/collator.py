@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..forward.layout import PackedBatch, Sample, pack, pad_rows
-from ..forward.unpack import content_keys
+from ..forward.layout import PackedBatch, Sample, content_keys, pack, pad_rows
 from .worker import EXTRAS, IDS
 
 PREPARED_COLUMNS = [*IDS, *EXTRAS]  # all that a prepared row may hold

@@ -3,12 +3,12 @@
 Nothing here knows dataset formats, losses or configs.
 """
 
-from .layout import PackedBatch, Sample, pack, pad_rows
+from .layout import PackedBatch, Sample, content_keys, halves, pack, pad_rows
 from .probe import ForwardPlan, plan_forward, recheck
-from .score import Scores, completion_logps, sequence_logps, sum_by_completion
-from .unpack import content_keys, halves, unpack
+from .score import Decoder, Scores, completion_logps, sequence_logps, sum_by_completion
 
 __all__ = [
+    "Decoder",
     "ForwardPlan",
     "PackedBatch",
     "Sample",
@@ -22,5 +22,4 @@ __all__ = [
     "recheck",
     "sequence_logps",
     "sum_by_completion",
-    "unpack",
 ]

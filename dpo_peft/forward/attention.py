@@ -5,9 +5,9 @@ others): they go to SDPA with the masks that SDPA gets. A call that carries `pre
 Such a call also passes `layout_marker()` as its 4-D attention mask, which transformers hands through to the attention
 function unchanged; a model that builds masks of its own is caught by that.
 
-Backends: "varlen" (CUDA; one kernel over ragged segments, K and V gathered as [prompt; own tokens]) and "dense" (any
-device; the mask predicate itself, sample by sample, and the oracle for the others). On Hopper GPUs fused layers have a
-third, "packed" (`shared_attention.py`; kernels that read the packed row as it is).
+Each way to compute attention is one record in `BACKENDS`: "varlen" (CUDA; one kernel over ragged segments, K and V
+gathered as [prompt; own tokens]) and "dense" (any device; the mask predicate itself, sample by sample, and the oracle
+for the others). To add one, put its record into the list, before those that it is to be preferred to.
 
 Shape suffixes: H query heads, G key/value heads, T packed tokens, S gathered keys, D head size, E samples, B longest
 sample in tokens.
@@ -15,10 +15,11 @@ sample in tokens.
 
 import importlib.util
 import inspect
-from functools import cache, cached_property
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..fused.attention import Tiles, plan_tiles, shared_attention
-from ..fused.elementwise import Places
 from .layout import PackedBatch, visible
+
+Made = TypeVar("Made")
 
 IMPLEMENTATION = "dpo_peft_prefix_shared"
 # What reaches the attention function without changing it. Anything else that a model passes (softcap, s_aux,
@@ -40,59 +41,85 @@ class CannotShareError(RuntimeError):
     """This model's attention can't read a packed batch; use one row per completion."""
 
 
+class HeadShape(NamedTuple):
+    """The heads of an attention layer."""
+
+    queries: int  # H
+    keys: int  # G
+    size: int  # D
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One way to compute attention over a packed batch.
+
+    `supports(device, dtype, heads)` says whether it runs there. `attend(plan, q, k, v, scaling, window)` gives
+    (T, H, D) from q (T, H, D), k and v (T, G, D), or (S, G, D) if `gathers`; if it does `dropout`, it takes that as a
+    keyword too. A call with a window or dropout that a backend does not do goes to the one named `otherwise`.
+    """
+
+    name: str
+    supports: Callable[[torch.device, torch.dtype, HeadShape], bool]
+    attend: Callable[..., Tensor]
+    gathers: bool = False  # its keys and values are those of `kv_index`: [prompt; own tokens] for each segment
+    windows: bool = True
+    dropout: bool = False
+    otherwise: str = "dense"
+
+
 class AttentionPlan:
     """A packed batch as the attention function needs it: one object for all layers and for recomputation.
 
     Args:
         batch: a batch from `pack`, on the model's device.
-        backend: "dense" or "varlen".
+        backend: a record, or the name of one in `BACKENDS`.
     """
 
-    def __init__(self, batch: PackedBatch, backend: str):
+    def __init__(self, batch: PackedBatch, backend: str | AttentionBackend):
         self.batch = batch
-        self.backend = backend
-        self.trace: list[tuple[int | None, int]] | None = None  # for the probe: window and head size of each call
-        self._masks: dict[int | None, Tensor] = {}
-        self._tiles: dict[tuple[int, int], Tiles] = {}
+        self.backend = backend_named(backend) if isinstance(backend, str) else backend
+        self.trace: list[tuple[int | None, HeadShape]] | None = None  # for the probe: window and heads of each call
+        self._made: dict[Hashable, Any] = {}
         assert batch.sample_index is not None
         self.filled_EB = batch.sample_index >= 0
         self.index_EB = batch.sample_index.clamp(min=0)
 
-    @cached_property
-    def places(self) -> Places:
-        """Where "varlen" attention's keys and values are gathered from."""
-        assert self.batch.kv_index is not None and self.batch.kv_copies is not None
-        return Places(self.batch.kv_index, self.batch.kv_copies)
+    def backend_for(self, window: int | None, dropout: float = 0.0) -> AttentionBackend:
+        """Returns the backend that takes a call: the plan's, or the one that does what it can't."""
+        backend = self.backend
+        while (window is not None and not backend.windows) or (dropout and not backend.dropout):
+            backend = backend_named(backend.otherwise)
+        return backend
 
-    def tiles(self, group: int, head: int) -> Tiles:
-        """Those of "packed" attention, made once for all layers."""
-        if (group, head) not in self._tiles:
-            segments = np.array(self.batch.segments)
-            self._tiles[group, head] = plan_tiles(segments, group, head, self.batch.input_ids.device)
-        return self._tiles[group, head]
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Returns what `make` gives; calls it once for all layers."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
-    @cached_property
+    @property
     def filled_T(self) -> Tensor:
         """Where the tokens are in (E, B). Samples follow each other in the packed row, so this is its order."""
-        return self.filled_EB.flatten().nonzero()[:, 0]
+        return self.once("filled", lambda: self.filled_EB.flatten().nonzero()[:, 0])
 
     def mask_EBB(self, window: int | None) -> Tensor:
         """The mask predicate on every sample's own tokens. Padding queries see position 0, so no row is empty."""
-        if window not in self._masks:
-            batch, index = self.batch, self.index_EB
-            assert batch.segment is not None and batch.context is not None
-            segment, context, pos = batch.segment[index], batch.context[index], batch.position_ids[0][index]
-            mask = visible(
-                segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window
-            )
-            mask &= self.filled_EB[:, None]
-            mask[:, :, 0] |= ~self.filled_EB
-            self._masks[window] = mask
-        return self._masks[window]
+        return self.once(("mask", window), lambda: self._mask_EBB(window))
+
+    def _mask_EBB(self, window: int | None) -> Tensor:
+        batch, index = self.batch, self.index_EB
+        assert batch.segment is not None and batch.context is not None
+        segment, context, pos = batch.segment[index], batch.context[index], batch.position_ids[0][index]
+        mask = visible(
+            segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window
+        )
+        mask &= self.filled_EB[:, None]
+        mask[:, :, 0] |= ~self.filled_EB
+        return mask
 
 
 def layout_marker(device: torch.device) -> Tensor:
-    """The 4-D mask that stands for "the layout says who sees whom"."""
+    """Returns the 4-D mask that stands for "the layout says who sees whom"."""
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
@@ -108,7 +135,7 @@ def prefix_shared_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered as `IMPLEMENTATION`.
+    """Attends as transformers' functions do; registered as `IMPLEMENTATION`.
 
     Args:
         query: (1, H, T, D); key, value: (1, G, T, D).
@@ -125,17 +152,18 @@ def prefix_shared_attention(
         )
     _refuse_unknown(attention_mask, kwargs)
     if prefix_layout.trace is not None:
-        prefix_layout.trace.append((sliding_window, query.shape[-1]))
-    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if prefix_layout.backend == "varlen" and not dropout:  # the kernel has no dropout
+        prefix_layout.trace.append((sliding_window, HeadShape(query.shape[1], key.shape[1], query.shape[3])))
+    backend = prefix_layout.backend_for(sliding_window, dropout)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if backend.gathers:
         index = prefix_layout.batch.kv_index
         assert index is not None
-        k_SGD, v_SGD = k_TGD.index_select(0, index), v_TGD.index_select(0, index)
-        return attend_varlen(prefix_layout, q_THD.contiguous(), k_SGD, v_SGD, scaling, sliding_window)[None], None
-    return attend_dense(prefix_layout, q_THD, k_TGD, v_TGD, scaling, sliding_window, dropout)[None], None
+        k, v = k.index_select(0, index), v.index_select(0, index)
+    extra = {"dropout": dropout} if dropout else {}
+    return backend.attend(prefix_layout, q, k, v, scaling, sliding_window, **extra)[None], None
 
 
-def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, object]) -> None:
     if attention_mask is not None and tuple(attention_mask.shape) != (1, 1, 1, 1):
         raise CannotShareError("the model builds an attention mask of its own")
     for name, value in kwargs.items():
@@ -154,7 +182,7 @@ def attend_dense(
     window: int | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention sample by sample under the mask predicate; (T, H, D)."""
+    """Attends sample by sample under the mask predicate; (T, H, D)."""
     index = plan.index_EB
     groups = q_THD.shape[1] // k_TGD.shape[1]
     q_EHBD, k_EGBD, v_EGBD = (x[index].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
@@ -172,13 +200,13 @@ def attend_dense(
 def attend_varlen(
     plan: AttentionPlan, q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Attention of every segment's queries to its gathered keys, in one kernel; (T, H, D)."""
+    """Attends from every segment's queries to its gathered keys, in one kernel; (T, H, D)."""
     batch = plan.batch
     size = v_SGD.shape[-1]
     if size < q_THD.shape[-1]:  # latent attention: the kernel wants one head size; zeros add nothing
         v_SGD = F.pad(v_SGD, (0, q_THD.shape[-1] - size))
     out_THD = varlen_kernel(
-        q_THD,
+        q_THD.contiguous(),
         k_SGD,
         v_SGD,
         batch.cu_seq_q,
@@ -192,17 +220,8 @@ def attend_varlen(
     return out_THD[..., :size]
 
 
-def attend_packed(
-    plan: AttentionPlan, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scaling: float, window: int | None
-) -> Tensor:
-    """Attention of the packed row as it is, for full attention only; (T, H, D)."""
-    assert window is None
-    tiles = plan.tiles(q_THD.shape[1] // k_TGD.shape[1], q_THD.shape[2])
-    return shared_attention(q_THD, k_TGD, v_TGD, tiles, scaling)
-
-
 def varlen_kernel(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn`; newer releases want `enable_gqa` said, older ones don't know it."""
+    """Calls `torch.nn.attention.varlen.varlen_attn`; newer releases want `enable_gqa`, older ones don't know it."""
     from torch.nn.attention.varlen import varlen_attn
 
     if _needs_enable_gqa():
@@ -219,13 +238,30 @@ def _needs_enable_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """ "varlen" where its kernel runs (CUDA sm80+, half precision, head size a multiple of 8 up to 256)."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
-        return "dense"
+def _varlen_runs(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
+    """Whether torch's kernel runs: CUDA sm80+, half precision, head size a multiple of 8 up to 256."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or heads.size % 8 or heads.size > 256:
+        return False
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return "dense"
-    return "varlen" if torch.cuda.get_device_capability(device) >= (8, 0) else "dense"
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# The first that supports a model is taken.
+BACKENDS = [
+    AttentionBackend("varlen", _varlen_runs, attend_varlen, gathers=True),
+    AttentionBackend("dense", lambda device, dtype, heads: True, attend_dense, dropout=True),
+]
+
+
+def backend_named(name: str) -> AttentionBackend:
+    """Returns the record of that name in `BACKENDS`."""
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> str:
+    """Returns the name of the first backend that runs there."""
+    return next(backend.name for backend in BACKENDS if backend.supports(device, dtype, heads))
 
 
 AttentionInterface.register(IMPLEMENTATION, prefix_shared_attention)

@@ -13,17 +13,26 @@ In both layouts log-probs need no label shifting: `pred_pos` holds the flat posi
 completion in `pred_pos`. Tokens of a completion that the model did not write (another speaker's turn in a trajectory)
 are read but not predicted. Two trajectories that share no beginning are completions of an empty prompt.
 
+A batch keeps its samples, so that it can be laid out again in two (`halves`) and its completions be named for a cache
+of their log-probs (`content_keys`).
+
 Shape suffixes: R rows, L row length, T = R * L flat positions, S segments (a prompt or a completion), E samples,
 B longest sample in tokens, C completions, N predicted tokens, M most copies of a token among the keys.
 """
 
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+KEY_BYTES = 16
+# Hashed into every key. Another number for another way to hash, so that stored keys of the old way are never found.
+KEY_VERSION = 1
 
 
 class Sample(NamedTuple):
@@ -39,7 +48,14 @@ class Sample(NamedTuple):
     grades: Sequence[float] | None = None  # one per completion, higher is better
     preference: float | None = None  # probability that the first completion is the better one
     margin: float | None = None  # by how much its reward should be ahead
-    mismatched: Sequence[Sequence[int]] = ()  # answers to other prompts, laid out as further completions
+    mismatched: Sequence[Sequence[int]] = ()  # completions of other prompts, laid out as further completions
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a batch. What moves batches between processes and devices does not look inside."""
+
+    kept: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -56,10 +72,10 @@ class PackedBatch:
     lengths: Tensor  # (C,) predicted tokens of each completion
     # Labels, where the data have them.
     step: Tensor | None = None  # (N,) step of a trajectory that a token belongs to
-    grade: Tensor | None = None  # (C,) float64, higher is better; 0 for mismatched answers
+    grade: Tensor | None = None  # (C,) float64, higher is better; 0 for mismatched completions
     preference: Tensor | None = None  # (E,) float64, probability that the first completion is the better one
     margin: Tensor | None = None  # (E,) float64, in rewards
-    mismatched: Tensor | None = None  # (C,) bool, True for an answer to another prompt
+    mismatched: Tensor | None = None  # (C,) bool, True for a completion of another prompt
     attention_mask: Tensor | None = None  # (R, L) 1 for tokens, 0 for padding; None when prompts are shared
     # The rest exists only when prompts are shared.
     segment: Tensor | None = None  # (T,) segment of each token
@@ -71,9 +87,10 @@ class PackedBatch:
     cu_seq_k: Tensor | None = None  # (S + 1,) int32 bounds of the segments in kv_index
     max_q: int = 0  # longest segment
     max_k: int = 0  # longest [prompt; own tokens]
-    num_own: int = 0  # completions that are no mismatched answers
-    segments: Any = None  # (S,) tuple of (length, index of the segment that is its context), on the host
-    keys: Any = None  # (C,) tuple of bytes: content keys, see unpack.py
+    num_own: int = 0  # completions that are not mismatched
+    segments: Sequence[tuple[int, int]] | None = None  # (S,) length, and index of the segment that is its context
+    keys: Any = None  # (C,) bytes, from `content_keys`
+    samples: Samples | None = None  # what was laid out, on the host
 
     @property
     def shared(self) -> bool:
@@ -82,23 +99,22 @@ class PackedBatch:
 
     @property
     def num_samples(self) -> int:
-        """E, the number of prompts."""
+        """The number of prompts, E."""
         return self.rows.shape[0]
 
     @property
     def num_completions(self) -> int:
-        """C, the number of completions over all samples."""
+        """The number of completions over all samples, C."""
         return self.sample_of.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.as_dict().items()
-        }
-        return PackedBatch(**moved)
+        """Returns the same batch on `device`."""
+        tensors = {name: value for name, value in self.as_dict().items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return replace(self, **moved)
 
     def as_dict(self) -> dict[str, Any]:
-        """Field name to value, without the empty fields: what a collator returns."""
+        """Returns the fields that are not empty by their names, as a collator does."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -118,23 +134,25 @@ def visible(
 def _check(samples: Sequence[Sample]) -> None:
     if not samples:
         raise ValueError("A batch needs at least one sample.")
+    if len({sample.steps is None for sample in samples}) > 1:  # the batch would hold the steps of some only
+        raise ValueError("Samples with and without steps can't be in one batch. Lay them out apart.")
     for i, sample in enumerate(samples):
-        if not len(sample.completions) or not all(map(len, [*sample.completions, *sample.mismatched])):
-            raise ValueError(
-                f"Sample {i} of the batch (row {sample.row}) has an empty completion or none: nothing can be "
-                "predicted there. Drop the row."
-            )
-        if not len(sample.prompt) and (sample.steps is None or any(steps[0] >= 0 for steps in sample.steps)):
-            raise ValueError(
-                f"Sample {i} of the batch (row {sample.row}) has an empty prompt: nothing predicts the first token. "
-                "Give the prompt at least one token, such as BOS."
-            )
-        if sample.steps is not None and not all(max(steps) >= 0 for steps in sample.steps):
-            raise ValueError(f"Sample {i} of the batch (row {sample.row}) has a completion without scored tokens.")
+        if problem := _problem(sample):
+            raise ValueError(f"Sample {i} of the batch (row {sample.row}) has {problem}")
+
+
+def _problem(sample: Sample) -> str | None:
+    if not len(sample.completions) or not all(map(len, [*sample.completions, *sample.mismatched])):
+        return "an empty completion or none: nothing can be predicted there. Drop the row."
+    if not len(sample.prompt) and (sample.steps is None or any(steps[0] >= 0 for steps in sample.steps)):
+        return "an empty prompt: nothing predicts the first token. Give the prompt at least one token, such as BOS."
+    if sample.steps is not None and not all(max(steps) >= 0 for steps in sample.steps):
+        return "a completion without scored tokens."
+    return None
 
 
 def _scored(sample: Sample) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each completion, mismatched ones last: its ids, and the places in it that are predicted."""
+    """Returns for each completion, mismatched ones last, its ids and the places in it that are predicted."""
     ids = [np.asarray(c) for c in (*sample.completions, *sample.mismatched)]
     if sample.steps is None:
         return [(c, np.arange(len(c))) for c in ids]
@@ -143,68 +161,59 @@ def _scored(sample: Sample) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """Lay samples out in one row, each prompt once (see the head of this file).
+    """Lays samples out in one row, each prompt once (see the head of this file).
 
     Raises:
         ValueError: no samples, or a sample in which nothing can predict or be predicted.
     """
     _check(samples)
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    kv_index: list[np.ndarray] = []
-    seg_len: list[int] = []
-    seg_context: list[int] = []
-    pred_pos, target, sample_bounds = [], [], [0]
-    end = 0
+    ids: list[np.ndarray] = []  # of each segment
+    contexts: list[int] = []  # of each segment: its prompt, or itself where there is none
+    own: list[int] = []  # the segment of each completion
+    scored: list[np.ndarray] = []
+    segment_bounds = [0]  # of the samples
     for sample in samples:
-        p = len(sample.prompt)
-        prompt_range = np.arange(end, end + p)
-        prompt_segment = len(seg_len)
-        if p:
+        prompt = len(ids)
+        if len(sample.prompt):
             ids.append(np.asarray(sample.prompt))
-            positions.append(np.arange(p))
-            kv_index.append(prompt_range)
-            seg_len.append(p)
-            seg_context.append(prompt_segment)
-        end += p
-        for completion, scored in _scored(sample):
-            c = len(completion)
-            own = np.arange(end, end + c)
+            contexts.append(prompt)
+        for completion, places in _scored(sample):
+            contexts.append(prompt if len(sample.prompt) else len(ids))
+            own.append(len(ids))
+            scored.append(places)
             ids.append(completion)
-            positions.append(np.arange(p, p + c))
-            kv_index += [prompt_range, own]
-            seg_context.append(prompt_segment if p else len(seg_len))
-            seg_len.append(c)
-            pred_pos.append(np.concatenate([prompt_range[-1:] if p else [-1], own[:-1]])[scored])
-            target.append(completion[scored])
-            end += c
-        sample_bounds.append(end)
-    lengths = np.asarray(seg_len)
-    contexts = np.asarray(seg_context)
-    keys = np.concatenate(kv_index)
-    alone = contexts == np.arange(len(lengths))
-    key_lengths = np.where(alone, lengths, lengths + lengths[contexts])
+        segment_bounds.append(len(ids))
+    lengths, context = np.array([len(x) for x in ids]), np.array(contexts)
+    bounds = np.append(0, lengths.cumsum())
+    starts, ends = bounds[:-1], bounds[1:]
+    before = np.where(context == np.arange(len(ids)), 0, lengths[context])  # tokens of the context
+    # The keys of a segment are its context's tokens and then its own.
+    keys = _ranges(np.stack([starts[context], starts], 1).ravel(), np.stack([before, lengths], 1).ravel())
+    # A token is predicted by the one before it, a completion's first token by the last one of the prompt.
+    place_N, segment_N = np.concatenate(scored), np.repeat(own, [len(places) for places in scored])
+    pred_pos = np.where(place_N == 0, ends[context[segment_N]], starts[segment_N] + place_N) - 1
+    target = [ids[segment][places] for segment, places in zip(own, scored, strict=True)]
     return PackedBatch(
         input_ids=_long(np.concatenate(ids))[None],
-        position_ids=_long(np.concatenate(positions))[None],
-        pred_pos=_long(np.concatenate(pred_pos)),
+        position_ids=_long(_ranges(before, lengths))[None],
+        pred_pos=_long(pred_pos),
         target=_long(np.concatenate(target)),
         **_labels(samples, target),
-        segment=_long(np.repeat(np.arange(len(lengths)), lengths)),
-        context=_long(np.repeat(contexts, lengths)),
-        sample_index=_long(_ragged_ranges(np.asarray(sample_bounds))),
+        segment=_long(np.repeat(np.arange(len(ids)), lengths)),
+        context=_long(np.repeat(context, lengths)),
+        sample_index=_long(_table_of_ranges(bounds[segment_bounds])),
         kv_index=_long(keys),
         kv_copies=_long(_places_of_values(keys)),
-        segments=tuple(zip(seg_len, seg_context, strict=True)),
-        cu_seq_q=_bounds(lengths),
-        cu_seq_k=_bounds(key_lengths),
+        segments=tuple(zip(lengths.tolist(), contexts, strict=True)),
+        cu_seq_q=_int32(bounds),
+        cu_seq_k=_int32(np.append(0, (before + lengths).cumsum())),
         max_q=int(lengths.max()),
-        max_k=int(key_lengths.max()),
+        max_k=int((before + lengths).max()),
     )
 
 
 def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
-    """Lay samples out as one right-padded row per completion, prompt + completion in each.
+    """Lays samples out as one right-padded row per completion, prompt + completion in each.
 
     Raises:
         ValueError: no samples, or a sample in which nothing can predict or be predicted.
@@ -233,23 +242,24 @@ def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
 
 
 def _labels(samples: Sequence[Sample], target: list[np.ndarray]) -> dict[str, Any]:
-    """Whose completion is whose, and what the samples say about them."""
+    """Returns the fields that say whose completion is whose, and what the samples say about them."""
     own = [len(s.completions) for s in samples]
     others = [len(s.mismatched) for s in samples]
-    lengths = np.asarray([len(t) for t in target])
+    lengths = np.array([len(t) for t in target])
     found: dict[str, Any] = {
         "completion_of": _long(np.repeat(np.arange(len(target)), lengths)),
         "sample_of": _long(np.repeat(np.arange(len(samples)), np.add(own, others))),
-        "rows": _long(np.asarray([s.row for s in samples])),
+        "rows": _long(np.array([s.row for s in samples])),
         "lengths": _long(lengths),
         "num_own": sum(own),
+        "samples": Samples(tuple(samples)),
     }
     first = samples[0]
     if first.steps is not None:
-        steps = [np.asarray(step) for s in samples for step in s.steps or ()]
-        found["step"] = _long(np.concatenate([step[step >= 0] for step in steps]))
+        steps = np.concatenate([np.asarray(step) for s in samples for step in s.steps or ()])
+        found["step"] = _long(steps[steps >= 0])
     if first.grades is not None:
-        found["grade"] = _double([g for s, m in zip(samples, others, strict=True) for g in (*s.grades, *[0.0] * m)])  # type: ignore[misc]
+        found["grade"] = _double([g for s in samples for g in (*(s.grades or ()), *[0.0] * len(s.mismatched))])
     if first.preference is not None:
         found["preference"] = _double([s.preference for s in samples])
     if first.margin is not None:
@@ -259,7 +269,7 @@ def _labels(samples: Sequence[Sample], target: list[np.ndarray]) -> dict[str, An
     return found
 
 
-def _double(values: Sequence[Any]) -> Tensor:
+def _double(values: Sequence[float | None]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -267,12 +277,18 @@ def _long(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _bounds(lengths: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+def _int32(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int32))
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns ranges of these lengths, one after the other."""
+    offsets = starts - (lengths.cumsum() - lengths)
+    return np.repeat(offsets, lengths) + np.arange(lengths.sum())
 
 
 def _places_of_values(values: np.ndarray) -> np.ndarray:
-    """(T, M) places at which each of 0..T-1 stands in `values`, in order, -1 beyond the last."""
+    """Returns the (T, M) places at which each of 0..T-1 stands in `values`, in order, -1 beyond the last."""
     order = np.argsort(values, kind="stable")
     counts = np.bincount(values)
     copy = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -281,8 +297,72 @@ def _places_of_values(values: np.ndarray) -> np.ndarray:
     return places
 
 
-def _ragged_ranges(bounds_E1: np.ndarray) -> np.ndarray:
-    """Bounds to an (E, B) table of the positions between them, -1 beyond each range's end."""
+def _table_of_ranges(bounds_E1: np.ndarray) -> np.ndarray:
+    """Returns an (E, B) table of the positions between bounds, -1 beyond each range's end."""
     lengths = np.diff(bounds_E1)
     offsets = np.arange(lengths.max())
     return np.where(offsets < lengths[:, None], bounds_E1[:-1, None] + offsets, -1)
+
+
+# ---- A batch again, from its samples --------------------------------------------------------------------------------
+
+
+def _samples(batch: PackedBatch) -> tuple[Sample, ...]:
+    if batch.samples is None:
+        raise ValueError(
+            "This batch does not hold its samples. A collator of your own should return all fields of what `pack` or "
+            "`pad_rows` gives (`as_dict`), `samples` among them."
+        )
+    return batch.samples.kept
+
+
+def halves(batch: PackedBatch) -> list[PackedBatch]:
+    """Lays the first and the second half of the samples out as two batches: same layout, same device, keys cut along.
+
+    Raises:
+        ValueError: the batch has one sample only, or does not hold its samples.
+    """
+    samples = _samples(batch)
+    if len(samples) < 2:
+        raise ValueError(
+            f"A batch of one sample (row {samples[0].row}, {batch.input_ids.numel()} tokens) can't be halved."
+        )
+    middle = len(samples) // 2
+    cut = sum(len(s.completions) + len(s.mismatched) for s in samples[:middle])
+    lay_out = pack if batch.shared else pad_rows
+    result = []
+    for part, own_C in ((samples[:middle], slice(cut)), (samples[middle:], slice(cut, None))):
+        kept: dict[str, Any] = {}
+        if batch.keys is not None:
+            kept["keys"] = tuple(batch.keys[own_C])
+        if batch.mismatched is not None:  # stays a field of both: the micro-batches of a step hold the same fields
+            kept["mismatched"] = batch.mismatched[own_C].cpu()
+        result.append(replace(lay_out(part), **kept).to(batch.input_ids.device))
+    return result
+
+
+def content_keys(batch: PackedBatch) -> tuple[bytes, ...]:
+    """Returns one 16-byte digest per completion of what its log-probs depend on, given the model.
+
+    That is the ids of prompt + completion and which of them are predicted. Where the prompt ends counts by the latter
+    alone. Labels, row numbers, the other completions, the layout and the padding don't count.
+
+    Raises:
+        ValueError: the batch does not hold its samples.
+    """
+    keys = []
+    for sample in _samples(batch):
+        prompt = _little_endian(np.asarray(sample.prompt))
+        for completion, places in _scored(sample):
+            tokens = len(sample.prompt) + len(completion)
+            # The two counts come first, so that no two contents are one string of bytes.
+            digest = blake2b(struct.pack("<3q", KEY_VERSION, tokens, len(places)), digest_size=KEY_BYTES)
+            digest.update(prompt)
+            digest.update(_little_endian(completion))
+            digest.update(_little_endian(len(sample.prompt) + places))
+            keys.append(digest.digest())
+    return tuple(keys)
+
+
+def _little_endian(numbers: np.ndarray) -> bytes:
+    return numbers.astype("<i8").tobytes()

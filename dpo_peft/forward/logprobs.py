@@ -3,12 +3,13 @@
 With a frozen head (the usual case: LoRA leaves it alone) the gradient to the hidden states is formed in the forward
 pass, while a chunk's probabilities are at hand: d logp(y) / d hidden = (onehot(y) - softmax) @ W. The backward then
 only scales it, so the head costs two matrix products instead of three and its weight gets no gradient. A head that is
-trained, adapted or quantised goes through its own module, chunk by chunk, each recomputed in the backward.
+trained, adapted or quantized goes through its own module, chunk by chunk, each recomputed in the backward.
 
 Shape suffixes: N predicted tokens, H hidden size, V vocabulary, K one chunk of N.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..fused.elementwise import logps_from_logits, logps_grad_, uses_kernels
+from ..wings import wing
 
 # 1024 rows of a 128k vocabulary are 0.25 GiB in bfloat16 (0.5 in float32), the largest buffer that the head needs.
 CHUNK_ROWS = 1024
@@ -117,6 +118,12 @@ def _log_sum_sq(logits_KV: Tensor, lse_K1: Tensor) -> Tensor:
     return (2 * logits_KV).logsumexp(1) - 2 * lse_K1[:, 0]
 
 
+def _kernels_for(logits_KV: Tensor) -> ModuleType | None:
+    """Returns the fused layers' element-wise functions if they have kernels for these logits."""
+    fused = wing("fused") if logits_KV.is_cuda else None
+    return fused.elementwise if fused is not None and fused.elementwise.uses_kernels(logits_KV) else None
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -142,10 +149,10 @@ class _FrozenHeadLogps(torch.autograd.Function):
             for start in range(0, hidden_NH.shape[0], chunk_rows):
                 rows = slice(start, start + chunk_rows)
                 raw_KV = hidden_NH[rows].to(weight_VH.dtype) @ weight_VH.T
-                if log_sum_sq_N is None and head.plain and uses_kernels(raw_KV):
-                    logps_N[rows], lse_K = logps_from_logits(raw_KV, target_N[rows])
+                if log_sum_sq_N is None and head.plain and (kernels := _kernels_for(raw_KV)):
+                    logps_N[rows], lse_K = kernels.logps_from_logits(raw_KV, target_N[rows])
                     if grad_NH is not None:
-                        grad_NH[rows] = logps_grad_(raw_KV, target_N[rows], lse_K) @ weight_VH
+                        grad_NH[rows] = kernels.logps_grad_(raw_KV, target_N[rows], lse_K) @ weight_VH
                     continue
                 raw_KV = _at_least_float32(raw_KV)
                 if bias_V is not None:

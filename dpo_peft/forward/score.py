@@ -3,7 +3,8 @@
 Shape suffixes: N predicted tokens, C completions, H hidden size; in `sequence_logps` B sequences, L padded length.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fused.decoder import FusedModel
 from .attention import AttentionPlan, layout_marker
 from .layout import PackedBatch
 from .logprobs import CHUNK_ROWS, read_head, token_logps
 
-Backend = str | AttentionPlan | FusedModel
+
+class NotRecognizedError(Exception):
+    """A decoder of another kind can't be used on this model; the message says why."""
+
+
+class Decoder(ABC):
+    """Decoder layers that stand for a model's own, and read its weights and adapters as they are at every call."""
+
+    attention: str  # name of its attention backend
+    checkpointed: Callable[[PackedBatch], int]  # how many of the first layers keep their input alone
+    offload: bool  # keep those inputs in the CPU's memory
+
+    @abstractmethod
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Returns the normed hidden states that predict, (N, H), for a shared batch on the model's device."""
+
+    @abstractmethod
+    def reference(self, adapter: str | None) -> "Decoder":
+        """Returns the same with the frozen `adapter` in the place of the active one, or with none."""
+
+
+Backend = str | AttentionPlan | Decoder
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one forward pass over a batch gives, in nats."""
+    """Log-probs of a batch from one forward pass, in nats."""
 
     token_logps_N: Tensor  # log-prob of every predicted token, float32; empty where a cache kept the sums only
     logps_C: Tensor  # their sum per completion (note eq. 49), float64
@@ -29,13 +50,13 @@ class Scores:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The transformers causal LM inside a PEFT model (its layers stay adapted), or the model itself."""
+    """Returns the transformers causal LM inside a PEFT model (its layers stay adapted), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, each back in its own mode outside, exceptions or not."""
+    """Puts every module into eval mode inside, and each back into its own mode outside, exceptions or not."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -52,14 +73,14 @@ def completion_logps(
     chunk_rows: int = CHUNK_ROWS,
     log_sum_sq: bool = False,
 ) -> Scores:
-    """Log-probs of every completion of a batch under `model`, in whatever state its adapter is.
+    """Returns log-probs of every completion of a batch under `model`, in whatever state its adapter is.
 
     Args:
         model: a causal LM or a PEFT model around one. For a shared batch its attention implementation must be
             `forward.attention.IMPLEMENTATION`.
         batch: from `pack` or `pad_rows`, on the model's device.
-        backend: how a shared batch is read: by the model's own modules with the attention backend "dense" or "varlen"
-            (or a plan already made for this batch), or by a `FusedModel` made of `model`.
+        backend: how a shared batch is read: by the model's own modules with an attention backend, "dense", "varlen" or
+            one that was added (or a plan already made for this batch), or by a `Decoder` made of `model`.
         chunk_rows: rows of logits that exist at a time.
         log_sum_sq: whether to fill `Scores.log_sum_sq_N`, which WPO's weights read.
 
@@ -68,7 +89,7 @@ def completion_logps(
     """
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
-    if isinstance(backend, FusedModel) and batch.shared:
+    if isinstance(backend, Decoder) and batch.shared:
         hidden_NH = backend.hidden_states(batch)
     else:
         hidden_NH = _hidden_states(causal_lm, batch, backend).flatten(0, 1).index_select(0, batch.pred_pos)
@@ -78,7 +99,7 @@ def completion_logps(
 
 
 def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
-    """(N,) values of predicted tokens to their (C,) float64 sums.
+    """Adds (N,) values of predicted tokens up to (C,) float64 sums.
 
     float32 loses 1e-4 nats over 60 tokens, and on a GPU another amount each time.
     """
@@ -91,7 +112,7 @@ def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: Backend) -> Tens
     if batch.shared:
         kwargs["attention_mask"] = layout_marker(batch.input_ids.device)
         kwargs["position_ids"] = batch.position_ids
-        kwargs["prefix_layout"] = backend if isinstance(backend, AttentionPlan) else AttentionPlan(batch, str(backend))
+        kwargs["prefix_layout"] = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
     else:
         kwargs["attention_mask"] = batch.attention_mask
     backbone = causal_lm.base_model
@@ -101,7 +122,7 @@ def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: Backend) -> Tens
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each labelled sequence under any causal LM (note eq. 49 and listing 1).
+    """Returns the log-probability of each labelled sequence under any causal LM (note eq. 49 and listing 1).
 
     The plain path, from the model's own logits: for small jobs and as an oracle. Training uses `completion_logps`.
 

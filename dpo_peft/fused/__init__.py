@@ -1,3 +1,9 @@
-"""Optional speed: decoder layers and attention written out in fewer passes over memory."""
+"""Optional speed: decoder layers and attention written out in fewer passes over memory.
 
-from .. import forward  # noqa: F401  forward and fused need each other; it goes first
+The core finds this package by name (`dpo_peft.wings`) and does without it where it is not there.
+"""
+
+from . import elementwise
+from .recognition import fused_decoder, recognize
+
+__all__ = ["elementwise", "fused_decoder", "recognize"]

@@ -1,7 +1,7 @@
 """Attention over the packed layout in kernels of our own: no gathered keys, and tiles that suit short segments.
 
 `plan_tiles` turns a batch's segments into lists of tiles, once per batch; `shared_attention` runs
-`triton_attention.py` on them. The kernels' numbers of programs are known on the host: nothing waits for the GPU.
+`attention_triton.py` on them. The kernels' numbers of programs are known on the host: nothing waits for the GPU.
 
 What is computed is `attention.attend_dense`, without windows and dropout. Scores and sums are float32; probabilities
 and their gradients are rounded to the inputs' dtype before they are multiplied. Each output is written by one program
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..forward.attention import AttentionBackend, AttentionPlan, HeadShape
 
 MAX_HEAD, MAX_GROUP = 256, 16
 _LOG2_E = math.log2(math.e)
@@ -68,14 +70,14 @@ def padded_head(head: int) -> int:
     return max(16, 1 << (head - 1).bit_length())
 
 
-def supports(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head: int) -> bool:
+def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
     """Whether the kernels run: half precision, up to 16 query heads per key head, head size up to 256, on Hopper.
 
     `LAUNCHES` takes more shared memory than most other GPUs have.
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    if heads % kv_heads or heads // kv_heads > MAX_GROUP or head > MAX_HEAD:
+    if heads.queries % heads.keys or heads.queries // heads.keys > MAX_GROUP or heads.size > MAX_HEAD:
         return False
     try:
         from . import attention_triton as triton_attention  # noqa: F401
@@ -205,6 +207,21 @@ class _SharedAttention(torch.autograd.Function):
         q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR = ctx.saved_tensors
         grads = attend_backward(grad_outputs[0], q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR, ctx.tiles, ctx.scaling)
         return *grads, None, None
+
+
+def attend_packed(
+    plan: AttentionPlan, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scaling: float | None, window: None
+) -> Tensor:
+    """Attends over the packed row as it is, (T, A, D); the batch's tiles are made once for all layers."""
+    batch, group, head = plan.batch, q_TAD.shape[1] // k_TGD.shape[1], q_TAD.shape[2]
+    tiles = plan.once(
+        ("tiles", group, head), lambda: plan_tiles(np.array(batch.segments), group, head, batch.input_ids.device)
+    )
+    return shared_attention(q_TAD, k_TGD, v_TGD, tiles, scaling)
+
+
+# Fused layers take it where the model's own take "varlen".
+PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, otherwise="varlen")
 
 
 def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> tuple[Tensor, Tensor]:

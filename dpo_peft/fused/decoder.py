@@ -1,6 +1,6 @@
 """The decoder of Llama-like models with LoRA, written out: transformers' function in fewer passes over memory.
 
-A layer is four projections (`projection.py`) with element-wise kernels between them (`kernels.py`):
+A layer is four projections (`lora.py`) with element-wise kernels between them (`elementwise.py`):
 
     [q, k, v] = P1(norm(x));  o = attention(...);  h = x + P2(o);  [gate, up] = P3(norm(h));  out = h + P4(swiglu)
 
@@ -9,7 +9,7 @@ kept. A checkpointed layer keeps its input alone. Its recomputation stops before
 backward pass doesn't need: a quarter of the layer's weights less.
 
 `FusedModel` reads the loaded model's own weights and adapters at every call, in whatever state they are; it holds no
-copy. `recognize.py` says which models it is right for.
+copy. `recognition.py` says which models it is right for.
 
 Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention heads, D head size.
 """
@@ -25,11 +25,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 
-from ..forward.attention import AttentionPlan, attend_dense, attend_packed, attend_varlen
+from ..forward.attention import AttentionBackend, AttentionPlan
 from ..forward.layout import PackedBatch
+from ..forward.score import Decoder
 from .elementwise import (
     Heads,
     Norm,
+    Places,
     differentiable_rms_norm,
     queries_keys_values,
     rms_norm,
@@ -38,12 +40,6 @@ from .elementwise import (
     swiglu_backward_,
 )
 from .lora import Projection, ProjectionPass, prepare
-
-_ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "dense": attend_dense,
-    "varlen": attend_varlen,
-    "packed": attend_packed,
-}
 
 
 @dataclass
@@ -93,11 +89,12 @@ class LayerPass:
     def attend(self, qkv: Tensor) -> Tensor:
         """(T, N) to (T, A * D)."""
         plan, layer = self.attention, self.layer
-        # Our kernels have no window.
-        kind = "varlen" if plan.backend == "packed" and layer.window is not None else plan.backend
-        places = plan.places if kind == "varlen" else None
+        backend, places = plan.backend_for(layer.window), None
+        if backend.gathers:  # in the same pass that turns the heads by their positions
+            assert plan.batch.kv_index is not None and plan.batch.kv_copies is not None
+            places = Places(plan.batch.kv_index, plan.batch.kv_copies)
         q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, places)
-        return _ATTENTION[kind](plan, q, k, v, layer.scaling, layer.window).flatten(1)
+        return backend.attend(plan, q, k, v, layer.scaling, layer.window).flatten(1)
 
     def __call__(self, x_TH: Tensor) -> Tensor:
         """The layer's output; everything that the backward pass needs is kept."""
@@ -226,36 +223,37 @@ def _without_keeping(layer: LayerPass, x_TH: Tensor) -> Tensor:
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 
-class FusedModel:
-    """A recognised model's decoder, as a backend of `completion_logps`.
+class FusedModel(Decoder):
+    """A recognized model's decoder, as a backend of `completion_logps`.
 
     Args:
         causal_lm: the transformers model inside the PEFT model.
         layers: from `recognize`.
-        attention: "packed", "varlen" or "dense".
+        backend: of attention.
     """
 
-    def __init__(self, causal_lm: Any, layers: list[DecoderLayer], attention: str):
+    def __init__(self, causal_lm: Any, layers: list[DecoderLayer], backend: AttentionBackend):
         self.backbone = causal_lm.base_model
         self.layers = layers
-        self.attention = attention
+        self.backend = backend
+        self.attention = backend.name
         self.norm = Norm(self.backbone.norm.weight, self.backbone.norm.variance_epsilon)
-        # How many of the first layers keep their input alone; the last ones' activations are freed first.
+        # The last layers' activations are freed first, so the first ones are checkpointed.
         self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
-        self.offload = False  # keep those inputs in the CPU's memory
-        self._only: tuple[str, ...] | None = None
+        self.offload = False
+        self._only: tuple[str, ...] | None = None  # adapters in the place of the active one
 
     def __str__(self) -> str:
         return f"fused, {self.attention}"
 
     def reference(self, adapter: str | None) -> "FusedModel":
-        """The same with the frozen `adapter` in the place of the active one, or with none. Nothing is switched."""
+        """Returns the same with the frozen `adapter` in the place of the active one, or with none."""
         other = copy.copy(self)
         other._only = () if adapter is None else (adapter,)
         return other
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """(N, H): the normed hidden states that predict, for a shared batch on the model's device."""
+        """Returns the normed hidden states that predict, (N, H), for a shared batch on the model's device."""
         # Frozen, also where a hook for plain checkpointing asks for its gradient.
         x_TH = self.backbone.embed_tokens(batch.input_ids[0]).detach()
         with torch.autocast(x_TH.device.type, enabled=False):
@@ -266,7 +264,7 @@ class FusedModel:
     def _decode(self, x_TH: Tensor, batch: PackedBatch, angles: tuple[Tensor, Tensor]) -> Tensor:
         projections = [p for layer in self.layers for p in layer.projections]
         parts = prepare(projections, x_TH.dtype, x_TH.device, self._only)
-        plan = AttentionPlan(batch, self.attention)
+        plan = AttentionPlan(batch, self.backend)
         checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else 0
         for i, layer in enumerate(self.layers):
             qkv, out, gate_up, down = parts[4 * i : 4 * i + 4]

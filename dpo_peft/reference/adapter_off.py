@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import NonFiniteError, OptionError, ReferenceMismatchError
 from ..forward.layout import PackedBatch
-from ..forward.score import Backend, Scores, completion_logps, eval_mode
-from ..fused.decoder import FusedModel
+from ..forward.score import Backend, Decoder, Scores, completion_logps, eval_mode
 from .frozen_adapter import (
     adapter_layers,
     adapter_tensors,
@@ -157,10 +156,10 @@ def reference_logps(
 ) -> Scores:
     """Log-probs of a batch under the reference: `completion_logps` in `reference_mode`.
 
-    A `FusedModel` takes the reference's adapter as an argument: it has no dropout and nothing to switch, which for
+    A `Decoder` takes the reference's adapter as an argument: it has no dropout and nothing to switch, which for
     small batches takes as long as the pass itself.
     """
-    if isinstance(backend, FusedModel) and batch.shared:
+    if isinstance(backend, Decoder) and batch.shared:
         with torch.no_grad():
             return completion_logps(model, batch, backend.reference(adapter))
     with reference_mode(model, adapter):

@@ -114,7 +114,7 @@ def test_pad_rows_by_hand() -> None:
     )
     for field, value in expected.items():
         assert getattr(batch, field).tolist() == value, field
-    assert not batch.shared and set(batch.as_dict()) == {*expected, "max_q", "max_k", "num_own"}
+    assert not batch.shared and set(batch.as_dict()) == {*expected, "max_q", "max_k", "num_own", "samples"}
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
@@ -191,15 +191,15 @@ def test_arrays_and_tensors_are_taken_as_ids() -> None:
     arrays = [Sample(np.array(s.prompt), [np.array(c, dtype=np.int32) for c in s.completions], s.row) for s in BY_HAND]
     for other in (pack(arrays), pack([Sample(torch.tensor(s.prompt), *s[1:]) for s in BY_HAND])):
         for field, value in lists.as_dict().items():
-            assert torch.equal(torch.as_tensor(getattr(other, field)), torch.as_tensor(value)), field
+            assert field == "samples" or torch.equal(torch.as_tensor(getattr(other, field)), torch.as_tensor(value))
 
 
 def test_as_dict_gives_the_batch_back() -> None:
     for batch in (pack(BY_HAND), pad_rows(BY_HAND)):
         again = PackedBatch(**batch.as_dict()).to("cpu")
-        assert again.shared == batch.shared
+        assert again.shared == batch.shared and again.samples is batch.samples
         for field, value in batch.as_dict().items():
-            assert torch.equal(torch.as_tensor(getattr(again, field)), torch.as_tensor(value)), field
+            assert field == "samples" or torch.equal(torch.as_tensor(getattr(again, field)), torch.as_tensor(value))
 
 
 @pytest.mark.parametrize("layout", [pack, pad_rows])

@@ -218,7 +218,7 @@ def test_any_failure_inside_the_model_means_no_sharing(monkeypatch: pytest.Monke
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(attention, "attend_dense", broken)
+    monkeypatch.setattr(attention, "BACKENDS", [replace(attention.backend_named("dense"), attend=broken)])
     plan = plan_forward(model)
     assert plan.reason == "this model can't share prompts (RuntimeError: first line)"
     assert model.config._attn_implementation == "sdpa"

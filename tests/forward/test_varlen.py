@@ -18,7 +18,7 @@ from torch import Tensor
 from varlen_kernel import emulated_kernel
 
 from dpo_peft.forward import attention, completion_logps, pack, plan_forward, probe
-from dpo_peft.forward.attention import AttentionPlan, choose_backend, prefix_shared_attention
+from dpo_peft.forward.attention import AttentionPlan, HeadShape, choose_backend, prefix_shared_attention
 
 SAMPLES = random_samples([(11, (5, 8, 1)), (6, (7, 3)), (1, (2,))])
 
@@ -186,13 +186,13 @@ def test_choice_of_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert choose_backend(device, dtype, head_dim) == backend
+    assert choose_backend(device, dtype, HeadShape(4, 2, head_dim)) == backend
 
 
 def test_backend_is_chosen_by_the_largest_head_that_attention_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 4's full-attention layers have larger heads than its config's head_dim; latent attention has its own."""
     asked = []
-    monkeypatch.setattr(probe, "choose_backend", lambda device, dtype, head_dim: asked.append(head_dim) or "dense")
+    monkeypatch.setattr(probe, "choose_backend", lambda device, dtype, heads: asked.append(heads.size) or "dense")
     for name in ("llama", "gemma4", "deepseek-v3"):
         assert plan_forward(build(*SHARING[name])).shared
     assert asked == [16, 32, 24]

@@ -13,7 +13,7 @@ from interpreter import DEVICE, INTERPRETED, here, instead_of_a_gpu, run_interpr
 from torch import Tensor
 
 from dpo_peft.forward import Sample, pack
-from dpo_peft.forward.attention import AttentionPlan, attend_dense
+from dpo_peft.forward.attention import AttentionPlan, HeadShape, attend_dense
 from dpo_peft.forward.layout import PackedBatch, visible
 from dpo_peft.fused.attention import (
     LAUNCHES,
@@ -236,7 +236,7 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
     long = Tiles(*tiles[:4], longest=2**24, group=2, head=64, launches=tiles.launches)
     with pytest.raises(ValueError, match="too long"):
         attend_forward(x, x[:, :1], x[:, :1], long, 1.0)
-    assert not supports(torch.device("cpu"), torch.float16, 2, 1, 64)
+    assert not supports(torch.device("cpu"), torch.float16, HeadShape(2, 1, 64))
 
 
 @instead_of_a_gpu

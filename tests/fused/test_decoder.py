@@ -3,6 +3,7 @@
 The oracle is transformers' model with PEFT's layers, run on the same batch.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from dpo_peft.errors import OptionError
 from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
+from dpo_peft.forward.attention import backend_named
 from dpo_peft.fused import decoder as fused
+from dpo_peft.fused import recognition
 from dpo_peft.fused.decoder import FusedModel
 from dpo_peft.model.loading import keep_weights
 from dpo_peft.reference.adapter_off import reference_logps, reference_mode
@@ -264,7 +267,8 @@ def test_other_models_keep_their_own_layers() -> None:
 def test_the_probe_refuses_layers_that_are_wrong(monkeypatch: Any) -> None:
     """Negative control: each piece of a layer broken on purpose is noticed at start."""
     model = adapted(build("Qwen3", WINDOWED))
-    right = {name: getattr(fused, name) for name in ("rms_norm", "swiglu", "queries_keys_values", "attend_dense")}
+    right = {name: getattr(fused, name) for name in ("rms_norm", "swiglu", "queries_keys_values")}
+    dense = backend_named("dense")
 
     def scaled(norm: Any) -> Any:
         return lambda x, n, *out: norm(x, n._replace(eps=n.eps + 0.1), *out)
@@ -275,13 +279,14 @@ def test_the_probe_refuses_layers_that_are_wrong(monkeypatch: Any) -> None:
         "queries_keys_values": lambda qkv, heads, cos, sin, places: right["queries_keys_values"](
             qkv, heads, cos, -sin, places
         ),
-        "attend_dense": lambda plan, q, k, v, scaling, window: right["attend_dense"](plan, q, k, v, scaling, None),
+        "dense": replace(dense, attend=lambda *args: dense.attend(*args[:-1], None)),  # without its window
     }
     for name, function in wrong.items():
         with monkeypatch.context() as patch:
-            patch.setitem(fused._ATTENTION, "dense", function) if name == "attend_dense" else patch.setattr(
-                fused, name, function
-            )
+            if name == "dense":
+                patch.setattr(recognition, "backend_named", lambda name: wrong["dense"])
+            else:
+                patch.setattr(fused, name, function)
             plan = plan_forward(model)
             assert plan.fused is None and "fused log-probs differ by" in plan.unfused, name
     fused_plan(model)

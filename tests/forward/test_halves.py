@@ -1,7 +1,7 @@
-"""`unpack`, `halves` and `content_keys`: round trips over random samples of every kind, and what a key depends on."""
+"""`halves` and `content_keys` over random samples of every kind: what a batch keeps, and what a key depends on."""
 
+import pickle
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from dpo_peft.forward import (
     PackedBatch,
@@ -19,7 +20,6 @@ from dpo_peft.forward import (
     pack,
     pad_rows,
     plan_forward,
-    unpack,
 )
 
 Layout = Callable[[Sequence[Sample]], PackedBatch]
@@ -73,19 +73,10 @@ def batches(kind: str, fewest: int = 1) -> list[list[Sample]]:
     return [Draw(seed).batch(kind, fewest) for seed in range(60)]
 
 
-def as_lists(sample: Sample) -> tuple[Any, ...]:
-    """A sample in plain Python values, to compare."""
-
-    def nested(rows: Any) -> Any:
-        return None if rows is None else [[int(x) for x in row] for row in rows]
-
-    ids = nested([sample.prompt])[0], nested(sample.completions), nested(sample.mismatched)
-    return *ids, nested(sample.steps), sample.row, sample.grades, sample.preference, sample.margin
-
-
 def different_fields(a: PackedBatch, b: PackedBatch) -> set[str]:
-    """Names of the fields of two batches that are not exactly equal, dtype and shape included."""
-    a_fields, b_fields = a.as_dict(), b.as_dict()
+    """Names of the fields of two batches that are not exactly equal, dtype and shape included. Samples are compared
+    as they are."""
+    a_fields, b_fields = ({**batch.as_dict(), "samples": batch.samples.kept} for batch in (a, b))
     different = set(a_fields) ^ set(b_fields)
     for name in set(a_fields) & set(b_fields):
         x, y = a_fields[name], b_fields[name]
@@ -95,59 +86,31 @@ def different_fields(a: PackedBatch, b: PackedBatch) -> set[str]:
     return different
 
 
-# ---- unpack --------------------------------------------------------------------------------------------------------
+# ---- What a batch keeps --------------------------------------------------------------------------------------------
 
 
 @both_layouts
 @every_kind
-def test_laid_out_again_the_batch_is_the_same(kind: str, layout: Layout) -> None:
-    for samples in batches(kind):
+def test_samples_travel_with_the_batch(kind: str, layout: Layout) -> None:
+    """As fields, out of a worker process, and through what moves batches to a device, which must not look inside."""
+    for samples in batches(kind)[:20]:
         batch = layout(samples)
-        assert different_fields(layout(unpack(batch)), batch) == set()
+        fields = pickle.loads(pickle.dumps(batch.as_dict()))
+        moved = send_to_device(fields, torch.device("cpu"))
+        assert moved["samples"] is fields["samples"]
+        again = PackedBatch(**moved).to("cpu")
+        assert list(again.samples.kept) == samples and different_fields(again, batch) == set()
+        assert content_keys(again) == content_keys(batch)
 
 
 @both_layouts
-@every_kind
-def test_samples_come_back(kind: str, layout: Layout) -> None:
-    for samples in batches(kind):
-        found = [as_lists(s) for s in unpack(layout(samples))]
-        if kind == "trajectories" and layout is not pack:
-            # A padded batch does not hold the border. It holds whole rows and what is scored; no prompt shrinks.
-            assert [whole(s) for s in unpack(layout(samples))] == [whole(s) for s in samples]
-            assert all(len(f[0]) >= len(s.prompt) for f, s in zip(found, samples, strict=True))
-        else:
-            assert found == [as_lists(s) for s in samples]
-
-
-def whole(sample: Sample) -> tuple[list[Any], list[Any]]:
-    """(prompt + completion, step of each of its tokens) of every completion."""
-    pairs = list(zip(sample.completions, sample.steps or (), strict=True))
-    ids = [[*map(int, sample.prompt), *map(int, c)] for c, _ in pairs]
-    return ids, [[-1] * len(sample.prompt) + [int(x) for x in steps] for _, steps in pairs]
-
-
-@pytest.mark.parametrize(
-    ("sample", "prompt", "completions", "steps"),
-    [
-        # Common up to 12, scored from 13 on.
-        (([11], [[12, 13], [12, 14]], [[-1, 0], [-1, 0]]), [11, 12], [[13], [14]], [[0], [0]]),
-        # Common up to 12, which the second row scores: it stays with the completions.
-        (([11], [[12, 13], [12, 14]], [[-1, 0], [0, 1]]), [11], [[12, 13], [12, 14]], [[-1, 0], [0, 1]]),
-        # No common start.
-        (([], [[12, 13], [15, 14]], [[-1, 0], [-1, 0]]), [], [[12, 13], [15, 14]], [[-1, 0], [-1, 0]]),
-    ],
-)
-def test_the_border_of_a_padded_trajectory(sample: Any, prompt: Any, completions: Any, steps: Any) -> None:
-    ids, rows, given = sample
-    found = as_lists(unpack(pad_rows([Sample(ids, rows, 5, steps=given)]))[0])
-    assert found[:4] == (prompt, completions, [], steps)
-
-
-@both_layouts
-def test_padding_that_is_a_token_of_the_rows(layout: Layout) -> None:
-    """Where a row ends is known by the mask, not by the id of the padding."""
-    samples = [Sample([7, 0], [[0, 5, 0], [0]], 1), Sample([0], [[0]], 2)]
-    assert [as_lists(s) for s in unpack(layout(samples))] == [as_lists(s) for s in samples]
+@pytest.mark.parametrize("action", [halves, content_keys])
+def test_a_batch_without_samples_says_what_to_do(action: Any, layout: Layout) -> None:
+    """A user's own collator may give some of the fields only."""
+    fields = layout([BASE, BASE]).as_dict()
+    del fields["samples"]
+    with pytest.raises(ValueError, match="collator of your own should return all fields"):
+        action(PackedBatch(**fields))
 
 
 @both_layouts
@@ -157,17 +120,17 @@ def test_a_lost_token_or_a_moved_border_is_seen(layout: Layout) -> None:
     moved = [sample._replace(prompt=[5], completions=[[6, 7, 8], [6, 9]])]
     assert "pred_pos" in different_fields(layout(moved), layout(samples))
     assert "input_ids" in different_fields(layout([sample._replace(completions=[[7], [9]])]), layout(samples))
-    assert different_fields(layout([sample._replace(grades=[1.0, 0.5])]), layout(samples)) == {"grade"}
-    assert different_fields(layout([sample._replace(row=4)]), layout(samples)) == {"rows"}
+    assert different_fields(layout([sample._replace(grades=[1.0, 0.5])]), layout(samples)) == {"grade", "samples"}
+    assert different_fields(layout([sample._replace(row=4)]), layout(samples)) == {"rows", "samples"}
 
 
 @both_layouts
 @pytest.mark.parametrize("first", [0, 1])
 def test_samples_with_and_without_steps_in_one_batch_are_refused(layout: Layout, first: int) -> None:
-    """A batch holds the steps of all samples or of none, so some of these are lost."""
+    """A batch holds the steps of all samples or of none."""
     samples = [Sample([5], [[6, 7, 8]], 1), Sample([5], [[6, 7, 8]], 2, steps=[[0, -1, 1]])]
     with pytest.raises(ValueError, match="Lay them out apart"):
-        unpack(layout(samples[first:] + samples[:first]))
+        layout(samples[first:] + samples[:first])
 
 
 # ---- halves --------------------------------------------------------------------------------------------------------
@@ -180,6 +143,9 @@ def test_halves_hold_the_samples_in_order(kind: str, layout: Layout) -> None:
         batch = layout(samples)
         batch = replace(batch, keys=content_keys(batch))
         first, second = halves(batch)
+        middle = len(samples) // 2
+        for half, part in ((first, samples[:middle]), (second, samples[middle:])):
+            assert different_fields(half, layout(part)) <= {"keys", "mismatched"}
         assert first.shared == second.shared == batch.shared
         assert abs(first.num_samples - second.num_samples) <= 1
         assert first.num_own + second.num_own == batch.num_own
@@ -218,6 +184,14 @@ def test_a_half_without_mismatched_answers_keeps_the_field() -> None:
 
 
 @both_layouts
+def test_padding_that_is_a_token_of_the_rows(layout: Layout) -> None:
+    """Where a row ends is known by the sample, not by the id of the padding."""
+    samples = [Sample([7, 0], [[0, 5, 0], [0]], 1), Sample([0], [[0]], 2)]
+    for half, part in zip(halves(layout(samples)), samples, strict=True):
+        assert different_fields(half, layout([part])) == set()
+
+
+@both_layouts
 def test_one_sample_cannot_be_halved(layout: Layout) -> None:
     with pytest.raises(ValueError, match=r"one sample \(row 12, .* can't be halved"):
         halves(layout([Sample([5], [[6], [7]], 12)]))
@@ -230,7 +204,7 @@ def test_a_batch_on_the_gpu(kind: str, layout: Layout) -> None:
     samples = Draw(0).batch(kind, fewest=2)
     batch = layout(samples)
     there = batch.to("cuda")
-    assert different_fields(layout(unpack(there)), batch) == set() and content_keys(there) == content_keys(batch)
+    assert different_fields(there.to("cpu"), batch) == set() and content_keys(there) == content_keys(batch)
     for part, expected in zip(halves(there), halves(batch), strict=True):
         assert part.input_ids.is_cuda and different_fields(part.to("cpu"), expected) == set()
 
@@ -333,8 +307,7 @@ def test_the_version_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
             b"".join(x.to_bytes(8, "little") for x in [1, 5, 2, 5, 6, 7, 20, 21, 3, 4]), digest_size=16
         ).hexdigest()
     )
-    # By its full name: the package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules["dpo_peft.forward.unpack"], "KEY_VERSION", 2)
+    monkeypatch.setattr("dpo_peft.forward.layout.KEY_VERSION", 2)
     assert content_keys(pack([BASE]))[0] != before
 
 
