@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import DataError
 
 Row = Mapping[str, Any]
+Message = dict[str, Any]
+Messages = list[Message]
 
 # Set by the pipeline itself; from a row they would change what is rendered behind its back.
 RESERVED_KWARGS = frozenset(

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .chat import check_chat_template, render
+from .chat import check_chat_template, prompt_ids_of
 from .fields import (
     RowProblem,
     read_entries,
@@ -151,7 +151,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         example = prompt.example
         try:
             if example.kind == "chat":
-                ids = render(tokenizer, example, example.prompt, "prompt", opens_answer=True)
+                ids = prompt_ids_of(tokenizer, example)
             else:
                 ids = text_ids(tokenizer, example.prompt, leading)
             if not ids:
