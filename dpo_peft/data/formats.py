@@ -98,6 +98,34 @@ class Example:
     continues: bool = False
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """A way to write preference rows. `register` adds one; `parse.py` makes those that the table above lists.
+
+    Args:
+        name: what the summary calls it.
+        kind: what its examples hold: "text", "chat" or "ids" (see `Example`).
+        columns: those that `read` reads. The summary names the others as unused.
+        read: one row to an `Example` of this kind, or to the name of the reason (of `REASONS`) why it can't teach
+            anything. Raises `RowProblem(field, problem, remedy)` for a malformed row.
+        detect: whether a dataset with these columns and this first row is of this format.
+    """
+
+    name: str
+    kind: str
+    columns: tuple[str, ...]
+    read: Callable[[Row], "Example | str"]
+    detect: Callable[[set[str], Row], bool] = lambda columns, first: False
+
+
+REGISTERED: dict[str, RowFormat] = {}
+
+
+def register(row_format: RowFormat) -> None:
+    """Adds a format for rows, or replaces the one of that name. It is asked before the package's own formats."""
+    REGISTERED[row_format.name] = row_format
+
+
 def split_format(fmt: str) -> tuple[str, str]:
     """How a format gives its prompt and its answers: "chat_ranked" -> ("chat", "ranked"), "ids" -> ("ids", "pair")."""
     base, _, answers = fmt.rpartition("_")

@@ -1,7 +1,7 @@
 """Rows of any supported format to `prompt_ids`, `completion_ids`, `row` and labels: the entry to the data pipeline.
 
-Two passes over a `Dataset`: one that checks every row and tokenises nothing but one row of each shape, then one that
-tokenises and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
+Two passes over a `Dataset`: one that checks every row and tokenizes nothing but one row of each shape, then one that
+tokenizes and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
 options), so a second run reads the cache. Every source row leaves a record in it, dropped or not, and the report is
 counted from these records. A stream does both row by row, as it is read.
 """
@@ -13,12 +13,14 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
 from .fields import RowProblem
 from .fingerprint import digest, tokenizer_hash
-from .formats import Row, Wanted, detect_format, used_columns
+from .formats import REGISTERED, Row, Wanted
+from .parse import find_format
 from .summary import REASONS, DataReport
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
@@ -45,10 +47,10 @@ def prepare_dataset(
     discount_unit: str = "turn",
     single_best: bool = False,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
-    """Tokenise a preference dataset.
+    """Tokenizes a preference dataset.
 
     Args:
-        dataset: Rows in one of the formats of `schema.py`.
+        dataset: Rows in one of the formats of `formats.py`.
         tokenizer: Its special tokens and chat template are used as they are.
         name: How messages call the dataset.
         max_length: Most tokens of prompt + one completion; None for no limit.
@@ -56,7 +58,7 @@ def prepare_dataset(
         num_proc: Worker processes; not for streams.
         on_unusable: "drop" counts and drops well-formed rows that carry no signal, "error" refuses the first one.
         max_unusable_share: Above this share of dropped rows the dataset is refused.
-        load_from_cache_file: False tokenises again even if the cache has the result.
+        load_from_cache_file: False tokenizes again even if the cache has the result.
         data: What the objective learns from: "pairs", "lists" (K graded answers of one prompt), "singles" (answers
             judged one by one) or "trajectories" (pairs of conversations that may differ from any turn on).
         label_columns: Which of "preference" and "margin" the objective reads, where the dataset has them. A dataset
@@ -86,12 +88,12 @@ def prepare_dataset(
     check_tokenizer(tokenizer, need_eos=False)
     wanted = Wanted(data, tuple(label_columns), discount_unit, single_best)
     columns, first = _first_row(dataset, name)
-    fmt = detect_format(name, columns, first, wanted)
+    row_format = find_format(name, columns, first, wanted, len(tokenizer))
     wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
-    used = {*used_columns(fmt), *wanted.label_columns}
+    used = {*row_format.columns, *wanted.label_columns}
     unused = tuple(column for column in columns if column not in used)
-    report = DataReport(name, fmt, max_length, truncation_mode, unused_columns=unused)
-    worker = RowWorker(name, fmt, tokenizer, max_length, truncation_mode, wanted)
+    report = DataReport(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
+    worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     if isinstance(dataset, IterableDataset):
         stream = StreamWorker(worker, report, max_unusable_share if on_unusable == "drop" else None)
         return _prepare_stream(dataset, stream, columns), report
@@ -135,10 +137,12 @@ def _map_records(
 ) -> Dataset:
     rows = _plain(dataset)
     if rows.format["type"] != "custom":
-        used = [*used_columns(worker.fmt), *worker.wanted.label_columns]
+        used = [*worker.format.columns, *worker.wanted.label_columns]
         rows = rows.select_columns([column for column in used if column in first])
     tokenizer = tokenizer_hash(worker.tokenizer)
-    content = [dataset._fingerprint, worker.fmt, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
+    content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
+    if worker.format.name in REGISTERED:
+        content.append(Hasher.hash(worker.format.read))
     options = {
         "num_proc": num_proc,
         "batched": True,
@@ -213,11 +217,9 @@ class StreamWorker:
         if index == 0:
             self.report.reset()
         try:
-            self.worker.check(row)
-            record = self.worker.record(row, index)
+            record = self.worker.record(*self.worker.read(row), index)
         except RowProblem as problem:
             raise problem.located(self.worker.name, index) from problem.__cause__
-        record = {column: record[column] for column in self.worker.features}
         self.report.add(record)
         if record["drop"] and self.max_unusable_share is None:
             raise unusable_error(self.worker.name, index, record["drop"])

@@ -34,7 +34,7 @@ def encode_trajectories(tokenizer: PreTrainedTokenizerBase, example: Example, un
 
 
 def one_turn_each(encoded: Encoded, unit: str) -> Encoded:
-    """Does the same for rows without turns (text, ids): each completion is one assistant turn, after a given prompt."""
+    """Does the same for rows without turns (text, ids): each completion is one turn, after a given prompt."""
     start = len(encoded.prompt_ids)
     wholes = [encoded.prompt_ids + ids for ids in encoded.completion_ids]
     steps = [number_steps(len(ids), [(start, len(ids))], unit) for ids in wholes]

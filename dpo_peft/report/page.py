@@ -6,7 +6,6 @@ run but its own style and script, which are named by their hashes; every text of
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import OptionError
+from ..files import write_atomically
 from .facts import (
     Figures,
     data_table,
@@ -66,10 +66,7 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
     if len(runs) > MOST_TRACES:
         raise OptionError(f"runs: {len(runs)} are too many to tell apart in one chart. Give at most {MOST_TRACES}.")
     report = make_report(read_runs(runs), title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.part")
-    unfinished.write_bytes(report.html)
-    os.replace(unfinished, output)
+    write_atomically(output, report.html)
     return {"output": str(output), "bytes": len(report.html), **report.summary}
 
 

@@ -1,6 +1,7 @@
 """Options of a command: words, file and command line, what is refused, and the help. Rows from and to files."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from dpo_peft.cli.options import parse_options, required, show
 from dpo_peft.errors import OptionError
-from dpo_peft.files import read_rows, write_rows
+from dpo_peft.files import read_rows, write_atomically, write_rows
 
 
 @dataclass
@@ -122,3 +123,19 @@ def test_a_file_appears_once_it_is_whole(tmp_path: Path) -> None:
 def test_other_endings_are_refused(tmp_path: Path, path: str) -> None:
     with pytest.raises(OptionError, match="must end in .jsonl or .parquet"):
         write_rows(tmp_path / path, [])
+
+
+def test_a_broken_write_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    assert write_atomically(path, "ä\n").read_bytes() == "ä\n".encode()
+    assert write_atomically(path, b"\x00").read_bytes() == b"\x00"
+
+    def broken() -> Iterator[str]:
+        yield "half"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, broken())
+    assert path.read_bytes() == b"\x00"
+    write_atomically(path, (text for text in ("a", "b")))
+    assert path.read_text() == "ab" and [file.name for file in path.parent.iterdir()] == ["file.txt"]
