@@ -144,7 +144,7 @@ def _changed_turns(message: Message, number: int) -> Iterator[tuple[str, str, Me
         yield "a tool call", f"(call {number})", {"content": "", **others}
 
 
-def opening(example: Example) -> dict[str, bool]:
+def opening(example: Example) -> dict[str, Any]:
     """Returns the template's argument that renders a prompt up to where the model starts to write."""
     return {"continue_final_message" if example.continues else "add_generation_prompt": True}
 

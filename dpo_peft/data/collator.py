@@ -79,7 +79,7 @@ class KeepRows:
 def mismatch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Gives each row the completions of the row before it, the first row those of the last, as `mismatched_ids`.
 
-    KTO estimates its reference point on such pairs of a prompt with a completion of another one (Ethayarajh et al. 2024,
+    KTO estimates its reference point on such pairs of a prompt with the completion of another (Ethayarajh et al. 2024,
     section 4.1): the mismatched completions of a batch are its own, each once. A single row has no other to take
     from, and gets none.
     """

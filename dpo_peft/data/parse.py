@@ -68,7 +68,7 @@ def kind_of_format(fmt: str) -> str:
 
 
 def parse_row(row: Row, fmt: str, vocab_size: int, data: str = "pairs") -> Example | str:
-    """Turn one row of format `fmt` into an `Example`, or into the reason why it carries no signal.
+    """Turns one row of format `fmt` into an `Example`, or into the reason why it carries no signal.
 
     Raises `RowProblem` when the row is malformed. `vocab_size` bounds pre-tokenised ids; `data` is what the objective
     learns from (`Wanted`).
@@ -130,7 +130,7 @@ def _read_answers(row: Row, kind: str, how: str, vocab_size: int, data: str) -> 
 
 
 def _parse_text_implicit(answers: Answers) -> Example | str:
-    """Split where the texts begin to differ, backing up to the start of the word (a lone blank goes with the word)."""
+    """Splits where the texts begin to differ, backing up to the start of the word (a lone blank goes with it)."""
     texts = answers.values
     if len(set(texts)) == 1:
         return IDENTICAL
@@ -151,7 +151,7 @@ def _in_spaced_word(char: str) -> bool:
 
 
 def _parse_transcript(answers: Answers) -> Example | str:
-    """Cut behind the last "Assistant:" of each transcript; the parts before it must be the same text."""
+    """Cuts behind the last "Assistant:" of each transcript; the parts before it must be the same text."""
     prompts, replies = [], []
     for field, text in zip(answers.fields, answers.values, strict=True):
         cut = text.rfind(ASSISTANT) + len(ASSISTANT)
@@ -189,7 +189,7 @@ def _parse_chat(row: Row, implicit: bool, answers: Answers) -> Example | str:
 
 
 def _parse_trajectories(row: Row, implicit: bool, answers: Answers) -> Example | str:
-    """Whole conversations that may differ from any turn on; without a `prompt` column the prompt stays empty."""
+    """Reads whole conversations that may differ from any turn on; without a `prompt` column the prompt stays empty."""
     prompt, completions = _split_conversations(row, implicit, answers)
     written = [[message for message in turns if message["role"] == "assistant"] for turns in completions]
     if not all(written):
@@ -211,7 +211,7 @@ def _parse_trajectories(row: Row, implicit: bool, answers: Answers) -> Example |
 
 
 def _parse_judged_conversation(row: Row) -> Example | str:
-    """`messages` and `label`: the assistant turns at the end are what was judged."""
+    """Reads `messages` and `label`: the assistant turns at the end are what was judged."""
     messages, label = read_messages(row, "messages"), read_label(row)
     cut = next((i for i in range(len(messages), 0, -1) if messages[i - 1]["role"] != "assistant"), 0)
     if cut == len(messages) or not cut:
@@ -234,7 +234,7 @@ def _chat_example(row: Row, prompt: Messages, answers: Answers, continues: bool)
 
 
 def _split_conversations(row: Row, implicit: bool, answers: Answers) -> tuple[Messages, list[Messages]]:
-    """Prompt and completions: the given ones, or the common start of whole conversations and what follows it."""
+    """Returns prompt and completions: those given, or the common start of whole conversations and what follows it."""
     if not implicit:
         return read_conversation(row, "prompt"), answers.values
     for field, messages in zip(answers.fields, answers.values, strict=True):
@@ -246,14 +246,14 @@ def _split_conversations(row: Row, implicit: bool, answers: Answers) -> tuple[Me
 
 
 def _is_one_answer(messages: Messages) -> bool:
-    """One assistant turn, or several with tool results between them."""
+    """Says whether these are one assistant turn, or several with tool results between them."""
     roles = [message["role"] for message in messages]
     twice = any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False))
     return roles[0] != "tool" and not twice and not count_turns(messages, ASKING_ROLES)
 
 
 def count_turns(messages: Messages, roles: tuple[str, ...]) -> int:
-    """Number of messages with one of these roles."""
+    """Counts the messages with one of these roles."""
     return sum(message["role"] in roles for message in messages)
 
 
@@ -272,7 +272,7 @@ def _check_continuation(prompt: Messages, completions: list[Messages]) -> None:
 
 
 def common_start(sequences: Sequence[Any]) -> int:
-    """Length of the common start of sequences."""
+    """Returns the length of the common start of sequences."""
     first, *others = sequences
     limit = min(map(len, sequences))
     if all(other[:limit] == first[:limit] for other in others):

@@ -2,7 +2,7 @@
 
 Two passes over a `Dataset`: one that checks every row and tokenizes nothing but one row of each shape, then one that
 tokenizes and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
-options), so a second run reads the cache. Every source row leaves a record in it, dropped or not, and the report is
+options), so a second run reads the cache. Every source row leaves a record in it, dropped or not, and the summary is
 counted from these records. A stream does both row by row, as it is read.
 """
 
@@ -67,7 +67,7 @@ def prepare_dataset(
         single_best: For lists: a row whose best grade is shared is unusable.
 
     Returns:
-        The prepared rows and the report. A row has `prompt_ids` (list of int), `completion_ids` (one list per
+        The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
         completion, the best first), `row` (number in `dataset`), and by `data`
 
         - pairs, trajectories: `preference` and `margin` (float) if the dataset has them. A preference below 0.5 comes
@@ -76,7 +76,7 @@ def prepare_dataset(
         - trajectories: `steps` (one int per completion token, -1 for those that the model does not write).
           `prompt_ids` is what both share at the start, and may be empty.
 
-        A stream comes back as a stream, and fills the report later; it is refused when none of its first 100 rows is
+        A stream comes back as a stream, and fills the summary later; it is refused when none of its first 100 rows is
         usable.
 
     Raises:
@@ -126,7 +126,7 @@ def _first_row(dataset: Any, name: str) -> tuple[list[str], Row]:
 
 
 def _plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Rows as Python values: a tensor format is undone, a transform of the user's stays."""
+    """Returns rows as Python values: a tensor format is undone, a transform of the user's stays."""
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset
     return dataset.with_format(None)
@@ -195,7 +195,7 @@ def _keep_usable(
 
 
 def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
-    """Numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
+    """Returns the numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
     texts = mapped.data.column(column)
     return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
 
