@@ -127,7 +127,7 @@ def register(row_format: RowFormat) -> None:
 
 
 def split_format(fmt: str) -> tuple[str, str]:
-    """Returns how a format gives prompt and completions: "chat_ranked" -> ("chat", "ranked"), "ids" -> ("ids", "pair")."""
+    """Returns how a format gives prompt and completions: "chat_ranked" -> ("chat", "ranked"), "ids" -> (…, "pair")."""
     base, _, answers = fmt.rpartition("_")
     return (base, answers) if answers in ("ranked", "label") else (fmt, "pair")
 
