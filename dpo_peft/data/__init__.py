@@ -5,7 +5,7 @@ from .encode import preprocess_dpo_sample
 from .fingerprint import rows_digest
 from .formats import DISCOUNT_UNITS
 from .prepare import prepare_dataset
-from .summary import REASONS, DataReport
+from .summary import REASONS, DataReport, DataSummary
 from .truncate import TRUNCATION_MODES
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "REASONS",
     "TRUNCATION_MODES",
     "DataReport",
+    "DataSummary",
     "from_alpaca",
     "from_hh",
     "from_oasst_tree",

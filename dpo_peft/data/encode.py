@@ -6,7 +6,7 @@ from ..errors import DataError
 from .chat import check_chat_template, encode_chat, prompt_ids_of
 from .fields import RowProblem, read_text
 from .formats import Example
-from .summary import REASONS
+from .summary import explain
 from .tokenize import PAIR, Encoded, check_tokenizer, encode_text, leading_ids, text_prompt_ids
 from .truncate import check_truncation, fit
 
@@ -88,8 +88,7 @@ def preprocess_dpo_sample(
     else:
         fitted = encoded
     if isinstance(fitted, str):
-        meaning, remedy = REASONS[fitted]
-        raise DataError(f"sample: {fitted}: {meaning}. Remedy: {remedy}.")
+        raise DataError(f"sample: {explain(fitted)}.")
     sample: dict[str, list[int]] = {}
     for side, ids in zip(PAIR, fitted.completion_ids, strict=True):
         sample[f"{side}_input_ids"] = fitted.prompt_ids + ids

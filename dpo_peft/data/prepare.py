@@ -21,7 +21,7 @@ from .fields import RowProblem
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Row, Wanted
 from .parse import find_format
-from .summary import REASONS, DataReport
+from .summary import DataSummary, explain
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
 from .worker import COUNTERS, RowWorker, rows_of
@@ -46,7 +46,7 @@ def prepare_dataset(
     label_columns: Sequence[str] = (),
     discount_unit: str = "turn",
     single_best: bool = False,
-) -> tuple[Dataset | IterableDataset, DataReport]:
+) -> tuple[Dataset | IterableDataset, DataSummary]:
     """Tokenizes a preference dataset.
 
     Args:
@@ -92,13 +92,13 @@ def prepare_dataset(
     wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
     used = {*row_format.columns, *wanted.label_columns}
     unused = tuple(column for column in columns if column not in used)
-    report = DataReport(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
+    summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
     worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     if isinstance(dataset, IterableDataset):
-        stream = StreamWorker(worker, report, max_unusable_share if on_unusable == "drop" else None)
-        return _prepare_stream(dataset, stream, columns), report
+        stream = StreamWorker(worker, summary, max_unusable_share if on_unusable == "drop" else None)
+        return _prepare_stream(dataset, stream, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    return _keep_usable(records, worker, report, on_unusable, max_unusable_share), report
+    return _keep_usable(records, worker, summary, on_unusable, max_unusable_share), summary
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -178,18 +178,18 @@ def _raise_problems(checked: Dataset, name: str) -> None:
 
 
 def _keep_usable(
-    records: Dataset, worker: RowWorker, report: DataReport, on_unusable: str, max_unusable_share: float
+    records: Dataset, worker: RowWorker, summary: DataSummary, on_unusable: str, max_unusable_share: float
 ) -> Dataset:
     for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
-            report.add(record)
-    report.check()
-    if on_unusable == "error" and report.dropped:
-        reason, rows = next(iter(report.dropped_rows.items()))
-        raise unusable_error(report.name, rows[0], reason)
-    report.check_share(max_unusable_share)
+            summary.add(record)
+    summary.check()
+    if on_unusable == "error" and summary.dropped:
+        reason, rows = next(iter(summary.dropped_rows.items()))
+        raise unusable_error(summary.name, rows[0], reason)
+    summary.check_share(max_unusable_share)
     prepared = records.select_columns(worker.prepared_columns)
-    if report.dropped:
+    if summary.dropped:
         prepared = prepared.select(_rows_where(records, "drop", empty=True))
     return prepared
 
@@ -201,30 +201,27 @@ def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
 
 
 def unusable_error(name: str, row: int, reason: str) -> DataError:
-    meaning, remedy = REASONS[reason]
-    return DataError(
-        f"{name} row {row}: {reason}: {meaning}. Remedy: {remedy}, or let them be dropped with on_unusable='drop'."
-    )
+    return DataError(f"{name} row {row}: {explain(reason)}, or let them be dropped with on_unusable='drop'.")
 
 
 class StreamWorker:
     """Prepares the rows of a stream one by one and counts them; row 0 starts a new pass."""
 
-    def __init__(self, worker: RowWorker, report: DataReport, max_unusable_share: float | None):
-        self.worker, self.report, self.max_unusable_share = worker, report, max_unusable_share
+    def __init__(self, worker: RowWorker, summary: DataSummary, max_unusable_share: float | None):
+        self.worker, self.summary, self.max_unusable_share = worker, summary, max_unusable_share
 
     def __call__(self, row: Row, index: int) -> dict[str, Any]:
         if index == 0:
-            self.report.reset()
+            self.summary.reset()
         try:
             record = self.worker.record(*self.worker.read(row), index)
         except RowProblem as problem:
             raise problem.located(self.worker.name, index) from problem.__cause__
-        self.report.add(record)
+        self.summary.add(record)
         if record["drop"] and self.max_unusable_share is None:
             raise unusable_error(self.worker.name, index, record["drop"])
-        if self.max_unusable_share is not None and self.report.source_rows >= STREAM_PATIENCE:
-            self.report.check_share(self.max_unusable_share)
+        if self.max_unusable_share is not None and self.summary.source_rows >= STREAM_PATIENCE:
+            self.summary.check_share(self.max_unusable_share)
         return record
 
 
@@ -233,8 +230,8 @@ def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: lis
     records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=features)
     prepared = records.filter(_is_kept).select_columns(prepared_columns)
     if next(iter(prepared), None) is None:
-        worker.report.check_share(1.0)
-    worker.report.reset()
+        worker.summary.check_share(1.0)
+    worker.summary.reset()
     return prepared
 
 

@@ -49,6 +49,14 @@ REASONS = {
     ),
 }
 ROWS_NAMED = 5
+
+
+def explain(reason: str) -> str:
+    """Returns a reason with what it means and the remedy, for messages; the sentence is left open."""
+    meaning, remedy = REASONS[reason]
+    return f"{reason}: {meaning}. Remedy: {remedy}"
+
+
 # What is added up over the rows under the name that a row's record has for it.
 ADDED = (
     "completions ends_lost foreign_turns swapped ties desirable undesirable prompt_tokens completion_tokens"
@@ -56,10 +64,10 @@ ADDED = (
 
 
 @dataclass
-class DataReport:
+class DataSummary:
     """Counts for one dataset. Rows unless said otherwise; truncation and token counts are of the kept rows.
 
-    A stream fills its report as it is read and starts again from zero with each pass; the counts are those of the
+    A stream fills its summary as it is read and starts again from zero with each pass; the counts are those of the
     process that reads.
     """
 
@@ -177,3 +185,6 @@ class DataReport:
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
+
+
+DataReport = DataSummary  # its name before
