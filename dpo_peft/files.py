@@ -1,5 +1,6 @@
 """Rows from a file or the Hub, and rows to a file: what every command reads and writes."""
 
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ def read_rows(
     streaming: bool = False,
     dataset_format: str | None = None,
 ) -> Any:
-    """The rows of a file or of a Hub dataset, as a `datasets.Dataset` (or a stream).
+    """Reads the rows of a file or of a Hub dataset as a `datasets.Dataset` (or a stream).
 
     Args:
         name: a JSON(L), Parquet or CSV file, or a Hub id.
@@ -68,7 +69,7 @@ def _split_trees(batch: Any) -> dict[str, list[Any]]:
 
 
 def check_output(option: str, path: str | Path) -> Path:
-    """The file that rows are to be written to, before any long work starts.
+    """Returns the file that rows are to be written to, before any long work starts.
 
     Raises:
         OptionError: its ending is none of `WRITERS`, or it is a folder.
@@ -82,27 +83,40 @@ def check_output(option: str, path: str | Path) -> Path:
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows as JSON lines or Parquet, by the file's ending. The file appears once it is whole.
+    """Writes rows as JSON lines or Parquet, by the file's ending. The file appears once it is whole.
 
     Raises:
         OptionError: see `check_output`.
     """
     path = check_output("output", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
     if path.suffix == ".parquet":
         from datasets import Dataset
 
-        Dataset.from_list([dict(row) for row in rows]).to_parquet(str(unfinished))
-    else:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        table = io.BytesIO()
+        Dataset.from_list([dict(row) for row in rows]).to_parquet(table)
+        return write_atomically(path, table.getvalue())
+    return write_atomically(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_atomically(path: str | Path, content: str | bytes | Iterable[str]) -> Path:
+    """Writes a file that appears once it is whole and on the disk; a reader, or a kill, never meets a part of it.
+
+    The folder is made if there is none. An iterable is written piece by piece. Text is UTF-8.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    pieces = [content] if isinstance(content, str | bytes) else content
+    with open(unfinished, "wb") as file:
+        file.writelines(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
     return path
 
 
 def strict(value: Any) -> Any:
-    """Plain values as JSON can hold them: it has no NaN or infinity, which become null."""
+    """Returns plain values as JSON can hold them: it has no NaN or infinity, which become null."""
     if isinstance(value, Mapping):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -76,10 +76,10 @@ class KeepRows:
 
 
 def mismatch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give each row the answers of the row before it, the first row those of the last, as `mismatched_ids`.
+    """Gives each row the completions of the row before it, the first row those of the last, as `mismatched_ids`.
 
-    KTO estimates its reference point on such pairs of a prompt with an answer to another one (Ethayarajh et al. 2024,
-    section 4.1): the mismatched answers of a batch are its own answers, each once. A single row has no other to take
+    KTO estimates its reference point on such pairs of a prompt with the completion of another (Ethayarajh et al. 2024,
+    section 4.1): the mismatched completions of a batch are its own, each once. A single row has no other to take
     from, and gets none.
     """
     if len(rows) < 2:

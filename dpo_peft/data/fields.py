@@ -1,4 +1,4 @@
-"""Read and check single values of a row: text, messages, token ids, tools. Each reader raises `RowProblem`.
+"""Reads and checks single values of a row: text, messages, token ids, tools. Each reader raises `RowProblem`.
 
 Arrow fills the keys that a struct lacks with None, in messages as in tool schemas, so None-valued keys are taken as
 absent. A schema that needs a real null can be given as a JSON string, which is used as it is.
@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import DataError
 
 Row = Mapping[str, Any]
+Message = dict[str, Any]
+Messages = list[Message]
 
 # Set by the pipeline itself; from a row they would change what is rendered behind its back.
 RESERVED_KWARGS = frozenset(
@@ -32,7 +34,7 @@ class RowProblem(Exception):
 
 
 def read_text(row: Row, column: str) -> str:
-    """Text that can be encoded as UTF-8; may be empty."""
+    """Returns text that can be encoded as UTF-8; may be empty."""
     value = _get(row, column)
     if not isinstance(value, str):
         if isinstance(value, Mapping) and "value" in value:
@@ -45,7 +47,7 @@ def read_text(row: Row, column: str) -> str:
 
 
 def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
-    """Token ids, each in [0, vocab_size); may be empty."""
+    """Returns token ids, each in [0, vocab_size); may be empty."""
     value = _get(row, column)
     if not isinstance(value, list):
         raise RowProblem(column, f"expected a list of token ids, found {_name(value)}", "store a list of int")
@@ -58,13 +60,13 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
             raise RowProblem(
                 column,
                 f"position {position} holds id {token}, outside the vocabulary of {vocab_size} tokens",
-                "tokenise with the tokenizer that is passed to the trainer",
+                "tokenize with the tokenizer that is passed to the trainer",
             )
     return value
 
 
 def read_entries(row: Row, column: str, least: int = 1) -> dict[str, Any]:
-    """The answers of a list, each under the name by which messages call it: {"completions[0]": …}."""
+    """Returns the completions of a list by their names in messages: {"completions[0]": …}."""
     value = _get(row, column)
     if not isinstance(value, list):
         raise RowProblem(column, f"expected a list of answers, found {_name(value)}", "store a list")
@@ -75,7 +77,7 @@ def read_entries(row: Row, column: str, least: int = 1) -> dict[str, Any]:
 
 
 def read_number(row: Row, column: str) -> float:
-    """A finite number."""
+    """Returns a finite number."""
     value = _get(row, column)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowProblem(column, f"expected a number, found {_name(value)}", "store a number, or remove the row")
@@ -85,7 +87,7 @@ def read_number(row: Row, column: str) -> float:
 
 
 def read_preference(row: Row) -> float:
-    """Probability in [0, 1] that the chosen answer is the better one."""
+    """Returns the probability in [0, 1] that the chosen completion is the better one."""
     value = read_number(row, "preference")
     if not 0 <= value <= 1:
         raise RowProblem(
@@ -97,7 +99,7 @@ def read_preference(row: Row) -> float:
 
 
 def read_label(row: Row) -> float:
-    """1.0 for a desirable answer, 0.0 for an undesirable one."""
+    """Returns 1.0 for a desirable completion, 0.0 for an undesirable one."""
     value = _get(row, "label")
     if type(value) not in (bool, int) or value not in (0, 1):
         raise RowProblem("label", f"expected True or False, found {_name(value)}", "store True for a desirable answer")
@@ -105,7 +107,7 @@ def read_label(row: Row) -> float:
 
 
 def read_grades(row: Row, count: int) -> list[float]:
-    """One number per answer, higher is better: `scores`, or minus the `ranks`."""
+    """Returns one number per completion, higher is better: `scores`, or minus the `ranks`."""
     column = "ranks" if "ranks" in row else "scores"
     entries = read_entries(row, column, least=0)
     if len(entries) != count:
@@ -115,19 +117,24 @@ def read_grades(row: Row, count: int) -> list[float]:
 
 
 def read_messages(row: Row, column: str) -> list[dict[str, Any]]:
-    """Messages as fresh dicts without None-valued keys; may be an empty list."""
+    """Returns messages as fresh dicts without None-valued keys; may be an empty list."""
     value = _get(row, column)
-    if isinstance(value, Mapping):
-        raise RowProblem(
-            column,
-            f"expected a list of messages, found one dict with the keys {sorted(value)}",
-            'store [{"role": …, "content": …}, …] (a datasets.List of a dict, not a Sequence)',
-        )
     if not isinstance(value, list):
-        raise RowProblem(
-            column, f"expected a list of messages, found {_name(value)}", 'store [{"role": …, "content": …}, …]'
-        )
+        remedy = 'store [{"role": …, "content": …}, …]'
+        found = _name(value)
+        if isinstance(value, Mapping):
+            found = f"one dict with the keys {sorted(value)}"
+            remedy += " (a datasets.List of a dict, not a Sequence)"
+        raise RowProblem(column, f"expected a list of messages, found {found}", remedy)
     return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+
+
+def read_conversation(row: Row, column: str) -> Messages:
+    """Returns messages, at least one."""
+    messages = read_messages(row, column)
+    if not messages:
+        raise RowProblem(column, "is an empty conversation", "give at least one message")
+    return messages
 
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:
@@ -162,7 +169,7 @@ def _check_parts(parts: list[Any], where: str) -> None:
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The row's tool schemas (list, or a JSON string of one); None when there are none."""
+    """Returns the row's tool schemas (list, or a JSON string of one); None when there are none."""
     tools = _from_json(row, "tools")
     if tools is None:
         return None
@@ -174,7 +181,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
 
 
 def read_template_kwargs(row: Row) -> dict[str, Any]:
-    """Extra arguments for the chat template (dict, or a JSON string of one)."""
+    """Returns extra arguments for the chat template (dict, or a JSON string of one)."""
     kwargs = _from_json(row, "chat_template_kwargs")
     if kwargs is None:
         return {}
@@ -199,7 +206,7 @@ def _from_json(row: Row, column: str) -> Any:
 
 
 def without_none(value: Any) -> Any:
-    """A copy of nested lists and dicts without the keys whose value is None."""
+    """Returns a copy of nested lists and dicts without the keys whose value is None."""
     if isinstance(value, Mapping):
         return {key: without_none(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):

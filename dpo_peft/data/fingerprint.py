@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of all that decides a tokenizer's ids: vocabulary, rules, special tokens, chat template."""
+    """Returns a digest of all that decides a tokenizer's ids: vocabulary, rules, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         tokenizer("a", padding=False, truncation=False)  # leaves no trace of an earlier call's padding or truncation
@@ -28,7 +28,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def rows_digest(dataset: Any, samples: int = 256) -> str:
-    """Digest of a prepared dataset: its length, and rows spread evenly over it. A stream has none."""
+    """Returns a digest of a prepared dataset: its length, and rows spread evenly over it. A stream has none."""
     if not hasattr(dataset, "__len__"):
         return "stream"
     number = len(dataset)

@@ -1,10 +1,10 @@
-"""What a dataset may look like: `detect_format` names one format for all its rows; `parse.py` reads them.
+"""The formats of rows: `detect_format` names one for all rows of a dataset; `parse.py` reads them.
 
-A format is a way to give the prompt and, after it, a way to give the answers.
+A format is a way to give the prompt and, after it, a way to give the completions. `register` adds one from outside.
 
 | prompt        | columns                                                                                   |
 |---------------|-------------------------------------------------------------------------------------------|
-| text          | `prompt`: text; answers as text                                                           |
+| text          | `prompt`: text; completions as text                                                       |
 | text_implicit | none: answers are texts that start alike                                                  |
 | transcript    | none: answers are raw HH texts, "\\n\\nHuman: … \\n\\nAssistant: …"                           |
 | chat          | `prompt` and answers: lists of {role, content}; `tools`, `chat_template_kwargs`           |
@@ -72,7 +72,7 @@ class Wanted:
 
     @property
     def graded(self) -> bool:
-        """Whether each answer of a row has a grade of its own."""
+        """Says whether each completion of a row has a grade of its own."""
         return self.data in ("lists", "singles")
 
 
@@ -81,7 +81,7 @@ PLAIN_PAIRS = Wanted()
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with K completions before tokenisation, the best first.
+    """One prompt with K completions before tokenization, the best first.
 
     `kind` is "text" (str), "chat" (lists of messages) or "ids" (lists of int) and holds for prompt and completions.
     `fields` are the names of the completions in messages, `grades` one number each (higher is better) for lists and
@@ -98,14 +98,42 @@ class Example:
     continues: bool = False
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """A way to write preference rows. `register` adds one; `parse.py` makes those that the table above lists.
+
+    Args:
+        name: what the summary calls it.
+        kind: what its examples hold: "text", "chat" or "ids" (see `Example`).
+        columns: those that `read` reads. The summary names the others as unused.
+        read: one row to an `Example` of this kind, or to the name of the reason (of `REASONS`) why it can't teach
+            anything. Raises `RowProblem(field, problem, remedy)` for a malformed row.
+        detect: whether a dataset with these columns and this first row is of this format.
+    """
+
+    name: str
+    kind: str
+    columns: tuple[str, ...]
+    read: Callable[[Row], "Example | str"]
+    detect: Callable[[set[str], Row], bool] = lambda columns, first: False
+
+
+REGISTERED: dict[str, RowFormat] = {}
+
+
+def register(row_format: RowFormat) -> None:
+    """Adds a format for rows, or replaces the one of that name. It is asked before the package's own formats."""
+    REGISTERED[row_format.name] = row_format
+
+
 def split_format(fmt: str) -> tuple[str, str]:
-    """How a format gives its prompt and its answers: "chat_ranked" -> ("chat", "ranked"), "ids" -> ("ids", "pair")."""
+    """Returns how a format gives prompt and completions: "chat_ranked" -> ("chat", "ranked"), "ids" -> (…, "pair")."""
     base, _, answers = fmt.rpartition("_")
     return (base, answers) if answers in ("ranked", "label") else (fmt, "pair")
 
 
 def used_columns(fmt: str) -> tuple[str, ...]:
-    """The columns that rows of a format are read from, labels of a pair apart."""
+    """Returns the columns that rows of a format are read from, labels of a pair apart."""
     base, answers = split_format(fmt)
     end = "_ids" if base == "ids" else ""
     prompt = (f"prompt{end}",) if base in ("text", "chat", "ids") else ()
@@ -119,7 +147,7 @@ def used_columns(fmt: str) -> tuple[str, ...]:
 
 
 def detect_format(name: str, columns: list[str], first: Row, wanted: Wanted = PLAIN_PAIRS) -> str:
-    """Name the format of dataset `name` from its columns and its first row.
+    """Names the format of dataset `name` from its columns and its first row.
 
     Raises `DataError` when there is none, or none that the objective can learn from.
     """
@@ -148,7 +176,7 @@ def detect_format(name: str, columns: list[str], first: Row, wanted: Wanted = PL
 
 
 def _detect_answers(name: str, have: set[str], first: Row, data: str) -> str:
-    """How the rows give their answers, if that suits `data`."""
+    """Returns how the rows give their completions, if that suits `data`."""
     paired = {"chosen", "rejected"} <= have or {"chosen_ids", "rejected_ids"} <= have
     lists, judged = have & {"completions", "completions_ids"}, have & {"completion", "completion_ids", "messages"}
     needs = None
@@ -171,7 +199,7 @@ def _detect_answers(name: str, have: set[str], first: Row, data: str) -> str:
 
 
 def is_several(value: Any, kind: str) -> bool:
-    """Whether `value` holds a list of answers where it could be one; `kind` says what an answer is."""
+    """Says whether `value` holds a list of completions where one is possible; `kind` says what a completion is."""
     return isinstance(value, list) and (kind == "text" or not value or isinstance(value[0], list))
 
 
@@ -209,7 +237,7 @@ def _detect_label(name: str, have: set[str], first: Row) -> str:
 
 
 def _detect_base(name: str, have: set[str], first: Row, answers: tuple[str, ...]) -> str:
-    """How the rows give their prompt; `first` holds one answer in each of the columns `answers`."""
+    """Returns how the rows give their prompt; `first` holds one completion in each of the columns `answers`."""
     kinds = [kind_of(first.get(column)) for column in answers]
     prompt = kind_of(first.get("prompt")) if "prompt" in have else None
     if set(kinds) == {"text"}:
@@ -218,7 +246,10 @@ def _detect_base(name: str, have: set[str], first: Row, answers: tuple[str, ...]
         return _detect_chat(name, prompt, first, answers)
     for column, kind in zip(answers, kinds, strict=True):  # something odd: let the readers say what
         if kind not in ("text", "list"):
-            _raise_problem(name, read_text, first, column)
+            try:
+                read_text(first, column)
+            except RowProblem as problem:
+                raise problem.located(name, 0) from None
     raise DataError(
         f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
         "messages."
@@ -265,7 +296,7 @@ def _names(columns: tuple[str, ...]) -> str:
 
 
 def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
-    """Name formats that need a converter or a vision model, before anything else is said."""
+    """Refuses formats that need a converter or a vision model, before anything else is said."""
     vision = sorted(have & {"image", "images"})
     if vision:
         raise DataError(
@@ -311,10 +342,3 @@ def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     return "list" if isinstance(value, list) else type(value).__name__
-
-
-def _raise_problem(name: str, read: Callable[[Row, str], Any], row: Row, column: str) -> None:
-    try:
-        read(row, column)
-    except RowProblem as problem:
-        raise problem.located(name, 0) from None

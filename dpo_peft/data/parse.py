@@ -1,16 +1,18 @@
 """One row of a known format to an `Example`: one prompt with K completions, the best first.
 
 A row that is wrong raises `RowProblem` (the caller adds dataset and row number); a row that is well formed but can't
-teach anything comes back as the name of the reason (see `report.py`).
+teach anything comes back as the name of the reason (see `summary.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from .fields import (
+    Messages,
     RowProblem,
+    read_conversation,
     read_entries,
     read_grades,
     read_ids,
@@ -20,10 +22,21 @@ from .fields import (
     read_text,
     read_tools,
 )
-from .formats import ASKING_ROLES, ASSISTANT, HUMAN, Example, Row, is_several, split_format
+from .formats import (
+    ASKING_ROLES,
+    ASSISTANT,
+    HUMAN,
+    REGISTERED,
+    Example,
+    Row,
+    RowFormat,
+    Wanted,
+    detect_format,
+    is_several,
+    split_format,
+    used_columns,
+)
 from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NOTHING_SCORED, TRANSCRIPTS_DIFFER
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,27 @@ class Answers:
     grades: list[float] | None = None
 
 
+def find_format(name: str, columns: list[str], first: Row, wanted: Wanted, vocab_size: int) -> RowFormat:
+    """Returns the format of dataset `name`, ready to read its rows; `vocab_size` bounds token ids that they hold.
+
+    Raises `DataError` when there is none, or none that the objective can learn from.
+    """
+    have = set(columns)
+    for row_format in REGISTERED.values():
+        if row_format.detect(have, first):
+            return row_format
+    fmt = detect_format(name, columns, first, wanted)
+    read = partial(parse_row, fmt=fmt, vocab_size=vocab_size, data=wanted.data)
+    return RowFormat(fmt, kind_of_format(fmt), used_columns(fmt), read)
+
+
+def kind_of_format(fmt: str) -> str:
+    """Returns what the examples of one of the package's own formats hold: "text", "chat" or "ids"."""
+    return "ids" if fmt.startswith("ids") else "chat" if fmt.startswith("chat") else "text"
+
+
 def parse_row(row: Row, fmt: str, vocab_size: int, data: str = "pairs") -> Example | str:
-    """Turn one row of format `fmt` into an `Example`, or into the reason why it carries no signal.
+    """Turns one row of format `fmt` into an `Example`, or into the reason why it carries no signal.
 
     Raises `RowProblem` when the row is malformed. `vocab_size` bounds pre-tokenised ids; `data` is what the objective
     learns from (`Wanted`).
@@ -44,8 +76,7 @@ def parse_row(row: Row, fmt: str, vocab_size: int, data: str = "pairs") -> Examp
     base, how = split_format(fmt)
     if fmt == "chat_implicit_label":
         return _parse_judged_conversation(row)
-    kind = "ids" if base == "ids" else "chat" if base.startswith("chat") else "text"
-    answers = _read_answers(row, kind, how, vocab_size, data)
+    answers = _read_answers(row, kind_of_format(fmt), how, vocab_size, data)
     if base == "text":
         return Example("text", read_text(row, "prompt"), answers.values, answers.fields, answers.grades)
     if base == "text_implicit":
@@ -60,6 +91,21 @@ def parse_row(row: Row, fmt: str, vocab_size: int, data: str = "pairs") -> Examp
     if data == "trajectories":
         return _parse_trajectories(row, base == "chat_implicit", answers)
     return _parse_chat(row, base == "chat_implicit", answers)
+
+
+def read_prompt(row: Row, as_chat: bool = False) -> Example:
+    """Reads a row's prompt alone, text or messages, as an example without completions.
+
+    Raises `RowProblem` when it is malformed. With `as_chat` a prompt that is text becomes a user's message.
+    """
+    if isinstance(row.get("prompt"), list):
+        prompt = read_conversation(row, "prompt")
+    else:
+        text = read_text(row, "prompt")
+        if not as_chat:
+            return Example("text", text, [], ())
+        prompt = [{"role": "user", "content": text}]
+    return _chat_example(row, prompt, Answers((), []), prompt[-1]["role"] == "assistant")
 
 
 def _read_answers(row: Row, kind: str, how: str, vocab_size: int, data: str) -> Answers:
@@ -84,7 +130,7 @@ def _read_answers(row: Row, kind: str, how: str, vocab_size: int, data: str) -> 
 
 
 def _parse_text_implicit(answers: Answers) -> Example | str:
-    """Split where the texts begin to differ, backing up to the start of the word (a lone blank goes with the word)."""
+    """Splits where the texts begin to differ, backing up to the start of the word (a lone blank goes with it)."""
     texts = answers.values
     if len(set(texts)) == 1:
         return IDENTICAL
@@ -105,7 +151,7 @@ def _in_spaced_word(char: str) -> bool:
 
 
 def _parse_transcript(answers: Answers) -> Example | str:
-    """Cut behind the last "Assistant:" of each transcript; the parts before it must be the same text."""
+    """Cuts behind the last "Assistant:" of each transcript; the parts before it must be the same text."""
     prompts, replies = [], []
     for field, text in zip(answers.fields, answers.values, strict=True):
         cut = text.rfind(ASSISTANT) + len(ASSISTANT)
@@ -138,11 +184,12 @@ def _parse_chat(row: Row, implicit: bool, answers: Answers) -> Example | str:
                 f"starts with a {answer[0]['role']!r} turn, which the model never writes",
                 "move shared turns into 'prompt', or drop the 'prompt' column if these are whole conversations",
             )
-    return _chat_example(row, prompt, completions, answers, not implicit and prompt[-1]["role"] == "assistant")
+    continues = not implicit and prompt[-1]["role"] == "assistant"
+    return _chat_example(row, prompt, replace(answers, values=completions), continues)
 
 
 def _parse_trajectories(row: Row, implicit: bool, answers: Answers) -> Example | str:
-    """Whole conversations that may differ from any turn on; without a `prompt` column the prompt stays empty."""
+    """Reads whole conversations that may differ from any turn on; without a `prompt` column the prompt stays empty."""
     prompt, completions = _split_conversations(row, implicit, answers)
     written = [[message for message in turns if message["role"] == "assistant"] for turns in completions]
     if not all(written):
@@ -158,14 +205,13 @@ def _parse_trajectories(row: Row, implicit: bool, answers: Answers) -> Example |
                 "is an assistant turn, and no template shows where the model starts to write the first turn",
                 "begin the conversation with a system or user turn",
             )
-    goes_on = bool(prompt) and prompt[-1]["role"] == "assistant"
-    return _chat_example(
-        row, prompt, completions, answers, goes_on and any(turns[0]["role"] == "assistant" for turns in completions)
-    )
+    continues = bool(prompt) and prompt[-1]["role"] == "assistant"
+    continues = continues and any(turns[0]["role"] == "assistant" for turns in completions)
+    return _chat_example(row, prompt, replace(answers, values=completions), continues)
 
 
 def _parse_judged_conversation(row: Row) -> Example | str:
-    """`messages` and `label`: the assistant turns at the end are what was judged."""
+    """Reads `messages` and `label`: the assistant turns at the end are what was judged."""
     messages, label = read_messages(row, "messages"), read_label(row)
     cut = next((i for i in range(len(messages), 0, -1) if messages[i - 1]["role"] != "assistant"), 0)
     if cut == len(messages) or not cut:
@@ -177,34 +223,20 @@ def _parse_judged_conversation(row: Row) -> Example | str:
         )
     if _says_nothing(messages[cut:]):
         return EMPTY_COMPLETION
-    answers = Answers(("messages",), [messages[cut:]], [label])
-    return _chat_example(row, messages[:cut], answers.values, answers, continues=False)
+    return _chat_example(row, messages[:cut], Answers(("messages",), [messages[cut:]], [label]), continues=False)
 
 
-def _chat_example(
-    row: Row, prompt: Messages, completions: list[Messages], answers: Answers, continues: bool
-) -> Example:
-    if continues:
-        _check_continuation(prompt, completions)
-    return Example(
-        "chat",
-        prompt,
-        completions,
-        answers.fields,
-        answers.grades,
-        read_tools(row),
-        read_template_kwargs(row),
-        continues,
-    )
+def _chat_example(row: Row, prompt: Messages, answers: Answers, continues: bool) -> Example:
+    if continues and answers.values:
+        _check_continuation(prompt, answers.values)
+    chat = read_tools(row), read_template_kwargs(row)
+    return Example("chat", prompt, answers.values, answers.fields, answers.grades, *chat, continues)
 
 
 def _split_conversations(row: Row, implicit: bool, answers: Answers) -> tuple[Messages, list[Messages]]:
-    """Prompt and completions: the given ones, or the common start of whole conversations and what follows it."""
+    """Returns prompt and completions: those given, or the common start of whole conversations and what follows it."""
     if not implicit:
-        prompt = read_messages(row, "prompt")
-        if not prompt:
-            raise RowProblem("prompt", "is an empty conversation", "give at least one message")
-        return prompt, answers.values
+        return read_conversation(row, "prompt"), answers.values
     for field, messages in zip(answers.fields, answers.values, strict=True):
         if not messages:
             raise RowProblem(field, "is an empty conversation", "remove the row")
@@ -214,14 +246,14 @@ def _split_conversations(row: Row, implicit: bool, answers: Answers) -> tuple[Me
 
 
 def _is_one_answer(messages: Messages) -> bool:
-    """One assistant turn, or several with tool results between them."""
+    """Says whether these are one assistant turn, or several with tool results between them."""
     roles = [message["role"] for message in messages]
     twice = any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False))
     return roles[0] != "tool" and not twice and not count_turns(messages, ASKING_ROLES)
 
 
 def count_turns(messages: Messages, roles: tuple[str, ...]) -> int:
-    """Number of messages with one of these roles."""
+    """Counts the messages with one of these roles."""
     return sum(message["role"] in roles for message in messages)
 
 
@@ -240,7 +272,7 @@ def _check_continuation(prompt: Messages, completions: list[Messages]) -> None:
 
 
 def common_start(sequences: Sequence[Any]) -> int:
-    """Length of the common start of sequences."""
+    """Returns the length of the common start of sequences."""
     first, *others = sequences
     limit = min(map(len, sequences))
     if all(other[:limit] == first[:limit] for other in others):

@@ -1,8 +1,8 @@
 """Rows of any supported format to `prompt_ids`, `completion_ids`, `row` and labels: the entry to the data pipeline.
 
-Two passes over a `Dataset`: one that checks every row and tokenises nothing but one row of each shape, then one that
-tokenises and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
-options), so a second run reads the cache. Every source row leaves a record in it, dropped or not, and the report is
+Two passes over a `Dataset`: one that checks every row and tokenizes nothing but one row of each shape, then one that
+tokenizes and truncates. Both are `Dataset.map` calls with a fingerprint of our own (dataset, tokenizer content,
+options), so a second run reads the cache. Every source row leaves a record in it, dropped or not, and the summary is
 counted from these records. A stream does both row by row, as it is read.
 """
 
@@ -13,13 +13,15 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
 from .fields import RowProblem
 from .fingerprint import digest, tokenizer_hash
-from .formats import Row, Wanted, detect_format, used_columns
-from .summary import REASONS, DataReport
+from .formats import REGISTERED, Row, Wanted
+from .parse import find_format
+from .summary import DataSummary, explain
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
 from .worker import COUNTERS, RowWorker, rows_of
@@ -44,11 +46,11 @@ def prepare_dataset(
     label_columns: Sequence[str] = (),
     discount_unit: str = "turn",
     single_best: bool = False,
-) -> tuple[Dataset | IterableDataset, DataReport]:
-    """Tokenise a preference dataset.
+) -> tuple[Dataset | IterableDataset, DataSummary]:
+    """Tokenizes a preference dataset.
 
     Args:
-        dataset: Rows in one of the formats of `schema.py`.
+        dataset: Rows in one of the formats of `formats.py`.
         tokenizer: Its special tokens and chat template are used as they are.
         name: How messages call the dataset.
         max_length: Most tokens of prompt + one completion; None for no limit.
@@ -56,7 +58,7 @@ def prepare_dataset(
         num_proc: Worker processes; not for streams.
         on_unusable: "drop" counts and drops well-formed rows that carry no signal, "error" refuses the first one.
         max_unusable_share: Above this share of dropped rows the dataset is refused.
-        load_from_cache_file: False tokenises again even if the cache has the result.
+        load_from_cache_file: False tokenizes again even if the cache has the result.
         data: What the objective learns from: "pairs", "lists" (K graded answers of one prompt), "singles" (answers
             judged one by one) or "trajectories" (pairs of conversations that may differ from any turn on).
         label_columns: Which of "preference" and "margin" the objective reads, where the dataset has them. A dataset
@@ -65,7 +67,7 @@ def prepare_dataset(
         single_best: For lists: a row whose best grade is shared is unusable.
 
     Returns:
-        The prepared rows and the report. A row has `prompt_ids` (list of int), `completion_ids` (one list per
+        The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
         completion, the best first), `row` (number in `dataset`), and by `data`
 
         - pairs, trajectories: `preference` and `margin` (float) if the dataset has them. A preference below 0.5 comes
@@ -74,7 +76,7 @@ def prepare_dataset(
         - trajectories: `steps` (one int per completion token, -1 for those that the model does not write).
           `prompt_ids` is what both share at the start, and may be empty.
 
-        A stream comes back as a stream, and fills the report later; it is refused when none of its first 100 rows is
+        A stream comes back as a stream, and fills the summary later; it is refused when none of its first 100 rows is
         usable.
 
     Raises:
@@ -86,17 +88,17 @@ def prepare_dataset(
     check_tokenizer(tokenizer, need_eos=False)
     wanted = Wanted(data, tuple(label_columns), discount_unit, single_best)
     columns, first = _first_row(dataset, name)
-    fmt = detect_format(name, columns, first, wanted)
+    row_format = find_format(name, columns, first, wanted, len(tokenizer))
     wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
-    used = {*used_columns(fmt), *wanted.label_columns}
+    used = {*row_format.columns, *wanted.label_columns}
     unused = tuple(column for column in columns if column not in used)
-    report = DataReport(name, fmt, max_length, truncation_mode, unused_columns=unused)
-    worker = RowWorker(name, fmt, tokenizer, max_length, truncation_mode, wanted)
+    summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
+    worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     if isinstance(dataset, IterableDataset):
-        stream = StreamWorker(worker, report, max_unusable_share if on_unusable == "drop" else None)
-        return _prepare_stream(dataset, stream, columns), report
+        stream = StreamWorker(worker, summary, max_unusable_share if on_unusable == "drop" else None)
+        return _prepare_stream(dataset, stream, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    return _keep_usable(records, worker, report, on_unusable, max_unusable_share), report
+    return _keep_usable(records, worker, summary, on_unusable, max_unusable_share), summary
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -124,7 +126,7 @@ def _first_row(dataset: Any, name: str) -> tuple[list[str], Row]:
 
 
 def _plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Rows as Python values: a tensor format is undone, a transform of the user's stays."""
+    """Returns rows as Python values: a tensor format is undone, a transform of the user's stays."""
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset
     return dataset.with_format(None)
@@ -135,10 +137,12 @@ def _map_records(
 ) -> Dataset:
     rows = _plain(dataset)
     if rows.format["type"] != "custom":
-        used = [*used_columns(worker.fmt), *worker.wanted.label_columns]
+        used = [*worker.format.columns, *worker.wanted.label_columns]
         rows = rows.select_columns([column for column in used if column in first])
     tokenizer = tokenizer_hash(worker.tokenizer)
-    content = [dataset._fingerprint, worker.fmt, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
+    content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
+    if worker.format.name in REGISTERED:
+        content.append(Hasher.hash(worker.format.read))
     options = {
         "num_proc": num_proc,
         "batched": True,
@@ -174,55 +178,50 @@ def _raise_problems(checked: Dataset, name: str) -> None:
 
 
 def _keep_usable(
-    records: Dataset, worker: RowWorker, report: DataReport, on_unusable: str, max_unusable_share: float
+    records: Dataset, worker: RowWorker, summary: DataSummary, on_unusable: str, max_unusable_share: float
 ) -> Dataset:
     for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
-            report.add(record)
-    report.check()
-    if on_unusable == "error" and report.dropped:
-        reason, rows = next(iter(report.dropped_rows.items()))
-        raise unusable_error(report.name, rows[0], reason)
-    report.check_share(max_unusable_share)
+            summary.add(record)
+    summary.check()
+    if on_unusable == "error" and summary.dropped:
+        reason, rows = next(iter(summary.dropped_rows.items()))
+        raise unusable_error(summary.name, rows[0], reason)
+    summary.check_share(max_unusable_share)
     prepared = records.select_columns(worker.prepared_columns)
-    if report.dropped:
+    if summary.dropped:
         prepared = prepared.select(_rows_where(records, "drop", empty=True))
     return prepared
 
 
 def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
-    """Numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
+    """Returns the numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
     texts = mapped.data.column(column)
     return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
 
 
 def unusable_error(name: str, row: int, reason: str) -> DataError:
-    meaning, remedy = REASONS[reason]
-    return DataError(
-        f"{name} row {row}: {reason}: {meaning}. Remedy: {remedy}, or let them be dropped with on_unusable='drop'."
-    )
+    return DataError(f"{name} row {row}: {explain(reason)}, or let them be dropped with on_unusable='drop'.")
 
 
 class StreamWorker:
     """Prepares the rows of a stream one by one and counts them; row 0 starts a new pass."""
 
-    def __init__(self, worker: RowWorker, report: DataReport, max_unusable_share: float | None):
-        self.worker, self.report, self.max_unusable_share = worker, report, max_unusable_share
+    def __init__(self, worker: RowWorker, summary: DataSummary, max_unusable_share: float | None):
+        self.worker, self.summary, self.max_unusable_share = worker, summary, max_unusable_share
 
     def __call__(self, row: Row, index: int) -> dict[str, Any]:
         if index == 0:
-            self.report.reset()
+            self.summary.reset()
         try:
-            self.worker.check(row)
-            record = self.worker.record(row, index)
+            record = self.worker.record(*self.worker.read(row), index)
         except RowProblem as problem:
             raise problem.located(self.worker.name, index) from problem.__cause__
-        record = {column: record[column] for column in self.worker.features}
-        self.report.add(record)
+        self.summary.add(record)
         if record["drop"] and self.max_unusable_share is None:
             raise unusable_error(self.worker.name, index, record["drop"])
-        if self.max_unusable_share is not None and self.report.source_rows >= STREAM_PATIENCE:
-            self.report.check_share(self.max_unusable_share)
+        if self.max_unusable_share is not None and self.summary.source_rows >= STREAM_PATIENCE:
+            self.summary.check_share(self.max_unusable_share)
         return record
 
 
@@ -231,8 +230,8 @@ def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: lis
     records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=features)
     prepared = records.filter(_is_kept).select_columns(prepared_columns)
     if next(iter(prepared), None) is None:
-        worker.report.check_share(1.0)
-    worker.report.reset()
+        worker.summary.check_share(1.0)
+    worker.summary.reset()
     return prepared
 
 

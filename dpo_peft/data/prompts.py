@@ -8,28 +8,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .chat import check_chat_template, render
-from .fields import (
-    RowProblem,
-    read_entries,
-    read_messages,
-    read_number,
-    read_template_kwargs,
-    read_text,
-    read_tools,
-)
+from .encode import Encoder
+from .fields import RowProblem, read_entries, read_messages, read_number, read_text
 from .formats import LABEL_COLUMNS, Example, Wanted, detect_format, split_format
-from .parse import parse_row
-from .tokenize import leading_ids, text_ids
+from .parse import parse_row, read_prompt
 
-Messages = list[dict[str, Any]]
-
-IMPLICIT = ("text_implicit", "transcript", "chat_implicit")  # formats whose prompt is the common start of the answers
+IMPLICIT = (
+    "text_implicit",
+    "transcript",
+    "chat_implicit",
+)  # formats whose prompt is the common start of the completions
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a dataset; `completions` and `scores` are None where answers are yet to be sampled and judged."""
+    """A prompt of a dataset; `completions` and `scores` are None where there are none yet."""
 
     number: int  # its row
     example: Example  # without completions: the prompt, as text or messages, and what its chat template takes
@@ -39,23 +32,23 @@ class Prompt:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The columns with which training reads the same prompt."""
+        """Returns the columns with which training reads the same prompt."""
         extra = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
         return {"prompt": self.example.prompt, **{name: value for name, value in extra.items() if value}}
 
     def completion(self, text: str) -> Any:
-        """A sampled text in the form that goes with the prompt."""
+        """Returns a sampled text in the form that goes with the prompt."""
         return [{"role": "assistant", "content": text}] if self.example.kind == "chat" else text
 
 
 def read_prompts(
     rows: Any, name: str, score_column: str | None = None, as_chat: bool = False
 ) -> tuple[list[Prompt], Counter[str]]:
-    """The prompts of a dataset, and how many rows have none, by reason.
+    """Reads the prompts of a dataset, and counts the rows that have none, by reason.
 
     Args:
         rows: with a column `prompt` (text or messages); or pairs, of which the prompt is taken, in any format of
-            training but token ids. With a column `completions`, answers are read too.
+            training but token ids. With a column `completions`, completions are read too.
         name: of the dataset, for messages.
         score_column: holds a list of numbers per row, one for each of `completions`, higher is better.
         as_chat: a prompt that is text becomes a user's message.
@@ -73,7 +66,7 @@ def read_prompts(
     fmt = None if given else _implicit_format(name, columns, first)
     for number, row in enumerate(rows):
         try:
-            example = _read_example(row, fmt, as_chat)
+            example = read_prompt(row, as_chat) if fmt is None else parse_row(row, fmt, 0, "lists")
             if isinstance(example, str):
                 skipped[example] += 1
                 continue
@@ -90,7 +83,7 @@ def read_prompts(
 
 
 def _implicit_format(name: str, columns: Sequence[str], first: Mapping[str, Any]) -> str | None:
-    """The format of pairs without a prompt of their own, or None where `prompt` has it."""
+    """Returns the format of pairs without a prompt of their own, or None where `prompt` has it."""
     if not {"chosen", "rejected"} <= set(columns):
         if "prompt" not in columns:
             raise DataError(
@@ -100,22 +93,6 @@ def _implicit_format(name: str, columns: Sequence[str], first: Mapping[str, Any]
     unlabelled = [column for column in columns if column not in LABEL_COLUMNS]
     fmt = detect_format(name, unlabelled, first, Wanted(data="lists"))
     return fmt if split_format(fmt)[0] in IMPLICIT else None
-
-
-def _read_example(row: Mapping[str, Any], fmt: str | None, as_chat: bool) -> Example | str:
-    if fmt is not None:
-        return parse_row(row, fmt, 0, "lists")
-    if not isinstance(row.get("prompt"), list):
-        text = read_text(row, "prompt")
-        if not as_chat:
-            return Example("text", text, [], ())
-        prompt: Messages = [{"role": "user", "content": text}]
-    else:
-        prompt = read_messages(row, "prompt")
-    if not prompt:
-        raise RowProblem("prompt", "is an empty conversation", "give at least one message")
-    continues = prompt[-1]["role"] == "assistant"
-    return Example("chat", prompt, [], (), None, read_tools(row), read_template_kwargs(row), continues)
 
 
 def _read_completions(row: Mapping[str, Any], kind: str) -> list[Any]:
@@ -138,25 +115,17 @@ def _read_scores(row: Mapping[str, Any], column: str, count: int) -> list[float 
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
-    """Token ids of each prompt, up to where the model begins to write; the same ones that training has.
+    """Returns the token ids of each prompt, up to where the model begins to write; the same ones that training has.
 
     Raises:
         DataError: a prompt that renders to nothing, that the chat template refuses, or messages without a template.
     """
-    leading = leading_ids(tokenizer) if any(prompt.example.kind == "text" for prompt in prompts) else []
-    if any(prompt.example.kind == "chat" for prompt in prompts):
-        check_chat_template(tokenizer, name)
+    kinds = {prompt.example.kind for prompt in prompts}
+    encoders = {kind: Encoder(tokenizer, name, kind, ends=False) for kind in kinds}
     encoded = []
     for prompt in prompts:
-        example = prompt.example
         try:
-            if example.kind == "chat":
-                ids = render(tokenizer, example, example.prompt, "prompt", opens_answer=True)
-            else:
-                ids = text_ids(tokenizer, example.prompt, leading)
-            if not ids:
-                raise RowProblem("prompt", "has no tokens", "give a prompt of at least one token")
+            encoded.append(encoders[prompt.example.kind].prompt(prompt.example))
         except RowProblem as problem:
             raise problem.located(name, prompt.number) from None
-        encoded.append(ids)
     return encoded

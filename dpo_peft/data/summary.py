@@ -51,11 +51,23 @@ REASONS = {
 ROWS_NAMED = 5
 
 
+def explain(reason: str) -> str:
+    """Returns a reason with what it means and the remedy, for messages; the sentence is left open."""
+    meaning, remedy = REASONS[reason]
+    return f"{reason}: {meaning}. Remedy: {remedy}"
+
+
+# What is added up over the rows under the name that a row's record has for it.
+ADDED = (
+    "completions ends_lost foreign_turns swapped ties desirable undesirable prompt_tokens completion_tokens"
+).split()
+
+
 @dataclass
-class DataReport:
+class DataSummary:
     """Counts for one dataset. Rows unless said otherwise; truncation and token counts are of the kept rows.
 
-    A stream fills its report as it is read and starts again from zero with each pass; the counts are those of the
+    A stream fills its summary as it is read and starts again from zero with each pass; the counts are those of the
     process that reads.
     """
 
@@ -72,10 +84,10 @@ class DataReport:
     prompts_trimmed: int = 0
     completions_trimmed: int = 0  # completions
     ends_lost: int = 0  # completions whose end token was cut off
-    boundary_resplits: int = 0  # completions tokenised on their own, as a token would have crossed the border
+    boundary_resplits: int = 0  # completions tokenized on their own, as a token would have crossed the border
     swapped: int = 0  # pairs whose preference was below 0.5: the rejected answer now stands first
     ties: int = 0  # pairs with preference 0.5
-    desirable: int = 0  # answers, for single judged answers
+    desirable: int = 0  # completions that were judged one by one
     undesirable: int = 0
     foreign_turns: int = 0  # completions that hold user or tool turns, whose tokens are scored like the rest
     prompt_tokens: int = 0  # each prompt once
@@ -86,7 +98,7 @@ class DataReport:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all kept rows with each prompt counted once."""
+        """Returns the tokens of all kept rows with each prompt counted once."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
@@ -94,7 +106,7 @@ class DataReport:
         return sum(self.dropped.values())
 
     def check(self) -> None:
-        """Raise `DataError` unless every source row is accounted for."""
+        """Raises `DataError` unless every source row is accounted for."""
         if self.kept_rows + self.dropped_total != self.source_rows:
             raise DataError(
                 f"{self.name}: {self.kept_rows} kept + {self.dropped_total} dropped rows are not the "
@@ -102,7 +114,7 @@ class DataReport:
             )
 
     def check_share(self, max_share: float) -> None:
-        """Raise `DataError` when no row is left, or more than `max_share` of the rows were dropped."""
+        """Raises `DataError` when no row is left, or more than `max_share` of the rows were dropped."""
         if not self.source_rows:
             raise DataError(f"{self.name}: the dataset is empty. Give it at least one row.")
         share = self.dropped_total / self.source_rows
@@ -119,41 +131,30 @@ class DataReport:
         )
 
     def add(self, record: dict[str, int | str]) -> None:
-        """Count one row: the statistics that `prepare.py` keeps beside its ids."""
+        """Counts one row: the statistics that `prepare.py` keeps beside its ids."""
         self.source_rows += 1
         reason = str(record["drop"])
         if reason:
-            self.drop(reason, int(record["row"]))
+            self.dropped[reason] = self.dropped.get(reason, 0) + 1
+            named = self.dropped_rows.setdefault(reason, [])
+            if len(named) < ROWS_NAMED:
+                named.append(int(record["row"]))
             return
         self.kept_rows += 1
-        self.completions += int(record["completions"])
+        for counter in ADDED:
+            setattr(self, counter, getattr(self, counter) + int(record[counter]))
         self.rows_truncated += bool(record["prompt_cut"]) or bool(record["completions_cut"])
         self.prompts_trimmed += bool(record["prompt_cut"])
         self.completions_trimmed += int(record["completions_cut"])
-        self.ends_lost += int(record["ends_lost"])
         self.boundary_resplits += int(record["resplits"])
-        self.foreign_turns += int(record["foreign_turns"])
-        self.swapped += int(record["swapped"])
-        self.ties += int(record["ties"])
-        self.desirable += int(record["desirable"])
-        self.undesirable += int(record["undesirable"])
-        self.prompt_tokens += int(record["prompt_tokens"])
-        self.completion_tokens += int(record["completion_tokens"])
         self.unshared_tokens += int(record["prompt_tokens"]) * int(record["completions"])
         self.unshared_tokens += int(record["completion_tokens"])
         self.longest = max(self.longest, int(record["longest"]))
 
-    def drop(self, reason: str, row: int) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        named = self.dropped_rows.setdefault(reason, [])
-        if len(named) < ROWS_NAMED:
-            named.append(row)
-
     def reset(self) -> None:
-        """Start counting again; what describes the dataset stays."""
-        fresh = DataReport(self.name, self.format, self.max_length, self.truncation_mode)
-        fresh.unused_columns = self.unused_columns
-        self.__dict__.update(fresh.__dict__)
+        """Starts counting again; what describes the dataset stays."""
+        kept = self.name, self.format, self.max_length, self.truncation_mode
+        self.__init__(*kept, unused_columns=self.unused_columns)  # type: ignore[misc]
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.kept_rows} of {self.source_rows} rows kept ({self.format} format)"]
@@ -171,19 +172,19 @@ class DataReport:
                 f"  truncated: {self.rows_truncated} rows ({self.prompts_trimmed} prompts, {self.completions_trimmed} "
                 f"completions, {self.ends_lost} of them lost their end token)"
             )
-        if self.boundary_resplits:
-            lines.append(
-                f"  {self.boundary_resplits} completions tokenised apart from the prompt (merge at the border)"
-            )
-        if self.foreign_turns:
-            lines.append(f"  {self.foreign_turns} completions hold user or tool turns; their tokens are scored too")
-        if self.swapped:
-            lines.append(f"  {self.swapped} rows swapped: preference below 0.5")
-        if self.ties:
-            lines.append(f"  {self.ties} ties: preference 0.5")
+        notes = (
+            (self.boundary_resplits, "completions tokenized apart from the prompt (merge at the border)"),
+            (self.foreign_turns, "completions hold user or tool turns; their tokens are scored too"),
+            (self.swapped, "rows swapped: preference below 0.5"),
+            (self.ties, "ties: preference 0.5"),
+        )
+        lines += [f"  {count} {note}" for count, note in notes if count]
         if self.desirable or self.undesirable:
             alone = "" if self.desirable and self.undesirable else "; with one kind alone there is nothing to compare"
             lines.append(f"  answers: {self.desirable} desirable, {self.undesirable} undesirable{alone}")
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
+
+
+DataReport = DataSummary  # its name before

@@ -1,7 +1,7 @@
 """Text to token ids, with the border between prompt and completion where a generating model meets it.
 
 The prompt's ids are what a user feeds when generating, so they must be an exact prefix of the training sequence.
-Prompt and completion are tokenised jointly first. When a token would cross the border, the completion is tokenised on
+Prompt and completion are tokenized jointly first. When a token would cross the border, the completion is tokenized on
 its own, and that is accepted only if it decodes to the same text.
 """
 
@@ -23,9 +23,9 @@ TEXT_REMEDY = "end the prompt, or begin the completions, with a blank or a line 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one row; `resplits` counts completions that were tokenised apart from their prompt.
+    """Token ids of one row; `resplits` counts completions that were tokenized apart from their prompt.
 
-    Trajectories have a step for each completion token (`turns.py`).
+    Trajectories have a step for each completion token (`trajectories.py`).
     """
 
     prompt_ids: list[int]
@@ -35,7 +35,7 @@ class Encoded:
 
 
 def check_tokenizer(tokenizer: Any, need_eos: bool) -> None:
-    """Raise `OptionError` for something that is no tokenizer, `DataError` for one without an end token."""
+    """Raises `OptionError` for something that is no tokenizer, `DataError` for one without an end token."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inner = getattr(tokenizer, "tokenizer", None)
         hint = " Pass processor.tokenizer (vision is not supported)." if inner is not None else ""
@@ -43,33 +43,43 @@ def check_tokenizer(tokenizer: Any, need_eos: bool) -> None:
     if need_eos and tokenizer.eos_token_id is None:
         raise DataError(
             "the tokenizer has no end token, so a model trained on text rows would never stop. Set it first, e.g. "
-            "tokenizer.eos_token = '<|endoftext|>' (a token of its vocabulary), or use pre-tokenised rows."
+            "tokenizer.eos_token = '<|endoftext|>' (a token of its vocabulary), or use pre-tokenized rows."
         )
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text` without the tokenizer's special tokens, never truncated."""
+    """Returns the ids of `text` without the tokenizer's special tokens, never truncated."""
     encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
     return list(encoded["input_ids"])
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens, usually BOS or none, that this tokenizer puts before a text by itself."""
+    """Returns the special tokens, usually BOS or none, that this tokenizer puts before a text by itself."""
     plain = plain_ids(tokenizer, "a")
     full = list(tokenizer("a", padding=False, truncation=False, verbose=False)["input_ids"])
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start]
     raise DataError(
-        f"the tokenizer's special tokens change the text itself ({full} against {plain}). Give pre-tokenised rows "
+        f"the tokenizer's special tokens change the text itself ({full} against {plain}). Give pre-tokenized rows "
         "(prompt_ids, chosen_ids, rejected_ids)."
     )
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, leading: list[int]) -> list[int]:
-    """Ids of a text that starts a sequence: the leading special tokens once, even if the text spells them out."""
+    """Returns the ids of a text that starts a sequence: leading special tokens once, even if the text spells them."""
     ids = plain_ids(tokenizer, text)
     return ids if leading and ids[: len(leading)] == leading else leading + ids
+
+
+def text_prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, leading: list[int]) -> list[int]:
+    """Returns [BOS] + prompt; `RowProblem` when that is nothing."""
+    ids = text_ids(tokenizer, prompt, leading)
+    if not ids:
+        raise RowProblem(
+            "prompt", "is empty and the tokenizer puts no BOS before it", "give a prompt of at least one token"
+        )
+    return ids
 
 
 def encode_text(
@@ -79,15 +89,11 @@ def encode_text(
     leading: list[int],
     fields: Sequence[str] = PAIR,
 ) -> Encoded | str:
-    """[BOS] + prompt, and each completion with one end token; or the reason why a completion is empty.
+    """Returns [BOS] + prompt, and each completion with one end token; or the reason why a completion is empty.
 
     `fields` are the names of the completions in messages.
     """
-    prompt_ids = text_ids(tokenizer, prompt, leading)
-    if not prompt_ids:
-        raise RowProblem(
-            "prompt", "is empty and the tokenizer puts no BOS before it", "give a prompt of at least one token"
-        )
+    prompt_ids = text_prompt_ids(tokenizer, prompt, leading)
     completion_ids, resplits = [], 0
     for field, text in zip(fields, completions, strict=True):
         body = without_eos(tokenizer, text)
@@ -103,7 +109,7 @@ def encode_text(
 
 
 def without_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """`text` without end tokens at its end, also when blanks follow them."""
+    """Returns `text` without end tokens at its end, also when blanks follow them."""
     eos = tokenizer.eos_token
     while text.rstrip().endswith(eos):
         text = text.rstrip()[: -len(eos)]
@@ -113,7 +119,7 @@ def without_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 def split_at_border(
     tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], joint_ids: list[int], completion: str
 ) -> list[int] | None:
-    """Ids of the completion such that prompt_ids + ids reads as joint_ids does; None when no such ids are found."""
+    """Returns ids of the completion such that prompt_ids + ids reads as joint_ids does; None if there are none."""
     if joint_ids[: len(prompt_ids)] == prompt_ids:
         return joint_ids[len(prompt_ids) :]
     wanted = tokenizer.decode(joint_ids, clean_up_tokenization_spaces=False)
@@ -137,7 +143,7 @@ def border_problem(
     prompt: str = "the prompt",
     joint: str = "prompt + completion",
 ) -> RowProblem:
-    """Say where the prompt alone and the prompt in front of this completion part."""
+    """Says where the prompt alone and the prompt in front of this completion part."""
     at = next((i for i, (a, b) in enumerate(zip(prompt_ids, joint_ids, strict=False)) if a != b), len(joint_ids))
     alone = tokenizer.decode(prompt_ids[at : at + 12], clean_up_tokenization_spaces=False)
     whole = tokenizer.decode(joint_ids[at : at + 12], clean_up_tokenization_spaces=False)
@@ -150,5 +156,5 @@ def border_problem(
 
 
 def is_empty(ids: list[int], eos_token_id: int | None) -> bool:
-    """Whether nothing but end tokens is there."""
+    """Says whether nothing but end tokens is there."""
     return all(token == eos_token_id for token in ids)

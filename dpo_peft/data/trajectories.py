@@ -9,12 +9,12 @@ What two trajectories share at their start has the same log-probs in both and ca
 becomes their prompt. It may be empty.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import TEMPLATE_REMEDY, Messages, join_turns, render, turn_field
-from .fields import RowProblem
+from .chat import TEMPLATE_REMEDY, join_turns, render_ids, render_text, turn_field, turn_kind
+from .fields import Messages, RowProblem
 from .formats import Example
 from .parse import common_start
 from .tokenize import Encoded, border_problem, split_at_border
@@ -27,18 +27,14 @@ def encode_trajectories(tokenizer: PreTrainedTokenizerBase, example: Example, un
 
     `unit` is "turn" or "token". `Encoded.steps` holds a step for each completion token.
     """
-    show = _Renderer(tokenizer, example)
-    wholes, steps, resplits = [], [], 0
-    for index in range(len(example.completions)):
-        ids, written, apart = _whole(show, index)
-        wholes.append(ids)
-        steps.append(number_steps(len(ids), written, unit))
-        resplits += apart
-    return share_start(wholes, steps, resplits)
+    memo: dict[str, list[int]] = {}
+    found = [_Conversation(tokenizer, example, index, memo).split() for index in range(len(example.completions))]
+    steps = [number_steps(len(turns.ids), turns.written, unit) for turns in found]
+    return share_start([turns.ids for turns in found], steps, sum(turns.resplits for turns in found))
 
 
 def one_turn_each(encoded: Encoded, unit: str) -> Encoded:
-    """The same for rows without turns (text, ids): each completion is one assistant turn, after a given prompt."""
+    """Does the same for rows without turns (text, ids): each completion is one turn, after a given prompt."""
     start = len(encoded.prompt_ids)
     wholes = [encoded.prompt_ids + ids for ids in encoded.completion_ids]
     steps = [number_steps(len(ids), [(start, len(ids))], unit) for ids in wholes]
@@ -46,7 +42,7 @@ def one_turn_each(encoded: Encoded, unit: str) -> Encoded:
 
 
 def number_steps(length: int, written: list[tuple[int, int]], unit: str) -> list[int]:
-    """The step of each of `length` tokens; `written` are the assistant's turns, [from, to) each."""
+    """Returns the step of each of `length` tokens; `written` are the assistant's turns, [from, to) each."""
     steps, tokens = [GIVEN] * length, 0
     for turn, (start, end) in enumerate(written):
         size = end - start
@@ -56,7 +52,7 @@ def number_steps(length: int, written: list[tuple[int, int]], unit: str) -> list
 
 
 def share_start(wholes: list[list[int]], steps: list[list[int]], resplits: int = 0) -> Encoded:
-    """Cut behind the longest common start that leaves every trajectory a token."""
+    """Cuts behind the longest common start that leaves every trajectory a token."""
     cut = min(common_start(wholes), *(len(ids) - 1 for ids in wholes))
     return Encoded(wholes[0][:cut], [ids[cut:] for ids in wholes], resplits, [values[cut:] for values in steps])
 
@@ -66,75 +62,104 @@ def unscore_first(prompt_ids: list[int], steps: list[list[int]]) -> list[list[in
     return steps if prompt_ids else [[GIVEN, *values[1:]] for values in steps]
 
 
-class _Renderer:
-    """Ids of the starts of a row's conversations; what they have in common is rendered once."""
+@dataclass
+class _Turns:
+    """The ids of a whole conversation, and where the assistant's turns begin and end in them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
-        self.tokenizer, self.example = tokenizer, example
-        self.memo: dict[str, list[int]] = {}
+    ids: list[int] = field(default_factory=list)
+    written: list[tuple[int, int]] = field(default_factory=list)
+    resplits: int = 0
+    rendered: list[int] = field(default_factory=list)  # as the template's text is tokenized: without re-splits
 
-    def ids(self, messages: Messages, index: int, opens_answer: bool = False) -> list[int]:
+
+class _Conversation:
+    """One of a row's conversations, to be split at its assistant's turns."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example, index: int, memo: dict[str, list[int]]):
+        self.tokenizer, self.example, self.index, self.memo = tokenizer, example, index, memo
+        self.messages = join_turns(example, example.completions[index])
+
+    def split(self) -> _Turns:
+        """Returns the ids with their turns.
+
+        The walk with short contexts takes time in proportion to the turns, and the template still has the last word:
+        put together, the pieces must be its rendering of the whole conversation. Where they are not, the template may
+        number its turns or rewrite earlier ones, and every start of the conversation is rendered to find out.
+        """
+        try:
+            turns = self._walk(shorten=True)
+            if turns.rendered == self._ids(self.messages):
+                return turns
+        except RowProblem:  # of a shortened conversation, perhaps not of the whole one
+            pass
+        return self._walk(shorten=False)
+
+    def _walk(self, shorten: bool) -> _Turns:
+        """Renders up to where each assistant turn begins, and up to its end; each must be the start of the next.
+
+        With `shorten`, all that lies before a turn is replaced, once an earlier assistant turn was of the same kind
+        (its fields) as the one before it, by the context that ends with that earlier turn.
+        """
+        turns = _Turns()
+        contexts: dict[tuple[str, ...], tuple[Messages, list[int]]] = {}
+        context: Messages = []
+        before: list[int] = []
+        done = 0  # the number of messages that `context` stands for
+        for number, message in enumerate(self.messages):
+            if message["role"] != "assistant":
+                continue
+            asked = [*context, *self.messages[done:number]]
+            start = self._ids(asked, opens_answer=True)
+            self._check_start(done - 1, before, start)
+            context = [*asked, message]
+            end = self._ids(context)
+            own = end[len(start) :]
+            if end[: len(start)] != start:
+                own = self._split_turn(number, context, start, end)
+                turns.resplits += 1
+            turns.ids += start[len(before) :]
+            turns.written.append((len(turns.ids), len(turns.ids) + len(own)))
+            turns.ids += own
+            turns.rendered += end[len(before) :]
+            before, done = end, number + 1
+            if shorten:
+                context, before = contexts.setdefault(turn_kind(message), (context, before))
+        whole = self._ids([*context, *self.messages[done:]])
+        self._check_start(done - 1, before, whole)
+        turns.ids += whole[len(before) :]
+        turns.rendered += whole[len(before) :]
+        return turns
+
+    def _ids(self, messages: Messages, opens_answer: bool = False) -> list[int]:
+        """Ids of some messages. What a row's conversations have in common is rendered once."""
         key = repr((messages, opens_answer))
         if key not in self.memo:
-            self.memo[key] = self.render(messages, index, opens_answer)
+            name = self.example.fields[self.index]
+            opens = {"add_generation_prompt": opens_answer}
+            self.memo[key] = render_ids(self.tokenizer, self.example, messages, name, **opens)
         return self.memo[key]
 
-    def render(self, messages: Messages, index: int, opens_answer: bool, tokenize: bool = True) -> Any:
-        options = {"tokenize": tokenize, "add_generation_prompt": opens_answer}
-        return render(self.tokenizer, self.example, messages, self.example.fields[index], **options)
+    def _check_start(self, number: int, part: list[int], longer: list[int]) -> None:
+        if longer[: len(part)] != part:
+            raise self._problem(number, part, longer)
 
+    def _split_turn(self, number: int, messages: Messages, start: list[int], end: list[int]) -> list[int]:
+        """Ids of an assistant's turn, the last of `messages`, whose first token would merge with what is before it."""
+        name = self.example.fields[self.index]
+        before = render_text(self.tokenizer, self.example, messages[:-1], name, add_generation_prompt=True)
+        after = render_text(self.tokenizer, self.example, messages, name)
+        own = split_at_border(self.tokenizer, start, end, after[len(before) :]) if after.startswith(before) else None
+        if own is None:
+            raise self._problem(number, start, end)
+        return own
 
-def _whole(show: _Renderer, index: int) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Ids of a whole conversation, where the assistant's turns begin and end in them, and the number of re-splits.
-
-    A turn begins where the conversation before it ends when it is rendered to be answered, and ends where the
-    conversation up to it ends. Each of these renderings must be the start of the next one.
-    """
-    example = show.example
-    messages = join_turns(example, example.completions[index])
-    ids: list[int] = []
-    before: list[int] = []
-    written, resplits, last = [], 0, 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = show.ids(messages[:number], index, opens_answer=True), show.ids(messages[: number + 1], index)
-        _check_start(show, index, last, before, start)
-        own = end[len(start) :]
-        if end[: len(start)] != start:
-            own, resplits = _split_turn(show, index, number, start, end), resplits + 1
-        ids += start[len(before) :]
-        written.append((len(ids), len(ids) + len(own)))
-        ids += own
-        before, last = end, number
-    whole = show.ids(messages, index)
-    _check_start(show, index, last, before, whole)
-    return ids + whole[len(before) :], written, resplits
-
-
-def _check_start(show: _Renderer, index: int, number: int, part: list[int], longer: list[int]) -> None:
-    if longer[: len(part)] != part:
-        raise _turn_problem(show, index, number, part, longer)
-
-
-def _split_turn(show: _Renderer, index: int, number: int, start: list[int], end: list[int]) -> list[int]:
-    """Ids of an assistant's turn whose first token would merge with what comes before it."""
-    messages = join_turns(show.example, show.example.completions[index])
-    before = show.render(messages[:number], index, opens_answer=True, tokenize=False)
-    after = show.render(messages[: number + 1], index, opens_answer=False, tokenize=False)
-    own = split_at_border(show.tokenizer, start, end, after[len(before) :]) if after.startswith(before) else None
-    if own is None:
-        raise _turn_problem(show, index, number, start, end)
-    return own
-
-
-def _turn_problem(show: _Renderer, index: int, number: int, part: list[int], longer: list[int]) -> RowProblem:
-    return border_problem(
-        show.tokenizer,
-        part,
-        longer,
-        turn_field(show.example, index, number),
-        TEMPLATE_REMEDY,
-        "the conversation up to here",
-        "the whole conversation",
-    )
+    def _problem(self, number: int, part: list[int], longer: list[int]) -> RowProblem:
+        return border_problem(
+            self.tokenizer,
+            part,
+            longer,
+            turn_field(self.example, self.index, number),
+            TEMPLATE_REMEDY,
+            "the conversation up to here",
+            "the whole conversation",
+        )

@@ -1,4 +1,4 @@
-"""Cut a prompt with its K completions to `max_length` tokens. The prompt stays one for all completions of a row.
+"""Cuts a prompt with its K completions to `max_length` tokens. The prompt stays one for all completions of a row.
 
 - `keep_start`: the first `max_length` tokens of prompt + completion, as TRL does. Ends of long completions are lost.
 - `keep_end`: the prompt loses its start, by what its longest completion needs; only when one prompt token is left is a
@@ -27,7 +27,7 @@ class Fitted:
 
 
 def check_truncation(max_length: int | None, mode: str) -> None:
-    """Raise `OptionError` for an unknown mode or a length that can't hold one prompt and one completion token."""
+    """Raises `OptionError` for an unknown mode or a length that can't hold one prompt and one completion token."""
     if mode not in TRUNCATION_MODES:
         raise OptionError(f"truncation_mode={mode!r} is unknown. Use one of {', '.join(TRUNCATION_MODES)}.")
     if max_length is None:
@@ -37,7 +37,7 @@ def check_truncation(max_length: int | None, mode: str) -> None:
 
 
 def fit(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int | None, mode: str) -> Fitted | str:
-    """Fit one row, or name the reason why nothing useful is left of it."""
+    """Fits one row, or names the reason why nothing useful is left of it."""
     longest = max(map(len, completion_ids))
     if max_length is None or len(prompt_ids) + longest <= max_length:
         return Fitted(prompt_ids, completion_ids)
@@ -74,10 +74,10 @@ def _keep_end(prompt_ids: list[int], completion_ids: list[list[int]], max_length
 
 
 def cut_alike(values: list[int], ids: list[int], mode: str) -> list[int]:
-    """What is left of `values`, one per token, where truncation left `ids`."""
+    """Returns what is left of `values`, one per token, where truncation left `ids`."""
     return values[: len(ids)] if mode == "keep_start" else values[len(values) - len(ids) :]
 
 
 def all_same(completion_ids: list[list[int]]) -> bool:
-    """Whether there are several completions and they don't differ."""
+    """Says whether there are several completions and they don't differ."""
     return len(completion_ids) > 1 and all(ids == completion_ids[0] for ids in completion_ids[1:])

@@ -1,4 +1,4 @@
-"""One row at a time: check it, tokenise it, cut it, and keep the statistics that the report is counted from."""
+"""One row at a time: check it, tokenize it, cut it, and keep the statistics that the summary is counted from."""
 
 import json
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from .chat import check_chat_template, check_rendering, encode_chat
+from .chat import check_rendering, turn_kind
+from .encode import Encoder
 from .fields import RowProblem, read_number, read_preference
-from .formats import ASKING_ROLES, PLAIN_PAIRS, Example, Row, Wanted
-from .parse import count_turns, parse_row
+from .formats import ASKING_ROLES, Example, Row, RowFormat, Wanted
+from .parse import count_turns
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
@@ -19,7 +20,7 @@ from .summary import (
     NOTHING_SCORED,
     SAME_TEXT,
 )
-from .tokenize import Encoded, check_tokenizer, encode_text, is_empty, leading_ids
+from .tokenize import Encoded, is_empty
 from .trajectories import GIVEN, encode_trajectories, one_turn_each, unscore_first
 from .truncate import Fitted, all_same, cut_alike, fit
 
@@ -44,7 +45,7 @@ NOTHING: dict[str, Any] = {"preference": 0.0, "margin": 0.0, "grades": [], "step
 
 
 class RowWorker:
-    """Checks and tokenises single rows of one dataset; goes to worker processes as a whole.
+    """Checks and tokenizes single rows of one dataset; goes to worker processes as a whole.
 
     `wanted.label_columns` must be columns of the dataset. `prepared_columns` are those that training reads, `features`
     those and the statistics.
@@ -53,73 +54,70 @@ class RowWorker:
     def __init__(
         self,
         name: str,
-        fmt: str,
+        row_format: RowFormat,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         truncation_mode: str,
-        wanted: Wanted = PLAIN_PAIRS,
+        wanted: Wanted,
     ):
-        self.name, self.fmt, self.tokenizer, self.wanted = name, fmt, tokenizer, wanted
+        self.name, self.format, self.tokenizer, self.wanted = name, row_format, tokenizer, wanted
         self.max_length, self.truncation_mode = max_length, truncation_mode
-        is_text = fmt.startswith(("text", "transcript"))
-        check_tokenizer(tokenizer, need_eos=is_text)
-        if fmt.startswith("chat"):
-            check_chat_template(tokenizer, name)
-        self.leading = leading_ids(tokenizer) if is_text else []
-        self.vocab_size = len(tokenizer)
+        self.encoder = Encoder(tokenizer, name, row_format.kind)
         self.tried: set[str] = set()
         steps = ["steps"] if wanted.data == "trajectories" else []
         extras = [*wanted.label_columns, *(["grades"] if wanted.graded else []), *steps]
         self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
         self.prepared_columns = [*IDS, *extras]
 
-    def check(self, row: Row) -> None:
-        """Raise `RowProblem` for a malformed row. The first row of each shape goes through the chat template."""
-        example = parse_row(row, self.fmt, self.vocab_size, self.wanted.data)
-        self._labels(row)
+    def read(self, row: Row) -> tuple[Example | str, dict[str, float]]:
+        """Returns the row's example, or why it has none, and its labels. Raises `RowProblem` for a malformed row.
+
+        The first row of each shape goes through the chat template.
+        """
+        example, labels = self._parse(row)
         if not isinstance(example, Example):
-            return
-        if example.kind == "text" and not example.prompt and not self.leading:
+            return example, labels
+        if example.kind == "text" and not example.prompt and not self.encoder.leading:
             self.encode(example)
         if example.kind == "chat" and (shape := _shape(example)) not in self.tried:
             check_rendering(self.tokenizer, example)
             self.encode(example)
             self.tried.add(shape)
+        return example, labels
+
+    def _parse(self, row: Row) -> tuple[Example | str, dict[str, float]]:
+        example = self.format.read(row)
+        read = {"preference": read_preference, "margin": lambda row: read_number(row, "margin")}
+        return example, {column: read[column](row) for column in self.wanted.label_columns}
 
     def encode(self, example: Example) -> Encoded | str:
-        """Ids of an example, or the reason why there is nothing to learn from it."""
-        turns = self.wanted.data == "trajectories"
-        encoded: Encoded | str
-        if example.kind == "text":
-            encoded = encode_text(self.tokenizer, example.prompt, example.completions, self.leading, example.fields)
-        elif example.kind == "ids":
-            encoded = Encoded(example.prompt, example.completions)
-        elif turns:
-            encoded = encode_trajectories(self.tokenizer, example, self.wanted.discount_unit)
+        """Returns the ids of an example, or the reason why there is nothing to learn from it."""
+        turns, unit = self.wanted.data == "trajectories", self.wanted.discount_unit
+        if turns and example.kind == "chat":
+            encoded: Encoded | str = encode_trajectories(self.tokenizer, example, unit)
         else:
-            encoded = encode_chat(self.tokenizer, example)
+            encoded = self.encoder(example)
         if isinstance(encoded, str):
             return encoded
         # What is left of a trajectory behind the shared start may well be no more than its end.
         if not encoded.steps and any(is_empty(ids, self.tokenizer.eos_token_id) for ids in encoded.completion_ids):
             return EMPTY_COMPLETION
         if turns and not encoded.steps:
-            encoded = one_turn_each(encoded, self.wanted.discount_unit)
+            encoded = one_turn_each(encoded, unit)
         if all_same(encoded.completion_ids):
             return IDENTICAL
         return SAME_TEXT if graded_apart(encoded.completion_ids, example.grades) else encoded
 
-    def record(self, row: Row, index: int) -> dict[str, Any]:
-        """The prepared row with its statistics; a dropped one has no ids and names the reason."""
-        example = parse_row(row, self.fmt, self.vocab_size, self.wanted.data)
-        labels = self._labels(row)
+    def record(self, example: Example | str, labels: dict[str, float], index: int) -> dict[str, Any]:
+        """Returns the prepared row with its statistics; a dropped one has no ids and names the reason."""
         made = self._prepare(example) if isinstance(example, Example) else example
         if isinstance(example, str) or isinstance(made, str):
             ids: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "row": index, "drop": made}
-            return {**dict.fromkeys(COUNTERS, 0), **NOTHING, **ids}
+            return self._columns({**dict.fromkeys(COUNTERS, 0), **NOTHING, **ids})
         fitted, resplits, steps = made
         lengths = [len(ids) for ids in fitted.completion_ids]
         record = {
+            **dict.fromkeys(COUNTERS, 0),
             "prompt_ids": fitted.prompt_ids,
             "completion_ids": fitted.completion_ids,
             "row": index,
@@ -137,7 +135,10 @@ class RowWorker:
             "steps": steps,
             **labels,
         }
-        return {**record, **self._judgements(record)}
+        return self._columns({**record, **self._judgments(record)})
+
+    def _columns(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {column: record[column] for column in self.features}
 
     def _prepare(self, example: Example) -> tuple[Fitted, int, list[list[int]]] | str:
         """Ids after truncation, number of re-splits and steps; or the reason why nothing useful is left."""
@@ -156,26 +157,19 @@ class RowWorker:
             return NOTHING_SCORED
         return fitted, encoded.resplits, steps
 
-    def _labels(self, row: Row) -> dict[str, float]:
-        """The label columns that the dataset has."""
-        read = {"preference": read_preference, "margin": lambda row: read_number(row, "margin")}
-        return {column: read[column](row) for column in self.wanted.label_columns}
-
     def _no_ranking(self, example: Example) -> str:
-        """Why the grades of a list teach nothing, if so."""
+        """Names why the grades of a list teach nothing, if so."""
         if self.wanted.data != "lists" or not example.grades:
             return ""
         if example.grades[0] == example.grades[-1]:
             return NO_RANKING
         return NO_SINGLE_BEST if self.wanted.single_best and example.grades[0] == example.grades[1] else ""
 
-    def _judgements(self, record: dict[str, Any]) -> dict[str, Any]:
-        """What the labels change: the less likely answer never stands first; and how many labels of each kind."""
-        counts: dict[str, Any] = {"swapped": 0, "ties": 0, "desirable": 0, "undesirable": 0}
+    def _judgments(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Counts labels of each kind, and puts the completion that is likely the better one first."""
+        counts: dict[str, Any] = {"ties": int(record.get("preference") == 0.5)}
         if self.wanted.data == "singles":
-            counts["desirable"] = record["grades"].count(1.0)
-            counts["undesirable"] = record["grades"].count(0.0)
-        counts["ties"] = int(record.get("preference") == 0.5)
+            counts |= {"desirable": record["grades"].count(1.0), "undesirable": record["grades"].count(0.0)}
         if record.get("preference", 1.0) >= 0.5:
             return counts
         counts |= {"swapped": 1, "preference": 1 - record["preference"]}
@@ -191,27 +185,27 @@ class RowWorker:
         records = []
         for row, index in zip(rows_of(batch), indices, strict=True):
             try:
-                records.append(self.record(row, index))
+                records.append(self.record(*self._parse(row), index))
             except RowProblem as problem:
                 raise problem.located(self.name, index) from problem.__cause__
         return {column: [record[column] for record in records] for column in self.features}
 
     def _problem(self, row: Row) -> str:
         try:
-            self.check(row)
+            self.read(row)
         except RowProblem as problem:
             return json.dumps(problem.args)
         return ""
 
 
 def rows_of(batch: Any) -> list[dict[str, Any]]:
-    """Rows of a batch of columns."""
+    """Returns the rows of a batch of columns."""
     columns = list(batch.keys())
     return [dict(zip(columns, values, strict=True)) for values in zip(*(batch[c] for c in columns), strict=True)]
 
 
 def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) -> bool:
-    """Whether the same completion stands there with two grades."""
+    """Says whether the same completion stands there with two grades."""
     if not grades:
         return False
     found: dict[tuple[int, ...], float] = {}
@@ -219,14 +213,14 @@ def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) ->
 
 
 def _foreign_turns(example: Example) -> int:
-    """How many completions hold turns that the model does not write."""
+    """Counts the completions that hold turns that the model does not write."""
     if example.kind != "chat":
         return 0
     return sum(count_turns(messages, (*ASKING_ROLES, "tool")) > 0 for messages in example.completions)
 
 
 def _shape(example: Example) -> str:
-    """What decides how a template takes a row, besides the texts: roles, fields, tools, arguments."""
+    """Returns what decides how a template takes a row, besides the texts: roles, fields, tools, arguments."""
     conversations = [example.prompt, *example.completions]
-    roles = [[(m["role"], *sorted(m)) for m in messages] for messages in conversations]
+    roles = [[turn_kind(message) for message in messages] for messages in conversations]
     return json.dumps([roles, bool(example.tools), example.template_kwargs, example.continues], default=str)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ..files import write_rows
 from ..model.loading import keep_weights, load_base
 from .reward import true_reward
 from .sampling import sample_answers
@@ -48,10 +49,7 @@ def write_form(data: str, pairs_file: str, folder: str | Path, model: str, most_
             rows = ranked_lists([pair["prompt"] for pair in pairs[:most_lists]], model)
         else:
             rows = {"singles": singles, "trajectories": trajectories}[data](pairs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")  # a run that is stopped here leaves no short file behind
-        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        unfinished.replace(path)
+        write_rows(path, rows)  # at once: a run that is stopped here leaves no short file behind
     return str(path)
 
 

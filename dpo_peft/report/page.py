@@ -6,7 +6,6 @@ run but its own style and script, which are named by their hashes; every text of
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import OptionError
+from ..files import write_atomically
 from .charts import MOST_TRACES
 from .facts import data_table, figure_table, figures_at_end, number, raised_warnings, settings
 from .runs import metric_series, read_runs
@@ -51,10 +51,7 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
     if len(runs) > MOST_TRACES:
         raise OptionError(f"runs: {len(runs)} are too many to tell apart in one chart. Give at most {MOST_TRACES}.")
     html, summaries = _page(runs, title)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.part")
-    unfinished.write_bytes(html)
-    os.replace(unfinished, output)
+    write_atomically(output, html)
     return {"output": str(output), "bytes": len(html), "runs": summaries}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from dpo_peft.cli.options import option_of, parse_options, required, show
 from dpo_peft.errors import OptionError
-from dpo_peft.files import read_rows, write_rows
+from dpo_peft.files import read_rows, write_atomically, write_rows
 
 
 @dataclass
@@ -149,3 +150,19 @@ def test_news_are_plain_lines_on_stderr_once_per_job(rank: str, expected: str) -
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "RANK": rank}
     )
     assert (done.stdout, done.stderr) == ("", expected)
+
+
+def test_a_broken_write_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    assert write_atomically(path, "ä\n").read_bytes() == "ä\n".encode()
+    assert write_atomically(path, b"\x00").read_bytes() == b"\x00"
+
+    def broken() -> Iterator[str]:
+        yield "half"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, broken())
+    assert path.read_bytes() == b"\x00"
+    write_atomically(path, (text for text in ("a", "b")))
+    assert path.read_text() == "ab" and [file.name for file in path.parent.iterdir()] == ["file.txt"]

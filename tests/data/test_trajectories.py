@@ -384,3 +384,66 @@ def test_turns_that_the_template_leaves_out_are_an_error(make_tokenizer):
     rows = [conversations(turns("Hi", "Ho", system="S"), turns("Hi", "Ha", system="S"))]
     with pytest.raises(DataError, match=r"field 'chosen\[0\]': the chat template leaves the 'system' turn out"):
         prepare(rows, make_tokenizer(chat_template=template))
+
+
+def agent(rounds, last):
+    """A conversation of an agent: a question, then tool calls with their results, then an answer, `rounds` times."""
+    messages = turns("You find things out.", system="S")[:1]
+    for number in range(rounds):
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": f"file {number}"}}}
+        messages += [
+            {"role": "user", "content": f"And file {number}?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": f"{number} lines"},
+            *answer(f"It has {number} lines."),
+        ]
+    return [*messages[:-1], *answer(last)]
+
+
+@pytest.mark.parametrize("data", ["trajectories", "pairs"])
+def test_rendering_grows_with_the_turns_and_not_with_their_square(make_tokenizer, monkeypatch, data):
+    tokenizer, rendered = make_tokenizer(), []
+    original = type(tokenizer).apply_chat_template
+
+    def counted(self, conversation, **options):
+        rendered.append(len(conversation))
+        return original(self, conversation, **options)
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", counted)
+
+    def messages_rendered(rounds):
+        rendered.clear()
+        row = conversations(agent(rounds, "Fine."), agent(rounds, "Bad."))
+        prepare_dataset(Dataset.from_list([row]), tokenizer, data=data, max_length=None, load_from_cache_file=False)
+        return sum(rendered)
+
+    few, many = messages_rendered(10), messages_rendered(40)
+    assert few < 100 * 10 * 4 and many < 4.5 * few
+
+
+def test_long_conversations_have_the_ids_of_every_rendered_start(make_tokenizer):
+    """Turns are found in short conversations; a generating model is fed the long one."""
+    tokenizer = make_tokenizer()
+    rows = [conversations(agent(12, "\nFine."), agent(12, "Bad."))]
+    row = prepare(rows, tokenizer, max_length=None)[0][0]
+    fed = tokenizer.apply_chat_template(rows[0]["chosen"][:-1], add_generation_prompt=True)["input_ids"]
+    assert row["prompt_ids"] == fed
+    texts = [tokenizer.decode(ids) for ids in row["completion_ids"]]
+    assert texts == ["\nFine.<|im_end|>\n", "Bad.<|im_end|>\n"]
+    assert [set(steps) for steps in row["steps"]] == [{23}, {23}]
+
+
+NUMBERED = (
+    "{% for m in messages %}{{ m['role'] }} {{ loop.index }}: {{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant {{ messages | length + 1 }}: {% endif %}"
+)
+
+
+def test_template_that_numbers_its_turns(make_tokenizer):
+    """No short conversation shows what stands there, so each start of the whole one is rendered."""
+    tokenizer = make_tokenizer(chat_template=NUMBERED)
+    texts = turns(*(text for number in range(6) for text in (f"q{number}", f"a{number}")))
+    row = prepare([conversations(texts, [*texts[:-1], *answer("b")])], tokenizer)[0][0]
+    start = tokenizer.decode(row["prompt_ids"])
+    assert start == tokenizer.apply_chat_template(texts[:-1], add_generation_prompt=True, tokenize=False)
+    assert [tokenizer.decode(ids) for ids in row["completion_ids"]] == ["a5;", "b;"]
