@@ -206,8 +206,6 @@ class DPOTrainer(Trainer):
             if self.objective.kind.paired:
                 self.evaluation.records.add(batch, output.scored, output.rewards_C)
 
-    # ---- A run --------------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, or resumes an interrupted run (see `transformers.Trainer.train`).
 
@@ -348,8 +346,6 @@ class DPOTrainer(Trainer):
         output.metrics.update(self.evaluation.finish(metrics, prefix, self.state.global_step))
         return output
 
-    # ---- Hooks of transformers.Trainer: checkpoints and results -------------------------------------------------
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.run_state.save_checkpoint(self)
 
@@ -403,6 +399,3 @@ class DPOTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._publisher().push_from_checkpoint()
-
-    def _finish_current_push(self) -> None:
-        """Does nothing: each push has been waited for."""

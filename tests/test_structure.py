@@ -26,11 +26,33 @@ ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors"}, "forward": {"errors", "wings"}}
 
-# Lines of a folder's modules, docstrings and blanks included. A feature that needs more has to say why in dev/LOG.md.
+# Lines of a folder's modules, docstrings and blanks included. These are ceilings on the way to those of the design, which
+# dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
+    "config": 280,
+    "config_checks": 290,
+    "kinds": 225,
+    "objective": 240,
+    "distributed": 285,
+    "losses": 1075,
+    "data": 2770,
+    "forward": 1240,
+    "reference": 1920,
+    "model": 1045,
+    "training": 2815,
+    "fused": 1775,
+    "planning": 1085,
+    "artifacts": 1170,
+    "reward": 920,
+    "merge": 605,
+    "hub": 830,
+    "pairs": 1285,
+    "report": 1420,
+    "quickstart": 460,
+    "cli": 1295,
 }
-MAX_PACKAGE_LINES = 25_200
+MAX_PACKAGE_LINES = 23_700
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

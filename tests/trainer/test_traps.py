@@ -289,7 +289,7 @@ def test_t17_a_trained_head_is_not_the_references(tiny_llama, make_tokenizer, tm
 
 
 def test_t19_default_of_a_model_given_by_name(base_folder, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         trainer = ours(base_folder, text_pairs(8), None, tmp_path, peft_config=None, bf16=True, max_steps=1)
     model = trainer.model
     assert model.get_base_model().model.layers[0].mlp.up_proj.weight.dtype == torch.uint8

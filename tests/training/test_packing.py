@@ -395,7 +395,7 @@ def test_the_first_step_is_described(tiny_llama: Any, make_tokenizer: Any, tmp_p
     sizes = [tokens_of(row) for row in rows][:8]
     budget = max(sizes)
     number = len(level_bins(sizes, budget))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         options = {"max_tokens_per_microbatch": budget, **SPLIT, **IN_ORDER}
         built(tiny_llama(), rows, make_tokenizer(), tmp_path, eval_dataset=rows, **options).evaluate()
         assert not [r for r in caplog.records if "is packed" in r.getMessage()]
@@ -431,8 +431,8 @@ COMPUTE_LOSS, PACK_ROWS = DPOTrainer.compute_loss, stepping.pack_rows
 BREAKS: dict[str, tuple[str, Any, str, Any]] = {
     "totals per pack": ("sigmoid", DPOTrainer, "compute_loss", per_pack_totals),
     "a lost pack": ("sigmoid", stepping, "pack_rows", lambda *args, **kwargs: PACK_ROWS(*args, **kwargs)[:-1]),
-    "aot per pack": ("aot", DPOTrainer, "_couple", lambda *args: None),
-    "kto per pack": ("kto", DPOTrainer, "_couple", lambda *args: None),
+    "aot per pack": ("aot", stepping.OptimizerStep, "couple", lambda *args: None),
+    "kto per pack": ("kto", stepping.OptimizerStep, "couple", lambda *args: None),
 }
 
 
