@@ -172,7 +172,6 @@ class DPOTrainer(Trainer):
         Args:
             model: the PEFT model.
             inputs: the fields of a `PackedBatch`, on the model's device, from `get_batch_samples`.
-            return_outputs: whether to return the loss per item too.
             num_items_in_batch: the totals of the whole optimizer batch; those of this micro-batch if None.
         """
         coupled = inputs.get("coupled")

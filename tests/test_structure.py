@@ -26,7 +26,7 @@ ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors"}, "forward": {"errors", "wings"}}
 
-# Lines of a folder's modules, docstrings and blanks included. These are ceilings on the way to those of the design, which
+# Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
