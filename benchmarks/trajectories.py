@@ -51,6 +51,7 @@ STEPS = 30
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "tokenizers")
 TIMES = re.compile(r"(runtime|_per_second|preparation_time)$")
 RECORDS = ("samples.jsonl", "eval_examples.jsonl")  # that evaluations write
+ROUNDING = 1e-14  # relative: a few units in the last place of float64
 FORMAT = 1
 
 Result = dict[str, Any]  # "steps": step to metric to hexadecimal value; "adapter" and "files": digests
@@ -234,16 +235,37 @@ def differences(before: Result, now: Result) -> list[str]:
 
 
 def first_difference(before: Result, now: Result, names: set[str]) -> str | None:
-    """The first step with another value of a metric that both have."""
+    """The first step with another value of a metric that both have, beyond rounding where that is allowed."""
     for step in (step for step in before["steps"] if step in now["steps"]):
         old, new = before["steps"][step], now["steps"][step]
         changed = [m for m in [*old, *new] if m in names and old.get(m) != new.get(m)]
+        changed = [m for m in changed if not is_rounding(m, old.get(m), new.get(m))]
         if changed:
             metric = changed[0]
             values = " before, ".join(in_words(figures.get(metric)) for figures in (old, new)) + " now"
             others = f", and {len(set(changed)) - 1} other metrics of this step" if len(set(changed)) > 1 else ""
             return f"first at step {step}: {metric} is {values}{others}"
     return None
+
+
+def is_rounding(metric: str, old: str | None, new: str | None) -> bool:
+    """Whether two values of a mean over pairs differ by the order of its sum alone. Losses and gradient norms, and the
+    adapter's tensors, must be equal bit for bit."""
+    if old is None or new is None or metric.endswith(("loss", "grad_norm")):
+        return False
+    a, b = float.fromhex(old), float.fromhex(new)
+    return abs(a - b) <= ROUNDING * max(abs(a), abs(b))
+
+
+def rounded(before: Result, now: Result) -> str:
+    """Which metrics differ by rounding, for the line of a run that is equal."""
+    found = {
+        metric
+        for step, old in before["steps"].items()
+        for metric, value in old.items()
+        if now["steps"].get(step, {}).get(metric) not in (None, value)
+    }
+    return f"; {', '.join(sorted(found))} within {ROUNDING:g}" if found else ""
 
 
 def in_words(value: str | None) -> str:
@@ -327,6 +349,7 @@ def main() -> int:
         seconds = f"{time.perf_counter() - start:.0f} s"
         lines = compare(before["runs"].get(name), results[name]) if before else []
         what = ("different" if lines else "equal, bit for bit") if before else "done"
+        what += rounded(before["runs"][name], results[name]) if before and not lines else ""
         print("\n    ".join([f"{name}: {what} ({seconds})", *lines]), flush=True)
         different += [name] if lines else []
     if before and options.only is None:

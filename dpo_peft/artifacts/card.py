@@ -326,7 +326,7 @@ def base_text(name: str) -> str:
     """Returns the base as the card's first sentence calls it."""
     if is_hub_id(name):
         return link(name)
-    if os.path.exists(name) and os.path.samefile(name, BUNDLED):
+    if Path(name).resolve() == BUNDLED.resolve():
         return BUNDLED_TEXT
     return link(name) + LOCAL_TEXT
 
