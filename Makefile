@@ -1,5 +1,5 @@
 # Every target works as the only command on a machine with Python and make: the first one that needs it builds .venv.
-#   make quickstart | test | check | format | clean | help
+#   make quickstart | test | test-all | check | format | clean | help
 # PYTHON=…    interpreter to build .venv with (default: the first below that runs, is >= 3.10 and has venv)
 # PIP_ARGS=…  passed on to pip install
 # JOBS=…      test processes, one thread each
@@ -29,10 +29,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help quickstart test check format clean
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help quickstart test test-all check format clean
 help:
 	@echo "make quickstart  train the embedded model in 4 bits with DPO; report and adapter in outputs/quickstart"
 	@echo "make test        run the tests                    (TESTS=tests/test_x.py, JOBS=$(JOBS))"
+	@echo "make test-all    these, and then the long ones"
 	@echo "make check       lint, formatting and types"
 	@echo "make format      apply the formatter and the lint fixes"
 	@echo "make clean       remove .venv, outputs and caches"
@@ -41,7 +44,10 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/python recipes/quickstart.py --output_dir outputs/quickstart
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: test
+	$(PYTEST) -m slow $(TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

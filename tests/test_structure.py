@@ -35,7 +35,7 @@ BUDGETS = {
     "kinds": 225,
     "objective": 240,
     "distributed": 285,
-    "losses": 1075,
+    "losses": 1080,
     "data": 2770,
     "forward": 1240,
     "reference": 1920,

@@ -144,6 +144,11 @@ def find_objective(name: str) -> Objective:
     Raises:
         OptionError: there is none, or it can't be imported or used.
     """
+    if name not in REGISTRY and ":" not in name:
+        raise OptionError(
+            f"loss_type={name!r} is not one of {', '.join(REGISTRY)}. For your own, write package.module:function or "
+            "file.py:function."
+        )
     return REGISTRY[name] if name in REGISTRY else load_objective(name)
 
 

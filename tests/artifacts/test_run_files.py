@@ -184,6 +184,7 @@ def test_the_card_of_a_run(quick: Any) -> None:
     assert (Path(trainer.args.output_dir) / "curves.png").is_file() and "![Training curves](curves.png)" in card
 
 
+@pytest.mark.slow
 def test_the_snippet_does_as_printed_what_the_trained_model_does(quick: Any) -> None:
     """Run by a Python of its own, offline, where the folder lies: the greedy text of the model in memory."""
     trainer, _ = quick

@@ -77,6 +77,7 @@ def test_a_network_that_is_down_is_exit_3(hub: HubServer, folder: Path, capsys: 
     assert error.endswith(f"To go on, give the command again: {command}")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     """As a user runs it: nothing is patched, the client reads its environment."""
     env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}

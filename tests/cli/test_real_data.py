@@ -15,6 +15,8 @@ import pytest
 from dpo_peft import quickstart
 from dpo_peft.cli import train as cli
 
+pytestmark = pytest.mark.slow
+
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
     with gzip.open(file, "rt") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream:

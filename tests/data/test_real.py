@@ -21,6 +21,8 @@ from dpo_peft.data import (
 )
 from dpo_peft.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 ASSISTANT = "\n\nAssistant:"
 
 

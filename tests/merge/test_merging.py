@@ -246,6 +246,7 @@ def test_adapter_of_another_trainer(folders, tmp_path) -> None:
 # ---- What is saved --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loads_without_peft_and_bitsandbytes(trained, merged) -> None:
     folder, _ = merged("dora", True)
     code = (

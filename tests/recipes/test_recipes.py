@@ -299,6 +299,7 @@ def test_judged_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_rebuilding_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps give a model that loads and writes nothing of use, which is said; the shipped one gives pairs."""
     script = load_script("build_quickstart_model.py")
@@ -314,6 +315,7 @@ def test_rebuilding_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert rows and all(row["chosen_reward"] - row["rejected_reward"] >= script.MIN_GAP for row in rows)
 
 
+@pytest.mark.slow
 def test_the_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The script's own commands, written down by a stand-in for dpo-peft and then run in this process."""
     (tmp_path / "bin").mkdir()
@@ -339,6 +341,7 @@ def test_the_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert (out / "merged" / "config.json").is_file() and not (out / "merged" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_dpo_then_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both trainings take two steps and move their adapters; base, DPO and GRPO answer the same prompts."""
     short = {"dpo_steps": 2, "grpo_steps": 2, "judged": 4, "output_dir": tmp_path}
@@ -351,6 +354,7 @@ def test_dpo_then_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(w.any() for weight, w in weights.items() if "lora_B" in weight)
 
 
+@pytest.mark.slow
 def test_human_judgements(base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two parts are held out one after the other, and the adapter of the first is kept."""
     said = ("a-is-better", "b-is-slightly-better", "tie")

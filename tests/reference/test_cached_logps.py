@@ -111,6 +111,7 @@ def test_tokens_on_request(tiny_llama, make_tokenizer, tmp_path, computed):
 # ---- T6b: computed once ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_computes_the_reference_once(tiny_llama, make_tokenizer, tmp_path, computed):
     evaluation = {"eval_dataset": id_pairs(3, seed=8), "eval_strategy": "epoch", "num_train_epochs": 1}
     for beta, rate, rank, seed in product([0.1, 0.5], [1e-3, 1e-4], [2, 4], [0, 1]):
@@ -135,6 +136,7 @@ def trained_adapter(tiny_llama: Any, seed: int) -> PeftModel:
     return model
 
 
+@pytest.mark.slow
 def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path, base_folder):
     def count(model: Any, **changed: Any) -> int:
         trainer = run(model, make_tokenizer, tmp_path / "run", tmp_path / "store", num_train_epochs=1, **changed)

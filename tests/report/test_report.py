@@ -349,6 +349,7 @@ def test_text_that_utf8_cannot_hold(tmp_path: Path) -> None:
     assert page.all("div", class_="text")[0].text == "a\\ud800b"
 
 
+@pytest.mark.slow
 def test_same_runs_same_bytes(run_folder: Path, hostile: Path, tmp_path: Path) -> None:
     """Also in a process that orders its sets differently."""
     runs, pages = [str(run_folder), str(hostile)], [tmp_path / "here.html", tmp_path / "there.html"]

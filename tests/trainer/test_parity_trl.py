@@ -200,6 +200,7 @@ def real_tokenizer(name: str, tokenizer_dir: Any, make_tokenizer: Any) -> PreTra
     return AutoTokenizer.from_pretrained(tokenizer_dir(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["smollm2", "minimind-6400", "mistral_like"])
 @pytest.mark.parametrize("dataset", ["dpo_en_demo", "dpo_zh_demo", "hh"])
 def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path, dataset, template):

@@ -73,6 +73,7 @@ def test_a_wrong_gradient_is_noticed(
     assert largest > 1e-4 and mean > 1e-5
 
 
+@pytest.mark.slow
 def test_thirty_steps_in_bfloat16_on_four_bit_weights(base_folder: str, make_tokenizer: Any, tmp_path: Path) -> None:
     """Here the order of rounding differs: the floor is how far two runs of the plain path drift that differ in the
     shape of their micro-batches only."""

@@ -427,6 +427,7 @@ def test_a_kill_during_recovery_loses_nothing(tmp_path: Path) -> None:
     assert found["losses"] == []
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     found = killed("torture", tmp_path, "save", 300)
     assert found["losses"] == []

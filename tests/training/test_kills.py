@@ -18,6 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dpo_peft.training.checkpoints import MANIFEST, commit, staging_folder
 
+pytestmark = pytest.mark.slow
+
 # A checkpoint is there when the second save begins, so that there is something to go on from.
 SECOND_SAVE = Kill(Phase.SAVING, 2, 0.5)
 STEP = Kill(Phase.STEP, 2, 0.5)

@@ -68,6 +68,7 @@ def check_same(found: Values, folder: Path, exact: bool = True) -> None:
         assert found[key] == (value if exact else pytest.approx(value, rel=1e-6)), key
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 def test_tensorboard(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

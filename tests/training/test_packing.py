@@ -273,6 +273,7 @@ def across_rows(loss: str) -> tuple[str, ...]:
     return ACROSS_ROWS if loss == "kto" else ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_any_budget_gives_the_steps_of_the_plain_run(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
