@@ -9,9 +9,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.tokenize import leading_ids, text_ids
 from ..errors import DataError, OptionError
+from ..losses import load_function
 from .options import PairsOptions
 
 Judge = Callable[..., Any]
@@ -31,7 +30,7 @@ def load_judge(options: PairsOptions) -> Judge | None:
         OptionError, ReferenceMismatchError: it can't be loaded.
     """
     if options.reward is not None:
-        return load_function(options.reward)
+        return load_function(options.reward, "reward")
     if options.reward_model is not None:
         return RewardModel(options.reward_model, trust_remote_code=options.trust_remote_code)
     if options.implicit_reward is not None:
@@ -39,37 +38,6 @@ def load_judge(options: PairsOptions) -> Judge | None:
 
         return ImplicitReward(options.implicit_reward)
     return None
-
-
-def load_function(path: str) -> Judge:
-    """Returns the function that `package.module:name` or `folder/file.py:name` names.
-
-    Raises:
-        OptionError: there is no such module, file or function, or importing it fails.
-    """
-    where, _, name = path.rpartition(":")
-    if not where or not name:
-        raise OptionError(f"reward={path!r}: write package.module:function or file.py:function.")
-    try:
-        module = _load_file(where) if where.endswith(".py") else import_module(where)
-    except Exception as error:  # it is code of someone else's and may raise anything
-        hint = "" if where.endswith(".py") else " A file is given as path/file.py:function."
-        raise OptionError(f"reward={path!r} can't be imported: {type(error).__name__}: {error}.{hint}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        what = "there is no such name" if found is None else f"it is a {type(found).__name__}, not a function"
-        raise OptionError(f"reward={path!r}: {what} in {where}.")
-    return found
-
-
-def _load_file(file: str) -> ModuleType:
-    if not Path(file).is_file():
-        raise OptionError("there is no such file")
-    spec = util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def source_of(judge: Judge) -> str | None:

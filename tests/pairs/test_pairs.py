@@ -15,9 +15,10 @@ from dpo_peft import cli_pairs  # type: ignore[attr-defined]
 from dpo_peft.data import prepare_dataset
 from dpo_peft.data.prompts import encode_prompts, read_prompts
 from dpo_peft.errors import DataError, OptionError
+from dpo_peft.losses import load_function
 from dpo_peft.pairs import PairsOptions, make_pairs
 from dpo_peft.pairs.building import Candidate, Rules, Tally, build_pairs, seed_of
-from dpo_peft.pairs.judges import RewardModel, judge_answers, load_function, source_of
+from dpo_peft.pairs.judges import RewardModel, judge_answers, source_of
 from dpo_peft.pairs.worklog import WorkLog
 
 
@@ -279,12 +280,12 @@ def test_a_judge_that_errs(function: Any, error: type[Exception], message: str) 
 def test_a_function_by_its_path(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n\nLIMIT = 3\n")
-    function = load_function(f"{file}:reward")
+    function = load_function(f"{file}:reward", "reward")
     assert judge(function, ["a", "bcd"]) == [1.0, 3.0]
     before = source_of(function)
     file.write_text(file.read_text() + "# changed\n")
-    assert before != source_of(load_function(f"{file}:reward")) and source_of(len) is None
-    assert judge(load_function("dpo_peft.quickstart:review_reward"), ["x", ANSWER]) == [0.0, 0.0]
+    assert before != source_of(load_function(f"{file}:reward", "reward")) and source_of(len) is None
+    assert judge(load_function("dpo_peft.quickstart:review_reward", "reward"), ["x", ANSWER]) == [0.0, 0.0]
     for path, message in (
         ("reward", "package.module:function"),
         (f"{file}:nothing", "no such name"),
@@ -293,7 +294,7 @@ def test_a_function_by_its_path(tmp_path: Path) -> None:
         ("no_such_module_here:reward", "No module named"),
     ):
         with pytest.raises(OptionError, match=message):
-            load_function(path)
+            load_function(path, "reward")
 
 
 @pytest.fixture(scope="module")
