@@ -1,5 +1,6 @@
 """Rows from a file or the Hub, and rows to a file: what every command reads and writes."""
 
+import glob
 import io
 import json
 import math
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
+from .rowfiles import READERS, ending, find_files, read_files
 
 CONVERTERS = ("sharegpt", "alpaca", "hh", "pandalm", "tulu", "oasst_tree")
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".gz": "json"}
 WRITERS = (".jsonl", ".parquet")
 
 
@@ -25,30 +26,28 @@ def read_rows(
     """Reads the rows of a file or of a Hub dataset as a `datasets.Dataset` (or a stream).
 
     Args:
-        name: a JSON(L), Parquet or CSV file, or a Hub id.
+        name: a JSON(L), CSV, TSV or Parquet file (see `rowfiles`), a pattern of such, or a Hub id.
         split, config: of a Hub dataset.
         streaming: read rows as they come.
         dataset_format: one of `CONVERTERS`, to convert every row to preference rows.
 
     Raises:
         OptionError: there is no such file or dataset, or it can't be read.
+        DataError: a file's line that can't be read, with the remedy.
     """
     from datasets import load_dataset
 
-    path = Path(name)
-    if path.suffix in READERS and not path.is_file():
+    paths = find_files(name)
+    if paths:
+        rows = read_files(paths, streaming)
+    elif ending(name) in READERS or glob.has_magic(name):
         raise OptionError(f"dataset {name!r}: there is no such file.")
-    try:
-        if path.is_file():
-            if path.suffix not in READERS:
-                raise OptionError(f"dataset {name!r}: use one of {', '.join(READERS)}.")
-            rows = load_dataset(READERS[path.suffix], data_files=name, split="train", streaming=streaming)
-        else:
+    else:
+        try:
             rows = load_dataset(name, config, split=split, streaming=streaming)
-    except OptionError:
-        raise
-    except Exception as error:  # every reader fails in its own way
-        raise OptionError(f"dataset {name!r} can't be read: {str(error).strip() or type(error).__name__}") from error
+        except Exception as error:  # every loader fails in its own way
+            why = str(error).strip() or type(error).__name__
+            raise OptionError(f"dataset {name!r} can't be read: {why}") from error
     return rows if dataset_format is None else _convert(rows, dataset_format)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def _lines(path: Path) -> Iterator[str]:
         problem = f"byte {error.start} is no UTF-8 ({error.reason})"
         raise _problem(path, f"line {number}", problem, "save the file as UTF-8") from None
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} can't be read after line {number}: {error}. Remedy: mend or copy it again.") from error
+        raise DataError(
+            f"{path} can't be read after line {number}: {error}. Remedy: mend or copy it again."
+        ) from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
@@ -112,10 +115,12 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
         return
     if first[1].lstrip().startswith("["):
         text = first[1] + "".join(lines)
-        rows: Any = enumerate(_parse(path, "the list", text), start=1)
+        rows = enumerate(_parse(path, "the list", text), start=1)
         located = ((f"item {number}", row) for number, row in rows)
     else:
-        located = ((f"line {number}", _parse(path, f"line {number}", line)) for number, line in chain([first], numbered))
+        located = (
+            (f"line {number}", _parse(path, f"line {number}", line)) for number, line in chain([first], numbered)
+        )
     for where, row in located:
         if not isinstance(row, dict):
             raise _problem(path, where, f"holds {type(row).__name__}, not an object", 'write {"prompt": …} a row')
@@ -166,10 +171,16 @@ def _cell(path: Path, line: int, name: str, text: str) -> object:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=CHUNK)
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    with _open_parquet(path) as file:
+        rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=CHUNK))
         yield from ((f"row {number}", row) for number, row in enumerate(rows))
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no Parquet file that can be read: {error}. Remedy: write it again.") from error
 
@@ -191,7 +202,8 @@ def _schema(paths: Sequence[Path]) -> pa.Schema:
     schema: pa.Schema | None = None
     for path in paths:
         if ending(path) == ".parquet":
-            schema = _unite(schema, pq.read_schema(path), path, "its columns")
+            with _open_parquet(path) as file:
+                schema = _unite(schema, file.schema_arrow, path, "its columns")
             continue
         rows = READERS[ending(path)](path)
         while chunk := list(islice(rows, CHUNK)):

@@ -17,7 +17,7 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors moved wings losses forward data files distributed kinds objective config_checks config reference "
+    "errors moved wings losses forward data rowfiles files distributed kinds objective config_checks config reference "
     "model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.

@@ -1,0 +1,163 @@
+"""Rows are read from files as they stand there: nothing is rewritten, no other file is read, a fault has a place."""
+
+import bz2
+import csv
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_peft.errors import DataError, OptionError
+from dpo_peft.files import read_rows
+
+TEXTS = [
+    *("007", "1e3", "1.10", "N/A", "NA", "", "None", "null", "nan", "true", "-", "0x1F", "12345678901234567890"),
+    *(
+        "2024-01-02T03:04:05Z",
+        "2024-01-02",
+        "é",
+        "😀",
+        "\u2028",
+        "a\nb",
+        "a\r\nb",
+        'q"x,',
+        " a ",
+        "\t",
+        "\ufeffb",
+        "[1]",
+    ),
+]
+WHOLE = [{"prompt": f"q{i}", "chosen": " a", "rejected": " b"} for i in range(12)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix in (".csv", ".tsv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.parquet"])
+def test_ten_thousand_random_texts_come_back_as_they_are(name: str, tmp_path: Path) -> None:
+    """Also where a whole stretch of them looks like numbers, or like dates."""
+    random_ = random.Random(0)
+    rows = [
+        {
+            "prompt": f"{i:03}",
+            "chosen": random_.choice(TEXTS) + random_.choice(TEXTS),
+            "rejected": random_.choice(TEXTS),
+        }
+        for i in range(10_000)
+    ]
+    rows += [{"prompt": "2024-01-02T03:04:05Z", "chosen": "1.10", "rejected": "NA"}] * 25_000
+    path = write(tmp_path / name, rows)
+    assert read_rows(path).to_list() == rows
+    assert list(read_rows(path, streaming=True)) == rows
+
+
+@pytest.mark.parametrize("name", ["pairs[1].jsonl", "run*.jsonl", "run?.csv", "a[!b]{c}.parquet", "~x%20 é.json"])
+def test_a_name_that_looks_like_a_pattern_is_a_file(name: str, tmp_path: Path) -> None:
+    mine, others = [{"prompt": "mine"}], [{"prompt": "another's"}]
+    for other in ("pairs1", "run-old", "run1", "ac"):
+        write(tmp_path / f"{other}{Path(name).suffix}", others)
+    assert read_rows(write(tmp_path / name, mine)).to_list() == mine
+
+
+def test_a_pattern_that_is_no_file_is_all_that_match_it(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", [{"prompt": "b"}])
+    write(tmp_path / "a.csv", [{"prompt": "a"}])
+    assert read_rows(str(tmp_path / "*")).to_list() == [{"prompt": "a"}, {"prompt": "b"}]
+    with pytest.raises(OptionError, match="there is no such file"):
+        read_rows(str(tmp_path / "c*.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_a_file_written_again_is_read_again_whatever_its_time_says(name: str, tmp_path: Path) -> None:
+    for text in ("old", "new"):  # of one length
+        path = write(tmp_path / name, [{"prompt": text}])
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert read_rows(path).to_list() == [{"prompt": text}]
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".csv.gz", ".json.bz2", ".gz"])
+def test_compressed_files(ending: str, tmp_path: Path) -> None:
+    plain = Path(write(tmp_path / f"rows{Path(ending).stem if ending != '.gz' else '.jsonl'}", WHOLE))
+    pack = bz2.compress if ending.endswith("bz2") else gzip.compress
+    path = tmp_path / f"packed{ending}"
+    path.write_bytes(pack(plain.read_bytes()))
+    assert read_rows(str(path)).to_list() == WHOLE
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(DataError, match=r"can't be read after line \d+: .+ Remedy: "):
+        read_rows(str(path))
+
+
+def test_numbers_and_labels_of_a_csv_are_numbers_and_labels(tmp_path: Path) -> None:
+    row = {"prompt": "1", "completion": "2.0", "label": "False", "margin": "0.50", "preference": ""}
+    (read,) = read_rows(write(tmp_path / "rows.csv", [row])).to_list()
+    assert read == {"prompt": "1", "completion": "2.0", "label": False, "margin": 0.5, "preference": None}
+
+
+def test_types_are_those_of_all_rows(tmp_path: Path) -> None:
+    """Integers before floats, None before a value, keys that only later rows have."""
+    rows = [{"margin": 1, "tools": None}] * 30_000 + [{"margin": 0.5, "tools": [{"a": "b"}], "late": "x"}]
+    read = read_rows(write(tmp_path / "rows.jsonl", rows))
+    assert read[0] == {"margin": 1.0, "tools": None, "late": None} and read[30_000] == rows[-1]
+
+
+LINES = [json.dumps(row) for row in WHOLE]
+BAD: dict[str, tuple[str, str | bytes, str]] = {  # file, its bytes, what the message says
+    "half a line": (
+        "a.jsonl",
+        "\n".join([*LINES[:6], '{"prompt": "x", "chosen": ', *LINES[6:]]),
+        "line 7: is no JSON",
+    ),
+    "cut off": ("a.jsonl", "\n".join(LINES)[:-30], "line 12: is no JSON"),
+    "a list a line": ("a.jsonl", "\n".join([*LINES, '["q", "a"]']), "line 13: is no JSON|line 13: holds list"),
+    "a list of texts": ("a.json", '["q", "a"]', "item 1: holds str, not an object"),
+    "latin1": ("a.jsonl", "\n".join(LINES[:3]).encode() + b'\n{"prompt": "caf\xe9"}', "line 4: byte 15 is no UTF-8"),
+    "latin1 table": ("a.csv", b"prompt,chosen\nq,a\nq,caf\xe9\n", "line 3: byte 5 is no UTF-8"),
+    "ragged": ("a.csv", "prompt,chosen\nq,a\nq,a,b\n", "line 3: has 3 cells, the first line 2"),
+    "open quotes": ("a.csv", 'prompt,chosen\nq,a\nq,"a\nq,b\n', "line 3: is no CSV"),
+    "one name twice": ("a.csv", "prompt,prompt\nq,a\n", "line 1: two columns have one name"),
+    "margin in words": ("a.csv", "prompt,margin\nq,1\nq,much\n", "line 3: margin is 'much', not a number"),
+    "text and list": (
+        "a.jsonl",
+        '{"chosen": "a"}\n' * 9 + '{"chosen": [{"role": "assistant"}]}\n' + '{"chosen": "a"}\n' * 9,
+        "line 10: 'chosen' does not go with the rows before",
+    ),
+    "text and list, far apart": (
+        "a.jsonl",
+        '{"chosen": "a"}\n' * 10_000 + '{"chosen": ["a"]}\n' * 2,
+        "line 10001 and after: a column's type changes",
+    ),
+    "surrogate": ("a.jsonl", '{"a": "b"}\n{"a": "\\ud800"}\n', "line 2: 'a' does not go with the rows before"),
+    "deep": ("a.jsonl", '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}", "line 1: is nested too deeply"),
+    "nothing": ("a.jsonl", "\n \n", "there are no rows"),
+    "names alone": ("a.csv", "prompt,chosen\n", "there are no rows"),
+    "no parquet": ("a.parquet", "PAR1 or not", "is no Parquet file"),
+    "no gzip": ("a.jsonl.gz", "\n".join(LINES), "can't be read after line"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_read_is_named_by_file_and_line(case: str, tmp_path: Path) -> None:
+    name, content, words = BAD[case]
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=words) as caught:
+        read_rows(str(path))
+    assert str(path) in str(caught.value)
