@@ -34,13 +34,12 @@ from .model.loading import storage_report
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training import building
-from .training.accumulation import OptimizerStep, fields_of
-from .training.arguments import AnyDataset, check_optimizer
-from .training.building import Preparation, autocast_dtype, check_constructor
-from .training.callbacks import StopOnNonFinite, StopOnSignal, SyncReference
-from .training.evaluation import Evaluation, check_reported
-from .training.memory_budget import MemoryBudget
-from .training.metrics import MetricStore, length_metrics, mean_of, preference_metrics
+from .training.accumulation import OptimizerStep
+from .training.arguments import AnyDataset, autocast_dtype, check_optimizer
+from .training.building import NoEvaluation, Preparation, check_constructor
+from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
+from .training.memory_budget import MemoryBudget, plan_memory
+from .training.metrics import MetricStore
 from .training.resume import RunState, check_has_optimizer, load_best, save_adapter, trajectory
 from .wings import required, wing
 
@@ -145,18 +144,31 @@ class DPOTrainer(Trainer):
             reference=self.reference.logps,
             autocast=self.compute_loss_context_manager,
         )
-        context, callbacks = self.compute_loss_context_manager, self.callback_handler.callbacks
-        self.evaluation = Evaluation(model, tokenizer, args, self.objective, self.prepare, context, callbacks)
-        self.signal, parts = StopOnSignal(), [self.step, self.reference, *self.evaluation.parts]
+        evaluation = required("evaluation", "sample_prompts") if args.sample_prompts else wing("evaluation")
+        self.evaluation = (
+            NoEvaluation()
+            if evaluation is None
+            else evaluation.Evaluation(
+                model,
+                tokenizer,
+                args,
+                self.objective,
+                self.prepare,
+                self.compute_loss_context_manager,
+                self.callback_handler.callbacks,
+            )
+        )
+        self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
+        parts = [self.step, self.reference, *watching]
         self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
-        for callback in (self.signal, *self.evaluation.parts, StopOnNonFinite(self.step)):
+        for callback in (self.signal, *watching, StopOnNonFinite(self.step)):
             self.add_callback(callback)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
 
     def _plan_memory(self) -> MemoryBudget:
-        frozen = self.reference.adapter
-        return building.plan_memory(self.model, self.args, self.forward_plan, self.objective, frozen)
+        frozen, compared = self.reference.adapter, self.objective.needs_reference
+        return plan_memory(self.model, self.args, self.forward_plan, frozen, compared)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -175,8 +187,8 @@ class DPOTrainer(Trainer):
             num_items_in_batch: the totals of the whole optimizer batch; those of this micro-batch if None.
         """
         coupled = inputs.get("coupled")
-        batch = PackedBatch(**fields_of(inputs))
-        totals = num_items_in_batch or self.objective.totals([inputs])
+        batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
+        totals = num_items_in_batch or self.objective.kind.totals([inputs])
         ref = coupled.ref if coupled else self.reference.logps(batch)
         policy = self.policy_logps(batch)
         scored = self.objective.score(policy, ref, batch)
@@ -195,15 +207,12 @@ class DPOTrainer(Trainer):
 
     def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
-        metrics = preference_metrics(self.objective.kind, output.scored, output.rewards_C, policy, ref, batch)
-        if self.model.training:
-            self.step.finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
-            self.metric_store.add("train", metrics)
-        else:
-            by_length = length_metrics(self.objective.kind, output.scored, output.rewards_C)
-            self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
-            if self.objective.kind.paired:
-                self.evaluation.records.add(batch, output.scored, output.rewards_C)
+        training = self.model.training
+        self.metric_store.record("train" if training else "eval", self.objective.kind, output, policy, ref, batch)
+        if training:
+            self.step.finite.append((batch, torch.isfinite(output.losses_I)))
+        elif self.objective.kind.paired:
+            self.evaluation.add(batch, output)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, or resumes an interrupted run (see `transformers.Trainer.train`).
@@ -236,7 +245,6 @@ class DPOTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _prepare_run(self) -> None:
-        self.evaluation.reset()
         # What was added to the model since it was probed is heeded.
         plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:
@@ -260,7 +268,7 @@ class DPOTrainer(Trainer):
     @property
     def warnings_raised(self) -> list[dict[str, Any]]:
         """Returns `step`, `name` and `message` of this run's warnings (docs/diagnostics.md), each name once."""
-        return self.evaluation.warnings.raised
+        return self.evaluation.warnings_raised
 
     # ---- Hooks of transformers.Trainer ---------------------------------------------------------------------------
 
@@ -283,7 +291,7 @@ class DPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Counts two forward passes, and the backward pass that skips the frozen weights: 6 per weight and token."""
-        return 0 if "empty" in inputs else 6 * inputs["input_ids"].numel() * self._weights
+        return 6 * inputs["input_ids"].numel() * self._weights
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks whether the run is over after a step: one that was killed at its very end, or stopped
@@ -329,11 +337,9 @@ class DPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`. Once `train()` has begun, the trainer's own evaluation datasets also give the
         pairs of `eval_examples.jsonl`, and their first prompts the completions of `samples.jsonl`."""
-        with self.evaluation.records.recording(eval_dataset is None or isinstance(eval_dataset, str)):
-            metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.evaluation.records.begun and eval_dataset is None:
-            self.evaluation.samples.take(self.state.global_step)
-        return metrics
+        own, step = eval_dataset is None or isinstance(eval_dataset, str), self.state.global_step
+        with self.evaluation.under_way(own, step if eval_dataset is None else None):
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
@@ -341,8 +347,8 @@ class DPOTrainer(Trainer):
         self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        metrics = self.metric_store.pop("eval")
-        output.metrics.update(self.evaluation.finish(metrics, prefix, self.state.global_step))
+        self.evaluation.finish(prefix, self.state.global_step)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self.metric_store.pop("eval").items()})
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -360,7 +366,7 @@ class DPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         load_best(self.model, self.policy_adapter, self.state, self.reference)
         if not str(self.state.best_model_checkpoint).endswith(f"checkpoint-{self.state.global_step}"):
-            self.evaluation.samples.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
+            self.evaluation.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""

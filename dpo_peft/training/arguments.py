@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -17,6 +18,11 @@ from ..config import DPOConfig
 from ..errors import OptionError
 
 AnyDataset = Dataset | IterableDataset
+
+
+def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
+    """Returns what is computed in under mixed precision; None without."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def name_of(model: Any) -> str:

@@ -15,7 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..config import DPOConfig
 from ..distributed import any_process, gather_over_processes, rank
-from ..errors import NonFiniteError, TrainingInterrupted
+from ..errors import NonFiniteError, OptionError, TrainingInterrupted
+from ..forward import PackedBatch
 from ..reference.policy import ReferencePolicy
 from .accumulation import OptimizerStep
 
@@ -29,24 +30,24 @@ class StopOnNonFinite(TrainerCallback):
         self.step = step
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Raises `NonFiniteError`, in all processes, before the optimizer takes a step that is not finite."""
+        parts, self.step.finite = self.step.finite, []
         # A process whose share of the batch is empty has nothing.
-        rows, finite = torch.empty(0, dtype=torch.long), torch.ones(0, dtype=torch.bool)
-        if self.step.finite:
-            rows, finite = map(torch.cat, zip(*self.step.finite, strict=True))
-            self.step.finite = []
-        all_finite = finite.all()
+        all_finite = torch.cat([finite for _, finite in parts]).all() if parts else torch.ones((), dtype=torch.bool)
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
         if not args.fp16:
             norm = self.step.take_grad_norm()
             all_finite = all_finite & torch.isfinite(norm).to(all_finite.device)
         if any_process(not all_finite):
-            self._stop(state, rows, finite)
+            self._stop(state, parts)
 
-    def _stop(self, state: TrainerState, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        gathered = gather_over_processes((rows[~finite].tolist(), rows.tolist()))
+    def _stop(self, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
+        rows = [(self.step.objective.kind.rows(batch), finite) for batch, finite in parts]
+        of_process = [row for rows_I, _ in rows for row in rows_I.tolist()]
+        bad_of_process = [row for rows_I, finite in rows for row in rows_I[~finite].tolist()]
+        gathered = gather_over_processes((bad_of_process, of_process))
         bad = [row for process in gathered for row in process[0]]
         what = "loss" if bad else "gradient"
         bad = bad or [row for process in gathered for row in process[1]]
@@ -73,7 +74,7 @@ class StopOnSignal(TrainerCallback):
             return
         before = {each: signal.getsignal(each) or signal.SIG_DFL for each in (signal.SIGTERM, signal.SIGINT)}
 
-        def receive(number: int, frame: Any) -> None:
+        def receive(number: int, frame: object) -> None:
             self._received = number
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -87,7 +88,7 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Saves and stops, all processes at the same step."""
         if self.agree():
@@ -121,7 +122,7 @@ class SyncReference(TrainerCallback):
         self.reference, self.alpha, self.steps = reference, alpha, steps
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Mixes if it is time."""
         if state.global_step % self.steps == 0:
@@ -146,13 +147,13 @@ class EarlyStop(TrainerCallback):
         self.reset()
 
     @classmethod
-    def from_options(cls, args: DPOConfig) -> "EarlyStop | None":
+    def from_options(cls, args: DPOConfig) -> list["EarlyStop"]:
         """Returns the callback if the options ask for it."""
         if args.early_stopping_patience is None:
-            return None
+            return []
         metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         threshold = args.early_stopping_threshold
-        return cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)
+        return [cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)]
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Returns how long it has waited, as JSON values."""
@@ -173,9 +174,11 @@ class EarlyStop(TrainerCallback):
         return self.waited >= self.patience
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """A run that was killed after it was told to stop takes no further step when it is resumed."""
+        if state.global_step == 0:
+            self.reset()
         control.should_training_stop = control.should_training_stop or self.done
 
     def on_evaluate(
@@ -184,7 +187,7 @@ class EarlyStop(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Counts. An evaluation of another dataset lacks the metric; one of a step that has been seen says no more."""
         value = (metrics or {}).get(self.metric)
@@ -209,3 +212,16 @@ class EarlyStop(TrainerCallback):
                 self.waited,
                 self.threshold,
             )
+
+
+def check_reported(name: str | None, metrics: Mapping[str, float], step: int) -> None:
+    """Refuses a `metric_for_best_model` that an evaluation turned out to lack.
+
+    Raises:
+        OptionError: naming those that it has.
+    """
+    if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        raise OptionError(
+            f"metric_for_best_model={name!r}: the evaluation of step {step} lacks it, as no held-out row tells "
+            f"anything of it. It has {', '.join(sorted(metrics))}."
+        )

@@ -186,6 +186,11 @@ def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number:
     return entries
 
 
+def as_entry(batch: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entry of a single micro-batch, whose fields it has too; or of none, for a process without a row."""
+    return hang([], [], 1)[0] if "empty" in batch else {**batch, "packs": [batch]}
+
+
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Queues a batch that was laid out on the CPU for the device. From pageable memory, the copy would wait until the
     GPU has done all that was asked of it before."""

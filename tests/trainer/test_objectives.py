@@ -12,7 +12,7 @@ from trainer_helpers import adapter_weights, id_pairs, largest_difference, ours,
 
 from dpo_peft.forward import Sample, Scores, pack, sum_by_completion
 from dpo_peft.losses import REGISTRY
-from dpo_peft.objective import Scored, Totals, TrainingObjective, _concatenate
+from dpo_peft.objective import Scored, Totals, TrainingObjective
 
 REFERENCE_FREE: list[dict[str, Any]] = [
     {"loss_type": "sft"},
@@ -167,7 +167,7 @@ def test_micro_batches_joined_are_the_whole_batch() -> None:
         )
         return objective.score(policy, ref, batch)
 
-    whole, joined = score(samples), _concatenate([score(samples[:1]), score(samples[1:])])
+    whole, joined = score(samples), Scored.join([score(samples[:1]), score(samples[1:])])
     assert joined.sample_of_C.tolist() == whole.sample_of_C.tolist() and joined.num_samples == 4
     totals = Totals(4, 1.0)
     assert objective.losses(joined, totals).tolist() == objective.losses(whole, totals).tolist()
