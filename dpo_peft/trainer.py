@@ -35,8 +35,8 @@ from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training import building
 from .training.accumulation import OptimizerStep
-from .training.arguments import AnyDataset, autocast_dtype, check_optimizer
-from .training.building import NoEvaluation, Preparation, check_constructor
+from .training.arguments import AnyDataset, autocast_dtype, check_constructor, check_optimizer
+from .training.building import NoEvaluation, Preparation
 from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore

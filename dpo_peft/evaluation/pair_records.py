@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..distributed import gather_over_processes, rank
 from ..files import write_rows
@@ -38,9 +38,7 @@ class PairRecords(TrainerCallback):
         self._pairs: list[tuple[Tensor, ...]] = []  # of the evaluation under way, per micro-batch
         self._examples: dict[str, list[list[Row]]] = {}  # dataset to the rows of its first and its newest evaluation
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Begins the run's file anew."""
         self.begun = True
         if state.global_step == 0:

@@ -15,7 +15,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from ..config import DPOConfig
@@ -57,9 +56,7 @@ class Samples(TrainerCallback):
         self._prompt_ids: list[list[int]] | None = None
         self.samples: list[Row] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Begins the run's file anew: what is there is an earlier run's, or of steps that are taken again."""
         if state.global_step == 0:
             self.samples = []

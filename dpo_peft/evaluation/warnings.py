@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
 from ..data import DataReport
@@ -51,14 +51,12 @@ class Warnings(TrainerCallback):
             max_steps=state.max_steps,
         )
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Forgets an earlier run."""
         if state.global_step == 0:
             self.raised = []
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_log(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Warns of what is new."""
         raised = {warning["name"] for warning in self.raised}
         for finding in diagnose(state.log_history, self.facts(state)):

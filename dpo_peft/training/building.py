@@ -10,67 +10,20 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import DPOConfig, objective_options
+from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.collator import KeepRows, KeyedCollator
-from ..distributed import ShareCollator, check_launch, check_same, copy_from_first, world_size
+from ..distributed import ShareCollator, check_same, copy_from_first, world_size
 from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import (
-    AnyDataset,
-    autocast_dtype,
-    check_arguments,
-    check_best_metric,
-    check_datasets,
-    check_tokenizer,
-    check_vocabulary,
-    data_source,
-    load_tokenizer,
-    name_of,
-)
-from .metrics import metric_names
+from .arguments import AnyDataset, autocast_dtype, check_vocabulary, data_source
 
 logger = logging.getLogger(__name__)
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-
-
-def check_constructor(
-    model: Any,
-    ref_model: Any,
-    args: DPOConfig | None,
-    train_dataset: Any,
-    eval_dataset: Any,
-    processing_class: Any,
-    quantization_config: Any,
-    own_metrics: bool,
-) -> tuple[str, DPOConfig, PreTrainedTokenizerBase, TrainingObjective]:
-    """Checks what the trainer's constructor is given, before anything is loaded or computed.
-
-    Args:
-        own_metrics: whether a `compute_metrics` adds metrics that are not known here.
-        others: as for the trainer.
-
-    Returns:
-        The model's name (empty for one made in code), the options, the tokenizer and the objective.
-
-    Raises:
-        OptionError: an argument can't be used.
-    """
-    name = name_of(model)
-    args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-    check_arguments(model, ref_model, args, quantization_config)
-    check_launch(args)
-    check_datasets(args, train_dataset, eval_dataset)
-    tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
-    check_tokenizer(tokenizer)
-    objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
-    if not own_metrics:
-        check_best_metric(args, eval_dataset, reported_metrics(args, objective))
-    return name, args, tokenizer, objective
 
 
 class Preparation:
@@ -150,12 +103,6 @@ class NoEvaluation:
         """Does nothing."""
 
     finish = renew = add
-
-
-def reported_metrics(args: DPOConfig, objective: TrainingObjective) -> set[str]:
-    """Returns the names that an evaluation may report, without `eval_`."""
-    tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
-    return metric_names(objective.kind, bool(objective.needs_reference and tokens), objective.needs_mismatched)
 
 
 def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -> tuple[Collate, Collate]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
 from ..distributed import any_process, gather_over_processes, rank
@@ -29,28 +29,26 @@ class StopOnNonFinite(TrainerCallback):
     def __init__(self, step: OptimizerStep):
         self.step = step
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, *_: object, **kwargs: object) -> None:
         """Raises `NonFiniteError`, in all processes, before the optimizer takes a step that is not finite."""
         parts, self.step.finite = self.step.finite, []
         # A process whose share of the batch is empty has nothing.
         all_finite = torch.cat([finite for _, finite in parts]).all() if parts else torch.ones((), dtype=torch.bool)
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
-        if not args.fp16:
+        if not self.step.args.fp16:
             norm = self.step.take_grad_norm()
             all_finite = all_finite & torch.isfinite(norm).to(all_finite.device)
         if any_process(not all_finite):
             self._stop(state, parts)
 
     def _stop(self, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
-        rows = [(self.step.objective.kind.rows(batch), finite) for batch, finite in parts]
-        of_process = [row for rows_I, _ in rows for row in rows_I.tolist()]
-        bad_of_process = [row for rows_I, finite in rows for row in rows_I[~finite].tolist()]
-        gathered = gather_over_processes((bad_of_process, of_process))
-        bad = [row for process in gathered for row in process[0]]
+        rows_of, own = self.step.objective.kind.rows, []
+        for batch, finite in parts:
+            own += zip(rows_of(batch).tolist(), finite.tolist(), strict=True)
+        rows = [pair for process in gather_over_processes(own) for pair in process]
+        bad = [row for row, finite in rows if not finite]
         what = "loss" if bad else "gradient"
-        bad = bad or [row for process in gathered for row in process[1]]
+        bad = bad or [row for row, _ in rows]
         raise NonFiniteError(
             f"Step {state.global_step + 1}: the {what} is not finite, on training rows {', '.join(map(str, bad))}. "
             "The optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, "
@@ -87,9 +85,7 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Saves and stops, all processes at the same step."""
         if self.agree():
             control.should_save = control.should_training_stop = True
@@ -121,9 +117,7 @@ class SyncReference(TrainerCallback):
     def __init__(self, reference: ReferencePolicy, alpha: float, steps: int):
         self.reference, self.alpha, self.steps = reference, alpha, steps
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Mixes if it is time."""
         if state.global_step % self.steps == 0:
             self.reference.mix(self.alpha)
@@ -173,24 +167,15 @@ class EarlyStop(TrainerCallback):
         """Says whether the run is to end."""
         return self.waited >= self.patience
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """A run that was killed after it was told to stop takes no further step when it is resumed."""
         if state.global_step == 0:
             self.reset()
         control.should_training_stop = control.should_training_stop or self.done
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_evaluate(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Counts. An evaluation of another dataset lacks the metric; one of a step that has been seen says no more."""
-        value = (metrics or {}).get(self.metric)
+        value = kwargs["metrics"].get(self.metric)
         if value is None or state.global_step <= self.step:
             return
         self.step = state.global_step

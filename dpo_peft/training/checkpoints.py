@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
-CHUNK = 1 << 20  # bytes hashed at a time
 Content = dict[str, int | str]  # a file's entry in the manifest: its bytes and their blake2b
 
 
@@ -60,7 +59,7 @@ def commit(run_dir: str | Path, step: int) -> Path:
         OSError: the disk failed. The checkpoint that was to be replaced is still there.
     """
     staged = staged_checkpoint(run_dir, step)
-    if not staged.is_dir() or next(_files(staged), None) is None:
+    if not any(path.is_file() for path in staged.rglob("*")):
         raise CheckpointError(
             f"Nothing to commit: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
         )
@@ -79,23 +78,24 @@ def discard(run_dir: str | Path, step: int) -> None:
 
 def _seal(staged: Path, step: int) -> None:
     """Writes the manifest, and brings everything to the disk: files first, then the folders that name them."""
-    files = {}
-    for path in _files(staged):
-        name = path.relative_to(staged).as_posix()
-        if name != MANIFEST:  # of an earlier attempt to commit it
-            files[name] = _content(path)
-            _sync(path)
-    (staged / MANIFEST).write_bytes(_manifest(step, files))
-    _sync(staged / MANIFEST)
-    folders = [Path(folder) for folder, _, _ in os.walk(staged, topdown=False)]
-    for folder in (*folders, staged.parent, staged.parent.parent):
-        _sync(folder)
+
+    def fail(error: OSError) -> None:  # unlike a plain walk, which passes over what it can't read
+        raise error
+
+    walked = list(os.walk(staged, topdown=False, onerror=fail))
+    paths = [Path(folder, name) for folder, _, names in walked for name in names]
+    manifest = staged / MANIFEST  # there from an earlier attempt to commit it, perhaps
+    files = {path.relative_to(staged).as_posix(): _content(path) for path in paths if path != manifest}
+    manifest.write_bytes(_manifest(step, files))
+    folders = [Path(folder) for folder, _, _ in walked]
+    for path in (*paths, manifest, *folders, staged.parent, staged.parent.parent):
+        _sync(path)
 
 
 def _install(run_dir: Path, step: int) -> Path:
     """Moves a sealed checkpoint from the staging folder to its place."""
-    staged = staged_checkpoint(run_dir, step)
-    target, aside = run_dir / f"checkpoint-{step}", run_dir / f".replaced-{step}"
+    staged, target = staged_checkpoint(run_dir, step), run_dir / f"checkpoint-{step}"
+    aside = run_dir / f".replaced-{step}"
     if os.path.lexists(target):
         if os.path.lexists(aside):  # from a kill that nobody recovered: keep one that is whole
             _delete(aside if problem_with(target) is None else target)
@@ -278,7 +278,7 @@ def _step_of(path: Path, kind: str) -> int | None:
 
 def _numbered(run_dir: str | Path, kind: str) -> list[tuple[int, Path]]:
     """Returns step and path of everything in a run's folder that is named `<kind>-<step>`, lowest step first."""
-    entries = Path(run_dir).iterdir() if Path(run_dir).is_dir() else ()
+    entries = Path(run_dir).glob(f"{kind}-*")
     return sorted((step, path) for path in entries if (step := _step_of(path, kind)) is not None)
 
 
@@ -287,24 +287,13 @@ def _checkpoints(run_dir: str | Path) -> list[Path]:
     return [path for _, path in _numbered(run_dir, "checkpoint") if path.is_dir()]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yields every file below a folder. Unlike a plain walk, it does not pass over what it can't read."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, _, names in os.walk(folder, onerror=fail):
-        yield from (Path(parent) / name for name in names)
-
-
 def _content(path: Path) -> Content:
-    """Returns a file's entry in the manifest: its size and digest, read in chunks."""
-    size, digest = 0, hashlib.blake2b(digest_size=16)
+    """Returns a file's entry in the manifest: its size and digest."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            size += len(chunk)
+        for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
-    return {"bytes": size, "blake2b": digest.hexdigest()}
+        return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
 
 
 def _manifest(step: int, files: Mapping[str, Content]) -> bytes:

@@ -150,8 +150,8 @@ def test_discounted_rewards_against_plain_logits(tiny_llama: Any, make_tokenizer
 def test_items_know_their_rows() -> None:
     """What a non-finite loss is reported with: of single answers each own one, of pairs and lists the sample."""
     answers = [Sample([1], [[2], [3]], 40, mismatched=[[4]]), Sample([1], [[4]], 41, mismatched=[[2]])]
-    assert TrainingObjective(["kto"]).rows(pack(answers)).tolist() == [40, 40, 41]
-    assert TrainingObjective(["multi_negative"]).rows(pack(answers[:1])).tolist() == [40]
+    assert TrainingObjective(["kto"]).kind.rows(pack(answers)).tolist() == [40, 40, 41]
+    assert TrainingObjective(["multi_negative"]).kind.rows(pack(answers[:1])).tolist() == [40]
 
 
 def test_micro_batches_joined_are_the_whole_batch() -> None:
