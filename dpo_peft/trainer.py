@@ -15,6 +15,7 @@ even, rejected at odd indices), N predicted tokens.
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .config import DPOConfig
 from .data.collator import PREPARED_COLUMNS, PreferenceCollator
-from .distributed import unshard, world_size
+from .distributed import check_same, copy_from_first, unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .model.adapter_source import record_training
 from .model.loading import storage_report
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
-from .training import building
 from .training.accumulation import OptimizerStep
 from .training.arguments import AnyDataset, autocast_dtype, check_constructor, check_optimizer
-from .training.building import NoEvaluation, Preparation
+from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
 from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
-from .training.metrics import MetricStore
-from .training.resume import RunState, check_has_optimizer, load_best, save_adapter, trajectory
+from .training.metrics import MetricStore, preference_metrics
+from .training.resume import RunState, load_best, save_adapter, trajectory
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class DPOTrainer(Trainer):
 
         set_seed(args.seed)  # the adapter's start is drawn at random
         needs_reference = self.objective.needs_reference
-        model, held = building.build_model(model, args, tokenizer, quantization_config, peft_config, needs_reference)
+        model, held = build_model(model, args, tokenizer, quantization_config, peft_config, needs_reference)
         super().__init__(
             model=model,
             args=args,
@@ -118,21 +118,23 @@ class DPOTrainer(Trainer):
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
         self.policy_adapter = self.model.active_adapters[0]
-        building.align_processes(self.model, self.prepare)
+        copy_from_first(self.model.parameters())
+        check_same("train_dataset", self.prepare.digest)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
-        plan, adapter = self.forward_plan, self.policy_adapter
-        self.reference = ReferencePolicy(self.model, held, adapter, args, plan, self.objective)
+        self.reference = ReferencePolicy(
+            self.model, held, self.policy_adapter, args, self.forward_plan, self.objective
+        )
         self._build_parts(data_collator)
-        record_training(self.model, adapter, building.trained_with(self.model, args, self.objective))
+        record_training(self.model, self.policy_adapter, trained_with(self.model, args, self.objective))
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)
 
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
         args, model, tokenizer = self.args, self.model, self.processing_class
         collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
-        self.collate, self.data_collator = building.collators(args, self.objective, collate)
-        self.metric_store = MetricStore()
+        self.collate, self.data_collator = collators(args, self.objective, collate)
+        self.metric_store, autocast = MetricStore(), self.compute_loss_context_manager
         self.step = OptimizerStep(
             model,
             args,
@@ -142,22 +144,11 @@ class DPOTrainer(Trainer):
             self.collate,
             policy=lambda batch: self.policy_logps(batch),
             reference=self.reference.logps,
-            autocast=self.compute_loss_context_manager,
+            autocast=autocast,
         )
-        evaluation = required("evaluation", "sample_prompts") if args.sample_prompts else wing("evaluation")
-        self.evaluation = (
-            NoEvaluation()
-            if evaluation is None
-            else evaluation.Evaluation(
-                model,
-                tokenizer,
-                args,
-                self.objective,
-                self.prepare,
-                self.compute_loss_context_manager,
-                self.callback_handler.callbacks,
-            )
-        )
+        found = required("evaluation", "sample_prompts") if args.sample_prompts else wing("evaluation")
+        evaluation, callbacks = NoEvaluation if found is None else found.Evaluation, self.callback_handler.callbacks
+        self.evaluation = evaluation(model, tokenizer, args, self.objective, self.prepare, autocast, callbacks)
         self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
         parts = [self.step, self.reference, *watching]
         self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
@@ -191,13 +182,7 @@ class DPOTrainer(Trainer):
         totals = num_items_in_batch or self.objective.kind.totals([inputs])
         ref = coupled.ref if coupled else self.reference.logps(batch)
         policy = self.policy_logps(batch)
-        scored = self.objective.score(policy, ref, batch)
-        if coupled:
-            losses_I, loss = coupled.losses_I, coupled.loss(policy.token_logps_N, totals.items)
-        else:
-            losses_I = self.objective.losses(scored, totals)
-            loss = losses_I.sum() / totals.items
-        output = LossOutput(losses_I.detach(), self.objective.rewards(scored), scored)
+        loss, output = self.objective.loss(policy, ref, batch, totals, coupled)
         self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss
 
@@ -207,9 +192,10 @@ class DPOTrainer(Trainer):
 
     def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
-        training = self.model.training
-        self.metric_store.record("train" if training else "eval", self.objective.kind, output, policy, ref, batch)
-        if training:
+        held_out = not self.model.training
+        metrics = preference_metrics(self.objective.kind, output, policy, ref, batch, held_out)
+        self.metric_store.add("eval" if held_out else "train", metrics)
+        if not held_out:
             self.step.finite.append((batch, torch.isfinite(output.losses_I)))
         elif self.objective.kind.paired:
             self.evaluation.add(batch, output)
@@ -308,9 +294,8 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; a training log gets the metrics since the last one, and the cache's hits."""
-        if "loss" in logs:
-            logs |= self.reference.counts()
-        self.run_state.complete(logs)
+        logs |= self.reference.counts() if "loss" in logs else {}
+        logs |= self.metric_store.of_log(logs)  # in place: at the end, transformers returns them
         super().log(logs, start_time)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -323,16 +308,8 @@ class DPOTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, **_: Any) -> Any:
         """Returns an evaluation batch's loss, implicit rewards and labels (see `compute_metrics`)."""
-
-        def score(part: dict[str, Any], totals: Totals) -> tuple[Tensor, list[Any]]:
-            loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
-            return loss, self.objective.kind.predictions_by_row(output.scored, output.rewards_C, part["rows"])
-
-        loss, rows = self.step.predict(inputs, score)
-        if prediction_loss_only:
-            return loss, None, None
-        rewards, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
-        return loss, rewards, labels
+        loss, rewards, labels = self.step.predict(inputs, partial(self.compute_loss, model, return_outputs=True))
+        return (loss, None, None) if prediction_loss_only else (loss, rewards, labels)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`. Once `train()` has begun, the trainer's own evaluation datasets also give the
@@ -355,7 +332,6 @@ class DPOTrainer(Trainer):
         self.run_state.save_checkpoint(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_has_optimizer(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.run_state.load(Path(resume_from_checkpoint))
 

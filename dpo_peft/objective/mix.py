@@ -123,6 +123,15 @@ class TrainingObjective:
             for part, weight in zip(self.parts, self.weights, strict=True)
         )
 
+    def loss(
+        self, policy: Scores, ref: Scores | None, batch: PackedBatch, totals: Totals, coupled: Coupled | None = None
+    ) -> tuple[Tensor, LossOutput]:
+        """Returns the loss of a micro-batch, its share of the optimizer batch's mean, and what it is made of."""
+        scored = self.score(policy, ref, batch)
+        losses_I = coupled.losses_I if coupled else self.losses(scored, totals)
+        loss = coupled.loss(policy.token_logps_N, totals.items) if coupled else losses_I.sum() / totals.items
+        return loss, LossOutput(losses_I.detach(), self.rewards(scored), scored)
+
     def _losses_of(self, part: Objective, scored: Scored, totals: Totals) -> Tensor:
         inputs = self._inputs(part, scored, totals)
         given = self.options if part.name else self.loss_options

@@ -23,7 +23,7 @@ from ..config import DPOConfig
 from ..data.collator import mismatch
 from ..distributed import gather_over_processes, interleave, rank, sum_gradients, sum_over_processes, world_size
 from ..forward import PackedBatch, Scores, halves
-from ..objective import Scored, Totals, TrainingObjective
+from ..objective import LossOutput, Scored, Totals, TrainingObjective
 from .memory_budget import MemoryBudget
 from .metrics import Mean, MetricStore
 from .packing import as_entry, describe, hang, pack_rows, size_of, to_device
@@ -132,16 +132,13 @@ class OptimizerStep:
             loss = torch.zeros((), device=self.args.device)
             for part in self._entries[i]["packs"]:
                 loss = loss + backward(part, self._totals)
-            self._record_loss(loss, ends_step=i == len(self._entries) - 1)
+            # The mean is over steps: one process counts each step once, with its last entry.
+            steps = float(i == len(self._entries) - 1 and self._rank == 0)
+            mean = {"loss": Mean(loss.detach(), torch.tensor(steps, device=loss.device))}
+            self.metrics.add("train", mean)
+            self.metrics.add("run", mean)
             self._done = i + 1
         return loss
-
-    def _record_loss(self, loss: Tensor, ends_step: bool) -> None:
-        # A mean over steps: one process counts each step once, with its last entry.
-        steps = float(ends_step and self._rank == 0)
-        mean = {"loss": Mean(loss.detach(), torch.tensor(steps, device=loss.device))}
-        self.metrics.add("train", mean)
-        self.metrics.add("run", mean)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -157,9 +154,8 @@ class OptimizerStep:
             for parameter in trained:
                 parameter.grad = None
 
-        mine = {
-            name: method for name, method in (("train", train), ("zero_grad", zero_grad)) if name not in vars(model)
-        }
+        methods = {"train": train, "zero_grad": zero_grad}
+        mine = {name: method for name, method in methods.items() if name not in vars(model)}
         vars(model).update(mine)
         try:
             yield
@@ -177,9 +173,8 @@ class OptimizerStep:
     def take_grad_norm(self) -> Tensor:
         """Returns the norm of the step's gradients before they were clipped, and forgets it."""
         norm, self._grad_norm = self._grad_norm, None
-        if norm is not None:
-            return norm
-        return torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        grads = (p.grad for p in self._trained if p.grad is not None)
+        return torch.nn.utils.get_total_norm(grads) if norm is None else norm
 
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
@@ -239,28 +234,32 @@ class OptimizerStep:
         moved = [[] if share is None else [share.to(self.args.device)] for share in shares]
         return sum(moved[: self._rank], []), sum(moved[self._rank + 1 :], [])
 
-    def predict(self, entry: dict[str, Any], score: Callable[[MicroBatch, Totals], Any]) -> tuple[Tensor, list[Any]]:
+    def predict(
+        self, entry: dict[str, Any], compute_loss: Callable[..., tuple[Tensor, LossOutput]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores an evaluation batch. What couples a batch is taken over it, and a token budget holds here too.
 
         Args:
             entry: from the data loader.
-            score: gives a micro-batch's loss and, for each of its rows, what becomes of it.
+            compute_loss: gives a micro-batch's loss, with the totals as `num_items_in_batch`.
 
         Returns:
-            This process's part of the loss, and what `score` gave for the rows of all processes, in their order.
+            This process's part of the loss; rewards and labels of the rows of all processes, in their order.
         """
         (entry,) = self.lay_out([entry])
         totals = self.totals(entry["packs"])
         self.couple(entry["packs"], totals)
         loss, rows = torch.zeros((), device=self.args.device), []
-        for part in entry["packs"]:
+        for batch in entry["packs"]:
             with torch.no_grad(), self._autocast():
-                part_loss, part_rows = score(part, totals)
-            loss = loss + part_loss.float()
-            rows += part_rows
+                part, output = compute_loss(batch, num_items_in_batch=totals)
+                rows += self.objective.kind.predictions_by_row(output.scored, output.rewards_C, batch["rows"])
+            loss = loss + part.float()
         if "order" in entry:
             rows = [row for _, row in sorted(zip(entry["order"], rows, strict=True), key=lambda placed: placed[0])]
-        return loss, interleave(gather_over_processes(rows))
+        rows = interleave(gather_over_processes(rows))
+        rewards, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
+        return loss, rewards, labels
 
     # ---- Out of memory -------------------------------------------------------------------------------------------
 

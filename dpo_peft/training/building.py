@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.collator import KeepRows, KeyedCollator
-from ..distributed import ShareCollator, check_same, copy_from_first, world_size
+from ..distributed import ShareCollator, world_size
 from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..objective import TrainingObjective
@@ -95,6 +95,8 @@ class NoEvaluation:
     parts: Sequence[Any] = ()
     warnings_raised: list[dict[str, Any]] = []
 
+    def __init__(self, *_: object): ...
+
     def under_way(self, *_: object) -> AbstractContextManager[None]:
         """Returns a context without effect."""
         return nullcontext()
@@ -111,8 +113,7 @@ def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -
         collate = KeyedCollator(collate)
     # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
     # out when all are there.
-    whole = objective.needs_mismatched or args.max_tokens_per_microbatch is not None
-    if whole:
+    if objective.needs_mismatched or args.max_tokens_per_microbatch is not None:
         return collate, KeepRows()
     return collate, collate if world_size() == 1 else ShareCollator(collate)
 
@@ -144,13 +145,6 @@ def build_model(
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model, reference
-
-
-def align_processes(model: PeftModel, datasets: Preparation) -> None:
-    """Gives all processes the first one's adapter, and refuses rows that differ between them."""
-    copy_from_first(p for p in model.parameters() if p.requires_grad)
-    if world_size() > 1:
-        check_same("train_dataset", datasets.digest)
 
 
 def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective) -> TrainedWith:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..distributed import gather_over_processes
 from ..forward import PackedBatch, Scores
-from ..objective import Kind, LossOutput, Scored
+from ..objective import Kind, LossOutput
 
-LONGER, SHORTER = "accuracies/chosen_longer", "accuracies/chosen_shorter"
+LONGER, SHORTER, BALANCED = (f"accuracies/{how}" for how in ("chosen_longer", "chosen_shorter", "length_balanced"))
 
 
 class Mean(NamedTuple):
@@ -26,14 +26,9 @@ class Mean(NamedTuple):
     number: Tensor
 
 
+@torch.no_grad()
 def preference_metrics(
-    kind: Kind,
-    scored: Scored,
-    rewards_C: Tensor,
-    policy: Scores,
-    ref: Scores | None,
-    batch: PackedBatch,
-    by_length: bool = False,
+    kind: Kind, output: LossOutput, policy: Scores, ref: Scores | None, batch: PackedBatch, held_out: bool = False
 ) -> dict[str, Mean]:
     """Returns the metrics of one batch.
 
@@ -53,55 +48,55 @@ def preference_metrics(
       KL(reference || policy) if the completions come from the reference, and an indication otherwise.
     - `z_ref` (with mismatched answers): mean of beta * log(policy / reference) over them, KTO's reference point before
       its floor at 0.
-    - `accuracies/chosen_longer`, `accuracies/chosen_shorter` (with `by_length`): `rewards/accuracies` where the better
+    - `accuracies/chosen_longer`, `accuracies/chosen_shorter` (of held-out rows): `rewards/accuracies` where the better
       completion is the longer one, and where it is the shorter one. A reward that follows length is right on the first
       and wrong on the second.
 
+    - `loss` (of held-out rows).
+
     Args:
         kind: of the data.
-        scored: what the losses read.
-        rewards_C: (C,) implicit rewards, detached.
-        policy, ref: the log-probs that `scored` was made from.
+        output: of `compute_loss`.
+        policy, ref: the log-probs that it was made from.
         batch: whose they are.
-        by_length: whether to tell how far accuracy leans on length.
+        held_out: whether it is an evaluation's.
 
     Returns:
         Name to `Mean`, on the device of the inputs, detached.
     """
-    with torch.no_grad():
-        better_P, margins_P, longer_P, best_C, rest_C = kind.compare(scored, rewards_C)
-        wins_P = _wins(margins_P)
-        metrics = {
-            "rewards/chosen": _mean_where(rewards_C, best_C),
-            "rewards/rejected": _mean_where(rewards_C, rest_C),
-            "rewards/margins": _mean_where(margins_P, better_P),
-            "rewards/accuracies": _mean_where(wins_P, better_P),
-            "accuracies/length_only": _mean_where(_wins(longer_P), better_P),
-            "logps/chosen": _mean_where(scored.logps_C, best_C),
-            "logps/rejected": _mean_where(scored.logps_C, rest_C),
-        }
-        if kind.paired:
-            metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_P), better_P)
-        if ref is not None and len(ref.token_logps_N):
-            log_ratio_N = policy.token_logps_N - ref.token_logps_N
-            kl_N = torch.expm1(log_ratio_N) - log_ratio_N
-            own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
-            metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
-        if scored.own_C is not None:
-            metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
-        if by_length:
-            metrics[LONGER] = _mean_where(wins_P, better_P & (longer_P > 0))
-            metrics[SHORTER] = _mean_where(wins_P, better_P & (longer_P < 0))
-        return metrics
+    scored, rewards_C = output.scored, output.rewards_C
+    better_P, margins_P, longer_P, best_C, rest_C = kind.compare(scored, rewards_C)
+    wins_P = _wins(margins_P)
+    metrics = {"loss": mean_of(output.losses_I)} if held_out else {}
+    metrics |= {
+        "rewards/chosen": _mean_where(rewards_C, best_C),
+        "rewards/rejected": _mean_where(rewards_C, rest_C),
+        "rewards/margins": _mean_where(margins_P, better_P),
+        "rewards/accuracies": _mean_where(wins_P, better_P),
+        "accuracies/length_only": _mean_where(_wins(longer_P), better_P),
+        "logps/chosen": _mean_where(scored.logps_C, best_C),
+        "logps/rejected": _mean_where(scored.logps_C, rest_C),
+    }
+    if kind.paired:
+        metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_P), better_P)
+    if ref is not None and len(ref.token_logps_N):
+        log_ratio_N = policy.token_logps_N - ref.token_logps_N
+        kl_N = torch.expm1(log_ratio_N) - log_ratio_N
+        own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
+        metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
+    if scored.own_C is not None:
+        metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
+    if held_out:
+        metrics[LONGER] = _mean_where(wins_P, better_P & (longer_P > 0))
+        metrics[SHORTER] = _mean_where(wins_P, better_P & (longer_P < 0))
+    return metrics
 
 
 def metric_names(kind: Kind, with_reference: bool, mismatched: bool) -> set[str]:
     """Returns the names that an evaluation may report, without `eval_`: those of `preference_metrics`, the loss, and
     `accuracies/length_balanced`."""
-    names = (
-        "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected loss".split()
-    )
-    names += [f"accuracies/{which}" for which in ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")]
+    names = [f"rewards/{which}" for which in ("chosen", "rejected", "margins", "accuracies")]
+    names += ["logps/chosen", "logps/rejected", "loss", LONGER, SHORTER, "accuracies/length_only", BALANCED]
     optional = {"sample_weight": kind.paired, "kl": with_reference, "z_ref": mismatched}
     return {*names, *(name for name, reported in optional.items() if reported)}
 
@@ -134,14 +129,6 @@ class MetricStore:
             old = sums.get(name)
             sums[name] = mean if old is None else Mean(old.total + mean.total, old.number + mean.number)
 
-    def record(
-        self, mode: str, kind: Kind, output: LossOutput, policy: Scores, ref: Scores | None, batch: PackedBatch
-    ) -> None:
-        """Adds a micro-batch's `preference_metrics`; in an evaluation also its loss, and accuracy by length."""
-        held_out = mode == "eval"
-        metrics = preference_metrics(kind, output.scored, output.rewards_C, policy, ref, batch, by_length=held_out)
-        self.add(mode, {"loss": mean_of(output.losses_I), **metrics} if held_out else metrics)
-
     def pop(self, mode: str) -> dict[str, float]:
         """Returns the means since the last call over all processes, in order of arrival.
 
@@ -156,8 +143,16 @@ class MetricStore:
         # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
         means = {name: total / number for name, (total, number) in sums.items() if number}
         if {LONGER, SHORTER} <= means.keys():
-            means["accuracies/length_balanced"] = (means[LONGER] + means[SHORTER]) / 2
+            means[BALANCED] = (means[LONGER] + means[SHORTER]) / 2
         return means
+
+    def of_log(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """Returns what a training log gets: the means since the last one. At the end it is the loss over the steps of
+        the whole run, those before an interruption included."""
+        found = self.pop("train") if "loss" in logs else {}
+        if "train_loss" in logs:
+            found["train_loss"] = self.pop("run").get("loss", float("nan"))
+        return found
 
     def clear(self, mode: str) -> None:
         """Forgets a mode's sums."""

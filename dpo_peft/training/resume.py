@@ -145,6 +145,7 @@ class RunState:
 
         Raises:
             OptionError: one that the checkpoint's tensors would overrule.
+            CheckpointError: it was saved without the optimizer and can't be resumed.
         """
         before = _read(folder)["trajectory"]
         now = json.loads(json.dumps(self.trajectory(), default=str))
@@ -159,6 +160,11 @@ class RunState:
             )
         if changed:
             logger.warning("Resuming with options that change the run: %s.", "; ".join(lines.values()))
+        if not (folder / "optimizer.pt").is_file():
+            raise CheckpointError(
+                f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
+                "a new run from its adapter (model=<checkpoint folder>, reference=...)."
+            )
 
     # ---- Reading and writing -------------------------------------------------------------------------------------
 
@@ -231,16 +237,6 @@ class RunState:
         state = {"trajectory": self.trajectory(), "metrics": metrics, "extra": extra}
         (folder / RUN_STATE).write_text(json.dumps(state, indent=1, default=str) + "\n")
 
-    # ---- Logs ----------------------------------------------------------------------------------------------------
-
-    def complete(self, logs: dict[str, float]) -> None:
-        """Adds the metrics since the last log to a training log. Losses are means over the steps of the whole run,
-        those before an interruption included."""
-        if "loss" in logs:
-            logs.update(self.metrics.pop("train"))
-        if "train_loss" in logs:
-            logs["train_loss"] = self.metrics.pop("run").get("loss", float("nan"))
-
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
     """Saves one adapter of the trainer's model, its tokenizer and its options; without the token for the Hub."""
@@ -258,19 +254,6 @@ def load_best(model: PeftModel, adapter: str, state: TrainerState, reference: Pa
     model.load_adapter(str(folder), adapter, is_trainable=True, torch_device=str(model.device))
     reference.load_state_dict({}, best)
     logger.info("The best adapter is loaded: %s (%s).", best, state.best_metric)
-
-
-def check_has_optimizer(folder: Path) -> None:
-    """Refuses a checkpoint that can't be resumed.
-
-    Raises:
-        CheckpointError: it was saved without the optimizer.
-    """
-    if not (folder / "optimizer.pt").is_file():
-        raise CheckpointError(
-            f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
-            "a new run from its adapter (model=<checkpoint folder>, reference=...)."
-        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

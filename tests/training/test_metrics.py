@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_peft.forward import PackedBatch, Sample, Scores, pack, sum_by_completion
-from dpo_peft.objective import KINDS, TrainingObjective
+from dpo_peft.objective import KINDS, LossOutput, TrainingObjective
 from dpo_peft.training.metrics import Mean, MetricStore, mean_of, preference_metrics
 
 # Rewards of three pairs: won, lost, tied.
@@ -38,7 +38,9 @@ def measure(
     policy = Scores(logps_N, sum_by_completion(logps_N, batch))
     ref = None if ref_N is None else Scores(ref_N, sum_by_completion(ref_N, batch))
     scored = TrainingObjective(["sigmoid"]).score(policy, ref, batch)
-    return preference_metrics(KINDS[data], scored, torch.tensor(rewards), policy, ref, batch)
+    return preference_metrics(
+        KINDS[data], LossOutput(torch.zeros(0), torch.tensor(rewards), scored), policy, ref, batch
+    )
 
 
 def metrics(pairs: list[int] | None = None, grad: bool = False) -> dict[str, Mean]:
