@@ -38,9 +38,7 @@ class OptimizerStep:
     """The optimizer step that is being accumulated.
 
     Args:
-        model: the PEFT model.
-        args: the options.
-        objective: what is minimized.
+        model, args, objective: the PEFT model, the options, and what is minimized.
         budget: how large micro-batches may be, and how many layers are checkpointed.
         metrics: where losses are added up.
         collate: prepared rows to a micro-batch.
@@ -91,10 +89,7 @@ class OptimizerStep:
     # ---- Forward and backward ------------------------------------------------------------------------------------
 
     def begin(self, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Totals]:
-        """Lays out the rows of a step. An objective that couples them takes its loss here, over all of them.
-
-        Args:
-            entries: from the data loader: micro-batches, or rows that were kept (`KeepRows`).
+        """Lays out what came from the data loader. An objective that couples rows takes its loss here, over all.
 
         Returns:
             As many entries for the training loop, and the step's totals over all processes.
@@ -109,9 +104,7 @@ class OptimizerStep:
     def run(self, entry: dict[str, Any], backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
         """Adds the gradients of an entry; with the last one of the step, sums them over the processes.
 
-        Args:
-            entry: one of those that `begin` returned.
-            backward: runs forward and backward of a micro-batch; returns its loss, detached.
+        `backward` runs forward and backward of a micro-batch and returns its loss, detached.
 
         Returns:
             This process's part of the entry's loss, detached.
@@ -179,8 +172,10 @@ class OptimizerStep:
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
     def lay_out(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Turns rows that were kept into as many entries of the training loop; each row with the completions of
-        another one beside its own if the objective reads them."""
+        """Turns micro-batches, or rows that were kept (`KeepRows`), into as many entries of the training loop.
+
+        Each row gets the completions of another one beside its own if the objective reads them.
+        """
         if "kept" not in entries[0]:
             return [as_entry(batch) for batch in entries]
         kept = [entry["kept"].rows for entry in entries]
@@ -239,10 +234,6 @@ class OptimizerStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores an evaluation batch. What couples a batch is taken over it, and a token budget holds here too.
 
-        Args:
-            entry: from the data loader.
-            compute_loss: gives a micro-batch's loss, with the totals as `num_items_in_batch`.
-
         Returns:
             This process's part of the loss; rewards and labels of the rows of all processes, in their order.
         """
@@ -270,8 +261,7 @@ class OptimizerStep:
                 return action()
             except torch.OutOfMemoryError as error:
                 message = str(error)
-            # Outside of the handler, where the failed pass and its tensors are gone.
-            self._make_room(message)
+            self._make_room(message)  # outside of the handler, where the failed pass and its tensors are gone
 
     def _make_room(self, message: str) -> None:
         """Checkpoints more layers if that is left to us and may help, else halves; and begins the step again."""

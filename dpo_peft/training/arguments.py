@@ -5,7 +5,6 @@ All checks raise `OptionError` with the argument's name and the remedy.
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DPOConfig, objective_options
 from ..distributed import check_launch
-from ..errors import OptionError
+from ..errors import OptionError, refuse
 from ..objective import TrainingObjective
 from .metrics import metric_names
 
@@ -71,17 +70,10 @@ def check_constructor(
     return name, args, tokenizer, objective
 
 
-def _refuse(problems: Mapping[str, object]) -> None:
-    """Raises with the first message whose condition holds."""
-    for message, holds in problems.items():
-        if holds:
-            raise OptionError(message)
-
-
 def _check_model(model: object, ref_model: object, args: DPOConfig, quantization_config: object) -> None:
     loaded, quantize = not isinstance(model, str), args.quantize_base
     no_effect = "has no effect on a model that is loaded already: pass"
-    _refuse(
+    refuse(
         {
             "ref_model is not accepted: the reference is the model itself, with the adapter switched off or a frozen "
             "copy of it, so a second model would only cost memory. Leave ref_model out. For another reference than "
@@ -102,7 +94,7 @@ def _check_model(model: object, ref_model: object, args: DPOConfig, quantization
 def _check_datasets(args: DPOConfig, train_dataset: object, eval_dataset: object) -> None:
     evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))
-    _refuse(
+    refuse(
         {
             "train_dataset is missing: pass a datasets.Dataset with preference rows.": train_dataset is None,
             f"train_dataset is a {type(train_dataset).__name__}; pass a datasets.Dataset or IterableDataset, such as "

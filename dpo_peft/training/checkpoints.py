@@ -6,7 +6,7 @@ and what is to be deleted first becomes `.deleting-0`: a folder named `checkpoin
 deleted. `recover` brings what a kill has left to one of the two ends.
 
 Everything is synced to the disk before it is relied on, so a power cut does no more harm than a kill. One process
-writes a run's folder at a time. This module knows nothing of models or trainers.
+writes a run's folder at a time. This module knows nothing of models or trainers. A disk that fails is an `OSError`.
 """
 
 import errno
@@ -36,9 +36,6 @@ def staging_folder(run_dir: str | Path, step: int) -> Path:
     """Makes a new, empty folder `.saving-<step>`; what an earlier attempt left there is deleted.
 
     A writer that takes it for its run folder writes `checkpoint-<step>` into it, as `commit` expects.
-
-    Raises:
-        OSError: it can't be made.
     """
     saving = Path(run_dir) / f".saving-{step}"
     _delete(saving)
@@ -52,11 +49,12 @@ def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
 
 
 def commit(run_dir: str | Path, step: int) -> Path:
-    """Seals the staged checkpoint and gives it its place, where it replaces an older one. Returns its folder.
+    """Seals the staged checkpoint and gives it its place. Returns its folder.
+
+    One that it replaces is still there if the disk fails.
 
     Raises:
         CheckpointError: nothing is staged for this step.
-        OSError: the disk failed. The checkpoint that was to be replaced is still there.
     """
     staged = staged_checkpoint(run_dir, step)
     if not any(path.is_file() for path in staged.rglob("*")):
@@ -122,9 +120,6 @@ def recover(run_dir: str | Path) -> list[str]:
 
     Returns:
         What was found and done, in sentences for the log; nothing if there was nothing to do.
-
-    Raises:
-        OSError: the folder can't be changed.
     """
     run_dir, said = Path(run_dir), []
     for step, saving in _numbered(run_dir, ".saving"):
@@ -158,8 +153,7 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str
     """
     passed_over: list[tuple[Path, str]] = []
     for path in reversed(_checkpoints(run_dir)):
-        problem = problem_with(path)
-        if problem is None:
+        if (problem := problem_with(path)) is None:
             return path, passed_over
         passed_over.append((path, problem))
     return None, passed_over
@@ -237,9 +231,8 @@ def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = 
             logger.warning("%s can't be deleted: %s", path, error)
             continue
         deleted.append(path)
-        if problem is None:
-            excess -= 1
-        else:
+        excess -= problem is None
+        if problem is not None:
             logger.warning("%s is deleted: it %s.", path, problem)
     return deleted
 
@@ -272,14 +265,14 @@ def _remove(path: Path) -> None:
 
 def _step_of(path: Path, kind: str) -> int | None:
     """Returns 7 for `<kind>-7`; None for any other name."""
-    found = re.fullmatch(re.escape(kind) + r"-(\d+)", path.name, re.ASCII)
+    found = re.fullmatch(rf"{re.escape(kind)}-(\d+)", path.name, re.ASCII)
     return int(found[1]) if found else None
 
 
 def _numbered(run_dir: str | Path, kind: str) -> list[tuple[int, Path]]:
     """Returns step and path of everything in a run's folder that is named `<kind>-<step>`, lowest step first."""
-    entries = Path(run_dir).glob(f"{kind}-*")
-    return sorted((step, path) for path in entries if (step := _step_of(path, kind)) is not None)
+    found = ((_step_of(path, kind), path) for path in Path(run_dir).glob(f"{kind}-*"))
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def _checkpoints(run_dir: str | Path) -> list[Path]:
