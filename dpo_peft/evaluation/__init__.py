@@ -15,9 +15,9 @@ from ..config import DPOConfig
 from ..forward import PackedBatch
 from ..objective import LossOutput, TrainingObjective
 from ..training.building import Preparation
+from .diagnostics import Warnings
 from .pair_records import PairRecords
 from .samples import Samples
-from .warnings import Warnings
 
 
 class Evaluation:

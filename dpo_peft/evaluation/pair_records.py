@@ -3,49 +3,42 @@
 Shape suffixes: B pairs, C completions (chosen at even, rejected at odd indices).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState
 
 from ..distributed import gather_over_processes, rank
-from ..files import write_rows
 from ..forward import PackedBatch
 from ..objective import LossOutput
-from .samples import Row, read_lines
+from .samples import KeptRows, Row
 
 EXAMPLES = "eval_examples.jsonl"
 _SIDES = ("chosen", "rejected")
 
 
-class PairRecords(TrainerCallback):
+class PairRecords(KeptRows):
     """Keeps the pairs of each dataset's first and newest evaluation in `eval_examples.jsonl`.
 
     Args:
-        output_dir: of the run.
+        run_dir: the run's folder.
 
     Attributes:
         begun: a run has begun, and what evaluations give belongs to it.
     """
 
-    def __init__(self, output_dir: str):
-        self.output_dir = Path(output_dir)
+    def __init__(self, run_dir: str):
+        super().__init__(run_dir, EXAMPLES)
         self.begun = False
         self._recording = False  # inside an evaluation whose pairs are recorded
         self._pairs: list[tuple[Tensor, ...]] = []  # of the evaluation under way, per micro-batch
-        self._examples: dict[str, list[list[Row]]] = {}  # dataset to the rows of its first and its newest evaluation
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Begins the run's file anew."""
-        self.begun = True
-        if state.global_step == 0:
-            self._pairs, self._examples = [], {}
-        if rank() == 0:
-            (self.output_dir / EXAMPLES).unlink(missing_ok=True)
-            self._write(self.output_dir)
+        """Begins the run's file."""
+        super().on_train_begin(args, state, control)
+        self.begun, self._pairs = True, []
 
     @contextmanager
     def recording(self, on: bool) -> Iterator[None]:
@@ -75,30 +68,15 @@ class PairRecords(TrainerCallback):
                 held.append({"step": step, "dataset": dataset, "row": row, **sides})
         rows = sorted((row for part in gather_over_processes(held) for row in part), key=lambda row: row["row"])
         if rank() == 0 and rows:
-            self._examples[dataset] = first_and_newest([*self._examples.get(dataset, []), rows])
-            self._write(self.output_dir)
-
-    def _write(self, folder: Path) -> None:
-        if self._examples:
-            looks = (rows for looks in self._examples.values() for rows in looks)
-            write_rows(folder / EXAMPLES, (row for rows in looks for row in rows))
-
-    def state_dict(self, folder: Path) -> dict[str, object]:
-        """Writes the records so far into a checkpoint."""
-        self._write(folder)
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, object], folder: Path) -> None:
-        """Takes up a run's records."""
-        self._examples = {}
-        for row in read_lines(folder / EXAMPLES):
-            looks = self._examples.setdefault(row["dataset"], [])
-            if not looks or looks[-1][0]["step"] != row["step"]:
-                looks.append([])
-            looks[-1].append(row)
+            own = first_and_newest([row for row in self.rows if row["dataset"] == dataset], rows)
+            names = dict.fromkeys([row["dataset"] for row in self.rows] + [dataset])
+            self.rows = [
+                row for name in names for row in (own if name == dataset else self.rows) if row["dataset"] == name
+            ]
+            self.state_dict(self.run_dir)
 
 
-def first_and_newest(looks: Sequence[list[Row]]) -> list[list[Row]]:
-    """Returns a dataset's first and newest evaluation; a step that is evaluated again replaces what it gave before."""
-    first, newest = looks[0], looks[-1]
-    return [newest] if first[0]["step"] == newest[0]["step"] else [first, newest]
+def first_and_newest(held: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows of a dataset's first evaluation, among those `held`, and of the newest one; a step that is
+    evaluated again replaces what it gave before."""
+    return [row for row in held if held[0]["step"] == row["step"] != rows[0]["step"]] + list(rows)

@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
 from ..distributed import rank
@@ -30,7 +25,40 @@ SHOWN, SHOWN_CHARACTERS = 3, 240  # of the samples, in the log
 Row = dict[str, Any]  # a line of a file of rows
 
 
-class Samples(TrainerCallback):
+class KeptRows(TrainerCallback):
+    """Rows that a run adds to, in a file of its folder and in each of its checkpoints.
+
+    Args:
+        run_dir: the run's folder.
+        name: of the file.
+    """
+
+    def __init__(self, run_dir: str, name: str):
+        self.run_dir, self.name = Path(run_dir), name
+        self.rows: list[Row] = []
+
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Begins the run's file anew: what is there is an earlier run's, or of steps that are taken again."""
+        if state.global_step == 0:
+            self.rows = []
+        if rank() == 0:
+            (self.run_dir / self.name).unlink(missing_ok=True)
+            self.state_dict(self.run_dir)
+
+    def state_dict(self, folder: Path) -> dict[str, object]:
+        """Writes the rows so far into a folder."""
+        if self.rows:
+            write_rows(folder / self.name, self.rows)
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object], folder: Path) -> None:
+        """Takes up a run's rows from its checkpoint; there is no file where there were none."""
+        path = folder / self.name
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        self.rows = [json.loads(line) for line in lines]
+
+
+class Samples(KeptRows):
     """Completes fixed prompts, the same at each evaluation, and keeps them in `samples.jsonl`; by the main process.
 
     Args:
@@ -51,24 +79,20 @@ class Samples(TrainerCallback):
         autocast: Callable[[], AbstractContextManager[object]],
         callbacks: Sequence[TrainerCallback],
     ):
-        self.model, self.tokenizer, self.args, self._rows, self._autocast = model, tokenizer, args, rows, autocast
+        super().__init__(args.output_dir, SAMPLES)
+        self.model, self.tokenizer, self.args, self._data, self._autocast = model, tokenizer, args, rows, autocast
         self._callbacks = callbacks
         self._prompt_ids: list[list[int]] | None = None
-        self.samples: list[Row] = []
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Begins the run's file anew: what is there is an earlier run's, or of steps that are taken again."""
-        if state.global_step == 0:
-            self.samples = []
-        if rank() == 0:
-            Path(self.args.output_dir, SAMPLES).unlink(missing_ok=True)
-            self._write(Path(self.args.output_dir))
+        """Begins the run's file, with the completions before training."""
+        super().on_train_begin(args, state, control)
         if state.global_step == 0:
             self.take(0)
 
     def take(self, step: int, again: bool = False) -> None:
         """Samples a step's completions, once unless `again`."""
-        known = any(row["step"] == step for row in self.samples)
+        known = any(row["step"] == step for row in self.rows)
         if not self.args.sample_prompts or rank() != 0 or (known and not again):
             return
         if self._prompt_ids is None:
@@ -84,21 +108,21 @@ class Samples(TrainerCallback):
             )
             torch.cuda.empty_cache()
             return
-        self.samples = [row for row in self.samples if row["step"] != step] + rows
-        self._write(Path(self.args.output_dir))
+        self.rows = [row for row in self.rows if row["step"] != step] + rows
+        self.state_dict(self.run_dir)
         logger.info("Samples at step %d:\n%s", step, in_short(rows))
         send_table(self._callbacks, rows, step)
 
     def renew(self, step: int) -> None:
         """Samples a step again, if it was sampled: another adapter has been loaded."""
-        if any(row["step"] == step for row in self.samples):
+        if any(row["step"] == step for row in self.rows):
             self.take(step, again=True)
 
     def _choose_prompts(self) -> list[list[int]]:
         """Returns the first different prompts that leave room for a completion."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         longest = None if positions is None else positions - self.args.sample_max_new_tokens
-        chosen = list(islice(distinct_prompts(self._rows, longest), self.args.sample_prompts))
+        chosen = list(islice(distinct_prompts(self._data, longest), self.args.sample_prompts))
         if len(chosen) < self.args.sample_prompts:
             logger.warning(
                 "sample_prompts=%d: the evaluation rows have %d different prompts that leave room for "
@@ -129,24 +153,6 @@ class Samples(TrainerCallback):
             }
             for prompt, ids in zip(prompt_ids, completions, strict=True)
         ]
-
-    def _write(self, folder: Path) -> None:
-        if self.samples:
-            write_rows(folder / SAMPLES, self.samples)
-
-    def state_dict(self, folder: Path) -> dict[str, object]:
-        """Writes the samples so far into a checkpoint."""
-        self._write(folder)
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, object], folder: Path) -> None:
-        """Takes up a run's samples."""
-        self.samples = read_lines(folder / SAMPLES)
-
-
-def read_lines(path: Path) -> list[Row]:
-    """Returns the rows of a JSON lines file; none if it isn't there."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
 def distinct_prompts(rows: Iterable[Row], longest: int | None) -> Iterator[list[int]]:

@@ -231,9 +231,12 @@ def test_a_trainer_that_has_not_trained_leaves_the_files_of_a_run(run, tiny_llam
 
 def test_first_and_newest() -> None:
     looks = [[{"step": step, "n": n}] for n, step in enumerate((2, 4, 4, 6))]
-    assert first_and_newest(looks[:1]) == looks[:1]
-    assert first_and_newest(looks[1:3]) == [looks[2]]
-    assert first_and_newest(looks) == [looks[0], looks[3]]
+    assert first_and_newest([], looks[0]) == looks[0]
+    assert first_and_newest(looks[1], looks[2]) == looks[2]
+    held: list[dict[str, int]] = []
+    for look in looks:
+        held = first_and_newest(held, look)
+    assert held == looks[0] + looks[3]
 
 
 # ---- Interrupted runs -----------------------------------------------------------------------------------------------
