@@ -46,7 +46,7 @@ class Evaluation:
         autocast: Callable[[], AbstractContextManager[object]],
         callbacks: Sequence[TrainerCallback],
     ):
-        first = next(iter(datasets.evaluated.values()), None)
+        first = next(iter(datasets.evaluated.values()), ())
         self.samples = Samples(model, tokenizer, args, first, autocast, callbacks)
         self.records = PairRecords(args.output_dir)
         self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated)

@@ -65,7 +65,7 @@ class Samples(KeptRows):
         model: the PEFT model.
         tokenizer: its tokenizer.
         args: the options.
-        rows: prepared evaluation rows whose first different prompts are taken; None if there are none.
+        rows: prepared evaluation rows whose first different prompts are taken.
         autocast: mixed precision around sampling.
         callbacks: of the trainer; those of `report_to` get the samples as tables.
     """
@@ -75,7 +75,7 @@ class Samples(KeptRows):
         model: PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         args: DPOConfig,
-        rows: Iterable[Row] | None,
+        rows: Iterable[Row],
         autocast: Callable[[], AbstractContextManager[object]],
         callbacks: Sequence[TrainerCallback],
     ):

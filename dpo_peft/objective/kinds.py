@@ -51,7 +51,8 @@ class Scored:
     def to(self, device: torch.device | str) -> "Scored":
         """Returns a copy on `device` without its graph."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: x.detach().to(device) for name, x in tensors.items()})
+        moved: dict[str, Any] = {name: x.detach().to(device) for name, x in tensors.items()}
+        return replace(self, **moved)
 
     @staticmethod
     def join(parts: "Sequence[Scored]") -> "Scored":

@@ -42,9 +42,9 @@ class StopOnNonFinite(TrainerCallback):
             self._stop(state, parts)
 
     def _stop(self, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
-        rows_of, own = self.step.objective.kind.rows, []
+        own: list[tuple[int, bool]] = []
         for batch, finite in parts:
-            own += zip(rows_of(batch).tolist(), finite.tolist(), strict=True)
+            own += zip(self.step.objective.kind.rows(batch).tolist(), finite.tolist(), strict=True)
         rows = [pair for process in gather_over_processes(own) for pair in process]
         bad = [row for row, finite in rows if not finite]
         what = "loss" if bad else "gradient"
