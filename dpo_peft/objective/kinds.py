@@ -98,10 +98,9 @@ def _partner(x_C: Tensor) -> Tensor:
 class Kind:
     """What the losses of one kind of data average over and compare, and what of it is reported.
 
-    Here: whole samples, each prompt with its completions.
+    Here: lists, one prompt with several graded completions.
     """
 
-    data: str  # the name, as in `Objective.data`
     paired = False  # two completions per sample: chosen at even, rejected at odd places
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
@@ -125,7 +124,14 @@ class Kind:
             logps_C: their log-probs, with the token weights if the loss wants them.
             totals: of the whole optimizer batch.
         """
-        raise NotImplementedError
+        return {
+            "scores_C": scores_C,
+            "logps_C": logps_C,
+            "lengths_C": scored.lengths_C,
+            "grades_C": scored.grade_C,
+            "sample_of_C": scored.sample_of_C,
+            "num_samples": scored.num_samples,
+        }
 
     def predictions_by_row(self, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns what `compute_metrics` gets of each sample: (K,) implicit rewards, and (K, 2) grades and dataset
@@ -144,27 +150,8 @@ class Kind:
         return Comparisons(better_CC, margins_CC, longer_CC, better_CC.any(1) & ~rest_C, rest_C)
 
 
-class ListKind(Kind):
-    """One prompt, several graded completions."""
-
-    data = "lists"
-
-    def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
-        """As in `Kind`."""
-        return {
-            "scores_C": scores_C,
-            "logps_C": logps_C,
-            "lengths_C": scored.lengths_C,
-            "grades_C": scored.grade_C,
-            "sample_of_C": scored.sample_of_C,
-            "num_samples": scored.num_samples,
-        }
-
-
 class SingleKind(Kind):
     """Completions judged one by one, beside answers to other prompts if the loss reads those."""
-
-    data = "singles"
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
         """As in `Kind`; an item is a completion."""
@@ -194,9 +181,8 @@ class SingleKind(Kind):
 
 
 class PairKind(Kind):
-    """A chosen and a rejected completion of each prompt."""
+    """A chosen and a rejected completion of each prompt, or two whole conversations."""
 
-    data = "pairs"
     paired = True
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
@@ -228,10 +214,4 @@ class PairKind(Kind):
         return Comparisons(better_C, margins_C, longer_C, better_C, _partner(better_C))
 
 
-class TrajectoryKind(PairKind):
-    """Pairs of whole conversations."""
-
-    data = "trajectories"
-
-
-KINDS: dict[str, Kind] = {kind.data: kind for kind in (PairKind(), TrajectoryKind(), ListKind(), SingleKind())}
+KINDS = {"pairs": PairKind(), "trajectories": PairKind(), "lists": Kind(), "singles": SingleKind()}

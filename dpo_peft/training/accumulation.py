@@ -166,7 +166,7 @@ class OptimizerStep:
     def take_grad_norm(self) -> Tensor:
         """Returns the norm of the step's gradients before they were clipped, and forgets it."""
         norm, self._grad_norm = self._grad_norm, None
-        grads = (p.grad for p in self._trained if p.grad is not None)
+        grads = [p.grad for p in self._trained if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads) if norm is None else norm
 
     # ---- Micro-batches -------------------------------------------------------------------------------------------
