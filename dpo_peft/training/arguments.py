@@ -52,8 +52,9 @@ def check_constructor(
             f"model is a {type(model).__name__}; pass a Hub id or folder as str, a causal LM, or a PeftModel."
         )
     name = model if isinstance(model, str) else model.config._name_or_path
-    args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-    if not isinstance(args, DPOConfig):
+    if args is None:
+        args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
+    elif not isinstance(args, DPOConfig):
         raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
     _check_model(model, ref_model, args, quantization_config)
     check_launch(args)
