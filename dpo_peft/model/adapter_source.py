@@ -28,8 +28,8 @@ from ..reference.fingerprint import (
     tensor_fingerprint,
     write_entry,
 )
-from ..reference.frozen_adapter import check_adapter, load_frozen, read_config
-from .loading import is_adapter, keep_weights, load_base, load_on
+from .adapters import check_adapter, load_frozen, read_config
+from .loading import is_adapter, load_on_base
 from .options import AdapterOptions
 
 logger = logging.getLogger(__name__)
@@ -119,18 +119,8 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
 class AdapterSource(AdapterOptions):
     """An adapter and how its base is made again: as it was made for the training, unless an option says otherwise.
 
-    Read by scoring, merging and sampling alike, from Python and from the command line.
-
-    Args:
-        adapter: its folder or Hub id.
-        base: folder or Hub id of the base, if it isn't where the adapter's config says.
-        quantize: True or False replaces the recorded quantization by NF4 or none; None keeps it.
-        dtype: replaces the recorded dtype of what isn't quantized.
-        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says.
-        check_base: whether the loaded base must be the recorded one, weight for weight. What replaces the recorded
-            quantization or dtype is not checked.
-        revision: of the adapter on the Hub.
-        trust_remote_code: run code that ships with the model.
+    Read by scoring, merging and sampling alike, from Python and from the command line. Its arguments are the fields of
+    `AdapterOptions`.
     """
 
     @classmethod
@@ -185,7 +175,12 @@ class AdapterSource(AdapterOptions):
             OptionError: no adapter, or no tokenizer.
         """
         base = self.base or self.config.base_model_name_or_path or self.adapter
-        return adapter_tokenizer(self.adapter, base, self.trust_remote_code, self.from_hub)
+        for name, where in ((self.adapter, self.from_hub), (base, {})):
+            try:
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
+            except (OSError, ValueError) as error:
+                reason = error
+        raise OptionError(f"No tokenizer can be loaded from {self.adapter!r} or its base {base!r}: {reason}")
 
     def load(self, device: torch.device | str | None = None, with_reference: bool = True) -> "TrainedAdapter":
         """Loads the adapter on the base that it was trained on, made as it was then, with its reference.
@@ -200,36 +195,25 @@ class AdapterSource(AdapterOptions):
         """
         check_adapter(self.config)
         trained = self.read()
-        needs_reference = _needs_reference(trained, self.reference)
-        model = self._load_model(trained, device)
+        with_reference = _needs_reference(trained, self.reference) and with_reference
+        model = self._load_model(trained or UNRECORDED, device).requires_grad_(False).eval()
         policy = model.active_adapters[0]
         recorded = read_record(model.peft_config[policy])
         as_recorded = trained is not None and self.quantize is None and self.dtype is None
         if recorded is not None and as_recorded and self.check_base:
             _check_base(recorded, trained, model, self.adapter)
-        wanted = needs_reference and with_reference
-        reference = _find_reference(model, recorded, self.reference, self.adapter) if wanted else None
+        reference = _find_reference(model, recorded, self.reference, self.adapter) if with_reference else None
         return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
 
-    def _load_model(self, trained: TrainedWith | None, device: torch.device | str | None) -> PeftModel:
-        """Returns the adapter on its base, in eval mode, nothing trainable."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        quantization = trained.quantization_config() if trained and self.quantize is None else None
-        quantize = (trained is None) if self.quantize is None else self.quantize
-        kwargs: dict[str, object] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
+    def _load_model(self, trained: TrainedWith, device: torch.device | str | None) -> PeftModel:
+        quantization = trained.quantization_config() if self.quantize is None else None
+        quantize = trained is UNRECORDED if self.quantize is None else self.quantize
+        kwargs: dict[str, object] = {"dtype": self.dtype or trained.dtype}
         if self.config.revision and self.base is None:
             kwargs["revision"] = self.config.revision
-        name = self.base_name
-        try:
-            base = load_base(name, quantization, quantize, kwargs, self.trust_remote_code, device)
-        except OptionError as error:
-            raise OptionError(
-                f"The base of the adapter {self.adapter!r}: {error} If it lies elsewhere, give base."
-            ) from error
-        keep_weights(base)
-        model = load_on(base, self.adapter, self.from_hub)
-        model.requires_grad_(False).eval()
-        return model
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        how = quantization, quantize, kwargs, self.trust_remote_code, device
+        return load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
 
 
 @dataclass
@@ -252,18 +236,7 @@ class TrainedAdapter:
 def load_trained(
     adapter: str, *, device: torch.device | str | None = None, with_reference: bool = True, **made: Any
 ) -> TrainedAdapter:
-    """Loads an adapter on the base that it was trained on, made as it was then, with its reference.
-
-    Args:
-        adapter: its folder or Hub id.
-        device: where the model goes; a GPU if there is one.
-        with_reference: False leaves the reference out, to sample from the policy alone.
-        made: options of `AdapterSource`: base, quantize, dtype, reference, check_base, trust_remote_code, revision.
-
-    Raises:
-        OptionError: no adapter, no base, or a reference that can't be found.
-        ReferenceMismatchError: the base or the reference is another one than in training.
-    """
+    """Returns what `AdapterSource.load` does for a folder or Hub id and options of `AdapterSource`."""
     return AdapterSource(adapter, **made).load(device, with_reference)
 
 
@@ -369,19 +342,3 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
             f"{given!r} is {found}: give the adapter that the training began with."
         )
     return Reference("adapter", name, given, chosen=True)
-
-
-def adapter_tokenizer(
-    adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, str]
-) -> PreTrainedTokenizerBase:
-    """Returns the adapter's own tokenizer, or its base's.
-
-    Raises:
-        OptionError: there is none.
-    """
-    for name, where in ((adapter, from_hub), (base, {})):
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
-        except (OSError, ValueError) as error:
-            reason = error
-    raise OptionError(f"No tokenizer can be loaded from {adapter!r} or its base {base!r}: {reason}")

@@ -100,7 +100,7 @@ class ReferenceCache:
         found, bad = self.file.run(lambda db: self._find(db, keys), nothing)
         if bad:
             self.corrupt += len(bad)
-            self.file.warn("entries", "The reference cache %s holds damaged entries: they are computed again.")
+            self.file.warn("entries", "holds damaged entries: they are computed again.")
             deletion = f"DELETE FROM entries WHERE ref = {_REF} AND key = ?"
             self.file.write(lambda db: db.executemany(deletion, [(self.reference, key) for key in bad]), None)
         usable = {key: entry for key, entry in found.items() if entry.token_logps is not None or not self.tokens}
@@ -120,17 +120,16 @@ class ReferenceCache:
                 raise NonFiniteError(f"Entry {i} has a log-prob that is NaN or infinite: it is not stored.")
             stored = None if tokens is None else tokens.astype("<f4", casting="equiv").tobytes()
             rows.setdefault(key, (struct.pack("<d", logp), stored))
+        written = None
         while rows and not self._full:
             try:
                 written = self.file.write(lambda db: self._insert(db, rows), None)
+                break
             except _NoRoomError:
                 if not self._make_room():
                     break
-            else:
-                self.stored += written or 0
-                self.refused += len(rows) if written is None else 0
-                return
-        self.refused += len(rows)
+        self.stored += written or 0
+        self.refused += len(rows) if written is None else 0
 
     def close(self) -> None:
         """Closes the file. The next call opens it again."""
@@ -188,23 +187,24 @@ class ReferenceCache:
 
     def _make_room(self) -> bool:
         """Deletes the other reference that was unused for longest. If there is none, the store is full for good."""
-        oldest = "SELECT reference FROM refs WHERE reference != ? ORDER BY last_used LIMIT 1"
+        query = "SELECT reference FROM refs WHERE reference != ? ORDER BY last_used LIMIT 1"
 
-        def evict(db: sqlite3.Connection) -> tuple[int, str] | None:
-            row = db.execute(oldest, (self.reference,)).fetchone()
-            self._full = row is None
-            return None if row is None else (_delete(db, "reference = ?", row[0]), row[0])
+        def evict(db: sqlite3.Connection) -> tuple[int, str | None]:
+            (oldest,) = db.execute(query, (self.reference,)).fetchone() or (None,)
+            return _delete(db, "reference = ?", oldest), oldest
 
-        if (evicted := self.file.write(evict, None)) is not None:
-            self.evicted += evicted[0]
-            logger.info("The reference cache deleted %d entries of reference %s to make room.", *evicted)
-        if self._full:
+        entries, oldest = self.file.write(evict, (0, ""))
+        if oldest:
+            self.evicted += entries
+            logger.info("The reference cache deleted %d entries of reference %s to make room.", entries, oldest)
+        elif oldest is None:
+            self._full = True
             self.file.warn(
                 "full",
-                f"The reference cache %s is full with this reference alone ({self.max_bytes:,} bytes): what is not in "
-                "it is computed each time it is needed. Allow it more bytes, or clear it: `dpo-peft cache --clear`.",
+                f"is full with this reference alone ({self.max_bytes:,} bytes): what is not in it is computed each "
+                "time it is needed. Allow it more bytes, or clear it: `dpo-peft cache --clear`.",
             )
-        return evicted is not None
+        return bool(oldest)
 
 
 class _NoRoomError(Exception):
