@@ -159,13 +159,7 @@ class AdapterSource(AdapterOptions):
         return name
 
     def read(self) -> TrainedWith | None:
-        """Returns what the adapter records of its training, without loading its model; None if it was not trained by
-        this package.
-
-        Raises:
-            OptionError: no adapter.
-            ReferenceMismatchError: the record is damaged.
-        """
+        """Returns what the adapter records of its training, without loading its model. See `read_training`."""
         return read_training(self.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -196,7 +190,15 @@ class AdapterSource(AdapterOptions):
         check_adapter(self.config)
         trained = self.read()
         with_reference = _needs_reference(trained, self.reference) and with_reference
-        model = self._load_model(trained or UNRECORDED, device).requires_grad_(False).eval()
+        quantization = trained.quantization_config() if trained and self.quantize is None else None
+        quantize = trained is None if self.quantize is None else self.quantize
+        kwargs: dict[str, object] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
+        if self.config.revision and self.base is None:
+            kwargs["revision"] = self.config.revision
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        how = quantization, quantize, kwargs, self.trust_remote_code, device
+        model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
+        model.requires_grad_(False).eval()
         policy = model.active_adapters[0]
         recorded = read_record(model.peft_config[policy])
         as_recorded = trained is not None and self.quantize is None and self.dtype is None
@@ -204,16 +206,6 @@ class AdapterSource(AdapterOptions):
             _check_base(recorded, trained, model, self.adapter)
         reference = _find_reference(model, recorded, self.reference, self.adapter) if with_reference else None
         return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
-
-    def _load_model(self, trained: TrainedWith, device: torch.device | str | None) -> PeftModel:
-        quantization = trained.quantization_config() if self.quantize is None else None
-        quantize = trained is UNRECORDED if self.quantize is None else self.quantize
-        kwargs: dict[str, object] = {"dtype": self.dtype or trained.dtype}
-        if self.config.revision and self.base is None:
-            kwargs["revision"] = self.config.revision
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        how = quantization, quantize, kwargs, self.trust_remote_code, device
-        return load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
 
 
 @dataclass
@@ -324,17 +316,15 @@ def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftMode
 
 def _find_reference(model: PeftModel, recorded: Identity | None, given: str | None, adapter: str) -> Reference:
     """Returns the recorded reference: the adapter off, or a frozen adapter beside it."""
-    if recorded is None or recorded.adapter is None:
-        if given is None:
+    if given is None:
+        if recorded is None or recorded.adapter is None:
             return Reference("base", None)
-    elif given is None:
         given = recorded.adapter
         if not is_adapter(given):
             raise OptionError(
                 f"{adapter!r} was trained against a frozen adapter ({given}), which can't be found: give its folder "
                 "as reference."
             )
-    assert given is not None
     name = load_frozen(model, given)
     if recorded is not None and recorded.adapter_fingerprint != (found := adapter_fingerprint(model, name)):
         raise ReferenceMismatchError(

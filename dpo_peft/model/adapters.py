@@ -64,9 +64,6 @@ def moved_base(config: LoraConfig) -> str | None:
     return f"init_lora_weights={init!r} {_MOVED_BASE[key]}" if key in _MOVED_BASE else None
 
 
-# ---- From disk ------------------------------------------------------------------------------------------------------
-
-
 def read_config(source: str, **from_hub: Any) -> PeftConfig:
     """Returns the PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision.
 

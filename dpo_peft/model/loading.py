@@ -32,11 +32,6 @@ _DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16,
 _DROPOUT = re.compile(r".*dropout.*|.*(_pdrop|layerdrop)|(input_)?jitter_noise")
 
 
-def default_lora() -> LoraConfig:
-    """Returns LoRA of rank 16 on every linear layer but the head, without dropout."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """Returns NF4 with double quantization (Dettmers et al. 2023, QLoRA): about 4.13 bits per weight."""
     return BitsAndBytesConfig(
@@ -130,14 +125,11 @@ def load_model(
 
 
 def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, object], *how: Any) -> PeftModel:
-    """Loads an adapter, to be trained on, and the base under it.
+    """Loads an adapter, to be trained on, and the base under it, made as the other arguments of `load_base` say.
 
     Args:
-        adapter: folder or Hub id.
-        base: folder or Hub id.
         remedy: what to do if the base lies elsewhere; ends the message.
         from_hub: where on the Hub the adapter is, such as a revision.
-        how: the base is made, the other arguments of `load_base`.
 
     Raises:
         OptionError: the base can't be loaded, or the adapter does not fit it.
@@ -180,7 +172,7 @@ def attach_adapter(
 
     Args:
         model: the base, or a PEFT model with the adapter to train active.
-        peft_config: of the new adapter; rank 16 on every linear layer if None.
+        peft_config: of the new adapter; rank 16 on every linear layer but the head, without dropout, if None.
         reference: "base", the adapter switched off. "initial" or None, the adapter as it came in: switched off if it
             changes nothing yet, else a frozen copy of it. Or the folder or Hub id of another adapter on the same base
             ("./base" is a folder).
@@ -210,7 +202,8 @@ def attach_adapter(
             "PeftModel.from_pretrained(base, folder, is_trainable=True)."
         )
     else:
-        peft_config = default_lora() if peft_config is None else peft_config
+        if peft_config is None:
+            peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         check_adapter(peft_config)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
@@ -370,12 +363,11 @@ class StorageReport:
         )
 
 
-def storage_report(model: nn.Module, show: int = 3, reference: str | None = None) -> StorageReport:
+def storage_report(model: nn.Module, reference: str | None = None) -> StorageReport:
     """Counts a model's bytes by what was quantized and what was not (a layer missed by quantization shows up here).
 
     Args:
         model: the base or PEFT model.
-        show: how many of the largest unquantized weights to list.
         reference: name of the frozen adapter that is the reference, which is counted apart.
     """
     report = StorageReport()
@@ -402,7 +394,7 @@ def storage_report(model: nn.Module, show: int = 3, reference: str | None = None
             report.dtypes[dtype] = report.dtypes.get(dtype, 0) + size
             group = ".".join("*" if part.isdigit() else part for part in name.split("."))
             unquantized[group] = unquantized.get(group, 0) + size
-    report.largest_unquantized = sorted(unquantized.items(), key=lambda item: -item[1])[:show]
+    report.largest_unquantized = sorted(unquantized.items(), key=lambda item: -item[1])[:3]
     return report
 
 

@@ -48,7 +48,14 @@ def serving_problems(config: PeftConfig | Mapping[str, object]) -> list[str]:
         found.append(f"{both} add the adapter to the original base, but {moved}: merge it, or convert it by PEFT.")
     if options.get("layer_replication"):
         found.append(f"{both} know no layer_replication.")
-    return found + _scale_problems(options) + _target_problems(options)
+    targets = options.get("target_modules") or ()
+    last = {name.split(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
+    found += _scale_problems(options)
+    if "lm_head" in last:
+        found.append("llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it.")
+    if on := sorted(last & set(EMBEDDINGS)):
+        found.append(f"vLLM takes an adapter on {on[0]} for some architectures only: try it, or merge.")
+    return found
 
 
 def _scale_problems(options: Mapping[str, Any]) -> list[str]:
@@ -67,18 +74,6 @@ def _scale_problems(options: Mapping[str, Any]) -> list[str]:
     largest = max([rank, *ranks.values()])
     if largest > VLLM_RANKS[-1]:
         found.append(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this one's is {largest}: merge the adapter.")
-    return found
-
-
-def _target_problems(options: Mapping[str, Any]) -> list[str]:
-    targets = options.get("target_modules") or ()
-    names = {targets} if isinstance(targets, str) else set(targets)
-    last = {name.split(".")[-1] for name in names}
-    found = []
-    if "lm_head" in last:
-        found.append("llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it.")
-    if on := sorted(last & set(EMBEDDINGS)):
-        found.append(f"vLLM takes an adapter on {on[0]} for some architectures only: try it, or merge.")
     return found
 
 

@@ -135,12 +135,6 @@ class ReferenceCache:
         """Closes the file. The next call opens it again."""
         self.file.close()
 
-    def __enter__(self) -> "ReferenceCache":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _find(self, db: sqlite3.Connection, keys: Sequence[bytes]) -> tuple[dict[bytes, Entry], list[bytes]]:
         """Returns the entries stored for these keys, and the keys whose entries are damaged."""
         found: dict[bytes, Entry] = {}
@@ -221,8 +215,7 @@ def summary(folder: str | Path) -> list[Usage]:
         f"SELECT reference, about, count(key), coalesce({size}, 0), coalesce(date(last_used, 'unixepoch'), 'unknown') "
         "FROM refs LEFT JOIN entries ON ref = id GROUP BY id ORDER BY last_used DESC"
     )
-    nothing: list[Usage] = []
-    usages = store.run(lambda db: [Usage(str(row[0]), str(row[1]), *row[2:]) for row in db.execute(query)], nothing)
+    usages = store.run(lambda db: [Usage(str(row[0]), str(row[1]), *row[2:]) for row in db.execute(query)], [])
     store.close()
     return usages
 

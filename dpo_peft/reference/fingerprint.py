@@ -135,7 +135,9 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | str]]:
     """Yields all that decides what the base computes, by the names that it has without PEFT."""
-    wrapped = _wrapped(module)
+    wrapped = getattr(module, "_orig_mod", None)  # of torch.compile
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        wrapped = getattr(module, "base_layer" if isinstance(module, BaseTunerLayer) else "original_module", None)
     if wrapped is not None:
         yield from base_parts(wrapped, prefix)
         return
@@ -146,23 +148,19 @@ def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
                 # 4-bit layers rewrite their bias in the dtype of their input: what acts is its value in this dtype.
                 acts = getattr(module, "compute_dtype", None) if key == "bias" else None
                 yield prefix + key, tensor if acts is None else tensor.to(acts)
-                beside = [*quantization_parts(tensor), *(_int8_parts(module, tensor) if key == "weight" else ())]
+                beside = quantization_parts(tensor, module if key == "weight" else None)
                 yield from ((f"{prefix}{key}.{name}", what) for name, what in beside)
     for key, child in module._modules.items():
         if child is not None:
             yield from base_parts(child, f"{prefix}{key}.")
 
 
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, BaseTunerLayer):
-        return getattr(module, "base_layer", None)
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return module.original_module
-    return getattr(module, "_orig_mod", None)  # of torch.compile
+def quantization_parts(weight: Any, module: nn.Module | None = None) -> Iterator[tuple[str, Tensor | str]]:
+    """Yields what bitsandbytes keeps beside a quantized weight.
 
-
-def quantization_parts(weight: Tensor) -> Iterator[tuple[str, Tensor | str]]:
-    """Yields what bitsandbytes keeps beside a weight in 4 bits: how it is stored, and constants of nested states."""
+    In 4 bits that is how it is stored, and the constants of nested states; in 8 bits the scales, which the first
+    forward pass moves into the module, if that is given.
+    """
     state, name = getattr(weight, "quant_state", None), "quant"
     if state is not None:
         yield "stored", f"{state.quant_type} {state.dtype} {tuple(state.shape)}"
@@ -171,16 +169,12 @@ def quantization_parts(weight: Tensor) -> Iterator[tuple[str, Tensor | str]]:
         constants = ((kind, getattr(state, kind)) for kind in ("absmax", "code", "offset"))
         yield from ((f"{name}.{kind}", value) for kind, value in constants if isinstance(value, Tensor))
         state, name = getattr(state, "state2", None), name + ".nested"
-
-
-def _int8_parts(module: nn.Module, weight: Any) -> Iterator[tuple[str, Tensor | str]]:
-    """Yields the scales of a weight in 8 bits, which the first forward pass moves into the module."""
-    state: Any = getattr(module, "state", None)
-    if hasattr(state, "SCB"):
-        scales = weight.SCB if getattr(weight, "SCB", None) is not None else state.SCB
+    in_module: Any = getattr(module, "state", None)
+    if hasattr(in_module, "SCB"):
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else in_module.SCB
         if scales is not None:
             yield "SCB", scales
-        yield "threshold", str(state.threshold)
+        yield "threshold", str(in_module.threshold)
 
 
 def _plain(value: Any) -> Any:

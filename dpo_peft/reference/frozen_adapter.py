@@ -23,9 +23,6 @@ _BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict, BufferDict)  # how PEFT keeps wh
 _WRAPPED = ("base_layer", "original_module")  # where a wrapping module keeps what it wraps
 
 
-# ---- The tensors of an adapter --------------------------------------------------------------------------------------
-
-
 def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Returns every tensor of one adapter, parameters and buffers, the live ones rather than copies.
 
@@ -81,13 +78,10 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a == b).all())  # bfloat16 is compared as float32, exactly
 
 
-# ---- A frozen copy --------------------------------------------------------------------------------------------------
-
-
 def freeze_copy(model: PeftModel) -> str:
     """Copies the active adapter inside the model, frozen, never active outside `reference_mode`.
 
-    The copy is made module by module rather than by PEFT's `add_adapter`, which would run the adapter's initialisation
+    The copy is made module by module rather than by PEFT's `add_adapter`, which would run the adapter's initialization
     again: PiSSA and its like would rewrite the base a second time.
 
     Returns:
@@ -168,9 +162,6 @@ def _difference(ours: object, twin: object) -> str | None:
         return "the twin would be trained"
     ours_B, twin_B = (tensor.detach().reshape(-1).view(torch.uint8) for tensor in (ours, twin))  # NaN equals itself
     return None if torch.equal(ours_B, twin_B) else "the values differ"
-
-
-# ---- A mixture ------------------------------------------------------------------------------------------------------
 
 
 def mix_into(model: PeftModel, adapter: str, frozen: str, alpha: float) -> None:

@@ -202,21 +202,18 @@ class ReferencePolicy:
         if self.start_checked:
             return
         self.start_checked = True
-        parts = [rows, *([row] for row in rows)]
-        batches = [PackedBatch(**collate(part)).to(self.args.device) for part in parts]
+        batches = [PackedBatch(**collate(part)).to(self.args.device) for part in (rows, *([row] for row in rows))]
         self.model.train(self.args.disable_dropout)
         starts_at_base = self.choice == "base" and is_identity(self.model, self.policy_adapter)
         if self.choice == "initial" or starts_at_base:
             check_start(self.model, batches, self.plan.scorer, self.adapter)
-        if self.store is not None:
-            self._check_store(self.store, *batches)
-
-    def _check_store(self, store: ReferenceCache, whole: PackedBatch, *parts: PackedBatch) -> None:
-        """Compares what the store has of a few completions with the reference's forward pass, in two shapes."""
+        if self.store is None:
+            return
+        whole, *parts = batches
         computed_C = self.compute(whole).logps_C
         # The stored values come from batches of a third shape.
         floor = 4 * noise_floor(computed_C, torch.cat([self.compute(part).logps_C for part in parts]))
-        stored = zip(store.peek(whole.keys), computed_C.tolist(), strict=True)
+        stored = zip(self.store.peek(whole.keys), computed_C.tolist(), strict=True)
         difference = max((abs(entry.logp - logp) for entry, logp in stored if entry is not None), default=0.0)
         if difference > floor:
             raise ReferenceMismatchError(
