@@ -40,15 +40,15 @@ RECORD = "dpo_peft_training"  # the record's key in the adapter's config
 
 @dataclass(frozen=True)
 class TrainedWith:
-    """Holds what of a run decides how its adapter is scored and loaded."""
+    """Holds what of a run decides how its adapter is scored and loaded. The defaults are for one without record."""
 
-    loss_type: list[str]
-    beta: float | None  # None: the objective has none, rewards are scaled by 1
-    reward: str  # the implicit reward: "log_ratio", "logp" or "mean_logp", see `Objective.reward`
-    max_length: int | None  # tokens of prompt + completion
-    truncation_mode: str
-    precision: str  # of autocast: "bfloat16", "float16" or "no"
-    dtype: str  # of the base's weights that are not quantized
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    beta: float | None = None  # None: the objective has none, rewards are scaled by 1
+    reward: str = "log_ratio"  # the implicit reward: "log_ratio", "logp" or "mean_logp", see `Objective.reward`
+    max_length: int | None = None  # tokens of prompt + completion
+    truncation_mode: str = "keep_start"
+    precision: str = "no"  # of autocast: "bfloat16", "float16" or "no"
+    dtype: str = "bfloat16"  # of the base's weights that are not quantized
     quantization: dict[str, object] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantized
     discount_gamma: float = 1.0  # of trajectories
     ld_alpha: float | None = None
@@ -59,16 +59,7 @@ class TrainedWith:
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
 
 
-# What is assumed of an adapter that another program trained, which has no record.
-UNRECORDED = TrainedWith(
-    loss_type=["sigmoid"],
-    beta=None,
-    reward="log_ratio",
-    max_length=None,
-    truncation_mode="keep_start",
-    precision="no",
-    dtype="bfloat16",
-)
+UNRECORDED = TrainedWith()  # of an adapter that another program trained
 
 
 def quantization_options(quantization: BitsAndBytesConfig | None) -> dict[str, object]:

@@ -5,7 +5,6 @@ most updates at DPO's learning rates round to nothing.
 """
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,12 @@ from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused,
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"auto": "auto", "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 # Layer drop and the noise on a router's input act in training only, as dropout does.
 _DROPOUT = re.compile(r".*dropout.*|.*(_pdrop|layerdrop)|(input_)?jitter_noise")
 
@@ -152,8 +156,6 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
 
 def is_adapter(name: str, **from_hub: object) -> bool:
     """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
-    if os.path.isdir(name):
-        return os.path.isfile(os.path.join(name, "adapter_config.json"))
     try:
         return find_adapter_config_file(name, **from_hub) is not None
     except (OSError, ValueError):  # no such repository: `load_base` says so
@@ -323,19 +325,16 @@ def disable_dropout(model: nn.Module) -> list[str]:
         The distinct names of what was on, for the log.
     """
     found = set()
-    holders: list[object] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             found.add("lora_dropout" if "lora_dropout" in name else name.rsplit(".", 1)[-1])
             module.p = 0.0
-        holders.append(module)
-        if isinstance(getattr(module, "config", None), PretrainedConfig):  # some models read it at run time
-            holders.append(module.config)
-    for holder in holders:
-        for attribute, value in list(vars(holder).items()):
-            if isinstance(value, float) and value > 0 and _DROPOUT.fullmatch(attribute):
-                found.add(attribute)
-                setattr(holder, attribute, 0.0)
+        config = getattr(module, "config", None)  # some models read it at run time
+        for holder in (module, config) if isinstance(config, PretrainedConfig) else (module,):
+            for attribute, value in list(vars(holder).items()):
+                if isinstance(value, float) and value > 0 and _DROPOUT.fullmatch(attribute):
+                    found.add(attribute)
+                    setattr(holder, attribute, 0.0)
     return sorted(found)
 
 

@@ -9,19 +9,17 @@ Shape suffix: C completions.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError, ReferenceMismatchError
 from ..forward.layout import PackedBatch
 from ..forward.score import Backend, Decoder, Scores, completion_logps, eval_mode
-from .frozen_adapter import adapter_layers, holds_adapter, layer_tensors, same_values
+from .frozen_adapter import AdapterLayer, adapter_layers, holds_adapter, layer_tensors, same_values
 
 # How a model card says it.
 ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
@@ -46,7 +44,7 @@ def is_identity(model: nn.Module, adapter: str) -> bool:
     return all(_adds_nothing(layer, adapter) for _, layer in adapter_layers(model))
 
 
-def _adds_nothing(layer: Any, adapter: str) -> bool:
+def _adds_nothing(layer: AdapterLayer, adapter: str) -> bool:
     tensors = dict(layer_tensors(layer, adapter))
     if not tensors:
         return True
@@ -77,7 +75,7 @@ def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[Non
     """
     # What `PeftModel.disable_adapter` and `set_adapter` do, without their survey of the whole model, which takes
     # longer than the rest of a small step, and without setting `requires_grad`, which thaws what a user froze.
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     exchanged = [adapter is not None and holds_adapter(layer, adapter) for layer in layers]
     if adapter is not None and not any(exchanged):
         raise OptionError(f"The model has no adapter {adapter!r} to be the reference.")
@@ -146,11 +144,7 @@ def check_start(
 
 
 def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
-    """Refuses log-probs that are NaN or infinite; `what` begins the message, and the dataset's rows follow it.
-
-    Raises:
-        NonFiniteError: naming the rows.
-    """
+    """Raises NonFiniteError for log-probs that are NaN or infinite; `what` begins the message, dataset rows follow."""
     if (bad_C := ~torch.isfinite(logps_C)).any():
         rows = ", ".join(map(str, batch.rows[batch.sample_of[bad_C]].unique().tolist()))
         raise NonFiniteError(
@@ -171,7 +165,7 @@ def _likely_cause(model: PeftModel, adapter: str | None) -> str:
         return f"Dropout of {max(dropouts)} is active in the policy: leave disable_dropout=True."
     if adapter is None and not is_identity(model, model.active_adapters[0]):
         return (
-            "The adapter is not at its start: it was trained before, or its initialisation is not the identity. To "
+            "The adapter is not at its start: it was trained before, or its initialization is not the identity. To "
             'train it against itself as it came in, leave the reference at "initial"; against the bare base, say '
             'so with reference="base".'
         )

@@ -187,7 +187,8 @@ class ReferenceCache:
             (oldest,) = db.execute(query, (self.reference,)).fetchone() or (None,)
             return _delete(db, "reference = ?", oldest), oldest
 
-        entries, oldest = self.file.write(evict, (0, ""))
+        not_done: tuple[int, str | None] = 0, ""
+        entries, oldest = self.file.write(evict, not_done)
         if oldest:
             self.evicted += entries
             logger.info("The reference cache deleted %d entries of reference %s to make room.", entries, oldest)
@@ -215,7 +216,8 @@ def summary(folder: str | Path) -> list[Usage]:
         f"SELECT reference, about, count(key), coalesce({size}, 0), coalesce(date(last_used, 'unixepoch'), 'unknown') "
         "FROM refs LEFT JOIN entries ON ref = id GROUP BY id ORDER BY last_used DESC"
     )
-    usages = store.run(lambda db: [Usage(str(row[0]), str(row[1]), *row[2:]) for row in db.execute(query)], [])
+    nothing: list[Usage] = []
+    usages = store.run(lambda db: [Usage(str(row[0]), str(row[1]), *row[2:]) for row in db.execute(query)], nothing)
     store.close()
     return usages
 

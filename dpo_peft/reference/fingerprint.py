@@ -24,13 +24,12 @@ import torch
 from accelerate.utils import align_module_device
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ReferenceMismatchError
-from .frozen_adapter import adapter_tensors
+from .frozen_adapter import AdapterLayer, adapter_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ def base_fingerprint(model: nn.Module) -> str:
 def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | str]]:
     """Yields all that decides what the base computes, by the names that it has without PEFT."""
     wrapped = getattr(module, "_orig_mod", None)  # of torch.compile
-    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+    if isinstance(module, AdapterLayer):
         wrapped = getattr(module, "base_layer" if isinstance(module, BaseTunerLayer) else "original_module", None)
     if wrapped is not None:
         yield from base_parts(wrapped, prefix)

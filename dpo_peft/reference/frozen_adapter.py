@@ -8,7 +8,7 @@ LoRA on embeddings, DoRA's magnitudes, single trained tokens and saved modules.
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ReferenceMismatchError
 
+AdapterLayer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper  # what PEFT wraps around the base's modules
 _BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict, BufferDict)  # how PEFT keeps what there is once per adapter
 _WRAPPED = ("base_layer", "original_module")  # where a wrapping module keeps what it wraps
 
@@ -42,14 +43,14 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
     """Yields the modules that PEFT wrapped around those of the base, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, AdapterLayer):
             yield name, module
 
 
-def holds_adapter(layer: Any, adapter: str) -> bool:
+def holds_adapter(layer: AdapterLayer, adapter: str) -> bool:
     """Returns whether one of the `adapter_layers` has anything of the adapter."""
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return adapter in layer._adapters

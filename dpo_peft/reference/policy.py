@@ -43,7 +43,8 @@ _RESUMED = (
     "start a new run from the checkpoint's adapter (model=<checkpoint folder>, reference=...)."
 )
 
-Rows = Sequence[dict[str, Any]]
+Row = dict[str, Any]  # prepared
+Rows = Sequence[Row]
 Collate = Callable[[Rows], dict[str, Any]]
 
 
@@ -158,7 +159,7 @@ class ReferencePolicy:
         assert self.store is not None
         scores = self.compute(batch)
         check_finite(scores.logps_C, batch, "The reference's log-probs of rows")
-        tokens: list[Any] = [None] * batch.num_completions
+        tokens: Sequence[np.ndarray | None] = [None] * batch.num_completions
         if self.store.tokens:
             tokens = np.split(scores.token_logps_N.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
         entries = list(map(Entry, scores.logps_C.tolist(), tokens))
@@ -255,14 +256,14 @@ class ReferencePolicy:
         asked_for = self.chosen and recorded.base_fingerprint == self.base_fingerprint
         check_same(recorded, self.identity, str(checkpoint), _RESUMED, asked_for)
 
-    def state_dict(self, folder: Path) -> dict[str, Any]:
+    def state_dict(self, folder: Path) -> dict[str, object]:
         """Writes a reference that moves into a checkpoint."""
         if self.args.sync_ref_model:
             tensors = adapter_tensors(self.model, str(self.adapter))
             save_file({name: t.contiguous() for name, t in tensors.items()}, folder / MOVING_REFERENCE)
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
+    def load_state_dict(self, state: Mapping[str, object], folder: Path) -> None:
         """Takes up a reference that moves."""
         if self.args.sync_ref_model:
             saved = load_file(folder / MOVING_REFERENCE)
@@ -270,15 +271,15 @@ class ReferencePolicy:
                 tensor.data.copy_(saved[name])
 
 
-def _by_length(dataset: Rows, max_tokens: int) -> Iterator[list[dict[str, Any]]]:
+def _by_length(dataset: Rows, max_tokens: int) -> Iterator[list[Row]]:
     """Yields rows of about equal length, as many as fit into a forward pass; a longer row gets one of its own."""
 
-    def tokens(row: dict[str, Any]) -> int:
+    def tokens(row: Row) -> int:
         return len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
 
     for start in range(0, len(dataset), CHUNK_ROWS):
         rows = [dataset[i] for i in range(start, min(start + CHUNK_ROWS, len(dataset)))]
-        batch: list[dict[str, Any]] = []
+        batch: list[Row] = []
         held = 0
         for row in sorted(rows, key=tokens, reverse=True):
             if batch and held + tokens(row) > max_tokens:

@@ -147,10 +147,17 @@ class Store:
 
 
 _STORES: WeakSet[Store] = WeakSet()
+
+
+def _close_all() -> None:
+    for store in list(_STORES):
+        store.close()
+
+
 # A connection must not live on in a forked child: parent and child would take each other's locks for their own, and
 # the first to close would delete the log that the other writes to. Both open it again when they need it.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=lambda: [store.close() for store in list(_STORES)])
+    os.register_at_fork(before=_close_all)
 
 
 @contextmanager
