@@ -267,10 +267,8 @@ def trained_in(
 
 def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Reference:
     others = [name for name in model.peft_config if name != policy]
-    if reference is None:
-        recorded = read_record(model.peft_config[policy])
-        if recorded is None or recorded.adapter is None:
-            return Reference("base", None)
+    recorded = read_record(model.peft_config[policy]) if reference is None else None
+    if recorded is not None and recorded.adapter is not None:
         for name in others:
             if adapter_fingerprint(model, name) == recorded.adapter_fingerprint:
                 return Reference("adapter", name, recorded.adapter)
@@ -278,8 +276,8 @@ def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Refer
             f"{policy!r} was trained against a frozen adapter ({recorded.adapter}), which is not in the model: name "
             'one as reference, or "base".'
         )
-    if reference == "base":
-        return Reference("base", None, chosen=True)
+    if reference in (None, "base"):
+        return Reference("base", None, chosen=reference is not None)
     if reference not in others:
         raise OptionError(f"reference={reference!r}: the model's other adapters are {', '.join(others) or 'none'}.")
     return Reference("adapter", reference, chosen=True)

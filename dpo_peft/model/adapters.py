@@ -92,7 +92,8 @@ def misfits_refused(misfit: str, remedy: str = "") -> Iterator[None]:
 
 
 def load_frozen(model: PeftModel, folder: str) -> str:
-    """Loads another adapter into the model, frozen, as float32, never active outside `reference_mode`.
+    """Loads another adapter into the model, frozen, as float32, never active outside `reference_mode`. Returns its
+    name in the model.
 
     It may have another rank and other targets than the trained one. The base and the trained adapter, with their
     `requires_grad` flags, stay as they are.
@@ -100,9 +101,6 @@ def load_frozen(model: PeftModel, folder: str) -> str:
     Args:
         model: the PEFT model, one adapter active.
         folder: the adapter's folder or Hub id.
-
-    Returns:
-        Its name in the model.
 
     Raises:
         OptionError: no adapter there, one that can't be a reference, or one that does not fit the model.

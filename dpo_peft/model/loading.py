@@ -26,12 +26,7 @@ from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused,
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Layer drop and the noise on a router's input act in training only, as dropout does.
 _DROPOUT = re.compile(r".*dropout.*|.*(_pdrop|layerdrop)|(input_)?jitter_noise")
 
@@ -85,12 +80,10 @@ def load_base(
 
 
 def _read_dtype(dtype: object) -> torch.dtype | str:
-    if dtype is None:
-        return torch.bfloat16
-    for name, known in _DTYPES.items():
-        if dtype in (name, known):
-            return known
-    raise OptionError(f"model_init_kwargs['dtype']={dtype!r}: use one of {', '.join(map(repr, _DTYPES))}.")
+    name = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise OptionError(f"model_init_kwargs['dtype']={dtype!r}: use one of {', '.join(map(repr, _DTYPES))}.")
+    return name if name == "auto" else getattr(torch, name)
 
 
 def load_model(

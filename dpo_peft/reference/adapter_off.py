@@ -119,7 +119,6 @@ def check_start(
         model: the PEFT model, untrained.
         batches: at least two batches over the same completions: the first as training sees it, the others hold the
             same samples in another shape.
-        backend: attention backend.
         adapter: name of the frozen adapter that is the reference; None: the adapter off.
 
     Returns:

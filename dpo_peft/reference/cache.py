@@ -11,7 +11,7 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,15 +96,14 @@ class ReferenceCache:
 
     def peek(self, keys: Sequence[bytes]) -> list[Entry | None]:
         """Returns what `get` does, without counting hits and misses."""
-        nothing: tuple[dict[bytes, Entry], list[bytes]] = {}, []
-        found, bad = self.file.run(lambda db: self._find(db, keys), nothing)
-        if bad:
+        nothing: dict[bytes, Entry | None] = {}
+        found = self.file.run(lambda db: self._find(db, keys), nothing)
+        if bad := [(self.reference, key) for key, entry in found.items() if entry is None]:
             self.corrupt += len(bad)
             self.file.warn("entries", "holds damaged entries: they are computed again.")
             deletion = f"DELETE FROM entries WHERE ref = {_REF} AND key = ?"
-            self.file.write(lambda db: db.executemany(deletion, [(self.reference, key) for key in bad]), None)
-        usable = {key: entry for key, entry in found.items() if entry.token_logps is not None or not self.tokens}
-        return [usable.get(key) for key in keys]
+            self.file.write(lambda db: db.executemany(deletion, bad), None)
+        return [e if e and (e.token_logps is not None or not self.tokens) else None for e in map(found.get, keys)]
 
     def put(self, keys: Sequence[bytes], entries: Sequence[Entry]) -> None:
         """Stores one entry per key: all or, where they don't fit, none. What is stored already stays as it is.
@@ -135,40 +134,34 @@ class ReferenceCache:
         """Closes the file. The next call opens it again."""
         self.file.close()
 
-    def _find(self, db: sqlite3.Connection, keys: Sequence[bytes]) -> tuple[dict[bytes, Entry], list[bytes]]:
-        """Returns the entries stored for these keys, and the keys whose entries are damaged."""
-        found: dict[bytes, Entry] = {}
-        bad: list[bytes] = []
+    def _find(self, db: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, Entry | None]:
+        """Returns what is stored for these keys; None for an entry that is damaged."""
         query = f"SELECT logp, tokens, checksum FROM entries WHERE ref = {_REF} AND key = ?"
-        for key in dict.fromkeys(keys):
-            for logp, tokens, checksum in db.execute(query, (self.reference, key)):
-                if self._is_whole(key, logp, tokens, checksum):
-                    values = None if tokens is None else np.frombuffer(tokens, "<f4").astype(np.float32)
-                    found[key] = Entry(struct.unpack("<d", logp)[0], values)
-                else:
-                    bad.append(key)
-        return found, bad
+        rows = ((key, row) for key in dict.fromkeys(keys) for row in db.execute(query, (self.reference, key)))
+        return {key: self._read(key, *row) for key, row in rows}
 
-    def _is_whole(self, key: bytes, logp: object, tokens: object, checksum: object) -> bool:
-        """Returns whether a row is what was stored for this key. Damage may have changed even its types."""
+    def _read(self, key: bytes, logp: object, tokens: object, checksum: object) -> Entry | None:
+        """Returns a row's entry, if it is what was stored for this key. Damage may have changed even its types."""
         if not isinstance(logp, bytes) or not isinstance(tokens, bytes | None) or len(logp) != 8:
-            return False
-        return checksum == self._checksum(key, (logp, tokens))
+            return None
+        if checksum != self._checksum(key, logp, tokens):
+            return None
+        values = None if tokens is None else np.frombuffer(tokens, "<f4").astype(np.float32)
+        return Entry(struct.unpack("<d", logp)[0], values)
 
-    def _checksum(self, key: bytes, row: Row) -> bytes:
+    def _checksum(self, key: bytes, logp: bytes, tokens: bytes | None) -> bytes:
         """Returns 8 bytes over reference, key and values. The key's length and the kind of entry keep these apart."""
-        logp, tokens = row
         digest = self._hash.copy()
         digest.update(struct.pack("<B?", len(key), tokens is not None) + key + logp + (tokens or b""))
         return digest.digest()
 
     def _insert(self, db: sqlite3.Connection, rows: dict[bytes, Row]) -> int:
         """Returns the number of rows written: those that are not there, or damaged, or now have tokens."""
-        found, _ = self._find(db, list(rows))
+        found = self._find(db, rows)
         new = [
-            (self.reference, key, *row, self._checksum(key, row))
-            for key, row in rows.items()
-            if key not in found or (row[1] is not None and found[key].token_logps is None)
+            (self.reference, key, logp, tokens, self._checksum(key, logp, tokens))
+            for key, (logp, tokens) in rows.items()
+            if (stored := found.get(key)) is None or (tokens is not None and stored.token_logps is None)
         ]
         if new:
             reference = (self.reference, self.about, time.time())

@@ -98,7 +98,7 @@ def digest_of(lines: Iterable[tuple[str, bytes]], size: int) -> str:
     return digest.hexdigest()
 
 
-# ---- The base -------------------------------------------------------------------------------------------------------
+# ---- A base, an adapter ---------------------------------------------------------------------------------------------
 
 # Entries of a model's config that leave its log-probs alone: where it came from, how it is computed and stored (the
 # tensors tell), what it returns, dropout (a reference has none), what the tokenizer sets, and what other tasks read.
@@ -186,9 +186,6 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# ---- The adapter ----------------------------------------------------------------------------------------------------
-
-
 def adapter_fingerprint(model: nn.Module, adapter: str) -> str:
     """Returns 32 hex digits for an adapter: its tensors by value in float32, and what each layer scales them by.
 
@@ -233,10 +230,9 @@ class Identity:
     def differences(self, other: "Identity") -> list[str]:
         """Returns what sets two references apart, a line each that names this one's side first; [] if nothing does."""
         lines = []
-        mine, others = self.base_fingerprint, other.base_fingerprint
-        for what, part in (("weights", slice(0, 16)), ("config", slice(16, None))):
-            if mine[part] != others[part]:
-                a, b = (f"{i.base_fingerprint[part][:8]} ({i._base_in_words()})" for i in (self, other))
+        for what, at in (("weights", slice(0, 16)), ("config", slice(16, None))):
+            if self.base_fingerprint[at] != other.base_fingerprint[at]:
+                a, b = (f"{i.base_fingerprint[at][:8]} ({i._base_in_words()})" for i in (self, other))
                 lines.append(f"base {what}: {a} and {b}")
         if self.adapter_fingerprint != other.adapter_fingerprint:
             lines.append(f"adapter: {self._adapter_in_words()} and {other._adapter_in_words()}")
@@ -286,7 +282,6 @@ def identify(model: PeftModel, adapter: str | None, source: str | None = None, s
     """Returns the identity of the reference inside `model`.
 
     Args:
-        model: the PEFT model.
         adapter: the frozen adapter's name in the model; None if the reference is the model with its adapter off.
         source: the path that this adapter was loaded from.
         sync: how the reference follows the policy, in words.
@@ -371,8 +366,6 @@ def check_same(expected: Identity, actual: Identity, what: str, remedy: str, ask
     """Compares the reference that something was trained against to the present one.
 
     Args:
-        expected: the stored identity.
-        actual: the identity of the run at hand.
         what: what the first belongs to, such as "The checkpoint runs/a/checkpoint-20"; begins the message.
         remedy: what to do, a sentence.
         asked_for: the user chose the present one, so a difference is only warned of.

@@ -80,13 +80,10 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def freeze_copy(model: PeftModel) -> str:
-    """Copies the active adapter inside the model, frozen, never active outside `reference_mode`.
+    """Copies the active adapter inside the model, frozen, never active outside `reference_mode`. Returns its name.
 
     The copy is made module by module rather than by PEFT's `add_adapter`, which would run the adapter's initialization
     again: PiSSA and its like would rewrite the base a second time.
-
-    Returns:
-        The copy's name.
 
     Raises:
         ReferenceMismatchError: some tensor or setting of the adapter has no equal twin in the copy.

@@ -54,18 +54,15 @@ class ReferencePolicy:
     Args:
         model: the PEFT model, on its device.
         held: what the reference is.
-        policy_adapter: the trained adapter's name.
-        args: the options.
-        plan: how batches are laid out and scored.
+        plan: how batches are laid out and scored. It may be replaced when the model has changed.
         objective: says whether it has a reference, and whether it reads the log-prob of every token.
-
-    Raises:
-        ReferenceMismatchError: the adapter was trained against another reference than this one.
 
     Attributes:
         identity: fingerprints of the reference, if it is needed.
         store: its log-probs on disk, if they are kept.
-        plan: may be replaced when the model has changed.
+
+    Raises:
+        ReferenceMismatchError: the adapter was trained against another reference than this one.
     """
 
     def __init__(
@@ -167,12 +164,7 @@ class ReferencePolicy:
         return dict(zip(batch.keys[::-1], entries[::-1], strict=True))  # of the same key twice the first counts
 
     def precompute(self, datasets: Mapping[str, Rows], collate: Collate) -> None:
-        """Fills the store for prepared datasets, by name. What is there already is kept: after a kill it continues.
-
-        Args:
-            datasets: their names are for the log.
-            collate: rows to `PackedBatch` fields, `keys` among them.
-        """
+        """Fills the store for prepared datasets, by name. What is there already is kept: after a kill it continues."""
         assert self.store is not None  # the option that asks for it also turns the cache on
         for name, dataset in datasets.items():
             # Batches are cut from all rows, not from the missing ones: their shapes, and so the last bits of the
@@ -191,11 +183,8 @@ class ReferencePolicy:
             logger.info(message, name, len(dataset), computed, total, self.store.file.path)
 
     def check_start(self, rows: Rows, collate: Collate) -> None:
-        """Checks once, before the first step, that policy and reference start equal, and that the store is right.
-
-        Args:
-            rows: a few prepared training rows.
-            collate: lays rows out as training does.
+        """Checks once, on a few rows before the first step, that policy and reference start equal, and that the store
+        is right.
 
         Raises:
             ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
