@@ -5,7 +5,6 @@ is published, the machine it was written on is not. `card_rules.problems` says w
 """
 
 import json
-import logging
 import math
 import os
 import re
@@ -19,11 +18,10 @@ from typing import Any, TypedDict
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import OptionError
+from ..files import write_atomically
 from ..reference.adapter_off import ADAPTER_OFF
 from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
-
-logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 REWARDS = {  # of an `Objective`, as a reader should see it
@@ -196,28 +194,14 @@ def model_card(run: RunSummary) -> ModelCard:
         samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
         sample_steps=run.sample_steps,
         warnings=[{key: cell(w.get(key, "")) for key in ("step", "name", "message")} for w in run.warnings],
-        bibtex=cited_entries(run.papers),
+        bibtex=bibtex(run.papers),
         tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
     )
 
 
-def cited_entries(papers: Sequence[str]) -> str:
-    """Returns the BibTeX entries of arXiv ids. A paper without an entry is left out: a card never fails for it."""
-    entries = []
-    for paper in papers:
-        try:
-            entries.append(bibtex([paper]))
-        except KeyError:
-            logger.info("arXiv:%s has no entry in the package's citations: the card does not cite it.", paper)
-    return "\n\n".join(entries)
-
-
 def save_model_card(run: RunSummary, folder: str | Path) -> Path:
     """Writes the card as `README.md` into the folder and returns its path."""
-    path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model_card(run).save(path)
-    return path
+    return write_atomically(Path(folder) / "README.md", str(model_card(run)))
 
 
 def metadata(run: RunSummary) -> ModelCardData:

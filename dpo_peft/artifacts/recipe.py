@@ -16,6 +16,7 @@ import yaml
 from peft import LoraConfig
 
 from ..config import DPOConfig
+from ..files import write_atomically
 from .card import shown_name
 
 SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
@@ -124,4 +125,4 @@ def write_recipe(
         *notes,
     ]
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
-    path.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
+    write_atomically(path, "".join(f"# {line}\n" for line in lines) + text)

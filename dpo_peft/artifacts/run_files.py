@@ -4,7 +4,6 @@ All of them are made to be published: local paths are shown by their last part, 
 """
 
 import json
-import math
 import platform
 import re
 import shutil
@@ -17,12 +16,12 @@ import torch
 from peft import LoraConfig
 
 from ..config import objective_options
-from ..files import strict
+from ..files import strict, write_atomically
 from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
 from .card import BUNDLED, RunSummary, Sample, figures_of, framework_versions, save_model_card
 from .citations import cited
-from .curves import plot_training_curves
+from .curves import initial_loss, plot_training_curves
 from .recipe import changed_options, lora_options, plain, public, write_recipe
 
 if TYPE_CHECKING:
@@ -73,11 +72,11 @@ class SaveResults:
                 shutil.copyfile(written / name, folder / name)
         facts = self.facts()
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
-        (folder / "metrics.json").write_text(json.dumps(strict(metrics), indent=2, default=str) + "\n")
+        write_atomically(folder / "metrics.json", json.dumps(strict(metrics), indent=2, default=str) + "\n")
         write_recipe(folder / "recipe.yaml", changed_options(self.args), *self._recipe_source())
         curved = any("loss" in entry for entry in self.log_history)
         if curved:
-            plot_training_curves(self.log_history, folder / "curves.png", start_loss=_start_loss(self.args.loss_type))
+            plot_training_curves(self.log_history, folder / "curves.png", start_loss=initial_loss(self.args.loss_type))
         save_model_card(self._summary(folder, facts, "curves.png" if curved else None), folder)
 
     def facts(self) -> dict[str, Any]:
@@ -238,8 +237,3 @@ def read_samples(path: Path) -> tuple[tuple[int, int], list[Sample]]:
         for n in numbers
     ]
     return (first, last), samples
-
-
-def _start_loss(loss_type: list[str]) -> float | None:
-    """Returns the loss before training, when the policy is its reference: of DPO as such it is known."""
-    return math.log(2) if loss_type in (["sigmoid"], ["trajectory"]) else None
