@@ -10,10 +10,11 @@ import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -48,6 +49,15 @@ LOCAL_NOTE = (
     "The base is a local folder, which `adapter_config.json` names: the example runs where that folder is. `dpo-peft "
     "push --base_model HUB_ID` publishes the adapter for a base that others can load."
 )
+ADAPTER_OPTIONS = {  # LoraConfig's names, and what a reader calls them
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target modules",
+    "modules_to_save": "modules to save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 
 
@@ -130,14 +140,20 @@ class Figures(TypedDict):
     eval_last: dict[str, float]
 
 
+def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
+    """Returns an adapter's options as a reader should see them, of the fields of a `LoraConfig`, as in
+    adapter_config.json. What is off is left out."""
+    facts = {shown: config.get(name) for name, shown in ADAPTER_OPTIONS.items()}
+    facts = {name: sorted(value) if isinstance(value, list | set) else value for name, value in facts.items()}
+    return {name: value for name, value in facts.items() if value not in (None, False) or name == "dropout"}
+
+
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Returns the installed version of each package; one that is not installed is left out."""
     found = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -206,14 +222,7 @@ def save_model_card(run: RunSummary, folder: str | Path) -> Path:
 
 def metadata(run: RunSummary) -> ModelCardData:
     """Returns the YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
-    options: dict[str, Any] = {}
-    if is_hub_id(run.base_model):
-        options.update(base_model=run.base_model, base_model_relation="adapter")
-    if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
-        options["datasets"] = datasets
-    options.update(license_fields(run.license or ""))
-    if run.languages:
-        options["language"] = list(run.languages)
+    base = run.base_model if is_hub_id(run.base_model) else None
     results = eval_results(run)
     quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
@@ -222,7 +231,11 @@ def metadata(run: RunSummary) -> ModelCardData:
         tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantized],
         model_name=shown_name(run.name).split("/")[-1] if results else None,
         eval_results=results or None,
-        **options,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        datasets=[dataset for dataset in run.datasets if is_hub_id(dataset)] or None,
+        language=list(run.languages) or None,
+        **license_fields(run.license or ""),
     )
 
 
@@ -250,7 +263,6 @@ def eval_results(run: RunSummary) -> list[EvalResult]:
                 task_type="text-generation",
                 dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
                 dataset_name=part or shown_name(run.eval_dataset),
-                dataset_split=None,
                 metric_type=MODEL_INDEX[metric][0],
                 metric_name=MODEL_INDEX[metric][1],
                 metric_value=float(value),

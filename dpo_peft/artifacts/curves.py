@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,24 +22,20 @@ from .card import BOOKKEEPING
 
 # Okabe and Ito (2008): told apart with every common color vision deficiency, and in gray.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+COLORS = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "grey": GREY}
 INK, RULE = "#22262B", "#D9DCE0"
 PANEL_INCHES = (4.9, 3.05)
 TITLE_INCHES, KEY_INCHES = 0.5, 0.35
 DPI = 120
 GUIDE: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1.5}
-RING: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "o",
-    "markersize": 6,
-    "markerfacecolor": "white",
-    "markeredgewidth": 1.7,
-    "zorder": 5,
-}
+RING: dict[str, Any] = dict(
+    linestyle="none", marker="o", markersize=6, markerfacecolor="white", markeredgewidth=1.7, zorder=5
+)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Describes one line of a panel: the metric's key in the log, its label and color; a baseline is dashed."""
+    """Describes one line of a panel, see panels.yaml; its color is a name in `COLORS`."""
 
     key: str
     label: str
@@ -48,44 +45,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Describes one panel. `guide` is the value of no preference, where a curve stands before training."""
+    """Describes one panel, see panels.yaml; `in_picture`: also in curves.png, not only in a report."""
 
     title: str
     curves: tuple[Curve, ...]
     guide: float | None = None
     guide_label: str = ""
     limits: tuple[float, float] | None = None
+    in_picture: bool = True
 
 
-PANELS = (
-    Panel("Loss", (Curve("loss", "loss", BLUE),), guide_label="no preference"),
-    Panel(
-        "Accuracy",
-        (
-            Curve("rewards/accuracies", "chosen reward is higher", BLUE),
-            Curve("accuracies/length_only", "pick the longer", GREY, dashed=True),
-        ),
-        0.5,
-        "chance",
-        limits=(-0.03, 1.03),
-    ),
-    Panel(
-        "Implicit rewards",
-        (
-            Curve("rewards/margins", "margin", GREEN),
-            Curve("rewards/chosen", "chosen", BLUE),
-            Curve("rewards/rejected", "rejected", ORANGE),
-        ),
-        0.0,
-    ),
-    Panel(
-        "Log-probability of a completion (nats)",
-        (Curve("logps/chosen", "chosen", BLUE), Curve("logps/rejected", "rejected", ORANGE)),
-    ),
-    Panel("Sample weight 1 − σ(margin)", (Curve("sample_weight", "mean weight", BLUE),), 0.5, "before training"),
-    Panel("KL to the reference, estimate (nats)", (Curve("kl", "estimate", BLUE),), 0.0),
-)
+def _panels() -> tuple[Panel, ...]:
+    content = yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text("utf-8"))
+    return tuple(Panel(**{**panel, "curves": tuple(Curve(**c) for c in panel["curves"])}) for panel in content)
 
+
+PANELS = _panels()
 Series = list[tuple[float, float]]  # (step, value) by step; a value may be NaN or infinite
 Metrics = dict[str, dict[str, Series]]  # metric -> source -> values, see `metric_series`
 
@@ -106,7 +81,7 @@ def plot_training_curves(
     Raises:
         OptionError: the history has no metric that any panel shows.
     """
-    panels = [replace(panel, guide=start_loss) if panel.title == "Loss" else panel for panel in PANELS]
+    panels = [replace(PANELS[0], guide=start_loss), *(panel for panel in PANELS[1:] if panel.in_picture)]
     metrics = metric_series(log_history)
     found = [(panel, curves) for panel in panels if (curves := _curves_with_values(panel, metrics))]
     if not found:
@@ -185,14 +160,15 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[tuple[Curve, Series, 
     """Draws one panel: training as lines, evaluation as ringed points in the same color, the guide behind both."""
     style_axes(axes, panel.title)
     for curve, training, evaluation in curves:
+        color = COLORS[curve.color]
         label = curve.label if len(curves) > 1 else None  # one curve is named by the panel's title
         if training:
             dashes = (0, (4, 2)) if curve.dashed else "solid"
             marker = "." if len(training) == 1 else None
-            axes.plot(*zip(*training, strict=True), color=curve.color, linestyle=dashes, marker=marker, label=label)
+            axes.plot(*zip(*training, strict=True), color=color, linestyle=dashes, marker=marker, label=label)
             label = None
         if evaluation:
-            axes.plot(*zip(*evaluation, strict=True), color=curve.color, label=label, **RING)
+            axes.plot(*zip(*evaluation, strict=True), color=color, label=label, **RING)
     if panel.guide is not None:
         axes.axhline(panel.guide, label=panel.guide_label or None, **GUIDE)
     if panel.limits:

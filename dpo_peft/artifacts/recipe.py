@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from ..config import DPOConfig
 from ..files import write_atomically
-from .card import shown_name
+from .card import ADAPTER_OPTIONS, shown_name
 
 SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
 # They name files or folders here and repositories of others: a recipe for anybody leaves the second kind out.
@@ -28,15 +28,7 @@ _PATHS = (
 _OF_ONE_USER = ("push_to_hub", "resume_from_checkpoint", "run_name", "disable_tqdm")
 _LOCAL = re.compile(r"^(~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 # LoraConfig's names of what `dpo-peft train` has options for.
-_LORA_OPTIONS = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
+_LORA_OPTIONS = {name: name if name.startswith(("lora_", "use_")) else f"lora_{name}" for name in ADAPTER_OPTIONS}
 
 
 def plain(value: object) -> Any:

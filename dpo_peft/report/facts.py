@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..artifacts.card import shown_name
+from ..artifacts.card import adapter_facts, shown_name
 from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson, win
 from .runs import Json, Run
 
@@ -153,24 +153,14 @@ def settings(run: Run) -> dict[str, dict[str, str]]:
     environment = dict(facts.get("environment") or {})
     environment |= environment.pop("versions", None) or facts.get("versions") or {}
     stored = facts.get("storage_bytes") or {}
-    adapter = {**_adapter_facts(run), "trained weights": stored.get("trainable_count")}
+    adapter = facts.get("adapter") or adapter_facts(run.adapter)
+    adapter = {**adapter, "trained weights": stored.get("trainable_count")}
     groups = {"Run": run_facts, "Options": run.options, "Adapter": adapter, "Environment": environment}
     cleaned = {
         heading: {name: shown(value) for name, value in group.items() if value is not None and value != ""}
         for heading, group in groups.items()
     }
     return {heading: group for heading, group in cleaned.items() if group}
-
-
-def _adapter_facts(run: Run) -> Json:
-    """Returns the adapter's options: as metrics.json has them, else from its config."""
-    if isinstance(run.facts.get("adapter"), dict):
-        return run.facts["adapter"]
-    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target modules"}
-    facts = {shown: run.adapter.get(name) for name, shown in names.items()}
-    if isinstance(facts["target modules"], list):
-        facts["target modules"] = sorted(facts["target modules"])
-    return facts | {name: True for name in ("use_dora", "use_rslora") if run.adapter.get(name)}
 
 
 def data_table(run: Run) -> Table:

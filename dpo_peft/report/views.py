@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..artifacts.curves import BLUE, GREEN, GREY, ORANGE, PANELS, Curve, Panel, Series, initial_loss
+from ..artifacts.curves import PANELS, Curve, Panel, Series, initial_loss
 from .charts import Chart, Trace, curve_chart, histogram_chart, scatter_chart, style_of
 from .facts import LengthCheck, differences, length_check, longer_by, margin_of, number, plain, source_name
 from .runs import Json, Run
@@ -16,24 +16,7 @@ SCATTER_POINTS = 1_000
 FEWEST_BUCKETS, MOST_BUCKETS = 10, 200  # of a thinned curve
 
 # Class of the page and dashes, so that no line is known by its color alone.
-COLORS = {BLUE: ("c0", 0), ORANGE: ("c1", 1), GREEN: ("c2", 3), GREY: ("grey", 2)}
-BY_LENGTH = Panel(
-    "Accuracy by length",
-    (
-        Curve("accuracies/length_balanced", "balanced", GREEN),
-        Curve("accuracies/chosen_longer", "chosen is longer", BLUE),
-        Curve("accuracies/chosen_shorter", "chosen is shorter", ORANGE),
-    ),
-    0.5,
-    "chance",
-    limits=(-0.03, 1.03),
-)
-ALL_PANELS = (
-    *PANELS,
-    BY_LENGTH,
-    Panel("Learning rate", (Curve("learning_rate", "learning rate", BLUE),)),
-    Panel("Gradient norm", (Curve("grad_norm", "gradient norm", BLUE),)),
-)
+COLORS = {"blue": ("c0", 0), "orange": ("c1", 1), "green": ("c2", 3), "grey": ("grey", 2)}
 
 
 def page_of(runs: Sequence[Run]) -> dict[str, Any]:
@@ -71,9 +54,9 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
 def _panels(runs: Sequence[Run]) -> list[Panel]:
     """Returns the panels, one for each metric that a run logs beside the trainer's own (compute_metrics, callbacks)
     at the end. Of several runs each curve that is no baseline has its own."""
-    known = {curve.key for panel in ALL_PANELS for curve in panel.curves}
+    known = {curve.key for panel in PANELS for curve in panel.curves}
     other = dict.fromkeys(key for run in runs for key in run.metrics if key not in known)
-    panels = [*ALL_PANELS, *(Panel(key, (Curve(key, key, BLUE),)) for key in other)]
+    panels = [*PANELS, *(Panel(key, (Curve(key, key, "blue"),)) for key in other)]
     if len(runs) == 1:
         loss_type = runs[0].options.get("loss_type") or runs[0].recorded("training").get("loss_type")
         return [replace(panels[0], guide=initial_loss(loss_type)), *panels[1:]]
