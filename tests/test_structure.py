@@ -47,7 +47,7 @@ BUDGETS = {
     "reward": 920,
     "merge": 605,
     "hub": 830,
-    "pairs": 1250,
+    "pairs": 1145,
     "report": 1420,
     "quickstart": 460,
     "cli": 1295,

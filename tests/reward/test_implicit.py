@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from reward_helpers import bundled_rows, plain_log_ratio, train_bundled
 from trainer_helpers import lora, ours, text_pairs
 from transformers import AutoModelForCausalLM
@@ -289,12 +290,12 @@ def test_compare_and_rank(tiny_reward: ImplicitReward) -> None:
 
 
 def state_of(model: PeftModel) -> dict[str, Any]:
-    wrapped = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    wrapped = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     return {
         "training": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "grad": [p.grad is None for p in model.parameters()],
-        "adapters": [(m._disable_adapters, list(m.active_adapters)) for m in wrapped],
+        "adapters": [(m.disable_adapters, list(m.active_adapters)) for m in wrapped],
         "attention": model.get_base_model().config._attn_implementation,
         "random": torch.get_rng_state().tolist(),
     }
