@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import REASONS
 from ..data.collator import PreferenceCollator
-from ..data.completions import PROMPT_COLUMNS, encode_answers
 from ..data.fields import RowProblem
 from ..data.formats import CHAT_COLUMNS
+from ..data.prompts import PROMPT_COLUMNS, encode_completions
 from ..data.tokenize import check_tokenizer
 from ..data.truncate import check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
@@ -293,7 +293,7 @@ class ImplicitReward:
     def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
         """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
-            return encode_answers(self.tokenizer, entries, first, self._vocab_size)
+            return encode_completions(self.tokenizer, entries, first, self._vocab_size)
         except RowProblem as problem:
             raise DataError(
                 f"implicit reward of {problem.field}: {problem.problem}. Remedy: {problem.remedy}."

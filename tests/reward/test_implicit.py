@@ -15,7 +15,7 @@ from trainer_helpers import lora, ours, text_pairs
 from transformers import AutoModelForCausalLM
 
 from dpo_peft import DataError, DPOTrainer, ImplicitReward, OptionError, prepare_dataset, quickstart
-from dpo_peft.data.completions import encode_answers
+from dpo_peft.data.prompts import encode_completions
 from dpo_peft.errors import NonFiniteError
 from dpo_peft.model.adapter_source import load_trained
 from dpo_peft.quickstart.sampling import sample_answers
@@ -217,7 +217,7 @@ def test_tokens_are_those_of_training_rows(make_tokenizer: Any) -> None:
         row = {f"{name}{end}": value for name, value in zip(names, (prompt, a, b), strict=True)}
         prepared, _ = prepare_dataset(Dataset.from_list([row | extra]), tokenizer, max_length=None)
         entries = [{"prompt": prompt, "completion": answer, **extra} for answer in (a, b)]
-        assert encode_answers(tokenizer, entries) == (prepared[0]["prompt_ids"], prepared[0]["completion_ids"])
+        assert encode_completions(tokenizer, entries) == (prepared[0]["prompt_ids"], prepared[0]["completion_ids"])
 
 
 def test_template_columns_reach_the_prompt(tiny_reward: ImplicitReward) -> None:
