@@ -15,7 +15,6 @@ from .config_checks import (
     check_loss_options,
     check_loss_type,
     check_option_names,
-    check_read,
     check_together,
     choice,
     flag,
@@ -213,10 +212,9 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         losses = check_loss_type(self.loss_type, self.loss_weights)
-        check_fields(self)
+        check_fields(self, losses)
         self.beta = resolve_beta(self.loss_type, self.beta)
         self.checkpoint_layers = "auto" if self.checkpoint_layers is None else self.checkpoint_layers
-        check_read(self, losses)
         check_together(self, losses)
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "eval_rewards/margins"

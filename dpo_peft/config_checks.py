@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .errors import OptionError
+from .errors import OptionError, refuse
 from .losses import REGISTRY, Objective, find_objective
 from .losses.registry import load_objective
 
@@ -58,30 +58,30 @@ class Rule:
     needs: str = ""  # the option without which it has no effect, or several joined by " or "
 
     def check(self, name: str, value: Any) -> None:
-        """Refuse a value that the option `name` can't have."""
-        if self.optional and value is None or self.auto and value == "auto":
-            return
-        wrong = f"{name}={value!r} must be"
-        if self.choices and value not in self.choices:
-            raise OptionError(f"{wrong} one of {', '.join(map(repr, self.choices))}.")
-        if self.kinds == (bool,) and not isinstance(value, bool):
-            raise OptionError(f"{wrong} True{', False or None' if self.optional else ' or False'}.")
-        if self.kinds in ((), (bool,)):
+        """Refuses a value that the option `name` can't have."""
+        if (self.optional and value is None) or (self.auto and value == "auto"):
             return
         whole = "a number" if float in self.kinds else "a whole number"
-        good = is_number(value) and self.above < value < self.below and self.minimum <= value <= self.maximum
-        if self.auto and not (good and isinstance(value, int)):
-            raise OptionError(f"{wrong} a whole number from {self.minimum}, 'auto' or None.")
         bounds = {"above": self.above, "at least": self.minimum, "at most": self.maximum, "below": self.below}
         within = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-        if not good:
-            raise OptionError(f"{wrong} {whole} {within}".rstrip() + ".")
-        if not isinstance(value, self.kinds):
-            raise OptionError(f"{wrong} {whole}{' or None' if self.optional else ''}.")
+        good = is_number(value) and self.above < value < self.below and self.minimum <= value <= self.maximum
+        expected = None
+        if self.choices and value not in self.choices:
+            expected = f"one of {', '.join(map(repr, self.choices))}"
+        elif self.kinds == (bool,) and not isinstance(value, bool):
+            expected = f"True{', False or None' if self.optional else ' or False'}"
+        elif self.auto and not (good and isinstance(value, int)):
+            expected = f"a whole number from {self.minimum}, 'auto' or None"
+        elif int in self.kinds and not good:
+            expected = f"{whole} {within}".rstrip()
+        elif int in self.kinds and not isinstance(value, self.kinds):
+            expected = f"{whole}{' or None' if self.optional else ''}"
+        if expected:
+            raise OptionError(f"{name}={value!r} must be {expected}.")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
+    """Returns whether a value is a finite number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -103,43 +103,48 @@ def _option(default: Any, text: str, rule: Rule) -> Any:
 
 
 def free(default: Any, text: str, needs: str = "") -> Any:
-    """A field whose values are not checked by themselves."""
+    """Makes a field whose values are not checked by themselves."""
     return _option(default, text, Rule(needs=needs))
 
 
 def flag(default: bool | None, text: str, needs: str = "") -> Any:
-    """A field that is True or False, or None if that is its default."""
+    """Makes a field that is True or False, or None if that is its default."""
     return _option(default, text, Rule((bool,), optional=default is None, needs=needs))
 
 
 def choice(default: str, choices: Sequence[str], text: str) -> Any:
-    """A field that is one of `choices`."""
+    """Makes a field that is one of `choices`."""
     return _option(default, text, Rule(choices=choices))
 
 
 def number(default: float | None, text: str, **rule: Any) -> Any:
-    """A field that is a number, or None if that is its default. `rule`: see `Rule`."""
+    """Makes a field that is a number, or None if that is its default. `rule`: see `Rule`."""
     return _option(default, text, Rule((int, float), optional=default is None, **rule))
 
 
 def whole(default: float | str | None, minimum: int, text: str, optional: bool = False, **rule: Any) -> Any:
-    """A field that is a whole number from `minimum` on; None too if it is optional or that is its default."""
+    """Makes a field that is a whole number from `minimum` on; None too if it is optional or that is its default."""
     return _option(default, text, Rule((int,), minimum=minimum, optional=optional or default is None, **rule))
 
 
-def check_fields(options: Any) -> None:
-    """Refuse values against the rule of their field, and those that have no effect without another option."""
+def check_fields(options: Any, losses: Sequence[Objective]) -> None:
+    """Refuses values against the rule of their field, and those that have no effect without another option or loss."""
+    off = (None, False, 0, "no")
     for one in fields(options):
-        rule, value = one.metadata.get("rule"), getattr(options, one.name)
-        if rule is None:
-            continue
+        rule, value = one.metadata.get("rule", Rule()), getattr(options, one.name)
         if rule.auto and isinstance(value, str) and value.isdecimal():
             value = int(value)
             setattr(options, one.name, value)
         rule.check(one.name, value)
-        off = (None, False, 0, "no")
-        if rule.needs and value != one.default and all(getattr(options, n) in off for n in rule.needs.split(" or ")):
-            raise OptionError(f"{one.name}={value!r} has no effect without {rule.needs}: set it too.")
+        if value == one.default:
+            continue
+        given = f"{one.name}={value!r} has no effect"
+        if rule.needs and all(getattr(options, name) in off for name in rule.needs.split(" or ")):
+            raise OptionError(f"{given} without {rule.needs}: set it too.")
+        readers = [name for name, loss in REGISTRY.items() if one.name in loss.options and one.name != "beta"]
+        if readers and not any(one.name in loss.heeds for loss in losses):
+            use = f"leave it out, or use one of {', '.join(readers)}"
+            raise OptionError(f"{given} on loss_type={options.loss_type!r}: {use}.")
     for name, (harmless, why) in NOT_AVAILABLE.items():
         if getattr(options, name, harmless) not in (harmless, None):  # older versions of transformers lack some
             raise OptionError(f"{name}={getattr(options, name)!r} is not available here. {why}")
@@ -166,7 +171,7 @@ def check_option_names(given: Mapping[str, Any], known: set[str]) -> dict[str, A
 
 
 def check_loss_type(loss_type: Any, loss_weights: Any) -> list[Objective]:
-    """Refuse unknown losses, mixes that can't learn from the same data, and weights that don't match.
+    """Refuses unknown losses, mixes that can't learn from the same data, and weights that don't match.
 
     Returns:
         The losses.
@@ -179,49 +184,37 @@ def check_loss_type(loss_type: Any, loss_weights: Any) -> list[Objective]:
         )
     load_objective.cache_clear()  # a file that was changed since the last config is read anew
     losses = [find_objective(name) for name in loss_type]
-    if len(set(loss_type)) < len(loss_type):
-        raise OptionError(f"loss_type={loss_type!r} names a loss twice: give it once, with the sum of the weights.")
     kinds = {loss.data: name for name, loss in zip(loss_type, losses, strict=True)}
-    if len(kinds) > 1:
-        needs = " but ".join(f"{name!r} learns from {data}" for data, name in kinds.items())
-        raise OptionError(f"loss_type={loss_type!r} can't be mixed: {needs}. Choose losses of one kind.")
-    if loss_weights is None:
-        return losses
-    if not isinstance(loss_weights, list) or len(loss_weights) != len(loss_type):
-        raise OptionError(f"loss_weights={loss_weights!r} must be a list with one number per loss of {loss_type}.")
-    if not all(is_number(weight) and weight > 0 for weight in loss_weights):
-        raise OptionError(f"loss_weights={loss_weights!r} must be positive numbers: leave out a loss with weight 0.")
+    needs = " but ".join(f"{name!r} learns from {data}" for data, name in kinds.items())
+    weights = [1.0] * len(losses) if loss_weights is None else loss_weights
+    one_each = isinstance(weights, list) and len(weights) == len(losses)
+    refuse(
+        {
+            f"loss_type={loss_type!r} names a loss twice: give it once, with the sum of the weights.": (
+                len(set(loss_type)) < len(loss_type)
+            ),
+            f"loss_type={loss_type!r} can't be mixed: {needs}. Choose losses of one kind.": len(kinds) > 1,
+            f"loss_weights={loss_weights!r} must be a list with one number per loss of {loss_type}.": not one_each,
+            f"loss_weights={loss_weights!r} must be positive numbers: leave out a loss with weight 0.": (
+                one_each and not all(is_number(weight) and weight > 0 for weight in weights)
+            ),
+        }
+    )
     return losses
 
 
 def resolve_beta(loss_type: Sequence[str], beta: float | None) -> float | None:
-    """`beta` if given, or the default that the losses agree on; None if none of them has a beta."""
+    """Returns `beta` if given, or the default that the losses agree on; None if none of them has a beta."""
     defaults = {name: one.default_beta for name in loss_type if "beta" in (one := find_objective(name)).options}
-    if not defaults:
-        if beta is not None:
-            raise OptionError(f"beta has no effect on loss_type={list(loss_type)!r}: leave it out.")
-        return None
-    if beta is not None:
-        return float(beta)
-    if len(set(defaults.values())) > 1:
+    if beta is not None and not defaults:
+        raise OptionError(f"beta has no effect on loss_type={list(loss_type)!r}: leave it out.")
+    if beta is None and len(set(defaults.values())) > 1:
         raise OptionError(f"beta must be given for loss_type={list(loss_type)!r}: their defaults differ ({defaults}).")
-    return next(iter(defaults.values()))
-
-
-def check_read(options: Any, losses: Sequence[Objective]) -> None:
-    """Refuse options away from their default that other losses read, and none of these."""
-    for one in fields(options):
-        readers = [name for name, loss in REGISTRY.items() if one.name in loss.options and one.name != "beta"]
-        value = getattr(options, one.name)
-        if readers and value != one.default and not any(one.name in loss.heeds for loss in losses):
-            raise OptionError(
-                f"{one.name}={value!r} has no effect on loss_type={options.loss_type!r}: leave it out, or use one of "
-                f"{', '.join(readers)}."
-            )
+    return next(iter(defaults.values()), None) if beta is None else float(beta)
 
 
 def check_loss_options(options: Any, losses: Sequence[Objective]) -> None:
-    """Refuse options of losses from outside that none of them has."""
+    """Refuses options of losses from outside that none of them has."""
     known = {name for loss in losses if not loss.name for name in loss.keywords} - {"beta"}
     for name in options.loss_options or ():
         if name not in known:
@@ -233,7 +226,7 @@ def check_loss_options(options: Any, losses: Sequence[Objective]) -> None:
 
 
 def check_together(o: Any, losses: Sequence[Objective]) -> None:
-    """Refuse options that contradict each other, and those without effect beside the value of another."""
+    """Refuses options that contradict each other, and those without effect beside the value of another."""
     mix = ", ".join(o.loss_type)
     coupled = ", ".join(name for name, loss in zip(o.loss_type, losses, strict=True) if loss.batch_coupled)
     automatic = "auto" in (o.max_tokens_per_microbatch, o.gradient_checkpointing and o.checkpoint_layers)
@@ -241,11 +234,15 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
     layered = ", ".join(name for name, on in layers.items() if on and not o.gradient_checkpointing)
     of_reference = ("reference", "sync_ref_model", "precompute_ref_log_probs", "cache_ref_log_probs")
     referring = ", ".join(name for name in of_reference if getattr(o, name))
+    compared = any(loss.needs_reference for loss in losses)
     split = o.gradient_accumulation_steps > 1 or o.max_tokens_per_microbatch is not None
+    single = o.per_device_train_batch_size * o.gradient_accumulation_steps < 2
     mismatched = any("mismatched_scores_M" in loss.inputs for loss in losses)
-    refused = {
+    tokens = o.ld_alpha is not None or o.discount_gamma != 1.0
+    alpha = o.f_divergence_type == "alpha_divergence"
+    problems: dict[str, object] = {
         "f_alpha_divergence_coef has no effect without f_divergence_type='alpha_divergence'.": (
-            o.f_alpha_divergence_coef != 0.5 and o.f_divergence_type != "alpha_divergence"
+            o.f_alpha_divergence_coef != 0.5 and not alpha
         ),
         "discount_unit has no effect while discount_gamma is 1: set discount_gamma below 1.": (
             o.discount_unit != "turn" and o.discount_gamma == 1.0
@@ -253,11 +250,9 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         "loss_type 'exo_pair' needs label_smoothing above 0, such as 0.001 (it takes its logarithm).": (
             "exo_pair" in o.loss_type and not o.label_smoothing
         ),
-        f"{referring}: no effect, loss_type {mix} has no reference. Leave it out.": (
-            bool(referring) and not any(loss.needs_reference for loss in losses)
-        ),
+        f"{referring}: no effect, loss_type {mix} has no reference. Leave it out.": referring and not compared,
         "ref_cache_tokens=False: ld_alpha and discount_gamma read single tokens. Leave it out.": (
-            o.ref_cache_tokens is False and (o.ld_alpha is not None or o.discount_gamma != 1.0)
+            o.ref_cache_tokens is False and tokens
         ),
         "cache_ref_log_probs has no effect with precompute_ref_log_probs: set one of them.": (
             o.precompute_ref_log_probs and o.cache_ref_log_probs
@@ -270,17 +265,13 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         ),
         f"loss_type {mix} compares with mismatched answers that every batch draws anew: a cache would never hold "
         "them. Leave precompute_ref_log_probs and cache_ref_log_probs out.": o.caches_reference and mismatched,
-        f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": bool(layered),
+        f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": layered,
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,
         f"disable_dropout=False with loss_type {coupled} needs gradient_accumulation_steps=1 and no "
         "max_tokens_per_microbatch: this loss couples micro-batches through a pass of its own, which would draw other "
-        "dropout masks.": bool(coupled) and not o.disable_dropout and split,
+        "dropout masks.": coupled and not o.disable_dropout and split,
         f"loss_type {coupled} compares the samples of a batch with each other: set per_device_train_batch_size or "
-        "gradient_accumulation_steps to at least 2.": (
-            bool(coupled) and o.per_device_train_batch_size * o.gradient_accumulation_steps < 2
-        ),
+        "gradient_accumulation_steps to at least 2.": coupled and single,
     }
-    for message, wrong in refused.items():
-        if wrong:
-            raise OptionError(message)
+    refuse(problems)

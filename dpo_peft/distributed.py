@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from .errors import OptionError
+from .errors import OptionError, refuse
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20  # gradients cross in flat pieces of at most this size: few messages, little extra memory
@@ -25,6 +25,7 @@ BUCKET_BYTES = 64 * 2**20  # gradients cross in flat pieces of at most this size
 _SPLIT_BY = ("FSDP", "DeepSpeed", "Megatron-LM")
 _SPLITS_MODEL = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
 _OFFERED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps
 _REMEDY = (
     "Launch with recipes/accelerate/ddp.yaml: every process holds the whole model and only LoRA's small gradients "
     "cross. A base that is too large for one card needs 4 bits (quantize_base, the default), gradient_checkpointing, "
@@ -232,8 +233,17 @@ def check_launch(args: Any, env: Mapping[str, str] | None = None) -> None:
             "would train alone: on a machine without a GPU pass use_cpu=True; for a single process unset WORLD_SIZE."
         )
     if args.world_size > 1:
-        for what in _without_effect(args):
-            raise OptionError(what)
+        device_map = (args.model_init_kwargs or {}).get("device_map")
+        refuse(
+            {
+                "accelerator_config: split_batches=True has no effect: per_device_train_batch_size is per process, "
+                "and every batch is shared out already. Leave it out.": args.accelerator_config.split_batches,
+                "average_tokens_across_devices=False is not available: losses are means over the whole optimizer "
+                "batch, whatever the number of processes. Leave it out.": not args.average_tokens_across_devices,
+                f"model_init_kwargs: device_map={device_map!r} would spread each process's model over all cards: "
+                "leave it out, every process loads it on its own card.": device_map in _SPREADS,
+            }
+        )
         check_same("The options", {name: str(getattr(args, name)) for name in _SAME_OPTIONS})
 
 
@@ -261,23 +271,3 @@ def _splits(args: Any, env: Mapping[str, str]) -> Iterator[str]:
     kind = args.distributed_state.distributed_type.value
     if kind not in _OFFERED:
         yield f"Training over {kind} is not offered"
-
-
-def _without_effect(args: Any) -> Iterator[str]:
-    """Yields options that would not do what they say in several processes, as sentences with remedies."""
-    if args.accelerator_config.split_batches:
-        yield (
-            "accelerator_config: split_batches=True has no effect: per_device_train_batch_size is per process, and "
-            "every batch is shared out already. Leave it out."
-        )
-    if not args.average_tokens_across_devices:
-        yield (
-            "average_tokens_across_devices=False is not available: losses are means over the whole optimizer batch, "
-            "whatever the number of processes. Leave it out."
-        )
-    device_map = (args.model_init_kwargs or {}).get("device_map")
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        yield (
-            f"model_init_kwargs: device_map={device_map!r} would spread each process's model over all cards: leave it "
-            "out, every process loads it on its own card."
-        )

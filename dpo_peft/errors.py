@@ -4,9 +4,18 @@ All but `TrainingInterrupted` derive from `ValueError`. A message names where th
 and field), what is wrong, and the remedy.
 """
 
+from collections.abc import Mapping
+
 
 class OptionError(ValueError):
     """An option is unknown, contradictory, of the wrong type, or would have no effect."""
+
+
+def refuse(problems: Mapping[str, object]) -> None:
+    """Raises `OptionError` with the first of these messages whose condition holds."""
+    for message, holds in problems.items():
+        if holds:
+            raise OptionError(message)
 
 
 class DataError(ValueError):

@@ -9,7 +9,7 @@ from types import ModuleType
 MOVED = {
     "agreement": "reward.agreement",
     "cli_pairs": "pairs",
-    "diagnostics": "training.diagnostics",
+    "diagnostics": "evaluation.diagnostics",
     "engines": "pairs.engines",
     "frozen": "reference.frozen_adapter",
     "identity": "reference.fingerprint",

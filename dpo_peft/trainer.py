@@ -15,6 +15,7 @@ even, rejected at odd indices), N predicted tokens.
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .config import DPOConfig
 from .data.collator import PREPARED_COLUMNS, PreferenceCollator
-from .distributed import unshard, world_size
+from .distributed import check_same, copy_from_first, unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .model.adapter_source import record_training
 from .model.loading import storage_report
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
-from .training import building
-from .training.accumulation import OptimizerStep, fields_of
-from .training.arguments import AnyDataset, check_optimizer
-from .training.building import Preparation, autocast_dtype, check_constructor
-from .training.callbacks import StopOnNonFinite, StopOnSignal, SyncReference
-from .training.evaluation import Evaluation, check_reported
-from .training.memory_budget import MemoryBudget
-from .training.metrics import MetricStore, length_metrics, mean_of, preference_metrics
-from .training.resume import RunState, check_has_optimizer, load_best, save_adapter, trajectory
+from .training.accumulation import OptimizerStep
+from .training.arguments import AnyDataset, autocast_dtype, check_constructor, check_optimizer
+from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
+from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
+from .training.memory_budget import MemoryBudget, plan_memory
+from .training.metrics import MetricStore, preference_metrics
+from .training.resume import RunState, load_best, save_adapter, trajectory
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ class DPOTrainer(Trainer):
 
         set_seed(args.seed)  # the adapter's start is drawn at random
         needs_reference = self.objective.needs_reference
-        model, held = building.build_model(model, args, tokenizer, quantization_config, peft_config, needs_reference)
+        model, held = build_model(model, args, tokenizer, quantization_config, peft_config, needs_reference)
         super().__init__(
             model=model,
             args=args,
@@ -119,21 +118,23 @@ class DPOTrainer(Trainer):
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags(self._tag_names)
         self.policy_adapter = self.model.active_adapters[0]
-        building.align_processes(self.model, self.prepare)
+        copy_from_first(self.model.parameters())
+        check_same("train_dataset", self.prepare.digest)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
-        plan, adapter = self.forward_plan, self.policy_adapter
-        self.reference = ReferencePolicy(self.model, held, adapter, args, plan, self.objective)
+        self.reference = ReferencePolicy(
+            self.model, held, self.policy_adapter, args, self.forward_plan, self.objective
+        )
         self._build_parts(data_collator)
-        record_training(self.model, adapter, building.trained_with(self.model, args, self.objective))
+        record_training(self.model, self.policy_adapter, trained_with(self.model, args, self.objective))
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)
 
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
         args, model, tokenizer = self.args, self.model, self.processing_class
         collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
-        self.collate, self.data_collator = building.collators(args, self.objective, collate)
-        self.metric_store = MetricStore()
+        self.collate, self.data_collator = collators(args, self.objective, collate)
+        self.metric_store, autocast = MetricStore(), self.compute_loss_context_manager
         self.step = OptimizerStep(
             model,
             args,
@@ -143,20 +144,22 @@ class DPOTrainer(Trainer):
             self.collate,
             policy=lambda batch: self.policy_logps(batch),
             reference=self.reference.logps,
-            autocast=self.compute_loss_context_manager,
+            autocast=autocast,
         )
-        context, callbacks = self.compute_loss_context_manager, self.callback_handler.callbacks
-        self.evaluation = Evaluation(model, tokenizer, args, self.objective, self.prepare, context, callbacks)
-        self.signal, parts = StopOnSignal(), [self.step, self.reference, *self.evaluation.parts]
+        found = required("evaluation", "sample_prompts") if args.sample_prompts else wing("evaluation")
+        evaluation, callbacks = NoEvaluation if found is None else found.Evaluation, self.callback_handler.callbacks
+        self.evaluation = evaluation(model, tokenizer, args, self.objective, self.prepare, autocast, callbacks)
+        self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
+        parts = [self.step, self.reference, *watching]
         self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
-        for callback in (self.signal, *self.evaluation.parts, StopOnNonFinite(self.step)):
+        for callback in (self.signal, *watching, StopOnNonFinite(self.step)):
             self.add_callback(callback)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
 
     def _plan_memory(self) -> MemoryBudget:
-        frozen = self.reference.adapter
-        return building.plan_memory(self.model, self.args, self.forward_plan, self.objective, frozen)
+        frozen, compared = self.reference.adapter, self.objective.needs_reference
+        return plan_memory(self.model, self.args, self.forward_plan, frozen, compared)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -175,17 +178,11 @@ class DPOTrainer(Trainer):
             num_items_in_batch: the totals of the whole optimizer batch; those of this micro-batch if None.
         """
         coupled = inputs.get("coupled")
-        batch = PackedBatch(**fields_of(inputs))
-        totals = num_items_in_batch or self.objective.totals([inputs])
+        batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
+        totals = num_items_in_batch or self.objective.kind.totals([inputs])
         ref = coupled.ref if coupled else self.reference.logps(batch)
         policy = self.policy_logps(batch)
-        scored = self.objective.score(policy, ref, batch)
-        if coupled:
-            losses_I, loss = coupled.losses_I, coupled.loss(policy.token_logps_N, totals.items)
-        else:
-            losses_I = self.objective.losses(scored, totals)
-            loss = losses_I.sum() / totals.items
-        output = LossOutput(losses_I.detach(), self.objective.rewards(scored), scored)
+        loss, output = self.objective.loss(policy, ref, batch, totals, coupled)
         self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss
 
@@ -195,15 +192,13 @@ class DPOTrainer(Trainer):
 
     def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
-        metrics = preference_metrics(self.objective.kind, output.scored, output.rewards_C, policy, ref, batch)
-        if self.model.training:
-            self.step.finite.append((self.objective.rows(batch), torch.isfinite(output.losses_I)))
-            self.metric_store.add("train", metrics)
-        else:
-            by_length = length_metrics(self.objective.kind, output.scored, output.rewards_C)
-            self.metric_store.add("eval", {"loss": mean_of(output.losses_I), **metrics, **by_length})
-            if self.objective.kind.paired:
-                self.evaluation.records.add(batch, output.scored, output.rewards_C)
+        held_out = not self.model.training
+        metrics = preference_metrics(self.objective.kind, output, policy, ref, batch, held_out)
+        self.metric_store.add("eval" if held_out else "train", metrics)
+        if not held_out:
+            self.step.finite.append((batch, torch.isfinite(output.losses_I)))
+        elif self.objective.kind.paired:
+            self.evaluation.add(batch, output)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, or resumes an interrupted run (see `transformers.Trainer.train`).
@@ -236,7 +231,6 @@ class DPOTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _prepare_run(self) -> None:
-        self.evaluation.reset()
         # What was added to the model since it was probed is heeded.
         plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:
@@ -260,7 +254,7 @@ class DPOTrainer(Trainer):
     @property
     def warnings_raised(self) -> list[dict[str, Any]]:
         """Returns `step`, `name` and `message` of this run's warnings (docs/diagnostics.md), each name once."""
-        return self.evaluation.warnings.raised
+        return self.evaluation.warnings_raised
 
     # ---- Hooks of transformers.Trainer ---------------------------------------------------------------------------
 
@@ -283,7 +277,7 @@ class DPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Counts two forward passes, and the backward pass that skips the frozen weights: 6 per weight and token."""
-        return 0 if "empty" in inputs else 6 * inputs["input_ids"].numel() * self._weights
+        return 6 * inputs["input_ids"].numel() * self._weights
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks whether the run is over after a step: one that was killed at its very end, or stopped
@@ -300,9 +294,8 @@ class DPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; a training log gets the metrics since the last one, and the cache's hits."""
-        if "loss" in logs:
-            logs |= self.reference.counts()
-        self.run_state.complete(logs)
+        logs |= self.reference.counts() if "loss" in logs else {}
+        logs |= self.metric_store.of_log(logs)  # in place: at the end, transformers returns them
         super().log(logs, start_time)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -315,25 +308,15 @@ class DPOTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, **_: Any) -> Any:
         """Returns an evaluation batch's loss, implicit rewards and labels (see `compute_metrics`)."""
-
-        def score(part: dict[str, Any], totals: Totals) -> tuple[Tensor, list[Any]]:
-            loss, output = self.compute_loss(model, part, return_outputs=True, num_items_in_batch=totals)
-            return loss, self.objective.kind.predictions_by_row(output.scored, output.rewards_C, part["rows"])
-
-        loss, rows = self.step.predict(inputs, score)
-        if prediction_loss_only:
-            return loss, None, None
-        rewards, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
-        return loss, rewards, labels
+        loss, rewards, labels = self.step.predict(inputs, partial(self.compute_loss, model, return_outputs=True))
+        return (loss, None, None) if prediction_loss_only else (loss, rewards, labels)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`. Once `train()` has begun, the trainer's own evaluation datasets also give the
         pairs of `eval_examples.jsonl`, and their first prompts the completions of `samples.jsonl`."""
-        with self.evaluation.records.recording(eval_dataset is None or isinstance(eval_dataset, str)):
-            metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.evaluation.records.begun and eval_dataset is None:
-            self.evaluation.samples.take(self.state.global_step)
-        return metrics
+        own, step = eval_dataset is None or isinstance(eval_dataset, str), self.state.global_step
+        with self.evaluation.under_way(own, step if eval_dataset is None else None):
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
@@ -341,15 +324,14 @@ class DPOTrainer(Trainer):
         self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        metrics = self.metric_store.pop("eval")
-        output.metrics.update(self.evaluation.finish(metrics, prefix, self.state.global_step))
+        self.evaluation.finish(prefix, self.state.global_step)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self.metric_store.pop("eval").items()})
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.run_state.save_checkpoint(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_has_optimizer(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.run_state.load(Path(resume_from_checkpoint))
 
@@ -360,7 +342,7 @@ class DPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         load_best(self.model, self.policy_adapter, self.state, self.reference)
         if not str(self.state.best_model_checkpoint).endswith(f"checkpoint-{self.state.global_step}"):
-            self.evaluation.samples.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
+            self.evaluation.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""

@@ -19,16 +19,9 @@ def test_entries_are_those_of_the_registry() -> None:
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_an_entry_says_what_the_registry_says(name: str) -> None:
+def test_an_entry_begins_with_what_the_registry_says(name: str) -> None:
     """If this fails, put the output of `python -m dpo_peft.losses NAME` in the place of the entry's beginning."""
-    objective = REGISTRY[name]
-    assert f"#### `{name}`\n{ENTRIES[name]}".startswith(entry(objective))
-    beta = "none" if objective.default_beta is None else f"{objective.default_beta:g}"
-    text = " ".join(ENTRIES[name].split())
-    for said in (objective.formula, objective.use_when, f"beta: {beta}. {objective.why_beta}", objective.source):
-        assert " ".join(said.split()) in text, said
-    named = set(re.findall(r"options: (.*?) - source", text)[0].replace("`", "").split(", ")) - {"none"}
-    assert named == set(objective.options) - {"beta"}
+    assert f"#### `{name}`\n{ENTRIES[name]}".startswith(entry(REGISTRY[name]))
 
 
 def test_every_input_of_a_loss_is_explained() -> None:

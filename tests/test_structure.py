@@ -17,11 +17,11 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors moved wings losses forward data rowfiles files distributed kinds objective config_checks config reference "
+    "errors moved wings losses forward data rowfiles files distributed objective config_checks config reference "
     "model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "fused planning artifacts reward merge hub pairs report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors"}, "forward": {"errors", "wings"}}
@@ -29,25 +29,25 @@ ONLY = {"losses": {"errors"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 400,
-    "config": 280,
-    "config_checks": 290,
-    "kinds": 225,
-    "objective": 240,
-    "distributed": 285,
+    "trainer": 385,
+    "config": 270,
+    "config_checks": 280,
+    "objective": 440,
+    "distributed": 275,
     "losses": 1080,
     "data": 2770,
     "forward": 1240,
     "reference": 1920,
     "model": 1045,
-    "training": 2815,
+    "training": 2050,
+    "evaluation": 680,
     "fused": 1775,
     "planning": 1085,
     "artifacts": 1170,
     "reward": 920,
     "merge": 605,
     "hub": 830,
-    "pairs": 1250,
+    "pairs": 1145,
     "report": 1420,
     "quickstart": 460,
     "cli": 1295,

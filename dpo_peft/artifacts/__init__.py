@@ -1,11 +1,5 @@
-"""The files that a run leaves: model card, recipe, figures, curves. Names are loaded on first use."""
+"""The files that a run leaves: model card, recipe, figures, curves."""
 
-from typing import Any
+from .run_files import SaveResults
 
-
-def __getattr__(name: str) -> Any:
-    if name == "SaveResults":
-        from .run_files import SaveResults
-
-        return SaveResults
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["SaveResults"]

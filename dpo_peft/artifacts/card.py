@@ -5,25 +5,24 @@ is published, the machine it was written on is not. `card_rules.problems` says w
 """
 
 import json
-import logging
 import math
 import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import OptionError
+from ..files import write_atomically
 from ..reference.adapter_off import ADAPTER_OFF
 from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
-
-logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 REWARDS = {  # of an `Objective`, as a reader should see it
@@ -50,6 +49,15 @@ LOCAL_NOTE = (
     "The base is a local folder, which `adapter_config.json` names: the example runs where that folder is. `dpo-peft "
     "push --base_model HUB_ID` publishes the adapter for a base that others can load."
 )
+ADAPTER_OPTIONS = {  # LoraConfig's names, and what a reader calls them
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "target modules",
+    "modules_to_save": "modules to save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 
 
@@ -132,14 +140,20 @@ class Figures(TypedDict):
     eval_last: dict[str, float]
 
 
+def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
+    """Returns an adapter's options as a reader should see them, of the fields of a `LoraConfig`, as in
+    adapter_config.json. What is off is left out."""
+    facts = {shown: config.get(name) for name, shown in ADAPTER_OPTIONS.items()}
+    facts = {name: sorted(value) if isinstance(value, list | set) else value for name, value in facts.items()}
+    return {name: value for name, value in facts.items() if value not in (None, False) or name == "dropout"}
+
+
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Returns the installed version of each package; one that is not installed is left out."""
     found = {}
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -196,40 +210,19 @@ def model_card(run: RunSummary) -> ModelCard:
         samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
         sample_steps=run.sample_steps,
         warnings=[{key: cell(w.get(key, "")) for key in ("step", "name", "message")} for w in run.warnings],
-        bibtex=cited_entries(run.papers),
+        bibtex=bibtex(run.papers),
         tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
     )
 
 
-def cited_entries(papers: Sequence[str]) -> str:
-    """Returns the BibTeX entries of arXiv ids. A paper without an entry is left out: a card never fails for it."""
-    entries = []
-    for paper in papers:
-        try:
-            entries.append(bibtex([paper]))
-        except KeyError:
-            logger.info("arXiv:%s has no entry in the package's citations: the card does not cite it.", paper)
-    return "\n\n".join(entries)
-
-
 def save_model_card(run: RunSummary, folder: str | Path) -> Path:
     """Writes the card as `README.md` into the folder and returns its path."""
-    path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model_card(run).save(path)
-    return path
+    return write_atomically(Path(folder) / "README.md", str(model_card(run)))
 
 
 def metadata(run: RunSummary) -> ModelCardData:
     """Returns the YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
-    options: dict[str, Any] = {}
-    if is_hub_id(run.base_model):
-        options.update(base_model=run.base_model, base_model_relation="adapter")
-    if datasets := [dataset for dataset in run.datasets if is_hub_id(dataset)]:
-        options["datasets"] = datasets
-    options.update(license_fields(run.license or ""))
-    if run.languages:
-        options["language"] = list(run.languages)
+    base = run.base_model if is_hub_id(run.base_model) else None
     results = eval_results(run)
     quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
@@ -238,7 +231,11 @@ def metadata(run: RunSummary) -> ModelCardData:
         tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantized],
         model_name=shown_name(run.name).split("/")[-1] if results else None,
         eval_results=results or None,
-        **options,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        datasets=[dataset for dataset in run.datasets if is_hub_id(dataset)] or None,
+        language=list(run.languages) or None,
+        **license_fields(run.license or ""),
     )
 
 
@@ -266,7 +263,6 @@ def eval_results(run: RunSummary) -> list[EvalResult]:
                 task_type="text-generation",
                 dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
                 dataset_name=part or shown_name(run.eval_dataset),
-                dataset_split=None,
                 metric_type=MODEL_INDEX[metric][0],
                 metric_name=MODEL_INDEX[metric][1],
                 metric_value=float(value),

@@ -1,6 +1,6 @@
 """Checks the metadata of a model card by the Hub's rules, without asking it.
 
-The rules are those of the Hub's card specification (`modelcard.md` of hub-docs, and its lists of licenses and tasks).
+The rules are those of the Hub's card specification (`modelcard.md` of hub-docs; its lists are in hub_names.yaml).
 The Hub itself checks once more when a card is pushed; these tell an offline run, and say the remedy.
 """
 
@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,28 +16,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-# License names that the Hub's metadata takes as they are; any other is `other`, with its name beside it.
-HUB_LICENSES = frozenset(
-    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
-    etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr
-    llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 open-mdw
-    openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib""".split()
-)
-RELATIONS = ("adapter", "finetune", "merge", "quantized")
-TEXT_TASKS = frozenset(
-    """text-generation text-classification token-classification question-answering table-question-answering
-    zero-shot-classification translation summarization feature-extraction fill-mask sentence-similarity text-ranking
-    image-text-to-text""".split()
-)
-KNOWN_KEYS = frozenset(
-    """language license license_name license_link library_name tags datasets metrics base_model base_model_relation
-    pipeline_tag model-index model_name new_version thumbnail widget inference co2_eq_emissions eval_results
-    extra_gated_prompt extra_gated_fields extra_gated_heading extra_gated_description extra_gated_button_content
-    extra_gated_eu_disallowed quantized_by prompt_template instance_prompt arxiv""".split()
+_NAMES = yaml.safe_load(Path(__file__).with_name("hub_names.yaml").read_text("utf-8"))
+HUB_LICENSES, RELATIONS, TEXT_TASKS, KNOWN_KEYS = (
+    frozenset(_NAMES[kind].split()) for kind in ("licenses", "relations", "tasks", "keys")
 )
 _TEXTS = ("library_name", "license_name", "license_link", "thumbnail")
 _LISTS = ("tags", "language", "metrics")
@@ -99,7 +81,7 @@ def _problem(key: str, value: Any, head: Mapping[str, object]) -> str | None:
     if key == "datasets" and not isinstance(value, list):
         return "datasets must be a list."
     if key == "base_model_relation" and value not in (None, *RELATIONS):
-        return f"base_model_relation: {value!r} must be one of {', '.join(RELATIONS)}."
+        return f"base_model_relation: {value!r} must be one of {', '.join(sorted(RELATIONS))}."
     if key == "pipeline_tag" and value not in (None, *TEXT_TASKS):
         return f"pipeline_tag: {value!r} is not a task of language models on the Hub, such as text-generation."
     if key in _TEXTS and not _text(value):
@@ -115,17 +97,16 @@ def _model_index(index: object) -> list[str]:
     """Checks a list of models; each has a name and results; each result a task, a dataset and metrics."""
     if not isinstance(index, list) or not index:
         return ["model-index must be a list with an entry for the model."]
-    found = []
+    found: list[str] = []
     for model in index:
-        results = _in(model, "results")
-        if not _text(_in(model, "name")):
-            found.append("model-index: an entry needs a name.")
+        name, results = _in(model, "name"), _in(model, "results")
+        if not _text(name):
+            found.append("an entry needs a name")
         elif not isinstance(results, list) or not results:
-            found.append(f"model-index: {model['name']} needs a list of results.")
+            found.append(f"{name} needs a list of results")
         else:
-            for number, result in enumerate(results, 1):
-                found += [f"model-index: result {number} {what}." for what in _result(result)]
-    return found
+            found += [f"result {i} {problem}" for i, result in enumerate(results, 1) for problem in _result(result)]
+    return [f"model-index: {problem}." for problem in found]
 
 
 def _result(result: object) -> list[str]:

@@ -22,7 +22,7 @@ _OF_OPTIONS = (
 
 @cache
 def papers() -> dict[str, str]:
-    """arXiv id to BibTeX entry."""
+    """Returns arXiv id -> BibTeX entry."""
     text = Path(__file__).with_name("references.bib").read_text("utf-8")
     entries = re.findall(r"^@.*?^\}", text, flags=re.MULTILINE | re.DOTALL)
     return {re.findall(r"arxiv\.org/abs/([\d.]+)", entry)[0]: entry for entry in entries}
@@ -36,7 +36,7 @@ def cited(
     rslora: bool = False,
     dora: bool = False,
 ) -> list[str]:
-    """arXiv ids of what a run rests on, the objective's own first.
+    """Returns the arXiv ids of what a run rests on, the objective's own first.
 
     Args:
         sources: `Objective.paper` of each loss.
@@ -53,7 +53,7 @@ def cited(
 
 
 def bibtex(ids: Iterable[str]) -> str:
-    """The entries of these papers, in this order; without those that references.bib lacks, which the log names."""
+    """Returns the entries of these papers, in this order. One that references.bib lacks is left out and logged."""
     found = []
     for arxiv in ids:
         if arxiv in papers():

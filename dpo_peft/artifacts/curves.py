@@ -3,86 +3,66 @@
 Left out on purpose: smoothing (a smoothed curve hides the step at which a run broke) and interactive formats.
 """
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeGuard
+
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ..errors import OptionError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from ..files import write_atomically
+from .card import BOOKKEEPING
 
 # Okabe and Ito (2008): told apart with every common color vision deficiency, and in gray.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
+COLORS = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "grey": GREY}
 INK, RULE = "#22262B", "#D9DCE0"
 PANEL_INCHES = (4.9, 3.05)
 TITLE_INCHES, KEY_INCHES = 0.5, 0.35
 DPI = 120
 GUIDE: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1.5}
-RING: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "o",
-    "markersize": 6,
-    "markerfacecolor": "white",
-    "markeredgewidth": 1.7,
-    "zorder": 5,
-}
+RING: dict[str, Any] = dict(
+    linestyle="none", marker="o", markersize=6, markerfacecolor="white", markeredgewidth=1.7, zorder=5
+)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Describes one line of a panel: the metric's key in the log, its label and color; a baseline is dashed."""
+    """Describes one line of a panel, see panels.yaml; its color is a name in `COLORS`."""
 
     key: str
     label: str
-    colour: str
+    color: str
     dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Describes one panel. `guide` is the value of no preference, where a curve stands before training."""
+    """Describes one panel, see panels.yaml; `in_picture`: also in curves.png, not only in a report."""
 
     title: str
     curves: tuple[Curve, ...]
     guide: float | None = None
     guide_label: str = ""
     limits: tuple[float, float] | None = None
+    in_picture: bool = True
 
 
-PANELS = (
-    Panel("Loss", (Curve("loss", "loss", BLUE),), guide_label="no preference"),
-    Panel(
-        "Accuracy",
-        (
-            Curve("rewards/accuracies", "chosen reward is higher", BLUE),
-            Curve("accuracies/length_only", "pick the longer", GREY, dashed=True),
-        ),
-        0.5,
-        "chance",
-        limits=(-0.03, 1.03),
-    ),
-    Panel(
-        "Implicit rewards",
-        (
-            Curve("rewards/margins", "margin", GREEN),
-            Curve("rewards/chosen", "chosen", BLUE),
-            Curve("rewards/rejected", "rejected", ORANGE),
-        ),
-        0.0,
-    ),
-    Panel(
-        "Log-probability of a completion (nats)",
-        (Curve("logps/chosen", "chosen", BLUE), Curve("logps/rejected", "rejected", ORANGE)),
-    ),
-    Panel("Sample weight 1 − σ(margin)", (Curve("sample_weight", "mean weight", BLUE),), 0.5, "before training"),
-    Panel("KL to the reference, estimate (nats)", (Curve("kl", "estimate", BLUE),), 0.0),
-)
+def _panels() -> tuple[Panel, ...]:
+    content = yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text("utf-8"))
+    return tuple(Panel(**{**panel, "curves": tuple(Curve(**c) for c in panel["curves"])}) for panel in content)
 
-Series = list[tuple[float, float]]  # (step, value)
+
+PANELS = _panels()
+Series = list[tuple[float, float]]  # (step, value) by step; a value may be NaN or infinite
+Metrics = dict[str, dict[str, Series]]  # metric -> source -> values, see `metric_series`
 
 
 def plot_training_curves(
@@ -101,64 +81,94 @@ def plot_training_curves(
     Raises:
         OptionError: the history has no metric that any panel shows.
     """
-    panels = [replace(panel, guide=start_loss) if panel.title == "Loss" else panel for panel in PANELS]
-    found = [(panel, series) for panel in panels if (series := panel_series(panel, log_history))]
+    panels = [replace(PANELS[0], guide=start_loss), *(panel for panel in PANELS[1:] if panel.in_picture)]
+    metrics = metric_series(log_history)
+    found = [(panel, curves) for panel in panels if (curves := _curves_with_values(panel, metrics))]
     if not found:
         keys = sorted({key for entry in log_history for key in entry})
         raise OptionError(
             f"log_history has nothing to plot: {len(log_history)} entries with the keys {keys}. "
             "Expected `step` and metrics such as `loss`; train at least one step with `logging_steps` set."
         )
-    # matplotlib is slow to import and only wanted here; the figure needs no display and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
     rows = -(-len(found) // columns)
-    evaluated = any(key.startswith("eval_") for _, series in found for key in series)
+    evaluated = any(evaluation for _, curves in found for _, _, evaluation in curves)
     extra = TITLE_INCHES * bool(title) + KEY_INCHES * evaluated
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + extra)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    for i, (panel, series) in enumerate(found):
-        draw_panel(figure.add_subplot(rows, columns, i + 1), panel, series)
+    for i, (panel, curves) in enumerate(found):
+        _draw_panel(figure.add_subplot(rows, columns, i + 1), panel, curves)
     if title:
         figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold", color=INK)
     if evaluated:
-        add_key(figure)
+        # Says once, below all panels, what lines and rings are.
+        handles = [Line2D([], [], color=INK, label="training"), Line2D([], [], color=INK, label="evaluation", **RING)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     return save(figure, Path(path))
 
 
-def panel_series(panel: Panel, log_history: Sequence[Mapping[str, float]]) -> dict[str, Series]:
-    """Returns the panel's metrics that the history has, training and evaluation apart: key -> [(step, value)]."""
-    series: dict[str, Series] = {}
+def metric_series(log_history: Sequence[Mapping[str, float | None]], sets: Iterable[str] = ()) -> Metrics:
+    """Sorts a log: metric -> source -> [(step, value)], training first, then in the order of the log.
+
+    A source is "train", "eval", or one of `sets`: "eval_NAME" for one of several evaluation sets. Of two values at a
+    step the later one counts; JSON's null is NaN.
+    """
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for entry in log_history:
+        for key, value in entry.items() if _is_number(entry.get("step")) else ():
+            source, metric = source_of(key, sets)
+            shown = metric == "learning_rate" or not BOOKKEEPING.match(metric)
+            if shown and (value is None or _is_number(value)):
+                values = found.setdefault(metric, {}).setdefault(source, {})
+                values[float(entry["step"])] = math.nan if value is None else float(value)
+    return {
+        metric: {source: sorted(by[source].items()) for source in sorted(by, key=lambda source: source != "train")}
+        for metric, by in found.items()
+    }
+
+
+def source_of(key: str, sets: Iterable[str] = ()) -> tuple[str, str]:
+    """Returns (source, metric) of a key of the log: `eval_helpful_loss` is the loss on the set "helpful"."""
+    for name in sorted(sets, key=len, reverse=True):
+        if key.startswith(f"{name}_"):
+            return name, key.removeprefix(f"{name}_")
+    return ("eval", key.removeprefix("eval_")) if key.startswith("eval_") else ("train", key)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def initial_loss(loss_type: object) -> float | None:
+    """Returns the loss of a policy that equals its reference: of DPO as such it is known."""
+    return math.log(2) if loss_type in (["sigmoid"], ["trajectory"], "sigmoid", "trajectory") else None
+
+
+def _curves_with_values(panel: Panel, metrics: Metrics) -> list[tuple[Curve, Series, Series]]:
+    """Returns curve, training and evaluation, finite values only; nothing if only a baseline has any."""
+    found = []
     for curve in panel.curves:
-        for key in (curve.key, f"eval_{curve.key}"):
-            points = [
-                (float(entry["step"]), float(entry[key]))
-                for entry in log_history
-                if "step" in entry and isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-            ]
-            if points:
-                series[key] = points
-    # A baseline alone says nothing.
-    return series if any(not c.dashed and {c.key, f"eval_{c.key}"} & series.keys() for c in panel.curves) else {}
+        of_sources = [metrics.get(curve.key, {}).get(source, []) for source in ("train", "eval")]
+        training, evaluation = ([point for point in series if math.isfinite(point[1])] for series in of_sources)
+        if training or evaluation:
+            found.append((curve, training, evaluation))
+    return found if any(not curve.dashed for curve, *_ in found) else []
 
 
-def draw_panel(axes: "Axes", panel: Panel, series: dict[str, Series]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[tuple[Curve, Series, Series]]) -> None:
     """Draws one panel: training as lines, evaluation as ringed points in the same color, the guide behind both."""
     style_axes(axes, panel.title)
-    several = sum(not {c.key, f"eval_{c.key}"}.isdisjoint(series) for c in panel.curves) > 1
-    for curve in panel.curves:
-        label = curve.label if several else None  # one curve is named by the panel's title
-        if curve.key in series:
+    for curve, training, evaluation in curves:
+        color = COLORS[curve.color]
+        label = curve.label if len(curves) > 1 else None  # one curve is named by the panel's title
+        if training:
             dashes = (0, (4, 2)) if curve.dashed else "solid"
-            marker = "." if len(series[curve.key]) == 1 else None
-            axes.plot(*columns_of(series[curve.key]), color=curve.colour, linestyle=dashes, marker=marker, label=label)
+            marker = "." if len(training) == 1 else None
+            axes.plot(*zip(*training, strict=True), color=color, linestyle=dashes, marker=marker, label=label)
             label = None
-        if evaluated := series.get(f"eval_{curve.key}"):
-            axes.plot(*columns_of(evaluated), color=curve.colour, label=label, **RING)
+        if evaluation:
+            axes.plot(*zip(*evaluation, strict=True), color=color, label=label, **RING)
     if panel.guide is not None:
         axes.axhline(panel.guide, label=panel.guide_label or None, **GUIDE)
     if panel.limits:
@@ -169,21 +179,8 @@ def draw_panel(axes: "Axes", panel: Panel, series: dict[str, Series]) -> None:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=2.0)
 
 
-def columns_of(series: Series) -> tuple[list[float], list[float]]:
-    return [step for step, _ in series], [value for _, value in series]
-
-
-def add_key(figure: "Figure") -> None:
-    """Says once, below all panels, what lines and rings are."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=INK, label="training"), Line2D([], [], color=INK, label="evaluation", **RING)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
-
-
-def style_axes(axes: "Axes", title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def style_axes(axes: Axes, title: str) -> None:
+    """Gives a panel its title, and the look that all have."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=8)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -195,7 +192,8 @@ def style_axes(axes: "Axes", title: str) -> None:
         spine.set_color(GREY)
 
 
-def save(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI, facecolor="white")
-    return path
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure as a PNG and returns its path."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI, facecolor="white")
+    return write_atomically(path, picture.getvalue())

@@ -16,7 +16,8 @@ import yaml
 from peft import LoraConfig
 
 from ..config import DPOConfig
-from .card import shown_name
+from ..files import write_atomically
+from .card import ADAPTER_OPTIONS, shown_name
 
 SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
 # They name files or folders here and repositories of others: a recipe for anybody leaves the second kind out.
@@ -27,15 +28,7 @@ _PATHS = (
 _OF_ONE_USER = ("push_to_hub", "resume_from_checkpoint", "run_name", "disable_tqdm")
 _LOCAL = re.compile(r"^(~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 # LoraConfig's names of what `dpo-peft train` has options for.
-_LORA_OPTIONS = {
-    "r": "lora_r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
+_LORA_OPTIONS = {name: name if name.startswith(("lora_", "use_")) else f"lora_{name}" for name in ADAPTER_OPTIONS}
 
 
 def plain(value: object) -> Any:
@@ -124,4 +117,4 @@ def write_recipe(
         *notes,
     ]
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
-    path.write_text("".join(f"# {line}\n" for line in lines) + text, encoding="utf-8")
+    write_atomically(path, "".join(f"# {line}\n" for line in lines) + text)

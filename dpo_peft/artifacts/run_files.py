@@ -4,7 +4,6 @@ All of them are made to be published: local paths are shown by their last part, 
 """
 
 import json
-import math
 import platform
 import re
 import shutil
@@ -17,12 +16,12 @@ import torch
 from peft import LoraConfig
 
 from ..config import objective_options
-from ..files import strict
+from ..files import strict, write_atomically
 from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
-from .card import BUNDLED, RunSummary, Sample, figures_of, framework_versions, save_model_card
+from .card import BUNDLED, RunSummary, Sample, adapter_facts, figures_of, framework_versions, save_model_card
 from .citations import cited
-from .curves import plot_training_curves
+from .curves import initial_loss, plot_training_curves
 from .recipe import changed_options, lora_options, plain, public, write_recipe
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ _SHOWN_OPTIONS = (
 class SaveResults:
     """Writes what people need to judge a run beside its adapter: `SaveResults(trainer).save(folder)`.
 
-    Of the trainer it reads `model`, `args`, `state`, `objective`, `processing_class`, `reference`, `policy_adapter`,
-    `reference.describe()` and
+    Of the trainer it reads, beside what transformers' trainer has and its parts:
 
     - `data_reports`: dataset name to what became of its rows;
     - `data_sources`: dataset name to Hub ids or files, and their license;
@@ -73,25 +71,16 @@ class SaveResults:
                 shutil.copyfile(written / name, folder / name)
         facts = self.facts()
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
-        (folder / "metrics.json").write_text(json.dumps(strict(metrics), indent=2, default=str) + "\n")
+        write_atomically(folder / "metrics.json", json.dumps(strict(metrics), indent=2, default=str) + "\n")
         write_recipe(folder / "recipe.yaml", changed_options(self.args), *self._recipe_source())
         curved = any("loss" in entry for entry in self.log_history)
         if curved:
-            plot_training_curves(self.log_history, folder / "curves.png", start_loss=_start_loss(self.args.loss_type))
+            plot_training_curves(self.log_history, folder / "curves.png", start_loss=initial_loss(self.args.loss_type))
         save_model_card(self._summary(folder, facts, "curves.png" if curved else None), folder)
 
     def facts(self) -> dict[str, Any]:
         """Returns what metrics.json says beside the figures."""
-        trainer, lora = self.trainer, self.lora
-        adapter = {
-            "rank": lora.r,
-            "alpha": lora.lora_alpha,
-            "dropout": lora.lora_dropout,
-            "target modules": plain(lora.target_modules),
-            "modules to save": plain(lora.modules_to_save),
-            "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
-        }
+        trainer = self.trainer
         bundled = Path(self.base_model).is_dir() and Path(self.base_model).resolve() == BUNDLED.resolve()
         facts = {
             "options": changed_options(self.args),
@@ -100,7 +89,7 @@ class SaveResults:
             "reward": self.trained.reward,
             "reference": self.reference,
             "base_model": "dpo_peft.quickstart" if bundled else public(self.base_model, is_path=True),
-            "adapter": {k: v for k, v in adapter.items() if v not in (None, False) or k == "dropout"},
+            "adapter": adapter_facts(vars(self.lora)),
             "quantization": self.trained.quantization,
             "environment": environment(self.args.device),
             "seconds": next((e["train_runtime"] for e in reversed(self.log_history) if "train_runtime" in e), None),
@@ -108,7 +97,7 @@ class SaveResults:
             "storage_bytes": asdict(self.storage),
             "versions": framework_versions(),
         }
-        return {**facts, **({"warnings": plain(trainer.warnings_raised)} if trainer.warnings_raised else {})}
+        return facts | ({"warnings": plain(trainer.warnings_raised)} if trainer.warnings_raised else {})
 
     def _objective(self) -> str:
         """Names, weights and sources of the losses. What the lecture note calls them helps no reader of a card."""
@@ -161,7 +150,14 @@ class SaveResults:
             objective=facts["objective"],
             datasets=datasets,
             eval_dataset=evaluated,
-            papers=self._papers(),
+            papers=cited(
+                [part.paper for part in trainer.objective.parts],
+                vars(args),
+                log_ratio=trained.reward == "log_ratio",
+                quantized=bool(trained.quantization),
+                rslora=self.lora.use_rslora,
+                dora=self.lora.use_dora,
+            ),
             reference=self.reference,
             quantization=trained.quantization,
             quantization_report=str(self.storage),
@@ -188,16 +184,6 @@ class SaveResults:
             if "eval" in self.trainer.data_reports:
                 evaluated = [self.command_options.get("eval_dataset_name", trained[0])]
         return trained, evaluated[0] if len(evaluated) == 1 else "held-out preference pairs"
-
-    def _papers(self) -> list[str]:
-        return cited(
-            [part.paper for part in self.trainer.objective.parts],
-            vars(self.args),
-            log_ratio=self.trained.reward == "log_ratio",
-            quantized=bool(self.trained.quantization),
-            rslora=self.lora.use_rslora,
-            dora=self.lora.use_dora,
-        )
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -226,20 +212,13 @@ def read_samples(path: Path) -> tuple[tuple[int, int], list[Sample]]:
     none."""
     if not path.is_file():
         return (0, 0), []
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    steps = sorted({row["step"] for row in rows})
-    if len(steps) < 2:
+    written: dict[int, dict[int, dict[str, Any]]] = {}  # step -> prompt -> row; of a repeated step the newest
+    for line in path.read_text("utf-8").split("\n"):
+        if line.strip():
+            row = json.loads(line)
+            written.setdefault(row["step"], {})[row["prompt_number"]] = row
+    if len(written) < 2:
         return (0, 0), []
-    written = {(row["step"], row["prompt_number"]): row for row in rows}  # of a repeated step the newest
-    first, last = steps[0], steps[-1]
-    numbers = [number for step, number in sorted(written) if step == first and (last, number) in written]
-    samples = [
-        Sample(written[first, n]["prompt"], written[first, n]["completion"], written[last, n]["completion"])
-        for n in numbers
-    ]
-    return (first, last), samples
-
-
-def _start_loss(loss_type: list[str]) -> float | None:
-    """Returns the loss before training, when the policy is its reference: of DPO as such it is known."""
-    return math.log(2) if loss_type in (["sigmoid"], ["trajectory"]) else None
+    first, last = min(written), max(written)
+    both = [(row, written[last][number]) for number, row in sorted(written[first].items()) if number in written[last]]
+    return (first, last), [Sample(old["prompt"], old["completion"], new["completion"]) for old, new in both]

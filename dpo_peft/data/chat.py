@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .fields import Message, Messages, RowProblem
 from .formats import Example
-from .tokenize import Encoded, border_problem, split_at_border
+from .tokenize import Encoded, ids_behind
 
 TEMPLATE_REMEDY = (
     "use a chat template that renders the prompt the same way in both, or set what it offers for that in "
@@ -25,6 +25,7 @@ MARK = re.compile(r"\((?:turn|call) \d+\)")
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `DataError` when there is no chat template."""
     if not tokenizer.chat_template:
         raise DataError(
             f"{name}: the rows are conversations, but the tokenizer has no chat template. Set "
@@ -32,95 +33,115 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         )
 
 
-def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """Renders the prompt up to where the model starts to write; `RowProblem` when nothing comes of it."""
-    prompt_ids = render_ids(tokenizer, example, example.prompt, "prompt", **opening(example))
-    if not prompt_ids:
-        raise RowProblem("prompt", "the chat template renders it to nothing", "check the chat template")
-    return prompt_ids
+class Chat:
+    """A row's conversations as the chat template renders them, with the row's tools and arguments.
 
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
-    """Renders and tokenizes one conversation; `RowProblem` when the template refuses it or the prompt is no prefix."""
-    prompt_ids = prompt_ids_of(tokenizer, example)
-    completion_ids, resplits = [], 0
-    for field, messages in zip(example.fields, example.completions, strict=True):
-        whole = join_turns(example, messages)
-        joint = render_ids(tokenizer, example, whole, field)
-        ids = joint[len(prompt_ids) :]
-        if joint[: len(prompt_ids)] != prompt_ids:
-            # A token merges across the border, or the texts really differ.
-            prompt_text = render_text(tokenizer, example, example.prompt, "prompt", **opening(example))
-            text = render_text(tokenizer, example, whole, field)
-            merges = text.startswith(prompt_text)
-            split = split_at_border(tokenizer, prompt_ids, joint, text[len(prompt_text) :]) if merges else None
-            if split is None:
-                raise border_problem(tokenizer, prompt_ids, joint, field, TEMPLATE_REMEDY)
-            ids, resplits = split, resplits + 1
-        completion_ids.append(ids)
-    return Encoded(prompt_ids, completion_ids, resplits)
-
-
-def join_turns(example: Example, completion: Messages) -> Messages:
-    """Returns the whole conversation; a completion that continues the prompt's last message is joined to it."""
-    if not example.continues:
-        return [*example.prompt, *completion]
-    last, first = example.prompt[-1], completion[0]
-    return [*example.prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *completion[1:]]
-
-
-def turn_field(example: Example, index: int, number: int) -> str:
-    """Names turn `number` of the whole conversation with completion `index`, for messages."""
-    start = len(example.prompt) - example.continues
-    return f"prompt[{number}]" if number < start else f"{example.fields[index]}[{number - start}]"
-
-
-def turn_kind(message: Message) -> tuple[str, ...]:
-    """Returns what decides how a template takes a message, besides the texts: its role and its fields."""
-    return (message["role"], *sorted(message))
-
-
-def check_rendering(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
-    """Raises `RowProblem` when the template leaves out tools, tool calls or a turn of this row.
-
-    Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
-    Trajectories may have no prompt, and any of their turns may be the user's.
+    All methods raise `RowProblem` when the template refuses a conversation.
     """
-    prompt_text = partial(render_text, tokenizer, example, field="prompt", **opening(example))
-    wholes = [join_turns(example, messages) for messages in example.completions]
-    shows = [partial(render_text, tokenizer, example, field=field) for field in example.fields]
-    opens = bool(example.prompt) and example.prompt[-1]["role"] != "assistant" or example.continues
-    show, shared = (prompt_text, example.prompt) if opens else (shows[0], wholes[0])
-    if example.tools and show(shared) == show(shared, tools=None):
-        raise RowProblem(
-            "tools",
-            "the chat template leaves the tools out",
-            "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
-        )
-    start = len(example.prompt) if opens else 0
-    if opens:
-        _check_turns_shown(show, example, example.prompt, 0, 0)
-    for index, whole in enumerate(wholes):
-        _check_turns_shown(shows[index], example, whole, index, max(start - example.continues, 0))
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
+        self.tokenizer, self.example = tokenizer, example
+        # The template's argument that renders a prompt up to where the model starts to write.
+        self.opens = {"continue_final_message" if example.continues else "add_generation_prompt": True}
 
-def _check_turns_shown(show: Callable[..., str], example: Example, messages: Messages, index: int, start: int) -> None:
-    """Asks of each turn from `start` on whether `show` shows it.
+    def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
+        """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
+        options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}, **changes}
+        return list(self._render(messages, field, options)["input_ids"])
 
-    All of them are marked and rendered at once, so that the work grows with the turns. A turn whose mark is not
-    found, because the template leaves it out or rewrites it, is changed on its own.
-    """
-    shown = show(messages)
-    marked = [_mark(message, at) if at >= start else message for at, message in enumerate(messages)]
-    found = set(MARK.findall(show(marked).lower())) - set(MARK.findall(shown.lower()))
-    for at, message in enumerate(messages[start:], start):
-        for what, mark, changed in _changed_turns(message, at):
-            if mark not in found and show([*messages[:at], changed, *messages[at + 1 :]]) == shown:
-                raise RowProblem(
-                    turn_field(example, index, at),
-                    f"the chat template leaves {what} out",
-                    "use a chat template that renders it, or remove the message",
-                )
+    def text(self, messages: Messages, field: str, **changes: object) -> str:
+        """Returns the text of messages, as `ids`."""
+        return str(self._render(messages, field, {"tokenize": False, **changes}))
+
+    def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
+        given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **given)
+        except Exception as error:  # a template is code of someone else's and may raise anything
+            roles = ", ".join(message["role"] for message in messages)
+            raise RowProblem(
+                field,
+                f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
+                "reorder, merge or remove the messages, or use another chat template",
+            ) from error
+
+    def text_behind(self, start: Messages, opens: dict[str, bool], messages: Messages, field: str) -> str | None:
+        """Returns the text of messages that follows that of their start; None where they begin otherwise."""
+        before, text = self.text(start, field, **opens), self.text(messages, field)
+        return text[len(before) :] if text.startswith(before) else None
+
+    def prompt_ids(self) -> list[int]:
+        """Renders the prompt up to where the model starts to write; `RowProblem` when nothing comes of it."""
+        prompt_ids = self.ids(self.example.prompt, "prompt", **self.opens)
+        if not prompt_ids:
+            raise RowProblem("prompt", "the chat template renders it to nothing", "check the chat template")
+        return prompt_ids
+
+    def encode(self) -> Encoded:
+        """Renders and tokenizes the row; `RowProblem` when the prompt's ids are no prefix."""
+        prompt_ids, completion_ids, resplits = self.prompt_ids(), [], 0
+        for index, field in enumerate(self.example.fields):
+            whole = self.whole(index)
+            text = partial(self.text_behind, self.example.prompt, self.opens, whole, field)
+            joint = self.ids(whole, field)
+            ids, apart = ids_behind(self.tokenizer, prompt_ids, joint, text, field, TEMPLATE_REMEDY)
+            completion_ids.append(ids)
+            resplits += apart
+        return Encoded(prompt_ids, completion_ids, resplits)
+
+    def whole(self, index: int) -> Messages:
+        """Returns a whole conversation; a completion that continues the prompt's last message is joined to it."""
+        prompt, completion = self.example.prompt, self.example.completions[index]
+        if not self.example.continues:
+            return [*prompt, *completion]
+        last, first = prompt[-1], completion[0]
+        return [*prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *completion[1:]]
+
+    def turn_field(self, index: int, number: int) -> str:
+        """Names turn `number` of the whole conversation with completion `index`, for messages."""
+        start = len(self.example.prompt) - self.example.continues
+        return f"prompt[{number}]" if number < start else f"{self.example.fields[index]}[{number - start}]"
+
+    # ---- What a template leaves out ---------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises `RowProblem` when the template leaves out tools, tool calls or a turn of this row.
+
+        Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
+        Trajectories may have no prompt, and any of their turns may be the user's.
+        """
+        prompt = self.example.prompt
+        wholes = [(partial(self.text, field=name), self.whole(i)) for i, name in enumerate(self.example.fields)]
+        opens = bool(prompt) and prompt[-1]["role"] != "assistant" or self.example.continues
+        show, shared = (partial(self.text, field="prompt", **self.opens), prompt) if opens else wholes[0]
+        if self.example.tools and show(shared) == show(shared, tools=None):
+            raise RowProblem(
+                "tools",
+                "the chat template leaves the tools out",
+                "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
+            )
+        if opens:
+            self._check_turns_shown(show, prompt, 0, 0)
+        for index, (show, whole) in enumerate(wholes):
+            self._check_turns_shown(show, whole, index, len(prompt) - self.example.continues if opens else 0)
+
+    def _check_turns_shown(self, show: Callable[..., str], messages: Messages, index: int, start: int) -> None:
+        """Asks of each turn from `start` on whether `show` shows it.
+
+        All of them are marked and rendered at once, so that the work grows with the turns. A turn whose mark is not
+        found, because the template leaves it out or rewrites it, is changed on its own.
+        """
+        shown = show(messages)
+        marked = [_mark(message, at) if at >= start else message for at, message in enumerate(messages)]
+        found = set(MARK.findall(show(marked).lower())) - set(MARK.findall(shown.lower()))
+        for at, message in enumerate(messages[start:], start):
+            for what, mark, changed in _changed_turns(message, at):
+                if mark not in found and show([*messages[:at], changed, *messages[at + 1 :]]) == shown:
+                    raise RowProblem(
+                        self.turn_field(index, at),
+                        f"the chat template leaves {what} out",
+                        "use a chat template that renders it, or remove the message",
+                    )
 
 
 def _mark(message: Message, number: int) -> Message:
@@ -144,38 +165,6 @@ def _changed_turns(message: Message, number: int) -> Iterator[tuple[str, str, Me
         yield "a tool call", f"(call {number})", {"content": "", **others}
 
 
-def opening(example: Example) -> dict[str, Any]:
-    """Returns the template's argument that renders a prompt up to where the model starts to write."""
-    return {"continue_final_message" if example.continues else "add_generation_prompt": True}
-
-
-def render_ids(
-    tokenizer: PreTrainedTokenizerBase, example: Example, messages: Messages, field: str, **changes: Any
-) -> list[int]:
-    """Returns the token ids of `messages` with the row's tools and arguments, and `changes` to them."""
-    options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}, **changes}
-    return list(_render(tokenizer, example, messages, field, options)["input_ids"])
-
-
-def render_text(
-    tokenizer: PreTrainedTokenizerBase, example: Example, messages: Messages, field: str, **changes: Any
-) -> str:
-    """Returns the text of `messages`, as `render_ids`."""
-    text: str = _render(tokenizer, example, messages, field, {"tokenize": False, **changes})
-    return text
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, example: Example, messages: Messages, field: str, options: dict[str, Any]
-) -> Any:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, **{"tools": example.tools, **example.template_kwargs, **options}
-        )
-    except Exception as error:  # a template is code of someone else's and may raise anything
-        roles = ", ".join(message["role"] for message in messages)
-        raise RowProblem(
-            field,
-            f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
-            "reorder, merge or remove the messages, or use another chat template",
-        ) from error
+def turn_kind(message: Message) -> tuple[str, ...]:
+    """Returns what decides how a template takes a message, besides the texts: its role and its fields."""
+    return (message["role"], *sorted(message))

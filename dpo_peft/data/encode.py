@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .chat import check_chat_template, encode_chat, prompt_ids_of
+from .chat import Chat, check_chat_template
 from .fields import RowProblem, read_text
 from .formats import Example
 from .summary import explain
@@ -35,7 +35,7 @@ class Encoder:
     def prompt(self, example: Example) -> list[int]:
         """Returns the ids up to where the model begins to write. Raises `RowProblem` when there are none."""
         if example.kind == "chat":
-            return prompt_ids_of(self.tokenizer, example)
+            return Chat(self.tokenizer, example).prompt_ids()
         if example.kind == "text":
             return text_prompt_ids(self.tokenizer, example.prompt, self.leading)
         ids: list[int] = example.prompt
@@ -48,9 +48,9 @@ class Encoder:
             RowProblem: the template refuses the row, or the prompt's ids are not the start of the whole.
         """
         if example.kind == "chat":
-            return encode_chat(self.tokenizer, example)
+            return Chat(self.tokenizer, example).encode()
         if example.kind == "text":
-            return encode_text(self.tokenizer, example.prompt, example.completions, self.leading, example.fields)
+            return encode_text(self.tokenizer, example, self.leading)
         return Encoded(example.prompt, example.completions)
 
 
@@ -83,15 +83,16 @@ def preprocess_dpo_sample(
         encoded = encode(Example("text", text, completions, PAIR))
     except RowProblem as problem:
         raise problem.located("sample", 0) from None
-    if not isinstance(encoded, str):
-        fitted = fit(encoded.prompt_ids, encoded.completion_ids, max_length, "trim_prompt")
-    else:
-        fitted = encoded
+    fitted = (
+        encoded
+        if isinstance(encoded, str)
+        else fit(encoded.prompt_ids, encoded.completion_ids, max_length, "trim_prompt")
+    )
     if isinstance(fitted, str):
         raise DataError(f"sample: {explain(fitted)}.")
-    sample: dict[str, list[int]] = {}
+    prompt_ids, sample = fitted.prompt_ids, dict[str, list[int]]()
     for side, ids in zip(PAIR, fitted.completion_ids, strict=True):
-        sample[f"{side}_input_ids"] = fitted.prompt_ids + ids
-        sample[f"{side}_attention_mask"] = [1] * (len(fitted.prompt_ids) + len(ids))
-        sample[f"{side}_labels"] = [IGNORE] * len(fitted.prompt_ids) + ids
+        sample[f"{side}_input_ids"] = prompt_ids + ids
+        sample[f"{side}_attention_mask"] = [1] * len(prompt_ids + ids)
+        sample[f"{side}_labels"] = [IGNORE] * len(prompt_ids) + ids
     return sample

@@ -36,22 +36,19 @@ class RowProblem(Exception):
 def read_text(row: Row, column: str) -> str:
     """Returns text that can be encoded as UTF-8; may be empty."""
     value = _get(row, column)
-    if not isinstance(value, str):
-        if isinstance(value, Mapping) and "value" in value:
-            remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
-        else:
-            remedy = "store the answer as text, or remove the row"
-        raise RowProblem(column, f"expected text, found {_name(value)}", remedy)
-    _check_utf8(value, column)
-    return value
+    if isinstance(value, Mapping) and "value" in value:
+        remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
+    else:
+        remedy = "store the answer as text, or remove the row"
+    text: str = _expect(value, str, column, "text", remedy)
+    _check_utf8(text, column)
+    return text
 
 
 def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
     """Returns token ids, each in [0, vocab_size); may be empty."""
-    value = _get(row, column)
-    if not isinstance(value, list):
-        raise RowProblem(column, f"expected a list of token ids, found {_name(value)}", "store a list of int")
-    for position, token in enumerate(value):
+    ids: list[int] = _expect(_get(row, column), list, column, "a list of token ids", "store a list of int")
+    for position, token in enumerate(ids):
         if type(token) is not int:  # bool is a subclass of int
             raise RowProblem(
                 column, f"position {position} holds {_name(token)}, not a token id", "store a list of int"
@@ -62,27 +59,26 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
                 f"position {position} holds id {token}, outside the vocabulary of {vocab_size} tokens",
                 "tokenize with the tokenizer that is passed to the trainer",
             )
-    return value
+    return ids
 
 
 def read_entries(row: Row, column: str, least: int = 1) -> dict[str, Any]:
-    """Returns the completions of a list by their names in messages: {"completions[0]": …}."""
-    value = _get(row, column)
-    if not isinstance(value, list):
-        raise RowProblem(column, f"expected a list of answers, found {_name(value)}", "store a list")
-    if len(value) < least:
+    """Returns the values of a list by their names in messages: {"completions[0]": …}."""
+    values = _expect(_get(row, column), list, column, "a list of answers", "store a list")
+    if len(values) < least:
+        empty = "" if values else ", an empty list"
         wanted = "at least one answer" if least == 1 else f"at least {least} answers to compare"
-        raise RowProblem(column, f"holds {len(value)} answers", f"give every row {wanted}, or remove the row")
-    return {f"{column}[{index}]": answer for index, answer in enumerate(value)}
+        raise RowProblem(column, f"holds {len(values)} answers{empty}", f"give every row {wanted}, or remove the row")
+    return {f"{column}[{index}]": value for index, value in enumerate(values)}
 
 
 def read_number(row: Row, column: str) -> float:
     """Returns a finite number."""
-    value = _get(row, column)
+    value, remedy = _get(row, column), "store a number, or remove the row"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowProblem(column, f"expected a number, found {_name(value)}", "store a number, or remove the row")
+        raise RowProblem(column, f"expected a number, found {_name(value)}", remedy)
     if not math.isfinite(value):
-        raise RowProblem(column, f"expected a finite number, found {value}", "store a number, or remove the row")
+        raise RowProblem(column, f"expected a finite number, found {value}", remedy)
     return float(value)
 
 
@@ -116,49 +112,37 @@ def read_grades(row: Row, count: int) -> list[float]:
     return [0.0 - grade for grade in grades] if column == "ranks" else grades
 
 
-def read_messages(row: Row, column: str) -> list[dict[str, Any]]:
+def read_messages(row: Row, column: str) -> Messages:
     """Returns messages as fresh dicts without None-valued keys; may be an empty list."""
-    value = _get(row, column)
-    if not isinstance(value, list):
-        remedy = 'store [{"role": …, "content": …}, …]'
-        found = _name(value)
-        if isinstance(value, Mapping):
-            found = f"one dict with the keys {sorted(value)}"
-            remedy += " (a datasets.List of a dict, not a Sequence)"
-        raise RowProblem(column, f"expected a list of messages, found {found}", remedy)
-    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(value)]
+    value, remedy = _get(row, column), 'store [{"role": …, "content": …}, …]'
+    if isinstance(value, Mapping):
+        found = f"expected a list of messages, found one dict with the keys {sorted(value)}"
+        raise RowProblem(column, found, f"{remedy} (a datasets.List of a dict, not a Sequence)")
+    messages = _expect(value, list, column, "a list of messages", remedy)
+    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
 
 
 def read_conversation(row: Row, column: str) -> Messages:
     """Returns messages, at least one."""
     messages = read_messages(row, column)
     if not messages:
-        raise RowProblem(column, "is an empty conversation", "give at least one message")
+        raise RowProblem(column, "is an empty conversation", "give at least one message, or remove the row")
     return messages
 
 
-def _read_message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise RowProblem(where, f"expected a message, found {_name(message)}", 'use {"role": …, "content": …}')
-    if "from" in message and "role" not in message:
+def _read_message(message: object, where: str) -> Message:
+    given: Row = _expect(message, Mapping, where, "a message", 'use {"role": …, "content": …}')
+    if "from" in given and "role" not in given:
         raise RowProblem(where, "has from/value instead of role/content", "dataset.map(dpo_peft.data.from_sharegpt)")
-    clean: dict[str, Any] = without_none(message)
+    clean: Message = without_none(given)
     role, content = clean.get("role"), clean.get("content")
     if not isinstance(role, str) or not role:
         raise RowProblem(where, f"'role' is {_name(role)}", "give a role: system, user, assistant or tool")
     if content is None and not clean.get("tool_calls"):
         raise RowProblem(where, "has no 'content'", "give the text, or remove the message")
-    if isinstance(content, str):
-        _check_utf8(content, where)
-    elif isinstance(content, list):
-        _check_parts(content, where)
-    elif content is not None:
+    if content is not None and not isinstance(content, str | list):
         raise RowProblem(where, f"'content' should be text, found {_name(content)}", "store the content as text")
-    return clean
-
-
-def _check_parts(parts: list[Any], where: str) -> None:
-    for part in parts:
+    for part in content if isinstance(content, list) else ():
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RowProblem(
                 where,
@@ -166,6 +150,9 @@ def _check_parts(parts: list[Any], where: str) -> None:
                 'use text, or [{"type": "text", "text": …}]; images are not supported',
             )
         _check_utf8(part["text"], where)
+    if isinstance(content, str):
+        _check_utf8(content, where)
+    return clean
 
 
 def read_tools(row: Row) -> list[dict[str, Any]] | None:
@@ -175,24 +162,20 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowProblem("tools", "expected a list of JSON schemas", "store a list of dicts or its JSON string")
-    if not isinstance(row.get("tools"), str):
-        tools = without_none(tools)
-    return tools or None
+    return (tools if isinstance(row["tools"], str) else without_none(tools)) or None
 
 
 def read_template_kwargs(row: Row) -> dict[str, Any]:
     """Returns extra arguments for the chat template (dict, or a JSON string of one)."""
-    kwargs = _from_json(row, "chat_template_kwargs")
+    column = "chat_template_kwargs"
+    kwargs = _from_json(row, column)
     if kwargs is None:
         return {}
-    if not isinstance(kwargs, Mapping):
-        raise RowProblem("chat_template_kwargs", f"expected a dict, found {_name(kwargs)}", "store a dict")
-    reserved = sorted(RESERVED_KWARGS.intersection(kwargs))
-    if reserved:
-        raise RowProblem(
-            "chat_template_kwargs", f"{reserved[0]!r} is set by the pipeline", f"remove {reserved[0]!r} from the dict"
-        )
-    return without_none(kwargs)
+    _expect(kwargs, Mapping, column, "a dict", "store a dict")
+    if reserved := sorted(RESERVED_KWARGS.intersection(kwargs)):
+        raise RowProblem(column, f"{reserved[0]!r} is set by the pipeline", f"remove {reserved[0]!r} from the dict")
+    clean: dict[str, Any] = without_none(kwargs)
+    return clean
 
 
 def _from_json(row: Row, column: str) -> Any:
@@ -220,6 +203,13 @@ def _get(row: Row, column: str) -> Any:
     return row[column]
 
 
+def _expect(value: Any, kind: type, field: str, expected: str, remedy: str) -> Any:
+    """Returns a value that is of this kind."""
+    if not isinstance(value, kind):
+        raise RowProblem(field, f"expected {expected}, found {_name(value)}", remedy)
+    return value
+
+
 def _check_utf8(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
@@ -231,7 +221,7 @@ def _check_utf8(text: str, where: str) -> None:
         ) from None
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     if value is None:
         return "nothing (None)"
     if isinstance(value, bool):

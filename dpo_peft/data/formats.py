@@ -1,37 +1,44 @@
-"""The formats of rows: `detect_format` names one for all rows of a dataset; `parse.py` reads them.
+"""The formats of rows: `detect_layout` finds that of a dataset, `parse.py` reads its rows. `register` adds one.
 
-A format is a way to give the prompt and, after it, a way to give the completions. `register` adds one from outside.
+A format is a way to give the prompt and, after it, what is known of the completions: "chat", "text_ranked".
 
 | prompt        | columns                                                                                   |
 |---------------|-------------------------------------------------------------------------------------------|
 | text          | `prompt`: text; completions as text                                                       |
-| text_implicit | none: answers are texts that start alike                                                  |
-| transcript    | none: answers are raw HH texts, "\\n\\nHuman: … \\n\\nAssistant: …"                           |
-| chat          | `prompt` and answers: lists of {role, content}; `tools`, `chat_template_kwargs`           |
-| chat_implicit | answers are whole conversations that start alike (a text `prompt` is then unused)         |
-| ids           | `prompt_ids` and answers: token ids, used as they are                                     |
+| text_implicit | none: completions are texts that start alike                                              |
+| transcript    | none: completions are raw HH texts, "\\n\\nHuman: … \\n\\nAssistant: …"                       |
+| chat          | `prompt` and completions: lists of {role, content}; `tools`, `chat_template_kwargs`       |
+| chat_implicit | completions are whole conversations that start alike (a text `prompt` is then unused)     |
+| ids           | `prompt_ids` and completions: token ids, used as they are                                 |
 
-| answers | columns                                                                       | for                       |
-|---------|-------------------------------------------------------------------------------|---------------------------|
-| (pair)  | `chosen`, `rejected`                                                          | every objective           |
-| (pair)  | `chosen`, `rejected` as a list of answers                                     | lists, singles            |
-| _ranked | `completions` with `ranks` (lower is better) or `scores` (higher is better)   | lists                     |
-| _label  | `completion` and `label`; a whole conversation in `messages` (chat_implicit)  | singles                   |
+| judged     | columns                                                                         | for             |
+|------------|---------------------------------------------------------------------------------|-----------------|
+| pair       | `chosen`, `rejected`                                                            | every objective |
+| several    | `chosen`, `rejected` as a list of completions                                   | lists, singles  |
+| ranked     | `completions` with `ranks` (lower is better) or `scores` (higher is better)     | lists           |
+| label      | `completion` and `label`; a whole conversation in `messages` (chat_implicit)    | singles         |
+| unlabelled | `completion`, `completions` or `messages`: nobody judged them, they are scored  | unlabelled      |
 
 With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `completion_ids`. A pair may carry a
 `preference` (probability in [0, 1] that chosen is the better one) and a `margin`, where the objective reads them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError, OptionError
-from .fields import RowProblem, read_text
+from .fields import Row, RowProblem, read_entries, read_text
 
-Row = Mapping[str, Any]
-
-DATA_KINDS = ("pairs", "lists", "singles", "trajectories")
+# What the judgments of a row suit: the kinds of data that objectives learn from. The first is what it is scored as.
+SUITS = {
+    "pair": ("pairs", "trajectories", "lists", "singles"),
+    "several": ("lists", "singles"),
+    "ranked": ("lists", "unlabelled"),
+    "label": ("singles", "unlabelled"),
+    "unlabelled": ("unlabelled",),
+}
+DATA_KINDS = ("pairs", "lists", "singles", "trajectories", "unlabelled")
 DISCOUNT_UNITS = ("turn", "token")
 LABEL_COLUMNS = ("preference", "margin")
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
@@ -50,7 +57,24 @@ ACCEPTED = {
     "trajectories": "chosen/rejected as whole conversations, or prompt/chosen/rejected as messages, text or ids",
     "lists": f"prompt/completions with ranks or scores, or (rejected may be a list) {PAIRS}",
     "singles": f"prompt/completion/label, messages/label, or (rejected may be a list) {PAIRS}",
+    "unlabelled": "prompt/completion, prompt/completions or messages",
 }
+# Columns that tell rows as others publish them, what these are, and how they are converted.
+RAW_FORMATS = (
+    ({"conversations"}, "ShareGPT rows", "dataset.map(dpo_peft.data.from_sharegpt)"),
+    (
+        {"response1", "response2"},
+        "PandaLM comparisons",
+        "dataset.filter(dpo_peft.data.pandalm_decided).map(dpo_peft.data.from_pandalm)",
+    ),
+    ({"completion_a", "completion_b"}, "Tulu human evaluation", "dataset.map(dpo_peft.data.from_tulu)"),
+    (
+        {"message_tree_id"},
+        "Open-Assistant trees",
+        "Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])",
+    ),
+    ({"output"}, "Alpaca-like rows with a ranked list of outputs", "dataset.map(dpo_peft.data.from_alpaca)"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +100,6 @@ class Wanted:
         return self.data in ("lists", "singles")
 
 
-PLAIN_PAIRS = Wanted()
-
-
 @dataclass(frozen=True)
 class Example:
     """One prompt with K completions before tokenization, the best first.
@@ -100,21 +121,22 @@ class Example:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way to write preference rows. `register` adds one; `parse.py` makes those that the table above lists.
+    """A way to write preference rows. `register` adds one; `parse.py` makes those that the tables above list.
 
     Args:
         name: what the summary calls it.
         kind: what its examples hold: "text", "chat" or "ids" (see `Example`).
         columns: those that `read` reads. The summary names the others as unused.
         read: one row to an `Example` of this kind, or to the name of the reason (of `REASONS`) why it can't teach
-            anything. Raises `RowProblem(field, problem, remedy)` for a malformed row.
+            anything; or to a list of these, where a row has several completions that nobody judged. Raises
+            `RowProblem(field, problem, remedy)` for a malformed row.
         detect: whether a dataset with these columns and this first row is of this format.
     """
 
     name: str
     kind: str
     columns: tuple[str, ...]
-    read: Callable[[Row], "Example | str"]
+    read: Callable[[Row], "Example | str | list[Example | str]"]
     detect: Callable[[set[str], Row], bool] = lambda columns, first: False
 
 
@@ -126,173 +148,86 @@ def register(row_format: RowFormat) -> None:
     REGISTERED[row_format.name] = row_format
 
 
-def split_format(fmt: str) -> tuple[str, str]:
-    """Returns how a format gives prompt and completions: "chat_ranked" -> ("chat", "ranked"), "ids" -> (…, "pair")."""
-    base, _, answers = fmt.rpartition("_")
-    return (base, answers) if answers in ("ranked", "label") else (fmt, "pair")
+@dataclass(frozen=True)
+class Layout:
+    """How a dataset gives its prompts (first table above) and what is known of its completions (second table)."""
+
+    prompt: str
+    columns: tuple[str, ...]  # that hold completions
+    judged: str = "pair"
+
+    @property
+    def name(self) -> str:
+        return self.prompt if self.judged in ("pair", "several") else f"{self.prompt}_{self.judged}"
+
+    @property
+    def kind(self) -> str:
+        return self.prompt.partition("_")[0].replace("transcript", "text")
+
+    @property
+    def implicit(self) -> bool:
+        """Says whether the prompt is the start of the completions, not a column."""
+        return self.prompt not in ("text", "chat", "ids")
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Returns the columns that rows are read from, labels of a pair apart."""
+        prompt = () if self.implicit else ("prompt_ids" if self.kind == "ids" else "prompt",)
+        judgments = {"ranked": GRADE_COLUMNS, "label": ("label",)}.get(self.judged, ())
+        return (*prompt, *self.columns, *judgments, *(CHAT_COLUMNS if self.kind == "chat" else ()))
 
 
-def used_columns(fmt: str) -> tuple[str, ...]:
-    """Returns the columns that rows of a format are read from, labels of a pair apart."""
-    base, answers = split_format(fmt)
-    end = "_ids" if base == "ids" else ""
-    prompt = (f"prompt{end}",) if base in ("text", "chat", "ids") else ()
-    if answers == "pair":
-        given: tuple[str, ...] = (f"chosen{end}", f"rejected{end}")
-    elif answers == "ranked":
-        given = (f"completions{end}", *GRADE_COLUMNS)
-    else:
-        given = ("messages" if base == "chat_implicit" else f"completion{end}", "label")
-    return prompt + given + (CHAT_COLUMNS if base.startswith("chat") else ())
+def find_completions(have: set[str], first: Row, lists: bool = False) -> tuple[tuple[str, ...], str]:
+    """Returns the columns that hold completions, and what is known of these. `lists` prefers ranked ones to a pair."""
+    paired = {"chosen", "rejected"} <= have or {"chosen_ids", "rejected_ids"} <= have
+    graded = bool(have.intersection(GRADE_COLUMNS))
+    for column in ("completions", "completions_ids", "completion", "completion_ids", "messages"):
+        listed = column.startswith("completions")
+        if column in have and (not paired or lists and listed and graded):
+            judged = ("ranked" if graded else "") if listed else ("label" if "label" in have else "")
+            return (column,), judged or "unlabelled"
+    end = "_ids" if have & {"prompt_ids", "chosen_ids", "rejected_ids"} and not {"chosen", "rejected"} <= have else ""
+    chosen, rejected = f"chosen{end}", f"rejected{end}"
+    found = first.get(rejected)
+    several = isinstance(found, list) and found and isinstance(found[0], str | list)
+    return (chosen, rejected), "several" if several else "pair"
 
 
-def detect_format(name: str, columns: list[str], first: Row, wanted: Wanted = PLAIN_PAIRS) -> str:
-    """Names the format of dataset `name` from its columns and its first row.
+def data_of(columns: Collection[str], first: Row) -> str:
+    """Returns the kind of data that rows with these columns and this first row are scored as."""
+    return SUITS[find_completions(set(columns), first)[1]][0]
+
+
+def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wanted) -> Layout:
+    """Returns the format of dataset `name` from its columns and its first row.
 
     Raises `DataError` when there is none, or none that the objective can learn from.
     """
     have, data = set(columns), wanted.data
     _refuse_raw_formats(name, have, first)
-    answers = _detect_answers(name, have, first, data)
-    _refuse_unread_labels(name, have, wanted)
-    if answers == "ranked":
-        return _detect_ranked(name, have, first)
-    if answers == "label":
-        return _detect_label(name, have, first)
-    if have.intersection(("prompt_ids", "chosen_ids", "rejected_ids")) and not {"chosen", "rejected"} <= have:
-        _need(name, have, ("prompt_ids", "chosen_ids", "rejected_ids"), data)
-        return "ids"
-    _need(name, have, ("chosen", "rejected"), data)
-    rejected = first.get("rejected")
-    if wanted.graded and is_several(rejected, kind_of(first.get("chosen"))):
-        rejected = rejected[0] if rejected else first["chosen"]
-    base = _detect_base(name, have, {**first, "rejected": rejected}, ("chosen", "rejected"))
-    if base == "transcript" and data == "trajectories":
+    given, judged = find_completions(have, first, data == "lists")
+    if data not in SUITS[judged]:
+        _refuse_unsuited(name, have, given, judged, data)
+    for column in LABEL_COLUMNS:
+        if column in have and (wanted.graded or column not in wanted.label_columns):
+            raise DataError(
+                f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
+                f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
+            )
+    if judged == "ranked" and set(GRADE_COLUMNS) <= have:
+        _refuse_grades(name, given[0], "both are there")
+    judged = "unlabelled" if data == "unlabelled" else judged
+    ids = given[0].endswith("_ids")
+    _need(name, have, ("prompt_ids", *given) if ids else given, data)
+    if ids or given == ("messages",):
+        return Layout("ids" if ids else "chat_implicit", given, judged)
+    prompt = _detect_prompt(name, have, first, _one_each(name, first, given, wanted), judged)
+    if prompt == "transcript" and data == "trajectories":
         raise DataError(
             f"{name}: raw HH transcripts hold their turns as one text. Convert them first: "
             "dataset.map(dpo_peft.data.from_hh), or dataset_format='hh' on the command line."
         )
-    return base
-
-
-def _detect_answers(name: str, have: set[str], first: Row, data: str) -> str:
-    """Returns how the rows give their completions, if that suits `data`."""
-    paired = {"chosen", "rejected"} <= have or {"chosen_ids", "rejected_ids"} <= have
-    lists, judged = have & {"completions", "completions_ids"}, have & {"completion", "completion_ids", "messages"}
-    needs = None
-    if lists and data == "lists" and (not paired or have.intersection(GRADE_COLUMNS)):
-        return "ranked"
-    if lists and not paired:
-        needs = f"{sorted(lists)[0]!r} (ranked or scored lists) needs {LISTS}"
-    elif "label" in have and judged and not paired:
-        if data == "singles":
-            return "label"
-        needs = f"'label' (one judged answer per row) needs {SINGLES}"
-    elif data in ("pairs", "trajectories"):
-        several = [column for column in ("rejected", "rejected_ids") if _list_of_answers(first.get(column))]
-        needs = f"{several[0]!r} as a list of answers needs {LISTS}" if several else None
-    elif data == "singles" and judged and not paired:
-        needs = "a judged answer needs a 'label' column (True for desirable)"
-    if needs:
-        raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
-    return "pair"
-
-
-def is_several(value: Any, kind: str) -> bool:
-    """Says whether `value` holds a list of completions where one is possible; `kind` says what a completion is."""
-    return isinstance(value, list) and (kind == "text" or not value or isinstance(value[0], list))
-
-
-def _list_of_answers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], (str, list))
-
-
-def _detect_ranked(name: str, have: set[str], first: Row) -> str:
-    column = "completions" if "completions" in have else "completions_ids"
-    grades = [grade for grade in GRADE_COLUMNS if grade in have]
-    if len(grades) != 1:
-        found = "both are there" if grades else "there is neither"
-        raise DataError(
-            f"{name}: {column!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and {found}. "
-            "Add or remove a column, e.g. dataset.remove_columns('ranks')."
-        )
-    if column == "completions_ids":
-        _need(name, have, ("prompt_ids",), "lists")
-        return "ids_ranked"
-    answers = first.get(column)
-    if not isinstance(answers, list) or not answers:
-        what = "an empty list" if isinstance(answers, list) else type(answers).__name__
-        problem = RowProblem(column, f"expected a list of answers, found {what}", "give every row its answers")
-        raise problem.located(name, 0)
-    return _detect_base(name, have, {"prompt": first.get("prompt"), column: answers[0]}, (column,)) + "_ranked"
-
-
-def _detect_label(name: str, have: set[str], first: Row) -> str:
-    if "completion" in have:
-        return _detect_base(name, have, first, ("completion",)) + "_label"
-    if "completion_ids" in have:
-        _need(name, have, ("prompt_ids",), "singles")
-        return "ids_label"
-    return "chat_implicit_label"
-
-
-def _detect_base(name: str, have: set[str], first: Row, answers: tuple[str, ...]) -> str:
-    """Returns how the rows give their prompt; `first` holds one completion in each of the columns `answers`."""
-    kinds = [kind_of(first.get(column)) for column in answers]
-    prompt = kind_of(first.get("prompt")) if "prompt" in have else None
-    if set(kinds) == {"text"}:
-        return _detect_text(name, have, prompt, first, answers)
-    if set(kinds) == {"list"}:
-        return _detect_chat(name, prompt, first, answers)
-    for column, kind in zip(answers, kinds, strict=True):  # something odd: let the readers say what
-        if kind not in ("text", "list"):
-            try:
-                read_text(first, column)
-            except RowProblem as problem:
-                raise problem.located(name, 0) from None
-    raise DataError(
-        f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
-        "messages."
-    )
-
-
-def _detect_text(name: str, have: set[str], prompt: str | None, first: Row, answers: tuple[str, ...]) -> str:
-    if prompt == "list":
-        raise DataError(
-            f"{name}: 'prompt' is a list of messages but {_names(answers)} hold text. Make the answers "
-            'messages too: [{"role": "assistant", "content": text}].'
-        )
-    if prompt:
-        return "text"
-    questions = sorted(have & {"instruction", "question", "query", "input"})
-    if questions:
-        raise DataError(
-            f"{name}: no 'prompt' column, but {', '.join(map(repr, questions))} looks like one. Alpaca-like rows: "
-            "dataset.map(dpo_peft.data.from_alpaca); otherwise rename the column to 'prompt'."
-        )
-    if answers == ("completion",):
-        raise DataError(f"{name}: no 'prompt' column. Add it: one answer alone doesn't show where its prompt ends.")
-    return "transcript" if all(first[column].startswith(HUMAN) for column in answers) else "text_implicit"
-
-
-def _detect_chat(name: str, prompt: str | None, first: Row, answers: tuple[str, ...]) -> str:
-    if prompt == "list":
-        return "chat"
-    if prompt is None and answers != ("completion",):
-        return "chat_implicit"
-    # Some public sets repeat the question as text beside two whole conversations.
-    opening = first[answers[0]][0] if first[answers[0]] else None
-    if answers != ("completion",) and isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES:
-        return "chat_implicit"
-    found = f"'prompt' is {prompt}" if prompt else "there is no 'prompt'"
-    raise DataError(
-        f"{name}: {found} but {_names(answers)} hold lists of messages. Make the prompt a list of messages too: "
-        '[{"role": "user", "content": text}].'
-    )
-
-
-def _names(columns: tuple[str, ...]) -> str:
-    return " and ".join(map(repr, columns))
+    return Layout(prompt, given, judged)
 
 
 def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
@@ -304,29 +239,36 @@ def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
             f"the text alone is meant: dataset.remove_columns({vision!r})."
         )
     ready = have & {"chosen", "completions", "completion", "messages"}  # converters leave the raw columns beside these
-    convert = "dataset.map(dpo_peft.data.from_{})".format
-    raw = None
-    if "conversations" in have and "prompt" not in have:
-        raw = "ShareGPT rows", convert("sharegpt")
-    elif {"response1", "response2"} <= have and not ready:
-        raw = "PandaLM comparisons", f"dataset.filter(dpo_peft.data.pandalm_decided).{convert('pandalm')[8:]}"
-    elif {"completion_a", "completion_b"} <= have and not ready:
-        raw = "Tulu human evaluation", convert("tulu")
-    elif "message_tree_id" in have and not ready:
-        raw = "Open-Assistant trees", "Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])"
-    elif isinstance(first.get("output"), list) and not ready:
-        raw = "Alpaca-like rows with a ranked list of outputs", convert("alpaca")
-    if raw:
-        raise DataError(f"{name}: {raw[0]}. Convert them first: {raw[1]}, or dataset_format on the command line.")
+    for columns, what, convert in RAW_FORMATS:
+        converted = "prompt" in have if "conversations" in columns else ready  # the raw one has `chosen`, too
+        if columns <= have and not converted and ("output" not in columns or isinstance(first["output"], list)):
+            raise DataError(f"{name}: {what}. Convert them first: {convert}, or dataset_format on the command line.")
 
 
-def _refuse_unread_labels(name: str, have: set[str], wanted: Wanted) -> None:
-    for column in LABEL_COLUMNS:
-        if column in have and (wanted.graded or column not in wanted.label_columns):
-            raise DataError(
-                f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
-                f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
-            )
+def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:
+    """Says what the rows are for, as they are not for `data`."""
+    if given[0].startswith("completions"):
+        if data == "lists":
+            _refuse_grades(name, given[0], "there is neither")
+        needs = f"{given[0]!r} (ranked or scored lists) needs {LISTS}"
+    elif judged == "several":
+        needs = f"{given[1]!r} as a list of answers needs {LISTS}"
+    elif judged == "label":
+        needs = f"'label' (one judged answer per row) needs {SINGLES}"
+    elif data == "singles":
+        needs = "a judged answer needs a 'label' column (True for desirable)"
+    else:
+        end = "_ids" if given[0].endswith("_ids") else ""
+        names = ("completion",) if data == "unlabelled" else ("chosen", "rejected")
+        return _need(name, have, tuple(f"{one}{end}" for one in names), data)
+    raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
+
+
+def _refuse_grades(name: str, column: str, found: str) -> None:
+    raise DataError(
+        f"{name}: {column!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and {found}. "
+        "Add or remove a column, e.g. dataset.remove_columns('ranks')."
+    )
 
 
 def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None:
@@ -338,7 +280,78 @@ def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None
         )
 
 
-def kind_of(value: Any) -> str:
+def _one_each(name: str, first: Row, given: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
+    """Returns one completion of the first row for each column that holds some."""
+    try:
+        found = {column: first.get(column) for column in given}
+        if given == ("completions",):
+            unlabelled = (
+                wanted.data == "unlabelled"
+            )  # such a row may well have none; then the prompt says what they are
+            entries = read_entries(
+                {"completions": found["completions"] or []} if unlabelled else found,
+                "completions",
+                least=not unlabelled,
+            )
+            found["completions"] = next(iter(entries.values()), first.get("prompt"))
+        if wanted.graded and len(given) == 2 and is_several(found["rejected"], kind_of(found["chosen"])):
+            found["rejected"] = found["rejected"][0] if found["rejected"] else found["chosen"]
+        for column, value in found.items():
+            if not isinstance(value, list):
+                read_text(found, column)  # says what is odd
+    except RowProblem as problem:
+        raise problem.located(name, 0) from None
+    return found
+
+
+def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any], judged: str) -> str:
+    """Returns how the rows give their prompt; `found` holds one completion by column."""
+    kinds, columns = [kind_of(value) for value in found.values()], " and ".join(map(repr, found))
+    prompt = kind_of(first.get("prompt")) if "prompt" in have else None
+    alone = judged in ("label", "unlabelled")
+    if len(set(kinds)) > 1:
+        raise DataError(
+            f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
+            "messages."
+        )
+    if kinds[0] == "text":
+        if prompt == "list":
+            raise DataError(
+                f"{name}: 'prompt' is a list of messages but {columns} hold text. Make the answers "
+                'messages too: [{"role": "assistant", "content": text}].'
+            )
+        if prompt:
+            return "text"
+        if questions := sorted(have & {"instruction", "question", "query", "input"}):
+            raise DataError(
+                f"{name}: no 'prompt' column, but {', '.join(map(repr, questions))} looks like one. Alpaca-like rows: "
+                "dataset.map(dpo_peft.data.from_alpaca); otherwise rename the column to 'prompt'."
+            )
+        if alone:
+            raise DataError(
+                f"{name}: no 'prompt' column. Add it: one answer alone doesn't show where its prompt ends."
+            )
+        return "transcript" if all(text.startswith(HUMAN) for text in found.values()) else "text_implicit"
+    if prompt == "list":
+        return "chat"
+    # Some public sets repeat the question as text beside two whole conversations.
+    opening = next(iter(next(iter(found.values()))), None)
+    whole = isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES
+    if not alone and (prompt is None or whole):
+        return "chat_implicit"
+    shown = f"'prompt' is {prompt}" if prompt else "there is no 'prompt'"
+    raise DataError(
+        f"{name}: {shown} but {columns} hold lists of messages. "
+        'Make the prompt a list of messages too: [{"role": "user", "content": text}].'
+    )
+
+
+def is_several(value: object, kind: str) -> bool:
+    """Says whether `value` holds a list of completions where one is possible; `kind` says what a completion is."""
+    return isinstance(value, list) and (kind == "text" or not value or isinstance(value[0], list))
+
+
+def kind_of(value: object) -> str:
     if isinstance(value, str):
         return "text"
     return "list" if isinstance(value, list) else type(value).__name__

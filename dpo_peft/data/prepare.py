@@ -17,9 +17,9 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
-from .fields import RowProblem
+from .fields import Row, RowProblem
 from .fingerprint import digest, tokenizer_hash
-from .formats import REGISTERED, Row, Wanted
+from .formats import REGISTERED, Wanted
 from .parse import find_format
 from .summary import DataSummary, explain
 from .tokenize import check_tokenizer
@@ -213,10 +213,7 @@ class StreamWorker:
     def __call__(self, row: Row, index: int) -> dict[str, Any]:
         if index == 0:
             self.summary.reset()
-        try:
-            record = self.worker.record(*self.worker.read(row), index)
-        except RowProblem as problem:
-            raise problem.located(self.worker.name, index) from problem.__cause__
+        (record,) = self.worker.records(row, index, check=True)
         self.summary.add(record)
         if record["drop"] and self.max_unusable_share is None:
             raise unusable_error(self.worker.name, index, record["drop"])

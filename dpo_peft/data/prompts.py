@@ -1,23 +1,21 @@
-"""Prompts from rows: what a model is to answer, or what was answered already and is to be judged."""
+"""Prompts of rows, and completions as a caller holds them: what a model is to answer, and what nobody judged yet."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .encode import Encoder
-from .fields import RowProblem, read_entries, read_messages, read_number, read_text
-from .formats import LABEL_COLUMNS, Example, Wanted, detect_format, split_format
-from .parse import parse_row, read_prompt
+from .fields import Row, RowProblem, read_entries, read_ids, read_number
+from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
+from .parse import parse_row, read_completion, read_prompt
+from .tokenize import without_eos
 
-IMPLICIT = (
-    "text_implicit",
-    "transcript",
-    "chat_implicit",
-)  # formats whose prompt is the common start of the completions
+PROMPT_COLUMNS = ("prompt", *CHAT_COLUMNS)  # what a prompt's tokens are made from
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Prompt:
     """A prompt of a dataset; `completions` and `scores` are None where there are none yet."""
 
     number: int  # its row
-    example: Example  # without completions: the prompt, as text or messages, and what its chat template takes
+    example: Example  # the prompt, as text or messages, and what its chat template takes
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other values
     completions: list[Any] | None = None  # texts, or lists of messages if the prompt is one
     scores: list[float | None] | None = None
@@ -38,11 +36,11 @@ class Prompt:
 
     def completion(self, text: str) -> Any:
         """Returns a sampled text in the form that goes with the prompt."""
-        return [{"role": "assistant", "content": text}] if self.example.kind == "chat" else text
+        return read_completion({"": text}, "", self.example.kind, 0)
 
 
 def read_prompts(
-    rows: Any, name: str, score_column: str | None = None, as_chat: bool = False
+    rows: Dataset, name: str, score_column: str | None = None, as_chat: bool = False
 ) -> tuple[list[Prompt], Counter[str]]:
     """Reads the prompts of a dataset, and counts the rows that have none, by reason.
 
@@ -56,22 +54,24 @@ def read_prompts(
     Raises:
         DataError: no prompts, or a row that can't be read, with the remedy.
     """
-    columns, skipped, found = list(rows.column_names), Counter[str](), []
+    columns, skipped, found = rows.column_names, Counter[str](), []
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{name}: there are no rows.")
     given = "completions" in columns
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
-    fmt = None if given else _implicit_format(name, columns, first)
+    layout = None if given else _pair_layout(name, columns, first)
     for number, row in enumerate(rows):
         try:
-            example = read_prompt(row, as_chat) if fmt is None else parse_row(row, fmt, 0, "lists")
+            pair = layout is not None and layout.implicit
+            example = parse_row(row, layout, 0, "lists") if pair else read_prompt(row, as_chat)
             if isinstance(example, str):
                 skipped[example] += 1
                 continue
-            completions = _read_completions(row, example.kind) if given else None
-            scores = _read_scores(row, score_column, len(completions or ())) if score_column else None
+            entries = read_entries(row, "completions", least=0) if given else {}
+            completions = [read_completion(entries, entry, example.kind, 0) for entry in entries] if given else None
+            scores = _read_scores(row, score_column, len(entries)) if score_column else None
         except RowProblem as problem:
             raise problem.located(name, number) from None
         used = {"prompt", "completions", score_column, *example.fields}
@@ -82,32 +82,16 @@ def read_prompts(
     return found, skipped
 
 
-def _implicit_format(name: str, columns: Sequence[str], first: Mapping[str, Any]) -> str | None:
-    """Returns the format of pairs without a prompt of their own, or None where `prompt` has it."""
-    if not {"chosen", "rejected"} <= set(columns):
-        if "prompt" not in columns:
-            raise DataError(
-                f"{name}: there is no column 'prompt' (columns: {', '.join(columns)}). Rename yours to it."
-            )
-        return None
-    unlabelled = [column for column in columns if column not in LABEL_COLUMNS]
-    fmt = detect_format(name, unlabelled, first, Wanted(data="lists"))
-    return fmt if split_format(fmt)[0] in IMPLICIT else None
+def _pair_layout(name: str, columns: Sequence[str], first: Row) -> Layout | None:
+    """Returns the format of pairs, or None where there are prompts alone."""
+    if {"chosen", "rejected"} <= set(columns):
+        return detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
+    if "prompt" not in columns:
+        raise DataError(f"{name}: there is no column 'prompt' (columns: {', '.join(columns)}). Rename yours to it.")
+    return None
 
 
-def _read_completions(row: Mapping[str, Any], kind: str) -> list[Any]:
-    entries = read_entries(row, "completions", least=0)
-    found = []
-    for entry, value in entries.items():
-        if kind == "text" or isinstance(value, str):
-            text = read_text(entries, entry)
-            found.append(text if kind == "text" else [{"role": "assistant", "content": text}])
-        else:
-            found.append(read_messages(entries, entry))
-    return found
-
-
-def _read_scores(row: Mapping[str, Any], column: str, count: int) -> list[float | None]:
+def _read_scores(row: Row, column: str, count: int) -> list[float | None]:
     entries = read_entries(row, column, least=0)
     if len(entries) != count:
         raise RowProblem(column, f"{len(entries)} scores for {count} completions", "give each completion one")
@@ -129,3 +113,71 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         except RowProblem as problem:
             raise problem.located(name, prompt.number) from None
     return encoded
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase, entries: Sequence[Row], first: int = 0, vocab_size: int | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """Returns the token ids of a prompt and of its completions, as training rows have them.
+
+    Args:
+        tokenizer: with a chat template for messages, with an end token for text.
+        entries: one for each completion, all of the same prompt: `prompt`, `completion`, or `completion_ids` with
+            their text, and `tools` and `chat_template_kwargs` for messages.
+        first: number of the first one, for messages.
+        vocab_size: bounds token ids that are given. A model may have, and sample, more than its tokenizer knows.
+
+    Raises:
+        RowProblem: what is wrong with which of them.
+        DataError: the tokenizer lacks an end token or a chat template.
+    """
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    fields = [f"completion {number}" for number in range(first, first + len(entries))]
+    given = dict(zip(fields, (entry["completion"] for entry in entries), strict=True))
+    prompt = entries[0]["prompt"]
+    if isinstance(prompt, str) or isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+        example = read_prompt(entries[0])
+    else:
+        example = Example("ids", _some_ids(prompt, f"the prompt of completion {first}", size), [], ())
+    encode = Encoder(tokenizer, "implicit reward", example.kind)
+    if "completion_ids" in entries[0]:
+        sampled = [_some_ids(entry["completion_ids"], one, size) for one, entry in zip(fields, entries, strict=True)]
+        for ids, (one, text) in zip(sampled, given.items(), strict=True):
+            _check_vocabulary(tokenizer, ids, text, one)
+        return encode.prompt(example), sampled
+    read = {one: read_completion(given, one, example.kind, size) for one in fields}
+    for one, completion in read.items():
+        if example.kind == "ids":
+            _some_ids(completion, one, size)
+        elif example.kind == "chat" and (not completion or completion[0]["role"] in ASKING_ROLES):
+            remedy = "give the completion, and the rest as prompt"
+            raise RowProblem(one, "does not begin with a turn of the model", remedy)
+    if example.kind == "text":  # one without text is its end token alone
+        read = {one: text for one, text in read.items() if without_eos(tokenizer, text).strip()}
+    encoded = encode(replace(example, completions=list(read.values()), fields=tuple(read)))
+    assert not isinstance(encoded, str)
+    found = dict(zip(read, encoded.completion_ids, strict=True))
+    return encoded.prompt_ids, [found.get(one, [tokenizer.eos_token_id]) for one in fields]
+
+
+def _some_ids(value: object, name: str, vocab_size: int) -> list[int]:
+    ids = read_ids({name: value}, name, vocab_size)
+    if not ids:
+        raise RowProblem(name, "has no tokens", "give at least one, such as the end token")
+    return ids
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, ids: list[int], completion: Any, field: str) -> None:
+    """Checks sampled tokens against their text: tokens of another vocabulary read differently."""
+    one = completion[0] if isinstance(completion, list) and len(completion) == 1 else completion
+    text = one.get("content") if isinstance(one, Mapping) else one
+    if not isinstance(text, str):
+        return
+    readings = [tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False)]
+    if not any(text.strip() in reading for reading in readings):
+        raise RowProblem(
+            f"{field}'s completion_ids",
+            f"read {readings[0][:60]!r} with the adapter's tokenizer, and the text beside them is {text[:60]!r}",
+            "if they are of another model's tokenizer, leave completion_ids out, and the texts are tokenized: "
+            "reward_funcs=lambda prompts, completions, **_: reward(prompts, completions)",
+        )

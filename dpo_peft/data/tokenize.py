@@ -5,7 +5,7 @@ Prompt and completion are tokenized jointly first. When a token would cross the 
 its own, and that is accepted only if it decodes to the same text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
 from .fields import RowProblem
+from .formats import Example
+from .parse import common_start
 from .summary import EMPTY_COMPLETION
 
 # Leading characters that keep a tokenizer from adding a blank before a text that continues another one.
@@ -82,29 +84,18 @@ def text_prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, leading: li
     return ids
 
 
-def encode_text(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    completions: list[str],
-    leading: list[int],
-    fields: Sequence[str] = PAIR,
-) -> Encoded | str:
-    """Returns [BOS] + prompt, and each completion with one end token; or the reason why a completion is empty.
-
-    `fields` are the names of the completions in messages.
-    """
-    prompt_ids = text_prompt_ids(tokenizer, prompt, leading)
+def encode_text(tokenizer: PreTrainedTokenizerBase, example: Example, leading: list[int]) -> Encoded | str:
+    """Returns [BOS] + prompt, and each completion with one end token; or the reason why a completion is empty."""
+    prompt_ids = text_prompt_ids(tokenizer, example.prompt, leading)
     completion_ids, resplits = [], 0
-    for field, text in zip(fields, completions, strict=True):
+    for field, text in zip(example.fields, example.completions, strict=True):
         body = without_eos(tokenizer, text)
         if not body.strip():
             return EMPTY_COMPLETION
-        joint = text_ids(tokenizer, prompt + body, leading)
-        ids = split_at_border(tokenizer, prompt_ids, joint, body)
-        if ids is None:
-            raise border_problem(tokenizer, prompt_ids, joint, field, TEXT_REMEDY)
-        resplits += joint[: len(prompt_ids)] != prompt_ids
+        joint = text_ids(tokenizer, example.prompt + body, leading)
+        ids, apart = ids_behind(tokenizer, prompt_ids, joint, lambda body=body: body, field, TEXT_REMEDY)
         completion_ids.append([*ids, tokenizer.eos_token_id])
+        resplits += apart
     return Encoded(prompt_ids, completion_ids, resplits)
 
 
@@ -134,27 +125,33 @@ def split_at_border(
     return None
 
 
-def border_problem(
+def ids_behind(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     joint_ids: list[int],
+    text: Callable[[], str | None],
     field: str,
     remedy: str,
     prompt: str = "the prompt",
     joint: str = "prompt + completion",
-) -> RowProblem:
-    """Says where the prompt alone and the prompt in front of this completion part."""
-    at = next((i for i, (a, b) in enumerate(zip(prompt_ids, joint_ids, strict=False)) if a != b), len(joint_ids))
+) -> tuple[list[int], bool]:
+    """Returns the ids behind the prompt's, and whether they had to be tokenized apart from it.
+
+    `text` gives what follows the prompt, or None if the prompt is not there. Raises `RowProblem` with the place where
+    the prompt alone and the prompt in front of this completion part.
+    """
+    if joint_ids[: len(prompt_ids)] == prompt_ids:
+        return joint_ids[len(prompt_ids) :], False
+    completion = text()
+    ids = None if completion is None else split_at_border(tokenizer, prompt_ids, joint_ids, completion)
+    if ids is not None:
+        return ids, True
+    at = common_start([prompt_ids, joint_ids])
     alone = tokenizer.decode(prompt_ids[at : at + 12], clean_up_tokenization_spaces=False)
     whole = tokenizer.decode(joint_ids[at : at + 12], clean_up_tokenization_spaces=False)
-    return RowProblem(
+    raise RowProblem(
         field,
         f"{prompt}'s tokens are not the start of {joint}: from token {at} on {prompt} alone reads {alone!r}, the "
         f"whole sequence {whole!r}",
         remedy,
     )
-
-
-def is_empty(ids: list[int], eos_token_id: int | None) -> bool:
-    """Says whether nothing but end tokens is there."""
-    return all(token == eos_token_id for token in ids)

@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import TEMPLATE_REMEDY, join_turns, render_ids, render_text, turn_field, turn_kind
+from .chat import TEMPLATE_REMEDY, Chat, turn_kind
 from .fields import Messages, RowProblem
 from .formats import Example
 from .parse import common_start
-from .tokenize import Encoded, border_problem, split_at_border
+from .tokenize import Encoded, ids_behind
 
 GIVEN = -1  # step of a token that the model does not write
 
 
 def encode_trajectories(tokenizer: PreTrainedTokenizerBase, example: Example, unit: str) -> Encoded:
-    """Render and tokenise whole conversations; `RowProblem` when the template hides where a turn begins or ends.
+    """Renders and tokenizes whole conversations; `RowProblem` when the template hides where a turn begins or ends.
 
     `unit` is "turn" or "token". `Encoded.steps` holds a step for each completion token.
     """
-    memo: dict[str, list[int]] = {}
-    found = [_Conversation(tokenizer, example, index, memo).split() for index in range(len(example.completions))]
+    chat, memo = Chat(tokenizer, example), dict[str, list[int]]()
+    found = [_Conversation(chat, index, memo).split() for index in range(len(example.completions))]
     steps = [number_steps(len(turns.ids), turns.written, unit) for turns in found]
     return share_start([turns.ids for turns in found], steps, sum(turns.resplits for turns in found))
 
@@ -75,9 +75,9 @@ class _Turns:
 class _Conversation:
     """One of a row's conversations, to be split at its assistant's turns."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example, index: int, memo: dict[str, list[int]]):
-        self.tokenizer, self.example, self.index, self.memo = tokenizer, example, index, memo
-        self.messages = join_turns(example, example.completions[index])
+    def __init__(self, chat: Chat, index: int, memo: dict[str, list[int]]):
+        self.chat, self.index, self.memo = chat, index, memo
+        self.field, self.messages = chat.example.fields[index], chat.whole(index)
 
     def split(self) -> _Turns:
         """Returns the ids with their turns.
@@ -109,57 +109,49 @@ class _Conversation:
             if message["role"] != "assistant":
                 continue
             asked = [*context, *self.messages[done:number]]
-            start = self._ids(asked, opens_answer=True)
-            self._check_start(done - 1, before, start)
+            start = self._ids(asked, opens=True)
+            given, _ = self._behind(before, start, done - 1)
             context = [*asked, message]
             end = self._ids(context)
-            own = end[len(start) :]
-            if end[: len(start)] != start:
-                own = self._split_turn(number, context, start, end)
-                turns.resplits += 1
-            turns.ids += start[len(before) :]
+            own, apart = self._behind(start, end, number, asked, context)
+            turns.ids += given
             turns.written.append((len(turns.ids), len(turns.ids) + len(own)))
             turns.ids += own
+            turns.resplits += apart
             turns.rendered += end[len(before) :]
             before, done = end, number + 1
             if shorten:
                 context, before = contexts.setdefault(turn_kind(message), (context, before))
-        whole = self._ids([*context, *self.messages[done:]])
-        self._check_start(done - 1, before, whole)
-        turns.ids += whole[len(before) :]
-        turns.rendered += whole[len(before) :]
+        rest, _ = self._behind(before, self._ids([*context, *self.messages[done:]]), done - 1)
+        turns.ids += rest
+        turns.rendered += rest
         return turns
 
-    def _ids(self, messages: Messages, opens_answer: bool = False) -> list[int]:
-        """Ids of some messages. What a row's conversations have in common is rendered once."""
-        key = repr((messages, opens_answer))
+    def _ids(self, messages: Messages, opens: bool = False) -> list[int]:
+        """Returns the ids of some messages. What a row's conversations have in common is rendered once."""
+        key = repr((messages, opens))
         if key not in self.memo:
-            name = self.example.fields[self.index]
-            opens = {"add_generation_prompt": opens_answer}
-            self.memo[key] = render_ids(self.tokenizer, self.example, messages, name, **opens)
+            self.memo[key] = self.chat.ids(messages, self.field, add_generation_prompt=opens)
         return self.memo[key]
 
-    def _check_start(self, number: int, part: list[int], longer: list[int]) -> None:
-        if longer[: len(part)] != part:
-            raise self._problem(number, part, longer)
+    def _behind(
+        self, part: list[int], longer: list[int], number: int, asked: Messages = (), answered: Messages = ()
+    ) -> tuple[list[int], bool]:
+        """Returns the ids behind those of a part, and whether the first would merge with what is before it.
 
-    def _split_turn(self, number: int, messages: Messages, start: list[int], end: list[int]) -> list[int]:
-        """Ids of an assistant's turn, the last of `messages`, whose first token would merge with what is before it."""
-        name = self.example.fields[self.index]
-        before = render_text(self.tokenizer, self.example, messages[:-1], name, add_generation_prompt=True)
-        after = render_text(self.tokenizer, self.example, messages, name)
-        own = split_at_border(self.tokenizer, start, end, after[len(before) :]) if after.startswith(before) else None
-        if own is None:
-            raise self._problem(number, start, end)
-        return own
+        That is allowed for an assistant's turn, the last message of `answered`, alone. `number` is of the message that
+        is named where the part is not the start.
+        """
 
-    def _problem(self, number: int, part: list[int], longer: list[int]) -> RowProblem:
-        return border_problem(
-            self.tokenizer,
-            part,
-            longer,
-            turn_field(self.example, self.index, number),
-            TEMPLATE_REMEDY,
-            "the conversation up to here",
-            "the whole conversation",
+        def text() -> str | None:
+            return (
+                self.chat.text_behind(asked, {"add_generation_prompt": True}, answered, self.field)
+                if answered
+                else None
+            )
+
+        where, words = (
+            self.chat.turn_field(self.index, number),
+            ("the conversation up to here", "the whole conversation"),
         )
+        return ids_behind(self.chat.tokenizer, part, longer, text, where, TEMPLATE_REMEDY, *words)

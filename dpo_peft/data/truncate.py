@@ -7,7 +7,7 @@
 - `trim_prompt`: like `keep_end`, but completions are never cut: a row with one that can't fit is unusable.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import OptionError
 from .summary import COMPLETION_TOO_LONG, IDENTICAL_AFTER, PROMPT_TOO_LONG
@@ -17,13 +17,14 @@ TRUNCATION_MODES = ("keep_start", "keep_end", "trim_prompt")
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row's ids after truncation, and how much it took."""
+    """A row's ids after truncation, a step for each of its completions' tokens, and how much it took."""
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     prompt_cut: int = 0  # tokens
     completions_cut: int = 0  # completions
     ends_lost: int = 0  # completions
+    steps: list[list[int]] = field(default_factory=list)  # of trajectories
 
 
 def check_truncation(max_length: int | None, mode: str) -> None:
@@ -36,46 +37,37 @@ def check_truncation(max_length: int | None, mode: str) -> None:
         raise OptionError(f"max_length={max_length!r} must be None or an integer of at least 2 (tokens).")
 
 
-def fit(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int | None, mode: str) -> Fitted | str:
+def fit(
+    prompt_ids: list[int],
+    completion_ids: list[list[int]],
+    max_length: int | None,
+    mode: str,
+    steps: list[list[int]] | None = None,
+) -> Fitted | str:
     """Fits one row, or names the reason why nothing useful is left of it."""
-    longest = max(map(len, completion_ids))
+    steps, longest = steps or [], max(map(len, completion_ids))
     if max_length is None or len(prompt_ids) + longest <= max_length:
-        return Fitted(prompt_ids, completion_ids)
+        return Fitted(prompt_ids, completion_ids, steps=steps)
+    prompt_left = len(prompt_ids)
     if mode == "keep_start":
-        fitted = _keep_start(prompt_ids, completion_ids, max_length)
-    elif mode == "keep_end":
-        fitted = _keep_end(prompt_ids, completion_ids, max_length)
+        if len(prompt_ids) >= max_length:
+            return PROMPT_TOO_LONG
+    elif mode == "trim_prompt" and longest > max_length - min(len(prompt_ids), 1):
+        return COMPLETION_TOO_LONG
     else:
-        room = max_length - min(len(prompt_ids), 1)
-        fitted = COMPLETION_TOO_LONG if longest > room else _keep_end(prompt_ids, completion_ids, max_length)
-    if isinstance(fitted, Fitted) and all_same(fitted.completion_ids):
-        return IDENTICAL_AFTER
-    return fitted
-
-
-def _keep_start(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int) -> Fitted | str:
-    room = max_length - len(prompt_ids)
-    if room < 1:
-        return PROMPT_TOO_LONG
-    cut = sum(len(ids) > room for ids in completion_ids)
-    return Fitted(prompt_ids, [ids[:room] for ids in completion_ids], completions_cut=cut, ends_lost=cut)
-
-
-def _keep_end(prompt_ids: list[int], completion_ids: list[list[int]], max_length: int) -> Fitted:
-    room = max_length - max(map(len, completion_ids))
-    prompt_left = min(len(prompt_ids), max(room, 1))
+        prompt_left = min(len(prompt_ids), max(max_length - longest, 1))
     room = max_length - prompt_left
-    return Fitted(
+    kept = slice(room) if mode == "keep_start" else slice(-room, None)
+    cut = sum(len(ids) > room for ids in completion_ids)
+    fitted = Fitted(
         prompt_ids[len(prompt_ids) - prompt_left :],
-        [ids[-room:] for ids in completion_ids],
-        prompt_cut=len(prompt_ids) - prompt_left,
-        completions_cut=sum(len(ids) > room for ids in completion_ids),
+        [ids[kept] for ids in completion_ids],
+        len(prompt_ids) - prompt_left,
+        cut,
+        ends_lost=cut if mode == "keep_start" else 0,
+        steps=[values[kept] for values in steps],
     )
-
-
-def cut_alike(values: list[int], ids: list[int], mode: str) -> list[int]:
-    """Returns what is left of `values`, one per token, where truncation left `ids`."""
-    return values[: len(ids)] if mode == "keep_start" else values[len(values) - len(ids) :]
+    return IDENTICAL_AFTER if all_same(fitted.completion_ids) else fitted
 
 
 def all_same(completion_ids: list[list[int]]) -> bool:

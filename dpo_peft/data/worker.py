@@ -1,16 +1,18 @@
 """One row at a time: check it, tokenize it, cut it, and keep the statistics that the summary is counted from."""
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from .chat import check_rendering, turn_kind
+from .chat import Chat, turn_kind
 from .encode import Encoder
-from .fields import RowProblem, read_number, read_preference
-from .formats import ASKING_ROLES, Example, Row, RowFormat, Wanted
-from .parse import count_turns
+from .fields import Row, RowProblem, read_number, read_preference
+from .formats import ASKING_ROLES, Example, RowFormat, Wanted
+from .parse import Parsed, count_turns
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
@@ -20,9 +22,9 @@ from .summary import (
     NOTHING_SCORED,
     SAME_TEXT,
 )
-from .tokenize import Encoded, is_empty
+from .tokenize import Encoded
 from .trajectories import GIVEN, encode_trajectories, one_turn_each, unscore_first
-from .truncate import Fitted, all_same, cut_alike, fit
+from .truncate import Fitted, all_same, fit
 
 COUNTERS = (
     "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest "
@@ -40,8 +42,21 @@ EXTRAS = {
     "margin": Value("float64"),
     "grades": Sequence(Value("float64")),
     "steps": Sequence(Sequence(Value("int32"))),
+    "completion": Value("int64"),  # which of its row, where nobody judged them
 }
-NOTHING: dict[str, Any] = {"preference": 0.0, "margin": 0.0, "grades": [], "steps": []}
+BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabelled": ["completion"]}
+NOTHING: dict[str, Any] = {
+    "prompt_ids": [],
+    "completion_ids": [],
+    "preference": 0.0,
+    "margin": 0.0,
+    "grades": [],
+    "steps": [],
+}
+READ_LABEL: dict[str, Callable[[Row], float]] = {
+    "preference": read_preference,
+    "margin": lambda row: read_number(row, "margin"),
+}
 
 
 class RowWorker:
@@ -64,33 +79,61 @@ class RowWorker:
         self.max_length, self.truncation_mode = max_length, truncation_mode
         self.encoder = Encoder(tokenizer, name, row_format.kind)
         self.tried: set[str] = set()
-        steps = ["steps"] if wanted.data == "trajectories" else []
-        extras = [*wanted.label_columns, *(["grades"] if wanted.graded else []), *steps]
+        extras = [*wanted.label_columns, *BY_DATA.get(wanted.data, ())]
         self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
         self.prepared_columns = [*IDS, *extras]
 
-    def read(self, row: Row) -> tuple[Example | str, dict[str, float]]:
-        """Returns the row's example, or why it has none, and its labels. Raises `RowProblem` for a malformed row.
+    def check_batch(self, batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+        """Map function of the first pass: what is wrong with each row, as JSON, or nothing."""
+        return {"problem": [self._problem(row) for row in rows_of(batch)]}
 
-        The first row of each shape goes through the chat template.
+    def record_batch(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Map function of the second pass."""
+        each = zip(rows_of(batch), indices, strict=True)
+        records = [record for row, index in each for record in self.records(row, index)]
+        return {column: [record[column] for record in records] for column in self.features}
+
+    def records(self, row: Row, index: int, check: bool = False) -> list[dict[str, Any]]:
+        """Returns the prepared row with its statistics, or one for each completion if nobody judged them.
+
+        One that is dropped has no ids and names the reason. Raises `DataError` for a malformed row.
         """
-        example, labels = self._parse(row)
-        if not isinstance(example, Example):
-            return example, labels
-        if example.kind == "text" and not example.prompt and not self.encoder.leading:
-            self.encode(example)
-        if example.kind == "chat" and (shape := _shape(example)) not in self.tried:
-            check_rendering(self.tokenizer, example)
-            self.encode(example)
-            self.tried.add(shape)
-        return example, labels
+        try:
+            examples, labels = self._check(row) if check else self._parse(row)
+            made = [self._record(example, labels) for example in examples]
+        except RowProblem as problem:
+            raise problem.located(self.name, index) from problem.__cause__
+        whole = ({**record, "row": index, "completion": number} for number, record in enumerate(made))
+        return [{column: record[column] for column in self.features} for record in whole]
 
-    def _parse(self, row: Row) -> tuple[Example | str, dict[str, float]]:
-        example = self.format.read(row)
-        read = {"preference": read_preference, "margin": lambda row: read_number(row, "margin")}
-        return example, {column: read[column](row) for column in self.wanted.label_columns}
+    def _problem(self, row: Row) -> str:
+        try:
+            self._check(row)
+        except RowProblem as problem:
+            return json.dumps(problem.args)
+        return ""
 
-    def encode(self, example: Example) -> Encoded | str:
+    def _parse(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
+        """Returns the row's examples and its labels. Raises `RowProblem` for a malformed row."""
+        found = self.format.read(row)
+        labels = {column: READ_LABEL[column](row) for column in self.wanted.label_columns}
+        return found if isinstance(found, list) else [found], labels
+
+    def _check(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
+        """Parses a row; the first of each shape goes through the chat template, which may refuse it."""
+        examples, labels = self._parse(row)
+        for example in examples:
+            if isinstance(example, str):
+                continue
+            if example.kind == "text" and not example.prompt and not self.encoder.leading:
+                self._encode(example)
+            if example.kind == "chat" and (shape := _shape(example)) not in self.tried:
+                Chat(self.tokenizer, example).check()
+                self._encode(example)
+                self.tried.add(shape)
+        return examples, labels
+
+    def _encode(self, example: Example) -> Encoded | str:
         """Returns the ids of an example, or the reason why there is nothing to learn from it."""
         turns, unit = self.wanted.data == "trajectories", self.wanted.discount_unit
         if turns and example.kind == "chat":
@@ -100,7 +143,8 @@ class RowWorker:
         if isinstance(encoded, str):
             return encoded
         # What is left of a trajectory behind the shared start may well be no more than its end.
-        if not encoded.steps and any(is_empty(ids, self.tokenizer.eos_token_id) for ids in encoded.completion_ids):
+        end = self.tokenizer.eos_token_id
+        if not encoded.steps and any(all(token == end for token in ids) for ids in encoded.completion_ids):
             return EMPTY_COMPLETION
         if turns and not encoded.steps:
             encoded = one_turn_each(encoded, unit)
@@ -108,100 +152,63 @@ class RowWorker:
             return IDENTICAL
         return SAME_TEXT if graded_apart(encoded.completion_ids, example.grades) else encoded
 
-    def record(self, example: Example | str, labels: dict[str, float], index: int) -> dict[str, Any]:
-        """Returns the prepared row with its statistics; a dropped one has no ids and names the reason."""
-        made = self._prepare(example) if isinstance(example, Example) else example
+    def _prepare(self, example: Example) -> tuple[Fitted, int] | str:
+        """Returns ids and steps after truncation and the number of re-splits, or why nothing useful is left."""
+        grades = example.grades
+        if self.wanted.data == "lists" and grades:
+            if grades[0] == grades[-1]:
+                return NO_RANKING
+            if self.wanted.single_best and grades[0] == grades[1]:
+                return NO_SINGLE_BEST
+        encoded = self._encode(example)
+        if isinstance(encoded, str):
+            return encoded
+        whole = encoded.prompt_ids, encoded.completion_ids
+        fitted = fit(*whole, self.max_length, self.truncation_mode, encoded.steps)
+        if isinstance(fitted, str):
+            return fitted
+        if graded_apart(fitted.completion_ids, grades):
+            return IDENTICAL_AFTER
+        steps = unscore_first(fitted.prompt_ids, fitted.steps)
+        if any(set(values) <= {GIVEN} for values in steps):
+            return NOTHING_SCORED
+        return replace(fitted, steps=steps), encoded.resplits
+
+    def _record(self, example: Parsed, labels: dict[str, float]) -> dict[str, Any]:
+        made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
-            ids: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "row": index, "drop": made}
-            return self._columns({**dict.fromkeys(COUNTERS, 0), **NOTHING, **ids})
-        fitted, resplits, steps = made
+            return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
+        fitted, resplits = made
         lengths = [len(ids) for ids in fitted.completion_ids]
         record = {
             **dict.fromkeys(COUNTERS, 0),
-            "prompt_ids": fitted.prompt_ids,
-            "completion_ids": fitted.completion_ids,
-            "row": index,
+            **vars(fitted),
+            **labels,
+            "grades": example.grades,
             "drop": "",
             "completions": len(lengths),
             "foreign_turns": 0 if self.wanted.data == "trajectories" else _foreign_turns(example),
-            "prompt_cut": fitted.prompt_cut,
-            "completions_cut": fitted.completions_cut,
-            "ends_lost": fitted.ends_lost,
             "resplits": resplits,
             "prompt_tokens": len(fitted.prompt_ids),
             "completion_tokens": sum(lengths),
             "longest": len(fitted.prompt_ids) + max(lengths),
-            "grades": example.grades,
-            "steps": steps,
-            **labels,
+            "ties": int(labels.get("preference") == 0.5),
         }
-        return self._columns({**record, **self._judgments(record)})
-
-    def _columns(self, record: dict[str, Any]) -> dict[str, Any]:
-        return {column: record[column] for column in self.features}
-
-    def _prepare(self, example: Example) -> tuple[Fitted, int, list[list[int]]] | str:
-        """Ids after truncation, number of re-splits and steps; or the reason why nothing useful is left."""
-        encoded = self._no_ranking(example) or self.encode(example)
-        if isinstance(encoded, str):
-            return encoded
-        fitted = fit(encoded.prompt_ids, encoded.completion_ids, self.max_length, self.truncation_mode)
-        if isinstance(fitted, str):
-            return fitted
-        if graded_apart(fitted.completion_ids, example.grades):
-            return IDENTICAL_AFTER
-        kept = zip(encoded.steps or [], fitted.completion_ids, strict=bool(encoded.steps))
-        steps = [cut_alike(values, ids, self.truncation_mode) for values, ids in kept]
-        steps = unscore_first(fitted.prompt_ids, steps)
-        if any(set(values) <= {GIVEN} for values in steps):
-            return NOTHING_SCORED
-        return fitted, encoded.resplits, steps
-
-    def _no_ranking(self, example: Example) -> str:
-        """Names why the grades of a list teach nothing, if so."""
-        if self.wanted.data != "lists" or not example.grades:
-            return ""
-        if example.grades[0] == example.grades[-1]:
-            return NO_RANKING
-        return NO_SINGLE_BEST if self.wanted.single_best and example.grades[0] == example.grades[1] else ""
-
-    def _judgments(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Counts labels of each kind, and puts the completion that is likely the better one first."""
-        counts: dict[str, Any] = {"ties": int(record.get("preference") == 0.5)}
-        if self.wanted.data == "singles":
-            counts |= {"desirable": record["grades"].count(1.0), "undesirable": record["grades"].count(0.0)}
-        if record.get("preference", 1.0) >= 0.5:
-            return counts
-        counts |= {"swapped": 1, "preference": 1 - record["preference"]}
-        counts |= {column: record[column][::-1] for column in ("completion_ids", "steps")}
-        return counts | ({"margin": 0.0 - record["margin"]} if "margin" in record else {})
-
-    def check_batch(self, batch: Any) -> dict[str, list[str]]:
-        """Map function of the first pass: what is wrong with each row, as JSON, or nothing."""
-        return {"problem": [self._problem(row) for row in rows_of(batch)]}
-
-    def record_batch(self, batch: Any, indices: list[int]) -> dict[str, list[Any]]:
-        """Map function of the second pass."""
-        records = []
-        for row, index in zip(rows_of(batch), indices, strict=True):
-            try:
-                records.append(self.record(*self._parse(row), index))
-            except RowProblem as problem:
-                raise problem.located(self.name, index) from problem.__cause__
-        return {column: [record[column] for record in records] for column in self.features}
-
-    def _problem(self, row: Row) -> str:
-        try:
-            self.read(row)
-        except RowProblem as problem:
-            return json.dumps(problem.args)
-        return ""
+        if self.wanted.data == "singles" and example.grades:
+            record |= {"desirable": example.grades.count(1.0), "undesirable": example.grades.count(0.0)}
+        if labels.get("preference", 1.0) < 0.5:  # the completion that is likely the better one stands first
+            record |= {"swapped": 1, "preference": 1 - labels["preference"]}
+            record |= {column: record[column][::-1] for column in ("completion_ids", "steps")}
+            record |= {"margin": 0.0 - labels["margin"]} if "margin" in labels else {}
+        return record
 
 
-def rows_of(batch: Any) -> list[dict[str, Any]]:
+def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Returns the rows of a batch of columns."""
-    columns = list(batch.keys())
-    return [dict(zip(columns, values, strict=True)) for values in zip(*(batch[c] for c in columns), strict=True)]
+    columns = list(batch)
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*(batch[column] for column in columns), strict=True)
+    ]
 
 
 def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) -> bool:

@@ -80,9 +80,6 @@ class AttentionPlan:
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self.trace: list[tuple[int | None, HeadShape]] | None = None  # for the probe: window and heads of each call
         self._made: dict[Hashable, Any] = {}
-        assert batch.sample_index is not None
-        self.filled_EB = batch.sample_index >= 0
-        self.index_EB = batch.sample_index.clamp(min=0)
 
     def backend_for(self, window: int | None, dropout: float = 0.0) -> AttentionBackend:
         """Returns the backend that takes a call: the plan's, or the one that does what it can't."""
@@ -97,25 +94,26 @@ class AttentionPlan:
             self._made[key] = make()
         return self._made[key]
 
-    @property
-    def filled_T(self) -> Tensor:
-        """Where the tokens are in (E, B). Samples follow each other in the packed row, so this is its order."""
-        return self.once("filled", lambda: self.filled_EB.flatten().nonzero()[:, 0])
 
-    def mask_EBB(self, window: int | None) -> Tensor:
-        """The mask predicate on every sample's own tokens. Padding queries see position 0, so no row is empty."""
-        return self.once(("mask", window), lambda: self._mask_EBB(window))
+class BySample(NamedTuple):
+    """A packed batch cut into its samples, each padded to the longest."""
 
-    def _mask_EBB(self, window: int | None) -> Tensor:
-        batch, index = self.batch, self.index_EB
-        assert batch.segment is not None and batch.context is not None
-        segment, context, pos = batch.segment[index], batch.context[index], batch.position_ids[0][index]
-        mask = visible(
-            segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window
-        )
-        mask &= self.filled_EB[:, None]
-        mask[:, :, 0] |= ~self.filled_EB
-        return mask
+    index_EB: Tensor  # flat positions of their tokens
+    filled_T: Tensor  # where the tokens are in (E, B). Samples follow each other in the packed row: this is its order
+    mask_EBB: Tensor  # who sees whom. Padding queries see position 0, so no row is empty
+
+
+def by_sample(batch: PackedBatch, window: int | None) -> BySample:
+    """Cuts a packed batch into its samples, and applies the mask predicate to each one's own tokens."""
+    assert batch.sample_index is not None and batch.segment is not None and batch.context is not None
+    filled_EB, index_EB = batch.sample_index >= 0, batch.sample_index.clamp(min=0)
+    segment, context, pos = batch.segment[index_EB], batch.context[index_EB], batch.position_ids[0][index_EB]
+    mask_EBB = visible(
+        segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window
+    )
+    mask_EBB &= filled_EB[:, None]
+    mask_EBB[:, :, 0] |= ~filled_EB
+    return BySample(index_EB, filled_EB.flatten().nonzero()[:, 0], mask_EBB)
 
 
 def layout_marker(device: torch.device) -> Tensor:
@@ -183,18 +181,18 @@ def attend_dense(
     dropout: float = 0.0,
 ) -> Tensor:
     """Attends sample by sample under the mask predicate; (T, H, D)."""
-    index = plan.index_EB
+    samples = plan.once(("by sample", window), lambda: by_sample(plan.batch, window))
     groups = q_THD.shape[1] // k_TGD.shape[1]
-    q_EHBD, k_EGBD, v_EGBD = (x[index].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
+    q_EHBD, k_EGBD, v_EGBD = (x[samples.index_EB].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
     out_EHBD = F.scaled_dot_product_attention(
         q_EHBD,
         k_EGBD.repeat_interleave(groups, 1),
         v_EGBD.repeat_interleave(groups, 1),
-        attn_mask=plan.mask_EBB(window)[:, None],
+        attn_mask=samples.mask_EBB[:, None],
         dropout_p=dropout,
         scale=scaling,
     )
-    return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, plan.filled_T)
+    return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, samples.filled_T)
 
 
 def attend_varlen(

@@ -12,14 +12,19 @@ Shape suffixes: T tokens, A query heads, G key/value heads, R query heads per ke
 
 import math
 import os
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..forward.attention import AttentionBackend, AttentionPlan, HeadShape
+from ..forward.attention import AttentionBackend, AttentionPlan, BySample, HeadShape, attend_dense, by_sample
+from ..forward.layout import PackedBatch
+from .elementwise import Places
 
 MAX_HEAD, MAX_GROUP = 256, 16
 _LOG2_E = math.log2(math.e)
@@ -222,6 +227,43 @@ def attend_packed(
 
 # Fused layers take it where the model's own take "varlen".
 PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, otherwise="varlen")
+
+
+class Attention(NamedTuple):
+    """Attention of one pass over the model, for its layers with the same window."""
+
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v and the scores' factor to (T, A, D)
+    places: Places | None = None  # where it wants keys and values gathered from
+
+
+def bind(backend: AttentionBackend, batch: PackedBatch, windows: Iterable[int | None]) -> dict[int | None, Attention]:
+    """Returns attention over a batch for each window; what its layers share is made here."""
+    if backend.attend is attend_dense:
+        return {window: Attention(partial(attend_by_sample, by_sample(batch, window))) for window in windows}
+    plan, bound = AttentionPlan(batch, backend), {}
+    for window in windows:
+        taken, places = plan.backend_for(window), None
+        if taken.gathers:  # in the same pass that turns the heads by their positions
+            assert batch.kv_index is not None and batch.kv_copies is not None
+            places = Places(batch.kv_index, batch.kv_copies)
+        bound[window] = Attention(partial(_attend, taken, plan, window), places)
+    return bound
+
+
+def _attend(
+    backend: AttentionBackend, plan: AttentionPlan, window: int | None, q: Tensor, k: Tensor, v: Tensor, scaling: float
+) -> Tensor:
+    return backend.attend(plan, q, k, v, scaling, window)
+
+
+def attend_by_sample(samples: BySample, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scaling: float) -> Tensor:
+    """Attends as `attend_dense` does, (T, A, D), with nothing to look up for each layer."""
+    group = q_TAD.shape[1] // k_TGD.shape[1]
+    q_EABD, k_EGBD, v_EGBD = (x[samples.index_EB].transpose(1, 2) for x in (q_TAD, k_TGD, v_TGD))
+    k_EABD, v_EABD = k_EGBD.repeat_interleave(group, 1), v_EGBD.repeat_interleave(group, 1)
+    mask_E1BB = samples.mask_EBB[:, None]
+    out_EABD = F.scaled_dot_product_attention(q_EABD, k_EABD, v_EABD, attn_mask=mask_E1BB, scale=scaling)
+    return out_EABD.transpose(1, 2).flatten(0, 1).index_select(0, samples.filled_T)
 
 
 def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..artifacts.card import is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
 from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, TrainedWith, quantization_options
+from ..model.adapters import moved_base
 from ..model.loading import load_base
 from ..model.serving import serving_problems
 from ..reference.adapter_off import reference_logps
-from ..reference.frozen_adapter import moved_base
 from .drift import Drift, Observed, Rows, autocast, compare, observe, pair_rows, probe_rows, score
 from .weights import dequantize, merge_into, quiet
 

@@ -15,7 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..reference.frozen_adapter import adapter_layers, moved_base
+from ..model.adapters import moved_base
+from ..reference.frozen_adapter import adapter_layers
 
 
 def dequantize(model: PreTrainedModel) -> None:

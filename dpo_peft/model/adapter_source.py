@@ -28,8 +28,8 @@ from ..reference.fingerprint import (
     tensor_fingerprint,
     write_entry,
 )
-from ..reference.frozen_adapter import check_adapter, load_frozen, read_config
-from .loading import is_adapter, keep_weights, load_base, load_on
+from .adapters import check_adapter, load_frozen, read_config
+from .loading import is_adapter, load_on_base
 from .options import AdapterOptions
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,15 @@ RECORD = "dpo_peft_training"  # the record's key in the adapter's config
 
 @dataclass(frozen=True)
 class TrainedWith:
-    """Holds what of a run decides how its adapter is scored and loaded."""
+    """Holds what of a run decides how its adapter is scored and loaded. The defaults are for one without record."""
 
-    loss_type: list[str]
-    beta: float | None  # None: the objective has none, rewards are scaled by 1
-    reward: str  # the implicit reward: "log_ratio", "logp" or "mean_logp", see `Objective.reward`
-    max_length: int | None  # tokens of prompt + completion
-    truncation_mode: str
-    precision: str  # of autocast: "bfloat16", "float16" or "no"
-    dtype: str  # of the base's weights that are not quantized
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    beta: float | None = None  # None: the objective has none, rewards are scaled by 1
+    reward: str = "log_ratio"  # the implicit reward: "log_ratio", "logp" or "mean_logp", see `Objective.reward`
+    max_length: int | None = None  # tokens of prompt + completion
+    truncation_mode: str = "keep_start"
+    precision: str = "no"  # of autocast: "bfloat16", "float16" or "no"
+    dtype: str = "bfloat16"  # of the base's weights that are not quantized
     quantization: dict[str, object] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantized
     discount_gamma: float = 1.0  # of trajectories
     ld_alpha: float | None = None
@@ -59,16 +59,7 @@ class TrainedWith:
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
 
 
-# What is assumed of an adapter that another program trained, which has no record.
-UNRECORDED = TrainedWith(
-    loss_type=["sigmoid"],
-    beta=None,
-    reward="log_ratio",
-    max_length=None,
-    truncation_mode="keep_start",
-    precision="no",
-    dtype="bfloat16",
-)
+UNRECORDED = TrainedWith()  # of an adapter that another program trained
 
 
 def quantization_options(quantization: BitsAndBytesConfig | None) -> dict[str, object]:
@@ -119,18 +110,8 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
 class AdapterSource(AdapterOptions):
     """An adapter and how its base is made again: as it was made for the training, unless an option says otherwise.
 
-    Read by scoring, merging and sampling alike, from Python and from the command line.
-
-    Args:
-        adapter: its folder or Hub id.
-        base: folder or Hub id of the base, if it isn't where the adapter's config says.
-        quantize: True or False replaces the recorded quantization by NF4 or none; None keeps it.
-        dtype: replaces the recorded dtype of what isn't quantized.
-        reference: folder or Hub id of the frozen adapter that was the reference, if it isn't where the record says.
-        check_base: whether the loaded base must be the recorded one, weight for weight. What replaces the recorded
-            quantization or dtype is not checked.
-        revision: of the adapter on the Hub.
-        trust_remote_code: run code that ships with the model.
+    Read by scoring, merging and sampling alike, from Python and from the command line. Its arguments are the fields of
+    `AdapterOptions`.
     """
 
     @classmethod
@@ -169,13 +150,7 @@ class AdapterSource(AdapterOptions):
         return name
 
     def read(self) -> TrainedWith | None:
-        """Returns what the adapter records of its training, without loading its model; None if it was not trained by
-        this package.
-
-        Raises:
-            OptionError: no adapter.
-            ReferenceMismatchError: the record is damaged.
-        """
+        """Returns what the adapter records of its training, without loading its model. See `read_training`."""
         return read_training(self.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -185,7 +160,12 @@ class AdapterSource(AdapterOptions):
             OptionError: no adapter, or no tokenizer.
         """
         base = self.base or self.config.base_model_name_or_path or self.adapter
-        return adapter_tokenizer(self.adapter, base, self.trust_remote_code, self.from_hub)
+        for name, where in ((self.adapter, self.from_hub), (base, {})):
+            try:
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
+            except (OSError, ValueError) as error:
+                reason = error
+        raise OptionError(f"No tokenizer can be loaded from {self.adapter!r} or its base {base!r}: {reason}")
 
     def load(self, device: torch.device | str | None = None, with_reference: bool = True) -> "TrainedAdapter":
         """Loads the adapter on the base that it was trained on, made as it was then, with its reference.
@@ -200,36 +180,23 @@ class AdapterSource(AdapterOptions):
         """
         check_adapter(self.config)
         trained = self.read()
-        needs_reference = _needs_reference(trained, self.reference)
-        model = self._load_model(trained, device)
+        with_reference = _needs_reference(trained, self.reference) and with_reference
+        quantization = trained.quantization_config() if trained and self.quantize is None else None
+        quantize = trained is None if self.quantize is None else self.quantize
+        kwargs: dict[str, object] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
+        if self.config.revision and self.base is None:
+            kwargs["revision"] = self.config.revision
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        how = quantization, quantize, kwargs, self.trust_remote_code, device
+        model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
+        model.requires_grad_(False).eval()
         policy = model.active_adapters[0]
         recorded = read_record(model.peft_config[policy])
         as_recorded = trained is not None and self.quantize is None and self.dtype is None
         if recorded is not None and as_recorded and self.check_base:
             _check_base(recorded, trained, model, self.adapter)
-        wanted = needs_reference and with_reference
-        reference = _find_reference(model, recorded, self.reference, self.adapter) if wanted else None
+        reference = _find_reference(model, recorded, self.reference, self.adapter) if with_reference else None
         return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
-
-    def _load_model(self, trained: TrainedWith | None, device: torch.device | str | None) -> PeftModel:
-        """Returns the adapter on its base, in eval mode, nothing trainable."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        quantization = trained.quantization_config() if trained and self.quantize is None else None
-        quantize = (trained is None) if self.quantize is None else self.quantize
-        kwargs: dict[str, object] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
-        if self.config.revision and self.base is None:
-            kwargs["revision"] = self.config.revision
-        name = self.base_name
-        try:
-            base = load_base(name, quantization, quantize, kwargs, self.trust_remote_code, device)
-        except OptionError as error:
-            raise OptionError(
-                f"The base of the adapter {self.adapter!r}: {error} If it lies elsewhere, give base."
-            ) from error
-        keep_weights(base)
-        model = load_on(base, self.adapter, self.from_hub)
-        model.requires_grad_(False).eval()
-        return model
 
 
 @dataclass
@@ -252,18 +219,7 @@ class TrainedAdapter:
 def load_trained(
     adapter: str, *, device: torch.device | str | None = None, with_reference: bool = True, **made: Any
 ) -> TrainedAdapter:
-    """Loads an adapter on the base that it was trained on, made as it was then, with its reference.
-
-    Args:
-        adapter: its folder or Hub id.
-        device: where the model goes; a GPU if there is one.
-        with_reference: False leaves the reference out, to sample from the policy alone.
-        made: options of `AdapterSource`: base, quantize, dtype, reference, check_base, trust_remote_code, revision.
-
-    Raises:
-        OptionError: no adapter, no base, or a reference that can't be found.
-        ReferenceMismatchError: the base or the reference is another one than in training.
-    """
+    """Returns what `AdapterSource.load` does for a folder or Hub id and options of `AdapterSource`."""
     return AdapterSource(adapter, **made).load(device, with_reference)
 
 
@@ -311,10 +267,8 @@ def trained_in(
 
 def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Reference:
     others = [name for name in model.peft_config if name != policy]
-    if reference is None:
-        recorded = read_record(model.peft_config[policy])
-        if recorded is None or recorded.adapter is None:
-            return Reference("base", None)
+    recorded = read_record(model.peft_config[policy]) if reference is None else None
+    if recorded is not None and recorded.adapter is not None:
         for name in others:
             if adapter_fingerprint(model, name) == recorded.adapter_fingerprint:
                 return Reference("adapter", name, recorded.adapter)
@@ -322,8 +276,8 @@ def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Refer
             f"{policy!r} was trained against a frozen adapter ({recorded.adapter}), which is not in the model: name "
             'one as reference, or "base".'
         )
-    if reference == "base":
-        return Reference("base", None, chosen=True)
+    if reference in (None, "base"):
+        return Reference("base", None, chosen=reference is not None)
     if reference not in others:
         raise OptionError(f"reference={reference!r}: the model's other adapters are {', '.join(others) or 'none'}.")
     return Reference("adapter", reference, chosen=True)
@@ -351,17 +305,15 @@ def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftMode
 
 def _find_reference(model: PeftModel, recorded: Identity | None, given: str | None, adapter: str) -> Reference:
     """Returns the recorded reference: the adapter off, or a frozen adapter beside it."""
-    if recorded is None or recorded.adapter is None:
-        if given is None:
+    if given is None:
+        if recorded is None or recorded.adapter is None:
             return Reference("base", None)
-    elif given is None:
         given = recorded.adapter
         if not is_adapter(given):
             raise OptionError(
                 f"{adapter!r} was trained against a frozen adapter ({given}), which can't be found: give its folder "
                 "as reference."
             )
-    assert given is not None
     name = load_frozen(model, given)
     if recorded is not None and recorded.adapter_fingerprint != (found := adapter_fingerprint(model, name)):
         raise ReferenceMismatchError(
@@ -369,19 +321,3 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
             f"{given!r} is {found}: give the adapter that the training began with."
         )
     return Reference("adapter", name, given, chosen=True)
-
-
-def adapter_tokenizer(
-    adapter: str, base: str, trust_remote_code: bool, from_hub: dict[str, str]
-) -> PreTrainedTokenizerBase:
-    """Returns the adapter's own tokenizer, or its base's.
-
-    Raises:
-        OptionError: there is none.
-    """
-    for name, where in ((adapter, from_hub), (base, {})):
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
-        except (OSError, ValueError) as error:
-            reason = error
-    raise OptionError(f"No tokenizer can be loaded from {adapter!r} or its base {base!r}: {reason}")

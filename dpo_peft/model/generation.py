@@ -59,7 +59,8 @@ def sample_completions(
     if temperature > 0:
         how |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     if temperature > 0 and not isinstance(seed, int):
-        how = {"do_sample": False, "logits_processor": _own_draws(seed, device, temperature, top_p, top_k)}
+        draws = _OwnDraws(seed, device, temperature, top_p, top_k)
+        how = {"do_sample": False, "logits_processor": LogitsProcessorList([draws])}
     ends = end_tokens(model, tokenizer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     training, use_cache, configured = model.training, model.config.use_cache, base.generation_config
@@ -80,35 +81,27 @@ def sample_completions(
     finally:
         model.train(training)
         model.config.use_cache, base.generation_config = use_cache, configured
-    return [_until(ids, ends) for ids in output[:, longest:].tolist()]
+    completions = output[:, longest:].tolist()
+    return [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in completions]
 
 
 class _OwnDraws(LogitsProcessor):
-    """Adds Gumbel noise of a row's own generator to the row's log-probs; the largest sum is a sample."""
+    """Takes the steps of `generate` in sampling, in its order, and adds Gumbel noise of a row's own generator to the
+    row's log-probs; the largest sum is a sample."""
 
-    def __init__(self, seeds: Sequence[int], device: torch.device):
+    def __init__(self, seeds: Sequence[int], device: torch.device, temperature: float, top_p: float, top_k: int):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.steps: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        self.steps += [TopKLogitsWarper(top_k)] if top_k else []
+        self.steps += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for step in self.steps:
+            scores = step(input_ids, scores)
         exponential = torch.empty_like(scores)
         for row, generator in zip(exponential, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores - exponential.log()
-
-
-def _own_draws(
-    seeds: Sequence[int], device: torch.device, temperature: float, top_p: float, top_k: int
-) -> LogitsProcessorList:
-    """Returns the steps that `generate` takes in sampling, in its order, ending with draws that are each row's own."""
-    steps = LogitsProcessorList()
-    if temperature != 1:
-        steps.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        steps.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        steps.append(TopPLogitsWarper(top_p))
-    steps.append(_OwnDraws(seeds, device))
-    return steps
 
 
 def _check(prompt_ids: Sequence[Sequence[int]], new: int, temperature: float, top_p: float, top_k: int) -> None:
@@ -133,8 +126,3 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *several] if token is not None))
-
-
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    at = next((i for i, token in enumerate(ids) if token in ends), None)
-    return ids if at is None else ids[: at + 1]

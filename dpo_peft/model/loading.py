@@ -5,9 +5,10 @@ most updates at DPO's learning rates round to nothing.
 """
 
 import logging
-import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,25 +18,17 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
-from ..reference.adapter_off import Reference, add_reference, base_change, check_reference, is_identity, sample_logits
-from ..reference.frozen_adapter import (
-    adapter_layers,
-    adapter_tensors,
-    check_adapter,
-    check_loaded,
-    first_lines,
-    moved_base,
-    read_config,
-)
+from ..forward.score import eval_mode
+from ..reference.adapter_off import Reference, is_identity, reference_mode
+from ..reference.fingerprint import quantization_parts
+from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
+from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused, moved_base, read_config
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def default_lora() -> LoraConfig:
-    """Returns LoRA of rank 16 on every linear layer but the head, without dropout."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+# Layer drop and the noise on a router's input act in training only, as dropout does.
+_DROPOUT = re.compile(r".*dropout.*|.*(_pdrop|layerdrop)|(input_)?jitter_noise")
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -87,14 +80,10 @@ def load_base(
 
 
 def _read_dtype(dtype: object) -> torch.dtype | str:
-    if dtype == "auto":
-        return "auto"
-    for name, known in _DTYPES.items():
-        if dtype in (name, known):
-            return known
-    if dtype is None:
-        return torch.bfloat16
-    raise OptionError(f"model_init_kwargs['dtype']={dtype!r}: use one of 'auto', {', '.join(map(repr, _DTYPES))}.")
+    name = "bfloat16" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise OptionError(f"model_init_kwargs['dtype']={dtype!r}: use one of {', '.join(map(repr, _DTYPES))}.")
+    return name if name == "auto" else getattr(torch, name)
 
 
 def load_model(
@@ -120,57 +109,50 @@ def load_model(
     config = read_config(name, **from_hub)
     check_adapter(config)
     remedy = (
-        "Or load the base yourself and pass PeftModel.from_pretrained(base, folder, is_trainable=True) as the model."
+        "put it into base_model_name_or_path of its adapter_config.json. Or load the base yourself and pass "
+        "PeftModel.from_pretrained(base, folder, is_trainable=True) as the model."
     )
     if not config.base_model_name_or_path:
-        raise OptionError(
-            f"The adapter {name!r} does not say which base it belongs to: write base_model_name_or_path into its "
-            f"adapter_config.json. {remedy}"
-        )
+        raise OptionError(f"The adapter {name!r} does not say which base it belongs to: {remedy}")
     kwargs.pop("revision", None)
     if config.revision:
         kwargs["revision"] = config.revision
-    base_name = config.base_model_name_or_path
+    how = quantization_config, quantize, kwargs, trust_remote_code, device
+    return load_on_base(name, config.base_model_name_or_path, remedy, from_hub, *how)
+
+
+def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, object], *how: Any) -> PeftModel:
+    """Loads an adapter, to be trained on, and the base under it, made as the other arguments of `load_base` say.
+
+    Args:
+        remedy: what to do if the base lies elsewhere; ends the message.
+        from_hub: where on the Hub the adapter is, such as a revision.
+
+    Raises:
+        OptionError: the base can't be loaded, or the adapter does not fit it.
+    """
     try:
-        base = load_base(base_name, quantization_config, quantize, kwargs, trust_remote_code, device)
+        model = load_base(base, *how)
     except OptionError as error:
         raise OptionError(
-            f"The adapter {name!r} belongs to the base {base_name!r}, which can't be loaded: {error} If it lies "
-            f"elsewhere, put that into base_model_name_or_path of its adapter_config.json. {remedy}"
+            f"The adapter {adapter!r} belongs to the base {base!r}, which can't be loaded: {error} If it lies "
+            f"elsewhere, {remedy}"
         ) from error
-    keep_weights(base)
-    return load_on(base, name, from_hub)
+    keep_weights(model)
+    with misfits_refused(f"The adapter {adapter!r} does not fit its base {base!r}, loaded like this: "):
+        adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, **from_hub)
+        # This one says which tensors are missing or surplus: it reads the file once more.
+        result = adapted.load_adapter(adapter, adapted.active_adapters[0], is_trainable=True, **from_hub)
+    check_loaded(result, adapted.active_adapters[0], adapter)
+    return adapted
 
 
 def is_adapter(name: str, **from_hub: object) -> bool:
     """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
-    if os.path.isdir(name):
-        return os.path.isfile(os.path.join(name, "adapter_config.json"))
     try:
         return find_adapter_config_file(name, **from_hub) is not None
     except (OSError, ValueError):  # no such repository: `load_base` says so
         return False
-
-
-def load_on(base: PreTrainedModel, name: str, from_hub: Mapping[str, object]) -> PeftModel:
-    """Loads the adapter `name` on a loaded base, every tensor of it accounted for.
-
-    Raises:
-        OptionError: it does not fit.
-    """
-    try:
-        model = PeftModel.from_pretrained(base, name, is_trainable=True, **from_hub)
-        # PEFT only warns of tensors that are missing, and keeps quiet about surplus ones: read the file once more.
-        result = model.load_adapter(name, model.active_adapters[0], is_trainable=True, **from_hub)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # PEFT and torch raise all kinds
-        raise OptionError(
-            f"The adapter {name!r} does not fit its base {base.config._name_or_path!r}, loaded like this: "
-            f"{first_lines(error)}"
-        ) from error
-    check_loaded(result, model.active_adapters[0], name)
-    return model
 
 
 def attach_adapter(
@@ -185,7 +167,7 @@ def attach_adapter(
 
     Args:
         model: the base, or a PEFT model with the adapter to train active.
-        peft_config: of the new adapter; rank 16 on every linear layer if None.
+        peft_config: of the new adapter; rank 16 on every linear layer but the head, without dropout, if None.
         reference: "base", the adapter switched off. "initial" or None, the adapter as it came in: switched off if it
             changes nothing yet, else a frozen copy of it. Or the folder or Hub id of another adapter on the same base
             ("./base" is a folder).
@@ -207,7 +189,7 @@ def attach_adapter(
             )
         _check_peft_model(model)
         config = model.peft_config[model.active_adapters[0]]
-        check_reference(config, reference, fresh=False)
+        _check_reference(config, reference, fresh=False)
         starts_at_base = is_identity(model, model.active_adapters[0])
     elif getattr(model, "_hf_peft_config_loaded", False):
         raise OptionError(
@@ -215,39 +197,76 @@ def attach_adapter(
             "PeftModel.from_pretrained(base, folder, is_trainable=True)."
         )
     else:
-        peft_config = default_lora() if peft_config is None else peft_config
+        if peft_config is None:
+            peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         check_adapter(peft_config)
-        check_reference(peft_config, reference, fresh=True)
+        _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             logger.info("%s is trained: cast from %s to float32.", name, parameter.dtype)
             parameter.data = parameter.data.float()
-    return model, add_reference(model, reference, starts_at_base) if needs_reference else Reference("base", None)
+    return model, _hold_reference(model, reference, starts_at_base) if needs_reference else Reference("base", None)
+
+
+def _check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> None:
+    """Refuses a reference on the bare base where the adapter's initialization changes the base, or starts off it; an
+    adapter that is not `fresh` but given by the user may start anywhere."""
+    reason = moved_base(config)
+    starts_off_only = config.init_lora_weights is False and not (fresh and reference == "base")
+    if reference in (None, "initial") or reason is None or starts_off_only:
+        return
+    raise OptionError(
+        f"peft_config.{reason}. With reference={reference!r} that would be the wrong reference: leave "
+        'reference="initial" (a frozen copy of the adapter as it starts), or set init_lora_weights=True (or '
+        '"gaussian"), which starts at the base exactly.'
+    )
 
 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
     """Returns `base` with a fresh adapter, and whether that starts at the base."""
-    before = sample_logits(base)
-    try:
+    before = _sample_logits(base)
+    init = peft_config.init_lora_weights
+    remedy = (
+        "If the initialization needs preparation, do it as PEFT's documentation says and pass the PeftModel; "
+        "init_lora_weights=True needs none."
+    )
+    with misfits_refused(f"peft_config can't be attached to this model (init_lora_weights={init!r}): ", remedy):
         model = get_peft_model(base, peft_config)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # PEFT raises all kinds; some initializations need preparation
-        raise OptionError(
-            f"peft_config can't be attached to this model (init_lora_weights={peft_config.init_lora_weights!r}): "
-            f"{first_lines(error)} If the initialization needs preparation, do it as PEFT's documentation "
-            "says and pass the PeftModel; init_lora_weights=True needs none."
-        ) from error
-    change = base_change(base, before)
-    if change is not None and reference not in (None, "initial"):
+    with reference_mode(base):
+        after = _sample_logits(base)
+    same_base = torch.equal(before.nan_to_num(), after.nan_to_num())
+    if not same_base and reference not in (None, "initial"):
         raise ReferenceMismatchError(
             "Attaching the adapter changed the base model itself: with the adapter off its logits differ by up to "
-            f"{change:.3g}, so reference={reference!r} would be on another model. Use a LoraConfig that leaves the "
-            "base alone (init_lora_weights=True, no kasa_config, no layer_replication), or leave "
-            'reference="initial".'
+            f"{float((before - after).abs().max()):.3g}, so reference={reference!r} would be on another model. Use a "
+            "LoraConfig that leaves the base alone (init_lora_weights=True, no kasa_config, no layer_replication), or "
+            'leave reference="initial".'
         )
-    return model, change is None and moved_base(peft_config) is None
+    return model, same_base and moved_base(peft_config) is None
+
+
+def _sample_logits(model: PreTrainedModel) -> Tensor:
+    """Returns the logits of four tokens, (1, 4, V), by which a changed base shows."""
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(4, device=weight.device)[None] * (weight.shape[0] // 4)
+    with torch.no_grad(), eval_mode(model):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _hold_reference(model: PeftModel, reference: str | None, starts_at_base: bool) -> Reference:
+    """Finds or makes the reference of a model whose adapter is ready to be trained."""
+    if reference == "base":
+        return Reference("base", None, chosen=True)
+    if reference is None or reference == "initial":
+        held = Reference("initial", None if starts_at_base else freeze_copy(model), chosen=reference is not None)
+    else:
+        held = Reference("adapter", load_frozen(model, reference), reference, chosen=True)
+    if held.adapter is not None:
+        what = f"the adapter {reference!r}" if held.source else "a frozen copy of the adapter as it came in"
+        size = sum(tensor.nbytes for tensor in adapter_tensors(model, held.adapter).values()) / 2**20
+        logger.info("The reference is %s: %.1f MiB more, and its share of each reference pass.", what, size)
+    return held
 
 
 def _check_peft_model(model: PeftModel) -> None:
@@ -295,32 +314,21 @@ def keep_weights(model: nn.Module) -> None:
 def disable_dropout(model: nn.Module) -> list[str]:
     """Turns every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers.
 
-    Layer drop and the noise on a router's input, which act in training only too, count as dropout.
-
     Returns:
         The distinct names of what was on, for the log.
     """
     found = set()
-    holders: list[object] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             found.add("lora_dropout" if "lora_dropout" in name else name.rsplit(".", 1)[-1])
             module.p = 0.0
-        holders.append(module)
-        if isinstance(getattr(module, "config", None), PretrainedConfig):  # some models read it at run time
-            holders.append(module.config)
-    for holder in holders:
-        for attribute, value in list(vars(holder).items()):
-            if isinstance(value, float) and value > 0 and _is_dropout(attribute):
-                found.add(attribute)
-                setattr(holder, attribute, 0.0)
+        config = getattr(module, "config", None)  # some models read it at run time
+        for holder in (module, config) if isinstance(config, PretrainedConfig) else (module,):
+            for attribute, value in list(vars(holder).items()):
+                if isinstance(value, float) and value > 0 and _DROPOUT.fullmatch(attribute):
+                    found.add(attribute)
+                    setattr(holder, attribute, 0.0)
     return sorted(found)
-
-
-def _is_dropout(name: str) -> bool:
-    return (
-        "dropout" in name or name.endswith(("_pdrop", "layerdrop")) or name in ("jitter_noise", "input_jitter_noise")
-    )
 
 
 @dataclass
@@ -347,12 +355,11 @@ class StorageReport:
         )
 
 
-def storage_report(model: nn.Module, show: int = 3, reference: str | None = None) -> StorageReport:
+def storage_report(model: nn.Module, reference: str | None = None) -> StorageReport:
     """Counts a model's bytes by what was quantized and what was not (a layer missed by quantization shows up here).
 
     Args:
         model: the base or PEFT model.
-        show: how many of the largest unquantized weights to list.
         reference: name of the frozen adapter that is the reference, which is counted apart.
     """
     report = StorageReport()
@@ -363,30 +370,24 @@ def storage_report(model: nn.Module, show: int = 3, reference: str | None = None
         if parameter.data_ptr() in seen and parameter.numel():
             continue
         seen.add(parameter.data_ptr())
-        size = parameter.numel() * parameter.element_size()
+        size = parameter.nbytes
         if parameter.requires_grad:
             report.trainable += size
             report.trainable_count += parameter.numel()
         elif id(parameter) in of_reference:
             report.reference_adapter += size
         elif hasattr(parameter, "quant_state") or parameter.dtype in (torch.int8, torch.uint8):
-            report.quantized += size + sum(t.numel() * t.element_size() for t in _constants(parameter))
+            report.quantized += size + sum(
+                part.nbytes for _, part in quantization_parts(parameter) if isinstance(part, Tensor)
+            )
         else:
             report.unquantized += size
             dtype = str(parameter.dtype).removeprefix("torch.")
             report.dtypes[dtype] = report.dtypes.get(dtype, 0) + size
             group = ".".join("*" if part.isdigit() else part for part in name.split("."))
             unquantized[group] = unquantized.get(group, 0) + size
-    report.largest_unquantized = sorted(unquantized.items(), key=lambda item: -item[1])[:show]
+    report.largest_unquantized = sorted(unquantized.items(), key=lambda item: -item[1])[:3]
     return report
-
-
-def _constants(parameter: Tensor) -> Iterable[torch.Tensor]:
-    """Yields the tensors of a bitsandbytes quantization state, nested ones included."""
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor))
-        state = getattr(state, "state2", None)
 
 
 def _mib(size: int) -> str:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Which adapter, and what replaces the way in which its base was made for the training."""
+    """Which adapter, and what replaces the way in which its base was made for the training.
+
+    Args:
+        quantize: True or False replaces the recorded quantization by NF4 or none; None keeps it.
+        check_base: whether the loaded base must be the recorded one, weight for weight. What replaces the recorded
+            quantization or dtype is not checked.
+    """
 
     adapter: str = field(default="", metadata={"help": "Folder or Hub id of the adapter."})
     base: str | None = field(default=None, metadata={"help": "Base model, if not where the adapter says."})

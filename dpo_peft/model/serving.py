@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..reference.frozen_adapter import moved_base
+from .adapters import moved_base
 
 # vLLM's --max-lora-rank takes these values only, and is 16 unless given.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -31,7 +31,9 @@ def serving_problems(config: PeftConfig | Mapping[str, object]) -> list[str]:
     if options.get("use_dora"):
         found.append(f"{both} refuse DoRA: merge the adapter.")
     if options.get("modules_to_save"):
-        found.append(f"{both} refuse modules_to_save ({_names(options['modules_to_save'])}): merge the adapter.")
+        saved = options["modules_to_save"]
+        names = saved if isinstance(saved, str) else ", ".join(sorted(saved))
+        found.append(f"{both} refuse modules_to_save ({names}): merge the adapter.")
     if options.get("trainable_token_indices"):
         found.append(
             "llama.cpp refuses trainable_token_indices, and vLLM needs --max-lora-trainable-tokens or refuses them "
@@ -41,11 +43,19 @@ def serving_problems(config: PeftConfig | Mapping[str, object]) -> list[str]:
         found.append(f"{both} may not know weights in target_parameters (fused experts): try it, or merge.")
     if options.get("lora_bias") or options.get("bias", "none") != "none":
         found.append(f"{both} refuse or overlook biases in an adapter: merge it.")
-    if (moved := _moved(options)) is not None:
+    init = options.get("init_lora_weights", True)  # False starts off zero, and leaves the base alone
+    if init is not False and (moved := moved_base(SimpleNamespace(init_lora_weights=init))):
         found.append(f"{both} add the adapter to the original base, but {moved}: merge it, or convert it by PEFT.")
     if options.get("layer_replication"):
         found.append(f"{both} know no layer_replication.")
-    return found + _scale_problems(options) + _target_problems(options)
+    targets = options.get("target_modules") or ()
+    last = {name.split(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
+    found += _scale_problems(options)
+    if "lm_head" in last:
+        found.append("llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it.")
+    if on := sorted(last & set(EMBEDDINGS)):
+        found.append(f"vLLM takes an adapter on {on[0]} for some architectures only: try it, or merge.")
+    return found
 
 
 def _scale_problems(options: Mapping[str, Any]) -> list[str]:
@@ -67,30 +77,8 @@ def _scale_problems(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _target_problems(options: Mapping[str, Any]) -> list[str]:
-    targets = options.get("target_modules") or ()
-    names = {targets} if isinstance(targets, str) else set(targets)
-    last = {name.split(".")[-1] for name in names}
-    found = []
-    if "lm_head" in last:
-        found.append("llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it.")
-    if on := sorted(last & set(EMBEDDINGS)):
-        found.append(f"vLLM takes an adapter on {on[0]} for some architectures only: try it, or merge.")
-    return found
-
-
 def max_lora_rank(config: PeftConfig | Mapping[str, object]) -> int:
     """Returns the least value for vLLM's `--max-lora-rank` that the adapter fits into."""
     options = dict(config) if isinstance(config, Mapping) else config.to_dict()
     largest = max([options.get("r", 8), *(options.get("rank_pattern") or {}).values()])
     return next((rank for rank in VLLM_RANKS if rank >= largest), largest)
-
-
-def _names(value: Any) -> str:
-    return value if isinstance(value, str) else ", ".join(sorted(value))
-
-
-def _moved(options: Mapping[str, Any]) -> str | None:
-    init = options.get("init_lora_weights", True)
-    # False starts off zero, and leaves the base alone.
-    return None if init is False else moved_base(SimpleNamespace(init_lora_weights=init))

@@ -12,20 +12,16 @@ below.
 
 import hashlib
 import json
-import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from random import Random
 from typing import Any, NamedTuple
 
-from ..errors import OptionError
-from .rejection_sampling import first_round, rejection_sample, tournament
-
-METHODS = ("best_worst", "all", "rso")
-MATCHES = {"first_round": first_round, "tournament": tournament}
+from .options import PairsOptions
+from .rejection_sampling import MATCHES, rejection_sample
 
 # Why a completion is not used.
 EMPTY, UNFINISHED, DUPLICATE, UNSCORED = "empty", "unfinished", "same text as another", "no reward"
@@ -41,7 +37,6 @@ class Candidate(NamedTuple):
     completion: Any  # text, or a list of messages
     score: float | None
     finished: bool = True
-    tokens: int | None = None
 
     @property
     def text(self) -> str:
@@ -53,47 +48,42 @@ class Candidate(NamedTuple):
                 return text
         return json.dumps(self.completion, sort_keys=True)
 
-
-@dataclass(frozen=True)
-class Rules:
-    """The rules by which pairs are made of candidates.
-
-    Raises:
-        OptionError: a value out of range.
-    """
-
-    method: str = "best_worst"
-    min_margin: float = 0.0  # least difference of the two rewards; a tie is never a pair
-    max_pairs: int | None = None  # of a prompt, with "all"
-    require_finished: bool = True
-    rso_beta: float = 0.5
-    rso_accept: int = 4
-    rso_pairs: str = "first_round"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, right, must in (
-            ("method", self.method in METHODS, f"be one of {', '.join(METHODS)}"),
-            ("rso_pairs", self.rso_pairs in MATCHES, f"be one of {', '.join(MATCHES)}"),
-            ("min_margin", 0 <= self.min_margin < math.inf, "be 0 or above"),
-            ("max_pairs", self.max_pairs is None or self.max_pairs >= 1, "be at least 1"),
-            ("rso_beta", 0 < self.rso_beta < math.inf, "be a number above 0"),
-            ("rso_accept", self.rso_accept >= 2, "be at least 2, to make a pair"),
-        ):
-            if not right:
-                raise OptionError(f"{name}={getattr(self, name)!r} must {must}.")
+    @property
+    def reward(self) -> float:
+        """The score; whatever is usable has one."""
+        assert self.score is not None
+        return self.score
 
 
 @dataclass
 class Built:
     """The pairs of one prompt, and what became of its completions."""
 
-    pairs: list[tuple[Candidate, Candidate]] = field(default_factory=list)  # chosen, rejected
+    candidates: Sequence[Candidate]
     usable: list[Candidate] = field(default_factory=list)  # all that could be in a pair
     accepted: list[Candidate] = field(default_factory=list)  # by rejection sampling, in that order
+    pairs: list[tuple[Candidate, Candidate]] = field(default_factory=list)  # chosen, rejected
     trials: int = 0  # of rejection sampling
     unused: Counter[str] = field(default_factory=Counter)  # completions, by reason
     no_pair: Counter[str] = field(default_factory=Counter)  # twos of completions, by reason
+
+    def rows(self) -> dict[str, list[dict[str, object]]]:
+        """Returns what is written of the completions, by the option that names the file."""
+        pairs: list[dict[str, object]] = [
+            {
+                "chosen": chosen.completion,
+                "rejected": rejected.completion,
+                "chosen_reward": chosen.reward,
+                "rejected_reward": rejected.reward,
+                "reward_margin": chosen.reward - rejected.reward,
+            }
+            for chosen, rejected in self.pairs
+        ]
+        accepted: list[dict[str, object]] = [{"completion": c.completion, "reward": c.reward} for c in self.accepted]
+        scores = [c.reward for c in self.usable]
+        whole: dict[str, object] = {"completions": [c.completion for c in self.usable], "scores": scores}
+        lists = [whole] if len(set(scores)) > 1 else []  # else there is no better one to learn from
+        return {"output": pairs, "sft_output": accepted, "lists_output": lists}
 
 
 def seed_of(*parts: int | str) -> int:
@@ -103,131 +93,107 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def build_pairs(candidates: Sequence[Candidate], rules: Rules, number: int) -> Built:
+def build_pairs(candidates: Sequence[Candidate], options: PairsOptions, number: int) -> Built:
     """Makes the pairs of one prompt.
 
     Args:
         candidates: the completions in the order in which they were sampled.
-        rules: as above.
-        number: of the prompt; with the rules' seed it decides what is drawn.
+        options: how pairs are made.
+        number: of the prompt; with the options' seed it decides what is drawn.
     """
-    built = Built()
-    usable = built.usable = _usable(candidates, rules, built.unused)
-    scores = [candidate.score for candidate in usable if candidate.score is not None]
-    if rules.method == "all":
-        twos = [(i, j) if scores[i] >= scores[j] else (j, i) for i, j in combinations(range(len(usable)), 2)]
-        twos.sort(key=lambda two: scores[two[1]] - scores[two[0]])  # a stable sort: ties in order of sampling
-    elif rules.method == "rso":
-        draw = Random(seed_of(rules.seed, number, "rso"))
-        accepted, built.trials = rejection_sample(scores, rules.rso_accept, rules.rso_beta, draw)
-        built.accepted = [usable[i] for i in accepted]
-        twos = MATCHES[rules.rso_pairs](accepted, scores, draw)
-    else:
-        best = max(range(len(usable)), key=scores.__getitem__, default=0)
-        worst = min(range(len(usable)), key=scores.__getitem__, default=0)
-        twos = [(best, worst)] if len(usable) > 1 else []
-    for better, worse in twos:
-        reason = _refused(scores[better] - scores[worse], len(built.pairs), rules)
-        if reason is None:
-            built.pairs.append((usable[better], usable[worse]))
+    built, usable = Built(candidates), dict[str, Candidate]()
+    for candidate in candidates:
+        if reason := _unusable(candidate, options, usable):
+            built.unused[reason] += 1
         else:
+            usable[candidate.text] = candidate
+    built.usable = list(usable.values())
+    scores = [candidate.reward for candidate in built.usable]
+    every = range(len(scores))
+    if options.method == "all":
+        twos = [(i, j) if scores[i] >= scores[j] else (j, i) for i, j in combinations(every, 2)]
+        twos.sort(key=lambda two: scores[two[1]] - scores[two[0]])  # a stable sort: ties in order of sampling
+    elif options.method == "rso":
+        draw = Random(seed_of(options.seed, number, "rso"))
+        accepted, built.trials = rejection_sample(scores, options.rso_accept, options.rso_beta, draw)
+        built.accepted = [built.usable[i] for i in accepted]
+        twos = MATCHES[options.rso_pairs](accepted, scores, draw)
+    else:
+        twos = [(max(every, key=scores.__getitem__), min(every, key=scores.__getitem__))] if len(scores) > 1 else []
+    for better, worse in twos:
+        if reason := _refused(scores[better] - scores[worse], len(built.pairs), options):
             built.no_pair[reason] += 1
+        else:
+            built.pairs.append((built.usable[better], built.usable[worse]))
     return built
 
 
-def _usable(candidates: Sequence[Candidate], rules: Rules, unused: Counter[str]) -> list[Candidate]:
-    seen: set[str] = set()
-    usable = []
-    for candidate in candidates:
-        text = candidate.text
-        if not text.strip():
-            unused[EMPTY] += 1
-        elif rules.require_finished and not candidate.finished:
-            unused[UNFINISHED] += 1
-        elif candidate.score is None:
-            unused[UNSCORED] += 1
-        elif text in seen:
-            unused[DUPLICATE] += 1
-        else:
-            seen.add(text)
-            usable.append(candidate)
-    return usable
+def _unusable(candidate: Candidate, options: PairsOptions, others: Container[str]) -> str | None:
+    if not candidate.text.strip():
+        return EMPTY
+    if not candidate.finished and options.require_finished is not False:
+        return UNFINISHED
+    if candidate.score is None:
+        return UNSCORED
+    return DUPLICATE if candidate.text in others else None
 
 
-def _refused(margin: float, pairs: int, rules: Rules) -> str | None:
+def _refused(margin: float, pairs: int, options: PairsOptions) -> str | None:
     if margin <= 0:
         return TIE
-    if margin < rules.min_margin:
+    if margin < options.min_margin:
         return BELOW_MARGIN
-    return BEYOND_MAX if rules.max_pairs is not None and pairs >= rules.max_pairs else None
+    return BEYOND_MAX if options.max_pairs is not None and pairs >= options.max_pairs else None
 
 
-@dataclass
-class Tally:
-    """The count of what became of all prompts."""
+def summarize(results: Iterable[tuple[Built, str | None]], skipped: Mapping[str, int]) -> dict[str, Any]:
+    """Returns what became of all prompts, as JSON values. Rewards are means, in the judge's units; None where there
+    are none.
 
-    prompts: int = 0
-    with_pairs: int = 0
-    candidates: int = 0
-    trials: int = 0
-    accepted: int = 0
-    unused: Counter[str] = field(default_factory=Counter)
-    no_pair: Counter[str] = field(default_factory=Counter)
-    without_pairs: Counter[str] = field(default_factory=Counter)
-    rewards: list[float] = field(default_factory=list)  # of all candidates
-    kept: list[tuple[float, float]] = field(default_factory=list)  # rewards of the pairs: chosen, rejected
-    lengths: list[tuple[int, int]] = field(default_factory=list)  # characters of the pairs
+    `longer_chosen` is the share of pairs whose chosen completion has more characters: far from 0.5, length is what
+    the judge rewards. `acceptance_rate` is the share of rejection sampling's trials that accepted (Theorem 1 of the
+    paper: near the mean of exp((r - r_max) / beta) while many candidates are left).
 
-    def add(self, candidates: Sequence[Candidate], built: Built, skipped: str | None = None) -> None:
-        """Counts one prompt; `skipped` is why it was not completed at all."""
-        self.prompts += 1
-        self.candidates += len(candidates)
-        self.rewards += [candidate.score for candidate in candidates if candidate.score is not None]
-        self.trials += built.trials
-        self.accepted += len(built.accepted)
-        self.unused += built.unused
-        self.no_pair += built.no_pair
+    Args:
+        results: of each prompt, and why it was not completed at all, if it wasn't.
+        skipped: how many rows have no prompt, by reason.
+    """
+    numbers, without_pairs = Counter(prompts=sum(skipped.values())), Counter(skipped)
+    unused, refused = Counter[str](), Counter[str]()
+    rewards: list[float] = []  # of all candidates
+    pairs: list[tuple[float, float, float]] = []  # rewards of chosen and rejected, share of "chosen is longer"
+    for built, why in results:
+        found = {"candidates": built.candidates, "accepted": built.accepted, "pairs": built.pairs}
+        numbers.update({name: len(found[name]) for name in found}, prompts=1, trials=built.trials)
+        unused += built.unused
+        refused += built.no_pair
+        rewards += [candidate.score for candidate in built.candidates if candidate.score is not None]
         for chosen, rejected in built.pairs:
-            assert chosen.score is not None and rejected.score is not None
-            self.kept.append((chosen.score, rejected.score))
-            self.lengths.append((len(chosen.text), len(rejected.text)))
-        if built.pairs:
-            self.with_pairs += 1
-        else:  # the reason that came nearest to a pair
-            near = next((reason for reason in (BEYOND_MAX, BELOW_MARGIN, TIE) if built.no_pair[reason]), TOO_FEW)
-            self.without_pairs[skipped or near] += 1
-
-    def summary(self) -> dict[str, Any]:
-        """Returns figures as JSON values. Rewards are means, in the judge's units; None where there are none.
-
-        `longer_chosen` is the share of pairs whose chosen completion has more characters: far from 0.5, length is what
-        the judge rewards. `acceptance_rate` is the share of rejection sampling's trials that accepted (Theorem 1 of
-        the paper: near the mean of exp((r - r_max) / beta) while many candidates are left).
-        """
-        chosen, rejected = [c for c, _ in self.kept], [r for _, r in self.kept]
-        longer = [(a > b) + (a == b) / 2 for a, b in self.lengths]
-        result: dict[str, Any] = {
-            "prompts": self.prompts,
-            "prompts_with_pairs": self.with_pairs,
-            "prompts_without_pairs": dict(self.without_pairs),
-            "candidates": self.candidates,
-            "candidates_unused": dict(self.unused),
-            "pairs": len(self.kept),
-            "pairs_refused": dict(self.no_pair),
-            "reward": {
-                "candidates": _mean(self.rewards),
-                "candidates_std": statistics.pstdev(self.rewards) if self.rewards else None,
-                "chosen": _mean(chosen),
-                "rejected": _mean(rejected),
-                "margin": _mean([c - r for c, r in self.kept]),
-            },
-            "longer_chosen": _mean(longer),
-        }
-        if self.trials:
-            result |= {"accepted": self.accepted, "acceptance_rate": self.accepted / self.trials}
-        return result
+            longer = len(chosen.text) - len(rejected.text)
+            pairs.append((chosen.reward, rejected.reward, (longer > 0) + (longer == 0) / 2))
+        if not built.pairs:  # the reason that came nearest to a pair
+            near = next((reason for reason in (BELOW_MARGIN, TIE) if built.no_pair[reason]), TOO_FEW)
+            without_pairs[why or near] += 1
+    rates = {"accepted": numbers["accepted"], "acceptance_rate": numbers["accepted"] / (numbers["trials"] or 1)}
+    return {
+        "prompts": numbers["prompts"],
+        "prompts_with_pairs": numbers["prompts"] - sum(without_pairs.values()),
+        "prompts_without_pairs": dict(without_pairs),
+        "candidates": numbers["candidates"],
+        "candidates_unused": dict(unused),
+        "pairs": numbers["pairs"],
+        "pairs_refused": dict(refused),
+        "reward": {
+            "candidates": _mean(rewards),
+            "candidates_std": statistics.pstdev(rewards) if rewards else None,
+            "chosen": _mean([chosen for chosen, _, _ in pairs]),
+            "rejected": _mean([rejected for _, rejected, _ in pairs]),
+            "margin": _mean([chosen - rejected for chosen, rejected, _ in pairs]),
+        },
+        "longer_chosen": _mean([longer for _, _, longer in pairs]),
+        **(rates if numbers["trials"] else {}),
+    }
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
+def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None

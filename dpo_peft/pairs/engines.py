@@ -1,7 +1,8 @@
 """Who writes the completions: a model in this process, or vLLM. Both take token ids and a seed for each completion."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig
@@ -31,41 +32,30 @@ class Sample(NamedTuple):
     finished: bool  # False: cut off by max_new_tokens
 
 
-class Engine(Protocol):
-    """Writes one completion of each prompt; a prompt that stands several times gets one for each of its seeds."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]: ...
+# Writes one completion of each prompt; a prompt that stands several times gets one for each of its seeds.
+Engine = Callable[[Sequence[list[int]], Sequence[int]], list[Sample]]
 
 
-class ModelSource(NamedTuple):
-    """Which model to sample from, and how it is loaded. Work files hold these fields by name."""
+class ModelSource(AdapterSource):
+    """Which model to sample from, and how it is loaded: an adapter, or a base model in its place (`adapter` is its
+    name), in NF4 and bfloat16 unless `quantize` and `dtype` say otherwise."""
 
-    name: str  # a base model's or an adapter's folder or Hub id
-    base: str | None = None  # of an adapter, if it isn't where its config says
-    quantize: bool | None = None  # None: as an adapter was trained; NF4 for a base model
-    dtype: str | None = None  # None: as an adapter was trained; bfloat16 for a base model
-    revision: str | None = None
-    trust_remote_code: bool = False
-    check_base: bool = True  # the base must be the one that the adapter was trained on
-
-    @property
-    def from_hub(self) -> dict[str, str]:
-        return {} if self.revision is None else {"revision": self.revision}
-
-    @property
-    def adapter(self) -> AdapterSource | None:
-        """The adapter; None for a base model.
+    @cached_property
+    def is_adapter(self) -> bool:
+        """Whether it is no base model.
 
         Raises:
             OptionError: `base` without effect.
         """
-        if is_adapter(self.name, **self.from_hub):
-            return AdapterSource(adapter=self.name, **{n: v for n, v in self._asdict().items() if n != "name"})
-        if self.base is not None:
-            raise OptionError(f"base has no effect: {self.name!r} is not an adapter. Leave it out.")
-        return None
+        found = is_adapter(self.adapter, **self.from_hub)
+        if self.base is not None and not found:
+            raise OptionError(f"base has no effect: {self.adapter!r} is not an adapter. Leave it out.")
+        return found
+
+    @property
+    def base_name(self) -> str:
+        """Folder or Hub id of the base, or of the model itself."""
+        return super().base_name if self.is_adapter else self.adapter
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the adapter's own tokenizer, or its base's; of a base model its own.
@@ -73,21 +63,22 @@ class ModelSource(NamedTuple):
         Raises:
             OptionError: there is none.
         """
-        if adapter := self.adapter:
-            return adapter.tokenizer()
+        if self.is_adapter:
+            return super().tokenizer()
         try:
-            return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code, **self.from_hub)
+            return AutoTokenizer.from_pretrained(
+                self.adapter, trust_remote_code=self.trust_remote_code, **self.from_hub
+            )
         except (OSError, ValueError) as error:
-            raise OptionError(f"No tokenizer can be loaded for {self.name!r}: {error}") from error
+            raise OptionError(f"No tokenizer can be loaded for {self.adapter!r}: {error}") from error
 
     def context(self) -> int | None:
         """Returns the tokens that the model was made for; None if its config doesn't say."""
-        adapter = self.adapter
-        base, where = (adapter.base_name, {}) if adapter else (self.name, self.from_hub)
+        where = {} if self.is_adapter else self.from_hub
         try:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=self.trust_remote_code, **where)
+            config = AutoConfig.from_pretrained(self.base_name, trust_remote_code=self.trust_remote_code, **where)
         except (OSError, ValueError) as error:
-            raise OptionError(f"The config of the model {base!r} can't be read: {error}") from error
+            raise OptionError(f"The config of the model {self.base_name!r} can't be read: {error}") from error
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -102,11 +93,11 @@ class TransformersEngine:
     def load(cls, source: ModelSource, how: Sampling, batch_size: int) -> "TransformersEngine":
         """Loads the model, onto a GPU if there is one. Raises what `load_base` and `AdapterSource.load` raise."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if adapter := source.adapter:
-            trained = adapter.load(device, with_reference=False)
+        if source.is_adapter:
+            trained = source.load(device, with_reference=False)
             return cls(trained.model, trained.tokenizer, how, batch_size)
         kwargs = {"dtype": source.dtype, **source.from_hub}
-        model = load_base(source.name, None, source.quantize is not False, kwargs, source.trust_remote_code, device)
+        model = load_base(source.adapter, None, source.quantize is not False, kwargs, source.trust_remote_code, device)
         keep_weights(model)  # it computes as it does in training
         return cls(model.requires_grad_(False).eval(), source.tokenizer(), how, batch_size)
 
@@ -128,8 +119,7 @@ class TransformersEngine:
                 ) from error
             completions = None
         if completions is None:  # outside the except clause, which would keep the failed batch's tensors alive
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             half = len(prompt_ids) // 2
             return self._sample(prompt_ids[:half], seeds[:half]) + self._sample(prompt_ids[half:], seeds[half:])
         ends = end_tokens(self.model, self.tokenizer)
@@ -158,23 +148,23 @@ class VllmEngine:
                 f"engine='vllm' needs the package vllm, which can't be imported ({error}): pip install vllm, or use "
                 "engine 'transformers'."
             ) from error
-        adapter = source.adapter
         self.how, self.tokenizer, self._params, self._lora = how, source.tokenizer(), SamplingParams, None
         options: dict[str, Any] = {
-            "model": adapter.base_name if adapter else source.name,
+            "model": source.base_name,
             "dtype": source.dtype or "auto",
             "max_model_len": longest_prompt + how.max_new_tokens,
             "trust_remote_code": source.trust_remote_code,
         }
-        if adapter is None:
-            options |= source.from_hub
         if memory is not None:
             options["gpu_memory_utilization"] = memory
-        if _in_4_bits(source, adapter):
+        trained = source.read() if source.is_adapter else None
+        if source.quantize or source.quantize is None and (trained is None or trained.quantization):
             options["quantization"] = "bitsandbytes"  # NF4 as it loads
-        if adapter is not None:
-            options |= {"enable_lora": True, "max_lora_rank": _served_rank(source.name, adapter.config)}
-            self._lora = LoRARequest("policy", 1, source.name)
+        if source.is_adapter:
+            options |= {"enable_lora": True, "max_lora_rank": _served_rank(source.adapter, source.config)}
+            self._lora = LoRARequest("policy", 1, source.adapter)
+        else:
+            options |= source.from_hub
         self._llm = LLM(**options)
 
     def __call__(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]:
@@ -190,13 +180,6 @@ class VllmEngine:
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], finished: bool) -> Sample:
     """Makes a sample of its tokens; the end token and other special ones are not part of the text."""
     return Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, finished)
-
-
-def _in_4_bits(source: ModelSource, adapter: AdapterSource | None) -> bool:
-    if source.quantize is not None:
-        return source.quantize
-    trained = adapter.read() if adapter else None
-    return trained is None or bool(trained.quantization)
 
 
 def _served_rank(name: str, config: PeftConfig) -> int:

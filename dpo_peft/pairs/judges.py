@@ -8,13 +8,14 @@ that they have no opinion on.
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ..data.prompts import Prompt
 from ..data.tokenize import leading_ids, text_ids
 from ..errors import DataError, OptionError
 from ..losses import load_function
@@ -115,21 +116,17 @@ class RewardModel:
 
 def judge_answers(
     judge: Judge,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[list[int]] | None,
-    columns: Mapping[str, Sequence[Any]],
-    rows: Sequence[int],
+    prompts: Sequence[Prompt],
+    completions: Sequence[object],
+    completion_ids: Sequence[list[int]] | None = None,
 ) -> list[float | None]:
     """Calls a reward function and checks what it returns.
 
     Args:
-        judge: takes keyword arguments alone, as TRL calls it.
-        prompts: texts or lists of messages, one for each completion.
+        judge: takes keyword arguments alone, as TRL calls it: the prompts' other columns too.
+        prompts: one for each completion, at least one.
         completions: texts or lists of messages.
         completion_ids: tokens of each; None if they aren't known.
-        columns: the rows' other values by column, one for each completion.
-        rows: row of each prompt, for messages.
 
     Raises:
         OptionError: it can't be called like this, fails, or returns anything but a list of as many numbers.
@@ -137,8 +134,11 @@ def judge_answers(
     """
     name = getattr(judge, "__name__", type(judge).__name__)
     known = {} if completion_ids is None else {"completion_ids": completion_ids}
+    columns = {column: [prompt.columns[column] for prompt in prompts] for column in prompts[0].columns}
     try:
-        returned = judge(prompts=list(prompts), completions=list(completions), **known, **columns)
+        returned = judge(
+            prompts=[prompt.example.prompt for prompt in prompts], completions=list(completions), **known, **columns
+        )
     except (OptionError, DataError):
         raise
     except Exception as error:  # it is code of someone else's and may raise anything
@@ -147,18 +147,15 @@ def judge_answers(
     if not isinstance(values, list | tuple) or len(values) != len(completions):
         what = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
         raise OptionError(f"The reward function {name} returned {what} for {len(completions)} completions.")
-    return [_checked(value, name, row) for value, row in zip(values, rows, strict=True)]
-
-
-def _checked(value: Any, name: str, row: int) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise OptionError(f"The reward function {name} returned {value!r}: a reward is a number or None.") from None
-    if not math.isfinite(number):
-        raise DataError(
-            f"The reward function {name} gave {number} to a completion of prompt {row}: mend it, or the row."
-        )
-    return number
+    rewards: list[float | None] = []
+    for value, prompt in zip(values, prompts, strict=True):
+        try:
+            reward = None if value is None else float(value)
+        except (TypeError, ValueError):
+            wrong = f"The reward function {name} returned {value!r}: a reward is a number or None."
+            raise OptionError(wrong) from None
+        if reward is not None and not math.isfinite(reward):
+            wrong = f"The reward function {name} gave {reward} to a completion of prompt {prompt.number}"
+            raise DataError(f"{wrong}: mend it, or the row.")
+        rewards.append(reward)
+    return rewards

@@ -1,5 +1,6 @@
 """The options of `make_pairs` and `dpo-peft pairs`. Nothing slow is imported here: a help should not wait."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 from ..errors import OptionError
 from ..files import CONVERTERS, check_output
-from .building import MATCHES, METHODS, Rules
+from .rejection_sampling import MATCHES
 from .worklog import unfinished
 
+METHODS = ("best_worst", "all", "rso")
 SAMPLING = (
     "model num_candidates temperature top_p top_k max_new_tokens batch_size engine gpu_memory_utilization base "
     "quantize dtype check_base revision require_finished"
@@ -24,7 +26,11 @@ def _option(default: object, help: str, choices: Sequence[str] | None = None) ->
 
 @dataclass
 class PairsOptions:
-    """What to sample, who judges, and how pairs are made."""
+    """What to sample, who judges, and how pairs are made.
+
+    Raises:
+        OptionError: a value out of range.
+    """
 
     model: str | None = _option(None, "Folder or Hub id of a model or an adapter. Not with completions in the file.")
     prompts: str | None = _option(
@@ -77,20 +83,23 @@ class PairsOptions:
     overwrite: bool = _option(False, "Replace output, and begin unfinished work anew.")
     json: bool = _option(False, "Print the summary as JSON.")
 
+    def __post_init__(self) -> None:
+        counts = ("num_candidates", "max_new_tokens", "batch_size", "max_prompts", "max_pairs")
+        for name, right, must in (
+            ("method", self.method in METHODS, f"be one of {', '.join(METHODS)}"),
+            ("rso_pairs", self.rso_pairs in MATCHES, f"be one of {', '.join(MATCHES)}"),
+            ("min_margin", 0 <= self.min_margin < math.inf, "be 0 or above"),
+            ("rso_beta", 0 < self.rso_beta < math.inf, "be a number above 0"),
+            ("rso_accept", self.rso_accept >= 2, "be at least 2, to make a pair"),
+            *((name, (number := getattr(self, name)) is None or number >= 1, "be at least 1") for name in counts),
+        ):
+            if not right:
+                raise OptionError(f"{name}={getattr(self, name)!r} must {must}.")
+
     @property
     def judge(self) -> dict[str, str]:
         """The options that name a judge, and their values."""
         return {name: value for name in JUDGES if (value := getattr(self, name)) is not None}
-
-    @property
-    def rules(self) -> Rules:
-        """How pairs are made.
-
-        Raises:
-            OptionError: a value out of range.
-        """
-        same = {f.name: getattr(self, f.name) for f in fields(Rules)}
-        return Rules(**{**same, "require_finished": self.require_finished is not False})
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -103,7 +112,7 @@ class PairsOptions:
         return {name: check_output(name, path) for name, path in named.items() if path is not None}
 
     def check(self) -> None:
-        """Refuses options that can't be right, whatever the rows are.
+        """Refuses files that are missing, or in the way, before anything is read.
 
         Raises:
             OptionError: naming the first one.
@@ -118,11 +127,6 @@ class PairsOptions:
         for name, path in outputs.items():
             if path.exists() and not self.overwrite and not resumes:
                 raise OptionError(f"{name}={str(path)!r} is there already: give another name, or --overwrite.")
-        for name in ("num_candidates", "max_new_tokens", "batch_size", "max_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value} must be at least 1.")
-        _ = self.rules
 
     def check_for(self, columns: Sequence[str]) -> None:
         """Refuses options that go ill with the rows' columns or with each other, and those that would do nothing.
@@ -136,26 +140,23 @@ class PairsOptions:
             hint = " The rows have scores: --score_column scores." if scored else ""
             what = f"{', '.join(self.judge)} are given" if self.judge else "no judge is given"
             raise OptionError(f"{what}: give one of {', '.join(JUDGES)}.{hint}")
-        if given:
-            self._refuse(SAMPLING, "the rows have completions in 'completions' already")
-        elif self.model is None:
+        if not given and self.model is None:
             raise OptionError(
                 "model is missing: give a folder or Hub id to sample from, or rows with completions in 'completions'."
             )
-        elif self.num_candidates < 2:
+        for names, idle, why in (
+            (SAMPLING, given, "the rows have completions in 'completions' already"),
+            (RSO, self.method != "rso", f"method is {self.method!r} and not 'rso'"),
+            (["max_pairs"], self.method != "all", f"method is {self.method!r} and not 'all'"),
+            (["gpu_memory_utilization"], self.engine != "vllm", "engine is not 'vllm'"),
+        ):
+            changed = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
+            if idle and changed:
+                raise OptionError(f"{', '.join(changed)}: no effect, {why}. Leave it out.")
+        if not given and self.num_candidates < 2:
             raise OptionError("num_candidates must be at least 2, to make a pair.")
-        if self.method != "rso":
-            self._refuse(RSO, f"method is {self.method!r} and not 'rso'")
-        elif not given and self.rso_accept > self.num_candidates:
+        if not given and self.method == "rso" and self.rso_accept > self.num_candidates:
             raise OptionError(
                 f"rso_accept={self.rso_accept} is more than num_candidates={self.num_candidates}: nothing would be "
                 "rejected. Sample more, or accept fewer."
             )
-        if self.method != "all":
-            self._refuse(["max_pairs"], f"method is {self.method!r} and not 'all'")
-        if self.engine != "vllm":
-            self._refuse(["gpu_memory_utilization"], "engine is not 'vllm'")
-
-    def _refuse(self, names: Sequence[str], why: str) -> None:
-        if changed := [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]:
-            raise OptionError(f"{', '.join(changed)}: no effect, {why}. Leave it out.")

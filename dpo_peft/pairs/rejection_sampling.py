@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
-from ..errors import OptionError
-
 
 class Accepted(NamedTuple):
     """What rejection sampling kept of the candidates."""
@@ -39,29 +37,20 @@ def rejection_sample(rewards: Sequence[float], accept: int, beta: float, draw: R
     Args:
         rewards: one finite number per candidate, in the order in which they were sampled. A text stands once.
         accept: how many to accept; all of them if there are no more.
-        beta: in units of the reward. Smaller trusts the reward more.
+        beta: above 0, in units of the reward. Smaller trusts the reward more.
         draw: decides, one uniform number per trial.
-
-    Raises:
-        OptionError: beta or accept out of range.
     """
-    if not (math.isfinite(beta) and beta > 0):
-        raise OptionError(f"rso_beta={beta} must be a number above 0.")
-    if accept < 1:
-        raise OptionError(f"rso_accept={accept} must be at least 1.")
     left, trials = list(range(len(rewards))), 0
     kept: list[int] = []
     while left and len(kept) < accept:
         best = max(rewards[i] for i in left)
-        this_round = set()
-        for i in left:
+        for i in list(left):
             trials += 1
             if draw.random() < acceptance(rewards[i], best, beta):
                 kept.append(i)
-                this_round.add(i)
+                left.remove(i)
                 if len(kept) == accept:
                     break
-        left = [i for i in left if i not in this_round]
     return Accepted(kept, trials)
 
 
@@ -71,8 +60,7 @@ def first_round(accepted: Sequence[int], rewards: Sequence[float], draw: Random)
     Returns:
         (better, worse) by reward; of two equal ones in the order drawn. An odd one is left over.
     """
-    order = draw.sample(list(accepted), len(accepted))
-    return [_ordered(a, b, rewards) for a, b in zip(order[::2], order[1::2], strict=False)]
+    return tournament(accepted, rewards, draw)[: len(accepted) // 2]
 
 
 def tournament(accepted: Sequence[int], rewards: Sequence[float], draw: Random) -> list[tuple[int, int]]:
@@ -80,15 +68,15 @@ def tournament(accepted: Sequence[int], rewards: Sequence[float], draw: Random) 
     tournament-rank). Of two equal ones the first drawn stays; an odd one stays by itself.
 
     Returns:
-        (better, worse) of every match.
+        (better, worse) of every match, round by round.
     """
     order, matches = draw.sample(list(accepted), len(accepted)), []
     while len(order) > 1:
-        played = [_ordered(a, b, rewards) for a, b in zip(order[::2], order[1::2], strict=False)]
+        twos = zip(order[::2], order[1::2], strict=False)
+        played = [(a, b) if rewards[a] >= rewards[b] else (b, a) for a, b in twos]
         matches += played
         order = [winner for winner, _ in played] + order[2 * len(played) :]
     return matches
 
 
-def _ordered(a: int, b: int, rewards: Sequence[float]) -> tuple[int, int]:
-    return (a, b) if rewards[a] >= rewards[b] else (b, a)
+MATCHES = {"first_round": first_round, "tournament": tournament}

@@ -7,8 +7,7 @@ takes long, and they don't depend on how pairs are made: with other rules the sa
 import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from tqdm.auto import tqdm
 from ..data.prompts import Prompt, encode_prompts, read_prompts
 from ..errors import DataError, OptionError
 from ..files import read_rows, write_rows
-from .building import TOO_LONG, Built, Candidate, Tally, build_pairs, seed_of
+from .building import TOO_LONG, Built, Candidate, build_pairs, seed_of, summarize
 from .engines import Engine, ModelSource, Sample, Sampling, TransformersEngine, VllmEngine
 from .judges import Judge, judge_answers, load_judge, source_of
 from .options import PairsOptions
 from .worklog import Record, WorkLog, unfinished
 
-Completion = tuple[Any, Sample | None]  # a text or messages, and how it was sampled, if it was
-
+Sampler = Callable[[Sequence[Prompt]], list[list[Sample]]]
 GIVEN_AT_ONCE = 64  # prompts in a chunk, where completions are given
+LOADING = "base quantize dtype revision trust_remote_code check_base".split()  # options of a `ModelSource`
 EDGE = 1 << 20  # bytes of a weights file, at both ends, that its digest reads
 
 
@@ -40,7 +39,7 @@ class PairRun:
     """
 
     def __init__(self, options: PairsOptions):
-        self.options, self.rules, self.outputs = options, options.rules, options.outputs
+        self.options, self.outputs = options, options.outputs
         self.name = options.prompts or ""  # for messages
         rows = read_rows(self.name, options.prompts_split, options.prompts_config, False, options.dataset_format)
         if options.max_prompts is not None:
@@ -52,55 +51,40 @@ class PairRun:
             raise OptionError("as_chat has no effect: the prompts are messages. Leave it out.")
         self.source = None  # the rows have completions
         if options.model is not None:
-            made = {name: getattr(options, name) for name in ModelSource._fields[1:]}
-            self.source = ModelSource(options.model, **made)
-        self.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k)
-        self.log: WorkLog | None = None
+            self.source = ModelSource(options.model, **{name: getattr(options, name) for name in LOADING})
+        self.sampling = Sampling(*(getattr(options, name) for name in Sampling._fields))
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, object]:
         """Does the work, or the rest of it, and returns the summary.
 
         Raises:
             OptionError, DataError, ReferenceMismatchError, KeyboardInterrupt: as `make_pairs`.
         """
-        started = time.monotonic()
+        started, log = time.monotonic(), None
         path = unfinished(self.outputs["output"])
         try:
             if self.options.overwrite:
                 path.unlink(missing_ok=True)
             judge = load_judge(self.options)
-            encoded = None if self.source is None else encode_prompts(self.source.tokenizer(), self.prompts, self.name)
-            self.log = WorkLog(path, self._header(judge))
-            resumed = self.log.done
+            encoded = None if self.source is None else self._encode(self.source)
+            log = WorkLog(path, self._header(judge))
+            resumed = log.done
             if resumed < len(self.prompts):
-                self._complete_all(judge, encoded)
-            summary = self._summary()
-            self._write()
-            self.log.delete()
+                self._complete_all(log, judge, encoded)
+            summary = self._summary(log)
+            self._write(log)
+            log.delete()
         except KeyboardInterrupt:
-            done = 0 if self.log is None else self.log.done
+            done = 0 if log is None else log.done
             kept = f"{done:,} of {len(self.prompts):,} prompts are in {path}. The same command resumes there."
             raise KeyboardInterrupt(kept) from None
         files = {name: str(path) for name, path in self.outputs.items()}
         return {**files, **summary, "resumed_prompts": resumed, "seconds": round(time.monotonic() - started, 1)}
 
-    def _summary(self) -> dict[str, Any]:
-        tally = Tally(prompts=sum(self.skipped.values()), without_pairs=Counter(self.skipped))
-        for _, candidates, built, skipped in self._built():
-            tally.add(candidates, built, skipped)
-        summary = tally.summary()
-        if not tally.kept:
-            raise DataError(
-                f"{self.name}: no pair could be made of {summary['candidates']} completions. Prompts: "
-                f"{summary['prompts_without_pairs']}. Completions left out: {summary['candidates_unused']}. They are "
-                f"in {unfinished(self.outputs['output'])}; the same command with other rules for pairs uses them."
-            )
-        return summary
-
-    def _header(self, judge: Judge | None) -> dict[str, Any]:
+    def _header(self, judge: Judge | None) -> dict[str, object]:
         """Returns all that decides completions and scores."""
         options = self.options
-        header: dict[str, Any] = {
+        header: dict[str, object] = {
             "prompts": _digest([[p.fields, p.columns, p.completions, p.scores] for p in self.prompts]),
             "seed": options.seed,
             **options.judge,
@@ -110,137 +94,116 @@ class PairRun:
         if judge is not None and (source := source_of(judge)) is not None:
             header["source of the reward function"] = source
         if self.source is not None:
-            header |= {**self.source._asdict(), "weights of the model": _weights_digest(self.source.name)}
-            header |= self.sampling._asdict()
+            header |= {"name": options.model, **{name: getattr(options, name) for name in LOADING}}
+            header |= {"weights of the model": _weights_digest(self.source.adapter), **self.sampling._asdict()}
             header |= {"num_candidates": options.num_candidates, "engine": options.engine}
         return header
 
     # ---- Completions --------------------------------------------------------------------------------------------
 
-    def _complete_all(self, judge: Judge | None, encoded: list[list[int]] | None) -> None:
-        assert self.log is not None
-        engine, too_long, at_once = None, set[int](), GIVEN_AT_ONCE
-        if encoded is not None:
-            assert self.source is not None
-            context = self.source.context()
-            limit = float("inf") if context is None else context - self.sampling.max_new_tokens
-            too_long = {i for i, ids in enumerate(encoded) if len(ids) > limit}
-            longest = max((len(ids) for ids in encoded if len(ids) <= limit), default=None)
-            if longest is None:
-                raise DataError(
-                    f"{self.name}: every prompt with max_new_tokens={self.sampling.max_new_tokens} is longer than the "
-                    f"model's {context} tokens. Lower it, or take another model."
-                )
+    def _encode(self, source: ModelSource) -> dict[int, list[int]]:
+        """Returns the token ids of the prompts that leave room for a completion in the model's context, by number."""
+        context, new = source.context(), self.sampling.max_new_tokens
+        encoded = encode_prompts(source.tokenizer(), self.prompts, self.name)
+        by_number = {prompt.number: ids for prompt, ids in zip(self.prompts, encoded, strict=True)}
+        fitting = {n: ids for n, ids in by_number.items() if context is None or len(ids) + new <= context}
+        if not fitting:
+            raise DataError(
+                f"{self.name}: every prompt with max_new_tokens={new} is longer than the model's {context} tokens. "
+                "Lower it, or take another model."
+            )
+        return fitting
+
+    def _complete_all(self, log: WorkLog, judge: Judge | None, encoded: Mapping[int, list[int]] | None) -> None:
+        sample, at_once = None, GIVEN_AT_ONCE
+        if self.source is not None and encoded is not None:
             batch_size = self.options.batch_size or (512 if self.options.engine == "vllm" else 32)
-            engine = self._engine(self.source, batch_size, longest)
+            sample = self._sampler(self.source, batch_size, encoded)
             at_once = max(1, batch_size // self.options.num_candidates)
-        with tqdm(total=len(self.prompts), initial=self.log.done, unit="prompt", desc="pairs") as bar:
-            for start in range(self.log.done, len(self.prompts), at_once):
-                numbers = range(start, min(start + at_once, len(self.prompts)))
-                asked = [i for i in numbers if i not in too_long]
-                if engine is not None and encoded is not None:
-                    found = self._sample(engine, asked, encoded)
-                else:
-                    found = [[(one, None) for one in self.prompts[i].completions or ()] for i in asked]
-                scores = self._score(judge, asked, found)
-                records = dict(zip(asked, map(_record, found, scores), strict=True))
-                self.log.append([records.get(i, {"skipped": TOO_LONG}) for i in numbers])
-                bar.update(len(numbers))
+        with tqdm(total=len(self.prompts), initial=log.done, unit="prompt", desc="pairs") as bar:
+            while chunk := self.prompts[log.done : log.done + at_once]:
+                asked = [prompt for prompt in chunk if encoded is None or prompt.number in encoded]
+                samples = None if sample is None else sample(asked)
+                done = dict(zip([prompt.number for prompt in asked], self._judged(judge, asked, samples), strict=True))
+                log.append([done.get(prompt.number, {"skipped": TOO_LONG}) for prompt in chunk])
+                bar.update(len(chunk))
 
-    def _engine(self, source: ModelSource, batch_size: int, longest_prompt: int) -> Engine:
+    def _sampler(self, source: ModelSource, batch_size: int, encoded: Mapping[int, list[int]]) -> Sampler:
+        """Returns what samples for some prompts. Each completion has a seed of its own, so neither chunks nor a
+        restart change them."""
+        engine: Engine
         if self.options.engine == "vllm":
-            return VllmEngine(source, self.sampling, longest_prompt, self.options.gpu_memory_utilization)
-        return TransformersEngine.load(source, self.sampling, batch_size)
-
-    def _sample(self, engine: Engine, numbers: Sequence[int], encoded: list[list[int]]) -> list[list[Completion]]:
-        """Samples for some prompts. Each completion has a seed of its own, so neither chunks nor a restart change
-        them."""
+            longest, memory = max(map(len, encoded.values())), self.options.gpu_memory_utilization
+            engine = VllmEngine(source, self.sampling, longest, memory)
+        else:
+            engine = TransformersEngine.load(source, self.sampling, batch_size)
         each = range(self.options.num_candidates)
-        seeds = [seed_of(self.options.seed, self.prompts[i].number, k) for i in numbers for k in each]
-        samples = iter(engine([encoded[i] for i in numbers for _ in each], seeds))
-        of_prompts = ((self.prompts[i], [next(samples) for _ in each]) for i in numbers)
-        return [[(prompt.completion(sample.text), sample) for sample in own] for prompt, own in of_prompts]
 
-    def _score(
-        self, judge: Judge | None, numbers: Sequence[int], completions: list[list[Completion]]
-    ) -> list[list[float | None]]:
-        """Returns one score per completion."""
-        if judge is None:
-            return [list(self.prompts[i].scores or ()) for i in numbers]
-        owners = [self.prompts[i] for i, own in zip(numbers, completions, strict=True) for _ in own]
-        flat = [completion for own in completions for completion in own]
-        # A trained adapter reads the text, as it would in training: its tokens may be others than the sampler's.
-        by_text = self.options.implicit_reward is not None
-        ids = [sample.ids for _, sample in flat if sample is not None and not by_text]
-        rewards = judge_answers(
-            judge,
-            [prompt.example.prompt for prompt in owners],
-            [completion for completion, _ in flat],
-            ids if len(ids) == len(flat) else None,
-            {name: [prompt.columns[name] for prompt in owners] for name in self.prompts[0].columns},
-            [prompt.number for prompt in owners],
-        )
-        left = iter(rewards if flat else [])
-        return [[next(left) for _ in own] for own in completions]
+        def sample(prompts: Sequence[Prompt]) -> list[list[Sample]]:
+            seeds = [seed_of(self.options.seed, prompt.number, k) for prompt in prompts for k in each]
+            samples = iter(engine([encoded[prompt.number] for prompt in prompts for _ in each], seeds))
+            return [[next(samples) for _ in each] for _ in prompts]
+
+        return sample
+
+    def _judged(
+        self, judge: Judge | None, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]] | None
+    ) -> list[Record]:
+        """Returns a record for each prompt: its completions, sampled or given, with their scores."""
+        if samples is None:
+            records: list[Record] = [{"completions": p.completions, "scores": p.scores} for p in prompts]
+        else:
+            records = [
+                {
+                    "completions": [prompt.completion(sample.text) for sample in own],
+                    "finished": [sample.finished for sample in own],
+                    "tokens": [len(sample.ids) for sample in own],
+                }
+                for prompt, own in zip(prompts, samples, strict=True)
+            ]
+        if judge is not None:
+            owners = [p for p, record in zip(prompts, records, strict=True) for _ in record["completions"]]
+            # A trained adapter reads the text, as it would in training: its tokens may be others than the sampler's.
+            by_text = samples is None or self.options.implicit_reward is not None
+            ids = None if by_text else [sample.ids for own in samples or () for sample in own]
+            completions = [completion for record in records for completion in record["completions"]]
+            rewards = iter(judge_answers(judge, owners, completions, ids) if owners else [])
+            for record in records:
+                record["scores"] = [next(rewards) for _ in record["completions"]]
+        return records
 
     # ---- Pairs --------------------------------------------------------------------------------------------------
 
-    def _built(self) -> Iterator[tuple[Prompt, list[Candidate], Built, str | None]]:
-        """Yields every prompt with what became of it, from the work file."""
-        assert self.log is not None
-        for prompt, record in zip(self.prompts, self.log.records(), strict=True):
-            candidates = _candidates(record)
-            yield prompt, candidates, build_pairs(candidates, self.rules, prompt.number), record.get("skipped")
+    def _built(self, log: WorkLog) -> Iterator[tuple[Prompt, Built, str | None]]:
+        """Yields every prompt with what became of it, from the work file; and why it was left out, if it was."""
+        for prompt, record in zip(self.prompts, log.records(), strict=True):
+            completions = record.get("completions", [])
+            finished = record.get("finished", [True] * len(completions))
+            every = zip(completions, record.get("scores", []), finished, strict=True)
+            candidates = [Candidate(*each) for each in every]
+            yield prompt, build_pairs(candidates, self.options, prompt.number), record.get("skipped")
 
-    def _write(self) -> None:
+    def _summary(self, log: WorkLog) -> dict[str, Any]:
+        summary = summarize(((built, why) for _, built, why in self._built(log)), self.skipped)
+        if not summary["pairs"]:
+            raise DataError(
+                f"{self.name}: no pair could be made of {summary['candidates']} completions. Prompts: "
+                f"{summary['prompts_without_pairs']}. Completions left out: {summary['candidates_unused']}. They are "
+                f"in {log.path}; the same command with other rules for pairs uses them."
+            )
+        return summary
+
+    def _write(self, log: WorkLog) -> None:
         names = [name for name in ("tools", "chat_template_kwargs") if any(name in p.fields for p in self.prompts)]
         for name, path in self.outputs.items():
-            make = {"output": _pair_rows, "sft_output": _accepted_rows, "lists_output": _list_rows}[name]
             write_rows(
                 path,
                 (
                     {**dict.fromkeys(names), **prompt.fields, **row, "prompt_number": prompt.number}
-                    for prompt, _, built, _ in self._built()
-                    for row in make(built)
+                    for prompt, built, _ in self._built(log)
+                    for row in built.rows()[name]
                 ),
             )
-
-
-def _record(completions: Sequence[Completion], scores: Sequence[float | None]) -> Record:
-    record: Record = {"completions": [completion for completion, _ in completions], "scores": list(scores)}
-    samples = [sample for _, sample in completions if sample is not None]
-    if samples:
-        record |= {"finished": [s.finished for s in samples], "tokens": [len(s.ids) for s in samples]}
-    return record
-
-
-def _candidates(record: Record) -> list[Candidate]:
-    completions = record.get("completions", [])
-    finished = record.get("finished", [True] * len(completions))
-    return [Candidate(*each) for each in zip(completions, record.get("scores", []), finished, strict=True)]
-
-
-def _pair_rows(built: Built) -> Iterator[dict[str, Any]]:
-    for chosen, rejected in built.pairs:
-        assert chosen.score is not None and rejected.score is not None
-        yield {
-            "chosen": chosen.completion,
-            "rejected": rejected.completion,
-            "chosen_reward": chosen.score,
-            "rejected_reward": rejected.score,
-            "reward_margin": chosen.score - rejected.score,
-        }
-
-
-def _accepted_rows(built: Built) -> Iterator[dict[str, Any]]:
-    for candidate in built.accepted:
-        yield {"completion": candidate.completion, "reward": candidate.score}
-
-
-def _list_rows(built: Built) -> Iterator[dict[str, Any]]:
-    scores = [candidate.score for candidate in built.usable]
-    if len(set(scores)) > 1:  # else there is no better one to learn from
-        yield {"completions": [candidate.completion for candidate in built.usable], "scores": scores}
 
 
 def _digest(value: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from ..files import write_atomically
 
 Record = dict[str, Any]
 
@@ -36,30 +37,34 @@ class WorkLog:
             OptionError: the file was begun with another header (the first difference is named), or is damaged.
         """
         self.path, self.done = Path(path), 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         there = self.path.read_bytes() if self.path.is_file() else b""
         whole = there[: there.rfind(b"\n") + 1]  # the last line may be cut off
-        lines = whole.split(b"\n")[:-1]
-        begun = dict(self._parse(lines[0], dict, "is no work file of this package. Delete it")) if lines else {}
-        if len(lines) > 1:  # before the first chunk nothing is lost by beginning anew
-            self._compare(begun, json.loads(json.dumps(header)), len(lines) - 1)
-            self.done = sum(len(self._chunk(line, number)) for number, line in enumerate(lines[1:], 2))
+        begun, *chunks = whole.split(b"\n")[:-1] or [b"{}"]
+        found = self._parse(begun, dict, "is no work file of this package. Delete it")
+        for number, line in enumerate(chunks, 2):
+            wrong = f"line {number} is damaged. Cut the file off before that line to keep what is above, or delete it"
+            self.done += len(self._parse(line, list, wrong))
+        if chunks:  # before the first chunk nothing is lost by beginning anew
+            self._compare(found, json.loads(json.dumps(header)), len(chunks))
             os.truncate(self.path, len(whole))
         else:
-            self._write(json.dumps(header), "wb")
+            write_atomically(self.path, json.dumps(header) + "\n")
             _sync_folder(self.path.parent)
 
     def append(self, records: Sequence[Record]) -> None:
         """Writes one chunk. When this returns it is on the disk."""
-        self._write(json.dumps(list(records), ensure_ascii=False), "ab")
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(list(records), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.done += len(records)
 
     def records(self) -> Iterator[Record]:
         """Yields all finished records in order, read from the file."""
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number > 1:
-                    yield from self._chunk(line, number)
+            next(file)  # the header
+            for line in file:
+                yield from json.loads(line)
 
     def delete(self) -> None:
         """Deletes the file: the work is done and its result is elsewhere."""
@@ -74,21 +79,11 @@ class WorkLog:
                     "resume it, or delete the file to begin anew."
                 )
 
-    def _chunk(self, line: bytes, number: int) -> list[Record]:
-        wrong = f"line {number} is damaged. Cut the file off before that line to keep what is above, or delete it"
-        return list(self._parse(line, list, wrong))
-
     def _parse(self, line: bytes, kind: type, wrong: str) -> Any:
         with suppress(ValueError):
             if isinstance(found := json.loads(line), kind):
                 return found
         raise OptionError(f"{self.path} {wrong} to begin anew.")
-
-    def _write(self, line: str, mode: str) -> None:
-        with open(self.path, mode) as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,8 +12,8 @@ from ..config import DPOConfig
 from ..config_checks import check_option_names
 from ..errors import OptionError
 from ..losses import find_objective
+from ..model.adapters import check_adapter, read_config
 from ..model.loading import is_adapter
-from ..reference.frozen_adapter import check_adapter, read_config
 from .gpus import Gpu, is_hopper, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
 from .shapes import PRESETS, Lora, Shape

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files import write_atomically
 from ..reference.adapter_off import reference_mode
 from ..trainer import DPOTrainer
 from .fluency import known_trigram_share
@@ -15,7 +16,7 @@ SHOWN = 3
 
 
 class Run(NamedTuple):
-    """What was measured around a training."""
+    """Holds what was measured around a training."""
 
     prompts: list[Messages]
     before: list[str]  # a completion per prompt, of the reference
@@ -26,7 +27,7 @@ class Run(NamedTuple):
 
 
 def train_between_samples(trainer: DPOTrainer, prompts: list[Messages]) -> Run:
-    """Trains, and samples a completion per prompt evaluates before and after. Prints where it stands."""
+    """Trains; samples a completion per prompt and evaluates before and after. Prints where it stands."""
     model, tokenizer = trainer.model, trainer.processing_class
     print("\n== Before: the reference is this model with the adapter off ==")
     with reference_mode(model):
@@ -75,7 +76,7 @@ def write_report(
     samples = [
         {"prompt": p[-1]["content"], "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)
     ]
-    (folder / "report.json").write_text(json.dumps({"figures": figures, "samples": samples}, indent=2) + "\n")
+    write_atomically(folder / "report.json", json.dumps({"figures": figures, "samples": samples}, indent=2) + "\n")
     rows = [f"| {name} | {value:.3f} |" for name, value in figures.items()]
     shown = [
         f"**{s['prompt']}**\n\n- before ({true_reward(s['before']):+.2f}): {s['before']}\n"
@@ -83,7 +84,8 @@ def write_report(
         for s in samples[:10]
     ]
     lines = [f"# {title}", "", "| figure | value |", "|---|---:|", *rows, "", "![Training curves](curves.png)"]
-    (folder / "report.md").write_text("\n".join([*lines, "", "## Samples (true reward in brackets)", "", *shown]))
+    text = "\n".join([*lines, "", "## Samples (true reward in brackets)", "", *shown])
+    write_atomically(folder / "report.md", text)
 
 
 def show(

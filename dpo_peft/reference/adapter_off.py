@@ -1,40 +1,25 @@
 """The reference policy: the same weights with the adapter switched off or exchanged. There is no second model.
 
-`reference_mode` is the only way to it. `base_change` measures whether attaching an adapter left the base alone;
-`check_start` measures, before the first step, that policy and reference really are the same.
+`reference_mode` is the only way to it. `check_start` measures, before the first step, that policy and reference really
+are the same.
 
 Shape suffix: C completions.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import NonFiniteError, OptionError, ReferenceMismatchError
 from ..forward.layout import PackedBatch
 from ..forward.score import Backend, Decoder, Scores, completion_logps, eval_mode
-from .frozen_adapter import (
-    adapter_layers,
-    adapter_tensors,
-    freeze_copy,
-    holds_adapter,
-    layer_tensors,
-    load_frozen,
-    moved_base,
-    same_values,
-)
-
-logger = logging.getLogger(__name__)
+from .frozen_adapter import AdapterLayer, adapter_layers, holds_adapter, layer_tensors, same_values
 
 # How a model card says it.
 ADAPTER_OFF = "the same weights with the adapter switched off; no second model was held."
@@ -50,51 +35,6 @@ class Reference:
     chosen: bool = False  # the user said which; not the default
 
 
-def check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> None:
-    """Refuses a reference on the bare base where the adapter's initialisation changes the base, or starts off it.
-
-    Args:
-        config: of the adapter to train.
-        reference: see `attach_adapter`.
-        fresh: whether the adapter is made now, rather than given by the user.
-    """
-    reason = moved_base(config)
-    starts_off_only = config.init_lora_weights is False and not (fresh and reference == "base")
-    if reference in (None, "initial") or reason is None or starts_off_only:
-        return
-    raise OptionError(
-        f"peft_config.{reason}. With reference={reference!r} that would be the wrong reference: leave "
-        'reference="initial" (a frozen copy of the adapter as it starts), or set init_lora_weights=True (or '
-        '"gaussian"), which starts at the base exactly.'
-    )
-
-
-def add_reference(model: PeftModel, reference: str | None, starts_at_base: bool) -> Reference:
-    """Finds or makes the reference of a model whose adapter is ready to be trained.
-
-    Args:
-        model: the PEFT model.
-        reference: see `attach_adapter`.
-        starts_at_base: whether the adapter changes nothing yet.
-
-    Raises:
-        OptionError: there is no such adapter, or it can't be a reference.
-        ReferenceMismatchError: the adapter can't be copied exactly.
-    """
-    if reference == "base":
-        return Reference("base", None, chosen=True)
-    if reference is None or reference == "initial":
-        frozen = None if starts_at_base else freeze_copy(model)
-        result = Reference("initial", frozen, chosen=reference is not None)
-    else:
-        result = Reference("adapter", load_frozen(model, reference), reference, chosen=True)
-    if result.adapter is not None:
-        what = f"the adapter {reference!r}" if result.source else "a frozen copy of the adapter as it came in"
-        size = sum(tensor.nbytes for tensor in adapter_tensors(model, result.adapter).values()) / 2**20
-        logger.info("The reference is %s: %.1f MiB more, and its share of each reference pass.", what, size)
-    return result
-
-
 def is_identity(model: nn.Module, adapter: str) -> bool:
     """Returns whether the adapter provably changes nothing, so that the model with it off is the same.
 
@@ -104,7 +44,7 @@ def is_identity(model: nn.Module, adapter: str) -> bool:
     return all(_adds_nothing(layer, adapter) for _, layer in adapter_layers(model))
 
 
-def _adds_nothing(layer: Any, adapter: str) -> bool:
+def _adds_nothing(layer: AdapterLayer, adapter: str) -> bool:
     tensors = dict(layer_tensors(layer, adapter))
     if not tensors:
         return True
@@ -135,7 +75,7 @@ def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[Non
     """
     # What `PeftModel.disable_adapter` and `set_adapter` do, without their survey of the whole model, which takes
     # longer than the rest of a small step, and without setting `requires_grad`, which thaws what a user froze.
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
     exchanged = [adapter is not None and holds_adapter(layer, adapter) for layer in layers]
     if adapter is not None and not any(exchanged):
         raise OptionError(f"The model has no adapter {adapter!r} to be the reference.")
@@ -166,31 +106,6 @@ def reference_logps(
         return completion_logps(model, batch, backend)
 
 
-def base_change(model: PreTrainedModel, before: Tensor) -> float | None:
-    """Measures on a few tokens whether attaching an adapter to `model` changed its base, as some kinds of adapter do.
-
-    Args:
-        model: the base, now with the adapter attached.
-        before: `sample_logits` of it before.
-
-    Returns:
-        The largest difference of a logit with the adapter off; None if all are the same bit for bit.
-    """
-    with reference_mode(model):
-        after = sample_logits(model)
-    if torch.equal(before.nan_to_num(), after.nan_to_num()):
-        return None
-    return float((before - after).abs().max()) if before.shape == after.shape else float("inf")
-
-
-def sample_logits(model: PreTrainedModel) -> Tensor:
-    """Returns the logits of four tokens, (1, 4, V)."""
-    weight = model.get_input_embeddings().weight
-    ids = torch.arange(4, device=weight.device)[None] * (weight.shape[0] // 4)
-    with torch.no_grad(), eval_mode(model):
-        return model(input_ids=ids, use_cache=False).logits
-
-
 def check_start(
     model: PeftModel, batches: list[PackedBatch], backend: Backend = "dense", adapter: str | None = None
 ) -> float:
@@ -204,7 +119,6 @@ def check_start(
         model: the PEFT model, untrained.
         batches: at least two batches over the same completions: the first as training sees it, the others hold the
             same samples in another shape.
-        backend: attention backend.
         adapter: name of the frozen adapter that is the reference; None: the adapter off.
 
     Returns:
@@ -229,11 +143,7 @@ def check_start(
 
 
 def check_finite(logps_C: Tensor, batch: PackedBatch, what: str) -> None:
-    """Refuses log-probs that are NaN or infinite; `what` begins the message, and the dataset's rows follow it.
-
-    Raises:
-        NonFiniteError: naming the rows.
-    """
+    """Raises NonFiniteError for log-probs that are NaN or infinite; `what` begins the message, dataset rows follow."""
     if (bad_C := ~torch.isfinite(logps_C)).any():
         rows = ", ".join(map(str, batch.rows[batch.sample_of[bad_C]].unique().tolist()))
         raise NonFiniteError(
@@ -254,7 +164,7 @@ def _likely_cause(model: PeftModel, adapter: str | None) -> str:
         return f"Dropout of {max(dropouts)} is active in the policy: leave disable_dropout=True."
     if adapter is None and not is_identity(model, model.active_adapters[0]):
         return (
-            "The adapter is not at its start: it was trained before, or its initialisation is not the identity. To "
+            "The adapter is not at its start: it was trained before, or its initialization is not the identity. To "
             'train it against itself as it came in, leave the reference at "initial"; against the bare base, say '
             'so with reference="base".'
         )

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,15 +96,14 @@ class ReferenceCache:
 
     def peek(self, keys: Sequence[bytes]) -> list[Entry | None]:
         """Returns what `get` does, without counting hits and misses."""
-        nothing: tuple[dict[bytes, Entry], list[bytes]] = {}, []
-        found, bad = self.file.run(lambda db: self._find(db, keys), nothing)
-        if bad:
+        nothing: dict[bytes, Entry | None] = {}
+        found = self.file.run(lambda db: self._find(db, keys), nothing)
+        if bad := [(self.reference, key) for key, entry in found.items() if entry is None]:
             self.corrupt += len(bad)
-            self.file.warn("entries", "The reference cache %s holds damaged entries: they are computed again.")
+            self.file.warn("entries", "holds damaged entries: they are computed again.")
             deletion = f"DELETE FROM entries WHERE ref = {_REF} AND key = ?"
-            self.file.write(lambda db: db.executemany(deletion, [(self.reference, key) for key in bad]), None)
-        usable = {key: entry for key, entry in found.items() if entry.token_logps is not None or not self.tokens}
-        return [usable.get(key) for key in keys]
+            self.file.write(lambda db: db.executemany(deletion, bad), None)
+        return [e if e and (e.token_logps is not None or not self.tokens) else None for e in map(found.get, keys)]
 
     def put(self, keys: Sequence[bytes], entries: Sequence[Entry]) -> None:
         """Stores one entry per key: all or, where they don't fit, none. What is stored already stays as it is.
@@ -120,62 +119,49 @@ class ReferenceCache:
                 raise NonFiniteError(f"Entry {i} has a log-prob that is NaN or infinite: it is not stored.")
             stored = None if tokens is None else tokens.astype("<f4", casting="equiv").tobytes()
             rows.setdefault(key, (struct.pack("<d", logp), stored))
+        written = None
         while rows and not self._full:
             try:
                 written = self.file.write(lambda db: self._insert(db, rows), None)
+                break
             except _NoRoomError:
                 if not self._make_room():
                     break
-            else:
-                self.stored += written or 0
-                self.refused += len(rows) if written is None else 0
-                return
-        self.refused += len(rows)
+        self.stored += written or 0
+        self.refused += len(rows) if written is None else 0
 
     def close(self) -> None:
         """Closes the file. The next call opens it again."""
         self.file.close()
 
-    def __enter__(self) -> "ReferenceCache":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _find(self, db: sqlite3.Connection, keys: Sequence[bytes]) -> tuple[dict[bytes, Entry], list[bytes]]:
-        """Returns the entries stored for these keys, and the keys whose entries are damaged."""
-        found: dict[bytes, Entry] = {}
-        bad: list[bytes] = []
+    def _find(self, db: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, Entry | None]:
+        """Returns what is stored for these keys; None for an entry that is damaged."""
         query = f"SELECT logp, tokens, checksum FROM entries WHERE ref = {_REF} AND key = ?"
-        for key in dict.fromkeys(keys):
-            for logp, tokens, checksum in db.execute(query, (self.reference, key)):
-                if self._is_whole(key, logp, tokens, checksum):
-                    values = None if tokens is None else np.frombuffer(tokens, "<f4").astype(np.float32)
-                    found[key] = Entry(struct.unpack("<d", logp)[0], values)
-                else:
-                    bad.append(key)
-        return found, bad
+        rows = ((key, row) for key in dict.fromkeys(keys) for row in db.execute(query, (self.reference, key)))
+        return {key: self._read(key, *row) for key, row in rows}
 
-    def _is_whole(self, key: bytes, logp: object, tokens: object, checksum: object) -> bool:
-        """Returns whether a row is what was stored for this key. Damage may have changed even its types."""
+    def _read(self, key: bytes, logp: object, tokens: object, checksum: object) -> Entry | None:
+        """Returns a row's entry, if it is what was stored for this key. Damage may have changed even its types."""
         if not isinstance(logp, bytes) or not isinstance(tokens, bytes | None) or len(logp) != 8:
-            return False
-        return checksum == self._checksum(key, (logp, tokens))
+            return None
+        if checksum != self._checksum(key, logp, tokens):
+            return None
+        values = None if tokens is None else np.frombuffer(tokens, "<f4").astype(np.float32)
+        return Entry(struct.unpack("<d", logp)[0], values)
 
-    def _checksum(self, key: bytes, row: Row) -> bytes:
+    def _checksum(self, key: bytes, logp: bytes, tokens: bytes | None) -> bytes:
         """Returns 8 bytes over reference, key and values. The key's length and the kind of entry keep these apart."""
-        logp, tokens = row
         digest = self._hash.copy()
         digest.update(struct.pack("<B?", len(key), tokens is not None) + key + logp + (tokens or b""))
         return digest.digest()
 
     def _insert(self, db: sqlite3.Connection, rows: dict[bytes, Row]) -> int:
         """Returns the number of rows written: those that are not there, or damaged, or now have tokens."""
-        found, _ = self._find(db, list(rows))
+        found = self._find(db, rows)
         new = [
-            (self.reference, key, *row, self._checksum(key, row))
-            for key, row in rows.items()
-            if key not in found or (row[1] is not None and found[key].token_logps is None)
+            (self.reference, key, logp, tokens, self._checksum(key, logp, tokens))
+            for key, (logp, tokens) in rows.items()
+            if (stored := found.get(key)) is None or (tokens is not None and stored.token_logps is None)
         ]
         if new:
             reference = (self.reference, self.about, time.time())
@@ -188,23 +174,25 @@ class ReferenceCache:
 
     def _make_room(self) -> bool:
         """Deletes the other reference that was unused for longest. If there is none, the store is full for good."""
-        oldest = "SELECT reference FROM refs WHERE reference != ? ORDER BY last_used LIMIT 1"
+        query = "SELECT reference FROM refs WHERE reference != ? ORDER BY last_used LIMIT 1"
 
-        def evict(db: sqlite3.Connection) -> tuple[int, str] | None:
-            row = db.execute(oldest, (self.reference,)).fetchone()
-            self._full = row is None
-            return None if row is None else (_delete(db, "reference = ?", row[0]), row[0])
+        def evict(db: sqlite3.Connection) -> tuple[int, str | None]:
+            (oldest,) = db.execute(query, (self.reference,)).fetchone() or (None,)
+            return _delete(db, "reference = ?", oldest), oldest
 
-        if (evicted := self.file.write(evict, None)) is not None:
-            self.evicted += evicted[0]
-            logger.info("The reference cache deleted %d entries of reference %s to make room.", *evicted)
-        if self._full:
+        not_done: tuple[int, str | None] = 0, ""
+        entries, oldest = self.file.write(evict, not_done)
+        if oldest:
+            self.evicted += entries
+            logger.info("The reference cache deleted %d entries of reference %s to make room.", entries, oldest)
+        elif oldest is None:
+            self._full = True
             self.file.warn(
                 "full",
-                f"The reference cache %s is full with this reference alone ({self.max_bytes:,} bytes): what is not in "
-                "it is computed each time it is needed. Allow it more bytes, or clear it: `dpo-peft cache --clear`.",
+                f"is full with this reference alone ({self.max_bytes:,} bytes): what is not in it is computed each "
+                "time it is needed. Allow it more bytes, or clear it: `dpo-peft cache --clear`.",
             )
-        return evicted is not None
+        return bool(oldest)
 
 
 class _NoRoomError(Exception):

@@ -11,6 +11,7 @@ accidents; it is no protection against forgery.
 import copy
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -23,21 +24,22 @@ import torch
 from accelerate.utils import align_module_device
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ReferenceMismatchError
-from .frozen_adapter import adapter_tensors
+from .frozen_adapter import AdapterLayer, adapter_tensors
+
+logger = logging.getLogger(__name__)
 
 RECORD = "dpo_peft_reference"  # the record's key in the adapter's config
 
 # ---- Tensors --------------------------------------------------------------------------------------------------------
 
 _WORDS = 1 << 14  # 32-bit words that are summed up at once: decides fingerprints, so never change it
-_CHUNK = {"cpu": 1 << 18}  # bytes looked at in one go: decides speed and memory only. The CPU's fits its cache
-_CHUNK_GPU = 1 << 26  # with a product of twice that
+# Bytes looked at in one go: decides speed and memory only. The CPU's fits its cache; a GPU's makes twice that.
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def tensor_fingerprint(t: Tensor) -> bytes:
         )
     elif t.numel():
         data = t.detach().contiguous().reshape(-1).view(torch.uint8)
-        sums = [_block_sums(part) for part in data.split(_CHUNK.get(t.device.type, _CHUNK_GPU))]
+        sums = [_block_sums(part) for part in data.split(_CHUNK.get(t.device.type, 1 << 26))]
         digest.update(torch.cat(sums).cpu().numpy().tobytes())
     return digest.digest()
 
@@ -96,7 +98,7 @@ def digest_of(lines: Iterable[tuple[str, bytes]], size: int) -> str:
     return digest.hexdigest()
 
 
-# ---- The base -------------------------------------------------------------------------------------------------------
+# ---- A base, an adapter ---------------------------------------------------------------------------------------------
 
 # Entries of a model's config that leave its log-probs alone: where it came from, how it is computed and stored (the
 # tensors tell), what it returns, dropout (a reference has none), what the tokenizer sets, and what other tasks read.
@@ -132,35 +134,33 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | str]]:
     """Yields all that decides what the base computes, by the names that it has without PEFT."""
-    wrapped = _wrapped(module)
+    wrapped = getattr(module, "_orig_mod", None)  # of torch.compile
+    if isinstance(module, AdapterLayer):
+        wrapped = getattr(module, "base_layer" if isinstance(module, BaseTunerLayer) else "original_module", None)
     if wrapped is not None:
         yield from base_parts(wrapped, prefix)
         return
-    kept = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
-    own = [*module._parameters, *kept]
+    own = [*module._parameters, *(key for key in module._buffers if key not in module._non_persistent_buffers_set)]
     with align_module_device(module):  # brings in weights that accelerate keeps off the device
         for key in own:
             if (tensor := getattr(module, key)) is not None:
                 # 4-bit layers rewrite their bias in the dtype of their input: what acts is its value in this dtype.
                 acts = getattr(module, "compute_dtype", None) if key == "bias" else None
                 yield prefix + key, tensor if acts is None else tensor.to(acts)
-                yield from ((f"{prefix}{key}.{name}", what) for name, what in _constants(module, key, tensor))
+                beside = quantization_parts(tensor, module if key == "weight" else None)
+                yield from ((f"{prefix}{key}.{name}", what) for name, what in beside)
     for key, child in module._modules.items():
         if child is not None:
             yield from base_parts(child, f"{prefix}{key}.")
 
 
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, BaseTunerLayer):
-        return getattr(module, "base_layer", None)
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return module.original_module
-    return getattr(module, "_orig_mod", None)  # of torch.compile
+def quantization_parts(weight: Any, module: nn.Module | None = None) -> Iterator[tuple[str, Tensor | str]]:
+    """Yields what bitsandbytes keeps beside a quantized weight.
 
-
-def _constants(module: Any, key: str, tensor: Any) -> Iterator[tuple[str, Tensor | str]]:
-    """Yields what bitsandbytes keeps beside a quantized weight: in 4 bits nested states, in 8 bits a scale per row."""
-    state, name = getattr(tensor, "quant_state", None), "quant"
+    In 4 bits that is how it is stored, and the constants of nested states; in 8 bits the scales, which the first
+    forward pass moves into the module, if that is given.
+    """
+    state, name = getattr(weight, "quant_state", None), "quant"
     if state is not None:
         yield "stored", f"{state.quant_type} {state.dtype} {tuple(state.shape)}"
     while state is not None:
@@ -168,9 +168,9 @@ def _constants(module: Any, key: str, tensor: Any) -> Iterator[tuple[str, Tensor
         constants = ((kind, getattr(state, kind)) for kind in ("absmax", "code", "offset"))
         yield from ((f"{name}.{kind}", value) for kind, value in constants if isinstance(value, Tensor))
         state, name = getattr(state, "state2", None), name + ".nested"
-    in_module: Any = getattr(module, "state", None)  # where the first forward moves the scales
-    if key == "weight" and hasattr(in_module, "SCB"):
-        scales = tensor.SCB if getattr(tensor, "SCB", None) is not None else in_module.SCB
+    in_module: Any = getattr(module, "state", None)
+    if hasattr(in_module, "SCB"):
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else in_module.SCB
         if scales is not None:
             yield "SCB", scales
         yield "threshold", str(in_module.threshold)
@@ -184,9 +184,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-# ---- The adapter ----------------------------------------------------------------------------------------------------
 
 
 def adapter_fingerprint(model: nn.Module, adapter: str) -> str:
@@ -233,10 +230,9 @@ class Identity:
     def differences(self, other: "Identity") -> list[str]:
         """Returns what sets two references apart, a line each that names this one's side first; [] if nothing does."""
         lines = []
-        mine, others = self.base_fingerprint, other.base_fingerprint
-        for what, part in (("weights", slice(0, 16)), ("config", slice(16, None))):
-            if mine[part] != others[part]:
-                a, b = (f"{i.base_fingerprint[part][:8]} ({i._base_in_words()})" for i in (self, other))
+        for what, at in (("weights", slice(0, 16)), ("config", slice(16, None))):
+            if self.base_fingerprint[at] != other.base_fingerprint[at]:
+                a, b = (f"{i.base_fingerprint[at][:8]} ({i._base_in_words()})" for i in (self, other))
                 lines.append(f"base {what}: {a} and {b}")
         if self.adapter_fingerprint != other.adapter_fingerprint:
             lines.append(f"adapter: {self._adapter_in_words()} and {other._adapter_in_words()}")
@@ -257,12 +253,9 @@ class Identity:
         sync = f", synced with {self.sync}" if self.sync else ""
         return f"{base}, adapter: {self._adapter_in_words()}{sync}"
 
-    def to_dict(self) -> dict[str, str | None]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, record: object) -> "Identity":
-        """Does the inverse of `to_dict`. Fields that this version doesn't know are left out.
+        """Reads what `write_record` stored. Fields that this version doesn't know are left out.
 
         Raises:
             ReferenceMismatchError: not a record, or a damaged one.
@@ -271,8 +264,9 @@ class Identity:
         faults = [f"{f.name} is missing" for f in fields(cls) if f.name not in known and f.name != "sync"]
         for name, value in known.items():
             form = "[0-9a-f]{32}" if name.endswith("_fingerprint") else "(?s).*"
-            whole = re.fullmatch(form, value) if isinstance(value, str) else value is None and name in _MAY_BE_NONE
-            faults += [] if whole else [f"{name} is wrong"]
+            may_be_none = name not in ("base", "quantization", "dtype", "base_fingerprint")
+            if not (re.fullmatch(form, value) if isinstance(value, str) else value is None and may_be_none):
+                faults.append(f"{name} is wrong")
         if not faults and (known["adapter"] is None) != (known["adapter_fingerprint"] is None):
             faults = ["adapter is wrong"]
         if faults:
@@ -284,20 +278,13 @@ class Identity:
         return cls(**known)
 
 
-_MAY_BE_NONE = ("revision", "adapter", "adapter_fingerprint", "sync")
-
-
-def identify(
-    model: PeftModel, adapter: str | None, source: str | None = None, sync: str | None = None, base: str | None = None
-) -> Identity:
+def identify(model: PeftModel, adapter: str | None, source: str | None = None, sync: str | None = None) -> Identity:
     """Returns the identity of the reference inside `model`.
 
     Args:
-        model: the PEFT model.
         adapter: the frozen adapter's name in the model; None if the reference is the model with its adapter off.
         source: the path that this adapter was loaded from.
         sync: how the reference follows the policy, in words.
-        base: `base_fingerprint(model)` if it is known already.
 
     Raises:
         ReferenceMismatchError: no such adapter, or weights that are not loaded.
@@ -310,7 +297,7 @@ def identify(
         revision=getattr(config, "_commit_hash", None) or peft_config.revision,
         quantization=_quantization(bare),
         dtype=next(dtypes).removeprefix("torch."),
-        base_fingerprint=base or base_fingerprint(model),
+        base_fingerprint=base_fingerprint(model),
         adapter=None if adapter is None else source or "the adapter as it came in",
         adapter_fingerprint=None if adapter is None else adapter_fingerprint(model, adapter),
         sync=sync,
@@ -335,7 +322,7 @@ def _quantization(base: nn.Module) -> str:
 
 def write_record(model: PeftModel, adapter: str, identity: Identity) -> None:
     """Puts the reference's identity into an adapter's config, which PEFT saves with the weights."""
-    write_entry(model, adapter, RECORD, identity.to_dict())
+    write_entry(model, adapter, RECORD, asdict(identity))
 
 
 def read_record(source: PeftConfig | str | Path) -> Identity | None:
@@ -375,19 +362,21 @@ def read_entry(source: PeftConfig | str | Path, key: str) -> Any:
     return auto_mapping.get(key) if isinstance(auto_mapping, dict) else None
 
 
-def check_same(expected: Identity, actual: Identity, what: str, remedy: str) -> None:
-    """Compares the reference that something was made with to the present one.
+def check_same(expected: Identity, actual: Identity, what: str, remedy: str, asked_for: bool = False) -> None:
+    """Compares the reference that something was trained against to the present one.
 
     Args:
-        expected: the stored identity.
-        actual: the identity of the run at hand.
         what: what the first belongs to, such as "The checkpoint runs/a/checkpoint-20"; begins the message.
         remedy: what to do, a sentence.
+        asked_for: the user chose the present one, so a difference is only warned of.
 
     Raises:
         ReferenceMismatchError: they differ. Both are named.
     """
-    if lines := expected.differences(actual):
+    lines = expected.differences(actual)
+    if lines and asked_for:
+        logger.warning("%s was trained against %s; it goes on against %s, as asked for.", what, expected, actual)
+    elif lines:
         raise ReferenceMismatchError(
             f"{what} belongs to another reference than this run has. Its own and this run's differ in "
             f"{'; '.join(lines)}. {remedy}"

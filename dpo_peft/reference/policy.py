@@ -2,33 +2,49 @@
 
 `adapter_off.py` scores under a reference and `fingerprint.py` says which one it is. Here a run makes sure that it is
 the one that was meant: before the first step, when a trained adapter is trained again, and when a run is resumed.
+
+Shape suffixes: C completions, N predicted tokens.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from ..config import DPOConfig
+from ..distributed import rank, world_size
 from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
 from ..objective import TrainingObjective
-from .adapter_off import ADAPTER_OFF, Reference, check_start, is_identity, reference_logps
-from .cache import ReferenceCache, default_folder
-from .cached_logps import CachedReference
+from .adapter_off import ADAPTER_OFF, Reference, check_finite, check_start, is_identity, noise_floor, reference_logps
+from .cache import Entry, ReferenceCache, default_folder
 from .fingerprint import Identity, base_fingerprint, check_same, identify, read_record, write_record
 from .frozen_adapter import adapter_tensors, mix_into
 
 logger = logging.getLogger(__name__)
 
 MOVING_REFERENCE = "reference_adapter.safetensors"  # of TR-DPO, in its checkpoints
+CHUNK_ROWS = 1024  # rows that `precompute` sorts by length at a time
 
-Rows = Sequence[dict[str, Any]]
+_TRAINED_BEFORE = (
+    "It has been trained on preferences before. Say which one is meant: reference='base' for the model without "
+    "adapter, reference='initial' for the adapter as it comes in, or the folder of an adapter."
+)
+_RESUMED = (
+    "Pass the model and adapter that the run was started with; or, to go on against another reference on purpose, "
+    "start a new run from the checkpoint's adapter (model=<checkpoint folder>, reference=...)."
+)
+
+Row = dict[str, Any]  # prepared
+Rows = Sequence[Row]
 Collate = Callable[[Rows], dict[str, Any]]
 
 
@@ -38,18 +54,15 @@ class ReferencePolicy:
     Args:
         model: the PEFT model, on its device.
         held: what the reference is.
-        policy_adapter: the trained adapter's name.
-        args: the options.
-        plan: how batches are laid out and scored.
+        plan: how batches are laid out and scored. It may be replaced when the model has changed.
         objective: says whether it has a reference, and whether it reads the log-prob of every token.
-
-    Raises:
-        ReferenceMismatchError: the adapter was trained against another reference than this one.
 
     Attributes:
         identity: fingerprints of the reference, if it is needed.
-        cached: its log-probs on disk, if they are kept.
-        plan: may be replaced when the model has changed.
+        store: its log-probs on disk, if they are kept.
+
+    Raises:
+        ReferenceMismatchError: the adapter was trained against another reference than this one.
     """
 
     def __init__(
@@ -64,14 +77,12 @@ class ReferencePolicy:
         self.model, self.policy_adapter, self.args, self.plan = model, policy_adapter, args, plan
         self.needed = objective.needs_reference
         self.choice, self.adapter, self.source, self.chosen = held.choice, held.adapter, held.source, held.chosen
-        self.cached: CachedReference | None = None
+        self.store: ReferenceCache | None = None
         self.start_checked = not self.needed
         if self.needed:
             self.identity = self._identify()
             if args.caches_reference:
-                self.cached = CachedReference(
-                    self._open_cache(objective.reads_reference_tokens), lambda batch: self.compute(batch)
-                )
+                self.store = self._open_store(objective.reads_reference_tokens)
 
     def _identify(self) -> Identity:
         """Says what the reference is, and refuses one that nobody asked for."""
@@ -81,12 +92,15 @@ class ReferencePolicy:
             self.mix(0.0)  # changes nothing, refuses what can't be mixed
         identity = identify(self.model, self.adapter, self.source, sync)
         recorded = read_record(self.model.peft_config[self.policy_adapter])
-        _check_trained_again(recorded, identity, self.chosen)
+        if recorded is not None:
+            # Otherwise preference training of a preference-trained adapter would quietly take the trained policy as
+            # its reference, and let it drift twice as far.
+            check_same(recorded, identity, "The adapter to go on with", _TRAINED_BEFORE, asked_for=self.chosen)
         write_record(self.model, self.policy_adapter, identity)
         logger.info("Reference: %s.", identity)
         return identity
 
-    def _open_cache(self, reads_tokens: bool) -> ReferenceCache:
+    def _open_store(self, reads_tokens: bool) -> ReferenceCache:
         args, plan, identity = self.args, self.plan, self.identity
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
         layout = "shared" if plan.shared else "padded"
@@ -113,21 +127,64 @@ class ReferencePolicy:
     # ---- Log-probs -------------------------------------------------------------------------------------------------
 
     def logps(self, batch: PackedBatch) -> Scores | None:
-        """Returns the reference's log-probs of a batch, from the disk if they are kept there; None if not needed."""
+        """Returns the reference's log-probs of a batch, from the disk where they are kept there; None if not needed.
+
+        `token_logps_N` is empty where the disk has sums only. Values are those that were stored first, also for the
+        part of a batch that had to be computed again: a run that was interrupted reads what the straight one did.
+
+        Raises:
+            NonFiniteError: a log-prob to be stored is NaN or infinite, with the dataset rows.
+        """
         if not self.needed:
             return None
-        return self.compute(batch) if self.cached is None else self.cached(batch)
+        if self.store is None:
+            return self.compute(batch)
+        found = self.store.get(batch.keys)
+        computed = self.fill(batch) if None in found else {}
+        entries = [entry or computed[key] for key, entry in zip(batch.keys, found, strict=True)]
+        logps_C = torch.tensor([entry.logp for entry in entries], dtype=torch.float64)
+        own = [entry.token_logps for entry in entries if entry.token_logps is not None] if self.store.tokens else []
+        token_logps_N = torch.from_numpy(np.concatenate(own)) if own else torch.empty(0)
+        return Scores(token_logps_N.to(batch.input_ids.device), logps_C.to(batch.input_ids.device))
 
     def compute(self, batch: PackedBatch) -> Scores:
         """Returns the log-probs of a forward pass under the reference."""
         return reference_logps(self.model, batch, self.plan.scorer, self.adapter)
 
-    def check_start(self, rows: Rows, collate: Collate) -> None:
-        """Checks once, before the first step, that policy and reference start equal, and that the cache is right.
+    def fill(self, batch: PackedBatch) -> dict[bytes, Entry]:
+        """Computes a batch and stores what the store lacks of it. Returns what was computed, by key."""
+        assert self.store is not None
+        scores = self.compute(batch)
+        check_finite(scores.logps_C, batch, "The reference's log-probs of rows")
+        tokens: Sequence[np.ndarray | None] = [None] * batch.num_completions
+        if self.store.tokens:
+            tokens = np.split(scores.token_logps_N.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
+        entries = list(map(Entry, scores.logps_C.tolist(), tokens))
+        self.store.put(batch.keys, entries)
+        return dict(zip(batch.keys[::-1], entries[::-1], strict=True))  # of the same key twice the first counts
 
-        Args:
-            rows: a few prepared training rows.
-            collate: lays rows out as training does.
+    def precompute(self, datasets: Mapping[str, Rows], collate: Collate) -> None:
+        """Fills the store for prepared datasets, by name. What is there already is kept: after a kill it continues."""
+        assert self.store is not None  # the option that asks for it also turns the cache on
+        for name, dataset in datasets.items():
+            # Batches are cut from all rows, not from the missing ones: their shapes, and so the last bits of the
+            # values, do not depend on when a run was interrupted.
+            computed = total = 0
+            with tqdm(total=len(dataset), desc=f"reference of {name}", disable=self.args.disable_tqdm) as bar:
+                for rows in _by_length(dataset, self.args.precompute_ref_tokens):
+                    if total % world_size() == rank():
+                        batch = PackedBatch(**collate(rows))
+                        if None in self.store.peek(batch.keys):
+                            self.fill(batch.to(self.args.device))
+                            computed += 1
+                    total += 1
+                    bar.update(len(rows))
+            message = "Reference of %s (%d rows): %d of %d batches computed, the rest was in %s."
+            logger.info(message, name, len(dataset), computed, total, self.store.file.path)
+
+    def check_start(self, rows: Rows, collate: Collate) -> None:
+        """Checks once, on a few rows before the first step, that policy and reference start equal, and that the store
+        is right.
 
         Raises:
             ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
@@ -135,26 +192,29 @@ class ReferencePolicy:
         if self.start_checked:
             return
         self.start_checked = True
-        parts = [rows, *([row] for row in rows)]
-        batches = [PackedBatch(**collate(part)).to(self.args.device) for part in parts]
+        batches = [PackedBatch(**collate(part)).to(self.args.device) for part in (rows, *([row] for row in rows))]
         self.model.train(self.args.disable_dropout)
         starts_at_base = self.choice == "base" and is_identity(self.model, self.policy_adapter)
         if self.choice == "initial" or starts_at_base:
             check_start(self.model, batches, self.plan.scorer, self.adapter)
-        if self.cached is not None:
-            self.cached.check(batches)
-
-    def precompute(self, datasets: Mapping[str, Rows], collate: Collate) -> None:
-        """Fills the cache for prepared datasets, by name."""
-        assert self.cached is not None  # the option that asks for it also turns the cache on
-        args = self.args
-        for name, rows in datasets.items():
-            progress = not args.disable_tqdm
-            self.cached.precompute(rows, collate, args.precompute_ref_tokens, args.device, name, progress)
+        if self.store is None:
+            return
+        whole, *parts = batches
+        computed_C = self.compute(whole).logps_C
+        # The stored values come from batches of a third shape.
+        floor = 4 * noise_floor(computed_C, torch.cat([self.compute(part).logps_C for part in parts]))
+        stored = zip(self.store.peek(whole.keys), computed_C.tolist(), strict=True)
+        difference = max((abs(entry.logp - logp) for entry, logp in stored if entry is not None), default=0.0)
+        if difference > floor:
+            raise ReferenceMismatchError(
+                "The cached reference is not this one: stored and computed log-probs differ by up to "
+                f"{difference:.3g} nats per completion (noise floor {floor:.2g}). Clear it by `dpo-peft cache "
+                "--clear`, and please report how it came about."
+            )
 
     def counts(self) -> dict[str, float]:
-        """Returns what the log says of the cache."""
-        return {} if self.cached is None else self.cached.counts()
+        """Returns how many completions were read from the store and computed so far, for the log."""
+        return {} if self.store is None else {"ref_cache/hits": self.store.hits, "ref_cache/misses": self.store.misses}
 
     def mix(self, alpha: float) -> None:
         """Moves the frozen adapter towards the policy: TR-DPO (Gorbatovski et al. 2024)."""
@@ -173,19 +233,26 @@ class ReferencePolicy:
         Raises:
             ReferenceMismatchError: naming both.
         """
-        if self.needed:
-            # PEFT puts adapters of another name into folders of their own.
-            folder = checkpoint if self.policy_adapter == "default" else checkpoint / self.policy_adapter
-            _check_resumed(read_record(folder), self.identity, checkpoint, self.chosen)
+        if not self.needed:
+            return
+        # PEFT puts adapters of another name into folders of their own.
+        recorded = read_record(checkpoint if self.policy_adapter == "default" else checkpoint / self.policy_adapter)
+        if recorded is None:
+            raise ReferenceMismatchError(
+                f"{checkpoint} does not say what its reference was, so the run can't be resumed. Start a new run from "
+                "its adapter (model=<checkpoint folder>) and choose its reference."
+            )
+        asked_for = self.chosen and recorded.base_fingerprint == self.base_fingerprint
+        check_same(recorded, self.identity, str(checkpoint), _RESUMED, asked_for)
 
-    def state_dict(self, folder: Path) -> dict[str, Any]:
+    def state_dict(self, folder: Path) -> dict[str, object]:
         """Writes a reference that moves into a checkpoint."""
         if self.args.sync_ref_model:
             tensors = adapter_tensors(self.model, str(self.adapter))
             save_file({name: t.contiguous() for name, t in tensors.items()}, folder / MOVING_REFERENCE)
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
+    def load_state_dict(self, state: Mapping[str, object], folder: Path) -> None:
         """Takes up a reference that moves."""
         if self.args.sync_ref_model:
             saved = load_file(folder / MOVING_REFERENCE)
@@ -193,40 +260,20 @@ class ReferencePolicy:
                 tensor.data.copy_(saved[name])
 
 
-def _check_trained_again(recorded: Identity | None, actual: Identity, chosen: bool) -> None:
-    """An adapter that was trained against one reference is trained on against it, unless another is asked for.
+def _by_length(dataset: Rows, max_tokens: int) -> Iterator[list[Row]]:
+    """Yields rows of about equal length, as many as fit into a forward pass; a longer row gets one of its own."""
 
-    Otherwise preference training of a preference-trained adapter would quietly take the trained policy as its
-    reference, and let it drift twice as far.
-    """
-    if recorded is None or not recorded.differences(actual):
-        return
-    if chosen:
-        logger.warning("The adapter was trained against %s; it goes on against %s, as asked for.", recorded, actual)
-        return
-    check_same(
-        recorded,
-        actual,
-        "The adapter to go on with has been trained on preferences before, and",
-        "Say which one is meant: reference='base' for the model without adapter, reference='initial' for the adapter "
-        "as it comes in, or the folder of an adapter.",
-    )
+    def tokens(row: Row) -> int:
+        return len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
 
-
-def _check_resumed(recorded: Identity | None, actual: Identity, folder: Path, chosen: bool) -> None:
-    """A run is resumed against the reference that it began with. Another one over the same base can be asked for."""
-    if recorded is None:
-        raise ReferenceMismatchError(
-            f"{folder} does not say what its reference was, so the run can't be resumed. Start a new run from its "
-            "adapter (model=<checkpoint folder>) and choose its reference."
-        )
-    if chosen and recorded.base_fingerprint == actual.base_fingerprint and recorded.differences(actual):
-        logger.warning("%s was trained against %s; it goes on against %s, as asked for.", folder, recorded, actual)
-        return
-    check_same(
-        recorded,
-        actual,
-        f"{folder}",
-        "Pass the model and adapter that the run was started with; or, to go on against another reference on purpose, "
-        "start a new run from the checkpoint's adapter (model=<checkpoint folder>, reference=...).",
-    )
+    for start in range(0, len(dataset), CHUNK_ROWS):
+        rows = [dataset[i] for i in range(start, min(start + CHUNK_ROWS, len(dataset)))]
+        batch: list[Row] = []
+        held = 0
+        for row in sorted(rows, key=tokens, reverse=True):
+            if batch and held + tokens(row) > max_tokens:
+                yield batch
+                batch, held = [], 0
+            batch.append(row)
+            held += tokens(row)
+        yield batch

@@ -35,7 +35,7 @@ _UNWRITABLE = ("readonly", "is full", "unable to open", "disk I/O")  # in SQLite
 
 
 class Store:
-    """The file under `folder`: opened on first use, closed over a fork, given up when it can't be written.
+    """The file under `folder`: opened on first use, closed over a fork, only read where it can't be written.
 
     Raises:
         OptionError: `folder` is a file.
@@ -47,7 +47,7 @@ class Store:
             raise OptionError(f"The reference cache's folder {self.path.parent} is a file. Give a folder.")
         self.writable = True
         self._db: sqlite3.Connection | None = None
-        self._file: tuple[int, int] | None = None  # which file `_db` has open
+        self._file: tuple[int, int] | None = None  # which file was opened
         self._wait = BUSY_SECONDS
         self._warned: set[str] = set()
         _STORES.add(self)
@@ -56,24 +56,22 @@ class Store:
         """Returns what `work` gives, on a new file if this one turns out damaged; `otherwise` if none can be used."""
         for _ in range(3):
             try:
-                return work(self._connection())
+                db = self._connection()
+                return otherwise if db is None else work(db)
             except sqlite3.ProgrammingError:  # a mistake in the program or a second thread, no fault of the file
                 raise
-            except OSError as error:
-                self._read_only(error)
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the second: a message quotes damaged text
-                text = str(error) if isinstance(error, sqlite3.OperationalError) else ""
+            except (OSError, sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the last where damage is quoted
                 # By the message, as error codes came with Python 3.11. A damaged header can forbid writing.
+                text = str(error) if isinstance(error, sqlite3.OperationalError) else ""
                 forbidden = "readonly" in text and all(os.access(p, os.W_OK) for p in (self.path, self.path.parent))
-                if "locked" in text or "locking" in text:
-                    self.warn(
-                        "locked", f"The reference cache %s stayed locked for {self._wait:g} s: continuing without it."
-                    )
+                if "lock" in text:
+                    self.warn("locked", f"stayed locked for {self._wait:g} s: continuing without it.")
                     self._wait = AFTER_BUSY_SECONDS
                     self.close()
                     break
-                elif any(words in text for words in _UNWRITABLE) and not forbidden:
-                    self._read_only(error)
+                if isinstance(error, OSError) or (any(words in text for words in _UNWRITABLE) and not forbidden):
+                    self.warn("unwritable", f"can't be written ({error}): nothing more is stored.")
+                    self.writable = False
                 else:
                     self._replace(error)
         return otherwise
@@ -98,40 +96,38 @@ class Store:
                 db.close()
 
     def warn(self, kind: str, message: str) -> None:
-        """Logs a message about the file (its `%s`), once of each kind."""
+        """Logs what is the matter with the file, once of each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
-            logger.warning(message, self.path)
+            logger.warning("The reference cache %s %s", self.path, message)
 
-    def _connection(self) -> sqlite3.Connection:
-        if self._db is not None and self.writable and _file_id(self.path) != self._file:
+    def _connection(self) -> sqlite3.Connection | None:
+        if self.writable and self._file != _file_id(self.path):
             self.close()  # someone moved or deleted the file: no one would find what we add to it
-        if self._db is None:
-            self._db = self._open() if self.writable else _open_read_only(self.path)
+        if self._db is None and self.writable:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _folder_lock(self.path.parent, self._wait):
+                self._db = _connect(self.path, self._wait, self._prepare)
+        elif self._db is None:
+            self._db = _open_read_only(self.path)
         return self._db
 
-    def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _folder_lock(self.path.parent, self._wait):
-            db = _connect(self.path, self._wait)
-            self._file = _file_id(self.path)
-            try:
-                _prepare(db)
-            except BaseException:
-                db.close()
-                raise
-            return db
-
-    def _read_only(self, error: Exception) -> None:
-        self.writable = False
-        self.warn("unwritable", f"The reference cache %s can't be written ({error}): nothing more is stored.")
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        """Sets a connection up, and makes the tables of a new file."""
+        self._file = _file_id(self.path)
+        for setting in _SETTINGS:
+            db.execute(f"PRAGMA {setting}")
+        if db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+            db.executescript(_SCHEMA)
+        _check_version(db)
+        db.execute("PRAGMA journal_mode = WAL")
 
     def _replace(self, error: Exception) -> None:
         """Moves the damaged file aside, unless another process has done so already."""
         self.close()
         try:
             with _folder_lock(self.path.parent, self._wait):
-                if self._file is not None and self._file != _file_id(self.path):
+                if self._file != _file_id(self.path):
                     return
                 n = 1
                 while (aside := self.path.with_name(f"{FILE_NAME}.corrupt-{n}")).exists():
@@ -140,13 +136,13 @@ class Store:
                     with suppress(FileNotFoundError):
                         os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
         except (OSError, sqlite3.Error) as reason:
-            self.writable, self._db = False, _empty()
-            self.warn("damaged", f"The reference cache %s can't be used ({error}) nor moved away ({reason}).")
+            self.writable = False
+            self.warn("damaged", f"can't be used ({error}) nor moved away ({reason}).")
         else:
             self.warn(
                 "damaged",
-                f"The reference cache %s can't be used ({error}). It was moved to {aside.name} and a new one started. "
-                "`dpo-peft cache --clear` deletes what was moved.",
+                f"can't be used ({error}). It was moved to {aside.name} and a new one started. `dpo-peft cache "
+                "--clear` deletes what was moved.",
             )
 
 
@@ -167,47 +163,38 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def _folder_lock(folder: Path, wait: float) -> Iterator[None]:
     """Lets one process at a time open or move the file. The lock, an empty database, dies with its holder."""
-    lock = _connect(folder / "logps.lock", wait)
+    lock = _connect(folder / "logps.lock", wait, lambda db: db.execute("BEGIN EXCLUSIVE"))
     try:
-        lock.execute("BEGIN EXCLUSIVE")
         yield
     finally:
         lock.close()
 
 
-def _connect(path: Path | str, wait: float, uri: bool = False) -> sqlite3.Connection:
+def _connect(
+    path: Path | str, wait: float, prepare: Callable[[sqlite3.Connection], object], uri: bool = False
+) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=wait, isolation_level=None, uri=uri)  # None: transactions are begun by hand
     db.text_factory = lambda text: text.decode("utf-8", "replace")  # damaged text must not fail to decode
+    try:
+        prepare(db)
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
-def _prepare(db: sqlite3.Connection) -> None:
-    """Sets the connection up; makes a new file's tables, or checks that an old one's are of this version."""
-    for setting in _SETTINGS:
-        db.execute(f"PRAGMA {setting}")
+def _check_version(db: sqlite3.Connection) -> None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-        db.executescript(_SCHEMA)
-    elif version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise sqlite3.DatabaseError(f"it has version {version}, this program writes version {SCHEMA_VERSION}")
-    db.execute("PRAGMA journal_mode = WAL")
 
 
-def _empty() -> sqlite3.Connection:
-    db = _connect(":memory:", AFTER_BUSY_SECONDS)
-    _prepare(db)
-    return db
-
-
-def _open_read_only(path: Path) -> sqlite3.Connection:
-    """Opens a store in a folder or on a disk that can't be written; an empty one if even that fails."""
+def _open_read_only(path: Path) -> sqlite3.Connection | None:
+    """Opens a store in a folder or on a disk that can't be written; None if even that fails."""
     for how in ("mode=ro", "immutable=1"):  # the second where SQLite can't make its shared-memory file
         with suppress(sqlite3.Error):
-            db = _connect(f"{path.as_uri()}?{how}", AFTER_BUSY_SECONDS, uri=True)
-            if db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
-                return db
-            db.close()
-    return _empty()
+            return _connect(f"{path.as_uri()}?{how}", AFTER_BUSY_SECONDS, _check_version, uri=True)
+    return None
 
 
 def _file_id(path: Path) -> tuple[int, int] | None:

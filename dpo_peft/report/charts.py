@@ -1,35 +1,42 @@
-"""Charts of a report: curves over steps, histograms, a scatter.
+"""Charts of a report: curves over steps, histograms, a scatter. matplotlib draws them, the page gives them their look.
 
-Lines differ by color and dashes, points by color and shape, so that no chart is read by color alone. What shows when
-one points at a chart lies in `data-points` of each trace, as "x y x y ...".
+Lines differ by color and dashes, points by color and shape, so that no chart is read by color alone.
 
 Left out on purpose: smoothing (it hides the step at which a run broke) and logarithmic axes.
 """
 
 import math
+import re
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib import style
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..artifacts.curves import Series
 from .facts import number, plain
-from .runs import Series
-from .svg import ROUND, Plot, as_svg, element
 
 TABLE_ROWS = 40
 COLORS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 MARKERS = "osD^"
-SWATCHES = ("M10 6a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z", "M10 3h6v6h-6z", "M13 2l4 4l-4 4l-4 -4z", "M13 2l4 7h-8z")
 MOST_TRACES = COLORS * len(DASHES)  # told apart by color and dashes together
 HUGE = 1e150  # a difference of values beyond it overflows: drawn as not finite
+Range = tuple[float, float]
+
+# Reset first: the machine's own matplotlibrc would change the bytes of the page.
+in_our_style = style.context(Path(__file__).parent / "templates" / "charts.mplstyle", after_reset=True)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One line, or with `points` one row of marks, or in a histogram one distribution.
+    """Holds one line, or with `points` one row of marks, or in a histogram one distribution.
 
     Attributes:
         label: what it shows.
@@ -37,7 +44,7 @@ class Trace:
         color: one of the page's classes c0 to c5, "grey" or "ink".
         dash: of a line, a place in `DASHES`.
         points: marks instead of a line.
-        shape: of the marks, 0 to 3.
+        shape: of the marks, a place in `MARKERS`.
         filled: bars instead of an outline.
         named: it stands in the chart's own legend.
         group: traces of one group are brought out together.
@@ -54,27 +61,130 @@ class Trace:
     group: str = ""
 
     @property
-    def look(self) -> dict[str, str]:
-        kind = "bars" if self.filled else "points" if self.points else "line"
-        return {"class_": f"{kind} {self.color}", "stroke_dasharray": "" if self.points else DASHES[self.dash]}
+    def kind(self) -> str:
+        return "bars" if self.filled else "points" if self.points else "line"
 
-    def attributes(self, points: Series) -> dict[str, str]:
-        """Of its group on the page; `points` are shown when they are pointed at."""
-        shown = " ".join(f"{plain(x)} {number(y, '-')}" for x, y in points)
-        return {**self.look, "data_group": self.group, "data_label": self.label, "data_points": shown}
+    @property
+    def dashes(self) -> str:
+        return "" if self.points else DASHES[self.dash]
 
 
-@dataclass(frozen=True)
 class Chart:
-    """A drawn chart: `heads` and `rows` are its table, `legend` (swatch, label), `notes` what isn't drawn."""
+    """A chart as the page's template reads it, and its `axes` while it is drawn.
 
-    key: str
-    title: str
-    svg: Markup
-    heads: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    legend: list[tuple[Markup, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    Args:
+        key: begins the ids of the chart's elements; unique on the page.
+        title: stands above it.
+        x, y: ranges of the axes.
+        x_label: stands below the axis of steps or values.
+        hover: what a value of x is when the chart is pointed at; "" if there is nothing to point at.
+        unit: stands behind every number of the vertical axis.
+
+    Attributes:
+        heads, rows: its values as a table.
+        legend: what is named below it.
+        notes: what isn't drawn.
+        described: the chart in words, for those who can't see it.
+        svg: the shapes, see `finish`.
+    """
+
+    def __init__(self, key: str, title: str, x: Range, y: Range, x_label: str, hover: str = "", unit: str = ""):
+        self.key, self.title, self.x, self.y, self.hover, self.unit = key, title, x, y, hover, unit
+        self.heads: list[str] = []
+        self.rows: list[list[str]] = []
+        self.legend: list[Trace] = []
+        self.notes: list[str] = []
+        self.described, self.svg = "", Markup()
+        self._traces: dict[str, dict[str, str]] = {}  # id in matplotlib's drawing -> attributes on the page
+        self._titles: dict[str, Sequence[str]] = {}
+        self.figure = Figure()
+        self.axes = self.figure.add_subplot(xlim=x, ylim=y)
+        self.axes.locator_params("x", nbins=6, integer=hover == "step")
+        self.axes.locator_params("y", nbins=5)
+        self.axes.ticklabel_format(axis="x", style="plain")
+        if unit:
+            self.axes.yaxis.set_major_formatter(f"{{x:g}} {unit}")
+        self.axes.grid(axis="y", gid="gridline")
+        self.axes.patch.set_visible(False)
+        self.axes.spines["bottom"].set_gid("axis")
+        self.axes.set_xlabel(x_label, gid="unit")
+
+    def trace(self, trace: Trace, points: Series) -> str:
+        """Returns the `gid` for what draws a trace; `points` are shown when they are pointed at."""
+        shown = " ".join(f"{plain(x)} {number(y, '-')}" for x, y in points)
+        looks = {"class": f"{trace.kind} {trace.color}", "stroke-dasharray": trace.dashes, "data-group": trace.group}
+        looks |= {"data-label": trace.label, "data-points": shown}
+        self._traces[gid := f"trace{len(self._traces)}"] = {name: look for name, look in looks.items() if look}
+        return gid
+
+    def marks(self, points: Sequence[tuple[float, float]], marker: str, name: str, titles: Sequence[str] = ()) -> None:
+        """Draws marks of the class `name`; a title shows when its mark is pointed at."""
+        self._titles[name] = titles
+        size = 6 if marker in "xv" else 5.2
+        self.axes.plot(*_columns(points), marker, markersize=size, gid=name, clip_on=False)
+
+    def guide(self, at: float, label: str = "", vertical: bool = False) -> None:
+        """Draws a dotted line at a value, and says above its end what it is."""
+        (self.axes.axvline if vertical else self.axes.axhline)(at, gid="guide")
+        space = self.axes.get_yaxis_transform()
+        self.axes.annotate(label, (1, at), (0, 3), space, "offset points", ha="right", gid="unit")
+
+    def zero(self, words: bool = True) -> None:
+        """Marks where margins change sign, if it is on the chart; says on which side they are wrong, if there is
+        room."""
+        low, high = self.x
+        if low <= 0 <= high:
+            self.guide(0.0, vertical=True)
+            for word, side, room in (("wrong", -1, -low), ("right", 1, high)):
+                if words and room > 0.15 * (high - low):
+                    space, align = self.axes.get_xaxis_transform(), "left" if side > 0 else "right"
+                    self.axes.annotate(word, (0, 1), (5 * side, 3), space, "offset points", ha=align, gid="unit")
+
+    def finish(self, described: str) -> "Chart":
+        """Takes what matplotlib drew into `svg`: shapes and texts. Its styles are left, since the page's style sheet
+        colors by class, in both themes, and its policy would refuse style attributes."""
+        written = StringIO()
+        self.figure.savefig(written, format="svg")
+        bare = re.sub(r'<(metadata|style|clipPath).*?</\1>| xmlns="[^"]*"', "", written.getvalue(), flags=re.DOTALL)
+        root = ET.fromstring(bare)
+        for node in root.iter():
+            node.tail = None
+            for use, title in zip(node.iter("use"), self._titles.get(node.get("id", ""), ()), strict=False):
+                ET.SubElement(use, "title").text = title
+            node.attrib = self._attributes(node)
+            node.text = node.text if node.tag in ("text", "title") else None
+        shapes = "".join(ET.tostring(node, "unicode", method="html") for node in root)
+        self.svg, self.described = Markup(re.sub(r"<(g|defs)[^>]*></\1>", "", shapes)), described
+        return self
+
+    def _attributes(self, node: ET.Element) -> dict[str, str]:
+        """Returns what a shape is given on the page."""
+        name = node.get("id", "")
+        if node.tag == "path":  # one with an id is a marker
+            return {"d": _short(node.get("d", "")), **({"id": f"{self.key}-{name}"} if name else {})}
+        place = {axis: _px(float(node.get(axis, 0))) for axis in "xy"}
+        if node.tag == "use":
+            return {"href": f"#{self.key}-{node.get('{http://www.w3.org/1999/xlink}href', '')[1:]}", **place}
+        if node.tag == "text":
+            (anchor,) = re.findall(r"text-anchor: (\w+)", node.get("style", "")) or ["start"]
+            return {**place, "text-anchor": anchor}
+        if name in self._traces:
+            return self._traces[name]
+        return {"class": name} if name and not re.search(r"_\d+$", name) else {}  # others are matplotlib's own names
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _short(path: str) -> str:
+    """Returns a path to a tenth of a pixel, without needless spaces; a point between two gaps becomes a dot."""
+    path = re.sub(r"-?\d+\.\d+", lambda found: _px(float(found[0])), re.sub(r"\s*([A-Za-z])\s*", r"\1", path.strip()))
+    return re.sub(r"(M[^A-Za-z]+)(?=M|$)", r"\1h0", path)
+
+
+def _px(value: float) -> str:
+    return f"{round(value, 1) + 0.0:g}"  # + 0.0: no minus before a zero
 
 
 def style_of(at: int) -> tuple[str, int]:
@@ -82,20 +192,22 @@ def style_of(at: int) -> tuple[str, int]:
     return f"c{at % COLORS}", (at % COLORS + at // COLORS) % len(DASHES)
 
 
-def swatch(trace: Trace, marked: bool = False) -> Markup:
-    """Returns the sample of a legend: line, mark, bar, or with `marked` line and mark."""
-    drawn = [] if trace.points or trace.filled else [element("path", **trace.look, d="M1 6H25")]
-    if trace.points or marked:
-        drawn.append(element("path", class_=f"points {trace.color}", d=SWATCHES[trace.shape]))
-    if trace.filled:
-        drawn.append(element("path", **trace.look, d="M2 11V2H24V11"))
-    return element("svg", *drawn, class_="swatch", viewBox="0 0 26 12", aria_hidden="true")
+def drawable(value: float) -> bool:
+    return math.isfinite(value) and abs(value) < HUGE
+
+
+def room(low: float, high: float, share: float) -> Range:
+    """Returns a range with room at both ends; never empty."""
+    more = (high - low) * share
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        more = max(abs(low) * 0.1, 0.5)
+    return low - more, high + more
 
 
 # ---- Curves ---------------------------------------------------------------------------------------------------------
 
 
-@as_svg
+@in_our_style
 def curve_chart(
     key: str,
     title: str,
@@ -103,50 +215,44 @@ def curve_chart(
     buckets: int,
     guide: float | None = None,
     guide_label: str = "",
-    limits: tuple[float, float] | None = None,
-    marks: Sequence[tuple[float, str]] = (),
+    limits: Range | None = None,
+    warned: Sequence[tuple[float, str]] = (),
 ) -> Chart:
     """Draws values over steps.
 
     Args:
-        key: names the chart's elements; unique on the page.
+        key, title: see `Chart`.
         traces: at least one, each with at least one value.
         buckets: longer traces than twice this are thinned, see `thin`.
         guide, guide_label: a dotted line at this height, and what it says.
         limits: of the axis of values; by default what is drawn, with room.
-        marks: (step, name) of warnings, small triangles at the top.
+        warned: (step, name) of warnings, small triangles at the top.
     """
     steps = sorted({step for trace in traces for step, _ in trace.series})
     values = [value for trace in traces for _, value in trace.series if drawable(value)]
     values += [guide] if guide is not None else []
     y_range = limits or room(min(values, default=0.0), max(values, default=1.0), 0.07)
-    plot = Plot("step", room(steps[0], steps[-1], 0.0), y_range, whole=True)
+    chart = Chart(key, title, room(steps[0], steps[-1], 0.0), y_range, "step", hover="step")
     if guide is not None:
-        plot.guide(guide, guide_label)
+        chart.guide(guide, guide_label)
     thinned = 0
     for trace in sorted(traces, key=lambda trace: trace.points):  # points last: they are few, and lie over the lines
         series = thin(trace.series, buckets)
         thinned = max(thinned, len(trace.series) * (len(series) < len(trace.series)))
-        xs, ys = [x for x, _ in series], [y if drawable(y) else math.nan for _, y in series]
-        gid = plot.part(**trace.attributes([(x, y) for x, y in series if drawable(y)]))
-        plot.axes.plot(xs, ys, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
-        broken = [x for x, y in series if not drawable(y)]
-        gid = plot.part(class_=f"cross {trace.color}")
-        plot.axes.plot(broken, [y_range[0]] * len(broken), "x", markersize=6, gid=gid)
-    marked = [(step, name) for step, name in marks if plot.x[0] <= step <= plot.x[1]]
-    gid, top = plot.part([name for _, name in marked], class_="mark"), plot.axes.get_xaxis_transform()
-    plot.axes.plot([step for step, _ in marked], [1.04] * len(marked), "v", transform=top, gid=gid, clip_on=False)
+        gid = chart.trace(trace, [point for point in series if drawable(point[1])])
+        drawn = _columns([(x, y if drawable(y) else math.nan) for x, y in series])
+        chart.axes.plot(*drawn, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
+        chart.marks([(x, y_range[0]) for x, y in series if not drawable(y)], "x", f"cross {trace.color}")
+    top = y_range[1] + 0.04 * (y_range[1] - y_range[0])
+    warned = [(step, name) for step, name in warned if chart.x[0] <= step <= chart.x[1]]
+    chart.marks([(step, top) for step, _ in warned], "v", "mark", [name for _, name in warned])
+    chart.heads, chart.rows = ["step", *(trace.label for trace in traces)], _rows(traces, steps)
     named = [trace for trace in traces if trace.named]
-    note = f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."
-    return Chart(
-        key,
-        title,
-        plot.svg(key, "; ".join(map(_ends, traces[:MOST_TRACES])) + ".", "step"),
-        ["step", *(trace.label for trace in traces)],
-        _rows(traces, steps),
-        [(swatch(trace), trace.label) for trace in named] if len(named) > 1 else [],
-        ([note] if thinned else []) + _not_finite(traces),
-    )
+    chart.legend = named if len(named) > 1 else []
+    if thinned:
+        chart.notes = [f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."]
+    chart.notes += _not_finite(traces)
+    return chart.finish("; ".join(map(_ends, traces[:MOST_TRACES])) + ".")
 
 
 def thin(series: Series, buckets: int) -> Series:
@@ -165,13 +271,13 @@ def thin(series: Series, buckets: int) -> Series:
 
 
 def _ends(trace: Trace) -> str:
-    """A trace in words, for those who can't see it."""
+    """Returns a trace in words."""
     (first_step, first), (last_step, last) = trace.series[0], trace.series[-1]
     return f"{trace.label}: {number(first)} at step {plain(first_step)}, {number(last)} at {plain(last_step)}"
 
 
 def _rows(traces: Sequence[Trace], steps: Sequence[float]) -> list[list[str]]:
-    """The traces side by side at steps that are spread evenly over all that were logged."""
+    """Returns the traces side by side at steps that are spread evenly over all that were logged."""
     columns = [dict(trace.series) for trace in traces]
     last = len(steps) - 1
     shown = [steps[int(i)] for i in np.unique(np.linspace(0, last, min(last + 1, TABLE_ROWS)).round())]
@@ -180,80 +286,60 @@ def _rows(traces: Sequence[Trace], steps: Sequence[float]) -> list[list[str]]:
 
 def _not_finite(traces: Sequence[Trace]) -> list[str]:
     steps = sorted({step for trace in traces for step, value in trace.series if not drawable(value)})
-    if not steps:
-        return []
     shown = ", ".join(plain(step) for step in steps[:5]) + (f" and {len(steps) - 5:,} more" if len(steps) > 5 else "")
-    return [f"× not finite at step{'s' if len(steps) > 1 else ''} {shown}."]
-
-
-def drawable(value: float) -> bool:
-    return math.isfinite(value) and abs(value) < HUGE
-
-
-def room(low: float, high: float, share: float) -> tuple[float, float]:
-    """Returns a range with room at both ends; never empty."""
-    more = (high - low) * share
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
-        more = max(abs(low) * 0.1, 0.5)
-    return low - more, high + more
+    return [f"× not finite at step{'s' if len(steps) > 1 else ''} {shown}."] if steps else []
 
 
 # ---- Distributions --------------------------------------------------------------------------------------------------
 
 
-@as_svg
+@in_our_style
 def histogram_chart(key: str, title: str, traces: Sequence[Trace], unit: str) -> Chart:
     """Draws shares of values in bins that all traces have in common. Edges are round, so 0 is one if it is among them.
     The outermost half per cent of each end lies in the last bins. A trace that has one value only (margins before
     training are all 0) is a line across: as a bar it would flatten the others.
 
     Args:
+        key, title: see `Chart`.
         traces: at least one, each with at least one finite value.
         unit: what the values are, for the axis.
     """
     finite = [np.array([value for _, value in trace.series if drawable(value)]) for trace in traces]
     low, high = np.percentile(np.concatenate(finite), [0.5, 99.5])
-    edges = np.asarray(MaxNLocator(nbins=28, steps=ROUND).tick_values(*room(float(low), float(high), 0.0)))
+    edges = MaxNLocator(nbins=28, steps=[1, 2, 2.5, 5, 10]).tick_values(*room(float(low), float(high), 0.0))
     counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for values in finite]
     shares = [100 * count / count.sum() for count in counts]
     alike = [np.ptp(values) < 1e-3 * (edges[1] - edges[0]) for values in finite]
     alike = [one and not all(alike) for one in alike]
     highest = max(share.max() for share, one in zip(shares, alike, strict=True) if not one)
-    plot = Plot(unit, (float(edges[0]), float(edges[-1])), (0.0, float(highest) * 1.08), unit="%")
+    chart = Chart(key, title, (edges[0], edges[-1]), (0.0, highest * 1.08), unit, hover=f"{unit} around", unit="%")
     middles = (edges[:-1] + edges[1:]) / 2
-    notes, described = [], []
+    described = []
     for trace, values, share, one in zip(traces, finite, shares, alike, strict=True):
-        points = [] if one else list(zip(middles.tolist(), share.tolist(), strict=True))
-        gid = plot.part(**trace.attributes(points))
         if one:
-            plot.axes.axvline(values[0], gid=gid)
+            chart.axes.axvline(values[0], gid=chart.trace(trace, []))
         else:
-            plot.axes.stairs(share, edges, fill=trace.filled, gid=gid)
-        notes += _left_out(trace, values, edges)
+            gid = chart.trace(trace, list(zip(middles.tolist(), share.tolist(), strict=True)))
+            chart.axes.stairs(share, edges, fill=trace.filled, gid=gid)
+        outside, missing = ((values < edges[0]) | (values > edges[-1])).sum(), len(trace.series) - len(values)
+        chart.notes += [f"{trace.label}: every value is {number(values[0])}."] if not np.ptp(values) else []
+        chart.notes += [f"{trace.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
+        chart.notes += [f"{trace.label}: {missing:,} not finite."] if missing else []
         middle, above = number(float(np.median(values))), (values > 0).mean()
         described.append(f"{trace.label}: {len(values):,} values, median {middle}, {above:.1%} above 0")
-    plot.zero()
-    rows = [
-        [f"{number(a)} to {number(b)}", *(f"{count[i]:,}" for count in counts)]
-        for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
-    ]
-    svg = plot.svg(key, "; ".join(described) + ".", f"{unit} around")
-    heads = [unit, *(f"{trace.label}, values" for trace in traces)]
-    return Chart(key, title, svg, heads, rows, [(swatch(trace), trace.label) for trace in traces], notes)
+    chart.zero()
+    chart.heads, chart.legend = [unit, *(f"{trace.label}, values" for trace in traces)], list(traces)
+    bins = zip(edges[:-1], edges[1:], *counts, strict=True)
+    chart.rows = [[f"{number(a)} to {number(b)}", *(f"{count:,}" for count in of_bin)] for a, b, *of_bin in bins]
+    return chart.finish("; ".join(described) + ".")
 
 
-def _left_out(trace: Trace, values: np.ndarray, edges: np.ndarray) -> list[str]:
-    outside, missing = int(((values < edges[0]) | (values > edges[-1])).sum()), len(trace.series) - len(values)
-    notes = [f"{trace.label}: every value is {number(values[0])}."] if len(set(values)) == 1 else []
-    notes += [f"{trace.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
-    return notes + ([f"{trace.label}: {missing:,} not finite."] if missing else [])
-
-
-@as_svg
+@in_our_style
 def scatter_chart(key: str, title: str, points: Sequence[tuple[float, float, str]], x_label: str, most: int) -> Chart:
     """Draws points above 0 as discs, at or below as rings, with the line of least squares through all of them.
 
     Args:
+        key, title: see `Chart`.
         points: (x, y, text that shows when it is pointed at); not finite ones are left out and counted.
         x_label: what x is.
         most: more points than these are thinned to every n-th.
@@ -262,20 +348,19 @@ def scatter_chart(key: str, title: str, points: Sequence[tuple[float, float, str
     every = -(-len(finite) // most)
     drawn = finite[::every]
     xs, ys = (np.array([point[i] for point in finite], float) for i in (0, 1))
-    plot = Plot(x_label, room(float(xs.min()), float(xs.max()), 0.04), room(float(ys.min()), float(ys.max()), 0.06))
-    if plot.y[0] < 0 < plot.y[1]:
-        plot.guide(0.0)
-    plot.zero(words=False)
+    chart = Chart(key, title, room(xs.min(), xs.max(), 0.04), room(ys.min(), ys.max(), 0.06), x_label)
+    if chart.y[0] < 0 < chart.y[1]:
+        chart.guide(0.0)
+    chart.zero(words=False)
     for kind, some in (("disc", [p for p in drawn if p[1] > 0]), ("ring", [p for p in drawn if p[1] <= 0])):
-        gid = plot.part([text for *_, text in some], class_=kind)
-        plot.axes.plot([p[0] for p in some], [p[1] for p in some], "o", markersize=5.2, gid=gid)
+        chart.marks([(x, y) for x, y, _ in some], "o", kind, [text for *_, text in some])
     if xs.std() > 0:
         ends = np.array([xs.min(), xs.max()])
-        line = np.clip(np.polyval(np.polyfit(xs, ys, 1), ends), *plot.y)
-        plot.axes.plot(ends, line, gid=plot.part(class_="line grey", stroke_dasharray=DASHES[1]))
-    notes = [f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all."] if every > 1 else []
+        line = np.clip(np.polyval(np.polyfit(xs, ys, 1), ends), *chart.y)
+        chart.axes.plot(ends, line, gid=chart.trace(Trace("", [], "grey", dash=1), []))
+    if every > 1:
+        chart.notes.append(f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all.")
     if len(finite) < len(points):
-        notes.append(f"{len(points) - len(finite):,} are not finite and left out.")
+        chart.notes.append(f"{len(points) - len(finite):,} are not finite and left out.")
     described = f"{len(finite):,} points. {x_label}: {number(xs.min())} to {number(xs.max())}; {title}: "
-    described += f"{number(ys.min())} to {number(ys.max())}."
-    return Chart(key, title, plot.svg(key, described, ""), notes=notes)
+    return chart.finish(f"{described}{number(ys.min())} to {number(ys.max())}.")

@@ -16,10 +16,10 @@ from markupsafe import Markup
 from ..errors import OptionError
 from ..files import write_atomically
 from .charts import MOST_TRACES
-from .facts import data_table, figure_table, figures_at_end, number, raised_warnings, settings
-from .runs import metric_series, read_runs
+from .facts import data_table, duration, figure_table, figures_at_end, number, plain, settings, source_name
+from .runs import read_runs
 from .samples import TEXT_CHARACTERS
-from .views import page_of_one, page_of_several
+from .views import page_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Control characters have no place in HTML; their pictures (U+2400 and on) show that they were there.
@@ -50,31 +50,24 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
         raise OptionError("runs is empty: give the output folder of at least one run.")
     if len(runs) > MOST_TRACES:
         raise OptionError(f"runs: {len(runs)} are too many to tell apart in one chart. Give at most {MOST_TRACES}.")
-    html, summaries = _page(runs, title)
+    read = read_runs(runs)
+    figures = [figures_at_end(run) for run in read]
+    html = _render(title=title or ", ".join(run.name for run in read), runs=read, figures=figures, **page_of(read))
     write_atomically(output, html)
+    summaries = [
+        {
+            "name": run.name,
+            "finished": not run.unfinished,
+            **headline,
+            "warnings": sorted({warning["name"] for warning in run.warnings}),
+            "missing": run.notes,
+        }
+        for run, headline in zip(read, figures, strict=True)
+    ]
     return {"output": str(output), "bytes": len(html), "runs": summaries}
 
 
-def _page(folders: Sequence[str | Path], title: str) -> tuple[bytes, list[dict[str, Any]]]:
-    """The page, and each run's figures as `dpo-peft report --json` prints them."""
-    runs = read_runs(folders)
-    found = [metric_series(run) for run in runs]
-    figures = [figures_at_end(run, one) for run, one in zip(runs, found, strict=True)]
-    context = page_of_one(runs[0], found[0], figures[0]) if len(runs) == 1 else page_of_several(runs, found, figures)
-    parts, summaries = [], []
-    for run, metrics, headline in zip(runs, found, figures, strict=True):
-        warnings = raised_warnings(run)
-        tables = {"settings": settings(run), "data": data_table(run), "all_figures": figure_table(metrics)}
-        parts.append({"run": run, "warnings": warnings, **tables})
-        known = {key: value for key, value in vars(headline).items() if value is not None}
-        names = sorted({warning["name"] for warning in warnings})
-        summaries.append(
-            {"name": run.name, "finished": not run.unfinished, **known, "warnings": names, "missing": run.notes}
-        )
-    return _render(title=title or ", ".join(run.name for run in runs), runs=parts, **context), summaries
-
-
-def _render(**context: Any) -> bytes:
+def _render(**context: object) -> bytes:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -83,7 +76,8 @@ def _render(**context: Any) -> bytes:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["number"] = number
+    for tool in (number, plain, duration, source_name, settings, data_table, figure_table):
+        environment.filters[tool.__name__] = tool
     style, script = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; "

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .runs import Row, Run
+from .runs import Json, Run
 
 PAGE_CHARACTERS = 500_000
 TEXT_CHARACTERS = 8_000  # of one text
 
-Side = tuple[str, Row]  # a sample under its name
+Side = tuple[str, Json]  # a sample under its name
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SampleCard:
 
 def sample_cards(run: Run) -> tuple[list[SampleCard], list[str]]:
     """Returns a card per prompt, first and last step side by side, the steps between folded; and what was left out."""
-    by_prompt: dict[int, dict[int, Row]] = {}
+    by_prompt: dict[int, dict[int, Json]] = {}
     for row in sorted(run.samples, key=lambda row: (row["prompt_number"], row["step"])):
         by_prompt.setdefault(row["prompt_number"], {})[row["step"]] = row
     cards, notes = _that_fit([_ends(by_step) for by_step in by_prompt.values()])
@@ -51,7 +51,7 @@ def sample_cards(run: Run) -> tuple[list[SampleCard], list[str]]:
 def compared_samples(runs: Sequence[Run]) -> tuple[list[SampleCard], list[str]]:
     """Returns a card per prompt that at least two runs have, each run's last sample beside the first run's start; and
     what was left out."""
-    by_prompt: dict[str, dict[str, list[Row]]] = {}
+    by_prompt: dict[str, dict[str, list[Json]]] = {}
     for run in runs:
         for row in sorted(run.samples, key=lambda row: row["step"]):
             by_prompt.setdefault(row["prompt"], {}).setdefault(run.name, []).append(row)
@@ -67,7 +67,7 @@ def compared_samples(runs: Sequence[Run]) -> tuple[list[SampleCard], list[str]]:
     return cards, notes + ([f"{alone:,} prompts were sampled in one run only."] if alone else [])
 
 
-def _ends(rows: Mapping[int, Row]) -> SampleCard:
+def _ends(rows: Mapping[int, Json]) -> SampleCard:
     first, last = min(rows), max(rows)
     names = {last: f"step {last:,}"} if first == last else {first: f"step {first:,}", last: f"after step {last:,}"}
     if 0 in names:

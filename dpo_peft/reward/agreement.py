@@ -19,10 +19,12 @@ Shape suffixes: R rows that have comparisons (or single completions), S strata: 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+
+from ..training.metrics import length_balanced
 
 Array = np.ndarray
 
@@ -49,6 +51,12 @@ class Judged(NamedTuple):
     scores: Sequence[float]
     lengths: Sequence[int]
     grades: Sequence[float]
+
+    def margins(self) -> list[tuple[float, int, int]]:
+        """Returns (margin, better, worse) for any two completions that are graded apart, by their indices."""
+        every = range(len(self.grades))
+        twos = [(a, b) for a in every for b in every if self.grades[a] > self.grades[b]]
+        return [(self.scores[a] - self.scores[b], a, b) for a, b in twos]
 
 
 @dataclass(frozen=True)
@@ -91,16 +99,16 @@ def agreement(tally: Tally) -> Agreement | None:
     if not tally.comparisons:
         return None
     wins_S, number_S = tally.wins_RS.sum(0), tally.number_RS.sum(0)
-    lengths = Tally(tally.number_RS * LENGTH_WINS_S, tally.number_RS, tally.margin_R, tally.side_R, tally.shared_by)
     strata = [
         (round(n) // tally.shared_by, float(w / n) if n else None) for w, n in zip(wins_S, number_S, strict=True)
     ]
+    balanced = length_balanced(strata[LONGER][1], strata[SHORTER][1])
     return Agreement(
         rows=tally.rows,
         comparisons=tally.comparisons,
         accuracy=_accuracy(tally),
-        length_only=_accuracy(lengths),
-        length_balanced=_balanced(tally) if number_S[LONGER] and number_S[SHORTER] else None,
+        length_only=_accuracy(replace(tally, wins_RS=tally.number_RS * LENGTH_WINS_S)),
+        length_balanced=None if balanced is None else _balanced(tally, balanced),
         better_longer=strata[LONGER],
         better_shorter=strata[SHORTER],
         mean_margin=float(tally.margin_R.sum() / number_S.sum()),
@@ -114,38 +122,31 @@ def tally_rows(rows: Sequence[Judged]) -> Tally:
     """Counts the comparisons inside each row: pairs and ranked lists. Equal grades are not compared."""
     wins_RS, number_RS, margin_R = np.zeros((len(rows), 3)), np.zeros((len(rows), 3)), np.zeros(len(rows))
     for i, row in enumerate(rows):
-        for better, worse in comparisons(row.grades):
+        for margin, better, worse in row.margins():
             longer = row.lengths[better] - row.lengths[worse]
             stratum = LONGER if longer > 0 else SHORTER if longer < 0 else EQUAL
-            difference = row.scores[better] - row.scores[worse]
-            wins_RS[i, stratum] += win(difference)
+            wins_RS[i, stratum] += win(margin)
             number_RS[i, stratum] += 1
-            margin_R[i] += difference
+            margin_R[i] += margin
     kept = number_RS.any(1)
     return Tally(wins_RS[kept], number_RS[kept], margin_R[kept], np.zeros(kept.sum(), dtype=int))
 
 
-def comparisons(grades: Sequence[float]) -> list[tuple[int, int]]:
-    """Returns (better, worse): all completions of a row that are graded apart, by their indices."""
-    indices = range(len(grades))
-    return [(i, j) for i in indices for j in indices if grades[i] > grades[j]]
-
-
-def win(difference: float) -> float:
+def win(margin: float) -> float:
     """Returns 1 if the better completion has the higher score, 0.5 if both have the same, else 0."""
-    return (float(np.sign(difference)) + 1) / 2
+    return (float(np.sign(margin)) + 1) / 2
 
 
 def tally_singles(scores: Sequence[float], lengths: Sequence[int], desirable: Sequence[bool]) -> Tally:
     """Compares every desirable with every undesirable completion. Accuracy is the area under the ROC curve."""
-    score, length, good = np.asarray(scores, float), np.asarray(lengths), np.asarray(desirable, bool)
-    places = [np.flatnonzero(good), np.flatnonzero(~good)]
-    wins_RS, number_RS, margin_R = np.zeros((len(good), 3)), np.zeros((len(good), 3)), np.zeros(len(good))
-    bad = places[1]
-    for start in range(0, len(places[0]), BLOCK):
-        block = places[0][start : start + BLOCK]
-        difference = score[block, None] - score[bad]
-        longer = length[block, None] - length[bad]
+    score, length, side_R = np.asarray(scores, float), np.asarray(lengths), 1 - np.asarray(desirable, int)
+    good, bad = np.flatnonzero(side_R == 0), np.flatnonzero(side_R)
+    if not len(good) or not len(bad):
+        return tally_rows([])
+    wins_RS, number_RS, margin_R = np.zeros((len(score), 3)), np.zeros((len(score), 3)), np.zeros(len(score))
+    for start in range(0, len(good), BLOCK):
+        block = good[start : start + BLOCK]
+        difference, longer = score[block, None] - score[bad], length[block, None] - length[bad]
         won = (np.sign(difference) + 1) / 2
         for stratum, inside in enumerate((longer > 0, longer < 0, longer == 0)):
             for rows, axis in ((block, 1), (bad, 0)):
@@ -153,9 +154,7 @@ def tally_singles(scores: Sequence[float], lengths: Sequence[int], desirable: Se
                 number_RS[rows, stratum] += inside.sum(axis)
         margin_R[block] += difference.sum(1)
         margin_R[bad] += difference.sum(0)
-    if not all(map(len, places)):
-        return tally_rows([])
-    return Tally(wins_RS, number_RS, margin_R, (~good).astype(int), shared_by=2)
+    return Tally(wins_RS, number_RS, margin_R, side_R, shared_by=2)
 
 
 # ---- Figures and how sure they are ----------------------------------------------------------------------------------
@@ -196,7 +195,7 @@ def _deviations(tally: Tally, strata: Sequence[int]) -> Array:
     return without_R - without_R.mean()
 
 
-def _balanced(tally: Tally) -> Estimate:
+def _balanced(tally: Tally, value: float) -> Estimate:
     """Returns the mean of two accuracies, which rows that hold comparisons of both kinds make depend on each other."""
     halves = [_accuracy(tally, [stratum]) for stratum in (LONGER, SHORTER)]
     a_R, b_R = (_deviations(tally, [stratum]) for stratum in (LONGER, SHORTER))
@@ -206,6 +205,5 @@ def _balanced(tally: Tally) -> Estimate:
     def distance(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a + b * b + 2 * correlation * a * b)) / 2
 
-    value = (halves[0].value + halves[1].value) / 2
     below, above = distance(*(h.value - h.low for h in halves)), distance(*(h.high - h.value for h in halves))
     return Estimate(value, value - below, value + above)

@@ -27,11 +27,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import REASONS
 from ..data.collator import PreferenceCollator
-from ..data.completions import PROMPT_COLUMNS, encode_answers
 from ..data.fields import RowProblem
 from ..data.formats import CHAT_COLUMNS
+from ..data.prompts import PROMPT_COLUMNS, encode_completions
 from ..data.tokenize import check_tokenizer
-from ..data.truncate import Fitted, check_truncation, fit
+from ..data.truncate import check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
 from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
@@ -108,11 +108,9 @@ class ImplicitReward:
         if type(max_tokens) is not int or max_tokens < 1:
             raise OptionError(f"max_tokens={max_tokens!r} must be a positive integer.")
         if isinstance(adapter, str):
-            _without_effect("a folder or Hub id", policy=policy)
-            adapter = AdapterSource(adapter, reference=reference, **made)
-        elif isinstance(adapter, AdapterSource):
-            _without_effect("an AdapterSource", policy=policy, reference=reference, **made)
+            adapter, reference, made = AdapterSource(adapter, reference=reference, **made), None, {}
         if isinstance(adapter, AdapterSource):
+            _without_effect("a folder, Hub id or AdapterSource", policy=policy, reference=reference, **made)
             _beta(adapter.read(), beta, adapter.adapter)  # before minutes of loading
             adapter = adapter.load(device)
             disable_dropout(adapter.model)  # a layer that can drop out is not computed by fused code
@@ -198,9 +196,7 @@ class ImplicitReward:
             numbers, entries = zip(*run, strict=True)
             prompt_ids, encoded = self._encode(entries, numbers[0])
             for number, ids in zip(numbers, encoded, strict=True):
-                whole = Fitted(prompt_ids, [ids])
-                fitted = whole if completion_ids is not None else self._fit(prompt_ids, [ids], number)
-                rows.append({"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": number})
+                rows.append(self._row(prompt_ids, [ids], number, cut=completion_ids is None))
         return [score for (score,) in self.score_rows(rows)]
 
     def compare(self, prompt: Content, completion_a: Content, completion_b: Content) -> float:
@@ -272,15 +268,14 @@ class ImplicitReward:
         if isinstance(completions, str) or not completions:
             raise OptionError("completions must be a list of at least one completion.")
         prompt_ids, encoded = self._encode([{"prompt": prompt, "completion": one} for one in completions], 0)
-        keys = [tuple(ids) for ids in encoded]
-        distinct = list(dict.fromkeys(keys))  # the same answer has the same reward, to the last bit
-        fitted = self._fit(prompt_ids, [list(key) for key in distinct], 0)
-        row = {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": 0}
+        distinct = {tuple(ids): ids for ids in encoded}  # the same answer has the same reward, to the last bit
+        row = self._row(prompt_ids, list(distinct.values()), 0)
         scores = dict(zip(distinct, self.score_rows([row])[0], strict=True))
-        return [scores[key] for key in keys]
+        return [scores[tuple(ids)] for ids in encoded]
 
-    def _fit(self, prompt_ids: list[int], completion_ids: list[list[int]], number: int) -> Fitted:
-        fitted = fit(prompt_ids, completion_ids, self.max_length, self.truncation_mode)
+    def _row(self, prompt_ids: list[int], completion_ids: list[list[int]], number: int, cut: bool = True) -> Row:
+        """Returns a row to score, cut to `max_length` unless told otherwise."""
+        fitted = fit(prompt_ids, completion_ids, self.max_length if cut else None, self.truncation_mode)
         if isinstance(fitted, str):
             meaning, remedy = REASONS[fitted]
             raise DataError(f"completion {number}: {fitted}: {meaning}. Remedy: {remedy}, or set max_length=None.")
@@ -293,12 +288,12 @@ class ImplicitReward:
                     self.truncation_mode,
                 )
             self.cut += len(completion_ids)
-        return fitted
+        return {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": number}
 
     def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
         """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
-            return encode_answers(self.tokenizer, entries, first, self._vocab_size)
+            return encode_completions(self.tokenizer, entries, first, self._vocab_size)
         except RowProblem as problem:
             raise DataError(
                 f"implicit reward of {problem.field}: {problem.problem}. Remedy: {problem.remedy}."

@@ -4,6 +4,7 @@ A row's completions stand in the order of preparation, the best first.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.fields import read_grades
 from ..data.formats import GRADE_COLUMNS
 from ..model.adapter_source import UNRECORDED, AdapterSource
-from .agreement import Agreement, Estimate, Judged, Tally, agreement, comparisons, tally_rows, tally_singles, win
+from .agreement import Agreement, Estimate, Judged, Tally, agreement, tally_rows, tally_singles, win
 from .implicit import CompletionScore, ImplicitReward
 from .rows import RowsToScore, prepare_rows
 
@@ -66,7 +67,11 @@ class ScoredRows:
     def __init__(
         self, data: RowsToScore, scores: Sequence[Sequence[CompletionScore]], categories: Sequence[str] | None = None
     ):
-        self.data, self.kind, self.scores, self.grades = data, data.kind, scores, data.grades()
+        self.data, self.kind, self.scores = data, data.kind, scores
+        self.judged = [
+            Judged([score.reward for score in row], [score.tokens for score in row], grades)
+            for row, grades in zip(scores, data.grades(), strict=True)
+        ]
         self.categories = None if categories is None else [categories[place.row] for place in data.places]
 
     def __len__(self) -> int:
@@ -94,50 +99,45 @@ class ScoredRows:
 
     def tally(self, which: Sequence[int]) -> Tally:
         """Returns the comparisons of some of the rows."""
-        judged = [
-            Judged([s.reward for s in self.scores[i]], [s.tokens for s in self.scores[i]], self.grades[i])
-            for i in which
-        ]
+        rows = [self.judged[i] for i in which]
         if self.kind != "singles":
-            return tally_rows(judged)
-        return tally_singles(*([one[0] for one in column] for column in zip(*judged, strict=True)))
+            return tally_rows(rows)
+        return tally_singles(*([one[0] for one in column] for column in zip(*rows, strict=True)))
 
     def worst(self, number: int, tokenizer: PreTrainedTokenizerBase) -> list[Values]:
         """Returns the rows that the scores get most wrong, with shortened texts: the smallest margins, or the single
         completions that win the fewest of their comparisons."""
-        wrong = self._wrong_singles() if self.kind == "singles" else self._wrong_rows()
+        wrong: list[tuple[float, int, Values, dict[str, int]]] = []  # how wrong which row is; completions to show
+        if self.kind == "singles":
+            for i, won in enumerate(self._won()):
+                if won is not None and won < 0.5:
+                    found: Values = {
+                        "won": won,
+                        "label": self.judged[i].grades[0] > 0,
+                        "reward": self.scores[i][0].reward,
+                    }
+                    wrong.append((won, i, found, {"answer": 0}))
+        else:
+            for i, judged in enumerate(self.judged):
+                margin, better, worse = min(judged.margins(), default=(math.inf, 0, 0))
+                if margin <= 0:
+                    wrong.append((margin, i, {"margin": margin}, {"better": better, "worse": worse}))
         result = []
-        for _, i, found, shown in sorted(wrong, key=lambda one: one[:2])[:number]:
+        for _, i, values, shown in sorted(wrong, key=lambda one: one[:2])[:number]:
             row = self.data.prepared[i]
             texts = {name: shorten(tokenizer, row["completion_ids"][k]) for name, k in shown.items()}
             prompt = shorten(tokenizer, row["prompt_ids"], end=True)
-            result.append({"row": self.data.places[i].row, **self._category(i), **found, "prompt": prompt, **texts})
+            result.append({"row": self.data.places[i].row, **self._category(i), **values, "prompt": prompt, **texts})
         return result
 
-    def _wrong_rows(self) -> list[tuple[float, int, Values, dict[str, int]]]:
-        """Returns how wrong which row is, what says so, and the completions to show by name."""
-        wrong = []
-        for i, (scores, grades) in enumerate(zip(self.scores, self.grades, strict=True)):
-            margins = [(scores[a].reward - scores[b].reward, a, b) for a, b in comparisons(grades)]
-            if margins and min(margins)[0] <= 0:
-                margin, a, b = min(margins)
-                found: Values = {"margin": margin}
-                wrong.append((margin, i, found, {"better": a, "worse": b}))
-        return wrong
-
-    def _wrong_singles(self) -> list[tuple[float, int, Values, dict[str, int]]]:
-        return [
-            (won, i, {"won": won, "label": self.grades[i][0] > 0, "reward": self.scores[i][0].reward}, {"answer": 0})
-            for i, won in enumerate(self._won())
-            if won < 0.5
-        ]
-
-    def _won(self) -> list[float]:
-        """Returns the share of its comparisons that each single completion is on the right side of."""
+    def _won(self) -> list[float | None]:
+        """Returns the share of its comparisons that each row wins, None if it has none. A single completion has those
+        with other rows, and 0.5 if there are none."""
+        if self.kind != "singles":
+            wins = [[win(margin) for margin, _, _ in judged.margins()] for judged in self.judged]
+            return [sum(row) / len(row) if row else None for row in wins]
         tally = self.tally(range(len(self)))
-        if not tally.comparisons:
-            return [0.5] * len(self)
-        return (tally.wins_RS.sum(1) / tally.number_RS.sum(1)).tolist()
+        return (tally.wins_RS.sum(1) / tally.number_RS.sum(1)).tolist() if tally.comparisons else [0.5] * len(self)
 
     def _category(self, i: int) -> Values:
         return {} if self.categories is None else {"category": self.categories[i]}
@@ -146,42 +146,34 @@ class ScoredRows:
 
     def lines(self) -> list[Values]:
         """Returns one for each row that was scored, one for each completion of ones that nobody judged."""
-        won = self._won() if self.kind == "singles" else []
         lines = []
-        for i, scores in enumerate(self.scores):
+        for i, (scores, won) in enumerate(zip(self.scores, self._won(), strict=True)):
             place = self.data.places[i]
             if self.kind in ("pairs", "trajectories"):
-                values = self._pair(i)
+                both = [(side, columns(score)) for side, score in zip(("chosen", "rejected"), scores, strict=True)]
+                values = {f"{name}_{side}": one[name] for name in both[0][1] for side, one in both}
+                values |= {"margin": scores[0].reward - scores[1].reward, "correct": won}
             elif self.kind == "lists":
-                values = self._list(i)
+                values = {**self._list(i), "won": won}
             elif self.kind == "singles":
-                values = {**columns(scores[0]), "label": self.grades[i][0] > 0, "won": won[i]}
+                values = {**columns(scores[0]), "label": self.judged[i].grades[0] > 0, "won": won}
             else:
                 values = {**columns(scores[0]), "completion": place.completion}
             lines.append({"row": place.row, **values, **self._category(i)})
         return lines
 
-    def _pair(self, i: int) -> Values:
-        chosen, rejected = (columns(score) for score in self.scores[i])
-        values = {f"{n}_{side}": v for n in chosen for side, v in (("chosen", chosen[n]), ("rejected", rejected[n]))}
-        margin = self.scores[i][0].reward - self.scores[i][1].reward
-        ties = self.grades[i][0] == self.grades[i][1]
-        return {**values, "margin": margin, "correct": None if ties else win(margin)}
-
     def _list(self, i: int) -> Values:
         """In the order of the source: preparation has sorted ranked completions by their grades."""
-        scores, grades = self.scores[i], self.grades[i]
-        order = list(range(len(scores)))
+        places = list(range(len(self.scores[i])))  # of the source's completions among the prepared
         source = self.data.rows[self.data.places[i].row]
         ranked = {"completions", "completions_ids"} & source.keys() and source.keys() & set(GRADE_COLUMNS)
         if ranked:  # as `formats.detect_format` says
-            given = read_grades(source, len(scores))
-            order.sort(key=lambda at: -given[at])
-        places = sorted(range(len(scores)), key=order.__getitem__)  # of the source's completions among the prepared
-        by_place = [columns(scores[k]) for k in places]
+            given = read_grades(source, len(places))
+            order = sorted(places, key=lambda at: -given[at])
+            places.sort(key=order.__getitem__)
+        by_place = [columns(self.scores[i][k]) for k in places]
         values = {n if n == "tokens" else f"{n}s": [one[n] for one in by_place] for n in by_place[0]}
-        won = [win(scores[a].reward - scores[b].reward) for a, b in comparisons(grades)]
-        return {**values, "grades": [grades[k] for k in places], "won": sum(won) / len(won)}
+        return {**values, "grades": [self.judged[i].grades[k] for k in places]}
 
 
 def columns(score: CompletionScore) -> dict[str, float]:

@@ -6,14 +6,15 @@
 Completions of one prompt that stand next to each other are laid out together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import DataReport, prepare_dataset
-from ..data.formats import GRADE_COLUMNS, LABEL_COLUMNS, Row, is_several, kind_of
+from ..data.fields import Row
+from ..data.formats import LABEL_COLUMNS, data_of
 from ..losses import REGISTRY
 from ..model.adapter_source import TrainedWith
 
@@ -29,7 +30,7 @@ class RowsToScore(NamedTuple):
     """Prepared rows, with what is known of their completions."""
 
     rows: Dataset  # as they were read
-    kind: str  # of `prepare_dataset`'s data, or "unlabelled"
+    kind: str  # of data, see `prepare_dataset`
     prepared: Dataset
     summary: DataReport
     places: list[Place]  # of each prepared row
@@ -53,15 +54,13 @@ def prepare_rows(
     Raises:
         DataError: rows that are no preference data.
     """
-    kind = data = kind_of_rows(rows, setup)
-    places, usable = [Place(row) for row in range(len(rows))], rows
-    if kind == "unlabelled":
-        usable, places = _one_by_one(rows)
-        data = "singles"
-    labels: tuple[str, ...] = LABEL_COLUMNS if data in ("pairs", "trajectories") else ()
-    unread = [name for name in LABEL_COLUMNS if name in rows.column_names and name not in labels]
+    data = data_of(rows.column_names, rows[0])
+    loss = REGISTRY.get(setup.loss_type[0])  # None: a loss of the user's own
+    if data == "pairs" and loss is not None and loss.data == "trajectories":
+        data = "trajectories"
+    labels = LABEL_COLUMNS if data in ("pairs", "trajectories") else ()
     prepared, summary = prepare_dataset(
-        usable.remove_columns(unread),
+        rows.remove_columns([name for name in LABEL_COLUMNS if name in rows.column_names and name not in labels]),
         tokenizer,
         name="score",
         max_length=max_length,
@@ -70,46 +69,9 @@ def prepare_rows(
         data=data,
         label_columns=labels,
     )
-    if kind == "unlabelled":
-        summary.desirable = 0  # nobody judged them
-    return RowsToScore(rows, kind, prepared, summary, [places[row] for row in prepared["row"]])
-
-
-def kind_of_rows(rows: Dataset, setup: TrainedWith) -> str:
-    """Returns what the columns say of the completions."""
-    have, first = set(rows.column_names), rows[0]
-    if {"chosen", "rejected"} <= have or {"chosen_ids", "rejected_ids"} <= have:
-        several = is_several(first.get("rejected"), kind_of(first.get("chosen")))
-        if several or is_several(first.get("rejected_ids"), "ids"):
-            return "lists"
-        loss = REGISTRY.get(setup.loss_type[0])  # None: a loss of the user's own
-        return "trajectories" if loss is not None and loss.data == "trajectories" else "pairs"
-    if have & {"completions", "completions_ids"}:
-        return "lists" if have.intersection(GRADE_COLUMNS) else "unlabelled"
-    if have & {"completion", "completion_ids", "messages"}:
-        return "singles" if "label" in have else "unlabelled"
-    return "pairs"  # which are asked for where nothing is recognized
-
-
-def _one_by_one(rows: Dataset) -> tuple[Dataset, list[Place]]:
-    """Returns rows with one completion each, as if all were desirable, which `prepare_dataset` has a format for."""
-    several = next((name for name in ("completions", "completions_ids") if name in rows.column_names), None)
-    if several is None:
-        return rows.add_column("label", [True] * len(rows)), [Place(row) for row in range(len(rows))]
-    one = several.replace("completions", "completion")
-    places = [Place(row, number) for row, found in enumerate(rows[several]) for number in range(len(found or []))]
-
-    def split(batch: Mapping[str, list]) -> dict[str, list]:
-        counts = [len(found or []) for found in batch[several]]
-        columns: dict[str, list] = {
-            name: [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
-            for name, values in batch.items()
-            if name != several
-        }
-        columns[one] = [completion for found in batch[several] for completion in found or []]
-        return {**columns, "label": [True] * sum(counts)}
-
-    return rows.map(split, batched=True, remove_columns=rows.column_names), places
+    numbers = prepared["completion"] if data == "unlabelled" else [0] * len(prepared)
+    places = [Place(*place) for place in zip(prepared["row"], numbers, strict=True)]
+    return RowsToScore(rows, data, prepared, summary, places)
 
 
 def units_of(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[str, Any]]:

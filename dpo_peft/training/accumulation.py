@@ -5,8 +5,8 @@ the whole optimizer batch and gradients are summed, so neither the number of pro
 changes the step. With a token budget the rows of a whole step are packed into as few micro-batches as it allows
 (`packing.py`). A micro-batch that runs out of memory is halved, and the step repeated.
 
-A micro-batch is a dict of the fields of `PackedBatch`. What `transformers.Trainer` counts as one (an *entry* of its
-loop) may hold several of them under a token budget, or none.
+A micro-batch is a dict of the fields of `PackedBatch`. What `transformers.Trainer` counts as one, an *entry* of its
+loop, holds its own as `packs`: one, or under a token budget several or none, or what they were cut into.
 """
 
 import itertools
@@ -21,20 +21,12 @@ from torch import Tensor, nn
 
 from ..config import DPOConfig
 from ..data.collator import mismatch
-from ..distributed import (
-    ShareCollator,
-    gather_over_processes,
-    interleave,
-    rank,
-    sum_gradients,
-    sum_over_processes,
-    world_size,
-)
+from ..distributed import gather_over_processes, interleave, rank, sum_gradients, sum_over_processes, world_size
 from ..forward import PackedBatch, Scores, halves
-from ..objective import Scored, Totals, TrainingObjective
+from ..objective import LossOutput, Scored, Totals, TrainingObjective
 from .memory_budget import MemoryBudget
 from .metrics import Mean, MetricStore
-from .packing import describe, hang, pack_rows, size_of, to_device
+from .packing import as_entry, describe, hang, pack_rows, size_of, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +38,7 @@ class OptimizerStep:
     """The optimizer step that is being accumulated.
 
     Args:
-        model: the PEFT model.
-        args: the options.
-        objective: what is minimized.
+        model, args, objective: the PEFT model, the options, and what is minimized.
         budget: how large micro-batches may be, and how many layers are checkpointed.
         metrics: where losses are added up.
         collate: prepared rows to a micro-batch.
@@ -58,7 +48,7 @@ class OptimizerStep:
 
     Attributes:
         halvings: how often each micro-batch is cut in two, since it did not fit.
-        finite: per micro-batch so far, the dataset rows of its items and whether the loss of each is finite.
+        finite: the micro-batches so far, each with whether the loss of each of its items is finite.
     """
 
     def __init__(
@@ -75,11 +65,13 @@ class OptimizerStep:
     ):
         self.model, self.args, self.objective, self.budget, self.metrics = model, args, objective, budget, metrics
         self.collate, self._policy, self._reference, self._autocast = collate, policy, reference, autocast
+        self._rank, self._processes = rank(), world_size()
         self.halvings = 0
-        self.finite: list[tuple[Tensor, Tensor]] = []
+        self.finite: list[tuple[PackedBatch, Tensor]] = []
         self._entries: list[dict[str, Any]] = []
         self._totals = Totals(0, 1.0)
         self._done = 0  # entries of the step whose gradients are there
+        self._cuts = 0  # how often its micro-batches have been cut in two
         self._metrics_before: Any = None
         self._pads: bool | None = None  # whether `collate` pads; known once it has laid something out
         self._packing_logged = False
@@ -97,28 +89,22 @@ class OptimizerStep:
     # ---- Forward and backward ------------------------------------------------------------------------------------
 
     def begin(self, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Totals]:
-        """Lays out the rows of a step. An objective that couples them takes its loss here, over all of them.
-
-        Args:
-            entries: from the data loader: micro-batches, or rows that were kept (`KeepRows`).
+        """Lays out what came from the data loader. An objective that couples rows takes its loss here, over all.
 
         Returns:
             As many entries for the training loop, and the step's totals over all processes.
         """
         self.model.train()
-        self._entries = self.lay_out(entries)
-        self._totals = self.totals(micro_batches(self._entries))
+        self._entries, self._cuts = self.lay_out(entries), 0
+        self._totals = self.totals(self._micro_batches())
         self._metrics_before = self.metrics.snapshot()
         self._start_over()
-        self._until_it_fits(self._split)
         return self._entries, self._totals
 
     def run(self, entry: dict[str, Any], backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
         """Adds the gradients of an entry; with the last one of the step, sums them over the processes.
 
-        Args:
-            entry: one of those that `begin` returned.
-            backward: runs forward and backward of a micro-batch; returns its loss, detached.
+        `backward` runs forward and backward of a micro-batch and returns its loss, detached.
 
         Returns:
             This process's part of the entry's loss, detached.
@@ -128,7 +114,7 @@ class OptimizerStep:
         """
         index = next(i for i, one in enumerate(self._entries) if one is entry)
         loss = self._until_it_fits(lambda: self._accumulate_to(index, backward))
-        if index == len(self._entries) - 1:
+        if self._processes > 1 and index == len(self._entries) - 1:
             sum_gradients(self.model.parameters())
         return loss
 
@@ -137,19 +123,15 @@ class OptimizerStep:
         loss = torch.zeros((), device=self.args.device)
         for i in range(self._done, index + 1):
             loss = torch.zeros((), device=self.args.device)
-            for part in parts_of(self._entries[i]):
-                if "empty" not in part:
-                    loss = loss + backward(part, self._totals)
-            self._record_loss(loss, ends_step=i == len(self._entries) - 1)
+            for part in self._entries[i]["packs"]:
+                loss = loss + backward(part, self._totals)
+            # The mean is over steps: one process counts each step once, with its last entry.
+            steps = float(i == len(self._entries) - 1 and self._rank == 0)
+            mean = {"loss": Mean(loss.detach(), torch.tensor(steps, device=loss.device))}
+            self.metrics.add("train", mean)
+            self.metrics.add("run", mean)
             self._done = i + 1
         return loss
-
-    def _record_loss(self, loss: Tensor, ends_step: bool) -> None:
-        # A mean over steps: one process counts each step once, with its last entry.
-        steps = float(ends_step and rank() == 0)
-        mean = {"loss": Mean(loss.detach(), torch.tensor(steps, device=loss.device))}
-        self.metrics.add("train", mean)
-        self.metrics.add("run", mean)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -165,9 +147,8 @@ class OptimizerStep:
             for parameter in trained:
                 parameter.grad = None
 
-        mine = {
-            name: method for name, method in (("train", train), ("zero_grad", zero_grad)) if name not in vars(model)
-        }
+        methods = {"train": train, "zero_grad": zero_grad}
+        mine = {name: method for name, method in methods.items() if name not in vars(model)}
         vars(model).update(mine)
         try:
             yield
@@ -185,29 +166,31 @@ class OptimizerStep:
     def take_grad_norm(self) -> Tensor:
         """Returns the norm of the step's gradients before they were clipped, and forgets it."""
         norm, self._grad_norm = self._grad_norm, None
-        if norm is not None:
-            return norm
-        return torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        grads = [p.grad for p in self._trained if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads) if norm is None else norm
 
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
     def lay_out(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Turns rows that were kept into as many entries of the training loop; each row with the completions of
-        another one beside its own if the objective reads them."""
+        """Turns micro-batches, or rows that were kept (`KeepRows`), into as many entries of the training loop.
+
+        Each row gets the completions of another one beside its own if the objective reads them.
+        """
         if "kept" not in entries[0]:
-            return entries
+            return [as_entry(batch) for batch in entries]
         kept = [entry["kept"].rows for entry in entries]
         if self.objective.needs_mismatched:
             rows = iter(mismatch([row for part in kept for row in part]))
             kept = [list(itertools.islice(rows, len(part))) for part in kept]
-        if self.args.max_tokens_per_microbatch is None:
-            collate = ShareCollator(self.collate)
-            return [to_device(collate(part), self.args.device) for part in kept]
         # The rows that `ShareCollator` would keep, so that predictions find their places again.
-        return self._pack([row for part in kept for row in part[rank() :: world_size()]], len(entries))
+        kept = [part[self._rank :: self._processes] for part in kept]
+        if self.args.max_tokens_per_microbatch is not None:
+            return self._pack([row for part in kept for row in part], len(entries))
+        batches = [self.collate(part) if part else {"empty": True} for part in kept]
+        return [as_entry(to_device(batch, self.args.device)) for batch in batches]
 
     def _pack(self, rows: list[dict[str, Any]], entries: int) -> list[dict[str, Any]]:
-        """This process's rows of a step in micro-batches within the budget, hung on so many entries."""
+        """Packs this process's rows of a step into micro-batches within the budget, hung on so many entries."""
         if not rows:
             return hang([], [], entries)
         if self._pads is None:
@@ -222,18 +205,17 @@ class OptimizerStep:
 
     def totals(self, batches: Sequence[MicroBatch]) -> Totals:
         """Returns the totals of an optimizer step's micro-batches, all processes' together."""
-        own = self.objective.totals([batch for batch in batches if "empty" not in batch])
-        if world_size() == 1:
+        own = self.objective.kind.totals(batches)
+        if self._processes == 1:
             return own
         items, chosen = sum_over_processes([own.items, float(own.mean_chosen_length) * own.items])
         return Totals(int(items), chosen / items)
 
     def couple(self, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """Takes the loss over all of an objective's coupled batch, if it couples; each micro-batch gets its part."""
-        if not self.objective.batch_coupled or (len(batches) < 2 and world_size() == 1):
+        if not self.objective.batch_coupled or (len(batches) < 2 and self._processes == 1):
             return
-        batches = [batch for batch in batches if "empty" not in batch]
-        packed = [PackedBatch(**fields_of(batch)) for batch in batches]
+        packed = [PackedBatch(**batch) for batch in batches]
         with torch.no_grad(), self._autocast():
             refs = [self._reference(batch) for batch in packed]
             policies = [self._policy(batch) for batch in packed]
@@ -242,46 +224,44 @@ class OptimizerStep:
             batch["coupled"] = part
 
     def _scores_elsewhere(self, own: Scored | None) -> tuple[list[Scored], list[Scored]]:
-        """The scores of the other processes' shares of the optimizer batch, of lower and of higher ranks."""
+        """Returns the scores of the other processes' shares of the optimizer batch, of lower and of higher ranks."""
         shares = gather_over_processes(None if own is None else own.to("cpu"))
         moved = [[] if share is None else [share.to(self.args.device)] for share in shares]
-        return sum(moved[: rank()], []), sum(moved[rank() + 1 :], [])
+        return sum(moved[: self._rank], []), sum(moved[self._rank + 1 :], [])
 
-    def predict(self, entry: dict[str, Any], score: Callable[[MicroBatch, Totals], Any]) -> tuple[Tensor, list[Any]]:
+    def predict(
+        self, entry: dict[str, Any], compute_loss: Callable[..., tuple[Tensor, LossOutput]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores an evaluation batch. What couples a batch is taken over it, and a token budget holds here too.
 
-        Args:
-            entry: from the data loader.
-            score: gives a micro-batch's loss and, for each of its rows, what becomes of it.
-
         Returns:
-            This process's part of the loss, and what `score` gave for the rows of all processes, in their order.
+            This process's part of the loss; rewards and labels of the rows of all processes, in their order.
         """
         (entry,) = self.lay_out([entry])
-        parts = [part for part in parts_of(entry) if "empty" not in part]
-        totals = self.totals(parts)
-        self.couple(parts, totals)
+        totals = self.totals(entry["packs"])
+        self.couple(entry["packs"], totals)
         loss, rows = torch.zeros((), device=self.args.device), []
-        for part in parts:
+        for batch in entry["packs"]:
             with torch.no_grad(), self._autocast():
-                part_loss, part_rows = score(part, totals)
-            loss = loss + part_loss.float()
-            rows += part_rows
+                part, output = compute_loss(batch, num_items_in_batch=totals)
+                rows += self.objective.kind.predictions_by_row(output.scored, output.rewards_C, batch["rows"])
+            loss = loss + part.float()
         if "order" in entry:
             rows = [row for _, row in sorted(zip(entry["order"], rows, strict=True), key=lambda placed: placed[0])]
-        return loss, interleave(gather_over_processes(rows))
+        rows = interleave(gather_over_processes(rows))
+        rewards, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
+        return loss, rewards, labels
 
     # ---- Out of memory -------------------------------------------------------------------------------------------
 
     def _until_it_fits(self, action: Callable[[], Any]) -> Any:
-        """Runs a part of the step. When memory runs out, micro-batches are cut in two and the step is begun again."""
+        """Runs a part of the step. When memory runs out, room is made and the step is begun again."""
         while True:
             try:
                 return action()
             except torch.OutOfMemoryError as error:
                 message = str(error)
-            # Outside of the handler, where the failed pass and its tensors are gone.
-            self._make_room(message)
+            self._make_room(message)  # outside of the handler, where the failed pass and its tensors are gone
 
     def _make_room(self, message: str) -> None:
         """Checkpoints more layers if that is left to us and may help, else halves; and begins the step again."""
@@ -297,25 +277,26 @@ class OptimizerStep:
             self._halve(message)
         self.model.zero_grad(set_to_none=True)
         self.metrics.restore(self._metrics_before)
-        self._start_over()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._until_it_fits(self._split)
+        self._start_over()
 
     def _start_over(self) -> None:
+        """Goes back to the first micro-batch, cut as often as memory made it necessary and coupled if they couple."""
         self.finite, self._done = [], 0
+        self._until_it_fits(self._split)
 
     def _halve(self, message: str) -> None:
-        rows = [len(part["rows"]) for part in micro_batches(self._entries) if "empty" not in part]
-        packed = any("packs" in entry for entry in self._entries)
+        rows = max((len(batch["rows"]) for batch in self._micro_batches()), default=1)
+        packed = self.args.max_tokens_per_microbatch is not None
         lower = "max_tokens_per_microbatch" if packed else "per_device_train_batch_size"
-        if max(rows, default=1) < 2:
+        if rows < 2:
             raise torch.OutOfMemoryError(
                 "Out of memory with a single row in a micro-batch. Lower max_length, set gradient_checkpointing=True, "
                 f"or use a smaller model. ({message})"
             )
         # Not on one process of several, which must couple together; nor under dropout, whose masks would not repeat.
-        if self.objective.batch_coupled and (world_size() > 1 or not self.args.disable_dropout):
+        if self.objective.batch_coupled and (self._processes > 1 or not self.args.disable_dropout):
             raise torch.OutOfMemoryError(
                 "Out of memory, and this objective couples its batch: in several processes, or with dropout, it can't "
                 f"be cut. Lower {lower}. ({message})"
@@ -324,38 +305,25 @@ class OptimizerStep:
         logger.warning(
             "Out of memory with %d rows in a micro-batch: from here on each is run in %d parts, which gives the same "
             "steps. The step is repeated. Lower %s to avoid this. (%s)",
-            max(rows),
+            rows,
             2**self.halvings,
             lower,
             message.split("\n")[0],
         )
 
     def _split(self) -> None:
-        """Cuts every micro-batch as often as memory made it necessary; couples what the objective couples."""
-        for entry in self._entries if self.halvings else ():
-            parts = [fields_of(pack) for pack in entry.get("packs", [entry])]
-            for _ in range(self.halvings):
-                parts = [half for part in parts for half in _halves(part)]
-            entry["parts"] = parts
-        self.couple(micro_batches(self._entries), self._totals)
+        for batch in self._micro_batches():
+            batch.pop("coupled", None)
+        for _ in range(self.halvings - self._cuts):
+            cut = [[half for batch in entry["packs"] for half in _halves(batch)] for entry in self._entries]
+            for entry, packs in zip(self._entries, cut, strict=True):
+                entry["packs"] = packs
+            self._cuts += 1
+        self.couple(self._micro_batches(), self._totals)
+
+    def _micro_batches(self) -> list[MicroBatch]:
+        return [batch for entry in self._entries for batch in entry["packs"]]
 
 
-def fields_of(batch: MicroBatch) -> dict[str, Any]:
-    """Returns a micro-batch without what was added to the fields of `PackedBatch`."""
-    return {name: value for name, value in batch.items() if name not in ("coupled", "parts")}
-
-
-def parts_of(entry: dict[str, Any]) -> list[MicroBatch]:
-    """Returns what is run for an entry of the training loop: its micro-batches, or what they were cut into."""
-    return entry.get("parts", entry.get("packs", [entry]))
-
-
-def micro_batches(entries: Sequence[dict[str, Any]]) -> list[MicroBatch]:
-    """Returns what is run for several entries."""
-    return [part for entry in entries for part in parts_of(entry)]
-
-
-def _halves(part: MicroBatch) -> list[MicroBatch]:
-    if "empty" in part or len(part["rows"]) < 2:
-        return [part]
-    return [half.as_dict() for half in halves(PackedBatch(**part))]
+def _halves(batch: MicroBatch) -> list[MicroBatch]:
+    return [batch] if len(batch["rows"]) < 2 else [half.as_dict() for half in halves(PackedBatch(**batch))]

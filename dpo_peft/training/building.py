@@ -2,82 +2,28 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import DPOConfig, objective_options
+from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.collator import KeepRows, KeyedCollator
-from ..distributed import ShareCollator, check_launch, check_same, copy_from_first, world_size
-from ..errors import OptionError
-from ..forward import ForwardPlan
+from ..distributed import ShareCollator, world_size
 from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
-from ..model.loading import attach_adapter, disable_dropout, load_model, storage_report
+from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import (
-    AnyDataset,
-    check_arguments,
-    check_best_metric,
-    check_datasets,
-    check_tokenizer,
-    check_vocabulary,
-    data_source,
-    load_tokenizer,
-    name_of,
-)
-from .memory_budget import MemoryBudget, memory_limit, memory_model
-from .metrics import metric_names
+from .arguments import AnyDataset, autocast_dtype, check_vocabulary, data_source
 
 logger = logging.getLogger(__name__)
 
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-
-
-def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
-    """Returns what is computed in under mixed precision; None without."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-
-
-def check_constructor(
-    model: Any,
-    ref_model: Any,
-    args: DPOConfig | None,
-    train_dataset: Any,
-    eval_dataset: Any,
-    processing_class: Any,
-    quantization_config: Any,
-    own_metrics: bool,
-) -> tuple[str, DPOConfig, PreTrainedTokenizerBase, TrainingObjective]:
-    """Checks what the trainer's constructor is given, before anything is loaded or computed.
-
-    Args:
-        own_metrics: whether a `compute_metrics` adds metrics that are not known here.
-        others: as for the trainer.
-
-    Returns:
-        The model's name (empty for one made in code), the options, the tokenizer and the objective.
-
-    Raises:
-        OptionError: an argument can't be used.
-    """
-    name = name_of(model)
-    args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO") if args is None else args
-    check_arguments(model, ref_model, args, quantization_config)
-    check_launch(args)
-    check_datasets(args, train_dataset, eval_dataset)
-    tokenizer = load_tokenizer(name, args) if processing_class is None else processing_class
-    check_tokenizer(tokenizer)
-    objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
-    if not own_metrics:
-        check_best_metric(args, eval_dataset, reported_metrics(args, objective))
-    return name, args, tokenizer, objective
 
 
 class Preparation:
@@ -143,10 +89,22 @@ class Preparation:
         return self.evaluated.get("eval")
 
 
-def reported_metrics(args: DPOConfig, objective: TrainingObjective) -> set[str]:
-    """Returns the names that an evaluation may report, without `eval_`."""
-    tokens = args.ref_cache_tokens or objective.reads_reference_tokens or not args.caches_reference
-    return metric_names(objective.kind, bool(objective.needs_reference and tokens), objective.needs_mismatched)
+class NoEvaluation:
+    """Stands for `evaluation.Evaluation` in a copy of the package without that folder: nothing is kept or said."""
+
+    parts: Sequence[Any] = ()
+    warnings_raised: list[dict[str, Any]] = []
+
+    def __init__(self, *_: object): ...
+
+    def under_way(self, *_: object) -> AbstractContextManager[None]:
+        """Returns a context without effect."""
+        return nullcontext()
+
+    def add(self, *_: object) -> None:
+        """Does nothing."""
+
+    finish = renew = add
 
 
 def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -> tuple[Collate, Collate]:
@@ -155,8 +113,9 @@ def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -
         collate = KeyedCollator(collate)
     # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
     # out when all are there.
-    whole = objective.needs_mismatched or args.max_tokens_per_microbatch is not None
-    return collate, KeepRows() if whole else ShareCollator(collate)
+    if objective.needs_mismatched or args.max_tokens_per_microbatch is not None:
+        return collate, KeepRows()
+    return collate, collate if world_size() == 1 else ShareCollator(collate)
 
 
 def build_model(
@@ -188,13 +147,6 @@ def build_model(
     return model, reference
 
 
-def align_processes(model: PeftModel, datasets: Preparation) -> None:
-    """Gives all processes the first one's adapter, and refuses rows that differ between them."""
-    copy_from_first(p for p in model.parameters() if p.requires_grad)
-    if world_size() > 1:
-        check_same("train_dataset", datasets.digest)
-
-
 def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective) -> TrainedWith:
     """Returns what the adapter's config records of its training."""
     base = model.get_base_model()
@@ -211,49 +163,3 @@ def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective
         ld_alpha=args.ld_alpha,
         plain_fingerprint=plain_fingerprint(model),
     )
-
-
-def plan_memory(
-    model: PeftModel, args: DPOConfig, plan: ForwardPlan, objective: TrainingObjective, frozen: str | None
-) -> MemoryBudget:
-    """Decides how memory is used, and tells fused layers how many of them are checkpointed.
-
-    Args:
-        model: the PEFT model, on its device.
-        args: the options.
-        plan: how batches are laid out and scored.
-        objective: what is minimized.
-        frozen: the reference's adapter, if it has one.
-
-    Raises:
-        OptionError: an option that has no effect on this model or device.
-    """
-    fused, layers = plan.fused, args.checkpoint_layers if args.gradient_checkpointing else 0
-    assert layers is not None
-    for_fused = {
-        "checkpoint_layers": args.gradient_checkpointing and layers != "auto",
-        "activation_offloading": args.activation_offloading,
-        "max_memory_gib": args.max_memory_gib is not None and args.max_tokens_per_microbatch != "auto",
-    }
-    if fused is None and (given := [name for name, on in for_fused.items() if on]):
-        raise OptionError(
-            f"{', '.join(given)}: for fused layers, and here the model's own run ({plan.unfused or plan.reason}). "
-            "Leave it out."
-        )
-    if args.activation_offloading and args.device.type == "cpu":
-        raise OptionError("activation_offloading has no effect on a CPU: leave it out.")
-    stored = storage_report(model, reference=frozen)
-    how = {
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "element": (autocast_dtype(args) or model.get_input_embeddings().weight.dtype).itemsize,
-        "fused": fused is not None,
-        "packed": fused is not None and fused.attention == "packed",
-        "offload": args.activation_offloading,
-    }
-    limit = memory_limit(args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable)
-    memory = memory_model(model, stored, **how)
-    passes = int(objective.needs_reference and not args.caches_reference)  # of the reference, per micro-batch
-    budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
-    if fused is not None:
-        fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading
-    return budget

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
 from ..distributed import any_process, gather_over_processes, rank
-from ..errors import NonFiniteError, TrainingInterrupted
+from ..errors import NonFiniteError, OptionError, TrainingInterrupted
+from ..forward import PackedBatch
 from ..reference.policy import ReferencePolicy
 from .accumulation import OptimizerStep
 
@@ -28,28 +29,26 @@ class StopOnNonFinite(TrainerCallback):
     def __init__(self, step: OptimizerStep):
         self.step = step
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: object, state: TrainerState, *_: object, **kwargs: object) -> None:
         """Raises `NonFiniteError`, in all processes, before the optimizer takes a step that is not finite."""
+        parts, self.step.finite = self.step.finite, []
         # A process whose share of the batch is empty has nothing.
-        rows, finite = torch.empty(0, dtype=torch.long), torch.ones(0, dtype=torch.bool)
-        if self.step.finite:
-            rows, finite = map(torch.cat, zip(*self.step.finite, strict=True))
-            self.step.finite = []
-        all_finite = finite.all()
+        all_finite = torch.cat([finite for _, finite in parts]).all() if parts else torch.ones((), dtype=torch.bool)
         # Under fp16 the gradient scaler expects overflows and skips such steps by itself.
-        if not args.fp16:
+        if not self.step.args.fp16:
             norm = self.step.take_grad_norm()
             all_finite = all_finite & torch.isfinite(norm).to(all_finite.device)
         if any_process(not all_finite):
-            self._stop(state, rows, finite)
+            self._stop(state, parts)
 
-    def _stop(self, state: TrainerState, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        gathered = gather_over_processes((rows[~finite].tolist(), rows.tolist()))
-        bad = [row for process in gathered for row in process[0]]
+    def _stop(self, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
+        own: list[tuple[int, bool]] = []
+        for batch, finite in parts:
+            own += zip(self.step.objective.kind.rows(batch).tolist(), finite.tolist(), strict=True)
+        rows = [pair for process in gather_over_processes(own) for pair in process]
+        bad = [row for row, finite in rows if not finite]
         what = "loss" if bad else "gradient"
-        bad = bad or [row for process in gathered for row in process[1]]
+        bad = bad or [row for row, _ in rows]
         raise NonFiniteError(
             f"Step {state.global_step + 1}: the {what} is not finite, on training rows {', '.join(map(str, bad))}. "
             "The optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, "
@@ -73,7 +72,7 @@ class StopOnSignal(TrainerCallback):
             return
         before = {each: signal.getsignal(each) or signal.SIG_DFL for each in (signal.SIGTERM, signal.SIGINT)}
 
-        def receive(number: int, frame: Any) -> None:
+        def receive(number: int, frame: object) -> None:
             self._received = number
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -86,9 +85,7 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Saves and stops, all processes at the same step."""
         if self.agree():
             control.should_save = control.should_training_stop = True
@@ -120,9 +117,7 @@ class SyncReference(TrainerCallback):
     def __init__(self, reference: ReferencePolicy, alpha: float, steps: int):
         self.reference, self.alpha, self.steps = reference, alpha, steps
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Mixes if it is time."""
         if state.global_step % self.steps == 0:
             self.reference.mix(self.alpha)
@@ -146,13 +141,13 @@ class EarlyStop(TrainerCallback):
         self.reset()
 
     @classmethod
-    def from_options(cls, args: DPOConfig) -> "EarlyStop | None":
+    def from_options(cls, args: DPOConfig) -> list["EarlyStop"]:
         """Returns the callback if the options ask for it."""
         if args.early_stopping_patience is None:
-            return None
+            return []
         metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         threshold = args.early_stopping_threshold
-        return cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)
+        return [cls(metric, bool(args.greater_is_better), args.early_stopping_patience, threshold)]
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Returns how long it has waited, as JSON values."""
@@ -172,22 +167,15 @@ class EarlyStop(TrainerCallback):
         """Says whether the run is to end."""
         return self.waited >= self.patience
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """A run that was killed after it was told to stop takes no further step when it is resumed."""
+        if state.global_step == 0:
+            self.reset()
         control.should_training_stop = control.should_training_stop or self.done
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Counts. An evaluation of another dataset lacks the metric; one of a step that has been seen says no more."""
-        value = (metrics or {}).get(self.metric)
+        value = kwargs["metrics"].get(self.metric)
         if value is None or state.global_step <= self.step:
             return
         self.step = state.global_step
@@ -209,3 +197,16 @@ class EarlyStop(TrainerCallback):
                 self.waited,
                 self.threshold,
             )
+
+
+def check_reported(name: str | None, metrics: Mapping[str, float], step: int) -> None:
+    """Refuses a `metric_for_best_model` that an evaluation turned out to lack.
+
+    Raises:
+        OptionError: naming those that it has.
+    """
+    if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        raise OptionError(
+            f"metric_for_best_model={name!r}: the evaluation of step {step} lacks it, as no held-out row tells "
+            f"anything of it. It has {', '.join(sorted(metrics))}."
+        )

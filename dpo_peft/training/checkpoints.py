@@ -6,7 +6,7 @@ and what is to be deleted first becomes `.deleting-0`: a folder named `checkpoin
 deleted. `recover` brings what a kill has left to one of the two ends.
 
 Everything is synced to the disk before it is relied on, so a power cut does no more harm than a kill. One process
-writes a run's folder at a time. This module knows nothing of models or trainers.
+writes a run's folder at a time. This module knows nothing of models or trainers. A disk that fails is an `OSError`.
 """
 
 import errno
@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
-CHUNK = 1 << 20  # bytes hashed at a time
 Content = dict[str, int | str]  # a file's entry in the manifest: its bytes and their blake2b
 
 
@@ -37,9 +36,6 @@ def staging_folder(run_dir: str | Path, step: int) -> Path:
     """Makes a new, empty folder `.saving-<step>`; what an earlier attempt left there is deleted.
 
     A writer that takes it for its run folder writes `checkpoint-<step>` into it, as `commit` expects.
-
-    Raises:
-        OSError: it can't be made.
     """
     saving = Path(run_dir) / f".saving-{step}"
     _delete(saving)
@@ -53,14 +49,15 @@ def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
 
 
 def commit(run_dir: str | Path, step: int) -> Path:
-    """Seals the staged checkpoint and gives it its place, where it replaces an older one. Returns its folder.
+    """Seals the staged checkpoint and gives it its place. Returns its folder.
+
+    One that it replaces is still there if the disk fails.
 
     Raises:
         CheckpointError: nothing is staged for this step.
-        OSError: the disk failed. The checkpoint that was to be replaced is still there.
     """
     staged = staged_checkpoint(run_dir, step)
-    if not staged.is_dir() or next(_files(staged), None) is None:
+    if not any(path.is_file() for path in staged.rglob("*")):
         raise CheckpointError(
             f"Nothing to commit: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
         )
@@ -79,23 +76,24 @@ def discard(run_dir: str | Path, step: int) -> None:
 
 def _seal(staged: Path, step: int) -> None:
     """Writes the manifest, and brings everything to the disk: files first, then the folders that name them."""
-    files = {}
-    for path in _files(staged):
-        name = path.relative_to(staged).as_posix()
-        if name != MANIFEST:  # of an earlier attempt to commit it
-            files[name] = _content(path)
-            _sync(path)
-    (staged / MANIFEST).write_bytes(_manifest(step, files))
-    _sync(staged / MANIFEST)
-    folders = [Path(folder) for folder, _, _ in os.walk(staged, topdown=False)]
-    for folder in (*folders, staged.parent, staged.parent.parent):
-        _sync(folder)
+
+    def fail(error: OSError) -> None:  # unlike a plain walk, which passes over what it can't read
+        raise error
+
+    walked = list(os.walk(staged, topdown=False, onerror=fail))
+    paths = [Path(folder, name) for folder, _, names in walked for name in names]
+    manifest = staged / MANIFEST  # there from an earlier attempt to commit it, perhaps
+    files = {path.relative_to(staged).as_posix(): _content(path) for path in paths if path != manifest}
+    manifest.write_bytes(_manifest(step, files))
+    folders = [Path(folder) for folder, _, _ in walked]
+    for path in (*paths, manifest, *folders, staged.parent, staged.parent.parent):
+        _sync(path)
 
 
 def _install(run_dir: Path, step: int) -> Path:
     """Moves a sealed checkpoint from the staging folder to its place."""
-    staged = staged_checkpoint(run_dir, step)
-    target, aside = run_dir / f"checkpoint-{step}", run_dir / f".replaced-{step}"
+    staged, target = staged_checkpoint(run_dir, step), run_dir / f"checkpoint-{step}"
+    aside = run_dir / f".replaced-{step}"
     if os.path.lexists(target):
         if os.path.lexists(aside):  # from a kill that nobody recovered: keep one that is whole
             _delete(aside if problem_with(target) is None else target)
@@ -122,9 +120,6 @@ def recover(run_dir: str | Path) -> list[str]:
 
     Returns:
         What was found and done, in sentences for the log; nothing if there was nothing to do.
-
-    Raises:
-        OSError: the folder can't be changed.
     """
     run_dir, said = Path(run_dir), []
     for step, saving in _numbered(run_dir, ".saving"):
@@ -158,8 +153,7 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str
     """
     passed_over: list[tuple[Path, str]] = []
     for path in reversed(_checkpoints(run_dir)):
-        problem = problem_with(path)
-        if problem is None:
+        if (problem := problem_with(path)) is None:
             return path, passed_over
         passed_over.append((path, problem))
     return None, passed_over
@@ -237,9 +231,8 @@ def rotate(run_dir: str | Path, limit: int | None, keep: Iterable[str | Path] = 
             logger.warning("%s can't be deleted: %s", path, error)
             continue
         deleted.append(path)
-        if problem is None:
-            excess -= 1
-        else:
+        excess -= problem is None
+        if problem is not None:
             logger.warning("%s is deleted: it %s.", path, problem)
     return deleted
 
@@ -272,14 +265,14 @@ def _remove(path: Path) -> None:
 
 def _step_of(path: Path, kind: str) -> int | None:
     """Returns 7 for `<kind>-7`; None for any other name."""
-    found = re.fullmatch(re.escape(kind) + r"-(\d+)", path.name, re.ASCII)
+    found = re.fullmatch(rf"{re.escape(kind)}-(\d+)", path.name, re.ASCII)
     return int(found[1]) if found else None
 
 
 def _numbered(run_dir: str | Path, kind: str) -> list[tuple[int, Path]]:
     """Returns step and path of everything in a run's folder that is named `<kind>-<step>`, lowest step first."""
-    entries = Path(run_dir).iterdir() if Path(run_dir).is_dir() else ()
-    return sorted((step, path) for path in entries if (step := _step_of(path, kind)) is not None)
+    found = ((_step_of(path, kind), path) for path in Path(run_dir).glob(f"{kind}-*"))
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def _checkpoints(run_dir: str | Path) -> list[Path]:
@@ -287,24 +280,13 @@ def _checkpoints(run_dir: str | Path) -> list[Path]:
     return [path for _, path in _numbered(run_dir, "checkpoint") if path.is_dir()]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yields every file below a folder. Unlike a plain walk, it does not pass over what it can't read."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, _, names in os.walk(folder, onerror=fail):
-        yield from (Path(parent) / name for name in names)
-
-
 def _content(path: Path) -> Content:
-    """Returns a file's entry in the manifest: its size and digest, read in chunks."""
-    size, digest = 0, hashlib.blake2b(digest_size=16)
+    """Returns a file's entry in the manifest: its size and digest."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            size += len(chunk)
+        for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
-    return {"bytes": size, "blake2b": digest.hexdigest()}
+        return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
 
 
 def _manifest(step: int, files: Mapping[str, Content]) -> bytes:

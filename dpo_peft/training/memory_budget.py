@@ -13,10 +13,12 @@ import psutil
 import torch
 from peft import PeftModel
 
+from ..config import DPOConfig
 from ..errors import OptionError
-from ..forward import PackedBatch
-from ..model.loading import StorageReport
+from ..forward import ForwardPlan, PackedBatch
+from ..model.loading import storage_report
 from ..wings import wing
+from .arguments import autocast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ GIB = 2**30
 _USED_SHARE = 0.95
 _USED_SHARE_OF_RAM = 0.7  # which others use too
 _TIGHTENED = 0.9
+KEYS_OF_PAIRS = 3  # at most so many keys a token: the prompt is read by itself and by both completions
 NO_PLANNER = "the memory planner, the folder dpo_peft/planning, is not installed"
 
 
@@ -41,6 +44,8 @@ class Memory(Protocol):
     def fixed(self) -> Mapping[str, float]: ...
 
     def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int: ...
+
+    def largest_tokens(self, limit: float, layers: int, keys_per_token: float, predicted_share: float, /) -> int: ...
 
 
 class MemoryBudget:
@@ -70,8 +75,9 @@ class MemoryBudget:
                 f"checkpoint_layers={checkpoint_layers}: the model has {memory.layers} layers. Give at most that, or "
                 "'auto'."
             )
-        self.memory, self.limit, self.layers, self.max_tokens = memory, limit, checkpoint_layers, max_tokens
+        self.memory, self.layers, self.max_tokens = memory, checkpoint_layers, max_tokens
         self.reference_passes = reference_passes
+        self._keep_within(limit)
         automatic = memory is not None and "auto" in (checkpoint_layers, max_tokens)
         if memory is not None and automatic and (fixed := sum(memory.fixed.values())) > limit:
             logger.warning(
@@ -81,6 +87,12 @@ class MemoryBudget:
                 limit / GIB,
             )
 
+    def _keep_within(self, limit: float) -> None:
+        self.limit, self._unchecked = limit, 0
+        if self.memory is not None and self.layers == "auto":
+            # Tokens that fit without a checkpoint, all of them predicted: most micro-batches of pairs have fewer.
+            self._unchecked = self.memory.largest_tokens(limit, 0, KEYS_OF_PAIRS, 1.0)
+
     def checkpointed(self, batch: PackedBatch) -> int:
         """Returns how many of the first layers keep their input alone in this micro-batch."""
         if isinstance(self.layers, int):
@@ -88,8 +100,10 @@ class MemoryBudget:
         if self.memory is None:
             return 10**6  # all
         assert batch.kv_index is not None
-        size = batch.input_ids.numel(), len(batch.kv_index), len(batch.target)
-        return self.memory.checkpoint_layers_for(*size, self.limit)
+        tokens, keys, predicted = batch.input_ids.numel(), len(batch.kv_index), len(batch.target)
+        if tokens <= self._unchecked and keys <= KEYS_OF_PAIRS * self._unchecked:
+            return 0
+        return self.memory.checkpoint_layers_for(tokens, keys, predicted, self.limit)
 
     def tighten(self, held: float) -> bool:
         """Keeps a tenth below the bytes that tensors `held` when memory ran out, from now on.
@@ -100,7 +114,7 @@ class MemoryBudget:
         adjustable = self.memory is not None and self.memory.fused and self.layers == "auto"
         if not adjustable or held <= 0 or _TIGHTENED * held >= self.limit:
             return False
-        self.limit = _TIGHTENED * held
+        self._keep_within(_TIGHTENED * held)
         return True
 
     def microbatch_tokens(self, samples: Sequence[tuple[int, int, int]]) -> int:
@@ -115,12 +129,7 @@ class MemoryBudget:
 
 
 def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: float) -> float:
-    """Returns the bytes that tensors may take: the option's, or most of what is free now.
-
-    Args:
-        device: of the model.
-        max_memory_gib: the option; None if it isn't set.
-        loaded: bytes of tensors that are on the device already.
+    """Returns the bytes that tensors may take: the option's, or most of what is free beside `loaded` bytes of them.
 
     Raises:
         OptionError: the option is set, and nothing predicts what stays below it.
@@ -137,16 +146,54 @@ def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: flo
     return loaded + _USED_SHARE_OF_RAM * psutil.virtual_memory().available
 
 
-def memory_model(model: PeftModel, stored: StorageReport, **options: object) -> Memory | None:
-    """Returns the planner's model of a loaded PEFT model; None if it is not one that the planner knows."""
-    planning = wing("planning")
-    if planning is None:
-        logger.info("Memory can't be predicted: %s.", NO_PLANNER)
-        return None
+def plan_memory(
+    model: PeftModel, args: DPOConfig, plan: ForwardPlan, frozen: str | None, needs_reference: bool
+) -> MemoryBudget:
+    """Decides how memory is used, and tells fused layers how many of them are checkpointed.
+
+    Args:
+        model: the PEFT model, on its device.
+        args, plan: the options, and how batches are laid out and scored.
+        frozen: the reference's adapter, if it has one.
+        needs_reference: whether the objective has a reference.
+
+    Raises:
+        OptionError: an option that has no effect on this model or device.
+    """
+    fused, layers = plan.fused, args.checkpoint_layers if args.gradient_checkpointing else 0
+    assert layers is not None
+    for_fused = {
+        "checkpoint_layers": args.gradient_checkpointing and layers != "auto",
+        "activation_offloading": args.activation_offloading,
+        "max_memory_gib": args.max_memory_gib is not None and args.max_tokens_per_microbatch != "auto",
+    }
+    if fused is None and (given := [name for name, on in for_fused.items() if on]):
+        raise OptionError(
+            f"{', '.join(given)}: for fused layers, and here the model's own run ({plan.unfused or plan.reason}). "
+            "Leave it out."
+        )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise OptionError("activation_offloading has no effect on a CPU: leave it out.")
+    stored = storage_report(model, reference=frozen)
+    limit = memory_limit(args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable)
+    memory: Memory | None = None
     try:
-        memory: Memory = planning.MemoryModel.of_model(model, stored, **options)
-        memory.checkpoint_layers_for(1, 1, 1, 0)
-    except OptionError as error:
+        if (planning := wing("planning")) is None:
+            raise OptionError(f"{NO_PLANNER}.")
+        found = planning.MemoryModel.of_model(
+            model,
+            stored,
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            element=(autocast_dtype(args) or model.get_input_embeddings().weight.dtype).itemsize,
+            fused=fused is not None,
+            packed=fused is not None and fused.attention == "packed",
+            offload=args.activation_offloading,
+        )
+        memory = found if found.fixed else None
+    except OptionError as error:  # not a model that the planner knows, or not an optimizer
         logger.info("Memory can't be predicted: %s", error)
-        return None
-    return memory
+    passes = int(needs_reference and not args.caches_reference)  # of the reference, per micro-batch
+    budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
+    if fused is not None:
+        fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading
+    return budget

@@ -3,7 +3,7 @@
 Every metric is a sum and a count kept on the device; they meet the host once, when they are logged. So a mean is over
 pairs (or tokens), whatever the split into micro-batches.
 
-Shape suffixes: N predicted tokens, C completions, P comparisons of two completions (see `Kind.differences`).
+Shape suffixes: N predicted tokens, C completions, P comparisons of two completions (see `Kind.compare`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..distributed import gather_over_processes
 from ..forward import PackedBatch, Scores
-from ..kinds import Kind, Scored
+from ..objective import Kind, LossOutput
+
+LONGER, SHORTER, BALANCED = (f"accuracies/{how}" for how in ("chosen_longer", "chosen_shorter", "length_balanced"))
 
 
 class Mean(NamedTuple):
@@ -24,11 +26,14 @@ class Mean(NamedTuple):
     number: Tensor
 
 
+@torch.no_grad()
 def preference_metrics(
-    kind: Kind, scored: Scored, rewards_C: Tensor, policy: Scores, ref: Scores | None, batch: PackedBatch
+    kind: Kind, output: LossOutput, policy: Scores, ref: Scores | None, batch: PackedBatch, held_out: bool = False
 ) -> dict[str, Mean]:
-    """The metrics of one batch. "Better" and "worse" are two completions whose order is known: those of a pair (unless
-    it ties), any two of a list that are ranked apart, any desirable and any undesirable answer of the batch.
+    """Returns the metrics of one batch.
+
+    "Better" and "worse" are two completions whose order is known: those of a pair (unless it ties), any two of a list
+    that are ranked apart, any desirable and any undesirable answer of the batch.
 
     - `rewards/chosen`, `rewards/rejected`: implicit rewards, nats times beta, of the best completions (pairs: chosen;
       lists: the top; single answers: desirable) and of the rest.
@@ -43,70 +48,55 @@ def preference_metrics(
       KL(reference || policy) if the completions come from the reference, and an indication otherwise.
     - `z_ref` (with mismatched answers): mean of beta * log(policy / reference) over them, KTO's reference point before
       its floor at 0.
+    - `accuracies/chosen_longer`, `accuracies/chosen_shorter` (of held-out rows): `rewards/accuracies` where the better
+      completion is the longer one, and where it is the shorter one. A reward that follows length is right on the first
+      and wrong on the second.
+
+    - `loss` (of held-out rows).
 
     Args:
         kind: of the data.
-        scored: what the losses read.
-        rewards_C: (C,) implicit rewards, detached.
-        policy, ref: the log-probs that `scored` was made from.
+        output: of `compute_loss`.
+        policy, ref: the log-probs that it was made from.
         batch: whose they are.
+        held_out: whether it is an evaluation's.
 
     Returns:
         Name to `Mean`, on the device of the inputs, detached.
     """
-    with torch.no_grad():
-        better_P, margins_P = kind.better(scored), kind.differences(rewards_C)
-        best_C, rest_C = kind.best_and_rest(scored)
-        metrics = {
-            "rewards/chosen": _mean_where(rewards_C, best_C),
-            "rewards/rejected": _mean_where(rewards_C, rest_C),
-            "rewards/margins": _mean_where(margins_P, better_P),
-            "rewards/accuracies": _mean_where(_wins(margins_P), better_P),
-            "accuracies/length_only": _mean_where(_wins(kind.differences(scored.lengths_C)), better_P),
-            "logps/chosen": _mean_where(scored.logps_C, best_C),
-            "logps/rejected": _mean_where(scored.logps_C, rest_C),
-        }
-        if kind.paired:
-            metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_P), better_P)
-        if ref is not None and len(ref.token_logps_N):
-            log_ratio_N = policy.token_logps_N - ref.token_logps_N
-            kl_N = torch.expm1(log_ratio_N) - log_ratio_N
-            own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
-            metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
-        if scored.own_C is not None:
-            metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
-        return metrics
-
-
-def length_metrics(kind: Kind, scored: Scored, rewards_C: Tensor) -> dict[str, Mean]:
-    """How far accuracy leans on length; see `preference_metrics` for the arguments.
-
-    - `accuracies/chosen_longer`, `accuracies/chosen_shorter`: `rewards/accuracies` where the better completion is the
-      longer one, and where it is the shorter one. A reward that follows length is right on the first and wrong on the
-      second. `length_balanced` is their mean.
-    """
-    with torch.no_grad():
-        better_P, wins_P = kind.better(scored), _wins(kind.differences(rewards_C))
-        longer_P = kind.differences(scored.lengths_C)
-        return {
-            "accuracies/chosen_longer": _mean_where(wins_P, better_P & (longer_P > 0)),
-            "accuracies/chosen_shorter": _mean_where(wins_P, better_P & (longer_P < 0)),
-        }
-
-
-def length_balanced(longer: float | None, shorter: float | None) -> float | None:
-    """The mean of the accuracies where the better completion is the longer and where it is the shorter one; None if
-    either of them is missing. A reward that only follows length has 0.5."""
-    return None if longer is None or shorter is None else (longer + shorter) / 2
+    scored, rewards_C = output.scored, output.rewards_C
+    better_P, margins_P, longer_P, best_C, rest_C = kind.compare(scored, rewards_C)
+    wins_P = _wins(margins_P)
+    metrics = {"loss": mean_of(output.losses_I)} if held_out else {}
+    metrics |= {
+        "rewards/chosen": _mean_where(rewards_C, best_C),
+        "rewards/rejected": _mean_where(rewards_C, rest_C),
+        "rewards/margins": _mean_where(margins_P, better_P),
+        "rewards/accuracies": _mean_where(wins_P, better_P),
+        "accuracies/length_only": _mean_where(_wins(longer_P), better_P),
+        "logps/chosen": _mean_where(scored.logps_C, best_C),
+        "logps/rejected": _mean_where(scored.logps_C, rest_C),
+    }
+    if kind.paired:
+        metrics["sample_weight"] = _mean_where(torch.sigmoid(-margins_P), better_P)
+    if ref is not None and len(ref.token_logps_N):
+        log_ratio_N = policy.token_logps_N - ref.token_logps_N
+        kl_N = torch.expm1(log_ratio_N) - log_ratio_N
+        own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
+        metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
+    if scored.own_C is not None:
+        metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
+    if held_out:
+        metrics[LONGER] = _mean_where(wins_P, better_P & (longer_P > 0))
+        metrics[SHORTER] = _mean_where(wins_P, better_P & (longer_P < 0))
+    return metrics
 
 
 def metric_names(kind: Kind, with_reference: bool, mismatched: bool) -> set[str]:
-    """The names that an evaluation may report, without `eval_`: those of `preference_metrics`, `length_metrics`, the
-    loss, and `accuracies/length_balanced`."""
-    names = (
-        "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected loss".split()
-    )
-    names += [f"accuracies/{which}" for which in ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")]
+    """Returns the names that an evaluation may report, without `eval_`: those of `preference_metrics`, the loss, and
+    `accuracies/length_balanced`."""
+    names = [f"rewards/{which}" for which in ("chosen", "rejected", "margins", "accuracies")]
+    names += ["logps/chosen", "logps/rejected", "loss", LONGER, SHORTER, "accuracies/length_only", BALANCED]
     optional = {"sample_weight": kind.paired, "kl": with_reference, "z_ref": mismatched}
     return {*names, *(name for name, reported in optional.items() if reported)}
 
@@ -116,7 +106,7 @@ def _mean_where(values: Tensor, mask: Tensor) -> Mean:
 
 
 def mean_of(values: Tensor) -> Mean:
-    """The mean of a 1-dim tensor, still as sum and count."""
+    """Returns the mean of a 1-dim tensor, still as sum and count."""
     values = values.detach()
     return Mean(values.sum(), torch.tensor(float(values.shape[0]), device=values.device))
 
@@ -132,7 +122,7 @@ class MetricStore:
         self._sums: dict[str, dict[str, Mean]] = {}
 
     def add(self, mode: str, metrics: dict[str, Mean]) -> None:
-        """Add one batch's metrics."""
+        """Adds one batch's metrics."""
         sums = self._sums.setdefault(mode, {})
         for name, mean in metrics.items():
             mean = Mean(mean.total.double(), mean.number.double())
@@ -140,39 +130,54 @@ class MetricStore:
             sums[name] = mean if old is None else Mean(old.total + mean.total, old.number + mean.number)
 
     def pop(self, mode: str) -> dict[str, float]:
-        """The means since the last call over all processes, in order of arrival."""
+        """Returns the means since the last call over all processes, in order of arrival.
+
+        Among them, where there are both, `accuracies/length_balanced`: the mean of the accuracies where the better
+        completion is the longer and where it is the shorter one. A reward that only follows length has 0.5.
+        """
         sums: dict[str, tuple[float, float]] = {}
         for process in gather_over_processes(_read(self._sums.pop(mode, {}))):
             for name, (total, number) in process.items():
                 old_total, old_number = sums.get(name, (0.0, 0.0))
                 sums[name] = (old_total + total, old_number + number)
         # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
-        return {name: total / number for name, (total, number) in sums.items() if number}
+        means = {name: total / number for name, (total, number) in sums.items() if number}
+        if {LONGER, SHORTER} <= means.keys():
+            means[BALANCED] = (means[LONGER] + means[SHORTER]) / 2
+        return means
+
+    def of_log(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """Returns what a training log gets: the means since the last one. At the end it is the loss over the steps of
+        the whole run, those before an interruption included."""
+        found = self.pop("train") if "loss" in logs else {}
+        if "train_loss" in logs:
+            found["train_loss"] = self.pop("run").get("loss", float("nan"))
+        return found
 
     def clear(self, mode: str) -> None:
-        """Forget a mode's sums."""
+        """Forgets a mode's sums."""
         self._sums.pop(mode, None)
 
     def snapshot(self) -> dict[str, dict[str, Mean]]:
-        """What `restore` takes back."""
+        """Returns what `restore` takes back."""
         return {mode: dict(sums) for mode, sums in self._sums.items()}
 
     def restore(self, snapshot: dict[str, dict[str, Mean]]) -> None:
-        """Forget what was added since the snapshot."""
+        """Forgets what was added since the snapshot."""
         self._sums = {mode: dict(sums) for mode, sums in snapshot.items()}
 
     def state(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """This process's sums as plain numbers, exact in JSON."""
+        """Returns this process's sums as plain numbers, exact in JSON."""
         return {mode: _read(sums) for mode, sums in self._sums.items()}
 
     def load(self, state: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-        """Add what `state` gave."""
+        """Adds what `state` gave."""
         for mode, sums in state.items():
             self.add(mode, {name: Mean(*torch.tensor(list(pair), dtype=torch.float64)) for name, pair in sums.items()})
 
 
 def _read(sums: Mapping[str, Mean]) -> dict[str, tuple[float, float]]:
-    """Sums from the device, in one transfer."""
+    """Reads sums from the device, in one transfer."""
     if not sums:
         return {}
     totals, numbers = torch.stack([torch.stack(tuple(mean)) for mean in sums.values()]).T.tolist()

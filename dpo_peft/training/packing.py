@@ -8,6 +8,7 @@ A bin is the rows of one micro-batch, by their indices. A row that is larger tha
 """
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -101,14 +102,15 @@ def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> li
 
 def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    room: list[int] = []
+    loads: list[int] = []
     for i in order:
-        place = next((b for b, left in enumerate(room) if sizes[i] <= left), len(bins))
-        if place == len(bins):
-            bins.append([])
-            room.append(budget)
-        bins[place].append(i)
-        room[place] -= sizes[i]
+        place = next((b for b, load in enumerate(loads) if load + sizes[i] <= budget), None)
+        if place is None:
+            bins.append([i])
+            loads.append(sizes[i])
+        else:
+            bins[place].append(i)
+            loads[place] += sizes[i]
     return bins
 
 
@@ -123,14 +125,10 @@ def padded_bins(shapes: Sequence[Shape], budget: int) -> list[list[int]]:
     alone = sorted((i for i in order if single[i] > budget), key=lambda i: (-single[i], i))
     rest = [i for i in order if single[i] <= budget]
     number = len(_stretches(rest, shapes, budget))
-    low, high = max((single[i] for i in rest), default=budget), budget
-    while low < high:  # the smallest budget with which there are no more bins
-        middle = (low + high) // 2
-        if len(_stretches(rest, shapes, middle)) <= number:
-            high = middle
-        else:
-            low = middle + 1
-    bins = _stretches(rest, shapes, high)
+    low = max((single[i] for i in rest), default=budget)
+    # The smallest budget with which there are no more bins.
+    least = bisect_left(range(budget), True, low, key=lambda b: len(_stretches(rest, shapes, b)) <= number)
+    bins = _stretches(rest, shapes, least)
     bins.sort(key=lambda one: (-padded_size(one, shapes), one[0]))
     return [[i] for i in alone] + [sorted(one) for one in bins]
 
@@ -172,18 +170,18 @@ def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number:
         Dicts with `packs`, `order` (their rows one after the other) and, for what counts tokens, all their `input_ids`
         and `attention_mask` (if they have one), flat.
     """
-    bounds = [entry * len(packs) // number for entry in range(number + 1)]
-    entries = []
-    for start, end in pairwise(bounds):
-        held = packs[start:end]
-        flat = {
-            name: torch.cat([pack[name].reshape(-1) for pack in held]) if held else torch.empty(0, dtype=torch.long)
-            for name in ("input_ids", "attention_mask")
-            if not packs or packs[0].get(name) is not None
-        }
-        order = [i for rows in bins[start:end] for i in rows]
-        entries.append({"packs": list(held), "order": order, **flat})
+    counting = [name for name in ("input_ids", "attention_mask") if not packs or packs[0].get(name) is not None]
+    nothing, entries = torch.empty(0, dtype=torch.long), []
+    for start, end in pairwise(entry * len(packs) // number for entry in range(number + 1)):
+        held = list(packs[start:end])
+        flat = {name: torch.cat([pack[name].reshape(-1) for pack in held]) if held else nothing for name in counting}
+        entries.append({"packs": held, "order": [i for rows in bins[start:end] for i in rows], **flat})
     return entries
+
+
+def as_entry(batch: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entry of a single micro-batch, whose fields it has too; or of none, for a process without a row."""
+    return hang([], [], 1)[0] if "empty" in batch else {**batch, "packs": [batch]}
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -193,9 +191,8 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        if value.device.type == "cpu" and device.type == "cuda":
-            value = value.pin_memory()
-        return value.to(device, non_blocking=True)
+        pinned = value.pin_memory() if value.device.type == "cpu" and device.type == "cuda" else value
+        return pinned.to(device, non_blocking=True)
 
     return {name: move(value) for name, value in batch.items()}
 

@@ -55,18 +55,13 @@ class Part(Protocol):
 def trajectory(args: DPOConfig, adapter: PeftConfig, rows: str, base: str) -> dict[str, Any]:
     """Returns what decides how a run continues, name to JSON value: compared when a checkpoint is resumed.
 
-    Args:
-        args: the options.
-        adapter: the trained adapter's config.
-        rows: the digest of the training rows.
-        base: the fingerprint of the base.
+    `rows` is the digest of the training rows, `base` the fingerprint of the base.
     """
     options = json.loads(json.dumps(args.to_dict(), default=str))
     (options.get("model_init_kwargs") or {}).pop("token", None)  # a secret, and checkpoints are published
-    kept = {name: value for name, value in options.items() if not name.startswith(tuple(_HARMLESS))}
     # Drawing an evaluation's order moves the random numbers that dropout reads.
-    if args.disable_dropout:
-        kept = {name: value for name, value in kept.items() if not name.startswith("eval_")}
+    harmless = (*_HARMLESS, "eval_") if args.disable_dropout else tuple(_HARMLESS)
+    kept = {name: value for name, value in options.items() if not name.startswith(harmless)}
     config = adapter.to_dict()
     for name in _ADAPTER_SHAPE:
         value = config[name]
@@ -118,11 +113,10 @@ class RunState:
                 )
             return None
         if str(resume).lower() not in ("true", "latest"):
-            problem = checkpoints.problem_with(str(resume))
-            if problem is not None:
+            if problem := checkpoints.problem_with(str(resume)):
                 raise CheckpointError(f"resume_from_checkpoint={str(resume)!r} {problem}. {self._remedy()}")
             return str(resume)
-        for sentence in checkpoints.recover(self.run_dir) if self.run_dir.is_dir() else ():
+        for sentence in checkpoints.recover(self.run_dir):
             logger.info("%s", sentence)
         found, passed_over = checkpoints.newest_whole(self.run_dir)
         for path, problem in passed_over:
@@ -145,9 +139,10 @@ class RunState:
 
         Raises:
             OptionError: one that the checkpoint's tensors would overrule.
+            CheckpointError: it was saved without the optimizer and can't be resumed.
         """
         before = _read(folder)["trajectory"]
-        now = json.loads(json.dumps(self.trajectory(), default=str))
+        now = self.trajectory()
         changed = [name for name in now if name in before and now[name] != before[name]]
         lines = {name: f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed}
         fixed = [name for name in changed if name in (*_RESTORED, "base model") or name.startswith("peft_config.")]
@@ -159,6 +154,11 @@ class RunState:
             )
         if changed:
             logger.warning("Resuming with options that change the run: %s.", "; ".join(lines.values()))
+        if not (folder / "optimizer.pt").is_file():
+            raise CheckpointError(
+                f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
+                "a new run from its adapter (model=<checkpoint folder>, reference=...)."
+            )
 
     # ---- Reading and writing -------------------------------------------------------------------------------------
 
@@ -207,13 +207,7 @@ class RunState:
             checkpoints.rotate(run_dir, args.save_total_limit, [run_dir / f"checkpoint-{step}", *best])
 
     def write_files(self, trainer: Trainer, folder: Path, metrics: Sequence[Any]) -> None:
-        """Writes all files of a checkpoint into a folder.
-
-        Args:
-            trainer: with the state of the run.
-            folder: of the checkpoint.
-            metrics: the sums of each process (`MetricStore.state`).
-        """
+        """Writes all files of a checkpoint into a folder; `metrics` are the sums of each process."""
         trainer.save_model(str(folder), _internal_call=True)
         if not trainer.args.save_only_model:
             trainer._save_optimizer_and_scheduler(str(folder))
@@ -221,25 +215,15 @@ class RunState:
             trainer._save_rng_state(str(folder))
         if not trainer.args.should_save:
             return
-        by_name: dict[str, list[Any]] = {}
+        states: dict[str, list[Any]] = {}
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:
             if isinstance(callback, ExportableState):
-                by_name.setdefault(type(callback).__name__, []).append(callback.state())
-        trainer.state.stateful_callbacks = {n: s if len(s) > 1 else s[0] for n, s in by_name.items()}
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        trainer.state.stateful_callbacks = {name: of[0] if len(of) == 1 else of for name, of in states.items()}
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         extra = {name: value for part in self.parts for name, value in part.state_dict(folder).items()}
         state = {"trajectory": self.trajectory(), "metrics": metrics, "extra": extra}
-        (folder / RUN_STATE).write_text(json.dumps(state, indent=1, default=str) + "\n")
-
-    # ---- Logs ----------------------------------------------------------------------------------------------------
-
-    def complete(self, logs: dict[str, float]) -> None:
-        """Adds the metrics since the last log to a training log. Losses are means over the steps of the whole run,
-        those before an interruption included."""
-        if "loss" in logs:
-            logs.update(self.metrics.pop("train"))
-        if "train_loss" in logs:
-            logs["train_loss"] = self.metrics.pop("run").get("loss", float("nan"))
+        (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n")
 
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
@@ -258,19 +242,6 @@ def load_best(model: PeftModel, adapter: str, state: TrainerState, reference: Pa
     model.load_adapter(str(folder), adapter, is_trainable=True, torch_device=str(model.device))
     reference.load_state_dict({}, best)
     logger.info("The best adapter is loaded: %s (%s).", best, state.best_metric)
-
-
-def check_has_optimizer(folder: Path) -> None:
-    """Refuses a checkpoint that can't be resumed.
-
-    Raises:
-        CheckpointError: it was saved without the optimizer.
-    """
-    if not (folder / "optimizer.pt").is_file():
-        raise CheckpointError(
-            f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
-            "a new run from its adapter (model=<checkpoint folder>, reference=...)."
-        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def run(**changes: Any) -> RunSummary:
     return RunSummary(**{**options, **figures_of(history()), **changes})
 
 
-def pixels(path: Path, colour: str) -> int:
-    """How many pixels of the picture have this colour, within what antialiasing leaves of thin lines."""
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def pixels(path: Path, color: str) -> int:
+    """How many pixels of the picture have this color, within what antialiasing leaves of thin lines."""
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
     picture = np.asarray(Image.open(path).convert("RGB"), dtype=int)
     return int((np.abs(picture - wanted).max(axis=-1) < 24).sum())
 
@@ -71,7 +71,7 @@ def test_curves_show_every_panel(tmp_path: Path) -> None:
         assert picture.format == "PNG"
         width, height = picture.size
     assert 1500 < width < 2200 and 700 < height < 1200  # three by two panels
-    assert min(pixels(path, colour) for colour in (BLUE, ORANGE, GREY)) > 200
+    assert min(pixels(path, color) for color in (BLUE, ORANGE, GREY)) > 200
 
 
 def test_a_panel_without_data_is_left_out(tmp_path: Path) -> None:

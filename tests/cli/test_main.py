@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def kept(tmp_path: Path) -> Path:
     """A cache of two references: three entries of "first", one of "second"."""
     keys = [bytes([number]) * 16 for number in range(3)]
     for name, used in (("first", keys), ("second", keys[:1])):
-        with ReferenceCache(tmp_path / "cache", name, f"about {name}") as cache:
+        with closing(ReferenceCache(tmp_path / "cache", name, f"about {name}")) as cache:
             cache.put(used, [Entry(-1.0, np.zeros(4, np.float32))] * len(used))
     return tmp_path / "cache"
 

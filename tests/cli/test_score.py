@@ -226,7 +226,7 @@ def test_help_shows_examples_and_exit_codes(capsys: Any) -> None:
 
 def test_what_is_refused(adapter: str, pairs: Path, capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """With exit code 2, before a model is loaded, and nothing is written."""
-    from dpo_peft.model import adapter_source as loading
+    from dpo_peft.model import loading
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")

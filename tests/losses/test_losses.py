@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_peft.kinds import Scored, Totals
 from dpo_peft.losses import (
     REGISTRY,
+    Objective,
     discounts,
     dpo_loss,
     length_desensitized_weights,
@@ -39,6 +41,7 @@ from dpo_peft.losses.pairwise import (
 )
 from dpo_peft.losses.reference_free import cpo_loss, orpo_loss, sft_loss, simpo_loss
 from dpo_peft.losses.unpaired import apo_zero_unpaired_loss, kto_loss
+from dpo_peft.objective import TrainingObjective
 
 
 def column(*values: float, grad: bool = False) -> Tensor:
@@ -110,35 +113,7 @@ def test_every_objective_has_hand_numbers() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The registry's entries.
 
-SCORE_OPTIONS = {"reward_clip", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"}
-SCORE_OPTIONS |= {"discount_gamma", "discount_unit"}
 EVERY = pytest.mark.parametrize("name", REGISTRY)
-
-
-def test_the_registry_is_complete() -> None:
-    """All that the note and TRL 1.16 have, under TRL's names where it has one."""
-    pairs = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop"
-    pairs += " sft sigmoid_norm simpo orpo cpo"
-    others = "trajectory multi_negative plackett_luce kto apo_zero_unpaired"
-    assert set(REGISTRY) == set(f"{pairs} {others}".split())
-    assert {name for name, entry in REGISTRY.items() if entry.data == "pairs"} == set(pairs.split())
-    assert {name for name, entry in REGISTRY.items() if entry.batch_coupled} == {"aot", "aot_unpaired", "kto"}
-    assert {name for name, entry in REGISTRY.items() if not entry.needs_reference} == {"sft", "simpo", "orpo", "cpo"}
-    soft = {name for name, entry in REGISTRY.items() if entry.soft_labels}
-    assert soft == set(f"{pairs} trajectory".split()) - set("aot aot_unpaired sft orpo cpo".split())
-    margins = {name for name, entry in REGISTRY.items() if "margin_B" in entry.inputs}
-    assert margins == set("sigmoid hinge robust sigmoid_norm simpo cpo trajectory".split())
-
-
-def test_score_options_go_where_they_apply() -> None:
-    having = {option: {n for n, entry in REGISTRY.items() if option in entry.options} for option in SCORE_OPTIONS}
-    shaped = set("sigmoid hinge ipo exo_pair robust discopop sigmoid_norm".split())
-    assert having["f_divergence_type"] == having["f_alpha_divergence_coef"] == shaped
-    assert having["reward_clip"] == shaped | set("multi_negative plackett_luce trajectory".split())
-    with_reference = {n for n, entry in REGISTRY.items() if entry.data == "pairs" and entry.needs_reference}
-    assert having["ld_alpha"] == with_reference
-    assert having["use_weighting"] == with_reference - {"aot", "aot_unpaired"}
-    assert having["discount_gamma"] == having["discount_unit"] == {"trajectory"}
 
 
 @EVERY
@@ -149,30 +124,57 @@ def test_an_entry_says_what_its_function_takes(name: str) -> None:
     keyword = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert entry.inputs == tuple(p.name for p in positional)
     assert all(p.default is p.empty or p.name == "margin_B" for p in positional)
-    assert set(entry.options) - SCORE_OPTIONS == set(keyword) and len(set(entry.options)) == len(entry.options)
+    assert set(entry.keywords) == set(keyword) and len(set(entry.options)) == len(entry.options)
     assert all(p.default is not p.empty for p in keyword.values())
     assert entry.default_beta == (keyword["beta"].default if "beta" in keyword else None)
     referring = [i for i in entry.inputs if "scores" in i or i.startswith("ref_")]
-    assert entry.needs_reference is bool(referring)
+    assert entry.needs_reference is bool(referring) is (entry.reward == "log_ratio")
     assert entry.token_extras == (("log_sum_sq",) if "use_weighting" in entry.options else ())
 
 
+def two_samples(entry: Objective, weighted: bool) -> Scored:
+    """Two prompts with two completions each, the better one first."""
+    logps_C = column(-3.0, -2.0, -1.5, -4.0)
+    return Scored(
+        logps_C=logps_C,
+        weighted_logps_C=logps_C,
+        ref_weighted_logps_C=column(-2.0, -2.5, -1.0, -2.0),
+        wpo_C=column(0.9, 0.5, 0.7, 0.6) if weighted else None,
+        lengths_C=column(3, 2, 4, 5),
+        sample_of_C=torch.tensor([0, 0, 1, 1]),
+        grade_C=column(1, 0, 1, 0),
+        own_C=torch.tensor([True, True, True, entry.name != "kto"]),
+        preference_E=None,
+        margin_E=None,
+        num_samples=2,
+    )
+
+
 @EVERY
-def test_an_entry_reads_well(name: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"), [("reward_clip", 0.01), ("f_divergence_type", "forward_kl"), ("use_weighting", True)]
+)
+def test_an_option_before_the_loss_acts_where_the_entry_lists_it(name: str, option: str, value: Any) -> None:
     entry = REGISTRY[name]
-    assert entry.data in ("pairs", "trajectories", "lists", "singles")
-    rewards = {"sft": "logp", "cpo": "logp", "simpo": "mean_logp", "orpo": "mean_logp"}
-    assert entry.reward == rewards.get(name, "log_ratio")
+    beta = {} if entry.default_beta is None else {"beta": 0.3}
+    totals = Totals(2, 3.5)
+    plain = TrainingObjective([name], **beta).losses(two_samples(entry, False), totals)
+    shaped = TrainingObjective([name], **beta, **{option: value})
+    changed = shaped.losses(two_samples(entry, option == "use_weighting"), totals)
+    assert torch.equal(plain, changed) is (option not in entry.options)
+
+
+@EVERY
+def test_an_entry_is_documented(name: str) -> None:
+    """The docs' entry, the model card and the errors are made of these."""
+    entry = REGISTRY[name]
+    assert entry.formula and entry.use_when and entry.why_beta
     assert "arXiv:" in entry.paper or name == "sft"
-    assert entry.equation and entry.formula and entry.formula.isascii()
-    assert entry.why_beta.endswith(".") and entry.use_when.endswith(".")
     doc = inspect.getdoc(entry.loss) or ""
-    assert "By hand" in doc and "Source: " in doc
-    for number in {
-        word.strip("().,") for word in entry.equation.split("note eq")[-1].split() if "note" in entry.equation
-    }:
-        if number.isdigit():
-            assert number in doc, f"note eq. {number} isn't named in {entry.loss.__name__}"
+    assert "By hand" in doc and entry.equation
+    noted = entry.equation.partition("note eq")[2].split()
+    for number in {word.strip("().,") for word in noted}:
+        assert not number.isdigit() or number in doc, f"note eq. {number} isn't named in {entry.loss.__name__}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

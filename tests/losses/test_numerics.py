@@ -92,6 +92,20 @@ def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(call, [inputs[key] for key in leaves])
 
 
+@EVERY
+def test_an_item_depends_on_others_where_the_entry_says_so(name: str) -> None:
+    """The first items of a batch, alone and beside the rest of it."""
+    entry = REGISTRY[name]
+    inputs = random_inputs(entry, grad=False)
+    sizes = (
+        {"sample_of_C": 5, "logps_C": 5, "scores_C": 5, "grades_C": 5, "lengths_C": 5} if entry.data == "lists" else {}
+    )
+    alone = {key: x[: sizes.get(key, 3)] if isinstance(x, Tensor) else x for key, x in inputs.items()}
+    alone |= {"num_samples": 2} if "num_samples" in alone else {}
+    both = entry.loss(**alone), entry.loss(**inputs)
+    assert torch.allclose(both[0], both[1][: len(both[0])]) is not entry.batch_coupled
+
+
 def test_gradcheck_can_fail() -> None:
     """A loss whose gradient is cut somewhere does not pass the check above."""
     inputs = [value.requires_grad_() for value in (column(1.0, 2.0), column(0.5, -1.0))]

@@ -109,7 +109,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def trl_dpo(case: Case, loss_types: list[str], weights: list[float] | None = None, **options: Any) -> Tensor:
-    """The batch's loss by `DPOTrainer._compute_loss`."""
+    """The batch's loss by `DPOTrainer.compute_loss`."""
     settings = dict(
         ld_alpha=None, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, label_smoothing=0.0,
         use_weighting=False, loss_types=loss_types, loss_weights=weights or [1.0] * len(loss_types),
@@ -124,7 +124,7 @@ def trl_dpo(case: Case, loss_types: list[str], weights: list[float] | None = Non
         **(settings | options),
     )
     with default_dtype(case.tokens.dtype):
-        return trainer._compute_loss(policy, case.ids(0), return_outputs=False)
+        return trainer.compute_loss(policy, case.ids(0))
 
 
 def our_inputs(case: Case, ld_alpha: float | None = None, **shape: Any) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def test_mixes(names: list[str], weights: list[float]) -> None:
 
 
 def trl_kto(case: Case, other: Case, labels: Tensor, loss_type: str, weights: tuple[float, float]) -> Tensor:
-    """The batch's loss by `KTOTrainer._compute_loss`; `other` holds the mismatched answers."""
+    """The batch's loss by `KTOTrainer.compute_loss`; `other` holds the mismatched answers."""
     policy = Model({0: case.tokens * case.mask, 1: other.tokens.detach() * other.mask})
     trainer = bare(
         KTOTrainer, model=policy, ref_model=Model({0: case.reference, 1: other.reference}), loss_type=loss_type,
@@ -303,7 +303,7 @@ def trl_kto(case: Case, other: Case, labels: Tensor, loss_type: str, weights: tu
     )  # fmt: skip
     batch = case.ids(0) | {f"KL_{key}": value for key, value in other.ids(1).items()} | {"label": labels}
     with default_dtype(case.tokens.dtype):
-        return trainer._compute_loss(policy, batch, return_outputs=False)
+        return trainer.compute_loss(policy, batch)
 
 
 def singles(case: Case, other: Case, labels: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
 from dpo_peft.forward import sequence_logps
-from dpo_peft.model import adapter_source as trained
+from dpo_peft.model import loading
 from dpo_peft.model.adapter_source import RECORD, AdapterSource, TrainedAdapter, load_trained, read_training
 from dpo_peft.model.options import AdapterOptions
 from dpo_peft.reference.fingerprint import read_record
@@ -126,7 +126,7 @@ def test_another_base_is_noticed(first: Path, tmp_path: Path) -> None:
 
 def test_other_4_bit_weights_alone_are_said(first: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture) -> None:
     """As between kinds of device: a code of one quantized weight differs, nothing else of the base does."""
-    load = trained.load_base
+    load = loading.load_base
 
     def other_codes(*args: Any) -> Any:
         base = load(*args)
@@ -139,10 +139,10 @@ def test_other_4_bit_weights_alone_are_said(first: Path, monkeypatch: Any, caplo
         base.model.norm.weight.data[0] += 0.01
         return base
 
-    monkeypatch.setattr(trained, "load_base", other_codes)
+    monkeypatch.setattr(loading, "load_base", other_codes)
     load_trained(str(first))
     assert "other 4-bit weights than in training, and is the same otherwise" in caplog.text
-    monkeypatch.setattr(trained, "load_base", other_norm)
+    monkeypatch.setattr(loading, "load_base", other_norm)
     with pytest.raises(ReferenceMismatchError, match="not the one that it was trained on"):
         load_trained(str(first))
 
@@ -151,7 +151,7 @@ def test_without_reference_there_is_none(tmp_path: Path, monkeypatch: pytest.Mon
     run(quickstart.model_path(), tmp_path, loss_type="simpo", beta=2.0)
     loaded = load_trained(str(tmp_path))
     assert loaded.reference is None and loaded.trained.reward == "mean_logp"
-    monkeypatch.setattr(trained, "load_base", None)  # it is said before the base is loaded
+    monkeypatch.setattr(loading, "load_base", None)  # it is said before the base is loaded
     with pytest.raises(OptionError, match="reference has no effect"):
         load_trained(str(tmp_path), reference=str(tmp_path))
 
@@ -188,7 +188,7 @@ def test_a_source_reads_before_it_loads(first: Path, tmp_path: Path, monkeypatch
     source = AdapterSource.of(AdapterOptions(str(first), check_base=False))
     assert source == AdapterSource(str(first), check_base=False)
     with monkeypatch.context() as patch:
-        patch.setattr(trained, "load_base", None)
+        patch.setattr(loading, "load_base", None)
         assert source.read() == read_training(first)
         assert source.base_name == quickstart.model_path() and source.tokenizer().chat_template
         assert AdapterSource(str(first), base="elsewhere").base_name == "elsewhere"

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from dpo_peft import cli_pairs  # type: ignore[attr-defined]
 from dpo_peft.data import prepare_dataset
-from dpo_peft.data.prompts import encode_prompts, read_prompts
+from dpo_peft.data.prompts import Prompt, encode_prompts, read_prompts
 from dpo_peft.errors import DataError, OptionError
 from dpo_peft.losses import load_function
 from dpo_peft.pairs import PairsOptions, make_pairs
-from dpo_peft.pairs.building import Candidate, Rules, Tally, build_pairs, seed_of
+from dpo_peft.pairs.building import Candidate, build_pairs, seed_of, summarize
 from dpo_peft.pairs.judges import RewardModel, judge_answers, source_of
 from dpo_peft.pairs.worklog import WorkLog
 
@@ -34,12 +34,12 @@ def texts(built: Any) -> list[tuple[str, str]]:
 
 
 def test_best_against_worst() -> None:
-    built = build_pairs(candidates(0.5, 2.0, -1.0, 2.0), Rules(), 0)
+    built = build_pairs(candidates(0.5, 2.0, -1.0, 2.0), PairsOptions(), 0)
     assert texts(built) == [("answer 1", "answer 2")]
 
 
 def test_every_two_of_different_reward_widest_first() -> None:
-    rules = Rules(method="all", min_margin=1.0)
+    rules = PairsOptions(method="all", min_margin=1.0)
     built = build_pairs(candidates(0.0, 3.0, 1.0, 3.0), rules, 0)
     assert texts(built) == [
         ("answer 1", "answer 0"),  # 3
@@ -49,7 +49,7 @@ def test_every_two_of_different_reward_widest_first() -> None:
         ("answer 2", "answer 0"),  # 1: not below the margin
     ]
     assert built.no_pair == {"equal rewards": 1}
-    short = build_pairs(candidates(0.0, 3.0, 1.0, 3.0), Rules(method="all", max_pairs=2, min_margin=1.5), 0)
+    short = build_pairs(candidates(0.0, 3.0, 1.0, 3.0), PairsOptions(method="all", max_pairs=2, min_margin=1.5), 0)
     assert texts(short) == texts(built)[:2]
     assert short.no_pair == {"beyond max_pairs": 2, "margin below min_margin": 1, "equal rewards": 1}
 
@@ -63,42 +63,40 @@ def test_what_is_no_answer_is_counted_by_reason() -> None:
         Candidate("unjudged", None),
         Candidate("bad", 1.0),
     ]
-    built = build_pairs(given, Rules(), 0)
+    built = build_pairs(given, PairsOptions(), 0)
     assert texts(built) == [("good", "bad")]
     assert built.unused == {"same text as another": 1, "empty": 1, "unfinished": 1, "no reward": 1}
-    assert texts(build_pairs(given, Rules(require_finished=False), 0)) == [("cut off", "bad")]
+    assert texts(build_pairs(given, PairsOptions(require_finished=False), 0)) == [("cut off", "bad")]
     said = [Candidate([{"role": "assistant", "content": text}], score) for text, score in (("a", 1.0), ("a", 2.0))]
-    assert build_pairs(said, Rules(), 0).unused == {"same text as another": 1}
+    assert build_pairs(said, PairsOptions(), 0).unused == {"same text as another": 1}
 
 
 @pytest.mark.parametrize(
     ("scores", "rules", "reason"),
     [
-        ((1.0, 1.0, 1.0), Rules(), "equal rewards"),
-        ((1.0, 1.4), Rules(min_margin=0.5), "margin below min_margin"),
-        ((1.0,), Rules(), "fewer than two different answers"),
-        ((), Rules(method="all"), "fewer than two different answers"),
-        ((1.0, None), Rules(method="rso"), "fewer than two different answers"),
-        ((2.0, 2.0), Rules(method="rso"), "equal rewards"),
+        ((1.0, 1.0, 1.0), PairsOptions(), "equal rewards"),
+        ((1.0, 1.4), PairsOptions(min_margin=0.5), "margin below min_margin"),
+        ((1.0,), PairsOptions(), "fewer than two different answers"),
+        ((), PairsOptions(method="all"), "fewer than two different answers"),
+        ((1.0, None), PairsOptions(method="rso"), "fewer than two different answers"),
+        ((2.0, 2.0), PairsOptions(method="rso"), "equal rewards"),
     ],
 )
-def test_why_a_prompt_has_no_pair(scores: Any, rules: Rules, reason: str) -> None:
-    tally, given = Tally(), candidates(*scores)
-    tally.add(given, build_pairs(given, rules, 0))
-    assert tally.summary()["prompts_without_pairs"] == {reason: 1}
-    assert tally.summary()["pairs"] == 0
+def test_why_a_prompt_has_no_pair(scores: Any, rules: PairsOptions, reason: str) -> None:
+    summary = summarize([(build_pairs(candidates(*scores), rules, 0), None)], {})
+    assert summary["prompts_without_pairs"] == {reason: 1} and summary["pairs"] == 0
 
 
 @pytest.mark.parametrize(("how", "pairs"), [("first_round", 2), ("tournament", 3)])
 def test_rejection_sampling_then_pairs_of_the_accepted(how: str, pairs: int) -> None:
     given = candidates(0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6)
-    rules = Rules(method="rso", rso_accept=4, rso_beta=0.2, rso_pairs=how, seed=5)
+    rules = PairsOptions(method="rso", rso_accept=4, rso_beta=0.2, rso_pairs=how, seed=5)
     seen = Counter[str]()
     for number in range(400):
         built = build_pairs(given, rules, number)
         accepted = [c.text for c in built.accepted]
         assert len(set(accepted)) == 4 and len(built.pairs) == pairs
-        assert all(chosen.score > rejected.score for chosen, rejected in built.pairs)  # type: ignore[operator]
+        assert all(chosen.reward > rejected.reward for chosen, rejected in built.pairs)
         assert {c.text for two in built.pairs for c in two} <= set(accepted)
         seen.update(accepted)
         assert built == build_pairs(given, rules, number)  # the prompt's number decides
@@ -114,15 +112,14 @@ def test_seeds_of_near_numbers_are_unrelated() -> None:
 
 
 def test_the_summary_by_hand() -> None:
-    tally = Tally()
     long = [Candidate("a long answer", 3.0), Candidate("short", 1.0)]
     even = [Candidate("same len", 0.0), Candidate("len same", -2.0), Candidate("", 5.0)]
-    for number, given in enumerate((long, even, candidates(1.0, 1.0))):
-        tally.add(given, build_pairs(given, Rules(), number))
-    assert tally.summary() == {
-        "prompts": 3,
+    prompts = enumerate((long, even, candidates(1.0, 1.0)))
+    results = [(build_pairs(given, PairsOptions(), number), None) for number, given in prompts]
+    assert summarize([*results, (build_pairs([], PairsOptions(), 3), "too long")], {"no prompt": 2}) == {
+        "prompts": 6,
         "prompts_with_pairs": 2,
-        "prompts_without_pairs": {"equal rewards": 1},
+        "prompts_without_pairs": {"no prompt": 2, "equal rewards": 1, "too long": 1},
         "candidates": 7,
         "candidates_unused": {"empty": 1},
         "pairs": 2,
@@ -147,12 +144,14 @@ def test_the_summary_by_hand() -> None:
         ({"min_margin": float("nan")}, "min_margin=nan"),
         ({"max_pairs": 0}, "max_pairs=0"),
         ({"rso_beta": 0.0}, "rso_beta=0.0"),
+        ({"rso_beta": float("nan")}, "rso_beta=nan"),
         ({"rso_accept": 1}, "rso_accept=1"),
+        ({"batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_rules_out_of_range(changed: dict[str, Any], named: str) -> None:
+def test_options_out_of_range(changed: dict[str, Any], named: str) -> None:
     with pytest.raises(OptionError, match=named):
-        Rules(**changed)
+        PairsOptions(**changed)
 
 
 # ---- Prompts --------------------------------------------------------------------------------------------------------
@@ -238,8 +237,12 @@ def test_messages_need_a_chat_template(make_tokenizer: Any) -> None:
 # ---- Judges ---------------------------------------------------------------------------------------------------------
 
 
-def judge(function: Any, completions: list[Any], **columns: Any) -> Any:
-    return judge_answers(function, ["p"] * len(completions), completions, None, columns, list(range(len(completions))))
+def prompts_of(*rows: dict[str, Any]) -> list[Prompt]:
+    return read_prompts(Dataset.from_list(list(rows)), "rows")[0]
+
+
+def judge(function: Any, completions: list[Any]) -> Any:
+    return judge_answers(function, prompts_of(*[{"prompt": "p"}] * len(completions)), completions)
 
 
 def test_a_judge_is_called_as_trl_calls_it() -> None:
@@ -249,10 +252,8 @@ def test_a_judge_is_called_as_trl_calls_it() -> None:
         seen.update(prompts=prompts, completions=completions, **kwargs)
         return [1, None, torch.tensor(0.5)]  # type: ignore[list-item]
 
-    rewards = judge_answers(
-        reward, ["p", "p", "q"], ["a", "b", "c"], [[1], [2], [3]], {"answer": [7, 7, 8]}, [0, 0, 1]
-    )
-    assert rewards == [1.0, None, 0.5]
+    p, q = prompts_of({"prompt": "p", "answer": 7}, {"prompt": "q", "answer": 8})
+    assert judge_answers(reward, [p, p, q], ["a", "b", "c"], [[1], [2], [3]]) == [1.0, None, 0.5]
     assert seen == {
         "prompts": ["p", "p", "q"],
         "completions": ["a", "b", "c"],
@@ -316,9 +317,9 @@ def test_a_reward_model_gives_what_plain_transformers_gives(reward_model: str, c
     """Row by row without padding; the judge sorts, pads and batches."""
     draw = random.Random(0)
     answers = ["word " * draw.randint(1, 12) + str(i) for i in range(7)]
-    prompts = [USER if chat else "say the one" for _ in answers]
+    prompts = prompts_of({"prompt": USER if chat else "say the one"}) * 7
     completions = [[{"role": "assistant", "content": a}] if chat else a for a in answers]
-    found = judge_answers(RewardModel(reward_model, batch_size=3), prompts, completions, None, {}, list(range(7)))
+    found = judge_answers(RewardModel(reward_model, batch_size=3), prompts, completions)
     model = LlamaForSequenceClassification.from_pretrained(reward_model).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     for answer, completion, reward in zip(answers, completions, found, strict=True):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dpo_peft.errors import OptionError
 from dpo_peft.pairs import rejection_sampling as rso
 from dpo_peft.pairs.rejection_sampling import Accepted, first_round, rejection_sample, tournament
 
@@ -188,14 +187,6 @@ def test_limits_of_beta() -> None:
 def test_all_are_accepted_if_there_are_no_more() -> None:
     assert sorted(rejection_sample([0.0, 5.0], 8, 0.1, Random(0)).indices) == [0, 1]
     assert rejection_sample([], 8, 0.1, Random(0)) == Accepted([], 0)
-
-
-@pytest.mark.parametrize(
-    ("accept", "beta", "message"), [(0, 1.0, "rso_accept=0"), (1, 0.0, "rso_beta=0"), (1, math.nan, "rso_beta=nan")]
-)
-def test_numbers_out_of_range(accept: int, beta: float, message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        rejection_sample([1.0], accept, beta, Random(0))
 
 
 # ---- Pairs of the accepted ------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
 
 from dpo_peft import OptionError, ReferenceMismatchError
 from dpo_peft.model.loading import nf4_config
-from dpo_peft.reference import cached_logps as cached_reference
 from dpo_peft.reference.cache import Entry, summary
+from dpo_peft.reference.policy import ReferencePolicy
 
 ROWS = 10
 
@@ -26,13 +26,13 @@ ROWS = 10
 def computed(monkeypatch) -> list[int]:
     """Completions of every forward pass that is made to fill the cache."""
     sizes: list[int] = []
-    compute = cached_reference.CachedReference._compute
+    fill = ReferencePolicy.fill
 
     def counted(self: Any, batch: Any) -> Any:
         sizes.append(batch.num_completions)
-        return compute(self, batch)
+        return fill(self, batch)
 
-    monkeypatch.setattr(cached_reference.CachedReference, "_compute", counted)
+    monkeypatch.setattr(ReferencePolicy, "fill", counted)
     return sizes
 
 
@@ -119,7 +119,7 @@ def test_a_sweep_computes_the_reference_once(tiny_llama, make_tokenizer, tmp_pat
         folder = tmp_path / f"{beta}-{rate}-{rank}-{seed}"
         trainer = run(tiny_llama(), make_tokenizer, folder, tmp_path / "store", **options)
     assert sum(computed) == 2 * (ROWS + 3)
-    assert trainer.reference.cached.store.misses == 0
+    assert trainer.reference.store.misses == 0
     (line,) = summary(tmp_path / "store")
     assert line.entries == 2 * (ROWS + 3)
 
@@ -140,7 +140,7 @@ def trained_adapter(tiny_llama: Any, seed: int) -> PeftModel:
 def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path, base_folder):
     def count(model: Any, **changed: Any) -> int:
         trainer = run(model, make_tokenizer, tmp_path / "run", tmp_path / "store", num_train_epochs=1, **changed)
-        return trainer.reference.cached.store.misses
+        return trainer.reference.store.misses
 
     everything = 2 * ROWS
     assert count(tiny_llama()) == everything and count(tiny_llama()) == 0
@@ -176,7 +176,7 @@ def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
         ref_cache_dir=str(tmp_path),
     )
     batch = trainer.collate([trainer.train_dataset[i] for i in range(4)])
-    trainer.reference.cached.store.put(batch["keys"], [Entry(-3.0, None)] * 8)
+    trainer.reference.store.put(batch["keys"], [Entry(-3.0, None)] * 8)
     with pytest.raises(ReferenceMismatchError, match="cached reference is not this one.*dpo-peft cache --clear"):
         trainer.train()
 
@@ -209,13 +209,9 @@ def test_precomputing_goes_on_after_a_kill(tiny_llama, make_tokenizer, tmp_path,
     passes = list(computed)
     assert len(passes) > 6
     computed.clear()
-    fill = cached_reference.CachedReference.fill
+    fill = ReferencePolicy.fill
     with monkeypatch.context() as killed:
-        killed.setattr(
-            cached_reference.CachedReference,
-            "fill",
-            lambda self, batch: 1 / 0 if len(computed) == 4 else fill(self, batch),
-        )
+        killed.setattr(ReferencePolicy, "fill", lambda self, batch: 1 / 0 if len(computed) == 4 else fill(self, batch))
         with pytest.raises(ZeroDivisionError):
             run(tiny_llama(), make_tokenizer, tmp_path / "b", tmp_path / "store", **options)
     again = run(tiny_llama(), make_tokenizer, tmp_path / "b", tmp_path / "store", **options)
@@ -237,4 +233,4 @@ def test_evaluation_rows_are_precomputed_too(tiny_llama, make_tokenizer, tmp_pat
     options = {"precompute_ref_log_probs": True, "eval_strategy": "epoch", "num_train_epochs": 1}
     both = {"near": id_pairs(3, seed=4), "far": id_pairs(2, seed=5)}
     trainer = run(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", eval_dataset=both, **options)
-    assert sum(computed) == 2 * (ROWS + 5) and trainer.reference.cached.store.misses == 0
+    assert sum(computed) == 2 * (ROWS + 5) and trainer.reference.store.misses == 0

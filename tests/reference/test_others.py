@@ -29,9 +29,10 @@ from safetensors.torch import load_file, save_file
 from trainer_helpers import lora
 
 from dpo_peft import OptionError, ReferenceMismatchError
+from dpo_peft.model.adapters import load_frozen
 from dpo_peft.model.loading import attach_adapter, load_base, load_model, storage_report
 from dpo_peft.reference.adapter_off import Reference, reference_logps, reference_mode
-from dpo_peft.reference.frozen_adapter import adapter_tensors, freeze_copy, load_frozen, mix_into
+from dpo_peft.reference.frozen_adapter import adapter_tensors, freeze_copy, mix_into
 
 SWITCHES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 

@@ -29,11 +29,12 @@ from report_helpers import (
 )
 
 from dpo_peft import cli
+from dpo_peft.artifacts.curves import source_of
 from dpo_peft.errors import DataError, OptionError
 from dpo_peft.report.charts import MOST_TRACES, Trace, curve_chart, histogram_chart, scatter_chart, style_of, thin
 from dpo_peft.report.facts import duration, length_check
 from dpo_peft.report.page import save_report
-from dpo_peft.report.runs import read_run, source_of
+from dpo_peft.report.runs import read_run
 from dpo_peft.report.samples import PAGE_CHARACTERS, TEXT_CHARACTERS
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from reward_helpers import bundled_rows, plain_log_ratio, train_bundled
 from trainer_helpers import lora, ours, text_pairs
 from transformers import AutoModelForCausalLM
 
 from dpo_peft import DataError, DPOTrainer, ImplicitReward, OptionError, prepare_dataset, quickstart
-from dpo_peft.data.completions import encode_answers
+from dpo_peft.data.prompts import encode_completions
 from dpo_peft.errors import NonFiniteError
 from dpo_peft.model.adapter_source import load_trained
 from dpo_peft.quickstart.sampling import sample_answers
@@ -216,7 +217,7 @@ def test_tokens_are_those_of_training_rows(make_tokenizer: Any) -> None:
         row = {f"{name}{end}": value for name, value in zip(names, (prompt, a, b), strict=True)}
         prepared, _ = prepare_dataset(Dataset.from_list([row | extra]), tokenizer, max_length=None)
         entries = [{"prompt": prompt, "completion": answer, **extra} for answer in (a, b)]
-        assert encode_answers(tokenizer, entries) == (prepared[0]["prompt_ids"], prepared[0]["completion_ids"])
+        assert encode_completions(tokenizer, entries) == (prepared[0]["prompt_ids"], prepared[0]["completion_ids"])
 
 
 def test_template_columns_reach_the_prompt(tiny_reward: ImplicitReward) -> None:
@@ -289,12 +290,12 @@ def test_compare_and_rank(tiny_reward: ImplicitReward) -> None:
 
 
 def state_of(model: PeftModel) -> dict[str, Any]:
-    wrapped = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    wrapped = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     return {
         "training": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "grad": [p.grad is None for p in model.parameters()],
-        "adapters": [(m._disable_adapters, list(m.active_adapters)) for m in wrapped],
+        "adapters": [(m.disable_adapters, list(m.active_adapters)) for m in wrapped],
         "attention": model.get_base_model().config._attn_implementation,
         "random": torch.get_rng_state().tolist(),
     }

@@ -43,7 +43,7 @@ def test_name_model_and_peft_model_train_alike(tiny_llama, make_tokenizer, tmp_p
 
 def test_defaults(base_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dpo_peft.training.building.DPOConfig", partial(DPOConfig, use_cpu=True))
+    monkeypatch.setattr("dpo_peft.training.arguments.DPOConfig", partial(DPOConfig, use_cpu=True))
     trainer = DPOTrainer(base_folder, train_dataset=text_pairs(8))
     assert trainer.args.output_dir == Path(base_folder).name + "-DPO"
     assert trainer.args.learning_rate == 1e-6

@@ -12,7 +12,7 @@ from trainer_helpers import adapter_weights, id_pairs, largest_difference, ours,
 
 from dpo_peft.forward import Sample, Scores, pack, sum_by_completion
 from dpo_peft.losses import REGISTRY
-from dpo_peft.objective import Scored, Totals, TrainingObjective, _concatenate
+from dpo_peft.objective import Scored, Totals, TrainingObjective
 
 REFERENCE_FREE: list[dict[str, Any]] = [
     {"loss_type": "sft"},
@@ -150,8 +150,8 @@ def test_discounted_rewards_against_plain_logits(tiny_llama: Any, make_tokenizer
 def test_items_know_their_rows() -> None:
     """What a non-finite loss is reported with: of single answers each own one, of pairs and lists the sample."""
     answers = [Sample([1], [[2], [3]], 40, mismatched=[[4]]), Sample([1], [[4]], 41, mismatched=[[2]])]
-    assert TrainingObjective(["kto"]).rows(pack(answers)).tolist() == [40, 40, 41]
-    assert TrainingObjective(["multi_negative"]).rows(pack(answers[:1])).tolist() == [40]
+    assert TrainingObjective(["kto"]).kind.rows(pack(answers)).tolist() == [40, 40, 41]
+    assert TrainingObjective(["multi_negative"]).kind.rows(pack(answers[:1])).tolist() == [40]
 
 
 def test_micro_batches_joined_are_the_whole_batch() -> None:
@@ -167,7 +167,7 @@ def test_micro_batches_joined_are_the_whole_batch() -> None:
         )
         return objective.score(policy, ref, batch)
 
-    whole, joined = score(samples), _concatenate([score(samples[:1]), score(samples[1:])])
+    whole, joined = score(samples), Scored.join([score(samples[:1]), score(samples[1:])])
     assert joined.sample_of_C.tolist() == whole.sample_of_C.tolist() and joined.num_samples == 4
     totals = Totals(4, 1.0)
     assert objective.losses(joined, totals).tolist() == objective.losses(whole, totals).tolist()

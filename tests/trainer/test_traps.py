@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from dpo_peft import DPOTrainer, NonFiniteError, OptionError, ReferenceMismatchError
 from dpo_peft.forward import Sample, completion_logps, pack, pad_rows, plan_forward
+from dpo_peft.model import adapters
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.reference import frozen_adapter as frozen
 from dpo_peft.reference.adapter_off import reference_logps
 
 SAMPLES = [
@@ -86,7 +86,7 @@ MOVING = {
 @pytest.mark.parametrize("name", MOVING)
 def test_t1_a_changed_base_is_measured_too(tiny_llama, monkeypatch, name):
     """Whatever is not known by name shows on a few tokens."""
-    monkeypatch.setattr(frozen, "_MOVED_BASE", {})
+    monkeypatch.setattr(adapters, "_MOVED_BASE", {})
     with pytest.raises(ReferenceMismatchError, match="changed the base model"):
         attach_adapter(tiny_llama(), lora(**MOVING[name]), reference="base")
     assert attach_adapter(tiny_llama(), lora(**MOVING[name]))[1].adapter == "reference"

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dpo_peft.forward import PackedBatch, Sample, Scores, pack, sum_by_completion
-from dpo_peft.kinds import KINDS
-from dpo_peft.objective import TrainingObjective
+from dpo_peft.objective import KINDS, LossOutput, TrainingObjective
 from dpo_peft.training.metrics import Mean, MetricStore, mean_of, preference_metrics
 
 # Rewards of three pairs: won, lost, tied.
@@ -39,7 +38,9 @@ def measure(
     policy = Scores(logps_N, sum_by_completion(logps_N, batch))
     ref = None if ref_N is None else Scores(ref_N, sum_by_completion(ref_N, batch))
     scored = TrainingObjective(["sigmoid"]).score(policy, ref, batch)
-    return preference_metrics(KINDS[data], scored, torch.tensor(rewards), policy, ref, batch)
+    return preference_metrics(
+        KINDS[data], LossOutput(torch.zeros(0), torch.tensor(rewards), scored), policy, ref, batch
+    )
 
 
 def metrics(pairs: list[int] | None = None, grad: bool = False) -> dict[str, Mean]:
@@ -104,8 +105,8 @@ def test_pairs_compare_no_more_than_partners() -> None:
     assert {name: pairs[name] for name in lists} == pytest.approx(lists, rel=1e-14)
     batch = pack(samples)
     scored = TrainingObjective(["sigmoid"]).score(Scores(tokens, sum_by_completion(tokens, batch)), None, batch)
-    kind = KINDS["pairs"]
-    assert kind.better(scored).shape == kind.differences(scored.grade_C).shape == (14,)
+    compared = KINDS["pairs"].compare(scored, torch.tensor(rewards))
+    assert [tensor.shape for tensor in compared] == [(14,)] * 5
 
 
 def test_lists_by_hand() -> None:

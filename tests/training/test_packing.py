@@ -360,7 +360,7 @@ def test_cached_reference(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) 
     options = {"cache_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
     packed = trained(tiny_llama(), rows, tokenizer, tmp_path, max_tokens_per_microbatch=80, **SPLIT, **options)
     assert isinstance(packed.collate, KeyedCollator)
-    assert packed.reference.cached.counts() == {"ref_cache/hits": 2.0 * ROWS, "ref_cache/misses": 2.0 * ROWS}
+    assert packed.reference.counts() == {"ref_cache/hits": 2.0 * ROWS, "ref_cache/misses": 2.0 * ROWS}
     assert furthest(packed, plain, ("kl", "ref_cache/hits", "ref_cache/misses"))[0] < 2e-6
 
 

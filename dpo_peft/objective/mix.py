@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .forward import PackedBatch, Scores, sum_by_completion
+from ..forward import PackedBatch, Scores, sum_by_completion
+from ..losses import Objective, discounts, find_objective, length_desensitized_weights, shape_scores, wpo_weights
+from ..losses.registry import SHAPES, shown_name
 from .kinds import KINDS, Scored, Totals
-from .losses import Objective, discounts, find_objective, length_desensitized_weights, shape_scores, wpo_weights
-from .losses.registry import SHAPES, shown_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Coupled:
     grad_N: Tensor  # d loss / d token log-prob
 
     def loss(self, token_logps_N: Tensor, items: int) -> Tensor:
-        """The part's loss, with the whole batch's gradient. Its log-probs must be those that `couple` saw."""
+        """Returns the part's loss, with the whole batch's gradient. Its log-probs must be those that `couple` saw."""
         return self.losses_I.sum() / items + (self.grad_N * (token_logps_N - token_logps_N.detach())).sum()
 
 
@@ -43,7 +43,7 @@ class LossOutput(NamedTuple):
 
 
 class TrainingObjective:
-    """The losses that a run minimises, with their options.
+    """The losses that a run minimizes, with their options.
 
     Args:
         loss_type: names in the registry or import paths; all of them learn from the same kind of data.
@@ -78,20 +78,10 @@ class TrainingObjective:
         margin = any("margin_B" in part.inputs for part in self.parts)
         self.label_columns = ("preference",) * soft + ("margin",) * margin
 
-    # ---- Before the forward pass ---------------------------------------------------------------------------------
-
-    def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
-        """Of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
-        return self.kind.totals(batches)
-
-    def rows(self, batch: PackedBatch) -> Tensor:
-        """(I,) the dataset row of each item."""
-        return self.kind.rows(batch)
-
     # ---- Scores to losses ----------------------------------------------------------------------------------------
 
     def score(self, policy: Scores, ref: Scores | None, batch: PackedBatch) -> Scored:
-        """What the losses may read, from the log-probs of a batch."""
+        """Returns what the losses may read, from the log-probs of a batch."""
         weight_N = self._token_weights(batch)
         weighted_C, ref_weighted_C = policy.logps_C, None if ref is None else ref.logps_C
         if weight_N is not None:
@@ -100,7 +90,7 @@ class TrainingObjective:
         wpo_C = None
         if policy.log_sum_sq_N is not None:
             tokens = (policy.token_logps_N, policy.log_sum_sq_N, batch.completion_of)
-            wpo_C = wpo_weights(*tokens, batch.num_completions)
+            wpo_C = wpo_weights(*tokens, len(batch.lengths))
         return Scored(
             logps_C=policy.logps_C,
             weighted_logps_C=weighted_C,
@@ -112,7 +102,7 @@ class TrainingObjective:
             own_C=None if batch.mismatched is None else ~batch.mismatched,
             preference_E=batch.preference,
             margin_E=batch.margin,
-            num_samples=batch.num_samples,
+            num_samples=len(batch.rows),
         )
 
     def _token_weights(self, batch: PackedBatch) -> Tensor | None:
@@ -127,11 +117,20 @@ class TrainingObjective:
         return length_desensitized_weights(position_N, shared_C[batch.completion_of], ld_alpha)
 
     def losses(self, scored: Scored, totals: Totals) -> Tensor:
-        """(I,) the loss of each item, summed over the mix. Its mean over the optimizer batch is the loss."""
+        """Returns (I,) the loss of each item, summed over the mix. Its mean over the optimizer batch is the loss."""
         return sum(  # type: ignore[return-value]
             weight * self._losses_of(part, scored, totals)
             for part, weight in zip(self.parts, self.weights, strict=True)
         )
+
+    def loss(
+        self, policy: Scores, ref: Scores | None, batch: PackedBatch, totals: Totals, coupled: Coupled | None = None
+    ) -> tuple[Tensor, LossOutput]:
+        """Returns the loss of a micro-batch, its share of the optimizer batch's mean, and what it is made of."""
+        scored = self.score(policy, ref, batch)
+        losses_I = coupled.losses_I if coupled else self.losses(scored, totals)
+        loss = coupled.loss(policy.token_logps_N, totals.items) if coupled else losses_I.sum() / totals.items
+        return loss, LossOutput(losses_I.detach(), self.rewards(scored), scored)
 
     def _losses_of(self, part: Objective, scored: Scored, totals: Totals) -> Tensor:
         inputs = self._inputs(part, scored, totals)
@@ -147,7 +146,7 @@ class TrainingObjective:
         return losses_I
 
     def _inputs(self, part: Objective, scored: Scored, totals: Totals) -> dict[str, Any]:
-        """Every tensor that a loss of this kind of data may name."""
+        """Returns every tensor that a loss of this kind of data may name."""
         scores_C = scored.log_ratios_C if part.needs_reference else None
         shape = {name: self.options[name] for name in SHAPES if name in part.options and name in self.options}
         if scores_C is not None and shape:
@@ -156,7 +155,7 @@ class TrainingObjective:
         return self.kind.inputs(scored, scores_C, logps_C, totals)
 
     def rewards(self, scored: Scored) -> Tensor:
-        """(C,) implicit rewards, detached: beta times what the first loss of the mix compares."""
+        """Returns (C,) implicit rewards, detached: beta times what the first loss of the mix compares."""
         kind, beta = self.parts[0].reward, self.options.get("beta")
         if kind == "log_ratio":
             rewards_C = scored.log_ratios_C
@@ -174,7 +173,7 @@ class TrainingObjective:
         totals: Totals,
         elsewhere: Callable[[Scored | None], tuple[list[Scored], list[Scored]]] = lambda own: ([], []),
     ) -> list[Coupled]:
-        """The loss over all micro-batches of an optimizer step, as each one's part of it.
+        """Takes the loss over all micro-batches of an optimizer step. Returns each one's part of it.
 
         Args:
             batches: the micro-batches.
@@ -189,10 +188,10 @@ class TrainingObjective:
             for batch, policy, ref, leaf_N in zip(batches, policies, refs, leaves, strict=True):
                 logps_C = sum_by_completion(leaf_N, batch)
                 parts.append(self.score(Scores(leaf_N, logps_C, policy.log_sum_sq_N), ref, batch))
-            before, after = elsewhere(_concatenate(parts) if parts else None)
+            before, after = elsewhere(Scored.join(parts) if parts else None)
             if not parts:
                 return []
-            losses_I = self.losses(_concatenate([*before, *parts, *after]), totals)
+            losses_I = self.losses(Scored.join([*before, *parts, *after]), totals)
             grads = torch.autograd.grad(losses_I.sum() / totals.items, leaves)
         # A loss that sorts gives its items in sorted order: every process counts another stretch of them.
         first = sum(self.kind.items(scored) for scored in before)
@@ -202,7 +201,7 @@ class TrainingObjective:
 
 
 def _swap(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pairs with chosen and rejected exchanged."""
+    """Returns the inputs of pairs with chosen and rejected exchanged."""
     other = {"chosen": "rejected", "rejected": "chosen"}
     swapped = {"_".join(other.get(word, word) for word in name.split("_")): x for name, x in inputs.items()}
     return {**swapped, "margin_B": -inputs["margin_B"]}
@@ -212,26 +211,6 @@ def _grades(batch: PackedBatch) -> Tensor:
     if batch.grade is not None:
         return batch.grade
     # Pairs: the first is the better one, unless its preference says that they tie.
-    best_C = torch.ones(batch.num_completions, dtype=torch.float64, device=batch.rows.device)
+    best_C = torch.ones(len(batch.lengths), dtype=torch.float64, device=batch.rows.device)
     best_C[1::2] = 0.0 if batch.preference is None else (batch.preference == 0.5).to(best_C.dtype)
     return best_C
-
-
-def _concatenate(parts: Sequence[Scored]) -> Scored:
-    """The micro-batches of an optimizer step as one batch."""
-
-    def cat(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    names = [name for name in Scored.__dataclass_fields__ if name not in ("sample_of_C", "num_samples", "own_C")]
-    offsets = [0]
-    for part in parts:
-        offsets.append(offsets[-1] + part.num_samples)
-    own = [torch.ones_like(p.lengths_C, dtype=torch.bool) if p.own_C is None else p.own_C for p in parts]
-    return Scored(
-        **{name: cat(name) for name in names},
-        sample_of_C=torch.cat([p.sample_of_C + offset for p, offset in zip(parts, offsets, strict=False)]),
-        own_C=None if all(p.own_C is None for p in parts) else torch.cat(own),
-        num_samples=offsets[-1],
-    )

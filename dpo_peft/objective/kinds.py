@@ -1,19 +1,20 @@
 """What differs between the kinds of data that losses learn from: pairs, trajectories, lists and single answers.
 
-One object each, `TrainingObjective.kind`: what a loss averages over, what it may read, and what of it is reported.
+One object each, `TrainingObjective.kind`: what a loss averages over, what it may read, and what of it is compared.
 
 Shape suffixes: C completions, K of a sample, E samples, B pairs, M mismatched answers, I items (what a loss averages
-over: pairs, lists, or single answers).
+over: pairs, lists, or single answers), P comparisons of two completions.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .forward import PackedBatch
+from ..forward import PackedBatch
 
 _SIDES = ("chosen", "rejected")
 
@@ -43,53 +44,79 @@ class Scored:
 
     @property
     def log_ratios_C(self) -> Tensor:
-        """log(policy / reference), with the token weights."""
+        """Returns log(policy / reference), with the token weights."""
         assert self.ref_weighted_logps_C is not None
         return self.weighted_logps_C - self.ref_weighted_logps_C
 
     def to(self, device: torch.device | str) -> "Scored":
-        """A copy on `device` without its graph."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        moved: dict[str, Any] = {n: v.detach().to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
-        return Scored(**moved)
+        """Returns a copy on `device` without its graph."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: x.detach().to(device) for name, x in tensors.items()}
+        return replace(self, **moved)
+
+    @staticmethod
+    def join(parts: "Sequence[Scored]") -> "Scored":
+        """Returns the micro-batches of an optimizer step as one batch."""
+        if any(part.own_C is not None for part in parts):  # a micro-batch of one row may have no mismatched answer
+            own = [torch.ones_like(p.lengths_C, dtype=torch.bool) if p.own_C is None else p.own_C for p in parts]
+            parts = [replace(part, own_C=own_C) for part, own_C in zip(parts, own, strict=True)]
+        before = [0, *itertools.accumulate(part.num_samples for part in parts)]
+        parts = [replace(p, sample_of_C=p.sample_of_C + n) for p, n in zip(parts, before, strict=False)]
+        tensors = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in tensors}
+        return replace(parts[0], **joined, num_samples=before[-1])
 
     def own(self, x_C: Tensor) -> Tensor:
-        """`x_C` without the mismatched answers."""
+        """Returns `x_C` without the mismatched answers."""
         return x_C if self.own_C is None else x_C[self.own_C]
 
     def mismatched(self, x_C: Tensor) -> Tensor:
-        """`x_C` of the mismatched answers alone, (M,)."""
+        """Returns `x_C` of the mismatched answers alone, (M,)."""
         return x_C[:0] if self.own_C is None else x_C[~self.own_C]
 
 
+class Comparisons(NamedTuple):
+    """Completions against each other, (P,) or (C, C), and which of them stand for the better and the worse, (C,)."""
+
+    better_P: Tensor  # whether the first is known to be the better one
+    margins_P: Tensor  # reward of the first minus that of the second
+    longer_P: Tensor  # the same of their lengths
+    best_C: Tensor  # nothing is better than these
+    rest_C: Tensor  # something is better than these; what ties is neither
+
+
+def _against_all(x_C: Tensor) -> Tensor:
+    """Returns (C, C) the value of the row's completion minus that of the column's."""
+    return x_C[:, None] - x_C
+
+
 def _partner(x_C: Tensor) -> Tensor:
-    """Of each completion of a pair, the other one's value."""
+    """Returns of each completion of a pair the other one's value."""
     return x_C.view(-1, 2).flip(1).flatten()
 
 
 class Kind:
     """What the losses of one kind of data average over and compare, and what of it is reported.
 
-    Here: whole samples, each prompt with its completions.
+    Here: lists, one prompt with several graded completions.
     """
 
-    data: str  # the name, as in `Objective.data`
     paired = False  # two completions per sample: chosen at even, rejected at odd places
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
-        """Of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
+        """Returns the totals of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
         return Totals(sum(len(batch["rows"]) for batch in batches), 1.0)
 
     def rows(self, batch: PackedBatch) -> Tensor:
-        """(I,) the dataset row of each item."""
+        """Returns (I,) the dataset row of each item."""
         return batch.rows
 
     def items(self, scored: Scored) -> int:
-        """I, the number of items."""
+        """Returns I, the number of items."""
         return scored.num_samples
 
     def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
-        """Every input that a loss may name.
+        """Returns every input that a loss may name.
 
         Args:
             scored: the completions.
@@ -97,38 +124,6 @@ class Kind:
             logps_C: their log-probs, with the token weights if the loss wants them.
             totals: of the whole optimizer batch.
         """
-        raise NotImplementedError
-
-    def predictions_by_row(self, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What `compute_metrics` gets of each sample: (K,) implicit rewards, and (K, 2) grades and dataset row."""
-        sample_of_C = scored.own(scored.sample_of_C)
-        labels_C2 = torch.stack([scored.own(scored.grade_C), rows_E[sample_of_C].to(scored.grade_C.dtype)], dim=1)
-        sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
-        return list(zip(scored.own(rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
-
-    def differences(self, x_C: Tensor) -> Tensor:
-        """(C, C) of each completion and each other: the value of the row's minus that of the column's."""
-        return x_C[:, None] - x_C
-
-    def better(self, scored: Scored) -> Tensor:
-        """True where the first of two completions is known to be the better one; shaped as `differences`."""
-        same_CC = scored.sample_of_C[:, None] == scored.sample_of_C
-        return (self.differences(scored.grade_C) > 0) & same_CC
-
-    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
-        """(C,) the completions that nothing is better than, and those that something is; ties are neither."""
-        better_CC = self.better(scored)
-        rest_C = better_CC.any(0)
-        return better_CC.any(1) & ~rest_C, rest_C
-
-
-class ListKind(Kind):
-    """One prompt, several graded completions."""
-
-    data = "lists"
-
-    def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
-        """As in `Kind`."""
         return {
             "scores_C": scores_C,
             "logps_C": logps_C,
@@ -138,11 +133,25 @@ class ListKind(Kind):
             "num_samples": scored.num_samples,
         }
 
+    def predictions_by_row(self, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns what `compute_metrics` gets of each sample: (K,) implicit rewards, and (K, 2) grades and dataset
+        row."""
+        sample_of_C = scored.own(scored.sample_of_C)
+        labels_C2 = torch.stack([scored.own(scored.grade_C), rows_E[sample_of_C].to(scored.grade_C.dtype)], dim=1)
+        sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
+        return list(zip(scored.own(rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
+
+    def compare(self, scored: Scored, rewards_C: Tensor) -> Comparisons:
+        """Compares each completion with each other one of its sample."""
+        same_CC = scored.sample_of_C[:, None] == scored.sample_of_C
+        better_CC = (_against_all(scored.grade_C) > 0) & same_CC
+        rest_C = better_CC.any(0)
+        margins_CC, longer_CC = _against_all(rewards_C), _against_all(scored.lengths_C)
+        return Comparisons(better_CC, margins_CC, longer_CC, better_CC.any(1) & ~rest_C, rest_C)
+
 
 class SingleKind(Kind):
     """Completions judged one by one, beside answers to other prompts if the loss reads those."""
-
-    data = "singles"
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
         """As in `Kind`; an item is a completion."""
@@ -162,21 +171,18 @@ class SingleKind(Kind):
         own = {name: x_C if x_C is None else scored.own(x_C) for name, x_C in found.items()}
         return {**own, "mismatched_scores_M": None if scores_C is None else scored.mismatched(scores_C).detach()}
 
-    def better(self, scored: Scored) -> Tensor:
-        """As in `Kind`; any good answer is better than any bad one, whatever their prompts."""
-        better_CC = self.differences(scored.grade_C) > 0
-        return better_CC if scored.own_C is None else better_CC & scored.own_C & scored.own_C[:, None]
-
-    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
-        """The good and the bad completions."""
+    def compare(self, scored: Scored, rewards_C: Tensor) -> Comparisons:
+        """Compares every good answer with every bad one, whatever their prompts; the best are the good ones."""
         good_C = scored.grade_C > 0
-        return (good_C, ~good_C) if scored.own_C is None else (good_C & scored.own_C, ~good_C & scored.own_C)
+        own_C = torch.ones_like(good_C) if scored.own_C is None else scored.own_C
+        better_CC = (_against_all(scored.grade_C) > 0) & own_C & own_C[:, None]
+        margins_CC, longer_CC = _against_all(rewards_C), _against_all(scored.lengths_C)
+        return Comparisons(better_CC, margins_CC, longer_CC, good_C & own_C, ~good_C & own_C)
 
 
 class PairKind(Kind):
-    """A chosen and a rejected completion of each prompt."""
+    """A chosen and a rejected completion of each prompt, or two whole conversations."""
 
-    data = "pairs"
     paired = True
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
@@ -195,29 +201,17 @@ class PairKind(Kind):
         return {**pairs, "margin_B": margin_B, "mean_chosen_length": totals.mean_chosen_length}
 
     def predictions_by_row(self, scored: Scored, rewards_C: Tensor, rows_E: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What `compute_metrics` gets of each pair: (1, 2) implicit rewards, and (1,) the index of the better one."""
+        """Returns what `compute_metrics` gets of each pair: (1, 2) implicit rewards, and (1,) the index of the better
+        one."""
         rewards_B2 = rewards_C.view(-1, 2)
         labels_B = torch.zeros_like(rewards_B2[:, 0], dtype=torch.long)
         return list(zip(rewards_B2.split(1), labels_B.split(1), strict=True))
 
-    def differences(self, x_C: Tensor) -> Tensor:
-        """(C,) the value of each completion minus that of its partner."""
-        return x_C - _partner(x_C)
-
-    def better(self, scored: Scored) -> Tensor:
-        """(C,) True for the better one of each pair; a tie has none."""
-        return self.differences(scored.grade_C) > 0
-
-    def best_and_rest(self, scored: Scored) -> tuple[Tensor, Tensor]:
-        """As in `Kind`."""
-        better_C = self.better(scored)
-        return better_C, _partner(better_C)
+    def compare(self, scored: Scored, rewards_C: Tensor) -> Comparisons:
+        """Compares each completion with its partner, (C,); a tie has no better one."""
+        grades_C, margins_C, longer_C = (x_C - _partner(x_C) for x_C in (scored.grade_C, rewards_C, scored.lengths_C))
+        better_C = grades_C > 0
+        return Comparisons(better_C, margins_C, longer_C, better_C, _partner(better_C))
 
 
-class TrajectoryKind(PairKind):
-    """Pairs of whole conversations."""
-
-    data = "trajectories"
-
-
-KINDS: dict[str, Kind] = {kind.data: kind for kind in (PairKind(), TrajectoryKind(), ListKind(), SingleKind())}
+KINDS = {"pairs": PairKind(), "trajectories": PairKind(), "lists": Kind(), "singles": SingleKind()}

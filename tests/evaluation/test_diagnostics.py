@@ -12,7 +12,7 @@ from paths import REPO
 from trainer_helpers import ours
 from transformers import set_seed
 
-from dpo_peft.training.diagnostics import CHECKS, REMEDIES, RunFacts, diagnose
+from dpo_peft.evaluation.diagnostics import CHECKS, REMEDIES, RunFacts, diagnose
 
 DOC = (REPO / "docs" / "diagnostics.md").read_text("utf-8")
 TOKENS, BETA = 40.0, 0.1
@@ -331,7 +331,7 @@ def test_every_warning_is_explained() -> None:
 
 
 def test_the_documented_thresholds_are_those_of_the_code() -> None:
-    from dpo_peft.training import diagnostics
+    from dpo_peft.evaluation import diagnostics
 
     stated = dict(re.findall(r"^\| `([A-Z_]+)` \| ([\d.]+) \|", DOC, flags=re.MULTILINE))
     constants = {n: v for n, v in vars(diagnostics).items() if n.isupper() and isinstance(v, int | float)}

@@ -14,9 +14,9 @@ from trainer_helpers import StopAt, adapter_weights, history, id_pairs, lora, op
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from dpo_peft import DPOConfig, OptionError
+from dpo_peft.evaluation.pair_records import EXAMPLES, first_and_newest
+from dpo_peft.evaluation.samples import SAMPLES, distinct_prompts, in_short, send_table
 from dpo_peft.training.callbacks import EarlyStop
-from dpo_peft.training.evaluation import EXAMPLES, SAMPLES, first_and_newest
-from dpo_peft.training.sample_log import distinct_prompts, in_short, send_table
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "per_device_train_batch_size": 2}
 SAMPLED = {"sample_prompts": 3, "sample_max_new_tokens": 6, "sample_temperature": 1.0}
@@ -38,6 +38,12 @@ def run(tiny_llama: Any, make_tokenizer: Any) -> Any:
         return trainer
 
     return train
+
+
+def waited(trainer: Any) -> dict[str, Any]:
+    """How long a run's early stopping has waited, and for what."""
+    (stop,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, EarlyStop))
+    return {name: getattr(stop, name) for name in ("best", "best_step", "waited", "step")}
 
 
 # ---- Samples --------------------------------------------------------------------------------------------------------
@@ -123,7 +129,7 @@ def test_samples_that_do_not_fit_cost_a_warning(run, tmp_path, caplog, monkeypat
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("dpo_peft.training.evaluation.sample_completions", full)
+    monkeypatch.setattr("dpo_peft.evaluation.samples.sample_completions", full)
     trainer = run(tmp_path, **SAMPLED, max_steps=2)
     assert trainer.state.global_step == 2 and not (tmp_path / SAMPLES).exists()
     assert "No samples at step 2: they don't fit into memory. Lower sample_prompts" in caplog.text
@@ -225,9 +231,12 @@ def test_a_trainer_that_has_not_trained_leaves_the_files_of_a_run(run, tiny_llam
 
 def test_first_and_newest() -> None:
     looks = [[{"step": step, "n": n}] for n, step in enumerate((2, 4, 4, 6))]
-    assert first_and_newest(looks[:1]) == looks[:1]
-    assert first_and_newest(looks[1:3]) == [looks[2]]
-    assert first_and_newest(looks) == [looks[0], looks[3]]
+    assert first_and_newest([], looks[0]) == looks[0]
+    assert first_and_newest(looks[1], looks[2]) == looks[2]
+    held: list[dict[str, int]] = []
+    for look in looks:
+        held = first_and_newest(held, look)
+    assert held == looks[0] + looks[3]
 
 
 # ---- Interrupted runs -----------------------------------------------------------------------------------------------
@@ -243,9 +252,7 @@ def test_interrupted_equals_straight(run, tmp_path) -> None:
         resumed = run(folder, resume=str(tmp_path / "own" / "checkpoint-3"), **options)
         for name in (SAMPLES, EXAMPLES):
             assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-        assert resumed.evaluation.early_stop.state_dict(tmp_path) == straight.evaluation.early_stop.state_dict(
-            tmp_path
-        )
+        assert waited(resumed) == waited(straight)
         assert resumed.warnings_raised == straight.warnings_raised
 
 
@@ -378,7 +385,7 @@ def test_a_run_that_stopped_early_takes_no_further_step(stopped, run, same_rows,
     # From the checkpoint before, the count goes on: one more evaluation, not two.
     resumed = run(tmp_path / "before", resume=str(folder / f"checkpoint-{step - 1}"), **more, callbacks=[Worsen(5)])
     assert resumed.state.global_step == step
-    assert resumed.evaluation.early_stop.state_dict(tmp_path) == trainer.evaluation.early_stop.state_dict(tmp_path)
+    assert waited(resumed) == waited(trainer)
 
 
 def test_the_best_of_an_adapter_with_another_name(run, same_rows, tiny_llama, make_tokenizer, tmp_path) -> None:

@@ -1,0 +1,83 @@
+"""What an evaluation gives beside its figures: completions of fixed prompts, a record of every pair, named warnings.
+
+None of it changes the run: weights and logs are, bit for bit, those of a run without. All of it is in the checkpoints,
+so a resumed run leaves the files that the straight one leaves.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from ..config import DPOConfig
+from ..forward import PackedBatch
+from ..objective import LossOutput, TrainingObjective
+from ..training.building import Preparation
+from .diagnostics import Warnings
+from .pair_records import PairRecords
+from .samples import Samples
+
+
+class Evaluation:
+    """What a run's evaluations leave behind.
+
+    Args:
+        model: the PEFT model.
+        tokenizer: its tokenizer.
+        args: the options.
+        objective: what is minimized.
+        datasets: the prepared datasets and what became of their rows.
+        autocast: mixed precision around sampling.
+        callbacks: of the trainer; those of `report_to` get the samples as tables.
+
+    Attributes:
+        parts: callbacks, whose state is saved with checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: DPOConfig,
+        objective: TrainingObjective,
+        datasets: Preparation,
+        autocast: Callable[[], AbstractContextManager[object]],
+        callbacks: Sequence[TrainerCallback],
+    ):
+        first = next(iter(datasets.evaluated.values()), ())
+        self.samples = Samples(model, tokenizer, args, first, autocast, callbacks)
+        self.records = PairRecords(args.output_dir)
+        self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated)
+        self.parts = [self.samples, self.records, self.warnings]
+
+    @contextmanager
+    def under_way(self, own: bool, step: int | None) -> Iterator[None]:
+        """Inside, pairs are recorded if a run has begun and the rows are its own; afterwards, samples are taken.
+
+        Args:
+            own: whether it is the trainer's own dataset, or one of several, that is evaluated.
+            step: of the run, where it is all of them; None takes no samples.
+        """
+        with self.records.recording(own):
+            yield
+        if step is not None and self.records.begun:
+            self.samples.take(step)
+
+    @property
+    def warnings_raised(self) -> list[dict[str, Any]]:
+        """Returns `step`, `name` and `message` of this run's warnings, each name once."""
+        return self.warnings.raised
+
+    def add(self, batch: PackedBatch, output: LossOutput) -> None:
+        """Takes note of the pairs of an evaluation's micro-batch."""
+        self.records.add(batch, output)
+
+    def finish(self, dataset: str, step: int) -> None:
+        """Ends the evaluation of a dataset, named by its metrics' prefix."""
+        self.records.finish(dataset, step)
+
+    def renew(self, step: int) -> None:
+        """Samples a step again, if it was sampled: another adapter has been loaded."""
+        self.samples.renew(step)

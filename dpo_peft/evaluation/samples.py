@@ -1,0 +1,207 @@
+"""Completes fixed prompts at each evaluation: `samples.jsonl`, a few of them in the log, and tables in trackers."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+
+from ..config import DPOConfig
+from ..distributed import rank
+from ..files import write_rows
+from ..model.generation import end_tokens, sample_completions
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.jsonl"
+SHOWN, SHOWN_CHARACTERS = 3, 240  # of the samples, in the log
+
+Row = dict[str, Any]  # a line of a file of rows
+
+
+class KeptRows(TrainerCallback):
+    """Rows that a run adds to, in a file of its folder and in each of its checkpoints.
+
+    Args:
+        run_dir: the run's folder.
+        name: of the file.
+    """
+
+    def __init__(self, run_dir: str, name: str):
+        self.run_dir, self.name = Path(run_dir), name
+        self.rows: list[Row] = []
+
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Begins the run's file anew: what is there is an earlier run's, or of steps that are taken again."""
+        if state.global_step == 0:
+            self.rows = []
+        if rank() == 0:
+            (self.run_dir / self.name).unlink(missing_ok=True)
+            self.state_dict(self.run_dir)
+
+    def state_dict(self, folder: Path) -> dict[str, object]:
+        """Writes the rows so far into a folder."""
+        if self.rows:
+            write_rows(folder / self.name, self.rows)
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object], folder: Path) -> None:
+        """Takes up a run's rows from its checkpoint; there is no file where there were none."""
+        path = folder / self.name
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        self.rows = [json.loads(line) for line in lines]
+
+
+class Samples(KeptRows):
+    """Completes fixed prompts, the same at each evaluation, and keeps them in `samples.jsonl`; by the main process.
+
+    Args:
+        model: the PEFT model.
+        tokenizer: its tokenizer.
+        args: the options.
+        rows: prepared evaluation rows whose first different prompts are taken.
+        autocast: mixed precision around sampling.
+        callbacks: of the trainer; those of `report_to` get the samples as tables.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: DPOConfig,
+        rows: Iterable[Row],
+        autocast: Callable[[], AbstractContextManager[object]],
+        callbacks: Sequence[TrainerCallback],
+    ):
+        super().__init__(args.output_dir, SAMPLES)
+        self.model, self.tokenizer, self.args, self._data, self._autocast = model, tokenizer, args, rows, autocast
+        self._callbacks = callbacks
+        self._prompt_ids: list[list[int]] | None = None
+
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Begins the run's file, with the completions before training."""
+        super().on_train_begin(args, state, control)
+        if state.global_step == 0:
+            self.take(0)
+
+    def take(self, step: int, again: bool = False) -> None:
+        """Samples a step's completions, once unless `again`."""
+        known = any(row["step"] == step for row in self.rows)
+        if not self.args.sample_prompts or rank() != 0 or (known and not again):
+            return
+        if self._prompt_ids is None:
+            self._prompt_ids = self._choose_prompts()
+        try:
+            rows = [{"step": step, "prompt_number": i, **row} for i, row in enumerate(self._complete())]
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "No samples at step %d: they don't fit into memory. Lower sample_prompts or sample_max_new_tokens. "
+                "(%s)",
+                step,
+                str(error).split("\n")[0],
+            )
+            torch.cuda.empty_cache()
+            return
+        self.rows = [row for row in self.rows if row["step"] != step] + rows
+        self.state_dict(self.run_dir)
+        logger.info("Samples at step %d:\n%s", step, in_short(rows))
+        send_table(self._callbacks, rows, step)
+
+    def renew(self, step: int) -> None:
+        """Samples a step again, if it was sampled: another adapter has been loaded."""
+        if any(row["step"] == step for row in self.rows):
+            self.take(step, again=True)
+
+    def _choose_prompts(self) -> list[list[int]]:
+        """Returns the first different prompts that leave room for a completion."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        longest = None if positions is None else positions - self.args.sample_max_new_tokens
+        chosen = list(islice(distinct_prompts(self._data, longest), self.args.sample_prompts))
+        if len(chosen) < self.args.sample_prompts:
+            logger.warning(
+                "sample_prompts=%d: the evaluation rows have %d different prompts that leave room for "
+                "sample_max_new_tokens=%d, so these are sampled.",
+                self.args.sample_prompts,
+                len(chosen),
+                self.args.sample_max_new_tokens,
+            )
+        return chosen
+
+    def _complete(self) -> list[Row]:
+        prompt_ids, ends = self._prompt_ids or [], end_tokens(self.model, self.tokenizer)
+        with self._autocast():
+            completions = sample_completions(
+                self.model,
+                self.tokenizer,
+                prompt_ids,
+                seed=[self.args.seed + i for i in range(len(prompt_ids))],  # the same at each step, to be compared
+                max_new_tokens=self.args.sample_max_new_tokens,
+                temperature=self.args.sample_temperature,
+            )
+        return [
+            {
+                "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
+                "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
+                "tokens": len(ids),
+                "finished": bool(ids) and ids[-1] in ends,
+            }
+            for prompt, ids in zip(prompt_ids, completions, strict=True)
+        ]
+
+
+def distinct_prompts(rows: Iterable[Row], longest: int | None) -> Iterator[list[int]]:
+    """Yields the different prompts of prepared rows, in their order, but the empty and those longer than `longest`."""
+    seen = set()
+    for row in rows:
+        prompt = tuple(row["prompt_ids"])
+        if prompt and prompt not in seen and (longest is None or len(prompt) <= longest):
+            seen.add(prompt)
+            yield list(prompt)
+
+
+def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: int) -> None:
+    """Sends samples as a table to those trackers of `report_to` that are running.
+
+    Args:
+        callbacks: of the trainer; those of TensorBoard, Weights & Biases and trackio are known.
+        rows: of `samples.jsonl`.
+        step: they were made at.
+    """
+    if not rows:
+        return
+    columns, cells = list(rows[0]), [list(row.values()) for row in rows]
+    for callback in callbacks:
+        tracker: Any = callback  # their loggers are no part of a callback's type
+        name = type(tracker).__name__
+        if name == "TensorBoardCallback" and tracker.tb_writer is not None:
+            lines = [columns, ["---"] * len(columns), *cells]
+            table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+            tracker.tb_writer.add_text("samples", table, step)
+        elif name == "WandbCallback" and tracker._initialized:
+            table = tracker._wandb.Table(columns=columns, data=cells)
+            tracker._wandb.log({"samples": table, "train/global_step": step})
+        elif name == "TrackioCallback" and tracker._initialized:
+            import pandas
+
+            table = tracker._trackio.Table(dataframe=pandas.DataFrame(cells, columns=columns))
+            tracker._trackio.log({"samples": table, "train/global_step": step})
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+
+def in_short(rows: Sequence[Row]) -> str:
+    """Returns the first few samples, cut, for people."""
+    lines = []
+    for row in rows[:SHOWN]:
+        texts = (" ".join(row[name].split()) for name in ("prompt", "completion"))
+        prompt, completion = (t if len(t) <= SHOWN_CHARACTERS else t[:SHOWN_CHARACTERS] + " ..." for t in texts)
+        lines.append(f"> {prompt}\n  {completion}" + ("" if row["finished"] else " [cut]"))
+    return "\n".join(lines)
