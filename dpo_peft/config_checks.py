@@ -15,25 +15,57 @@ from .errors import OptionError, refuse
 from .losses import REGISTRY, Objective, find_objective
 from .losses.registry import load_objective
 
-# Options of trl.DPOConfig (1.16) that this version doesn't offer: (TRL's default, what to do instead). Given at their
-# default they change nothing and are accepted.
-NOT_OFFERED: dict[str, tuple[Any, str]] = {
-    "padding_free": (False, "Batches never hold padding here; leave it out."),
-    "pad_to_multiple_of": ("auto", "Batches are packed without padding; leave it out."),
-    "precompute_ref_batch_size": (None, "Set precompute_ref_tokens, the tokens of a forward pass."),
-    "router_aux_loss_coef": (None, "The router's auxiliary loss is not available yet."),
-    "pad_token": (None, "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
+# Options of trl.DPOConfig (1.16) that this version doesn't offer: (values that change nothing and are accepted, TRL's
+# default among them; what to do instead).
+NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "padding_free": ((False,), "Batches never hold padding here; leave it out."),
+    "pad_to_multiple_of": (("auto", None), "Batches are packed without padding; leave it out."),
+    "precompute_ref_batch_size": ((None,), "Set precompute_ref_tokens, the tokens of a forward pass."),
+    "router_aux_loss_coef": ((None, 0.0), "The router's auxiliary loss is not available yet."),
+    "pad_token": ((None,), "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
 }
+# Options of older versions of TRL and of its other trainers: what does the same here.
+SUCCESSORS = {
+    "alpha": "For an alpha divergence set f_divergence_type='alpha_divergence' and f_alpha_divergence_coef.",
+    "rpo_alpha": "Set loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha].",
+    "max_prompt_length": "Set max_length, and truncation_mode='trim_prompt' to shorten the prompt first.",
+    "max_completion_length": "Set max_length, and truncation_mode='trim_prompt' to shorten the prompt first.",
+    "reference_free": "Set loss_type to one without a reference, such as 'simpo', 'cpo' or 'orpo'.",
+    "ref_adapter_name": "Set reference to the folder of the adapter that is the reference, or to 'base'.",
+    "model_adapter_name": "The active adapter of the model is trained; leave it out.",
+    "force_use_ref_model": "The reference is the model without its adapter; leave it out.",
+    "padding_value": "Batches never hold padding here; leave it out.",
+    "label_pad_token_id": "Batches never hold padding here; leave it out.",
+    "is_encoder_decoder": "Only decoders are trained; leave it out.",
+    "generate_during_eval": "Set sample_prompts, the number of prompts to complete at every evaluation.",
+    "group_by_length": "Rows are packed by their tokens; leave it out.",
+    "torch_dtype": "Set model_init_kwargs={'dtype': ...}.",
+    "use_peft": "An adapter is always trained; leave it out.",
+    "use_logits_to_keep": "Logits are computed where a completion is predicted alone; leave it out.",
+    "use_num_logits_to_keep": "Logits are computed where a completion is predicted alone; leave it out.",
+    "use_liger_loss": "The loss is computed in pieces that fit; leave it out.",
+}
+_FULL_EVAL = "It would round the adapter's weights for good. Evaluation computes as training does: set bf16."
+_COMPILE = "The trainer calls the backbone itself, which this option does not compile; leave it out."
+_NO_WRAPPER = "Several processes train without a wrapper of DistributedDataParallel; leave it out."
 _DDP = "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."
 # Options of TrainingArguments that would have no effect here, or a wrong one: (harmless value, what to do instead).
 NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
-    "torch_compile": (False, "The trainer calls the backbone itself, which this option does not compile."),
-    "logging_nan_inf_filter": (False, "A non-finite loss stops the run; it is never filtered out."),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), (False, _FULL_EVAL)),
+    "torch_compile": (False, _COMPILE),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), (None, _COMPILE)),
+    "use_liger_kernel": (False, "The fused layers (fused_layers) take its place; leave it out."),
+    "liger_kernel_config": (None, "The fused layers (fused_layers) take its place; leave it out."),
     "neftune_noise_alpha": (None, "Noise on the policy alone would enter the implicit rewards; leave it out."),
     "label_names": (None, "Pairs have no labels; leave it out."),
     "include_for_metrics": ([], "compute_metrics gets the implicit rewards; leave it out."),
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        (None, _NO_WRAPPER),
+    ),
     "fsdp": (None, _DDP),
+    "fsdp_config": (None, _DDP),
     "deepspeed": (None, _DDP),
     "auto_find_batch_size": (False, "A micro-batch that runs out of memory is halved by itself; leave it out."),
     "enable_jit_checkpoint": (False, "SIGTERM always saves a checkpoint here; leave it out."),
@@ -157,9 +189,11 @@ def check_option_names(given: Mapping[str, Any], known: set[str]) -> dict[str, A
         if name in known:
             kept[name] = value
         elif name in NOT_OFFERED:
-            default, remedy = NOT_OFFERED[name]
-            if value != default and str(value).lower() != str(default).lower():  # a command line gives text
+            harmless, remedy = NOT_OFFERED[name]
+            if str(value).lower() not in [str(one).lower() for one in harmless]:  # a command line gives text
                 raise OptionError(f"{name}={value!r} is an option of trl.DPOConfig that isn't offered here. {remedy}")
+        elif name in SUCCESSORS:
+            raise OptionError(f"{name!r} is an option of TRL that isn't offered here. {SUCCESSORS[name]}")
         else:
             close = difflib.get_close_matches(name, known | set(NOT_OFFERED), n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "`dpo-peft train --help` lists them all."
@@ -240,7 +274,12 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
     mismatched = any("mismatched_scores_M" in loss.inputs for loss in losses)
     tokens = o.ld_alpha is not None or o.discount_gamma != 1.0
     alpha = o.f_divergence_type == "alpha_divergence"
+    of_optimizer = ("galore", "lomo", "apollo")
     problems: dict[str, object] = {
+        f"max_steps={o.max_steps} trains nothing: give at least 1, or leave it out.": o.max_steps in (0, None),
+        f"optim_target_modules has no effect with optim={str(o.optim)!r}: leave it out.": (
+            o.optim_target_modules is not None and not any(name in str(o.optim) for name in of_optimizer)
+        ),
         "f_alpha_divergence_coef has no effect without f_divergence_type='alpha_divergence'.": (
             o.f_alpha_divergence_coef != 0.5 and not alpha
         ),

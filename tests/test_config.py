@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from trainer_helpers import id_pairs, lora, ours
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 
 from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
-from dpo_peft.config_checks import NOT_AVAILABLE, NOT_OFFERED, check_option_names
+from dpo_peft.config_checks import NOT_AVAILABLE, NOT_OFFERED, SUCCESSORS, check_option_names
 from dpo_peft.model.loading import load_base
 
 
@@ -80,7 +81,6 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "init as number": ({"model_init_kwargs": 3}, r"model_init_kwargs=3.*dict"),
     "token labels": ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0\.1.*token labels"),
     "compile": ({"torch_compile": True}, r"torch_compile=True is not available"),
-    "filter": ({"logging_nan_inf_filter": True}, r"logging_nan_inf_filter=True.*stops the run"),
     "neftune": ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha=5\.0.*rewards"),
     "labels": ({"label_names": ["x"]}, r"label_names.*no labels"),
     "inputs for metrics": ({"include_for_metrics": ["inputs"]}, r"include_for_metrics.*rewards"),
@@ -258,15 +258,55 @@ def test_every_option_of_trl_is_offered_or_refused() -> None:
 
 
 def test_refused_options_are_accepted_at_their_default() -> None:
-    for name, (default, _) in NOT_OFFERED.items():
-        assert default == TRL_FIELDS[name].default, name
-        assert check_option_names({name: default, "beta": 0.3}, set(OUR_FIELDS)) == {"beta": 0.3}
-    config(**{name: default for name, (default, _) in NOT_OFFERED.items()})
+    for name, (harmless, _) in NOT_OFFERED.items():
+        assert TRL_FIELDS[name].default in harmless, name
+        for value in harmless:
+            assert check_option_names({name: value, "beta": 0.3}, set(OUR_FIELDS)) == {"beta": 0.3}
+            assert check_option_names({name: str(value)}, set(OUR_FIELDS)) == {}  # from a shell
+
+
+def test_every_default_of_trl_is_accepted() -> None:
+    """`DPOConfig(**values_of_a_trl_config)`, one by one."""
+    for name, field in TRL_FIELDS.items():
+        made = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        if name != "use_cpu":
+            DPOConfig(**{"output_dir": "out", "use_cpu": True, name: made})
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_options_of_older_versions_name_their_successor(name: str) -> None:
+    with pytest.raises(OptionError, match=f"'{name}' is an option of TRL that isn't offered here. .+[.]$") as caught:
+        config(**{name: 1})
+    assert name not in OUR_FIELDS
+    for named in re.findall(r"(\w+)=", str(caught.value)):  # what the remedy says to set is an option
+        assert named in OUR_FIELDS, named
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16_full_eval": True},
+        {"fp16_full_eval": True},
+        {"torch_compile": True},
+        {"torch_compile_mode": "default"},
+        {"torch_compile_backend": "inductor"},
+        {"use_liger_kernel": True},
+        {"ddp_find_unused_parameters": False},
+        {"ddp_bucket_cap_mb": 25},
+        {"ddp_broadcast_buffers": True},
+        {"ddp_static_graph": True},
+        {"optim_target_modules": ["attn"]},
+        {"max_steps": 0},
+    ],
+    ids=str,
+)
+def test_options_of_transformers_without_effect_or_with_harm_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(options))):
+        config(**options)
 
 
 def test_shared_defaults_are_trls() -> None:
-    # A non-finite loss stops the run instead of being filtered out; beta is the objective's own, for DPO TRL's 0.1.
-    deliberate = {"logging_nan_inf_filter", "beta"}
+    deliberate = {"beta"}  # it is the objective's own, for DPO TRL's 0.1
     different = {
         name
         for name in set(TRL_FIELDS) & set(OUR_FIELDS)
