@@ -39,7 +39,7 @@ BUDGETS = {
     "forward": 1240,
     "reference": 1920,
     "model": 1045,
-    "training": 2050,
+    "training": 2055,
     "evaluation": 680,
     "fused": 1775,
     "planning": 1085,
