@@ -175,22 +175,23 @@ class MemoryModel:
 
         Of the first `checkpoint_layers` layers the input alone is kept.
         """
-        saved = {"saved_activations": self._saved(tokens, keys, checkpoint_layers)}
-        return {**self.fixed, **saved, **self._passing(tokens, keys, predicted)}
+        saved = self._saved(tokens, self._kept(tokens, keys), checkpoint_layers)
+        return {**self.fixed, "saved_activations": saved, **self._passing(tokens, keys, predicted)}
 
     def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> float:
         """Returns the bytes at the worst moment: all components, but of the head and a layer's backward the larger."""
-        return self._unsaved(tokens, keys, predicted) + self._saved(tokens, keys, checkpoint_layers)
+        kept = self._kept(tokens, keys)
+        return self._unsaved(tokens, keys, predicted) + self._saved(tokens, kept, checkpoint_layers)
 
     def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int:
         """Returns the fewest layers to checkpoint so that the peak is within `limit` bytes; all if none is enough.
 
         Layers that aren't fused are checkpointed all or none, as transformers does it.
         """
-        unsaved = self._unsaved(tokens, keys, predicted)
+        unsaved, kept = self._unsaved(tokens, keys, predicted), self._kept(tokens, keys)
 
         def fits(layers: int) -> bool:
-            return unsaved + self._saved(tokens, keys, layers) <= limit
+            return unsaved + self._saved(tokens, kept, layers) <= limit
 
         if not self.fused:
             return 0 if fits(0) else self.layers
@@ -262,8 +263,9 @@ class MemoryModel:
         groups = self.shape.groups.items()
         return self.element * max((inputs + self._ranks[name]) * outputs for name, (inputs, outputs) in groups)
 
-    def _saved(self, T: float, S: float, checkpoint_layers: int) -> float:
-        kept, inputs = self._kept(T, S), self.element * T * self.shape.hidden
+    def _saved(self, T: float, kept: float, checkpoint_layers: int) -> float:
+        """Returns the bytes of saved activations, of which a layer that isn't checkpointed has `kept`."""
+        inputs = self.element * T * self.shape.hidden
         others = self.shape.layers - checkpoint_layers
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
