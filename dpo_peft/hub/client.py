@@ -1,4 +1,4 @@
-"""Calls of the Hub with patience: what fails for a moment is tried again, what fails for good is explained.
+"""Calls the Hub with patience: what fails for a moment is tried again, what fails for good is explained.
 
 The client library retries the parts of a large file on its own, but neither the commit nor the questions before it. A
 failure's message says what failed, what is there by now, and how to go on.
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass
 class Hub:
-    """One repository of the Hub, and where in it is written."""
+    """A repository of the Hub, and where in it is written."""
 
     api: HfApi  # with its token
     repo_id: str  # without an owner until the token's is known
@@ -47,12 +47,12 @@ class Hub:
     has_branch: bool = False  # there was one to write to when it was looked at
 
     def call(self, what: str, action: Callable[[], T], repeatable: bool = True) -> T:
-        """Does it, again if it failed for a moment.
+        """Makes a call, and makes it again if it failed for a moment.
 
         Args:
-            what: what is done, for messages: "creating the repository".
-            action: the call.
-            repeatable: whether it may be done again when it isn't known if it was done.
+            what: names it in messages: "creating the repository".
+            action: makes it.
+            repeatable: whether it may be made again when it isn't known if it took effect.
 
         Raises:
             PublishError: it failed for good, or too often.

@@ -1,4 +1,4 @@
-"""Publishing an adapter on the Hub: `publish(folder, "me/my-adapter")`.
+"""Publishes an adapter on the Hub: `publish(folder, "me/my-adapter")`.
 
 Everything is checked here first, then who the token belongs to, then what the repository holds. Large files are sent
 before anything is visible; one commit at the end makes all of it visible, or nothing.
@@ -109,7 +109,8 @@ def publish(
         remote = _prepare(hub, remote, private, gated)
         commit, changed = remote.sha, _changed(upload, remote)
         if changed:
-            commit, pr_url = _send(hub, upload, changed, remote.sha, commit_message)
+            sent = _send(hub, upload, changed, remote.sha, commit_message)
+            commit, pr_url = sent.oid, sent.pr_url
     return PublishResult(
         repo_id=hub.repo_id,
         url=f"{hub.api.endpoint}/{hub.repo_id}",
@@ -203,7 +204,7 @@ def _look(hub: Hub) -> ModelInfo | None:
 
 
 def _check_ours(hub: Hub, remote: ModelInfo, upload: Upload) -> None:
-    """Lets an update of the same adapter pass; another work is not overwritten."""
+    """Refuses to overwrite other work; an update of the same adapter passes."""
 
     def content(name: str) -> str:
         path = hub.call(f"reading its {name}", lambda: hub.api.hf_hub_download(hub.repo_id, name, revision=remote.sha))
@@ -265,27 +266,22 @@ def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: st
     return now
 
 
-def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> tuple[str, str | None]:
-    """Sends the large files, then commits all of them; returns the commit and the pull request's address.
+def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> CommitInfo:
+    """Sends the large files, then commits all of them.
 
-    A second attempt makes its operations anew: a commit whose answer was lost is then seen to be there already. That
-    can't be seen of a pull request, so one is asked for once.
+    Every attempt makes its operations anew: a commit whose answer was lost is then seen to be there already, as large
+    files are that arrived. That can't be seen of a pull request, so one is asked for once.
     """
-    api = hub.api
     where: dict[str, Any] = {"revision": hub.revision, "create_pr": hub.create_pr}
 
     def operations() -> list[CommitOperationAdd]:
         return [CommitOperationAdd(name, upload.files[name]) for name in sorted(names)]
 
     def commit() -> CommitInfo:
-        with_files = prepared.pop() if prepared else operations()
-        return api.create_commit(hub.repo_id, with_files, commit_message=message, parent_commit=parent, **where)
+        return hub.api.create_commit(hub.repo_id, operations(), commit_message=message, parent_commit=parent, **where)
 
-    prepared = [operations()]
-    send = api.preupload_lfs_files
-    hub.call("sending the files", lambda: send(hub.repo_id, prepared[0], free_memory=False, **where))
-    info = hub.call("committing", commit, repeatable=not hub.create_pr)
-    return info.oid, info.pr_url
+    hub.call("sending the files", lambda: hub.api.preupload_lfs_files(hub.repo_id, operations(), **where))
+    return hub.call("committing", commit, repeatable=not hub.create_pr)
 
 
 def _changed(upload: Upload, remote: ModelInfo) -> set[str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
 from ..artifacts.card_rules import problems, read_head
@@ -123,26 +124,24 @@ def _adapter_folder(folder: Path) -> Path:
 def _checked_weights(adapter: Path, upload: Upload) -> Path:
     path = adapter / WEIGHTS
     again = "the adapter is not whole. Save it again."
-    if not path.is_file() and (adapter / "adapter_model.bin").is_file():
-        raise OptionError(
-            f"{adapter.name} holds adapter_model.bin, a pickle that runs code when it is loaded: load it and save "
-            "it with safe_serialization=True."
-        )
     if not path.is_file():
+        if (adapter / "adapter_model.bin").is_file():
+            raise OptionError(
+                f"{adapter.name} holds adapter_model.bin, a pickle that runs code when it is loaded: load it and save "
+                "it with safe_serialization=True."
+            )
         raise OptionError(f"{adapter.name} has no {WEIGHTS}: {again}")
     try:
-        with safe_open(path, framework="pt") as tensors:
-            names, numbers = list(tensors.keys()), 0
-            for name in names:
-                tensor = tensors.get_tensor(name)
-                numbers += tensor.numel()
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise OptionError(f"{WEIGHTS}: {name} holds NaN or infinity. Publish an earlier checkpoint.")
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise OptionError(f"{WEIGHTS} can't be read ({error}): {again}") from error
-    if not names:
+    if not tensors:
         raise OptionError(f"{WEIGHTS} is empty: {again}")
-    upload.checks.append(f"weights: {len(names)} tensors, {numbers:,} numbers, all finite")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise OptionError(f"{WEIGHTS}: {name} holds NaN or infinity. Publish an earlier checkpoint.")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    upload.checks.append(f"weights: {len(tensors)} tensors, {numbers:,} numbers, all finite")
     return path
 
 
