@@ -136,8 +136,7 @@ def parse_options(
         words = [f"--{names[0]}", *words]
     usage = f"[{names[0].upper()}] [--config FILE.yaml] [--option value ...]"
     text = parser_text(command, usage, description, examples)
-    parsed = _parse([*_as_words(from_file), *words], {}, [options], check, text)
-    return options(**{name: getattr(parsed, name) for name in names})
+    return made(options, _parse([*_as_words(from_file), *words], {}, [options], check, text))
 
 
 def parse_groups(
@@ -197,6 +196,11 @@ def _parse(
         elif not before.startswith("--") or "=" in before:
             raise OptionError(f"{word!r} belongs to no option: write --option value.")
     return parsed
+
+
+def made(options: type[Options], parsed: argparse.Namespace) -> Options:
+    """Returns one of the dataclasses that were parsed, filled."""
+    return options(**{f.name: getattr(parsed, f.name) for f in fields(options) if f.init})  # type: ignore[arg-type]
 
 
 def _as_words(given: Mapping[str, object]) -> list[str]:

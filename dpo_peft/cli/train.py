@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import OptionError
 from ..files import read_rows
-from .options import RowOptions, option, option_of, parse_groups, required, show
+from .options import RowOptions, made, option, option_of, parse_groups, required, show
 
 if TYPE_CHECKING:  # importing them takes seconds, which a help should not
     from datasets import Dataset, IterableDataset
@@ -143,12 +143,9 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     )
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
-    data, model, output, args = (
-        group(**{f.name: getattr(options, f.name) for f in fields(group) if f.init}) for group in groups
-    )
-    required(data, "dataset_name")
-    required(model, "model_name_or_path")
-    return data, args, model, output
+    required(options, "dataset_name", "model_name_or_path")
+    data, args = made(DataArguments, options), made(DPOConfig, options)
+    return data, args, made(ModelArguments, options), made(OutputArguments, options)
 
 
 def load_datasets(data: DataArguments, evaluate: bool) -> tuple["Rows", "Rows | None"]:
