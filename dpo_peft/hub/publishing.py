@@ -91,9 +91,8 @@ def publish(
         PublishError: the Hub refused or could not be reached. The message says what is there by now.
     """
     _check_options(repo_id, private, gated, revision, create_pr, attempts)
-    metadata: dict[str, Any] = {"datasets": list(datasets), "language": list(languages)}
-    metadata |= license_fields(license or licence or "")
-    contents = (base_model, include, metadata)
+    labels = {"datasets": list(datasets), "language": list(languages), **license_fields(license or licence or "")}
+    contents = (base_model, include, labels)
     upload = collect(Path(folder), repo_id, *contents)
     hub = Hub(HfApi(token=token), repo_id, revision, create_pr, attempts, wait, repeat)
     changed, commit, pr_url = set(upload.files), None, None

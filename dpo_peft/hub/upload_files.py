@@ -72,11 +72,11 @@ class Upload:
 
 
 def collect(
-    folder: Path, repo_id: str, base_model: str | None, include: Sequence[str], metadata: Mapping[str, Any]
+    folder: Path, repo_id: str, base_model: str | None, include: Sequence[str], labels: Mapping[str, Sequence[str]]
 ) -> Upload:
     """Reads an adapter's folder and makes what is to be published of it.
 
-    The arguments are those of `publish`; `metadata` replaces what the card says, where it has a value.
+    The arguments are those of `publish`; `labels` replace what the card's metadata says, where they have a value.
 
     Raises:
         OptionError: there is no whole adapter, its base is no Hub id, the card would be refused, or a file names a
@@ -97,7 +97,7 @@ def collect(
         _add(pattern, folder, folder, upload)
     for pattern in include:
         _include(pattern, folder, upload)
-    upload.files[CARD] = _card(folder, repo_id, config, metadata, upload).encode()
+    upload.files[CARD] = _card(folder, repo_id, config, labels, upload).encode()
     published = {name.split("/")[0] for name in upload.files}
     for path in sorted(folder.iterdir()):
         if path.name not in published and path != adapter and not path.name.startswith("."):
@@ -235,27 +235,29 @@ def _check_paths(upload: Upload, local: Sequence[Path]) -> None:
 # ---- The card -------------------------------------------------------------------------------------------------------
 
 
-def _card(folder: Path, repo_id: str, config: Mapping[str, Any], metadata: Mapping[str, Any], upload: Upload) -> str:
-    """Returns the card as it lies here, with repository, base and metadata filled in; a short one if there is none."""
+def _card(
+    folder: Path, repo_id: str, config: Mapping[str, Any], labels: Mapping[str, Sequence[str]], upload: Upload
+) -> str:
+    """Returns the card as it lies here, with repository, base and labels filled in; a short one if there is none."""
     base, old_base, path = upload.base_model, config.get("base_model_name_or_path") or "", folder / CARD
     text = path.read_text("utf-8") if path.is_file() else ""
     if not text or PEFT_TEMPLATE in text:
         upload.notes.append(f"there is no {CARD} of the run: a short card was made")
         lora = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
         text = str(model_card(RunSummary(repo_id, base, None, lora=lora, has_chat_template=False)))
-    if found := [p for p in problems(text) if not p.startswith("there is no metadata")]:
+    if found := [problem for problem in problems(text) if not problem.startswith("there is no metadata")]:
         raise OptionError(f"{CARD}: {found[0]}")
-    if missing := [name for name in metadata["datasets"] if not is_hub_id(name)]:
+    if missing := [name for name in labels["datasets"] if not is_hub_id(name)]:
         raise OptionError(f"datasets: {missing[0]!r} is not a Hub id. Leave it out.")
     card = ModelCard(text)
-    data: Any = card.data
+    data = card.data
     name = data.get("model_name")
     card.text = for_repository(card.text, name or _title(card.text), repo_id, base, old_base)
-    data.model_name = (_title(card.text) or name) if name else None
-    data.base_model, data.base_model_relation = base, "adapter"
-    data.library_name = data.library_name or "peft"
-    data.pipeline_tag = data.pipeline_tag or "text-generation"
-    for key, value in metadata.items():
+    data["model_name"] = (_title(card.text) or name) if name else None
+    data["base_model"], data["base_model_relation"] = base, "adapter"
+    data["library_name"] = data.get("library_name") or "peft"
+    data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
+    for key, value in labels.items():
         if value:
             data[key] = value
     finished = str(card)

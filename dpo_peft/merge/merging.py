@@ -256,9 +256,9 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> Non
     """Writes merge.json and a README. Both may be published: the names in them are no paths."""
     facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
     write_atomically(folder / "merge.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    known: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
-    tags = ["dpo-peft", "merge"]
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["dpo-peft", "merge"])
+    if is_hub_id(base):
+        data["base_model"], data["base_model_relation"] = base, "finetune"
     drift = report.drift
     which = {"dequantized": "the 4-bit base, dequantized, that it was trained on", "base16": "the original base"}
     text = (

@@ -252,7 +252,7 @@ def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
     return {"quantize": True, "nested": bool(stored.get("bnb_4bit_use_double_quant"))}
 
 
-def _lora_of(shape: Shape, config: Any, folder: str) -> Lora:
+def _lora_of(shape: Shape, config: PeftConfig, folder: str) -> Lora:
     targets = config.target_modules
     if config.rank_pattern or isinstance(targets, str) or config.trainable_token_indices:
         raise OptionError(
@@ -265,7 +265,7 @@ def _lora_of(shape: Shape, config: Any, folder: str) -> Lora:
 # ---- Other methods --------------------------------------------------------------------------------------------------
 
 
-def compare_methods(model: MemoryModel) -> list[dict[str, Any]]:
+def compare_methods(model: MemoryModel) -> list[dict[str, str | float]]:
     """Compares with PPO and full DPO as the note does (1.1 and 9.1), in bytes, without activations.
 
     PPO holds policy, value function, reference and reward model, and trains the first two; DPO as published holds
