@@ -45,12 +45,12 @@ BUDGETS = {
     "planning": 1085,
     "artifacts": 1170,
     "reward": 920,
-    "merge": 605,
-    "hub": 830,
+    "merge": 585,
+    "hub": 825,
     "pairs": 1250,
     "report": 1420,
     "quickstart": 460,
-    "cli": 1295,
+    "cli": 1255,
 }
 MAX_PACKAGE_LINES = 23_660
 MAX_FILE_LINES = 400

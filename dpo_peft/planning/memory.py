@@ -175,23 +175,36 @@ class MemoryModel:
 
         Of the first `checkpoint_layers` layers the input alone is kept.
         """
-        saved = self._saved(tokens, self._kept(tokens, keys), checkpoint_layers)
-        return {**self.fixed, "saved_activations": saved, **self._passing(tokens, keys, predicted)}
+        T, S, P, shape, e = tokens, keys, predicted, self.shape, self.element
+        per_logit = e if self.fused else e + HEAD_PLAIN
+        states = 3 * e * P * shape.hidden  # before and after the final norm, and the gradient
+        return {
+            **self.fixed,
+            "saved_activations": self._saved(T, self._kept(T, S), checkpoint_layers),
+            "layer_backward": max(self.phases(T, S).values()),
+            "dequantized_weights": self._scratch,
+            "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
+            # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
+            # angles of positions; log-probs and their gradients.
+            "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
+        }
 
     def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> float:
         """Returns the bytes at the worst moment: all components, but of the head and a layer's backward the larger."""
-        kept = self._kept(tokens, keys)
-        return self._unsaved(tokens, keys, predicted) + self._saved(tokens, kept, checkpoint_layers)
+        parts = self.components(tokens, keys, predicted, checkpoint_layers)
+        head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
+        return sum(parts.values()) - min(head, layer)
 
     def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int:
         """Returns the fewest layers to checkpoint so that the peak is within `limit` bytes; all if none is enough.
 
         Layers that aren't fused are checkpointed all or none, as transformers does it.
         """
-        unsaved, kept = self._unsaved(tokens, keys, predicted), self._kept(tokens, keys)
+        kept = self._kept(tokens, keys)
+        others = self.peak(tokens, keys, predicted, 0) - self._saved(tokens, kept, 0)
 
         def fits(layers: int) -> bool:
-            return unsaved + self._saved(tokens, kept, layers) <= limit
+            return others + self._saved(tokens, kept, layers) <= limit
 
         if not self.fused:
             return 0 if fits(0) else self.layers
@@ -231,27 +244,6 @@ class MemoryModel:
         # A of a group stacked, (R, inputs), and its Bs block by block, (outputs, R).
         sizes = (self._ranks[name] * (inputs + outputs) for name, (inputs, outputs) in self.shape.groups.items())
         return self.element * self.shape.layers * sum(sizes)
-
-    def _unsaved(self, T: float, S: float, P: float) -> float:
-        """Returns the peak but for saved activations."""
-        parts = self._passing(T, S, P)
-        head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
-        return sum(self.fixed.values()) + parts["index_tensors"] + max(layer, head)
-
-    def _passing(self, T: float, S: float, P: float) -> dict[str, float]:
-        """Returns the bytes that a micro-batch takes for a moment, beside what is saved for its backward."""
-        shape, e = self.shape, self.element
-        per_logit = e if self.fused else e + HEAD_PLAIN
-        # Hidden states before and after the final norm, and the gradient.
-        states = 3 * e * P * shape.hidden
-        return {
-            "layer_backward": max(self.phases(T, S).values()),
-            "dequantized_weights": self._scratch,
-            "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
-            # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
-            # angles of positions; log-probs and their gradients.
-            "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
-        }
 
     @cached_property
     def _scratch(self) -> float:

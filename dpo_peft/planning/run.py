@@ -40,7 +40,7 @@ class PlanOptions:
 
 FIELDS = (*fields(DPOConfig), *fields(PlanOptions))
 # Every option that `plan` takes, and its default: of training, of the prediction, and of the model that is trained.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, object] = {
     **{f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS},
     **{"model_name_or_path": "", "model_revision": None, "dtype": "bfloat16", "lora_r": 16, "use_dora": False},
     **dict.fromkeys("lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora".split()),
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     model: MemoryModel
 
 
-def plan(**options: Any) -> Plan:
+def plan(**options: object) -> Plan:
     """Predicts what a run takes of a GPU. Loads no weights and needs no GPU.
 
     Args:
