@@ -268,8 +268,8 @@ def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: st
 def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> CommitInfo:
     """Sends the large files, then commits all of them.
 
-    Every attempt makes its operations anew: a commit whose answer was lost is then seen to be there already, as large
-    files are that arrived. That can't be seen of a pull request, so one is asked for once.
+    A second commit makes its operations anew: if the answer to the first was lost, all is then seen to be there
+    already. That can't be seen of a pull request, so one is asked for once.
     """
     where: dict[str, Any] = {"revision": hub.revision, "create_pr": hub.create_pr}
 
@@ -277,9 +277,12 @@ def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message
         return [CommitOperationAdd(name, upload.files[name]) for name in sorted(names)]
 
     def commit() -> CommitInfo:
-        return hub.api.create_commit(hub.repo_id, operations(), commit_message=message, parent_commit=parent, **where)
+        files = sent.pop() if sent else operations()
+        return hub.api.create_commit(hub.repo_id, files, commit_message=message, parent_commit=parent, **where)
 
-    hub.call("sending the files", lambda: hub.api.preupload_lfs_files(hub.repo_id, operations(), **where))
+    sent = [operations()]  # they know which of them have arrived
+    send = hub.api.preupload_lfs_files
+    hub.call("sending the files", lambda: send(hub.repo_id, sent[0], free_memory=False, **where))
     return hub.call("committing", commit, repeatable=not hub.create_pr)
 
 
