@@ -11,7 +11,7 @@ from ..artifacts.recipe import public
 from ..artifacts.run_files import SaveResults
 from ..errors import OptionError, PublishError
 from .client import Hub
-from .publishing import PublishResult, check_base, own_repository, publish
+from .publishing import PublishResult, publish
 
 if TYPE_CHECKING:
     from ..trainer import DPOTrainer
@@ -61,8 +61,8 @@ class HubPublisher:
             )
         if self.trainer.is_world_process_zero():
             hub = Hub(HfApi(token=token or self.args.hub_token), self.repo_id, repeat="start the run again.")
-            self.trainer.hub_model_id = hub.repo_id = own_repository(hub)
-            check_base(hub, base)
+            self.trainer.hub_model_id = hub.repo_id = hub.own_repository()
+            hub.check_base(base)
 
     def push(
         self, commit_message: str | None = "End of training", blocking: bool = True, **given: Any

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
 from ..artifacts.card import license_fields
 from ..artifacts.card_rules import is_repo_id, read_head
 from ..errors import OptionError, PublishError
-from .client import LOGIN, Hub
+from .client import Hub
 from .upload_files import CARD, CONFIG, Upload, collect
 
 GATES: dict[str, str | bool] = {"auto": "auto", "manual": "manual", "off": False}
@@ -97,11 +96,11 @@ def publish(
     hub = Hub(HfApi(token=token), repo_id, revision, create_pr, attempts, wait, repeat)
     changed, commit, pr_url = set(upload.files), None, None
     if not dry_run:
-        hub.repo_id = own_repository(hub)
+        hub.repo_id = hub.own_repository()
         if hub.repo_id != repo_id:
             upload = collect(Path(folder), hub.repo_id, *contents)  # the card names the repository
-        check_base(hub, upload.base_model)
-        remote = _look(hub)
+        hub.check_base(upload.base_model)
+        remote = hub.look()
         if remote is not None and not overwrite:
             _check_ours(hub, remote, upload)
         hub.call("checking the card", lambda: _validate(upload))
@@ -138,68 +137,7 @@ def _check_options(
         raise OptionError(f"{', '.join(useless)}: no effect on a pull request (create_pr). Leave it out.")
 
 
-# ---- Who, and what is there -----------------------------------------------------------------------------------------
-
-
-def own_repository(hub: Hub) -> str:
-    """Returns the repository's full name, which the token may write to, as far as its account says.
-
-    Raises:
-        OptionError: there is no valid token, it is read-only, or the repository is not its account's.
-        PublishError: the Hub can't be reached.
-    """
-    account = hub.call("asking whose token it is", hub.api.whoami)
-    name, roles = account["name"], {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}
-    repo_id = hub.repo_id if "/" in hub.repo_id else f"{name}/{hub.repo_id}"
-    owner = repo_id.split("/")[0]
-    access = account.get("auth", {}).get("accessToken", {})
-    token = f"The token {access.get('displayName', '')!r}"
-    if access.get("role") == "read":
-        raise OptionError(f"{token} is read-only. {LOGIN}")
-    if hub.create_pr:
-        return repo_id
-    if owner != name and owner not in roles:
-        raise OptionError(
-            f"{repo_id}: {owner} is neither your account nor an organization of yours ({', '.join([name, *roles])}). "
-            "Choose another repo_id, or open a pull request (create_pr)."
-        )
-    if roles.get(owner) == "read":
-        raise OptionError(f"{repo_id}: you may only read in {owner}. Ask for the role of a contributor.")
-    scopes = access.get("fineGrained", {}).get("scoped")  # None: a token that does not say is left to the Hub
-    here = [scope for scope in scopes or [] if scope.get("entity", {}).get("name") in (owner, repo_id)]
-    rights = [right for scope in here for right in scope["permissions"]]
-    if scopes is not None and not any(right.startswith("repo") and right.endswith("write") for right in rights):
-        raise OptionError(f"{token} may not write to {repo_id}. {LOGIN}")
-    return repo_id
-
-
-def check_base(hub: Hub, base: str) -> None:
-    """Checks that others can load the base.
-
-    Raises:
-        OptionError: it is not on the Hub, or not for everybody.
-    """
-    if not hub.call("looking for the base model", lambda: hub.api.repo_exists(base)):
-        raise OptionError(
-            f"The base {base} is not on the Hub, or the token may not see it. Give its Hub id by base_model, or "
-            "publish it first."
-        )
-
-
-def _look(hub: Hub) -> ModelInfo | None:
-    """Returns the repository as it is, on its main branch if it lacks the one to write to; None if there is none."""
-
-    def look() -> ModelInfo | None:
-        try:
-            info = hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
-        except RepositoryNotFoundError:
-            return None
-        except RevisionNotFoundError:
-            return hub.api.model_info(hub.repo_id, files_metadata=True)
-        hub.has_branch = True
-        return info
-
-    return hub.call("looking at the repository", look)
+# ---- What is there --------------------------------------------------------------------------------------------------
 
 
 def _check_ours(hub: Hub, remote: ModelInfo, upload: Upload) -> None:
@@ -260,7 +198,7 @@ def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: st
     if branch is not None and not hub.has_branch:
         hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         remote = None
-    if (now := remote or _look(hub)) is None:
+    if (now := remote or hub.look()) is None:
         raise PublishError(f"{repo_id} was made, but the Hub does not show it. To go on, {hub.repeat}")
     return now
 

@@ -42,10 +42,10 @@ LEFT_OUT = {
     "*": "no part of an adapter; add it by include",
 }
 _BASE = "Give the id of the same model on the Hub: --base_model NAME/MODEL (publish it first if it isn't there)."
-# Folders of this and of other machines. What a model wrote (samples) isn't searched: it may speak of any path.
-_MACHINE_PATH = re.compile(
-    r"(?<![\w.:/])/(?:home|root|Users|mnt|tmp|var|opt|data|work|workspace|scratch)/[\w.+-]+"
-    r"|\b[A-Za-z]:\\{1,2}Users\\{1,2}\w+"
+# Folders of other machines. What a model wrote (samples) isn't searched: it may speak of any path.
+_MACHINE_PATHS = (
+    r"(?<![\w.:/])/(?:home|root|Users|mnt|tmp|var|opt|data|work|workspace|scratch)/[\w.+-]+",
+    r"\b[A-Za-z]:\\{1,2}Users\\{1,2}\w+",
 )
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # no prose
 
@@ -219,13 +219,12 @@ def _include(pattern: str, folder: Path, upload: Upload) -> None:
 
 def _check_paths(upload: Upload, local: Sequence[Path]) -> None:
     """Checks that no file that people read names a folder of this machine, or holds a token of the Hub."""
-    known = sorted(str(path) for path in local if path.is_absolute() and len(path.parts) > 2)
+    known = [re.escape(str(path)) for path in local if path.is_absolute() and len(path.parts) > 2]
+    machine_path = re.compile("|".join([*known, *_MACHINE_PATHS]))
     texts = [name for name in upload.files if name.endswith((".json", ".yaml", ".md", ".txt", ".html"))]
     for name in sorted(set(texts) - {*_VOCABULARY}):
         text = upload.content(name).decode("utf-8", errors="replace")
-        found = [path for path in known if path in text]
-        found += [match[0] for match in _MACHINE_PATH.finditer(text)]
-        if found:
+        if found := machine_path.search(text):
             raise OptionError(f"{name} names a path of a machine ({found[0]}): take it out before publishing.")
         if re.search(r"\bhf_[A-Za-z0-9]{20,}", text):
             raise OptionError(f"{name} holds what looks like a token of the Hub: take it out, and revoke the token.")
