@@ -42,7 +42,7 @@ BUDGETS = {
     "model": 1045,
     "training": 2815,
     "fused": 1775,
-    "planning": 1085,
+    "planning": 1080,
     "artifacts": 1170,
     "reward": 920,
     "merge": 585,
