@@ -42,15 +42,15 @@ BUDGETS = {
     "training": 2055,
     "evaluation": 680,
     "fused": 1775,
-    "planning": 1085,
+    "planning": 1080,
     "artifacts": 1170,
     "reward": 920,
-    "merge": 605,
-    "hub": 830,
+    "merge": 585,
+    "hub": 825,
     "pairs": 1145,
     "report": 1420,
     "quickstart": 460,
-    "cli": 1295,
+    "cli": 1255,
 }
 MAX_PACKAGE_LINES = 23_660
 MAX_FILE_LINES = 400
