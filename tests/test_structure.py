@@ -37,7 +37,7 @@ BUDGETS = {
     "losses": 1080,
     "data": 2770,
     "forward": 1240,
-    "reference": 1920,
+    "reference": 1460,
     "model": 1045,
     "training": 2055,
     "evaluation": 680,

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from ..artifacts.card import is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
 from ..files import write_atomically
-from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, TrainedWith, quantization_options
+from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, quantization_options
 from ..model.adapters import moved_base
 from ..model.loading import load_base
 from ..model.serving import serving_problems
