@@ -90,7 +90,7 @@ class LayerPass:
         with torch.set_grad_enabled(differentiable):
             qkv, x_TH = _NormProject.apply(x_TH, layer.norm, self.qkv, *self.qkv.parameters)
             q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, self.attention.places)
-            attended = self.attention.attend(q, k, v, layer.scaling).flatten(1)
+            attended = self.attention.attend(q, k, v, layer.scaling, layer.window).flatten(1)
         with torch.no_grad():
             residual_TH = self.out.add_to(x_TH, self.out.extend(attended))
             gate_up = self.gate_up.forward(_normed_input(residual_TH, layer.mlp_norm, self.gate_up))
@@ -119,17 +119,14 @@ class _Layer(torch.autograd.Function):
         x_TH, *kept = ctx.saved_tensors
         if kept:
             ctx.layer = None
-            ctx.maybe_clear_saved_tensors()
         else:
             x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
             kept = layer.until_down(x_TH, differentiable=True)
         *attention, residual_TH, gate_up = kept
-        del kept
         grad_gate_up, down_grads = _swiglu_project_backward(grad_TH, gate_up, layer.down)
         grad_TH, gate_up_grads = _norm_project_backward(
             grad_gate_up, residual_TH, layer.layer.mlp_norm, layer.gate_up, grad_TH
         )
-        del gate_up, grad_gate_up, residual_TH
         grad_attended, out_grads = _project_backward(grad_TH, attention[0], layer.out)
         inputs = [x_TH, *layer.qkv.parameters]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
