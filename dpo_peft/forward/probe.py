@@ -10,6 +10,7 @@ Shape suffixes: N predicted tokens.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class ForwardPlan:
     fused: Decoder | None = None  # None: the model's own layers are run
     unfused: str = ""  # why
 
-    @property
+    @cached_property
     def scorer(self) -> str | Decoder:
         """The backend for `completion_logps`."""
         return self.fused or self.backend

@@ -103,9 +103,10 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, keep: bool, *parameters: Tensor) -> Tensor:
         x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
-        *attention, residual_TH, gate_up = layer.until_down(x_TH, differentiable=keep)
-        ctx.save_for_backward(x_TH, *((*attention, residual_TH, gate_up) if keep else ()))
+        kept = layer.until_down(x_TH, differentiable=keep)
+        ctx.save_for_backward(x_TH, *(kept if keep else ()))
         ctx.layer = layer
+        residual_TH, gate_up = kept[2:]
         extended = layer.down.empty_input(gate_up.shape[0], gate_up)
         swiglu(gate_up, extended[:, : layer.down.inputs])
         return layer.down.add_to(residual_TH, layer.down.fill_ranks(extended), in_place=not keep)
@@ -114,7 +115,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TH,), layer = grad_outputs, ctx.layer
-        if layer is None:
+        if layer is None:  # [gate, up] was overwritten by its gradient
             raise RuntimeError("The layer's activations were used up by a first backward pass: run forward again.")
         x_TH, *kept = ctx.saved_tensors
         if kept:
@@ -122,15 +123,27 @@ class _Layer(torch.autograd.Function):
         else:
             x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
             kept = layer.until_down(x_TH, differentiable=True)
-        *attention, residual_TH, gate_up = kept
-        grad_gate_up, down_grads = _swiglu_project_backward(grad_TH, gate_up, layer.down)
-        grad_TH, gate_up_grads = _norm_project_backward(
-            grad_gate_up, residual_TH, layer.layer.mlp_norm, layer.gate_up, grad_TH
-        )
-        grad_attended, out_grads = _project_backward(grad_TH, attention[0], layer.out)
+        attended, x_again_TH, residual_TH, gate_up = kept
+
+        part = layer.down
+        grad_extended = part.backward(grad_TH)
+        grad_TR = grad_extended[:, part.inputs :].clone()
+        swiglu_backward_(gate_up, part.add_ranks(grad_extended))
+        # [gate, up] is its gradient now, and the buffer holds the product in the place of its own.
+        down_grads = part.parameter_grads(part.fill_ranks(grad_extended), grad_TH, grad_TR)
+        del grad_extended  # the widest matrix of the pass
+
+        mlp_norm = layer.layer.mlp_norm
+        grad_TH, gate_up_grads = _norm_project_backward(gate_up, residual_TH, mlp_norm, layer.gate_up, grad_TH)
+
+        part = layer.out
+        grad_extended = part.backward(grad_TH)
+        out_grads = part.parameter_grads(part.extend(attended), grad_TH, grad_extended[:, part.inputs :])
+
         inputs = [x_TH, *layer.qkv.parameters]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(attention, wanted, [grad_attended, grad_TH]) if wanted else ())
+        grads = part.add_ranks(grad_extended), grad_TH
+        found = iter(torch.autograd.grad([attended, x_again_TH], wanted, grads) if wanted else ())
         grad_x_TH, *qkv_grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
         return grad_x_TH, None, None, *qkv_grads, *out_grads, *gate_up_grads, *down_grads
 
@@ -171,23 +184,6 @@ def _norm_project_backward(
     if not to_x:
         return grad_residual_TH, grads
     return rms_norm_backward(x_TH, norm, part.add_ranks(grad_extended), grad_residual_TH), grads
-
-
-def _project_backward(grad_TN: Tensor, x: Tensor, part: ProjectionPass) -> tuple[Tensor, list[Tensor | None]]:
-    grad_extended = part.backward(grad_TN)
-    grads = part.parameter_grads(part.extend(x), grad_TN, grad_extended[:, part.inputs :])
-    return part.add_ranks(grad_extended), grads
-
-
-def _swiglu_project_backward(
-    grad_TH: Tensor, gate_up: Tensor, part: ProjectionPass
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Returns the gradients of P(silu(gate) * up) to [gate, up], which is overwritten by it, and to the adapter."""
-    grad_extended = part.backward(grad_TH)
-    grad_TR = grad_extended[:, part.inputs :].clone()
-    swiglu_backward_(gate_up, part.add_ranks(grad_extended))
-    # The buffer holds the product now, in the place of its gradient.
-    return gate_up, part.parameter_grads(part.fill_ranks(grad_extended), grad_TH, grad_TR)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------

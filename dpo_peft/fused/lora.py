@@ -42,13 +42,11 @@ class Projection:
         self.outputs: list[int] = [base.out_features for base in self.bases]
         most = [max(m.r.values(), default=0) if isinstance(m, LoraLayer) else 0 for m in modules]
         self.rank = -(sum(most) // -_ALIGNMENT) * _ALIGNMENT
-        biases = [getattr(base, "bias", None) for base in self.bases]
         self.bias_N: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            like = self.bases[0].weight
-            zeros = [torch.zeros(n, device=like.device) for n in self.outputs]
-            parts = [zero if bias is None else bias.detach() for bias, zero in zip(biases, zeros, strict=True)]
-            self.bias_N = torch.cat([part.to(next(b.dtype for b in biases if b is not None)) for part in parts])
+        if biases := [base.bias.detach() for base in self.bases if base.bias is not None]:
+            zeros = [biases[0].new_zeros(n) for n in self.outputs]
+            parts = [zero if base.bias is None else base.bias for base, zero in zip(self.bases, zeros, strict=True)]
+            self.bias_N = torch.cat([part.detach().to(biases[0].dtype) for part in parts])
 
     def active(self, only: Sequence[str] | None = None) -> list[tuple[int, Tensor, Tensor, float]]:
         """Index of the layer, A (r, K), B (n, r) and scale of every adapter that is switched on now; where adapters
