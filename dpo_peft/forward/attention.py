@@ -130,7 +130,7 @@ def prefix_shared_attention(
     dropout: float = 0.0,
     prefix_layout: AttentionPlan | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attends as transformers' functions do; registered as `IMPLEMENTATION`.
 

@@ -104,12 +104,12 @@ class PackedBatch:
 
     @cached_property
     def num_samples(self) -> int:
-        """The number of prompts, E."""
+        """Returns the number of prompts, E."""
         return self.rows.shape[0]
 
     @cached_property
     def num_completions(self) -> int:
-        """The number of completions over all samples, C."""
+        """Returns the number of completions over all samples, C."""
         return self.sample_of.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -125,7 +125,7 @@ class PackedBatch:
 def visible(
     segment_q: Tensor, context_q: Tensor, pos_q: Tensor, segment_k: Tensor, pos_k: Tensor, window: int | None = None
 ) -> Tensor:
-    """The mask predicate: True where a query may see a key.
+    """Returns the mask predicate: True where a query may see a key.
 
     A token sees its own segment and its prompt, up to its own position; under a sliding window only keys whose
     position is less than `window` behind. Arguments broadcast against each other; the result is boolean.

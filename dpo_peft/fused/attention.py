@@ -71,7 +71,7 @@ class Tiles(NamedTuple):
 
 
 def padded_head(head: int) -> int:
-    """The power of 2 that the kernels compute with."""
+    """Returns the power of 2 that the kernels compute with."""
     return max(16, 1 << (head - 1).bit_length())
 
 
@@ -97,7 +97,7 @@ def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool
 def plan_tiles(
     segments_S2: np.ndarray, group: int, head: int, device: torch.device | str, launches: Launches | None = None
 ) -> Tiles:
-    """The tiles of a batch.
+    """Cuts a batch into tiles.
 
     Args:
         segments_S2: length of each segment in tokens and index of its context, the prompt's segment (its own index
@@ -153,7 +153,7 @@ class _Spans(NamedTuple):
         return cls(start, end, context, seen_until, int((seen_until - start).max()))
 
     def cut(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every segment in pieces of `size` tokens: segment, start and end of each."""
+        """Cuts every segment into pieces of `size` tokens: segment, start and end of each."""
         pieces = -(-(self.end - self.start) // size)
         segment = np.repeat(np.arange(len(pieces)), pieces)
         within = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -185,7 +185,7 @@ def _longest_first(table: np.ndarray, work: np.ndarray) -> np.ndarray:
 
 
 def shared_attention(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float | None) -> Tensor:
-    """Attention of every token to its prompt and its own segment; (T, A, D), differentiable.
+    """Attends from every token to its prompt and its own segment; (T, A, D), differentiable.
 
     Args:
         q_TAD, k_TGD, v_TGD: may be parts of wider matrices, if the last dimension is contiguous.
@@ -262,7 +262,7 @@ def attend_by_sample(
 
 
 def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> tuple[Tensor, Tensor]:
-    """`shared_attention` without a gradient: out (T, A, D) and lse (G, T, R), float32.
+    """Computes `shared_attention` without a gradient: out (T, A, D) and lse (G, T, R), float32.
 
     `lse` holds the logarithm to base 2 of each row's sum of exponentials.
     """

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
+from transformers import PreTrainedModel
 
 from ..forward.attention import AttentionBackend
 from ..forward.layout import PackedBatch
@@ -58,7 +59,7 @@ class DecoderLayer:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """In the order of `LayerPass`."""
+        """Returns them in the order of `LayerPass`."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
@@ -76,7 +77,7 @@ class LayerPass:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The adapters' float32 masters."""
+        """Returns the adapters' float32 masters."""
         return tuple(p for part in (self.qkv, self.out, self.gate_up, self.down) for p in part.parameters)
 
     def until_down(self, x_TH: Tensor, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +108,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(x_TH, *(kept if keep else ()))
         ctx.layer = layer
         residual_TH, gate_up = kept[2:]
-        extended = layer.down.empty_input(gate_up.shape[0], gate_up)
+        extended = layer.down.empty_input(gate_up)
         swiglu(gate_up, extended[:, : layer.down.inputs])
         return layer.down.add_to(residual_TH, layer.down.fill_ranks(extended), in_place=not keep)
 
@@ -152,7 +153,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _normed_input(x_TH: Tensor, norm: Norm, part: ProjectionPass) -> Tensor:
-    extended = part.empty_input(x_TH.shape[0], x_TH)
+    extended = part.empty_input(x_TH)
     rms_norm(x_TH, norm, extended[:, : part.inputs])
     return part.fill_ranks(extended)
 
@@ -198,7 +199,7 @@ class FusedModel(Decoder):
         backend: of attention.
     """
 
-    def __init__(self, causal_lm: Any, layers: list[DecoderLayer], backend: AttentionBackend):
+    def __init__(self, causal_lm: PreTrainedModel, layers: list[DecoderLayer], backend: AttentionBackend):
         self.backbone = causal_lm.base_model
         self.layers = layers
         self.backend = backend

@@ -137,7 +137,7 @@ def objective(**about: Any) -> Callable[[Loss], Loss]:
 
 
 def find_objective(name: str) -> Objective:
-    """The loss of that name, or your own: `folder/file.py:function` or `package.module:function`.
+    """Returns the loss of that name, or your own: `folder/file.py:function` or `package.module:function`.
 
     Raises:
         OptionError: there is none, or it can't be imported or used.
@@ -152,11 +152,11 @@ def find_objective(name: str) -> Objective:
 
 @lru_cache
 def load_objective(path: str) -> Objective:
-    """A loss from outside by its import path, imported once; see `find_objective`."""
+    """Returns a loss from outside by its import path, imported once; see `find_objective`."""
     loss = load_function(path, "loss_type")
     return getattr(loss, "objective", None) or Objective(loss)
 
 
 def shown_name(name: str) -> str:
-    """A loss's name fit to be published: of a file, the last part of its path."""
+    """Returns a loss's name fit to be published: of a file, the last part of its path."""
     return name if name in REGISTRY else Path(name).name
