@@ -33,7 +33,7 @@ from .attention import Attention, bind
 from .elementwise import (
     Heads,
     Norm,
-    differentiable_rms_norm,
+    RMSNorm,
     queries_keys_values,
     rms_norm,
     rms_norm_backward,
@@ -103,7 +103,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, keep: bool, *parameters: Tensor) -> Tensor:
-        x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
+        if keep:  # here the graph of attention starts
+            x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
         kept = layer.until_down(x_TH, differentiable=keep)
         ctx.save_for_backward(x_TH, *(kept if keep else ()))
         ctx.layer = layer
@@ -226,7 +227,7 @@ class FusedModel(Decoder):
         with torch.autocast(x_TH.device.type, enabled=False):
             cos, sin = self.backbone.rotary_emb(x_TH[None], position_ids=batch.position_ids)
             x_TH = self._decode(x_TH, batch, (cos[0], sin[0]))
-            return differentiable_rms_norm(x_TH.index_select(0, batch.pred_pos), self.norm)
+            return RMSNorm.apply(x_TH.index_select(0, batch.pred_pos), self.norm)
 
     def _decode(self, x_TH: Tensor, batch: PackedBatch, angles: tuple[Tensor, Tensor]) -> Tensor:
         projections = [p for layer in self.layers for p in layer.projections]

@@ -91,7 +91,9 @@ def rms_norm_backward(x_TH: Tensor, norm: Norm, grad_TH: Tensor, residual_TH: Te
     return (result_TH if residual_TH is None else result_TH + residual_TH).to(x_TH.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` with a gradient to its input."""
+
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, norm: Norm) -> Tensor:
         ctx.save_for_backward(x_TH)
@@ -102,11 +104,6 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return rms_norm_backward(ctx.saved_tensors[0], ctx.norm, grad_outputs[0].contiguous()), None
-
-
-def differentiable_rms_norm(x_TH: Tensor, norm: Norm) -> Tensor:
-    """Computes `rms_norm` with a gradient to its input."""
-    return _RMSNorm.apply(x_TH, norm)
 
 
 # ---- Rotary positions (Su et al. 2021), with the norm of Qwen 3's heads ---------------------------------------------
