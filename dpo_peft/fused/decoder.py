@@ -105,10 +105,10 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, keep: bool, *parameters: Tensor) -> Tensor:
         if keep:  # here the graph of attention starts
             x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
-        kept = layer.until_down(x_TH, differentiable=keep)
-        ctx.save_for_backward(x_TH, *(kept if keep else ()))
+        *attention, residual_TH, gate_up = layer.until_down(x_TH, differentiable=keep)
+        ctx.save_for_backward(x_TH, *([*attention, residual_TH, gate_up] if keep else ()))
+        del attention  # a layer that doesn't keep it has the room
         ctx.layer = layer
-        residual_TH, gate_up = kept[2:]
         extended = layer.down.empty_input(gate_up)
         swiglu(gate_up, extended[:, : layer.down.inputs])
         return layer.down.add_to(residual_TH, layer.down.fill_ranks(extended), in_place=not keep)
