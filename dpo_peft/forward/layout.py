@@ -94,7 +94,7 @@ class PackedBatch:
     max_k: int = 0  # longest [prompt; own tokens]
     num_own: int = 0  # completions that are not mismatched
     segments: Sequence[tuple[int, int]] | None = None  # (S,) length, and index of the segment that is its context
-    keys: Sequence[bytes] | None = None  # (C,) from `content_keys`
+    keys: Any = None  # (C,) bytes, from `content_keys`
     samples: Samples | None = None  # what was laid out, on the host
 
     @cached_property
@@ -114,8 +114,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Returns the same batch on `device`."""
-        kept = self.as_dict().items()
-        return replace(self, **{n: x.to(device, non_blocking=True) for n, x in kept if isinstance(x, Tensor)})
+        tensors = {name: value for name, value in self.as_dict().items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return replace(self, **moved)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields that are not empty by their names, as a collator does."""

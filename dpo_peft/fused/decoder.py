@@ -235,7 +235,8 @@ class FusedModel(Decoder):
         attention = bind(self.backend, batch, {layer.window for layer in self.layers})
         checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else len(self.layers)
         for i, layer in enumerate(self.layers):
-            one = LayerPass(layer, *parts[4 * i : 4 * i + 4], attention[layer.window], angles)
+            qkv, out, gate_up, down = parts[4 * i : 4 * i + 4]
+            one = LayerPass(layer, qkv, out, gate_up, down, attention[layer.window], angles)
             # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
             offload = self.offload and i < checkpointed
             with save_on_cpu(pin_memory=x_TH.is_cuda) if offload else nullcontext():
