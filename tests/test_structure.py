@@ -17,14 +17,14 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors moved wings losses forward data files distributed objective config_checks config reference "
+    "errors imports moved wings losses forward data files distributed objective config_checks config reference "
     "model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
-ONLY = {"losses": {"errors"}, "forward": {"errors", "wings"}}
+ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
@@ -32,17 +32,18 @@ BUDGETS = {
     "trainer": 385,
     "config": 270,
     "config_checks": 280,
-    "objective": 440,
+    "objective": 240,
     "distributed": 275,
-    "losses": 1080,
+    "losses": 1040,
     "data": 2770,
-    "forward": 1240,
+    "forward": 1225,
     "reference": 1460,
     "model": 1045,
     "training": 2055,
     "evaluation": 680,
-    "fused": 1775,
+    "fused": 1760,
     "planning": 1080,
+    "kinds": 225,
     "artifacts": 1170,
     "reward": 920,
     "merge": 585,
