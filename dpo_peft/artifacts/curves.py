@@ -55,12 +55,12 @@ class Panel:
     in_picture: bool = True
 
 
-def _panels() -> tuple[Panel, ...]:
-    content = yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text("utf-8"))
-    return tuple(Panel(**{**panel, "curves": tuple(Curve(**c) for c in panel["curves"])}) for panel in content)
+def _panel(curves: list[dict[str, Any]], limits: Sequence[float] = (), **options: Any) -> Panel:
+    low_and_high = (limits[0], limits[1]) if limits else None
+    return Panel(curves=tuple(Curve(**curve) for curve in curves), limits=low_and_high, **options)
 
 
-PANELS = _panels()
+PANELS = [_panel(**panel) for panel in yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text("utf-8"))]
 Series = list[tuple[float, float]]  # (step, value) by step; a value may be NaN or infinite
 Metrics = dict[str, dict[str, Series]]  # metric -> source -> values, see `metric_series`
 

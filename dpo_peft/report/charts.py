@@ -46,8 +46,7 @@ class Trace:
         points: marks instead of a line.
         shape: of the marks, a place in `MARKERS`.
         filled: bars instead of an outline.
-        named: it stands in the chart's own legend.
-        group: traces of one group are brought out together.
+        group: of a comparison: traces of one group are brought out together, and named above all charts.
     """
 
     label: str
@@ -57,7 +56,6 @@ class Trace:
     points: bool = False
     shape: int = 0
     filled: bool = False
-    named: bool = True
     group: str = ""
 
     @property
@@ -247,7 +245,8 @@ def curve_chart(
     warned = [(step, name) for step, name in warned if chart.x[0] <= step <= chart.x[1]]
     chart.marks([(step, top) for step, _ in warned], "v", "mark", [name for _, name in warned])
     chart.heads, chart.rows = ["step", *(trace.label for trace in traces)], _rows(traces, steps)
-    named = [trace for trace in traces if trace.named]
+    lines = {(trace.color, trace.dash) for trace in traces if not trace.points}
+    named = [t for t in traces if not t.group and (not t.points or (t.color, t.dash) not in lines)]
     chart.legend = named if len(named) > 1 else []
     if thinned:
         chart.notes = [f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."]

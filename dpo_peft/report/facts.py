@@ -12,7 +12,6 @@ from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson, 
 from .runs import Json, Run
 
 OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
-Table = tuple[list[str], list[list[str]]]  # heads and rows
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -28,7 +27,7 @@ def figures_at_end(run: Run) -> Json:
     - pairs: pairs that the accuracy is of; interval: 95 % interval of the accuracy, if the pairs are known.
     - balanced: the mean accuracy of "the better completion is longer" and "is shorter".
     """
-    source = next((s for series in run.metrics.values() for s in series if s != "train"), "train")
+    source = next((source for source in run.sources if source != "train"), "train")
     last = {metric: series[source][-1][1] for metric, series in run.metrics.items() if source in series}
     last = {metric: value for metric, value in last.items() if math.isfinite(value)}
     evaluated = run.evaluations.get(source, {})
@@ -82,17 +81,6 @@ def duration(seconds: float) -> str:
 def source_name(source: str) -> str:
     """Returns a source as a reader should see it."""
     return {"train": "training", "eval": "evaluation"}.get(source) or f"evaluation on {source.removeprefix('eval_')}"
-
-
-def figure_table(run: Run) -> Table:
-    """Returns every metric, first and last, of training and of each evaluation set."""
-    sources = sorted({s: None for series in run.metrics.values() for s in series}, key=lambda s: s != "train")
-    heads = ["metric", *(f"{source_name(source)}, {end}" for source in sources for end in ("first", "last"))]
-    rows = []
-    for metric, series in run.metrics.items():
-        ends = [number(series[source][i][1]) if source in series else "" for source in sources for i in (0, -1)]
-        rows.append([metric, *ends])
-    return heads, rows
 
 
 # ---- Length ---------------------------------------------------------------------------------------------------------
@@ -163,8 +151,8 @@ def settings(run: Run) -> dict[str, dict[str, str]]:
     return {heading: group for heading, group in cleaned.items() if group}
 
 
-def data_table(run: Run) -> Table:
-    """Returns what became of each dataset's rows. Counts that are 0 everywhere are left out."""
+def data_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and rows of what became of each dataset's rows. Counts that are 0 everywhere are left out."""
     data = {name: report for name, report in run.facts.get("data", {}).items() if isinstance(report, dict)}
     rows = []
     for key in dict.fromkeys(key for report in data.values() for key in report):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from ..errors import OptionError
 from ..files import write_atomically
 from .charts import MOST_TRACES
-from .facts import data_table, duration, figure_table, figures_at_end, number, plain, settings, source_name
+from .facts import data_table, duration, figures_at_end, number, plain, settings, source_name
 from .runs import read_runs
 from .samples import TEXT_CHARACTERS
 from .views import page_of
@@ -70,13 +70,14 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
 def _render(**context: object) -> bytes:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
+        extensions=["jinja2.ext.do"],
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for tool in (number, plain, duration, source_name, settings, data_table, figure_table):
+    for tool in (number, plain, duration, source_name, settings, data_table):
         environment.filters[tool.__name__] = tool
     style, script = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = (

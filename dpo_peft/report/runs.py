@@ -57,6 +57,11 @@ class Run:
         sets = {name for name in self.facts.get("data", {}) if name.startswith("eval_")}
         return metric_series(self.log, sets | {row["dataset"] for row in self.examples})
 
+    @property
+    def sources(self) -> list[str]:
+        """Returns where metrics come from: training first, then evaluation sets in the order of the log."""
+        return sorted(dict.fromkeys(s for series in self.metrics.values() for s in series), key=lambda s: s != "train")
+
     @cached_property
     def evaluations(self) -> dict[str, dict[int, list[Json]]]:
         """Returns the pairs by evaluation set and step, in the order of the file."""
