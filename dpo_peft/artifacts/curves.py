@@ -116,12 +116,13 @@ def metric_series(log_history: Sequence[Mapping[str, float | None]], sets: Itera
     """
     found: dict[str, dict[str, dict[float, float]]] = {}
     for entry in log_history:
-        for key, value in entry.items() if _is_number(entry.get("step")) else ():
+        step = entry.get("step")
+        for key, value in entry.items():
             source, metric = source_of(key, sets)
             shown = metric == "learning_rate" or not BOOKKEEPING.match(metric)
-            if shown and (value is None or _is_number(value)):
+            if shown and _is_number(step) and (value is None or _is_number(value)):
                 values = found.setdefault(metric, {}).setdefault(source, {})
-                values[float(entry["step"])] = math.nan if value is None else float(value)
+                values[float(step)] = math.nan if value is None else float(value)
     return {
         metric: {source: sorted(by[source].items()) for source in sorted(by, key=lambda source: source != "train")}
         for metric, by in found.items()
