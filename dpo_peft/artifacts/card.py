@@ -133,8 +133,7 @@ class Figures(TypedDict):
 
 
 def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
-    """Returns an adapter's options as a reader should see them, of the fields of a `LoraConfig`, as in
-    adapter_config.json. What is off is left out."""
+    """Returns the options of a `LoraConfig` (its fields) as a reader should see them; what is off is left out."""
     facts = {shown: config.get(name) for name, shown in ADAPTER_OPTIONS.items()}
     facts = {name: sorted(value) if isinstance(value, list | set) else value for name, value in facts.items()}
     return {name: value for name, value in facts.items() if value not in (None, False) or name == "dropout"}
