@@ -68,7 +68,7 @@ class Trace:
 
 
 class Chart:
-    """A chart as the page's template reads it, and its `axes` while it is drawn.
+    """Draws a chart on its `axes`, and holds it as the page's template reads it.
 
     Args:
         key: begins the ids of the chart's elements; unique on the page.

@@ -1,4 +1,4 @@
-"""What a report says in tables: figures, accuracy by length, options and where they differ. Plain data, no drawing."""
+"""Works out what a report says in tables: figures, accuracy by length, options and where they differ."""
 
 import math
 import os
@@ -102,10 +102,9 @@ def length_check(examples: Sequence[Json]) -> LengthCheck:
     length, margin = np.array([longer_by(row) for row in finite]), np.array([margin_of(row) for row in finite])
     rows = []
     for name, part in {"shorter": length < 0, "as long": length == 0, "longer": length > 0}.items():
-        accuracy = f"{np.mean([win(m) for m in margin[part]]):.3f}" if part.any() else ""
-        rows.append(
-            [f"chosen is {name}", f"{part.sum():,}", accuracy, number(margin[part].mean()) if accuracy else ""]
-        )
+        won = [win(difference) for difference in margin[part]]
+        means = [f"{np.mean(won):.3f}", number(margin[part].mean())] if won else ["", ""]
+        rows.append([f"chosen is {name}", f"{len(won):,}", *means])
     varied = len(finite) > 1 and length.std() > 0 and margin.std() > 0
     correlation = float(np.corrcoef(length, margin)[0, 1]) if varied else math.nan
     pairs = [[(row[f"{of}_chosen"], row[f"{of}_rejected"]) for of in ("reward", "tokens")] for row in finite]

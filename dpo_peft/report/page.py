@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs nothing beside itself: curves, margins, samples, options; or several compared.
+"""Writes runs as one HTML page that needs nothing beside itself: curves, margins, samples, options; several compared.
 
 The page is the same bytes for the same runs. Its policy (Content-Security-Policy) lets nothing be loaded and nothing
 run but its own style and script, which are named by their hashes; every text of a run is escaped.

@@ -1,4 +1,4 @@
-"""A run's output folder, read for its report. What is missing is said; only a damaged file is an error."""
+"""Reads a run's output folder for its report. What is missing is said; only a damaged file is an error."""
 
 import json
 import math
@@ -21,7 +21,7 @@ ROW_FIELDS: dict[str, dict[str, type]] = {
 
 
 class Run:
-    """The output folder of a run, finished or not, as far as it could be read.
+    """Reads the output folder of a run, finished or not, and holds what is known of the run.
 
     Args:
         folder: has `metrics.json`, or checkpoints with `trainer_state.json` if the run isn't finished.

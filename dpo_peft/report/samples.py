@@ -1,4 +1,4 @@
-"""The samples of a report: completions of the same prompts before, during and after training, or of several runs.
+"""Chooses the samples of a report: completions of prompts before, during and after training, or of several runs.
 
 A page holds a bounded number of characters. What doesn't fit is left out in whole prompts or whole steps, and counted.
 """
@@ -18,7 +18,7 @@ Side = tuple[str, Json]  # a sample under its name
 
 
 class SampleCard(NamedTuple):
-    """One prompt: `sides` stand beside each other, `between` is folded."""
+    """Holds one prompt: `sides` stand beside each other, `between` is folded."""
 
     prompt: str
     sides: list[Side]

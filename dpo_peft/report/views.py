@@ -1,4 +1,4 @@
-"""What the page of a report shows: the template's variables, of one run or of several in comparison."""
+"""Chooses what the page of a report shows: the template's variables, of one run or of several in comparison."""
 
 import math
 from collections.abc import Sequence
