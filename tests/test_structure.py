@@ -48,7 +48,7 @@ BUDGETS = {
     "merge": 605,
     "hub": 830,
     "pairs": 1250,
-    "report": 1105,
+    "report": 1100,
     "quickstart": 460,
     "cli": 1295,
 }
