@@ -11,16 +11,8 @@ from .formats import ASSISTANT, HUMAN
 
 Message = dict[str, str]
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
-
+OURS = {role: role for role in ("user", "assistant", "system", "tool")}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", **OURS}
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 TULU_PREFERENCES = {
     "a-is-better": 1.0,

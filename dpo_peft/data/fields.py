@@ -112,22 +112,16 @@ def read_grades(row: Row, count: int) -> list[float]:
     return [0.0 - grade for grade in grades] if column == "ranks" else grades
 
 
-def read_messages(row: Row, column: str) -> Messages:
-    """Returns messages as fresh dicts without None-valued keys; may be an empty list."""
+def read_messages(row: Row, column: str, least: int = 0) -> Messages:
+    """Returns messages as fresh dicts without None-valued keys."""
     value, remedy = _get(row, column), 'store [{"role": …, "content": …}, …]'
     if isinstance(value, Mapping):
         found = f"expected a list of messages, found one dict with the keys {sorted(value)}"
         raise RowProblem(column, found, f"{remedy} (a datasets.List of a dict, not a Sequence)")
     messages = _expect(value, list, column, "a list of messages", remedy)
-    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
-
-
-def read_conversation(row: Row, column: str) -> Messages:
-    """Returns messages, at least one."""
-    messages = read_messages(row, column)
-    if not messages:
+    if len(messages) < least:
         raise RowProblem(column, "is an empty conversation", "give at least one message, or remove the row")
-    return messages
+    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
 
 
 def _read_message(message: object, where: str) -> Message:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError, OptionError
-from .fields import Row, RowProblem, read_entries, read_text
+from .fields import Row
 
 # What the judgments of a row suit: the kinds of data that objectives learn from. The first is what it is scored as.
 SUITS = {
@@ -206,7 +206,14 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     have, data = set(columns), wanted.data
     _refuse_raw_formats(name, have, first)
     given, judged = find_completions(have, first, data == "lists")
-    if data not in SUITS[judged]:
+    if data == "lists" and given[0].startswith("completions"):
+        if len(have.intersection(GRADE_COLUMNS)) != 1:
+            found = "there is neither" if judged == "unlabelled" else "both are there"
+            raise DataError(
+                f"{name}: {given[0]!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and "
+                f"{found}. Add or remove a column, e.g. dataset.remove_columns('ranks')."
+            )
+    elif data not in SUITS[judged]:
         _refuse_unsuited(name, have, given, judged, data)
     for column in LABEL_COLUMNS:
         if column in have and (wanted.graded or column not in wanted.label_columns):
@@ -214,14 +221,14 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
                 f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
                 f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
             )
-    if judged == "ranked" and set(GRADE_COLUMNS) <= have:
-        _refuse_grades(name, given[0], "both are there")
     judged = "unlabelled" if data == "unlabelled" else judged
     ids = given[0].endswith("_ids")
     _need(name, have, ("prompt_ids", *given) if ids else given, data)
     if ids or given == ("messages",):
         return Layout("ids" if ids else "chat_implicit", given, judged)
-    prompt = _detect_prompt(name, have, first, _one_each(name, first, given, wanted), judged)
+    prompt = _detect_prompt(
+        name, have, first, _one_each(first, given, wanted.graded), judged in ("label", "unlabelled")
+    )
     if prompt == "transcript" and data == "trajectories":
         raise DataError(
             f"{name}: raw HH transcripts hold their turns as one text. Convert them first: "
@@ -248,8 +255,6 @@ def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
 def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:
     """Says what the rows are for, as they are not for `data`."""
     if given[0].startswith("completions"):
-        if data == "lists":
-            _refuse_grades(name, given[0], "there is neither")
         needs = f"{given[0]!r} (ranked or scored lists) needs {LISTS}"
     elif judged == "several":
         needs = f"{given[1]!r} as a list of answers needs {LISTS}"
@@ -264,13 +269,6 @@ def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: 
     raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
 
 
-def _refuse_grades(name: str, column: str, found: str) -> None:
-    raise DataError(
-        f"{name}: {column!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and {found}. "
-        "Add or remove a column, e.g. dataset.remove_columns('ranks')."
-    )
-
-
 def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None:
     missing = [column for column in wanted if column not in have]
     if missing:
@@ -280,41 +278,31 @@ def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None
         )
 
 
-def _one_each(name: str, first: Row, given: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
-    """Returns one completion of the first row for each column that holds some."""
-    try:
-        found = {column: first.get(column) for column in given}
-        if given == ("completions",):
-            unlabelled = (
-                wanted.data == "unlabelled"
-            )  # such a row may well have none; then the prompt says what they are
-            entries = read_entries(
-                {"completions": found["completions"] or []} if unlabelled else found,
-                "completions",
-                least=not unlabelled,
-            )
-            found["completions"] = next(iter(entries.values()), first.get("prompt"))
-        if wanted.graded and len(given) == 2 and is_several(found["rejected"], kind_of(found["chosen"])):
-            found["rejected"] = found["rejected"][0] if found["rejected"] else found["chosen"]
-        for column, value in found.items():
-            if not isinstance(value, list):
-                read_text(found, column)  # says what is odd
-    except RowProblem as problem:
-        raise problem.located(name, 0) from None
+def _one_each(first: Row, given: tuple[str, ...], graded: bool) -> dict[str, Any]:
+    """Returns one completion of the first row for each column that holds some; None where there is none."""
+    found = {column: first.get(column) for column in given}
+    for column, value in found.items():
+        several = (
+            column == "completions" or graded and column == "rejected" and is_several(value, kind_of(found[given[0]]))
+        )
+        if several:
+            found[column] = value[0] if isinstance(value, list) and value else None
     return found
 
 
-def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any], judged: str) -> str:
-    """Returns how the rows give their prompt; `found` holds one completion by column."""
-    kinds, columns = [kind_of(value) for value in found.values()], " and ".join(map(repr, found))
+def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any], alone: bool) -> str:
+    """Returns how the rows give their prompt; `found` holds one completion by column. Odd ones are left to the reader.
+
+    `alone`: completions stand on their own, so there is nothing that shows where their prompt ends.
+    """
     prompt = kind_of(first.get("prompt")) if "prompt" in have else None
-    alone = judged in ("label", "unlabelled")
-    if len(set(kinds)) > 1:
+    kinds, columns = [kind_of(value) for value in found.values()], " and ".join(map(repr, found))
+    if {"text", "list"} <= set(kinds):
         raise DataError(
             f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
             "messages."
         )
-    if kinds[0] == "text":
+    if "list" not in kinds and not (prompt == "list" and "text" not in kinds):
         if prompt == "list":
             raise DataError(
                 f"{name}: 'prompt' is a list of messages but {columns} hold text. Make the answers "
@@ -331,18 +319,18 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any],
             raise DataError(
                 f"{name}: no 'prompt' column. Add it: one answer alone doesn't show where its prompt ends."
             )
-        return "transcript" if all(text.startswith(HUMAN) for text in found.values()) else "text_implicit"
+        return "transcript" if all(str(text).startswith(HUMAN) for text in found.values()) else "text_implicit"
     if prompt == "list":
         return "chat"
     # Some public sets repeat the question as text beside two whole conversations.
-    opening = next(iter(next(iter(found.values()))), None)
-    whole = isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES
+    turns = next(turns for turns in found.values() if isinstance(turns, list))
+    whole = bool(turns) and isinstance(turns[0], Mapping) and turns[0].get("role") in ASKING_ROLES
     if not alone and (prompt is None or whole):
         return "chat_implicit"
     shown = f"'prompt' is {prompt}" if prompt else "there is no 'prompt'"
     raise DataError(
-        f"{name}: {shown} but {columns} hold lists of messages. "
-        'Make the prompt a list of messages too: [{"role": "user", "content": text}].'
+        f"{name}: {shown} but {columns} hold lists of messages. Make the prompt a list of messages too: "
+        '[{"role": "user", "content": text}].'
     )
 
 

@@ -13,7 +13,6 @@ from .fields import (
     Messages,
     Row,
     RowProblem,
-    read_conversation,
     read_entries,
     read_grades,
     read_ids,
@@ -76,19 +75,29 @@ def read_prompt(row: Row, as_chat: bool = False) -> Example:
 
     Raises `RowProblem` when it is malformed. With `as_chat` a prompt that is text becomes a user's message.
     """
-    none = Example("text", "", [], ())
+    given = Example("text", "", [], ())
     if isinstance(row.get("prompt"), list):
-        return _chat(row, none, read_conversation(row, "prompt"), [])
-    text = read_text(row, "prompt")
-    return _chat(row, none, [{"role": "user", "content": text}], []) if as_chat else replace(none, prompt=text)
+        prompt = read_messages(row, "prompt", least=1)
+    else:
+        text = read_text(row, "prompt")
+        if not as_chat:
+            return replace(given, prompt=text)
+        prompt = [{"role": "user", "content": text}]
+    return _chat(row, given, prompt, [], prompt[-1]["role"] == "assistant")
 
 
 def read_completion(entries: Row, field: str, kind: str, vocab_size: int) -> Any:
     """Reads a completion in the form that goes with its prompt. After messages, a text is a turn of the model."""
     if kind == "chat" and isinstance(entries[field], str):
         return [{"role": "assistant", "content": read_text(entries, field)}]
-    read: Any = {"text": read_text, "chat": read_messages, "ids": partial(read_ids, vocab_size=vocab_size)}
-    return read[kind](entries, field)
+    return _read_value(entries, field, kind, vocab_size)
+
+
+def _read_value(row: Row, field: str, kind: str, vocab_size: int, least: int = 0) -> Any:
+    """Reads a text, token ids, or at least so many messages."""
+    if kind == "chat":
+        return read_messages(row, field, least)
+    return read_text(row, field) if kind == "text" else read_ids(row, field, vocab_size)
 
 
 def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> Example:
@@ -111,8 +120,8 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> E
             worse = read_entries(row, others[0])
             entries = {**row, **worse}
         grades = {first: 1.0, **dict.fromkeys(worse, 0.0)}
-    read: Any = {"text": read_text, "chat": read_messages, "ids": partial(read_ids, vocab_size=vocab_size)}
-    completions = [read[layout.kind](entries, field) for field in grades]
+    least = int(layout.implicit and first != "messages")
+    completions = [_read_value(entries, field, layout.kind, vocab_size, least) for field in grades]
     judged = data in ("lists", "singles")
     return Example(layout.kind, None, completions, tuple(grades), list(grades.values()) if judged else None)
 
@@ -135,7 +144,7 @@ def _add_prompt(row: Row, layout: Layout, given: Example, vocab_size: int, data:
     elif layout.implicit:
         prompt, completions = _cut_conversations(given)
     else:
-        prompt, completions = read_conversation(row, "prompt"), given.completions
+        prompt, completions = read_messages(row, "prompt", least=1), given.completions
     if data == "trajectories":
         return _trajectories(row, given, prompt, completions, layout.implicit)
     if layout.implicit and len(completions) > 1:
@@ -193,9 +202,6 @@ def _cut_transcripts(given: Example) -> Parsed:
 
 def _cut_conversations(given: Example) -> tuple[Messages, list[Messages]]:
     """Cuts behind the common start of whole conversations, but leaves each at least its last message."""
-    for field, messages in zip(given.fields, given.completions, strict=True):
-        if not messages:
-            raise RowProblem(field, "is an empty conversation", "remove the row")
     cut = min(common_start(given.completions), *(len(messages) - 1 for messages in given.completions))
     return given.completions[0][:cut], [messages[cut:] for messages in given.completions]
 
@@ -233,38 +239,24 @@ def _trajectories(row: Row, given: Example, prompt: Messages, completions: list[
     return _chat(row, given, prompt, completions, opens and any(t[0]["role"] == "assistant" for t in completions))
 
 
-def _chat(
-    row: Row, given: Example, prompt: Messages, completions: list[Messages], continues: bool | None = None
-) -> Example:
-    """Returns an example of messages, with the tools and template arguments of the row.
-
-    `continues` None: there are no completions yet, and they would continue an assistant's turn.
-    """
-    if continues is None:
-        continues = prompt[-1]["role"] == "assistant"
-    elif continues and not all(
-        isinstance(one.get("content"), str) and one["role"] == "assistant"
-        for one in [prompt[-1], *(turns[0] for turns in completions)]
-    ):
+def _chat(row: Row, given: Example, prompt: Messages, completions: list[Messages], continues: bool) -> Example:
+    """Returns an example of messages, with the tools and template arguments of the row."""
+    joined = [prompt[-1], *(turns[0] for turns in completions)] if continues and completions else []
+    if not all(isinstance(message.get("content"), str) and message["role"] == "assistant" for message in joined):
         raise RowProblem(
             "prompt",
             "ends with an assistant turn, so the answers go on with it; that needs plain text on both sides",
             "end the prompt with the user's turn, or make the last and the first content plain text",
         )
-    tools, template_kwargs = read_tools(row), read_template_kwargs(row)
-    return Example("chat", prompt, completions, given.fields, given.grades, tools, template_kwargs, continues)
+    chat = read_tools(row), read_template_kwargs(row)
+    return Example("chat", prompt, completions, given.fields, given.grades, *chat, continues)
 
 
 def _is_one_answer(messages: Messages) -> bool:
     """Says whether these are one assistant turn, or several with tool results between them."""
     roles = [message["role"] for message in messages]
     twice = any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False))
-    return roles[0] != "tool" and not twice and not count_turns(messages, ASKING_ROLES)
-
-
-def count_turns(messages: Messages, roles: tuple[str, ...]) -> int:
-    """Counts the messages with one of these roles."""
-    return sum(message["role"] in roles for message in messages)
+    return roles[0] != "tool" and not twice and not set(roles).intersection(ASKING_ROLES)
 
 
 def _says_nothing(turns: Messages) -> bool:

@@ -12,7 +12,7 @@ from .chat import Chat, turn_kind
 from .encode import Encoder
 from .fields import Row, RowProblem, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
-from .parse import Parsed, count_turns
+from .parse import Parsed
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
@@ -23,7 +23,7 @@ from .summary import (
     SAME_TEXT,
 )
 from .tokenize import Encoded
-from .trajectories import GIVEN, encode_trajectories, one_turn_each, unscore_first
+from .trajectories import GIVEN, encode_trajectories, one_turn_each
 from .truncate import Fitted, all_same, fit
 
 COUNTERS = (
@@ -169,7 +169,9 @@ class RowWorker:
             return fitted
         if graded_apart(fitted.completion_ids, grades):
             return IDENTICAL_AFTER
-        steps = unscore_first(fitted.prompt_ids, fitted.steps)
+        steps = fitted.steps
+        if not fitted.prompt_ids:  # nothing predicts the first token
+            steps = [[GIVEN, *values[1:]] for values in steps]
         if any(set(values) <= {GIVEN} for values in steps):
             return NOTHING_SCORED
         return replace(fitted, steps=steps), encoded.resplits
@@ -205,10 +207,8 @@ class RowWorker:
 
 def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """Returns the rows of a batch of columns."""
-    columns = list(batch)
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*(batch[column] for column in columns), strict=True)
-    ]
+    columns = {column: batch[column] for column in batch}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) -> bool:
@@ -221,9 +221,8 @@ def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) ->
 
 def _foreign_turns(example: Example) -> int:
     """Counts the completions that hold turns that the model does not write."""
-    if example.kind != "chat":
-        return 0
-    return sum(count_turns(messages, (*ASKING_ROLES, "tool")) > 0 for messages in example.completions)
+    conversations = example.completions if example.kind == "chat" else []
+    return sum(any(turn["role"] in (*ASKING_ROLES, "tool") for turn in turns) for turns in conversations)
 
 
 def _shape(example: Example) -> str:
