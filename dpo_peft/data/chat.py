@@ -32,7 +32,7 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
         self.tokenizer, self.example = tokenizer, example
         # The template's argument that renders a prompt up to where the model starts to write.
-        self.opens = {"continue_final_message" if example.continues else "add_generation_prompt": True}
+        self.opens: dict[str, Any] = {"continue_final_message" if example.continues else "add_generation_prompt": True}
 
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""

@@ -27,7 +27,7 @@ class PreferenceCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prepared rows to `PackedBatch` fields, on the CPU."""
+        """Turns prepared rows into `PackedBatch` fields, on the CPU."""
         samples = [_sample(row) for row in rows]
         return (pack(samples) if self.shared else pad_rows(samples, self.pad_token_id)).as_dict()
 
@@ -42,7 +42,7 @@ class KeyedCollator:
         self.collate = collate
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prepared rows to `PackedBatch` fields, with `keys`."""
+        """Turns prepared rows into `PackedBatch` fields, with `keys`."""
         batch = self.collate(rows)
         return {**batch, "keys": content_keys(PackedBatch(**batch))}
 
@@ -71,7 +71,7 @@ class KeepRows:
     """The collator that leaves rows as they are, where an optimizer batch is laid out as a whole."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prepared rows to `{"kept": ...}`."""
+        """Returns the rows as `{"kept": ...}`."""
         return {"kept": Rows(list(rows))}
 
 

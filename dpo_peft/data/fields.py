@@ -36,13 +36,12 @@ class RowProblem(Exception):
 def read_text(row: Row, column: str) -> str:
     """Returns text that can be encoded as UTF-8; may be empty."""
     value = _get(row, column)
-    if isinstance(value, Mapping) and "value" in value:
+    if not isinstance(value, str):
+        sharegpt = isinstance(value, Mapping) and "value" in value
         remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
-    else:
-        remedy = "store the answer as text, or remove the row"
-    text: str = _expect(value, str, column, "text", remedy)
-    _check_utf8(text, column)
-    return text
+        _expect(value, str, column, "text", remedy if sharegpt else "store the answer as text, or remove the row")
+    _check_utf8(value, column)
+    return str(value)
 
 
 def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
@@ -115,7 +114,7 @@ def read_grades(row: Row, count: int) -> list[float]:
 def read_messages(row: Row, column: str, least: int = 0) -> Messages:
     """Returns messages as fresh dicts without None-valued keys."""
     value, remedy = _get(row, column), 'store [{"role": …, "content": …}, …]'
-    if isinstance(value, Mapping):
+    if type(value) is not list and isinstance(value, Mapping):
         found = f"expected a list of messages, found one dict with the keys {sorted(value)}"
         raise RowProblem(column, found, f"{remedy} (a datasets.List of a dict, not a Sequence)")
     messages = _expect(value, list, column, "a list of messages", remedy)

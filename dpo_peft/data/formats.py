@@ -25,6 +25,7 @@ With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `co
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import DataError, OptionError
@@ -156,15 +157,17 @@ class Layout:
     columns: tuple[str, ...]  # that hold completions
     judged: str = "pair"
 
-    @property
+    @cached_property
     def name(self) -> str:
+        """Returns what the summary calls it."""
         return self.prompt if self.judged in ("pair", "several") else f"{self.prompt}_{self.judged}"
 
-    @property
+    @cached_property
     def kind(self) -> str:
+        """Returns what its examples hold: "text", "chat" or "ids"."""
         return self.prompt.partition("_")[0].replace("transcript", "text")
 
-    @property
+    @cached_property
     def implicit(self) -> bool:
         """Says whether the prompt is the start of the completions, not a column."""
         return self.prompt not in ("text", "chat", "ids")
@@ -248,7 +251,7 @@ def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
     ready = have & {"chosen", "completions", "completion", "messages"}  # converters leave the raw columns beside these
     for columns, what, convert in RAW_FORMATS:
         converted = "prompt" in have if "conversations" in columns else ready  # the raw one has `chosen`, too
-        if columns <= have and not converted and ("output" not in columns or isinstance(first["output"], list)):
+        if columns <= have and not converted and ("output" not in columns or isinstance(first.get("output"), list)):
             raise DataError(f"{name}: {what}. Convert them first: {convert}, or dataset_format on the command line.")
 
 

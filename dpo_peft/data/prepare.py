@@ -9,6 +9,7 @@ counted from these records. A stream does both row by row, as it is read.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -98,7 +99,7 @@ def prepare_dataset(
     worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, StreamWorker(worker, summary, max_share), columns), summary
+        return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
     for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
@@ -184,32 +185,31 @@ def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
     return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
 
 
-class StreamWorker:
-    """Prepares the rows of a stream one by one and counts them; row 0 starts a new pass."""
-
-    def __init__(self, worker: RowWorker, summary: DataSummary, max_share: float | None):
-        self.worker, self.summary, self.max_share = worker, summary, max_share
-
-    def __call__(self, row: Row, index: int) -> dict[str, Any]:
-        if index == 0:
-            self.summary.reset()
-        (record,) = self.worker.records(row, index, check=True)
-        self.summary.add(record)
-        if self.max_share is None or self.summary.source_rows >= STREAM_PATIENCE:
-            self.summary.check_share(self.max_share)
-        return record
-
-
-def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: list[str]) -> IterableDataset:
-    if worker.worker.wanted.data == "unlabelled":  # a row may become several
+def _prepare_stream(
+    dataset: IterableDataset, worker: RowWorker, summary: DataSummary, max_share: float | None, columns: list[str]
+) -> IterableDataset:
+    if worker.wanted.data == "unlabelled":  # a row may become several
         raise OptionError("data='unlabelled' needs a datasets.Dataset, not a stream.")
-    features, prepared_columns = worker.worker.features, worker.worker.prepared_columns
-    records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=features)
-    prepared = records.filter(_is_kept).select_columns(prepared_columns)
+    record = partial(_stream_record, worker, summary, max_share)
+    records = _plain(dataset).map(record, with_indices=True, remove_columns=columns, features=worker.features)
+    prepared = records.filter(_is_kept).select_columns(worker.prepared_columns)
     if next(iter(prepared), None) is None:
-        worker.summary.check_share(1.0)
-    worker.summary.reset()
+        summary.check_share(1.0)
+    summary.reset()
     return prepared
+
+
+def _stream_record(
+    worker: RowWorker, summary: DataSummary, max_share: float | None, row: Row, index: int
+) -> dict[str, Any]:
+    """Prepares one row of a stream and counts it; row 0 starts a new pass."""
+    if index == 0:
+        summary.reset()
+    (record,) = worker.records(row, index, check=True)
+    summary.add(record)
+    if max_share is None or summary.source_rows >= STREAM_PATIENCE:
+        summary.check_share(max_share)
+    return record
 
 
 def _is_kept(record: Row) -> bool:

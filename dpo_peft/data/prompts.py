@@ -61,11 +61,10 @@ def read_prompts(
     given = "completions" in columns
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
-    layout = None if given else _pair_layout(name, columns, first)
+    layout = None if given else _implicit_layout(name, columns, first)
     for number, row in enumerate(rows):
         try:
-            pair = layout is not None and layout.implicit
-            example = parse_row(row, layout, 0, "lists") if pair else read_prompt(row, as_chat)
+            example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row, as_chat)
             if isinstance(example, str):
                 skipped[example] += 1
                 continue
@@ -82,10 +81,11 @@ def read_prompts(
     return found, skipped
 
 
-def _pair_layout(name: str, columns: Sequence[str], first: Row) -> Layout | None:
-    """Returns the format of pairs, or None where there are prompts alone."""
+def _implicit_layout(name: str, columns: Sequence[str], first: Row) -> Layout | None:
+    """Returns the format of pairs without a prompt of their own, or None where `prompt` has it."""
     if {"chosen", "rejected"} <= set(columns):
-        return detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
+        layout = detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
+        return layout if layout.implicit else None
     if "prompt" not in columns:
         raise DataError(f"{name}: there is no column 'prompt' (columns: {', '.join(columns)}). Rename yours to it.")
     return None

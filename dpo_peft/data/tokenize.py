@@ -7,6 +7,7 @@ its own, and that is accepted only if it decodes to the same text.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, example: Example, leading: l
         if not body.strip():
             return EMPTY_COMPLETION
         joint = text_ids(tokenizer, example.prompt + body, leading)
-        ids, apart = ids_behind(tokenizer, prompt_ids, joint, lambda body=body: body, field, TEXT_REMEDY)
+        ids, apart = ids_behind(tokenizer, prompt_ids, joint, partial(str, body), field, TEXT_REMEDY)
         completion_ids.append([*ids, tokenizer.eos_token_id])
         resplits += apart
     return Encoded(prompt_ids, completion_ids, resplits)

@@ -1,8 +1,9 @@
 """One row at a time: check it, tokenize it, cut it, and keep the statistics that the summary is counted from."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasets import Features, Sequence, Value
@@ -45,18 +46,9 @@ EXTRAS = {
     "completion": Value("int64"),  # which of its row, where nobody judged them
 }
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabelled": ["completion"]}
-NOTHING: dict[str, Any] = {
-    "prompt_ids": [],
-    "completion_ids": [],
-    "preference": 0.0,
-    "margin": 0.0,
-    "grades": [],
-    "steps": [],
-}
-READ_LABEL: dict[str, Callable[[Row], float]] = {
-    "preference": read_preference,
-    "margin": lambda row: read_number(row, "margin"),
-}
+# What a row that is dropped holds instead.
+NOTHING: dict[str, Any] = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
+READ_LABEL = {"preference": read_preference, "margin": partial(read_number, column="margin")}
 
 
 class RowWorker:
