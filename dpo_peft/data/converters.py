@@ -117,7 +117,7 @@ def _pandalm_votes(row: Row) -> int:
     return votes.count(1) - votes.count(2)
 
 
-def _sharegpt_message(message: Any, field: str) -> Message:
+def _sharegpt_message(message: object, field: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("value"), str):
         raise DataError(
             f"field {field!r}: expected a dict with from and value, found {str(message)[:60]}. Repair the row."

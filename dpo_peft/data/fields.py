@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import DataError
 
 Row = Mapping[str, Any]
+Values = dict[str, Any]  # of a row, by column
 Message = dict[str, Any]
 Messages = list[Message]
 
@@ -61,7 +62,7 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
     return ids
 
 
-def read_entries(row: Row, column: str, least: int = 1) -> dict[str, Any]:
+def read_entries(row: Row, column: str, least: int = 1) -> Values:
     """Returns the values of a list by their names in messages: {"completions[0]": …}."""
     values = _expect(_get(row, column), list, column, "a list of answers", "store a list")
     if len(values) < least:
@@ -148,7 +149,7 @@ def _read_message(message: object, where: str) -> Message:
     return clean
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
+def read_tools(row: Row) -> list[Values] | None:
     """Returns the row's tool schemas (list, or a JSON string of one); None when there are none."""
     tools = _from_json(row, "tools")
     if tools is None:
@@ -158,7 +159,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     return (tools if isinstance(row["tools"], str) else without_none(tools)) or None
 
 
-def read_template_kwargs(row: Row) -> dict[str, Any]:
+def read_template_kwargs(row: Row) -> Values:
     """Returns extra arguments for the chat template (dict, or a JSON string of one)."""
     column = "chat_template_kwargs"
     kwargs = _from_json(row, column)
@@ -167,7 +168,7 @@ def read_template_kwargs(row: Row) -> dict[str, Any]:
     _expect(kwargs, Mapping, column, "a dict", "store a dict")
     if reserved := sorted(RESERVED_KWARGS.intersection(kwargs)):
         raise RowProblem(column, f"{reserved[0]!r} is set by the pipeline", f"remove {reserved[0]!r} from the dict")
-    clean: dict[str, Any] = without_none(kwargs)
+    clean: Values = without_none(kwargs)
     return clean
 
 

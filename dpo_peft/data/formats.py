@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import DataError, OptionError
-from .fields import Row
+from .fields import Row, Values
 
 # What the judgments of a row suit: the kinds of data that objectives learn from. The first is what it is scored as.
 SUITS = {
@@ -115,8 +115,8 @@ class Example:
     completions: list[Any]
     fields: tuple[str, ...]
     grades: list[float] | None = None
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: list[Values] | None = None
+    template_kwargs: Values = field(default_factory=dict)
     continues: bool = False
 
 
@@ -211,10 +211,10 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     given, judged = find_completions(have, first, data == "lists")
     if data == "lists" and given[0].startswith("completions"):
         if len(have.intersection(GRADE_COLUMNS)) != 1:
-            found = "there is neither" if judged == "unlabelled" else "both are there"
+            count = "there is neither" if judged == "unlabelled" else "both are there"
             raise DataError(
                 f"{name}: {given[0]!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and "
-                f"{found}. Add or remove a column, e.g. dataset.remove_columns('ranks')."
+                f"{count}. Add or remove a column, e.g. dataset.remove_columns('ranks')."
             )
     elif data not in SUITS[judged]:
         _refuse_unsuited(name, have, given, judged, data)
@@ -229,9 +229,8 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     _need(name, have, ("prompt_ids", *given) if ids else given, data)
     if ids or given == ("messages",):
         return Layout("ids" if ids else "chat_implicit", given, judged)
-    prompt = _detect_prompt(
-        name, have, first, _one_each(first, given, wanted.graded), judged in ("label", "unlabelled")
-    )
+    alone, found = judged in ("label", "unlabelled"), _one_each(first, given, wanted.graded)
+    prompt = _detect_prompt(name, have, first, found, alone)
     if prompt == "transcript" and data == "trajectories":
         raise DataError(
             f"{name}: raw HH transcripts hold their turns as one text. Convert them first: "
@@ -281,19 +280,17 @@ def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None
         )
 
 
-def _one_each(first: Row, given: tuple[str, ...], graded: bool) -> dict[str, Any]:
+def _one_each(first: Row, given: tuple[str, ...], graded: bool) -> Values:
     """Returns one completion of the first row for each column that holds some; None where there is none."""
     found = {column: first.get(column) for column in given}
     for column, value in found.items():
-        several = (
-            column == "completions" or graded and column == "rejected" and is_several(value, kind_of(found[given[0]]))
-        )
-        if several:
+        rejected = graded and column == "rejected" and is_several(value, kind_of(found["chosen"]))
+        if rejected or column == "completions":
             found[column] = value[0] if isinstance(value, list) and value else None
     return found
 
 
-def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any], alone: bool) -> str:
+def _detect_prompt(name: str, have: set[str], first: Row, found: Values, alone: bool) -> str:
     """Returns how the rows give their prompt; `found` holds one completion by column. Odd ones are left to the reader.
 
     `alone`: completions stand on their own, so there is nothing that shows where their prompt ends.
@@ -305,7 +302,7 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any],
             f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
             "messages."
         )
-    if "list" not in kinds and not (prompt == "list" and "text" not in kinds):
+    if "text" in kinds or "list" not in kinds and prompt != "list":
         if prompt == "list":
             raise DataError(
                 f"{name}: 'prompt' is a list of messages but {columns} hold text. Make the answers "

@@ -12,6 +12,7 @@ from .fields import (
     Messages,
     Row,
     RowProblem,
+    Values,
     read_entries,
     read_grades,
     read_ids,
@@ -115,7 +116,7 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> G
     """Reads a row's completions and what is known of them."""
     first, *others = layout.columns
     entries = row
-    grades: dict[str, Any]  # of each completion by its name in messages
+    grades: Values  # of each completion by its name in messages
     if layout.judged == "ranked":
         entries = read_entries(row, first, least=2)
         graded = zip(entries, read_grades(row, len(entries)), strict=True)

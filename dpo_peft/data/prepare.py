@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
@@ -18,7 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
-from .fields import Row, RowProblem
+from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
 from .parse import find_format
@@ -120,7 +119,7 @@ def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | 
         raise OptionError(f"num_proc={num_proc!r} must be None or a positive integer.")
 
 
-def _first_row(dataset: Any, name: str) -> tuple[list[str], Row]:
+def _first_row(dataset: object, name: str) -> tuple[list[str], Row]:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = "Pick one split, e.g. dataset['train']" if hasattr(dataset, "keys") else "Use Dataset.from_list(rows)"
         raise DataError(
@@ -199,9 +198,7 @@ def _prepare_stream(
     return prepared
 
 
-def _stream_record(
-    worker: RowWorker, summary: DataSummary, max_share: float | None, row: Row, index: int
-) -> dict[str, Any]:
+def _stream_record(worker: RowWorker, summary: DataSummary, max_share: float | None, row: Row, index: int) -> Values:
     """Prepares one row of a stream and counts it; row 0 starts a new pass."""
     if index == 0:
         summary.reset()

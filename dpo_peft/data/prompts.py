@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .encode import Encoder
-from .fields import Row, RowProblem, read_entries, read_ids, read_number
+from .fields import Row, RowProblem, Values, read_entries, read_ids, read_number
 from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
 from .parse import parse_row, read_completion, read_prompt
 from .tokenize import without_eos
@@ -24,12 +24,12 @@ class Prompt:
 
     number: int  # its row
     example: Example  # the prompt, as text or messages, and what its chat template takes
-    columns: dict[str, Any] = field(default_factory=dict)  # the row's other values
+    columns: Values = field(default_factory=dict)  # the row's other values
     completions: list[Any] | None = None  # texts, or lists of messages if the prompt is one
     scores: list[float | None] | None = None
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Values:
         """Returns the columns with which training reads the same prompt."""
         extra = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
         return {"prompt": self.example.prompt, **{name: value for name, value in extra.items() if value}}

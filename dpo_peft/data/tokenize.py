@@ -8,7 +8,6 @@ its own, and that is accepted only if it decodes to the same text.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +36,7 @@ class Encoded:
     steps: list[list[int]] | None = None
 
 
-def check_tokenizer(tokenizer: Any, need_eos: bool) -> None:
+def check_tokenizer(tokenizer: object, need_eos: bool) -> None:
     """Raises `OptionError` for something that is no tokenizer, `DataError` for one without an end token."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inner = getattr(tokenizer, "tokenizer", None)

@@ -1,7 +1,7 @@
 """One row at a time: check it, tokenize it, cut it, and keep the statistics that the summary is counted from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, turn_kind
 from .encode import Encoder
-from .fields import Row, RowProblem, read_number, read_preference
+from .fields import Row, RowProblem, Values, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
 from .parse import Parsed
 from .summary import (
@@ -47,8 +47,11 @@ EXTRAS = {
 }
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabelled": ["completion"]}
 # What a row that is dropped holds instead.
-NOTHING: dict[str, Any] = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
-READ_LABEL = {"preference": read_preference, "margin": partial(read_number, column="margin")}
+NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
+READ_LABEL: dict[str, Callable[[Row], float]] = {
+    "preference": read_preference,
+    "margin": partial(read_number, column="margin"),
+}
 
 
 class RowWorker:
@@ -85,7 +88,7 @@ class RowWorker:
         records = [record for row, index in each for record in self.records(row, index)]
         return {column: [record[column] for record in records] for column in self.features}
 
-    def records(self, row: Row, index: int, check: bool = False) -> list[dict[str, Any]]:
+    def records(self, row: Row, index: int, check: bool = False) -> list[Values]:
         """Returns the prepared row with its statistics, or one for each completion if nobody judged them.
 
         One that is dropped has no ids and names the reason. Raises `DataError` for a malformed row.
@@ -168,7 +171,7 @@ class RowWorker:
             return NOTHING_SCORED
         return replace(fitted, steps=steps), encoded.resplits
 
-    def _record(self, example: Parsed, labels: dict[str, float]) -> dict[str, Any]:
+    def _record(self, example: Parsed, labels: dict[str, float]) -> Values:
         made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
             return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
@@ -197,7 +200,7 @@ class RowWorker:
         return record
 
 
-def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+def rows_of(batch: Mapping[str, list[Any]]) -> list[Values]:
     """Returns the rows of a batch of columns."""
     columns = {column: batch[column] for column in batch}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
