@@ -256,6 +256,9 @@ def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
 
 def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:
     """Says what the rows are for, as they are not for `data`."""
+    end = "_ids" if given[0].endswith("_ids") else ""
+    if data == "unlabelled":
+        return _need(name, have, (f"completion{end}",), data)
     if given[0].startswith("completions"):
         needs = f"{given[0]!r} (ranked or scored lists) needs {LISTS}"
     elif judged == "several":
@@ -265,9 +268,7 @@ def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: 
     elif data == "singles":
         needs = "a judged answer needs a 'label' column (True for desirable)"
     else:
-        end = "_ids" if given[0].endswith("_ids") else ""
-        names = ("completion",) if data == "unlabelled" else ("chosen", "rejected")
-        return _need(name, have, tuple(f"{one}{end}" for one in names), data)
+        return _need(name, have, (f"chosen{end}", f"rejected{end}"), data)
     raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
 
 
