@@ -36,7 +36,7 @@ BUDGETS = {
     "objective": 240,
     "distributed": 285,
     "losses": 1080,
-    "data": 2635,
+    "data": 2645,
     "forward": 1240,
     "reference": 1920,
     "model": 1045,

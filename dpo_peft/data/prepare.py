@@ -103,6 +103,7 @@ def prepare_dataset(
     for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
             summary.add(record)
+    summary.check()
     summary.check_share(max_share)
     prepared = records.select_columns(worker.prepared_columns)
     return prepared.select(_rows_where(records, "drop", empty=True)) if summary.dropped else prepared, summary

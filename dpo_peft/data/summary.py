@@ -98,6 +98,14 @@ class DataSummary:
     def dropped_total(self) -> int:
         return sum(self.dropped.values())
 
+    def check(self) -> None:
+        """Raises `DataError` unless every source row is accounted for."""
+        if self.kept_rows + self.dropped_total != self.source_rows:
+            raise DataError(
+                f"{self.name}: {self.kept_rows} kept + {self.dropped_total} dropped rows are not the "
+                f"{self.source_rows} source rows. This is a defect of the pipeline, please report it."
+            )
+
     def check_share(self, max_share: float | None) -> None:
         """Raises `DataError` when no row is left, or more than `max_share` of the rows were dropped; None: or any."""
         if not self.source_rows:

@@ -201,7 +201,7 @@ class TestStream:
         for _ in range(2):  # a second pass counts anew
             assert list(stream) == list(prepared)
             assert stream_report == report
-            assert stream_report.kept_rows + stream_report.dropped_total == stream_report.source_rows
+            stream_report.check()
 
     def test_of_a_dataset(self, make_tokenizer):
         dataset = Dataset.from_list(ROWS)
