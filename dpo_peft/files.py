@@ -38,33 +38,30 @@ def read_rows(
     path = Path(name)
     if path.suffix in READERS and not path.is_file():
         raise OptionError(f"dataset {name!r}: there is no such file.")
+    if path.is_file() and path.suffix not in READERS:
+        raise OptionError(f"dataset {name!r}: use one of {', '.join(READERS)}.")
     try:
         if path.is_file():
-            if path.suffix not in READERS:
-                raise OptionError(f"dataset {name!r}: use one of {', '.join(READERS)}.")
             rows = load_dataset(READERS[path.suffix], data_files=name, split="train", streaming=streaming)
         else:
             rows = load_dataset(name, config, split=split, streaming=streaming)
-    except OptionError:
-        raise
     except Exception as error:  # every reader fails in its own way
         raise OptionError(f"dataset {name!r} can't be read: {str(error).strip() or type(error).__name__}") from error
     return rows if dataset_format is None else _convert(rows, dataset_format)
 
 
 def _convert(rows: Any, dataset_format: str) -> Any:
-    from . import data as formats
+    from . import data
 
     if dataset_format == "oasst_tree":  # one tree holds several ranked lists
         return rows.map(_split_trees, batched=True, remove_columns=rows.column_names)
-    return rows.map(getattr(formats, f"from_{dataset_format}"), remove_columns=rows.column_names)
+    return rows.map(getattr(data, f"from_{dataset_format}"), remove_columns=rows.column_names)
 
 
-def _split_trees(batch: Any) -> dict[str, list[Any]]:
-    from .data import from_oasst_tree
+def _split_trees(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    from .data import from_oasst_tree, worker
 
-    trees = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    lists = [row for tree in trees for row in from_oasst_tree(tree)]
+    lists = [row for tree in worker.rows_of(batch) for row in from_oasst_tree(tree)]
     return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
 
 
