@@ -48,7 +48,7 @@ BUDGETS = {
     "reward": 885,
     "merge": 585,
     "hub": 825,
-    "pairs": 1145,
+    "pairs": 1140,
     "report": 1100,
     "quickstart": 460,
     "cli": 1255,

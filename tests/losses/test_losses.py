@@ -1,7 +1,7 @@
 """Every objective's docstring numbers and registry entry; and `dpo_loss`, the note's listing 2.
 
-Gradients and extreme inputs are in test_losses_numerics.py, equality with TRL in test_losses_trl.py, identities
-between losses in test_losses_identities.py.
+Gradients and extreme inputs are in test_numerics.py, equality with TRL in test_trl.py, identities
+between losses in test_identities.py.
 """
 
 import inspect
