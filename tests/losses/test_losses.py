@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dpo_peft.kinds import Scored, Totals
+from dpo_peft.objective import Scored, Totals
 from torch import Tensor
 
 from dpo_peft.losses import (
