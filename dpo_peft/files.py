@@ -52,18 +52,17 @@ def read_rows(
 
 
 def _convert(rows: Any, dataset_format: str) -> Any:
-    from . import data as formats
+    from . import data
 
     if dataset_format == "oasst_tree":  # one tree holds several ranked lists
         return rows.map(_split_trees, batched=True, remove_columns=rows.column_names)
-    return rows.map(getattr(formats, f"from_{dataset_format}"), remove_columns=rows.column_names)
+    return rows.map(getattr(data, f"from_{dataset_format}"), remove_columns=rows.column_names)
 
 
-def _split_trees(batch: Any) -> dict[str, list[Any]]:
-    from .data import from_oasst_tree
+def _split_trees(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    from .data import from_oasst_tree, worker
 
-    trees = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    lists = [row for tree in trees for row in from_oasst_tree(tree)]
+    lists = [row for tree in worker.rows_of(batch) for row in from_oasst_tree(tree)]
     return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
 
 

@@ -8,13 +8,13 @@
 | one H100 | 3.4      | 16 s, 44 s a fold | accuracy 0.72 on 163 held-out pairs, like "the longer is better";   |
 |          |          | with samples      | length-balanced 0.59; over five folds 0.70, 0.68 and 0.60           |
 
-The judgements are those of the Tulu human evaluation (Wang et al. 2023, How Far Can Camels Go?; JSON lines made of
+The judgments are those of the Tulu human evaluation (Wang et al. 2023, How Far Can Camels Go?; JSON lines made of
 human_eval/data/eval_annotations_tulu_1.xlsx in allenai/open-instruct): two answers, and which one a person preferred.
-Ties are left out. The longer answer was preferred in two of three judgements, so accuracy alone says little: its
+Ties are left out. The longer answer was preferred in two of three judgments, so accuracy alone says little: its
 length-balanced form stands beside it (docs/scoring.md).
 
 Prompts are dealt into parts. The adapter that is kept is trained on all parts but the first and judged on the first.
-`--folds N` does the same for each of the first N parts, so that more judgements are held out once: its figures are in
+`--folds N` does the same for each of the first N parts, so that more judgments are held out once: its figures are in
 cross_validation.json.
 """
 
@@ -88,7 +88,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     result = {"parts_held_out": recipe.folds, **asdict(agreement(tally_rows(judged)))}
     (folder / "cross_validation.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"All held-out judgements: {in_words(judged)}\nAdapter, model card and figures are in {folder}")
+    print(f"All held-out judgments: {in_words(judged)}\nAdapter, model card and figures are in {folder}")
 
 
 def read_judgements(file: str) -> list[dict[str, Any]]:
@@ -102,7 +102,7 @@ def read_judgements(file: str) -> list[dict[str, Any]]:
             continue
         better, worse = ("chosen", "rejected") if pair["preference"] > 0.5 else ("rejected", "chosen")
         pairs.append({"prompt": pair["prompt"], "chosen": pair[better], "rejected": pair[worse]})
-    print(f"{len(pairs)} of {len(rows)} judgements have a preferred answer; the rest are ties.")
+    print(f"{len(pairs)} of {len(rows)} judgments have a preferred answer; the rest are ties.")
     return pairs
 
 

@@ -17,14 +17,14 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors moved wings losses forward data rowfiles files distributed objective config_checks config reference "
+    "errors imports moved wings losses forward data rowfiles files distributed objective config_checks config reference "
     "model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
-ONLY = {"losses": {"errors"}, "forward": {"errors", "wings"}}
+ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
@@ -34,25 +34,25 @@ BUDGETS = {
     "config_checks": 280,
     "objective": 440,
     "distributed": 275,
-    "losses": 1080,
-    "data": 2770,
-    "forward": 1240,
-    "reference": 1920,
-    "model": 1045,
-    "training": 2050,
-    "evaluation": 680,
-    "fused": 1775,
-    "planning": 1085,
-    "artifacts": 1170,
-    "reward": 920,
-    "merge": 605,
-    "hub": 830,
-    "pairs": 1145,
-    "report": 1420,
+    "losses": 1040,
+    "data": 2645,
+    "forward": 1225,
+    "reference": 1460,
+    "model": 1110,
+    "training": 2055,
+    "evaluation": 675,
+    "fused": 1795,
+    "planning": 1080,
+    "artifacts": 1100,
+    "reward": 865,
+    "merge": 590,
+    "hub": 825,
+    "pairs": 1140,
+    "report": 1100,
     "quickstart": 460,
-    "cli": 1295,
+    "cli": 1255,
 }
-MAX_PACKAGE_LINES = 23_660
+MAX_PACKAGE_LINES = 22_380
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

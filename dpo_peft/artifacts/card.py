@@ -25,11 +25,8 @@ from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
-REWARDS = {  # of an `Objective`, as a reader should see it
-    "log_ratio": "β·log(π/π_ref)",
-    "logp": "β·log π",
-    "mean_logp": "β·log π per token",
-}
+# Of an `Objective`, as a reader should see it.
+REWARDS = {"log_ratio": "β·log(π/π_ref)", "logp": "β·log π", "mean_logp": "β·log π per token"}
 PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
 BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
@@ -49,15 +46,10 @@ LOCAL_NOTE = (
     "The base is a local folder, which `adapter_config.json` names: the example runs where that folder is. `dpo-peft "
     "push --base_model HUB_ID` publishes the adapter for a base that others can load."
 )
-ADAPTER_OPTIONS = {  # LoraConfig's names, and what a reader calls them
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "target modules",
-    "modules_to_save": "modules to save",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
+# LoraConfig's names, and what a reader calls them.
+ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+ADAPTER_OPTIONS |= {"target_modules": "target modules", "modules_to_save": "modules to save"}
+ADAPTER_OPTIONS |= {name: name for name in ("use_rslora", "use_dora")}
 SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 
 
@@ -141,8 +133,7 @@ class Figures(TypedDict):
 
 
 def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
-    """Returns an adapter's options as a reader should see them, of the fields of a `LoraConfig`, as in
-    adapter_config.json. What is off is left out."""
+    """Returns the options of a `LoraConfig` (its fields) as a reader should see them; what is off is left out."""
     facts = {shown: config.get(name) for name, shown in ADAPTER_OPTIONS.items()}
     facts = {name: sorted(value) if isinstance(value, list | set) else value for name, value in facts.items()}
     return {name: value for name, value in facts.items() if value not in (None, False) or name == "dropout"}
@@ -223,7 +214,7 @@ def save_model_card(run: RunSummary, folder: str | Path) -> Path:
 def metadata(run: RunSummary) -> ModelCardData:
     """Returns the YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
     base = run.base_model if is_hub_id(run.base_model) else None
-    results = eval_results(run)
+    license, results = license_fields(run.license or ""), eval_results(run)
     quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
         library_name="peft",
@@ -235,7 +226,8 @@ def metadata(run: RunSummary) -> ModelCardData:
         base_model_relation="adapter" if base else None,
         datasets=[dataset for dataset in run.datasets if is_hub_id(dataset)] or None,
         language=list(run.languages) or None,
-        **license_fields(run.license or ""),
+        license=license.get("license"),
+        license_name=license.get("license_name"),
     )
 
 

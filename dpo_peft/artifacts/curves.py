@@ -55,12 +55,12 @@ class Panel:
     in_picture: bool = True
 
 
-def _panels() -> tuple[Panel, ...]:
-    content = yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text("utf-8"))
-    return tuple(Panel(**{**panel, "curves": tuple(Curve(**c) for c in panel["curves"])}) for panel in content)
+def _panel(curves: list[dict[str, Any]], limits: Sequence[float] = (), **options: Any) -> Panel:
+    low_and_high = (limits[0], limits[1]) if limits else None
+    return Panel(curves=tuple(Curve(**curve) for curve in curves), limits=low_and_high, **options)
 
 
-PANELS = _panels()
+PANELS = [_panel(**panel) for panel in yaml.safe_load(Path(__file__).with_name("panels.yaml").read_text("utf-8"))]
 Series = list[tuple[float, float]]  # (step, value) by step; a value may be NaN or infinite
 Metrics = dict[str, dict[str, Series]]  # metric -> source -> values, see `metric_series`
 
@@ -116,12 +116,13 @@ def metric_series(log_history: Sequence[Mapping[str, float | None]], sets: Itera
     """
     found: dict[str, dict[str, dict[float, float]]] = {}
     for entry in log_history:
-        for key, value in entry.items() if _is_number(entry.get("step")) else ():
+        step = entry.get("step")
+        for key, value in entry.items():
             source, metric = source_of(key, sets)
             shown = metric == "learning_rate" or not BOOKKEEPING.match(metric)
-            if shown and (value is None or _is_number(value)):
+            if shown and _is_number(step) and (value is None or _is_number(value)):
                 values = found.setdefault(metric, {}).setdefault(source, {})
-                values[float(entry["step"])] = math.nan if value is None else float(value)
+                values[float(step)] = math.nan if value is None else float(value)
     return {
         metric: {source: sorted(by[source].items()) for source in sorted(by, key=lambda source: source != "train")}
         for metric, by in found.items()

@@ -34,7 +34,6 @@ EXIT_CODES = """exit codes:
   130, 143  stopped by Ctrl-C or SIGTERM"""
 
 Options = TypeVar("Options")
-T = TypeVar("T")
 
 
 class _Lines(logging.Handler):
@@ -122,30 +121,51 @@ def parse_options(
             file that can't be read.
         SystemExit: `--help` was asked for and printed.
     """
-    from transformers import HfArgumentParser
-
     names = [f.name for f in fields(options)]  # type: ignore[arg-type]
-    argv = split_config_word(argv)
-    from_file = check_names(read_config_file(argv), names, command)
-    if "--config" in argv:
-        at = argv.index("--config")
-        argv = argv[:at] + argv[at + 2 :]
-    if argv and not argv[0].startswith("-"):
-        argv = [f"--{names[0]}", *argv]
-    words = f"[{names[0].upper()}] [--config FILE.yaml] [--option value ...]"
-    parser = HfArgumentParser(options, **parser_text(command, words, description, examples))
-    refuse_instead_of_exit(parser)
-    parsed, unknown = parser.parse_known_args([*_as_words(from_file), *argv])
-    check_unknown(unknown, lambda given: check_names(given, names, command))
-    return options(**{name: getattr(parsed, name) for name in names})
+
+    def check(given: Mapping[str, object]) -> None:
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"Did you mean {close[0]!r}?" if close else f"`dpo-peft {command} --help` lists them all."
+                raise OptionError(f"{name!r} is not an option of `dpo-peft {command}`. {hint}")
+
+    words, from_file = split_config(argv)
+    check(from_file)
+    if words and not words[0].startswith("-"):
+        words = [f"--{names[0]}", *words]
+    usage = f"[{names[0].upper()}] [--config FILE.yaml] [--option value ...]"
+    text = parser_text(command, usage, description, examples)
+    return made(options, _parse([*_as_words(from_file), *words], {}, [options], check, text))
 
 
-def parser_text(command: str, words: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
+def parse_groups(
+    argv: Sequence[str], groups: Sequence[type], command: str, usage: str, description: str, examples: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns the options that several dataclasses hold, `DPOConfig` among them, and those of the file alone.
+
+    Values of the file are taken as YAML has them, null included. The file may set environment variables by `env`.
+    The arguments and errors are those of `parse_options`.
+    """
+    from ..config_checks import check_option_names
+
+    known = {f.name for group in groups for f in fields(group)}
+    words, given = split_config(argv)
+    from_file = check_option_names(given, known | {"env"})
+    variables = from_file.pop("env", {})
+    if not isinstance(variables, dict):
+        raise OptionError(f"env={variables!r} must hold `NAME: value` lines.")
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    text = parser_text(command, usage, description, examples)
+    return _parse(words, from_file, groups, lambda given: check_option_names(given, known), text), from_file
+
+
+def parser_text(command: str, usage: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments of a parser whose help has a short usage line, examples and exit codes."""
     shown = "\n".join(f"  {example}" for example in examples)
     return {
         "prog": f"dpo-peft {command}",
-        "usage": f"dpo-peft {command} {words}",
+        "usage": f"dpo-peft {command} {usage}",
         "description": description,
         "epilog": f"examples:\n{shown}\n\n{EXIT_CODES}",
         "formatter_class": _Formatter,
@@ -153,18 +173,34 @@ def parser_text(command: str, words: str, description: str, examples: Sequence[s
     }
 
 
-def refuse_instead_of_exit(parser: argparse.ArgumentParser) -> None:
-    """Makes a wrong value an `OptionError` like every other wrong input; argparse would print its usage and exit."""
+def _parse(
+    words: Sequence[str],
+    defaults: Mapping[str, object],
+    groups: Sequence[type],
+    check: Callable[[dict[str, str]], object],
+    text: Mapping[str, Any],
+) -> argparse.Namespace:
+    """Returns the values of words over defaults; `check` refuses an option by its name."""
+    from transformers import HfArgumentParser
 
     def refuse(message: str) -> NoReturn:
         raise OptionError(message)
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = HfArgumentParser(groups, **text)
+    parser.error = refuse  # argparse would print its usage, hundreds of lines, and exit
+    parser.set_defaults(**defaults)
+    parsed, unknown = parser.parse_known_args(words)
+    for before, word, after in zip(["", *unknown], unknown, [*unknown[1:], ""], strict=False):
+        if word.startswith("--"):
+            check({word[2:].split("=")[0]: after})
+        elif not before.startswith("--") or "=" in before:
+            raise OptionError(f"{word!r} belongs to no option: write --option value.")
+    return parsed
 
 
-def split_config_word(argv: Sequence[str]) -> list[str]:
-    """Returns `argv` with `--config=FILE` as two words."""
-    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+def made(options: type[Options], parsed: argparse.Namespace) -> Options:
+    """Returns one of the dataclasses that were parsed, filled."""
+    return options(**{f.name: getattr(parsed, f.name) for f in fields(options) if f.init})  # type: ignore[arg-type]
 
 
 def _as_words(given: Mapping[str, object]) -> list[str]:
@@ -176,46 +212,17 @@ def _as_words(given: Mapping[str, object]) -> list[str]:
     return words
 
 
-def check_unknown(unknown: Sequence[str], check: Callable[[dict[str, str]], object]) -> None:
-    """Refuses the words that a parser could not place; none is all right.
-
-    Args:
-        unknown: those words.
-        check: refuses options that don't exist, given by name.
-
-    Raises:
-        OptionError: naming the first one.
-    """
-    for before, word, after in zip(["", *unknown], unknown, [*unknown[1:], ""], strict=False):
-        if word.startswith("--"):
-            check({word[2:].split("=")[0]: after})
-        elif not before.startswith("--") or "=" in before:
-            raise OptionError(f"{word!r} belongs to no option: write --option value.")
-
-
-def check_names(given: dict[str, T], known: Sequence[str], command: str) -> dict[str, T]:
-    """Returns `given`, if every name of it is known.
-
-    Raises:
-        OptionError: one isn't.
-    """
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"`dpo-peft {command} --help` lists them all."
-            raise OptionError(f"{name!r} is not an option of `dpo-peft {command}`. {hint}")
-    return given
-
-
-def read_config_file(argv: Sequence[str]) -> dict[str, Any]:
-    """Returns the options of `--config FILE.yaml`; none without one.
+def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file.
 
     Raises:
         OptionError: there is no such file, or it is not a YAML mapping.
     """
-    if "--config" not in argv:
-        return {}
-    path = Path([*argv, ""][argv.index("--config") + 1])
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words:
+        return words, {}
+    at = words.index("--config")
+    path = Path([*words, ""][at + 1])
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
     try:
@@ -224,7 +231,7 @@ def read_config_file(argv: Sequence[str]) -> dict[str, Any]:
         raise OptionError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config {path} must hold `option: value` lines.")
-    return options
+    return words[:at] + words[at + 2 :], options
 
 
 def required(options: object, *names: str) -> None:

@@ -1,25 +1,15 @@
 """The command `dpo-peft plan`: what training would take of a GPU, from the model's config alone."""
 
 import math
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..config import DPOConfig
-from ..config_checks import check_option_names
 from ..planning.gpus import SOLD_AS
 from ..planning.memory import GIB, HEAD_PHASE, LAYER_PHASE, RESERVE
 from ..planning.run import DEFAULTS, Plan, PlanOptions
 from ..planning.run import plan as make_plan
-from .options import (
-    check_unknown,
-    option,
-    parser_text,
-    read_config_file,
-    refuse_instead_of_exit,
-    show,
-    split_config_word,
-)
+from .options import option, parse_groups, show
 from .train import DataArguments, ModelArguments
 
 EXAMPLES = [
@@ -60,33 +50,16 @@ def plan(argv: Sequence[str]) -> None:
     Raises:
         OptionError: an unknown option or GPU, an impossible value, or a model whose memory can't be predicted.
     """
-    options = _parse(argv)
-    planned = make_plan(**{name: getattr(options, name) for name in DEFAULTS})
-    show(planned.figures, render(planned), options.json)
-
-
-def _parse(argv: Sequence[str]) -> Namespace:
-    """Reads every option by name. No `DPOConfig` is made: that asks for the hardware of training."""
-    from transformers import HfArgumentParser
-
-    argv = split_config_word(argv)
-    every = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
-    known = {f.name for group in every for f in fields(group)}
-    from_file = check_option_names(read_config_file(argv), known | {"env"})
-    if "--config" in argv:
-        at = argv.index("--config")
-        argv = argv[:at] + argv[at + 2 :]
     about = "Predict what a run takes of a GPU, from the model's config alone: no weights are read, no GPU is needed."
-    words = "[--config FILE.yaml] [--gpu GPU] [--option value ...]"
-    parser = HfArgumentParser(every, **parser_text("plan", words, about, EXAMPLES))
-    refuse_instead_of_exit(parser)
-    parser.set_defaults(**{name: value for name, value in from_file.items() if name != "env"})
-    options, unknown = parser.parse_known_args(argv)
+    usage = "[--config FILE.yaml] [--gpu GPU] [--option value ...]"
+    # Options are read by name. No `DPOConfig` is made: that asks for the hardware of training.
+    groups = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
+    options, from_file = parse_groups(argv, groups, "plan", usage, about, EXAMPLES)
     # The command line overrides the file: a shape there stands for the model that the file names.
     if options.shape != from_file.get("shape") and options.model_name_or_path == from_file.get("model_name_or_path"):
         options.model_name_or_path = ""
-    check_unknown(unknown, lambda given: check_option_names(given, known))
-    return options
+    planned = make_plan(**{name: getattr(options, name) for name in DEFAULTS})
+    show(planned.figures, render(planned), options.json)
 
 
 def render(plan: Plan) -> str:

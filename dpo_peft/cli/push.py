@@ -63,12 +63,11 @@ def push(argv: Sequence[str]) -> None:
         raise OptionError("private contradicts public: give one of them.")
     from ..hub.publishing import publish
 
-    others = ("adapter", "public", "private", "license", "json")
+    others = ("adapter", "public", "private", "json")
     given = {name: value for name, value in vars(options).items() if value is not None and name not in others}
     result = publish(
         options.adapter,
         private=True if options.private else False if options.public else None,
-        licence=options.license,
         repeat=f"give the command again: {shlex.join(['dpo-peft', 'push', *argv])}",
         **given,
     )

@@ -14,18 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import OptionError
 from ..files import read_rows
-from .options import (
-    RowOptions,
-    check_unknown,
-    option,
-    option_of,
-    parser_text,
-    read_config_file,
-    refuse_instead_of_exit,
-    required,
-    show,
-    split_config_word,
-)
+from .options import RowOptions, made, option, option_of, parse_groups, required, show
 
 if TYPE_CHECKING:  # importing them takes seconds, which a help should not
     from datasets import Dataset, IterableDataset
@@ -146,26 +135,17 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgumen
 
 
 def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments, OutputArguments]:
-    from trl import TrlParser
-
     from ..config import DPOConfig
-    from ..config_checks import check_option_names
 
-    argv = split_config_word(argv)
-    groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
-    known = {f.name for group in groups for f in fields(group)}
-    check_option_names(read_config_file(argv), known | {"env"})
     about = (
         "Train a LoRA adapter on preferences. Needed: model_name_or_path, dataset_name, output_dir.\n"
         "FILE.yaml holds options as `name: value` lines, the command line overrides it."
     )
-    parser = TrlParser(groups, **parser_text("train", "--config FILE.yaml [--option value ...]", about, EXAMPLES))
-    refuse_instead_of_exit(parser)
-    data, model, output, args, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    check_unknown(unknown, lambda given: check_option_names(given, known))
-    required(data, "dataset_name")
-    required(model, "model_name_or_path")
-    return data, args, model, output
+    groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
+    options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
+    required(options, "dataset_name", "model_name_or_path")
+    data, args = made(DataArguments, options), made(DPOConfig, options)
+    return data, args, made(ModelArguments, options), made(OutputArguments, options)
 
 
 def load_datasets(data: DataArguments, evaluate: bool) -> tuple["Rows", "Rows | None"]:

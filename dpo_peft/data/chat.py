@@ -6,13 +6,12 @@ template ends the completion; no end token is added.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
 from .fields import Message, Messages, RowProblem
 from .formats import Example
 from .tokenize import Encoded, ids_behind
@@ -24,15 +23,6 @@ TEMPLATE_REMEDY = (
 MARK = re.compile(r"\((?:turn|call) \d+\)")
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises `DataError` when there is no chat template."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{name}: the rows are conversations, but the tokenizer has no chat template. Set "
-            "tokenizer.chat_template, take an instruction-tuned model's tokenizer, or give the rows as text."
-        )
-
-
 class Chat:
     """A row's conversations as the chat template renders them, with the row's tools and arguments.
 
@@ -42,7 +32,7 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
         self.tokenizer, self.example = tokenizer, example
         # The template's argument that renders a prompt up to where the model starts to write.
-        self.opens = {"continue_final_message" if example.continues else "add_generation_prompt": True}
+        self.opens: dict[str, Any] = {"continue_final_message" if example.continues else "add_generation_prompt": True}
 
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
@@ -132,37 +122,41 @@ class Chat:
         found, because the template leaves it out or rewrites it, is changed on its own.
         """
         shown = show(messages)
-        marked = [_mark(message, at) if at >= start else message for at, message in enumerate(messages)]
+        probes = {at: probe for at in range(start, len(messages)) if (probe := _probe(messages[at], at))}
+        marked = [probes[at].marked if at in probes else message for at, message in enumerate(messages)]
         found = set(MARK.findall(show(marked).lower())) - set(MARK.findall(shown.lower()))
-        for at, message in enumerate(messages[start:], start):
-            for what, mark, changed in _changed_turns(message, at):
-                if mark not in found and show([*messages[:at], changed, *messages[at + 1 :]]) == shown:
-                    raise RowProblem(
-                        self.turn_field(index, at),
-                        f"the chat template leaves {what} out",
-                        "use a chat template that renders it, or remove the message",
-                    )
+        for at, probe in probes.items():
+            if probe.mark not in found and show([*messages[:at], probe.changed, *messages[at + 1 :]]) == shown:
+                raise RowProblem(
+                    self.turn_field(index, at),
+                    f"the chat template leaves {probe.what} out",
+                    "use a chat template that renders it, or remove the message",
+                )
 
 
-def _mark(message: Message, number: int) -> Message:
-    """Returns the message with a mark in what it asks or answers, and in the name of the first tool it calls."""
-    marked = dict(message)
+class _Probe(NamedTuple):
+    """What a template may leave out of a message: the message with a mark in it, and without it or with another."""
+
+    what: str
+    mark: str
+    marked: Message
+    changed: Message
+
+
+def _probe(message: Message, number: int) -> _Probe | None:
     if message["role"] != "assistant" and isinstance(message.get("content"), str):
-        marked["content"] = f"{message['content']} (turn {number})"
-    match message.get("tool_calls"):
+        mark = f"(turn {number})"
+        marked = {**message, "content": f"{message['content']} {mark}"}
+        return _Probe(f"the {message['role']!r} turn", mark, marked, marked)
+    calls, mark = message.get("tool_calls"), f"(call {number})"
+    if not calls:
+        return None
+    marked = message
+    match calls:
         case [{"function": {"name": str(name), **function}, **call}, *others]:
-            named = {**function, "name": f"{name} (call {number})"}
-            marked["tool_calls"] = [{**call, "function": named}, *others]
-    return marked
-
-
-def _changed_turns(message: Message, number: int) -> Iterator[tuple[str, str, Message]]:
-    """Yields what can be left out of a message, its mark, and the message with it changed."""
-    if message["role"] != "assistant" and isinstance(message.get("content"), str):
-        yield f"the {message['role']!r} turn", f"(turn {number})", _mark(message, number)
-    if message.get("tool_calls"):
-        others = {key: value for key, value in message.items() if key != "tool_calls"}
-        yield "a tool call", f"(call {number})", {"content": "", **others}
+            marked = {**message, "tool_calls": [{**call, "function": {**function, "name": f"{name} {mark}"}}, *others]}
+    without = {key: value for key, value in message.items() if key != "tool_calls"}
+    return _Probe("a tool call", mark, marked, {"content": "", **without})
 
 
 def turn_kind(message: Message) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ reads.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..forward.layout import PackedBatch, Sample, content_keys, pack, pad_rows
+from .fields import Row, Values
 from .worker import EXTRAS, IDS
 
 PREPARED_COLUMNS = [*IDS, *EXTRAS]  # all that a prepared row may hold
@@ -26,8 +26,8 @@ class PreferenceCollator:
         self.shared = shared
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prepared rows to `PackedBatch` fields, on the CPU."""
+    def __call__(self, rows: Sequence[Values]) -> Values:
+        """Turns prepared rows into `PackedBatch` fields, on the CPU."""
         samples = [_sample(row) for row in rows]
         return (pack(samples) if self.shared else pad_rows(samples, self.pad_token_id)).as_dict()
 
@@ -38,16 +38,16 @@ class KeyedCollator:
     The keys are made from the batch as it was laid out, whoever laid it out: from the ids that the model will read.
     """
 
-    def __init__(self, collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]):
+    def __init__(self, collate: Callable[[Sequence[Values]], Values]):
         self.collate = collate
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prepared rows to `PackedBatch` fields, with `keys`."""
+    def __call__(self, rows: Sequence[Values]) -> Values:
+        """Turns prepared rows into `PackedBatch` fields, with `keys`."""
         batch = self.collate(rows)
         return {**batch, "keys": content_keys(PackedBatch(**batch))}
 
 
-def _sample(row: dict[str, Any]) -> Sample:
+def _sample(row: Row) -> Sample:
     return Sample(
         row["prompt_ids"],
         row["completion_ids"],
@@ -64,18 +64,18 @@ def _sample(row: dict[str, Any]) -> Sample:
 class Rows:
     """Rows on their way through a data loader. What moves batches to a device does not look inside."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Values]
 
 
 class KeepRows:
     """The collator that leaves rows as they are, where an optimizer batch is laid out as a whole."""
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prepared rows to `{"kept": ...}`."""
+    def __call__(self, rows: Sequence[Values]) -> Values:
+        """Returns the rows as `{"kept": ...}`."""
         return {"kept": Rows(list(rows))}
 
 
-def mismatch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def mismatch(rows: Sequence[Values]) -> list[Values]:
     """Gives each row the completions of the row before it, the first row those of the last, as `mismatched_ids`.
 
     KTO estimates its reference point on such pairs of a prompt with the completion of another (Ethayarajh et al. 2024,

@@ -7,20 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError
+from .fields import Row
 from .formats import ASSISTANT, HUMAN
 
 Message = dict[str, str]
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
-
+OURS = {role: role for role in ("user", "assistant", "system", "tool")}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", **OURS}
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 TULU_PREFERENCES = {
     "a-is-better": 1.0,
@@ -31,8 +24,8 @@ TULU_PREFERENCES = {
 }
 
 
-def from_sharegpt(row: Mapping[str, Any]) -> dict[str, list[Message]]:
-    """`conversations` plus one `chosen` and one `rejected` message, all {from, value}; an optional `system` text."""
+def from_sharegpt(row: Row) -> dict[str, list[Message]]:
+    """Converts `conversations`, `chosen` and `rejected` with messages as {from, value}, and an optional `system`."""
     prompt = [_sharegpt_message(message, "conversations") for message in _get(row, "conversations", list)]
     if row.get("system"):
         prompt.insert(0, {"role": "system", "content": _text(row, "system")})
@@ -40,10 +33,10 @@ def from_sharegpt(row: Mapping[str, Any]) -> dict[str, list[Message]]:
     return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
 
 
-def from_alpaca(row: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """`instruction`, optional `input`, `system` and `history` ([[question, answer], …]), and answers as text.
+def from_alpaca(row: Row) -> dict[str, list[Any]]:
+    """Converts `instruction`, optional `input`, `system` and `history` ([[question, answer], …]), and its completions.
 
-    The answers are `chosen` and `rejected`, or a list in `output` from the best to the worst, which becomes
+    These are texts: `chosen` and `rejected`, or a list in `output` from the best to the worst, which becomes
     `completions` and `ranks`.
     """
     prompt: list[Message] = []
@@ -54,32 +47,32 @@ def from_alpaca(row: Mapping[str, Any]) -> dict[str, list[Any]]:
     prompt.append({"role": "user", "content": _instruction(row)})
     if isinstance(row.get("output"), list) and "chosen" not in row:
         return {"prompt": prompt, **_ranked([_get({"output": text}, "output", str) for text in row["output"]])}
-    return {"prompt": prompt, "chosen": _answer(_text(row, "chosen")), "rejected": _answer(_text(row, "rejected"))}
+    return {"prompt": prompt, "chosen": _reply(_text(row, "chosen")), "rejected": _reply(_text(row, "rejected"))}
 
 
-def from_hh(row: Mapping[str, Any]) -> dict[str, list[Message]]:
-    """Raw HH transcripts as two whole conversations (implicit prompt)."""
+def from_hh(row: Row) -> dict[str, list[Message]]:
+    """Converts raw HH transcripts to two whole conversations (implicit prompt)."""
     return {column: _turns(_text(row, column), column) for column in ("chosen", "rejected")}
 
 
-def pandalm_decided(row: Mapping[str, Any]) -> bool:
-    """Whether more annotators prefer one response than prefer the other."""
+def pandalm_decided(row: Row) -> bool:
+    """Says whether more annotators prefer one response than prefer the other."""
     return _pandalm_votes(row) != 0
 
 
-def from_pandalm(row: Mapping[str, Any]) -> dict[str, list[Message]]:
-    """`instruction`, `input`, `response1`, `response2` and three votes (0 tie, 1, 2): the majority wins."""
+def from_pandalm(row: Row) -> dict[str, list[Message]]:
+    """Converts `instruction`, `input`, two responses and three votes (0 tie, 1, 2) on these: the majority wins."""
     votes = _pandalm_votes(row)
     if not votes:
         raise DataError(f"{_where(row)}: the annotators are tied. Filter first: dataset.filter(pandalm_decided).")
     first, second = _text(row, "response1"), _text(row, "response2")
     chosen, rejected = (first, second) if votes > 0 else (second, first)
     prompt = [{"role": "user", "content": _instruction(row)}]
-    return {"prompt": prompt, "chosen": _answer(chosen), "rejected": _answer(rejected)}
+    return {"prompt": prompt, "chosen": _reply(chosen), "rejected": _reply(rejected)}
 
 
-def from_tulu(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`prompt`, `completion_a`, `completion_b`, `preference` in words: `chosen` is a, `preference` a number."""
+def from_tulu(row: Row) -> dict[str, Any]:
+    """Converts `prompt`, `completion_a`, `completion_b` and `preference` in words: `chosen` is a."""
     preference = TULU_PREFERENCES.get(row.get("preference") or "")
     if preference is None:
         raise DataError(
@@ -87,12 +80,12 @@ def from_tulu(row: Mapping[str, Any]) -> dict[str, Any]:
             "Repair the row or filter it out."
         )
     prompt = [{"role": "user", "content": _text(row, "prompt")}]
-    first, second = (_answer(_text(row, field)) for field in ("completion_a", "completion_b"))
+    first, second = (_reply(_text(row, field)) for field in ("completion_a", "completion_b"))
     return {"prompt": prompt, "chosen": first, "rejected": second, "preference": preference}
 
 
-def from_oasst_tree(row: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-    """One message tree to rows of `prompt`, `completions`, `ranks`: one for each group of ranked replies to a prompt.
+def from_oasst_tree(row: Row) -> list[dict[str, list[Any]]]:
+    """Converts a message tree to rows of `prompt`, `completions`, `ranks`, one for each group of ranked replies.
 
     For a list of trees: `Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])`. A group needs
     two ranked replies of the assistant's; a reply without a rank is left out.
@@ -108,23 +101,23 @@ def from_oasst_tree(row: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
         replies = message.get("replies") or []
         ranked = [reply for reply in replies if role == "user" and reply.get("rank") is not None]
         if len(ranked) > 1:
-            answers = _ranked([_text(reply, "text") for reply in ranked], [_get(r, "rank", int) for r in ranked])
-            rows.append({"prompt": path, **answers})
+            texts, ranks = [_text(one, "text") for one in ranked], [_get(one, "rank", int) for one in ranked]
+            rows.append({"prompt": path, **_ranked(texts, ranks)})
         waiting += [(reply, path) for reply in replies]
     return rows
 
 
 def _ranked(texts: list[str], ranks: list[int] | None = None) -> dict[str, list[Any]]:
-    """Answers from the best to the worst, unless there are ranks (lower is better)."""
-    return {"completions": [_answer(text) for text in texts], "ranks": ranks or list(range(len(texts)))}
+    """Returns completions with ranks (lower is better); without, they stand from the best to the worst."""
+    return {"completions": [_reply(text) for text in texts], "ranks": ranks or list(range(len(texts)))}
 
 
-def _pandalm_votes(row: Mapping[str, Any]) -> int:
+def _pandalm_votes(row: Row) -> int:
     votes = [_get(row, f"annotator{number}", int) for number in (1, 2, 3)]
     return votes.count(1) - votes.count(2)
 
 
-def _sharegpt_message(message: Any, field: str) -> Message:
+def _sharegpt_message(message: object, field: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("value"), str):
         raise DataError(
             f"field {field!r}: expected a dict with from and value, found {str(message)[:60]}. Repair the row."
@@ -150,21 +143,21 @@ def _turns(transcript: str, field: str) -> list[Message]:
     return turns
 
 
-def _instruction(row: Mapping[str, Any]) -> str:
+def _instruction(row: Row) -> str:
     instruction = _text(row, "instruction")
     extra = _text(row, "input") if row.get("input") else ""
     return f"{instruction}\n\n{extra}" if extra.strip() else instruction
 
 
-def _answer(text: str) -> list[Message]:
+def _reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _text(row: Mapping[str, Any], field: str) -> str:
+def _text(row: Row, field: str) -> str:
     return _get(row, field, str)
 
 
-def _get(row: Mapping[str, Any], field: str, kind: type) -> Any:
+def _get(row: Row, field: str, kind: type) -> Any:
     value = row.get(field)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise DataError(
@@ -174,6 +167,6 @@ def _get(row: Mapping[str, Any], field: str, kind: type) -> Any:
     return value
 
 
-def _where(row: Mapping[str, Any]) -> str:
+def _where(row: Row) -> str:
     names = [name for name in ("idx", "id", "message_tree_id") if name in row]
     return f"row with {names[0]} {row[names[0]]}" if names else "row"

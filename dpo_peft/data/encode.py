@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .chat import Chat, check_chat_template
+from .chat import Chat
 from .fields import RowProblem, read_text
 from .formats import Example
 from .summary import explain
@@ -27,8 +27,11 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, kind: str, ends: bool = True):
         check_tokenizer(tokenizer, need_eos=ends and kind == "text")
-        if kind == "chat":
-            check_chat_template(tokenizer, name)
+        if kind == "chat" and not tokenizer.chat_template:
+            raise DataError(
+                f"{name}: the rows are conversations, but the tokenizer has no chat template. Set "
+                "tokenizer.chat_template, take an instruction-tuned model's tokenizer, or give the rows as text."
+            )
         self.tokenizer = tokenizer
         self.leading = leading_ids(tokenizer) if kind == "text" else []
 
@@ -83,11 +86,8 @@ def preprocess_dpo_sample(
         encoded = encode(Example("text", text, completions, PAIR))
     except RowProblem as problem:
         raise problem.located("sample", 0) from None
-    fitted = (
-        encoded
-        if isinstance(encoded, str)
-        else fit(encoded.prompt_ids, encoded.completion_ids, max_length, "trim_prompt")
-    )
+    whole = encoded if isinstance(encoded, str) else (encoded.prompt_ids, encoded.completion_ids)
+    fitted = whole if isinstance(whole, str) else fit(*whole, max_length, "trim_prompt")
     if isinstance(fitted, str):
         raise DataError(f"sample: {explain(fitted)}.")
     prompt_ids, sample = fitted.prompt_ids, dict[str, list[int]]()

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import DataError
 
 Row = Mapping[str, Any]
+Values = dict[str, Any]  # of a row, by column
 Message = dict[str, Any]
 Messages = list[Message]
 
@@ -36,13 +37,12 @@ class RowProblem(Exception):
 def read_text(row: Row, column: str) -> str:
     """Returns text that can be encoded as UTF-8; may be empty."""
     value = _get(row, column)
-    if isinstance(value, Mapping) and "value" in value:
+    if not isinstance(value, str):
+        sharegpt = isinstance(value, Mapping) and "value" in value
         remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
-    else:
-        remedy = "store the answer as text, or remove the row"
-    text: str = _expect(value, str, column, "text", remedy)
-    _check_utf8(text, column)
-    return text
+        _expect(value, str, column, "text", remedy if sharegpt else "store the answer as text, or remove the row")
+    _check_utf8(value, column)
+    return str(value)
 
 
 def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
@@ -62,7 +62,7 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
     return ids
 
 
-def read_entries(row: Row, column: str, least: int = 1) -> dict[str, Any]:
+def read_entries(row: Row, column: str, least: int = 1) -> Values:
     """Returns the values of a list by their names in messages: {"completions[0]": …}."""
     values = _expect(_get(row, column), list, column, "a list of answers", "store a list")
     if len(values) < least:
@@ -112,22 +112,16 @@ def read_grades(row: Row, count: int) -> list[float]:
     return [0.0 - grade for grade in grades] if column == "ranks" else grades
 
 
-def read_messages(row: Row, column: str) -> Messages:
-    """Returns messages as fresh dicts without None-valued keys; may be an empty list."""
+def read_messages(row: Row, column: str, least: int = 0) -> Messages:
+    """Returns messages as fresh dicts without None-valued keys."""
     value, remedy = _get(row, column), 'store [{"role": …, "content": …}, …]'
-    if isinstance(value, Mapping):
+    if type(value) is not list and isinstance(value, Mapping):
         found = f"expected a list of messages, found one dict with the keys {sorted(value)}"
         raise RowProblem(column, found, f"{remedy} (a datasets.List of a dict, not a Sequence)")
     messages = _expect(value, list, column, "a list of messages", remedy)
-    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
-
-
-def read_conversation(row: Row, column: str) -> Messages:
-    """Returns messages, at least one."""
-    messages = read_messages(row, column)
-    if not messages:
+    if len(messages) < least:
         raise RowProblem(column, "is an empty conversation", "give at least one message, or remove the row")
-    return messages
+    return [_read_message(message, f"{column}[{index}]") for index, message in enumerate(messages)]
 
 
 def _read_message(message: object, where: str) -> Message:
@@ -155,7 +149,7 @@ def _read_message(message: object, where: str) -> Message:
     return clean
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
+def read_tools(row: Row) -> list[Values] | None:
     """Returns the row's tool schemas (list, or a JSON string of one); None when there are none."""
     tools = _from_json(row, "tools")
     if tools is None:
@@ -165,7 +159,7 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
     return (tools if isinstance(row["tools"], str) else without_none(tools)) or None
 
 
-def read_template_kwargs(row: Row) -> dict[str, Any]:
+def read_template_kwargs(row: Row) -> Values:
     """Returns extra arguments for the chat template (dict, or a JSON string of one)."""
     column = "chat_template_kwargs"
     kwargs = _from_json(row, column)
@@ -174,7 +168,7 @@ def read_template_kwargs(row: Row) -> dict[str, Any]:
     _expect(kwargs, Mapping, column, "a dict", "store a dict")
     if reserved := sorted(RESERVED_KWARGS.intersection(kwargs)):
         raise RowProblem(column, f"{reserved[0]!r} is set by the pipeline", f"remove {reserved[0]!r} from the dict")
-    clean: dict[str, Any] = without_none(kwargs)
+    clean: Values = without_none(kwargs)
     return clean
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,5 +37,5 @@ def rows_digest(dataset: Any, samples: int = 256) -> str:
     return f"{number} rows, {digest([dataset[i] for i in spread])}"
 
 
-def digest(content: list[Any]) -> str:
+def digest(content: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

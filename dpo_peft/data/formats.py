@@ -25,10 +25,11 @@ With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `co
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import DataError, OptionError
-from .fields import Row, RowProblem, read_entries, read_text
+from .fields import Row, Values
 
 # What the judgments of a row suit: the kinds of data that objectives learn from. The first is what it is scored as.
 SUITS = {
@@ -114,8 +115,8 @@ class Example:
     completions: list[Any]
     fields: tuple[str, ...]
     grades: list[float] | None = None
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    tools: list[Values] | None = None
+    template_kwargs: Values = field(default_factory=dict)
     continues: bool = False
 
 
@@ -156,15 +157,17 @@ class Layout:
     columns: tuple[str, ...]  # that hold completions
     judged: str = "pair"
 
-    @property
+    @cached_property
     def name(self) -> str:
+        """Returns what the summary calls it."""
         return self.prompt if self.judged in ("pair", "several") else f"{self.prompt}_{self.judged}"
 
-    @property
+    @cached_property
     def kind(self) -> str:
+        """Returns what its examples hold: "text", "chat" or "ids"."""
         return self.prompt.partition("_")[0].replace("transcript", "text")
 
-    @property
+    @cached_property
     def implicit(self) -> bool:
         """Says whether the prompt is the start of the completions, not a column."""
         return self.prompt not in ("text", "chat", "ids")
@@ -206,7 +209,14 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     have, data = set(columns), wanted.data
     _refuse_raw_formats(name, have, first)
     given, judged = find_completions(have, first, data == "lists")
-    if data not in SUITS[judged]:
+    if data == "lists" and given[0].startswith("completions"):
+        if len(have.intersection(GRADE_COLUMNS)) != 1:
+            count = "there is neither" if judged == "unlabelled" else "both are there"
+            raise DataError(
+                f"{name}: {given[0]!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and "
+                f"{count}. Add or remove a column, e.g. dataset.remove_columns('ranks')."
+            )
+    elif data not in SUITS[judged]:
         _refuse_unsuited(name, have, given, judged, data)
     for column in LABEL_COLUMNS:
         if column in have and (wanted.graded or column not in wanted.label_columns):
@@ -214,14 +224,13 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
                 f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
                 f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
             )
-    if judged == "ranked" and set(GRADE_COLUMNS) <= have:
-        _refuse_grades(name, given[0], "both are there")
     judged = "unlabelled" if data == "unlabelled" else judged
     ids = given[0].endswith("_ids")
     _need(name, have, ("prompt_ids", *given) if ids else given, data)
     if ids or given == ("messages",):
         return Layout("ids" if ids else "chat_implicit", given, judged)
-    prompt = _detect_prompt(name, have, first, _one_each(name, first, given, wanted), judged)
+    alone, found = judged in ("label", "unlabelled"), _one_each(first, given, wanted.graded)
+    prompt = _detect_prompt(name, have, first, found, alone)
     if prompt == "transcript" and data == "trajectories":
         raise DataError(
             f"{name}: raw HH transcripts hold their turns as one text. Convert them first: "
@@ -241,15 +250,16 @@ def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
     ready = have & {"chosen", "completions", "completion", "messages"}  # converters leave the raw columns beside these
     for columns, what, convert in RAW_FORMATS:
         converted = "prompt" in have if "conversations" in columns else ready  # the raw one has `chosen`, too
-        if columns <= have and not converted and ("output" not in columns or isinstance(first["output"], list)):
+        if columns <= have and not converted and ("output" not in columns or isinstance(first.get("output"), list)):
             raise DataError(f"{name}: {what}. Convert them first: {convert}, or dataset_format on the command line.")
 
 
 def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:
     """Says what the rows are for, as they are not for `data`."""
+    end = "_ids" if given[0].endswith("_ids") else ""
+    if data == "unlabelled":
+        return _need(name, have, (f"completion{end}",), data)
     if given[0].startswith("completions"):
-        if data == "lists":
-            _refuse_grades(name, given[0], "there is neither")
         needs = f"{given[0]!r} (ranked or scored lists) needs {LISTS}"
     elif judged == "several":
         needs = f"{given[1]!r} as a list of answers needs {LISTS}"
@@ -258,17 +268,8 @@ def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: 
     elif data == "singles":
         needs = "a judged answer needs a 'label' column (True for desirable)"
     else:
-        end = "_ids" if given[0].endswith("_ids") else ""
-        names = ("completion",) if data == "unlabelled" else ("chosen", "rejected")
-        return _need(name, have, tuple(f"{one}{end}" for one in names), data)
+        return _need(name, have, (f"chosen{end}", f"rejected{end}"), data)
     raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
-
-
-def _refuse_grades(name: str, column: str, found: str) -> None:
-    raise DataError(
-        f"{name}: {column!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and {found}. "
-        "Add or remove a column, e.g. dataset.remove_columns('ranks')."
-    )
 
 
 def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None:
@@ -280,41 +281,29 @@ def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None
         )
 
 
-def _one_each(name: str, first: Row, given: tuple[str, ...], wanted: Wanted) -> dict[str, Any]:
-    """Returns one completion of the first row for each column that holds some."""
-    try:
-        found = {column: first.get(column) for column in given}
-        if given == ("completions",):
-            unlabelled = (
-                wanted.data == "unlabelled"
-            )  # such a row may well have none; then the prompt says what they are
-            entries = read_entries(
-                {"completions": found["completions"] or []} if unlabelled else found,
-                "completions",
-                least=not unlabelled,
-            )
-            found["completions"] = next(iter(entries.values()), first.get("prompt"))
-        if wanted.graded and len(given) == 2 and is_several(found["rejected"], kind_of(found["chosen"])):
-            found["rejected"] = found["rejected"][0] if found["rejected"] else found["chosen"]
-        for column, value in found.items():
-            if not isinstance(value, list):
-                read_text(found, column)  # says what is odd
-    except RowProblem as problem:
-        raise problem.located(name, 0) from None
+def _one_each(first: Row, given: tuple[str, ...], graded: bool) -> Values:
+    """Returns one completion of the first row for each column that holds some; None where there is none."""
+    found = {column: first.get(column) for column in given}
+    for column, value in found.items():
+        rejected = graded and column == "rejected" and is_several(value, kind_of(found["chosen"]))
+        if rejected or column == "completions":
+            found[column] = value[0] if isinstance(value, list) and value else None
     return found
 
 
-def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any], judged: str) -> str:
-    """Returns how the rows give their prompt; `found` holds one completion by column."""
-    kinds, columns = [kind_of(value) for value in found.values()], " and ".join(map(repr, found))
+def _detect_prompt(name: str, have: set[str], first: Row, found: Values, alone: bool) -> str:
+    """Returns how the rows give their prompt; `found` holds one completion by column. Odd ones are left to the reader.
+
+    `alone`: completions stand on their own, so there is nothing that shows where their prompt ends.
+    """
     prompt = kind_of(first.get("prompt")) if "prompt" in have else None
-    alone = judged in ("label", "unlabelled")
-    if len(set(kinds)) > 1:
+    kinds, columns = [kind_of(value) for value in found.values()], " and ".join(map(repr, found))
+    if {"text", "list"} <= set(kinds):
         raise DataError(
             f"{name}: 'chosen' is {kinds[0]} but 'rejected' is {kinds[-1]}. Give both as text or both as lists of "
             "messages."
         )
-    if kinds[0] == "text":
+    if "text" in kinds or "list" not in kinds and prompt != "list":
         if prompt == "list":
             raise DataError(
                 f"{name}: 'prompt' is a list of messages but {columns} hold text. Make the answers "
@@ -331,18 +320,18 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: dict[str, Any],
             raise DataError(
                 f"{name}: no 'prompt' column. Add it: one answer alone doesn't show where its prompt ends."
             )
-        return "transcript" if all(text.startswith(HUMAN) for text in found.values()) else "text_implicit"
+        return "transcript" if all(str(text).startswith(HUMAN) for text in found.values()) else "text_implicit"
     if prompt == "list":
         return "chat"
     # Some public sets repeat the question as text beside two whole conversations.
-    opening = next(iter(next(iter(found.values()))), None)
-    whole = isinstance(opening, Mapping) and opening.get("role") in ASKING_ROLES
+    turns = next(turns for turns in found.values() if isinstance(turns, list))
+    whole = bool(turns) and isinstance(turns[0], Mapping) and turns[0].get("role") in ASKING_ROLES
     if not alone and (prompt is None or whole):
         return "chat_implicit"
     shown = f"'prompt' is {prompt}" if prompt else "there is no 'prompt'"
     raise DataError(
-        f"{name}: {shown} but {columns} hold lists of messages. "
-        'Make the prompt a list of messages too: [{"role": "user", "content": text}].'
+        f"{name}: {shown} but {columns} hold lists of messages. Make the prompt a list of messages too: "
+        '[{"role": "user", "content": text}].'
     )
 
 

@@ -5,15 +5,14 @@ teach anything comes back as the name of the reason (see `summary.py`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from .fields import (
     Messages,
     Row,
     RowProblem,
-    read_conversation,
+    Values,
     read_entries,
     read_grades,
     read_ids,
@@ -38,6 +37,20 @@ from .formats import (
 from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NOTHING_SCORED, TRANSCRIPTS_DIFFER
 
 Parsed = Example | str  # an example, or the reason why there is none
+
+
+class Given(NamedTuple):
+    """The completions of a row, the best first: how messages call them, what they hold, and their grades, if any."""
+
+    fields: tuple[str, ...] = ()
+    completions: list[Any] = []
+    grades: list[float] | None = None
+
+    def after(self, kind: str, prompt: Any, completions: list[Any] | None = None) -> Example:
+        """Returns an example of these completions, or of what is left of them behind the prompt."""
+        return Example(
+            kind, prompt, self.completions if completions is None else completions, self.fields, self.grades
+        )
 
 
 def find_format(name: str, columns: Collection[str], first: Row, wanted: Wanted, vocab_size: int) -> RowFormat:
@@ -67,8 +80,7 @@ def parse_each(row: Row, layout: Layout, vocab_size: int, data: str) -> list[Par
     """Turns each completion of a row, which nobody judged, into an example of its own, as `parse_row`."""
     given = _read_completions(row, layout, vocab_size, data)
     each = zip(given.fields, given.completions, strict=True)
-    alone = (replace(given, fields=(field,), completions=[completion]) for field, completion in each)
-    return [_add_prompt(row, layout, one, vocab_size, data) for one in alone]
+    return [_add_prompt(row, layout, Given((field,), [one]), vocab_size, data) for field, one in each]
 
 
 def read_prompt(row: Row, as_chat: bool = False) -> Example:
@@ -76,25 +88,35 @@ def read_prompt(row: Row, as_chat: bool = False) -> Example:
 
     Raises `RowProblem` when it is malformed. With `as_chat` a prompt that is text becomes a user's message.
     """
-    none = Example("text", "", [], ())
     if isinstance(row.get("prompt"), list):
-        return _chat(row, none, read_conversation(row, "prompt"), [])
-    text = read_text(row, "prompt")
-    return _chat(row, none, [{"role": "user", "content": text}], []) if as_chat else replace(none, prompt=text)
+        prompt = read_messages(row, "prompt", least=1)
+    else:
+        text = read_text(row, "prompt")
+        if not as_chat:
+            return Given().after("text", text)
+        prompt = [{"role": "user", "content": text}]
+    return _chat(row, Given(), prompt, [], prompt[-1]["role"] == "assistant")
 
 
 def read_completion(entries: Row, field: str, kind: str, vocab_size: int) -> Any:
     """Reads a completion in the form that goes with its prompt. After messages, a text is a turn of the model."""
     if kind == "chat" and isinstance(entries[field], str):
         return [{"role": "assistant", "content": read_text(entries, field)}]
-    read: Any = {"text": read_text, "chat": read_messages, "ids": partial(read_ids, vocab_size=vocab_size)}
-    return read[kind](entries, field)
+    return _read_value(entries, field, kind, vocab_size)
 
 
-def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> Example:
-    """Reads a row's completions and what is known of them, the best first; the prompt is still to be added."""
+def _read_value(row: Row, field: str, kind: str, vocab_size: int, least: int = 0) -> Any:
+    """Reads a text, token ids, or at least so many messages."""
+    if kind == "chat":
+        return read_messages(row, field, least)
+    return read_text(row, field) if kind == "text" else read_ids(row, field, vocab_size)
+
+
+def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> Given:
+    """Reads a row's completions and what is known of them."""
     first, *others = layout.columns
-    entries, grades = row, dict[str, Any]()  # of each completion by its name in messages
+    entries = row
+    grades: Values  # of each completion by its name in messages
     if layout.judged == "ranked":
         entries = read_entries(row, first, least=2)
         graded = zip(entries, read_grades(row, len(entries)), strict=True)
@@ -111,16 +133,16 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> E
             worse = read_entries(row, others[0])
             entries = {**row, **worse}
         grades = {first: 1.0, **dict.fromkeys(worse, 0.0)}
-    read: Any = {"text": read_text, "chat": read_messages, "ids": partial(read_ids, vocab_size=vocab_size)}
-    completions = [read[layout.kind](entries, field) for field in grades]
+    least = int(layout.implicit and first != "messages")
+    completions = [_read_value(entries, field, layout.kind, vocab_size, least) for field in grades]
     judged = data in ("lists", "singles")
-    return Example(layout.kind, None, completions, tuple(grades), list(grades.values()) if judged else None)
+    return Given(tuple(grades), completions, list(grades.values()) if judged else None)
 
 
-def _add_prompt(row: Row, layout: Layout, given: Example, vocab_size: int, data: str) -> Parsed:
+def _add_prompt(row: Row, layout: Layout, given: Given, vocab_size: int, data: str) -> Parsed:
     """Returns an example with its prompt: the row's, or what its completions have in common."""
     if layout.prompt == "text":
-        return replace(given, prompt=read_text(row, "prompt"))
+        return given.after("text", read_text(row, "prompt"))
     if layout.prompt == "text_implicit":
         return _cut_texts(given)
     if layout.prompt == "transcript":
@@ -129,13 +151,13 @@ def _add_prompt(row: Row, layout: Layout, given: Example, vocab_size: int, data:
         prompt_ids = read_ids(row, "prompt_ids", vocab_size)
         if not prompt_ids and data != "trajectories":
             raise RowProblem("prompt_ids", "is empty", "give at least one prompt token, e.g. the BOS id")
-        return replace(given, prompt=prompt_ids)
+        return given.after("ids", prompt_ids)
     if layout.columns == ("messages",):
         prompt, completions = _cut_judged(given.completions[0])
     elif layout.implicit:
         prompt, completions = _cut_conversations(given)
     else:
-        prompt, completions = read_conversation(row, "prompt"), given.completions
+        prompt, completions = read_messages(row, "prompt", least=1), given.completions
     if data == "trajectories":
         return _trajectories(row, given, prompt, completions, layout.implicit)
     if layout.implicit and len(completions) > 1:
@@ -155,7 +177,7 @@ def _add_prompt(row: Row, layout: Layout, given: Example, vocab_size: int, data:
     return _chat(row, given, prompt, completions, not layout.implicit and prompt[-1]["role"] == "assistant")
 
 
-def _cut_texts(given: Example) -> Parsed:
+def _cut_texts(given: Given) -> Parsed:
     """Splits where the texts begin to differ, backing up to the start of the word (a lone blank goes with it)."""
     texts = given.completions
     if len(set(texts)) == 1:
@@ -169,14 +191,14 @@ def _cut_texts(given: Example) -> Parsed:
         cut -= 1
     if not cut:
         return NO_COMMON_PROMPT
-    return replace(given, prompt=first[:cut], completions=[text[cut:] for text in texts])
+    return given.after("text", first[:cut], [text[cut:] for text in texts])
 
 
 def _in_spaced_word(char: str) -> bool:
     return char.isalnum() and ord(char) < 0x2E80  # Chinese, Japanese and Korean blocks have no blanks to back up to
 
 
-def _cut_transcripts(given: Example) -> Parsed:
+def _cut_transcripts(given: Given) -> Parsed:
     """Cuts behind the last "Assistant:" of each transcript; the parts before it must be the same text."""
     for field, text in zip(given.fields, given.completions, strict=True):
         if not text.startswith(HUMAN) or ASSISTANT not in text:
@@ -188,14 +210,11 @@ def _cut_transcripts(given: Example) -> Parsed:
     cut = [text.rpartition(ASSISTANT) for text in given.completions]
     if len({prompt for prompt, _, _ in cut}) > 1:
         return TRANSCRIPTS_DIFFER
-    return replace(given, prompt=cut[0][0] + ASSISTANT, completions=[reply for _, _, reply in cut])
+    return given.after("text", cut[0][0] + ASSISTANT, [reply for _, _, reply in cut])
 
 
-def _cut_conversations(given: Example) -> tuple[Messages, list[Messages]]:
+def _cut_conversations(given: Given) -> tuple[Messages, list[Messages]]:
     """Cuts behind the common start of whole conversations, but leaves each at least its last message."""
-    for field, messages in zip(given.fields, given.completions, strict=True):
-        if not messages:
-            raise RowProblem(field, "is an empty conversation", "remove the row")
     cut = min(common_start(given.completions), *(len(messages) - 1 for messages in given.completions))
     return given.completions[0][:cut], [messages[cut:] for messages in given.completions]
 
@@ -213,7 +232,7 @@ def _cut_judged(messages: Messages) -> tuple[Messages, list[Messages]]:
     return messages[:cut], [messages[cut:]]
 
 
-def _trajectories(row: Row, given: Example, prompt: Messages, completions: list[Messages], implicit: bool) -> Parsed:
+def _trajectories(row: Row, given: Given, prompt: Messages, completions: list[Messages], implicit: bool) -> Parsed:
     """Takes whole conversations that may differ from any turn on; without a `prompt` column the prompt stays empty."""
     written = [[message for message in turns if message["role"] == "assistant"] for turns in completions]
     if not all(written):
@@ -233,38 +252,24 @@ def _trajectories(row: Row, given: Example, prompt: Messages, completions: list[
     return _chat(row, given, prompt, completions, opens and any(t[0]["role"] == "assistant" for t in completions))
 
 
-def _chat(
-    row: Row, given: Example, prompt: Messages, completions: list[Messages], continues: bool | None = None
-) -> Example:
-    """Returns an example of messages, with the tools and template arguments of the row.
-
-    `continues` None: there are no completions yet, and they would continue an assistant's turn.
-    """
-    if continues is None:
-        continues = prompt[-1]["role"] == "assistant"
-    elif continues and not all(
-        isinstance(one.get("content"), str) and one["role"] == "assistant"
-        for one in [prompt[-1], *(turns[0] for turns in completions)]
-    ):
+def _chat(row: Row, given: Given, prompt: Messages, completions: list[Messages], continues: bool) -> Example:
+    """Returns an example of messages, with the tools and template arguments of the row."""
+    joined = [prompt[-1], *(turns[0] for turns in completions)] if continues and completions else []
+    if not all(isinstance(message.get("content"), str) and message["role"] == "assistant" for message in joined):
         raise RowProblem(
             "prompt",
             "ends with an assistant turn, so the answers go on with it; that needs plain text on both sides",
             "end the prompt with the user's turn, or make the last and the first content plain text",
         )
-    tools, template_kwargs = read_tools(row), read_template_kwargs(row)
-    return Example("chat", prompt, completions, given.fields, given.grades, tools, template_kwargs, continues)
+    chat = read_tools(row), read_template_kwargs(row)
+    return Example("chat", prompt, completions, given.fields, given.grades, *chat, continues)
 
 
 def _is_one_answer(messages: Messages) -> bool:
     """Says whether these are one assistant turn, or several with tool results between them."""
     roles = [message["role"] for message in messages]
     twice = any(pair == ("assistant", "assistant") for pair in zip(roles, roles[1:], strict=False))
-    return roles[0] != "tool" and not twice and not count_turns(messages, ASKING_ROLES)
-
-
-def count_turns(messages: Messages, roles: tuple[str, ...]) -> int:
-    """Counts the messages with one of these roles."""
-    return sum(message["role"] in roles for message in messages)
+    return roles[0] != "tool" and not twice and not set(roles).intersection(ASKING_ROLES)
 
 
 def _says_nothing(turns: Messages) -> bool:

@@ -9,7 +9,7 @@ counted from these records. A stream does both row by row, as it is read.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from functools import partial
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
@@ -17,11 +17,11 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
-from .fields import Row, RowProblem
+from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
 from .parse import find_format
-from .summary import DataSummary, explain
+from .summary import DataSummary
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
 from .worker import COUNTERS, RowWorker, rows_of
@@ -59,8 +59,9 @@ def prepare_dataset(
         on_unusable: "drop" counts and drops well-formed rows that carry no signal, "error" refuses the first one.
         max_unusable_share: Above this share of dropped rows the dataset is refused.
         load_from_cache_file: False tokenizes again even if the cache has the result.
-        data: What the objective learns from: "pairs", "lists" (K graded answers of one prompt), "singles" (answers
-            judged one by one) or "trajectories" (pairs of conversations that may differ from any turn on).
+        data: What the objective learns from: "pairs", "lists" (K graded completions of one prompt), "singles" (judged
+            one by one) or "trajectories" (pairs of conversations that may differ from any turn on). Or "unlabelled":
+            completions that nobody judged, to be scored, each as a row of its own; not for streams.
         label_columns: Which of "preference" and "margin" the objective reads, where the dataset has them. A dataset
             with one that is not read is refused.
         discount_unit: What a step of a trajectory is, an assistant "turn" or a "token" of one.
@@ -71,10 +72,11 @@ def prepare_dataset(
         completion, the best first), `row` (number in `dataset`), and by `data`
 
         - pairs, trajectories: `preference` and `margin` (float) if the dataset has them. A preference below 0.5 comes
-          back swapped: the other answer first, 1 - preference, -margin;
+          back swapped: the other completion first, 1 - preference, -margin;
         - lists, singles: `grades` (one float per completion, higher is better; singles: 1 desirable, 0 undesirable);
         - trajectories: `steps` (one int per completion token, -1 for those that the model does not write).
-          `prompt_ids` is what both share at the start, and may be empty.
+          `prompt_ids` is what both share at the start, and may be empty;
+        - unlabelled: `completion` (which one of its row it is).
 
         A stream comes back as a stream, and fills the summary later; it is refused when none of its first 100 rows is
         usable.
@@ -94,11 +96,17 @@ def prepare_dataset(
     unused = tuple(column for column in columns if column not in used)
     summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
     worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
+    max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):
-        stream = StreamWorker(worker, summary, max_unusable_share if on_unusable == "drop" else None)
-        return _prepare_stream(dataset, stream, columns), summary
+        return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    return _keep_usable(records, worker, summary, on_unusable, max_unusable_share), summary
+    for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
+        for record in rows_of(batch):
+            summary.add(record)
+    summary.check()
+    summary.check_share(max_share)
+    prepared = records.select_columns(worker.prepared_columns)
+    return prepared.select(_rows_where(records, "drop", empty=True)) if summary.dropped else prepared, summary
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -112,7 +120,7 @@ def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | 
         raise OptionError(f"num_proc={num_proc!r} must be None or a positive integer.")
 
 
-def _first_row(dataset: Any, name: str) -> tuple[list[str], Row]:
+def _first_row(dataset: object, name: str) -> tuple[list[str], Row]:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         hint = "Pick one split, e.g. dataset['train']" if hasattr(dataset, "keys") else "Use Dataset.from_list(rows)"
         raise DataError(
@@ -156,7 +164,10 @@ def _map_records(
         desc=f"Checking {worker.name} rows",
         **options,
     )
-    _raise_problems(checked, worker.name)
+    if bad := _rows_where(checked, "problem", empty=False):
+        problems = [(RowProblem(*json.loads(checked[row]["problem"])), row) for row in bad[:PROBLEMS_NAMED]]
+        count = f"{worker.name}: {len(bad)} malformed rows of {len(checked)}. " if len(bad) > 1 else ""
+        raise DataError(count + " | ".join(str(problem.located(worker.name, row)) for problem, row in problems))
     records = rows.map(
         worker.record_batch,
         with_indices=True,
@@ -168,68 +179,35 @@ def _map_records(
     return records.with_format(None)
 
 
-def _raise_problems(checked: Dataset, name: str) -> None:
-    found = _rows_where(checked, "problem", empty=False)
-    if not found:
-        return
-    errors = [RowProblem(*json.loads(checked[row]["problem"])).located(name, row) for row in found[:PROBLEMS_NAMED]]
-    count = f"{name}: {len(found)} malformed rows of {len(checked)}. " if len(found) > 1 else ""
-    raise DataError(count + " | ".join(map(str, errors)))
-
-
-def _keep_usable(
-    records: Dataset, worker: RowWorker, summary: DataSummary, on_unusable: str, max_unusable_share: float
-) -> Dataset:
-    for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
-        for record in rows_of(batch):
-            summary.add(record)
-    summary.check()
-    if on_unusable == "error" and summary.dropped:
-        reason, rows = next(iter(summary.dropped_rows.items()))
-        raise unusable_error(summary.name, rows[0], reason)
-    summary.check_share(max_unusable_share)
-    prepared = records.select_columns(worker.prepared_columns)
-    if summary.dropped:
-        prepared = prepared.select(_rows_where(records, "drop", empty=True))
-    return prepared
-
-
 def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
     """Returns the numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
     texts = mapped.data.column(column)
     return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
 
 
-def unusable_error(name: str, row: int, reason: str) -> DataError:
-    return DataError(f"{name} row {row}: {explain(reason)}, or let them be dropped with on_unusable='drop'.")
-
-
-class StreamWorker:
-    """Prepares the rows of a stream one by one and counts them; row 0 starts a new pass."""
-
-    def __init__(self, worker: RowWorker, summary: DataSummary, max_unusable_share: float | None):
-        self.worker, self.summary, self.max_unusable_share = worker, summary, max_unusable_share
-
-    def __call__(self, row: Row, index: int) -> dict[str, Any]:
-        if index == 0:
-            self.summary.reset()
-        (record,) = self.worker.records(row, index, check=True)
-        self.summary.add(record)
-        if record["drop"] and self.max_unusable_share is None:
-            raise unusable_error(self.worker.name, index, record["drop"])
-        if self.max_unusable_share is not None and self.summary.source_rows >= STREAM_PATIENCE:
-            self.summary.check_share(self.max_unusable_share)
-        return record
-
-
-def _prepare_stream(dataset: IterableDataset, worker: StreamWorker, columns: list[str]) -> IterableDataset:
-    features, prepared_columns = worker.worker.features, worker.worker.prepared_columns
-    records = _plain(dataset).map(worker, with_indices=True, remove_columns=columns, features=features)
-    prepared = records.filter(_is_kept).select_columns(prepared_columns)
+def _prepare_stream(
+    dataset: IterableDataset, worker: RowWorker, summary: DataSummary, max_share: float | None, columns: list[str]
+) -> IterableDataset:
+    if worker.wanted.data == "unlabelled":  # a row may become several
+        raise OptionError("data='unlabelled' needs a datasets.Dataset, not a stream.")
+    record = partial(_stream_record, worker, summary, max_share)
+    records = _plain(dataset).map(record, with_indices=True, remove_columns=columns, features=worker.features)
+    prepared = records.filter(_is_kept).select_columns(worker.prepared_columns)
     if next(iter(prepared), None) is None:
-        worker.summary.check_share(1.0)
-    worker.summary.reset()
+        summary.check_share(1.0)
+    summary.reset()
     return prepared
+
+
+def _stream_record(worker: RowWorker, summary: DataSummary, max_share: float | None, row: Row, index: int) -> Values:
+    """Prepares one row of a stream and counts it; row 0 starts a new pass."""
+    if index == 0:
+        summary.reset()
+    (record,) = worker.records(row, index, check=True)
+    summary.add(record)
+    if max_share is None or summary.source_rows >= STREAM_PATIENCE:
+        summary.check_share(max_share)
+    return record
 
 
 def _is_kept(record: Row) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .encode import Encoder
-from .fields import Row, RowProblem, read_entries, read_ids, read_number
+from .fields import Row, RowProblem, Values, read_entries, read_ids, read_number
 from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
 from .parse import parse_row, read_completion, read_prompt
 from .tokenize import without_eos
@@ -24,12 +24,12 @@ class Prompt:
 
     number: int  # its row
     example: Example  # the prompt, as text or messages, and what its chat template takes
-    columns: dict[str, Any] = field(default_factory=dict)  # the row's other values
+    columns: Values = field(default_factory=dict)  # the row's other values
     completions: list[Any] | None = None  # texts, or lists of messages if the prompt is one
     scores: list[float | None] | None = None
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Values:
         """Returns the columns with which training reads the same prompt."""
         extra = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
         return {"prompt": self.example.prompt, **{name: value for name, value in extra.items() if value}}
@@ -61,11 +61,10 @@ def read_prompts(
     given = "completions" in columns
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
-    layout = None if given else _pair_layout(name, columns, first)
+    layout = None if given else _implicit_layout(name, columns, first)
     for number, row in enumerate(rows):
         try:
-            pair = layout is not None and layout.implicit
-            example = parse_row(row, layout, 0, "lists") if pair else read_prompt(row, as_chat)
+            example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row, as_chat)
             if isinstance(example, str):
                 skipped[example] += 1
                 continue
@@ -82,10 +81,11 @@ def read_prompts(
     return found, skipped
 
 
-def _pair_layout(name: str, columns: Sequence[str], first: Row) -> Layout | None:
-    """Returns the format of pairs, or None where there are prompts alone."""
+def _implicit_layout(name: str, columns: Sequence[str], first: Row) -> Layout | None:
+    """Returns the format of pairs without a prompt of their own, or None where `prompt` has it."""
     if {"chosen", "rejected"} <= set(columns):
-        return detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
+        layout = detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
+        return layout if layout.implicit else None
     if "prompt" not in columns:
         raise DataError(f"{name}: there is no column 'prompt' (columns: {', '.join(columns)}). Rename yours to it.")
     return None

@@ -1,53 +1,46 @@
 """What became of every source row: kept, or dropped for a named reason; and what truncation took away."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import DataError
 
-EMPTY_COMPLETION = "empty_completion"
-IDENTICAL = "identical_completions"
-IDENTICAL_AFTER = "identical_after_truncation"
-PROMPT_TOO_LONG = "prompt_too_long"
-COMPLETION_TOO_LONG = "completion_too_long"
-TRANSCRIPTS_DIFFER = "transcripts_differ"
-NO_COMMON_PROMPT = "no_common_prompt"
-NO_RANKING = "no_ranking"
-NO_SINGLE_BEST = "no_single_best"
-SAME_TEXT = "same_text_ranked_apart"
-NOTHING_SCORED = "nothing_scored"
-
 # reason -> (what it means, what to do about it)
 REASONS = {
-    EMPTY_COMPLETION: ("a completion has no text besides its end token", "remove these rows"),
-    IDENTICAL: ("all completions are the same", "remove these rows"),
-    IDENTICAL_AFTER: (
+    "empty_completion": ("a completion has no text besides its end token", "remove these rows"),
+    "identical_completions": ("all completions are the same", "remove these rows"),
+    "identical_after_truncation": (
         "the completions differ only in what truncation took away",
         "raise max_length or use truncation_mode='trim_prompt'",
     ),
-    PROMPT_TOO_LONG: (
+    "prompt_too_long": (
         "the prompt alone fills max_length",
         "raise max_length or use truncation_mode='keep_end' or 'trim_prompt'",
     ),
-    COMPLETION_TOO_LONG: (
+    "completion_too_long": (
         "a completion does not fit beside one prompt token",
         "raise max_length or use another truncation_mode",
     ),
-    TRANSCRIPTS_DIFFER: (
+    "transcripts_differ": (
         "the conversations differ before the last assistant turn",
         "remove these rows or give prompt, chosen and rejected yourself",
     ),
-    NO_COMMON_PROMPT: ("chosen and rejected share no start", "add a 'prompt' column"),
-    NO_RANKING: ("all answers have the same grade", "remove these rows"),
-    NO_SINGLE_BEST: (
+    "no_common_prompt": ("chosen and rejected share no start", "add a 'prompt' column"),
+    "no_ranking": ("all answers have the same grade", "remove these rows"),
+    "no_single_best": (
         "several answers share the best grade, and the objective needs one best",
         "remove all but one of them or use loss_type='plackett_luce'",
     ),
-    SAME_TEXT: ("the same text has two grades", "remove these rows or the repeated answers"),
-    NOTHING_SCORED: (
+    "same_text_ranked_apart": ("the same text has two grades", "remove these rows or the repeated answers"),
+    "nothing_scored": (
         "a trajectory has no token of the assistant's where it differs, or truncation took them",
         "remove these rows, raise max_length or use another truncation_mode",
     ),
 }
+# Their names, in this order.
+EMPTY_COMPLETION, IDENTICAL, IDENTICAL_AFTER, PROMPT_TOO_LONG, COMPLETION_TOO_LONG, *_others = REASONS
+TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, NOTHING_SCORED = _others
 ROWS_NAMED = 5
 
 
@@ -113,43 +106,46 @@ class DataSummary:
                 f"{self.source_rows} source rows. This is a defect of the pipeline, please report it."
             )
 
-    def check_share(self, max_share: float) -> None:
-        """Raises `DataError` when no row is left, or more than `max_share` of the rows were dropped."""
+    def check_share(self, max_share: float | None) -> None:
+        """Raises `DataError` when no row is left, or more than `max_share` of the rows were dropped; None: or any."""
         if not self.source_rows:
             raise DataError(f"{self.name}: the dataset is empty. Give it at least one row.")
-        share = self.dropped_total / self.source_rows
-        if self.kept_rows and share <= max_share:
+        if max_share is None and self.dropped:
+            reason, rows = next(iter(self.dropped_rows.items()))
+            raise DataError(
+                f"{self.name} row {rows[0]}: {explain(reason)}, or let them be dropped with on_unusable='drop'."
+            )
+        if max_share is None or self.kept_rows and self.dropped_total / self.source_rows <= max_share:
             return
         left = f"more than max_unusable_share={max_share:g}" if self.kept_rows else "none is left"
         reasons = "; ".join(
-            f"{count}× {reason} ({REASONS[reason][0]}; remedy: {REASONS[reason][1]}; e.g. row "
-            f"{self.dropped_rows[reason][0]})"
+            "{}× {} ({}; remedy: {}; e.g. row {})".format(
+                count, reason, *REASONS[reason], self.dropped_rows[reason][0]
+            )
             for reason, count in self.dropped.items()
         )
         raise DataError(
             f"{self.name}: {self.dropped_total} of {self.source_rows} rows are unusable, {left}: {reasons}."
         )
 
-    def add(self, record: dict[str, int | str]) -> None:
-        """Counts one row: the statistics that `prepare.py` keeps beside its ids."""
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Counts one row: the statistics that `worker.py` keeps beside its ids."""
         self.source_rows += 1
-        reason = str(record["drop"])
-        if reason:
+        if reason := record["drop"]:
             self.dropped[reason] = self.dropped.get(reason, 0) + 1
             named = self.dropped_rows.setdefault(reason, [])
             if len(named) < ROWS_NAMED:
-                named.append(int(record["row"]))
+                named.append(record["row"])
             return
         self.kept_rows += 1
         for counter in ADDED:
-            setattr(self, counter, getattr(self, counter) + int(record[counter]))
-        self.rows_truncated += bool(record["prompt_cut"]) or bool(record["completions_cut"])
+            setattr(self, counter, getattr(self, counter) + record[counter])
+        self.rows_truncated += bool(record["prompt_cut"] or record["completions_cut"])
         self.prompts_trimmed += bool(record["prompt_cut"])
-        self.completions_trimmed += int(record["completions_cut"])
-        self.boundary_resplits += int(record["resplits"])
-        self.unshared_tokens += int(record["prompt_tokens"]) * int(record["completions"])
-        self.unshared_tokens += int(record["completion_tokens"])
-        self.longest = max(self.longest, int(record["longest"]))
+        self.completions_trimmed += record["completions_cut"]
+        self.boundary_resplits += record["resplits"]
+        self.unshared_tokens += record["prompt_tokens"] * record["completions"] + record["completion_tokens"]
+        self.longest = max(self.longest, record["longest"])
 
     def reset(self) -> None:
         """Starts counting again; what describes the dataset stays."""

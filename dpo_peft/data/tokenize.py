@@ -7,7 +7,7 @@ its own, and that is accepted only if it decodes to the same text.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +36,7 @@ class Encoded:
     steps: list[list[int]] | None = None
 
 
-def check_tokenizer(tokenizer: Any, need_eos: bool) -> None:
+def check_tokenizer(tokenizer: object, need_eos: bool) -> None:
     """Raises `OptionError` for something that is no tokenizer, `DataError` for one without an end token."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inner = getattr(tokenizer, "tokenizer", None)
@@ -93,7 +93,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, example: Example, leading: l
         if not body.strip():
             return EMPTY_COMPLETION
         joint = text_ids(tokenizer, example.prompt + body, leading)
-        ids, apart = ids_behind(tokenizer, prompt_ids, joint, lambda body=body: body, field, TEXT_REMEDY)
+        ids, apart = ids_behind(tokenizer, prompt_ids, joint, partial(str, body), field, TEXT_REMEDY)
         completion_ids.append([*ids, tokenizer.eos_token_id])
         resplits += apart
     return Encoded(prompt_ids, completion_ids, resplits)

@@ -57,11 +57,6 @@ def share_start(wholes: list[list[int]], steps: list[list[int]], resplits: int =
     return Encoded(wholes[0][:cut], [ids[cut:] for ids in wholes], resplits, [values[cut:] for values in steps])
 
 
-def unscore_first(prompt_ids: list[int], steps: list[list[int]]) -> list[list[int]]:
-    """Without a prompt nothing predicts a completion's first token, so it is taken as given."""
-    return steps if prompt_ids else [[GIVEN, *values[1:]] for values in steps]
-
-
 @dataclass
 class _Turns:
     """The ids of a whole conversation, and where the assistant's turns begin and end in them."""
@@ -134,24 +129,28 @@ class _Conversation:
             self.memo[key] = self.chat.ids(messages, self.field, add_generation_prompt=opens)
         return self.memo[key]
 
-    def _behind(
-        self, part: list[int], longer: list[int], number: int, asked: Messages = (), answered: Messages = ()
-    ) -> tuple[list[int], bool]:
+    def _behind(self, part: list[int], longer: list[int], number: int, *turns: Messages) -> tuple[list[int], bool]:
         """Returns the ids behind those of a part, and whether the first would merge with what is before it.
 
-        That is allowed for an assistant's turn, the last message of `answered`, alone. `number` is of the message that
-        is named where the part is not the start.
+        That is allowed where `turns` are given: the messages before an assistant's turn, and these with it. `number`
+        is of the message that is named where the part is not the start.
         """
 
         def text() -> str | None:
             return (
-                self.chat.text_behind(asked, {"add_generation_prompt": True}, answered, self.field)
-                if answered
+                self.chat.text_behind(turns[0], {"add_generation_prompt": True}, turns[1], self.field)
+                if turns
                 else None
             )
 
-        where, words = (
-            self.chat.turn_field(self.index, number),
-            ("the conversation up to here", "the whole conversation"),
+        where = self.chat.turn_field(self.index, number)
+        return ids_behind(
+            self.chat.tokenizer,
+            part,
+            longer,
+            text,
+            where,
+            TEMPLATE_REMEDY,
+            "the conversation up to here",
+            "the whole conversation",
         )
-        return ids_behind(self.chat.tokenizer, part, longer, text, where, TEMPLATE_REMEDY, *words)

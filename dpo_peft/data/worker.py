@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasets import Features, Sequence, Value
@@ -10,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, turn_kind
 from .encode import Encoder
-from .fields import Row, RowProblem, read_number, read_preference
+from .fields import Row, RowProblem, Values, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
-from .parse import Parsed, count_turns
+from .parse import Parsed
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
@@ -23,7 +24,7 @@ from .summary import (
     SAME_TEXT,
 )
 from .tokenize import Encoded
-from .trajectories import GIVEN, encode_trajectories, one_turn_each, unscore_first
+from .trajectories import GIVEN, encode_trajectories, one_turn_each
 from .truncate import Fitted, all_same, fit
 
 COUNTERS = (
@@ -45,17 +46,11 @@ EXTRAS = {
     "completion": Value("int64"),  # which of its row, where nobody judged them
 }
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabelled": ["completion"]}
-NOTHING: dict[str, Any] = {
-    "prompt_ids": [],
-    "completion_ids": [],
-    "preference": 0.0,
-    "margin": 0.0,
-    "grades": [],
-    "steps": [],
-}
+# What a row that is dropped holds instead.
+NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
 READ_LABEL: dict[str, Callable[[Row], float]] = {
     "preference": read_preference,
-    "margin": lambda row: read_number(row, "margin"),
+    "margin": partial(read_number, column="margin"),
 }
 
 
@@ -93,7 +88,7 @@ class RowWorker:
         records = [record for row, index in each for record in self.records(row, index)]
         return {column: [record[column] for record in records] for column in self.features}
 
-    def records(self, row: Row, index: int, check: bool = False) -> list[dict[str, Any]]:
+    def records(self, row: Row, index: int, check: bool = False) -> list[Values]:
         """Returns the prepared row with its statistics, or one for each completion if nobody judged them.
 
         One that is dropped has no ids and names the reason. Raises `DataError` for a malformed row.
@@ -169,12 +164,14 @@ class RowWorker:
             return fitted
         if graded_apart(fitted.completion_ids, grades):
             return IDENTICAL_AFTER
-        steps = unscore_first(fitted.prompt_ids, fitted.steps)
+        steps = fitted.steps
+        if not fitted.prompt_ids:  # nothing predicts the first token
+            steps = [[GIVEN, *values[1:]] for values in steps]
         if any(set(values) <= {GIVEN} for values in steps):
             return NOTHING_SCORED
         return replace(fitted, steps=steps), encoded.resplits
 
-    def _record(self, example: Parsed, labels: dict[str, float]) -> dict[str, Any]:
+    def _record(self, example: Parsed, labels: dict[str, float]) -> Values:
         made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
             return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
@@ -203,12 +200,10 @@ class RowWorker:
         return record
 
 
-def rows_of(batch: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+def rows_of(batch: Mapping[str, list[Any]]) -> list[Values]:
     """Returns the rows of a batch of columns."""
-    columns = list(batch)
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*(batch[column] for column in columns), strict=True)
-    ]
+    columns = {column: batch[column] for column in batch}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) -> bool:
@@ -221,9 +216,8 @@ def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) ->
 
 def _foreign_turns(example: Example) -> int:
     """Counts the completions that hold turns that the model does not write."""
-    if example.kind != "chat":
-        return 0
-    return sum(count_turns(messages, (*ASKING_ROLES, "tool")) > 0 for messages in example.completions)
+    conversations = example.completions if example.kind == "chat" else []
+    return sum(any(turn["role"] in (*ASKING_ROLES, "tool") for turn in turns) for turns in conversations)
 
 
 def _shape(example: Example) -> str:

@@ -13,7 +13,6 @@ Shape suffixes: H query heads, G key/value heads, T packed tokens, S gathered ke
 sample in tokens.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ def prefix_shared_attention(
     dropout: float = 0.0,
     prefix_layout: AttentionPlan | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attends as transformers' functions do; registered as `IMPLEMENTATION`.
 
@@ -239,8 +238,6 @@ def _needs_enable_gqa() -> bool:
 def _varlen_runs(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
     """Whether torch's kernel runs: CUDA sm80+, half precision, head size a multiple of 8 up to 256."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or heads.size % 8 or heads.size > 256:
-        return False
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

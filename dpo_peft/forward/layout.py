@@ -23,12 +23,17 @@ B longest sample in tokens, C completions, N predicted tokens, M most copies of 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_long = partial(torch.as_tensor, dtype=torch.int64)
+_int32 = partial(torch.as_tensor, dtype=torch.int32)
+_double = partial(torch.as_tensor, dtype=torch.float64)
 
 KEY_BYTES = 16
 # Hashed into every key. Another number for another way to hash, so that stored keys of the old way are never found.
@@ -92,19 +97,19 @@ class PackedBatch:
     keys: Any = None  # (C,) bytes, from `content_keys`
     samples: Samples | None = None  # what was laid out, on the host
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether each prompt is computed once."""
         return self.attention_mask is None
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
-        """The number of prompts, E."""
+        """Returns the number of prompts, E."""
         return self.rows.shape[0]
 
-    @property
+    @cached_property
     def num_completions(self) -> int:
-        """The number of completions over all samples, C."""
+        """Returns the number of completions over all samples, C."""
         return self.sample_of.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -121,7 +126,7 @@ class PackedBatch:
 def visible(
     segment_q: Tensor, context_q: Tensor, pos_q: Tensor, segment_k: Tensor, pos_k: Tensor, window: int | None = None
 ) -> Tensor:
-    """The mask predicate: True where a query may see a key.
+    """Returns the mask predicate: True where a query may see a key.
 
     A token sees its own segment and its prompt, up to its own position; under a sliding window only keys whose
     position is less than `window` behind. Arguments broadcast against each other; the result is boolean.
@@ -219,25 +224,22 @@ def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
         ValueError: no samples, or a sample in which nothing can predict or be predicted.
     """
     _check(samples)
-    rows = [(np.asarray(s.prompt), completion, scored) for s in samples for completion, scored in _scored(s)]
-    length = max(len(prompt) + len(completion) for prompt, completion, _ in rows)
-    input_ids = np.full((len(rows), length), pad_token_id)
-    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-    pred_pos, target = [], []
-    for r, (prompt, completion, scored) in enumerate(rows):
-        p, c = len(prompt), len(completion)
-        input_ids[r, :p] = prompt
-        input_ids[r, p : p + c] = completion
-        attention_mask[r, : p + c] = 1
-        pred_pos.append(r * length + p - 1 + scored)
-        target.append(completion[scored])
+    rows = [(sample.prompt, completion, places) for sample in samples for completion, places in _scored(sample)]
+    starts = np.array([len(prompt) for prompt, _, _ in rows])  # of the completions
+    ends = starts + [len(completion) for _, completion, _ in rows]
+    length = ends.max()
+    filled = np.arange(length) < ends[:, None]
+    input_ids = np.full(filled.shape, pad_token_id)
+    input_ids[filled] = np.concatenate([ids for prompt, completion, _ in rows for ids in (prompt, completion)])
+    pred_pos = [r * length + starts[r] - 1 + places for r, (_, _, places) in enumerate(rows)]
+    target = [completion[places] for _, completion, places in rows]
     return PackedBatch(
         input_ids=_long(input_ids),
-        position_ids=_long(np.arange(length))[None].expand(len(rows), length).contiguous(),
+        position_ids=_long(np.arange(length)).repeat(len(rows), 1),
         pred_pos=_long(np.concatenate(pred_pos)),
         target=_long(np.concatenate(target)),
         **_labels(samples, target),
-        attention_mask=_long(attention_mask),
+        attention_mask=_long(filled),
     )
 
 
@@ -267,18 +269,6 @@ def _labels(samples: Sequence[Sample], target: list[np.ndarray]) -> dict[str, An
     if any(others):
         found["mismatched"] = torch.tensor([i >= k for k, m in zip(own, others, strict=True) for i in range(k + m)])
     return found
-
-
-def _double(values: Sequence[float | None]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _long(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _int32(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int32))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -329,15 +319,14 @@ def halves(batch: PackedBatch) -> list[PackedBatch]:
         )
     middle = len(samples) // 2
     cut = sum(len(s.completions) + len(s.mismatched) for s in samples[:middle])
-    lay_out = pack if batch.shared else pad_rows
     result = []
     for part, own_C in ((samples[:middle], slice(cut)), (samples[middle:], slice(cut, None))):
-        kept: dict[str, Any] = {}
+        half = pack(part) if batch.shared else pad_rows(part)
         if batch.keys is not None:
-            kept["keys"] = tuple(batch.keys[own_C])
+            half = replace(half, keys=tuple(batch.keys[own_C]))
         if batch.mismatched is not None:  # stays a field of both: the micro-batches of a step hold the same fields
-            kept["mismatched"] = batch.mismatched[own_C].cpu()
-        result.append(replace(lay_out(part), **kept).to(batch.input_ids.device))
+            half = replace(half, mismatched=batch.mismatched[own_C].cpu())
+        result.append(half.to(batch.input_ids.device))
     return result
 
 

@@ -48,18 +48,18 @@ class Head:
         return self.module.bias is None and self.scale == 1.0 and self.softcap is None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(K, H) hidden states to (K, V) logits in at least float32, through the module itself."""
+        """Turns (K, H) hidden states into (K, V) logits in at least float32, through the module itself."""
         return self.post(_at_least_float32(self.module(hidden)))
 
     def post(self, logits: Tensor) -> Tensor:
-        """Scale and soft-cap raw float32 logits."""
+        """Scales and soft-caps raw float32 logits."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def read_head(model: nn.Module) -> Head:
-    """The head of a (bare, not PEFT-wrapped) causal LM, with the logit transforms that its config declares.
+    """Returns the head of a (bare, not PEFT-wrapped) causal LM, with the logit transforms that its config declares.
 
     Models differ in how they name them; whatever this list misses is caught by the start-up probe, which compares with
     the model's own logits.
@@ -81,7 +81,7 @@ def token_logps(
     chunk_rows: int = CHUNK_ROWS,
     log_sum_sq_N: Tensor | None = None,
 ) -> Tensor:
-    """Log-probability of each target token given the hidden state that predicts it (note eq. 49, term by term).
+    """Returns the log-prob of each target token given the hidden state that predicts it (note eq. 49, by term).
 
     Args:
         hidden_NH: (N, H) hidden states, any float dtype.

@@ -10,10 +10,11 @@ Shape suffixes: N predicted tokens.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..errors import NonFiniteError, OptionError
 from ..wings import wing
@@ -44,9 +45,9 @@ class ForwardPlan:
     fused: Decoder | None = None  # None: the model's own layers are run
     unfused: str = ""  # why
 
-    @property
+    @cached_property
     def scorer(self) -> str | Decoder:
-        """The backend for `completion_logps`."""
+        """Returns the backend for `completion_logps`."""
         return self.fused or self.backend
 
     def __str__(self) -> str:
@@ -210,14 +211,14 @@ class _Probe:
         return difference, max((heads for _, heads in plan.trace), key=lambda heads: heads.size)
 
 
-def _check_layer_types(config: Any) -> None:
+def _check_layer_types(config: PreTrainedConfig) -> None:
     """Refuses layers whose difference to plain attention may show only on longer texts than the probe's."""
     for kind in getattr(config, "layer_types", None) or []:
         if kind not in ("full_attention", "sliding_attention"):
             raise CannotShareError(f"it has layers of the kind {kind}")
 
 
-def _check_trace(trace: list[tuple[int | None, HeadShape]], config: Any) -> None:
+def _check_trace(trace: list[tuple[int | None, HeadShape]], config: PreTrainedConfig) -> None:
     """Wants one call per layer, with the sliding window that the config declares (longer than the probe's samples)."""
     layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
     if len(trace) != layers:

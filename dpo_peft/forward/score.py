@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import AttentionPlan, layout_marker
 from .layout import PackedBatch
@@ -49,7 +50,7 @@ class Scores:
     log_sum_sq_N: Tensor | None = None  # log of the sum over the vocabulary of squared probabilities, float32
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> PreTrainedModel:
     """Returns the transformers causal LM inside a PEFT model (its layers stay adapted), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
@@ -107,7 +108,7 @@ def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
     return zeros_C.index_add(0, batch.completion_of, x_N.double())
 
 
-def _hidden_states(causal_lm: Any, batch: PackedBatch, backend: Backend) -> Tensor:
+def _hidden_states(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend) -> Tensor:
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.shared:
         kwargs["attention_mask"] = layout_marker(batch.input_ids.device)

@@ -12,7 +12,7 @@ Shape suffixes: T tokens, A query heads, G key/value heads, R query heads per ke
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ class Tiles(NamedTuple):
 
 
 def padded_head(head: int) -> int:
-    """The power of 2 that the kernels compute with."""
+    """Returns the power of 2 that the kernels compute with."""
     return max(16, 1 << (head - 1).bit_length())
 
 
@@ -97,7 +97,7 @@ def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool
 def plan_tiles(
     segments_S2: np.ndarray, group: int, head: int, device: torch.device | str, launches: Launches | None = None
 ) -> Tiles:
-    """The tiles of a batch.
+    """Cuts a batch into tiles.
 
     Args:
         segments_S2: length of each segment in tokens and index of its context, the prompt's segment (its own index
@@ -153,7 +153,7 @@ class _Spans(NamedTuple):
         return cls(start, end, context, seen_until, int((seen_until - start).max()))
 
     def cut(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every segment in pieces of `size` tokens: segment, start and end of each."""
+        """Cuts every segment into pieces of `size` tokens: segment, start and end of each."""
         pieces = -(-(self.end - self.start) // size)
         segment = np.repeat(np.arange(len(pieces)), pieces)
         within = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -185,7 +185,7 @@ def _longest_first(table: np.ndarray, work: np.ndarray) -> np.ndarray:
 
 
 def shared_attention(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float | None) -> Tensor:
-    """Attention of every token to its prompt and its own segment; (T, A, D), differentiable.
+    """Attends from every token to its prompt and its own segment; (T, A, D), differentiable.
 
     Args:
         q_TAD, k_TGD, v_TGD: may be parts of wider matrices, if the last dimension is contiguous.
@@ -218,10 +218,8 @@ def attend_packed(
     plan: AttentionPlan, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scaling: float | None, window: None
 ) -> Tensor:
     """Attends over the packed row as it is, (T, A, D); the batch's tiles are made once for all layers."""
-    batch, group, head = plan.batch, q_TAD.shape[1] // k_TGD.shape[1], q_TAD.shape[2]
-    tiles = plan.once(
-        ("tiles", group, head), lambda: plan_tiles(np.array(batch.segments), group, head, batch.input_ids.device)
-    )
+    segments, group, head = plan.batch.segments, q_TAD.shape[1] // k_TGD.shape[1], q_TAD.shape[2]
+    tiles = plan.once(("tiles", group, head), lambda: plan_tiles(np.array(segments), group, head, q_TAD.device))
     return shared_attention(q_TAD, k_TGD, v_TGD, tiles, scaling)
 
 
@@ -232,51 +230,46 @@ PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, othe
 class Attention(NamedTuple):
     """Attention of one pass over the model, for its layers with the same window."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v and the scores' factor to (T, A, D)
+    attend: Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]  # q, k, v, scaling, window to (T, A, D)
     places: Places | None = None  # where it wants keys and values gathered from
 
 
 def bind(backend: AttentionBackend, batch: PackedBatch, windows: Iterable[int | None]) -> dict[int | None, Attention]:
     """Returns attention over a batch for each window; what its layers share is made here."""
     if backend.attend is attend_dense:
-        return {window: Attention(partial(attend_by_sample, by_sample(batch, window))) for window in windows}
+        samples = {window: by_sample(batch, window) for window in windows}
+        return dict.fromkeys(samples, Attention(partial(attend_by_sample, samples)))
     plan, bound = AttentionPlan(batch, backend), {}
     for window in windows:
         taken, places = plan.backend_for(window), None
         if taken.gathers:  # in the same pass that turns the heads by their positions
             assert batch.kv_index is not None and batch.kv_copies is not None
             places = Places(batch.kv_index, batch.kv_copies)
-        bound[window] = Attention(partial(_attend, taken, plan, window), places)
+        bound[window] = Attention(partial(taken.attend, plan), places)
     return bound
 
 
-def _attend(
-    backend: AttentionBackend, plan: AttentionPlan, window: int | None, q: Tensor, k: Tensor, v: Tensor, scaling: float
+def attend_by_sample(
+    samples: Mapping[int | None, BySample], q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    return backend.attend(plan, q, k, v, scaling, window)
-
-
-def attend_by_sample(samples: BySample, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scaling: float) -> Tensor:
-    """Attends as `attend_dense` does, (T, A, D), with nothing to look up for each layer."""
-    group = q_TAD.shape[1] // k_TGD.shape[1]
-    q_EABD, k_EGBD, v_EGBD = (x[samples.index_EB].transpose(1, 2) for x in (q_TAD, k_TGD, v_TGD))
-    k_EABD, v_EABD = k_EGBD.repeat_interleave(group, 1), v_EGBD.repeat_interleave(group, 1)
-    mask_E1BB = samples.mask_EBB[:, None]
-    out_EABD = F.scaled_dot_product_attention(q_EABD, k_EABD, v_EABD, attn_mask=mask_E1BB, scale=scaling)
-    return out_EABD.transpose(1, 2).flatten(0, 1).index_select(0, samples.filled_T)
+    """Attends as `attend_dense` does, (T, A, D), with nothing to make or to look up for each layer."""
+    index_EB, filled_T, mask_EBB = samples[window]
+    group = q.shape[1] // k.shape[1]
+    q_EABD, k_EGBD, v_EGBD = (x[index_EB].transpose(1, 2) for x in (q, k, v))
+    k_EABD, v_EABD = (x.repeat_interleave(group, 1) for x in (k_EGBD, v_EGBD))
+    out_EABD = F.scaled_dot_product_attention(q_EABD, k_EABD, v_EABD, mask_EBB[:, None], scale=scaling)
+    return out_EABD.transpose(1, 2).flatten(0, 1).index_select(0, filled_T)
 
 
 def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> tuple[Tensor, Tensor]:
-    """`shared_attention` without a gradient: out (T, A, D) and lse (G, T, R), float32.
+    """Computes `shared_attention` without a gradient: out (T, A, D) and lse (G, T, R), float32.
 
     `lse` holds the logarithm to base 2 of each row's sum of exponentials.
     """
     q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
     _check(q_TAD, k_TGD, v_TGD, tiles, scaling)
     out_TAD = torch.empty(q_TAD.shape, dtype=q_TAD.dtype, device=q_TAD.device)
-    lse_GTR = torch.empty(
-        (k_TGD.shape[1], tiles.tokens, tiles.group), dtype=torch.float32, device=q_TAD.device
-    )  # fmt: skip
+    lse_GTR = torch.empty(k_TGD.shape[1], tiles.tokens, tiles.group, dtype=torch.float32, device=q_TAD.device)
     _kernels().attend[_grid(k_TGD, tiles.forward)](
         q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR, tiles.forward, tiles.tokens, *_strides(q_TAD, k_TGD, v_TGD),
         out_TAD.stride(0), scaling * _LOG2_E, **_constants(tiles, tiles.launches.forward),
@@ -293,21 +286,12 @@ def attend_backward(
     lse_GTR: Tensor,
     tiles: Tiles,
     scaling: float,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to q, k and v from that of the output and what `attend_forward` gave.
-
-    Args:
-        into: where they are written, in the shapes of q, k and v with a contiguous last dimension, such as parts of
-            one matrix; new tensors by default.
-    """
+) -> list[Tensor]:
+    """Returns the gradients to q, k and v from that of the output and what `attend_forward` gave."""
     q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
     grad_TAD = grad_TAD.contiguous()
     _check(q_TAD, k_TGD, v_TGD, tiles, scaling)
-    grads = into or tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TAD, k_TGD, v_TGD))
-    for grad, x in zip(grads, (q_TAD, k_TGD, v_TGD), strict=True):
-        if grad.shape != x.shape or grad.stride(-1) != 1:
-            raise ValueError(f"A gradient of shape {tuple(x.shape)} can't be written into {tuple(grad.shape)}.")
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TAD, k_TGD, v_TGD)]
     delta_GTR = torch.empty_like(lse_GTR)
     strides = _strides(q_TAD, k_TGD, v_TGD)
     scales = scaling, scaling * _LOG2_E
@@ -319,7 +303,7 @@ def attend_backward(
         q_TAD, k_TGD, v_TGD, grad_TAD, lse_GTR, delta_GTR, *grads[1:], tiles.grad_kv, tiles.tokens, *strides,
         out_TAD.stride(0), *_strides(*grads[1:]), *scales, **_constants(tiles, tiles.launches.grad_kv),
     )  # fmt: skip
-    return grads  # type: ignore[return-value]
+    return grads
 
 
 def _kernels() -> Any:

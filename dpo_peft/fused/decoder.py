@@ -4,9 +4,9 @@ A layer is four projections (`lora.py`) with element-wise kernels between them (
 
     [q, k, v] = P1(norm(x));  o = attention(...);  h = x + P2(o);  [gate, up] = P3(norm(h));  out = h + P4(swiglu)
 
-Each layer is one autograd function. It keeps x, o, h, [gate, up] and what attention keeps for its own gradient, and
-recomputes what is cheap: norms and SwiGLU are never kept. A checkpointed layer keeps x alone. Its recomputation stops
-before the last product, whose result the backward pass doesn't need: a quarter of the layer's weights less.
+Each piece is an autograd function that keeps what only it has and recomputes what is cheap: norms and SwiGLU are never
+kept. A checkpointed layer keeps its input alone. Its recomputation stops before the last product, whose result the
+backward pass doesn't need: a quarter of the layer's weights less.
 
 `FusedModel` reads the loaded model's own weights and adapters at every call, in whatever state they are; it holds no
 copy. `recognition.py` says which models it is right for.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
+from transformers import PreTrainedModel
 
 from ..forward.attention import AttentionBackend
 from ..forward.layout import PackedBatch
@@ -32,7 +33,7 @@ from .attention import Attention, bind
 from .elementwise import (
     Heads,
     Norm,
-    differentiable_rms_norm,
+    RMSNorm,
     queries_keys_values,
     rms_norm,
     rms_norm_backward,
@@ -58,7 +59,7 @@ class DecoderLayer:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """In the order of `LayerPass`."""
+        """Returns them in the order of `LayerPass`."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
@@ -76,73 +77,33 @@ class LayerPass:
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The adapters' float32 masters."""
+        """Returns the adapters' float32 masters, those of `down` last."""
         return tuple(p for part in (self.qkv, self.out, self.gate_up, self.down) for p in part.parameters)
 
-    def until_down(self, x_TH: Tensor, differentiable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes all but the last product.
+    def until_down(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the residual stream after attention, and [gate, up]."""
+        qkv, x_TH = _NormProject.apply(x_TH, self.layer.norm, self.qkv, *self.qkv.parameters)
+        x_TH = _ProjectAdd.apply(x_TH, self.attend(qkv), self.out, *self.out.parameters)
+        gate_up, x_TH = _NormProject.apply(x_TH, self.layer.mlp_norm, self.gate_up, *self.gate_up.parameters)
+        return x_TH, gate_up
 
-        Returns:
-            Attention's output (T, A * D) and `x_TH` itself, both with the graph from `x_TH` and the adapters of q, k
-            and v to attention if `differentiable`; then the residual stream after attention, and [gate, up].
-        """
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Returns what attention makes of q, k and v, (T, N) to (T, A * D)."""
         layer = self.layer
-        with torch.set_grad_enabled(differentiable):
-            qkv, x_TH = _NormProject.apply(x_TH, layer.norm, self.qkv, *self.qkv.parameters)
-            q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, self.attention.places)
-            attended = self.attention.attend(q, k, v, layer.scaling).flatten(1)
-        with torch.no_grad():
-            residual_TH = self.out.add_to(x_TH, self.out.extend(attended))
-            gate_up = self.gate_up.forward(_normed_input(residual_TH, layer.mlp_norm, self.gate_up))
-        return attended, x_TH, residual_TH, gate_up
+        q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, self.attention.places)
+        return self.attention.attend(q, k, v, layer.scaling, layer.window).flatten(1)
 
-
-class _Layer(torch.autograd.Function):
-    """A layer that keeps its activations, or its input alone (Chen et al. 2016) and computes them again."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, keep: bool, *parameters: Tensor) -> Tensor:
-        x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
-        *attention, residual_TH, gate_up = layer.until_down(x_TH, differentiable=keep)
-        ctx.save_for_backward(x_TH, *((*attention, residual_TH, gate_up) if keep else ()))
-        ctx.layer = layer
-        extended = layer.down.empty_input(gate_up.shape[0], gate_up)
-        swiglu(gate_up, extended[:, : layer.down.inputs])
-        return layer.down.add_to(residual_TH, layer.down.fill_ranks(extended), in_place=not keep)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TH,), layer = grad_outputs, ctx.layer
-        if layer is None:
-            raise RuntimeError("The layer's activations were used up by a first backward pass: run forward again.")
-        x_TH, *kept = ctx.saved_tensors
-        if kept:
-            ctx.layer = None
-            ctx.maybe_clear_saved_tensors()
-        else:
-            x_TH = x_TH.detach().requires_grad_(ctx.needs_input_grad[0])
-            kept = layer.until_down(x_TH, differentiable=True)
-        *attention, residual_TH, gate_up = kept
-        del kept
-        grad_gate_up, down_grads = _swiglu_project_backward(grad_TH, gate_up, layer.down)
-        grad_TH, gate_up_grads = _norm_project_backward(
-            grad_gate_up, residual_TH, layer.layer.mlp_norm, layer.gate_up, grad_TH
-        )
-        del gate_up, grad_gate_up, residual_TH
-        grad_attended, out_grads = _project_backward(grad_TH, attention[0], layer.out)
-        inputs = [x_TH, *layer.qkv.parameters]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(attention, wanted, [grad_attended, grad_TH]) if wanted else ())
-        grad_x_TH, *qkv_grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
-        return grad_x_TH, None, None, *qkv_grads, *out_grads, *gate_up_grads, *down_grads
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        """Returns the layer's output; everything that the backward pass needs is kept."""
+        residual_TH, gate_up = self.until_down(x_TH)
+        return _SwigluProjectAdd.apply(residual_TH, gate_up, self.down, *self.down.parameters)
 
 
 # ---- The pieces -----------------------------------------------------------------------------------------------------
 
 
 def _normed_input(x_TH: Tensor, norm: Norm, part: ProjectionPass) -> Tensor:
-    extended = part.empty_input(x_TH.shape[0], x_TH)
+    extended = part.empty_input(x_TH)
     rms_norm(x_TH, norm, extended[:, : part.inputs])
     return part.fill_ranks(extended)
 
@@ -159,38 +120,101 @@ class _NormProject(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TN, grad_residual_TH), (x_TH,) = grad_outputs, ctx.saved_tensors
-        to_x = ctx.needs_input_grad[0]
-        grad_x_TH, grads = _norm_project_backward(grad_TN, x_TH, ctx.norm, ctx.part, grad_residual_TH, to_x)
+        grad_TN, grad_residual_TH = grad_outputs
+        (x_TH,), part = ctx.saved_tensors, ctx.part
+        grad_extended = part.backward(grad_TN)
+        extended = _normed_input(x_TH, ctx.norm, part)
+        grads = part.parameter_grads(extended, grad_TN, grad_extended[:, part.inputs :])
+        del extended
+        grad_x_TH = None
+        if ctx.needs_input_grad[0]:
+            grad_x_TH = rms_norm_backward(x_TH, ctx.norm, part.add_ranks(grad_extended), grad_residual_TH)
         return grad_x_TH, None, None, *grads
 
 
-def _norm_project_backward(
-    grad_TN: Tensor, x_TH: Tensor, norm: Norm, part: ProjectionPass, grad_residual_TH: Tensor, to_x: bool = True
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Returns the gradients of P(norm(x)) to x, with that of the residual stream, and to the adapters."""
-    grad_extended = part.backward(grad_TN)
-    grads = part.parameter_grads(_normed_input(x_TH, norm, part), grad_TN, grad_extended[:, part.inputs :])
-    if not to_x:
-        return grad_residual_TH, grads
-    return rms_norm_backward(x_TH, norm, part.add_ranks(grad_extended), grad_residual_TH), grads
+class _ProjectAdd(torch.autograd.Function):
+    """residual + P(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, residual_TH: Tensor, x: Tensor, part: ProjectionPass, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.part = part
+        return part.add_to(residual_TH, part.extend(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TH,), (x,), part = grad_outputs, ctx.saved_tensors, ctx.part
+        grad_extended = part.backward(grad_TH)
+        grads = part.parameter_grads(part.extend(x), grad_TH, grad_extended[:, part.inputs :])
+        return grad_TH, part.add_ranks(grad_extended), None, *grads
 
 
-def _project_backward(grad_TN: Tensor, x: Tensor, part: ProjectionPass) -> tuple[Tensor, list[Tensor | None]]:
-    grad_extended = part.backward(grad_TN)
-    grads = part.parameter_grads(part.extend(x), grad_TN, grad_extended[:, part.inputs :])
-    return part.add_ranks(grad_extended), grads
+class _SwigluProjectAdd(torch.autograd.Function):
+    """residual + P(silu(gate) * up)."""
+
+    @staticmethod
+    def forward(ctx: Any, residual_TH: Tensor, gate_up: Tensor, part: ProjectionPass, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.part = part
+        return _swiglu_project_add(residual_TH, gate_up, part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.part is None:
+            raise RuntimeError("The layer's activations were used up by a first backward pass: run forward again.")
+        grad_TH, (gate_up,) = grad_outputs[0], ctx.saved_tensors
+        grad_gate_up, grads = _swiglu_project_backward(grad_TH, gate_up, ctx.part)
+        ctx.part = None
+        return grad_TH, grad_gate_up, None, *grads
+
+
+def _swiglu_project_add(residual_TH: Tensor, gate_up: Tensor, part: ProjectionPass, in_place: bool = False) -> Tensor:
+    extended = part.empty_input(gate_up)
+    swiglu(gate_up, extended[:, : part.inputs])
+    return part.add_to(residual_TH, part.fill_ranks(extended), in_place)
 
 
 def _swiglu_project_backward(
     grad_TH: Tensor, gate_up: Tensor, part: ProjectionPass
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Returns the gradients of P(silu(gate) * up) to [gate, up], which is overwritten by it, and to the adapter."""
+    """Returns the gradients to [gate, up], which is overwritten by it, and to the adapter."""
     grad_extended = part.backward(grad_TH)
     grad_TR = grad_extended[:, part.inputs :].clone()
     swiglu_backward_(gate_up, part.add_ranks(grad_extended))
     # The buffer holds the product now, in the place of its gradient.
     return gate_up, part.parameter_grads(part.fill_ranks(grad_extended), grad_TH, grad_TR)
+
+
+class _Checkpointed(torch.autograd.Function):
+    """A layer that keeps its input alone (Chen et al. 2016), and whose recomputation ends before P4."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TH)
+        ctx.layer = layer
+        return _without_keeping(layer, x_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        layer, part = ctx.layer, ctx.layer.down
+        x_TH = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad():
+            outputs = layer.until_down(x_TH)
+        grad_gate_up, down_grads = _swiglu_project_backward(grad_outputs[0], outputs[1].detach(), part)
+        inputs = [x_TH, *layer.parameters[: len(layer.parameters) - len(part.parameters)]]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, [grad_outputs[0], grad_gate_up]) if wanted else ())
+        grad_x_TH, *grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
+        return grad_x_TH, None, *grads, *down_grads
+
+
+def _without_keeping(layer: LayerPass, x_TH: Tensor) -> Tensor:
+    with torch.no_grad():
+        residual_TH, gate_up = layer.until_down(x_TH)
+        return _swiglu_project_add(residual_TH, gate_up, layer.down, in_place=True)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
@@ -205,7 +229,7 @@ class FusedModel(Decoder):
         backend: of attention.
     """
 
-    def __init__(self, causal_lm: Any, layers: list[DecoderLayer], backend: AttentionBackend):
+    def __init__(self, causal_lm: PreTrainedModel, layers: list[DecoderLayer], backend: AttentionBackend):
         self.backbone = causal_lm.base_model
         self.layers = layers
         self.backend = backend
@@ -232,17 +256,22 @@ class FusedModel(Decoder):
         with torch.autocast(x_TH.device.type, enabled=False):
             cos, sin = self.backbone.rotary_emb(x_TH[None], position_ids=batch.position_ids)
             x_TH = self._decode(x_TH, batch, (cos[0], sin[0]))
-            return differentiable_rms_norm(x_TH.index_select(0, batch.pred_pos), self.norm)
+            return RMSNorm.apply(x_TH.index_select(0, batch.pred_pos), self.norm)
 
     def _decode(self, x_TH: Tensor, batch: PackedBatch, angles: tuple[Tensor, Tensor]) -> Tensor:
         projections = [p for layer in self.layers for p in layer.projections]
         parts = prepare(projections, x_TH.dtype, x_TH.device, self._only)
         attention = bind(self.backend, batch, {layer.window for layer in self.layers})
-        checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else len(self.layers)
+        checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else 0
         for i, layer in enumerate(self.layers):
-            one = LayerPass(layer, *parts[4 * i : 4 * i + 4], attention[layer.window], angles)
-            # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
-            offload = self.offload and i < checkpointed
-            with save_on_cpu(pin_memory=x_TH.is_cuda) if offload else nullcontext():
-                x_TH = _Layer.apply(x_TH, one, i >= checkpointed, *one.parameters)
+            qkv, out, gate_up, down = parts[4 * i : 4 * i + 4]
+            one = LayerPass(layer, qkv, out, gate_up, down, attention[layer.window], angles)
+            if i < checkpointed:
+                # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
+                with save_on_cpu(pin_memory=x_TH.is_cuda) if self.offload else nullcontext():
+                    x_TH = _Checkpointed.apply(x_TH, one, *one.parameters)
+            elif torch.is_grad_enabled():
+                x_TH = one(x_TH)
+            else:
+                x_TH = _without_keeping(one, x_TH)
         return x_TH

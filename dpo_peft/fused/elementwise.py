@@ -35,7 +35,7 @@ class Places(NamedTuple):
 
 @cache
 def _triton() -> Any:
-    """The kernels; None if Triton isn't there."""
+    """Returns the kernels; None if Triton isn't there."""
     try:
         from . import elementwise_triton as triton_kernels
     except ImportError:
@@ -56,7 +56,7 @@ def _power_of_2(n: int) -> int:
 
 
 def rms_norm(x_TH: Tensor, norm: Norm, out_TH: Tensor | None = None) -> Tensor:
-    """x / rms(x) * weight; into `out_TH` if given, which may be part of a wider matrix."""
+    """Computes x / rms(x) * weight; into `out_TH` if given, which may be part of a wider matrix."""
     out_TH = torch.empty_like(x_TH) if out_TH is None else out_TH
     if uses_kernels(x_TH):
         width = x_TH.shape[1]
@@ -75,7 +75,7 @@ def _normed(x_TH: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_backward(x_TH: Tensor, norm: Norm, grad_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
-    """Gradient of `rms_norm` to its input, plus `residual_TH`: the gradient that reaches x past the norm."""
+    """Returns the gradient of `rms_norm` to its input plus `residual_TH`, which reaches x past the norm."""
     if uses_kernels(x_TH):
         tokens, width = x_TH.shape
         out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
@@ -91,7 +91,9 @@ def rms_norm_backward(x_TH: Tensor, norm: Norm, grad_TH: Tensor, residual_TH: Te
     return (result_TH if residual_TH is None else result_TH + residual_TH).to(x_TH.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` with a gradient to its input."""
+
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, norm: Norm) -> Tensor:
         ctx.save_for_backward(x_TH)
@@ -102,11 +104,6 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return rms_norm_backward(ctx.saved_tensors[0], ctx.norm, grad_outputs[0].contiguous()), None
-
-
-def differentiable_rms_norm(x_TH: Tensor, norm: Norm) -> Tensor:
-    """`rms_norm` with a gradient to its input."""
-    return _RMSNorm.apply(x_TH, norm)
 
 
 # ---- Rotary positions (Su et al. 2021), with the norm of Qwen 3's heads ---------------------------------------------
@@ -122,7 +119,7 @@ class Heads(NamedTuple):
     k_norm: Norm | None = None
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, N) to views (T, A, D) of q, k and v."""
+        """Splits (T, N) into views (T, A, D) of q, k and v."""
         q, k, v = qkv.split([n * self.size for n in (self.queries, self.keys, self.keys)], 1)
         shape = (-1, self.size)
         return q.unflatten(1, shape), k.unflatten(1, shape), v.unflatten(1, shape)
@@ -131,7 +128,7 @@ class Heads(NamedTuple):
 def queries_keys_values(
     qkv: Tensor, heads: Heads, cos_TD: Tensor, sin_TD: Tensor, places: Places | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention reads: heads normalised where they are, q and k turned by their positions, k and v gathered.
+    """Returns what attention reads: heads normalized where they are, q and k turned by positions, k and v gathered.
 
     Args:
         qkv: (T, N).
@@ -226,7 +223,7 @@ def _head_blocks(heads: int, size: int) -> dict[str, int]:
 
 
 def swiglu(gate_up: Tensor, out_TF: Tensor) -> Tensor:
-    """silu(gate) * up, from (T, 2F) [gate, up] into `out_TF`, which may be part of a wider matrix."""
+    """Computes silu(gate) * up, from (T, 2F) [gate, up] into `out_TF`, which may be part of a wider matrix."""
     tokens, width = out_TF.shape
     if uses_kernels(gate_up):
         grid = (tokens, -(width // -_COLUMNS))
@@ -237,7 +234,7 @@ def swiglu(gate_up: Tensor, out_TF: Tensor) -> Tensor:
 
 
 def swiglu_backward_(gate_up: Tensor, grad_TF: Tensor) -> None:
-    """In place: `gate_up` becomes its gradient, and `grad_TF`, the product's gradient, the product itself."""
+    """Turns `gate_up` into its gradient, in place, and `grad_TF`, the product's gradient, into the product."""
     tokens, width = grad_TF.shape
     if uses_kernels(gate_up):
         grid = (tokens, -(width // -_COLUMNS))
@@ -256,7 +253,7 @@ def swiglu_backward_(gate_up: Tensor, grad_TF: Tensor) -> None:
 
 
 def weight_into(linear: nn.Module, beside_NR: Tensor | None, out: Tensor) -> None:
-    """Write [W, B] into `out`, (N, K + R): a linear layer's weight, dequantised if it is in 4 bits, and a matrix.
+    """Writes [W, B] into `out`, (N, K + R): a linear layer's weight, dequantized if it is in 4 bits, and a matrix.
 
     Args:
         linear: with a weight of (N, K).
@@ -309,7 +306,7 @@ def logps_from_logits(logits_KV: Tensor, target_K: Tensor) -> tuple[Tensor, Tens
 
 
 def logps_grad_(logits_KV: Tensor, target_K: Tensor, lse_K: Tensor) -> Tensor:
-    """In place: logits become the gradient of their target's log-prob, onehot - softmax (GPU only)."""
+    """Turns logits into the gradient of their target's log-prob, onehot - softmax, in place (GPU only)."""
     rows, vocab = logits_KV.shape
     _triton().logp_grad[(rows, -(vocab // -4096))](logits_KV, target_K, lse_K, vocab, BLOCK=4096, num_warps=8)
     return logits_KV

@@ -7,7 +7,7 @@ longer inner dimension:
 
 so the adapter is summed inside the product, in float32, and no pass over x or y is spent on it. The backward pass gets
 du = dy B from the same product that gives dy W. Several layers on one input (q, k, v; gate, up) are stacked: their Bs
-stand block by block. 4-bit weights are dequantised into the matrix just before it is used.
+stand block by block. 4-bit weights are dequantized into the matrix just before it is used.
 
 A switched-off adapter is u = 0 in products of the same shape. So the reference takes the same kernels as the policy,
 and while B = 0 both are equal bit for bit.
@@ -42,17 +42,15 @@ class Projection:
         self.outputs: list[int] = [base.out_features for base in self.bases]
         most = [max(m.r.values(), default=0) if isinstance(m, LoraLayer) else 0 for m in modules]
         self.rank = -(sum(most) // -_ALIGNMENT) * _ALIGNMENT
-        biases = [getattr(base, "bias", None) for base in self.bases]
         self.bias_N: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            like = self.bases[0].weight
-            zeros = [torch.zeros(n, device=like.device) for n in self.outputs]
-            parts = [zero if bias is None else bias.detach() for bias, zero in zip(biases, zeros, strict=True)]
-            self.bias_N = torch.cat([part.to(next(b.dtype for b in biases if b is not None)) for part in parts])
+        if biases := [base.bias.detach() for base in self.bases if base.bias is not None]:
+            zeros = [biases[0].new_zeros(n) for n in self.outputs]
+            parts = [zero if base.bias is None else base.bias for base, zero in zip(self.bases, zeros, strict=True)]
+            self.bias_N = torch.cat([part.detach().to(biases[0].dtype) for part in parts])
 
     def active(self, only: Sequence[str] | None = None) -> list[tuple[int, Tensor, Tensor, float]]:
-        """Index of the layer, A (r, K), B (n, r) and scale of every adapter that is switched on now; where adapters
-        are on, `only` names others to take instead."""
+        """Returns the index of the layer, A (r, K), B (n, r) and scale of every adapter that is switched on now; where
+        adapters are on, `only` names others to take instead."""
         found = []
         for i, module in enumerate(self.modules):
             if not isinstance(module, LoraLayer) or module.disable_adapters:
@@ -76,26 +74,25 @@ class ProjectionPass:
 
     @property
     def inputs(self) -> int:
-        """K."""
+        """Returns K."""
         return self.projection.inputs
 
     def weight(self, like: Tensor) -> Tensor:
-        """[W, B], (N, K + R), in dtype and on device of `like`."""
-        projection = self.projection
-        out = like.new_empty(sum(projection.outputs), self.inputs + projection.rank)
-        first = 0
-        for base, number in zip(projection.bases, projection.outputs, strict=True):
-            rows = slice(first, first + number)
-            weight_into(base, None if self.b_NR is None else self.b_NR[rows], out[rows])
-            first += number
+        """Returns [W, B], (N, K + R), in dtype and on device of `like`."""
+        outputs = self.projection.outputs
+        out = like.new_empty(sum(outputs), self.inputs + self.projection.rank)
+        beside = [None] * len(outputs) if self.b_NR is None else self.b_NR.split(outputs)
+        for base, b_nR, rows in zip(self.projection.bases, beside, out.split(outputs), strict=True):
+            weight_into(base, b_nR, rows)
         return out
 
-    def empty_input(self, tokens: int, like: Tensor) -> Tensor:
-        """Room for [x, u]; x is to be written into the first K columns, then `fill_ranks` adds u."""
-        return like.new_empty(tokens, self.inputs + self.projection.rank)
+    def empty_input(self, like: Tensor) -> Tensor:
+        """Returns room for [x, u], (T, K + R), in dtype and with the rows of `like`; x is to be written into the
+        first K columns, then `fill_ranks` adds u."""
+        return like.new_empty(like.shape[0], self.inputs + self.projection.rank)
 
     def fill_ranks(self, extended: Tensor) -> Tensor:
-        """Write u beside x."""
+        """Writes u beside x."""
         x_TK, u_TR = extended[:, : self.inputs], extended[:, self.inputs :]
         if self.a_RK is None:
             u_TR.zero_()
@@ -104,38 +101,38 @@ class ProjectionPass:
         return extended
 
     def extend(self, x_TK: Tensor) -> Tensor:
-        """[x, u]."""
+        """Returns [x, u]."""
         if not self.projection.rank:
             return x_TK
-        extended = self.empty_input(x_TK.shape[0], x_TK)
+        extended = self.empty_input(x_TK)
         extended[:, : self.inputs] = x_TK
         return self.fill_ranks(extended)
 
     def forward(self, extended: Tensor) -> Tensor:
-        """y."""
+        """Returns y."""
         weight, bias_N = self.weight(extended), self.projection.bias_N
         if bias_N is None:
             return extended @ weight.T
         return torch.addmm(bias_N.to(extended.dtype), extended, weight.T)
 
     def add_to(self, residual_TN: Tensor, extended: Tensor, in_place: bool = False) -> Tensor:
-        """residual + y, added inside the product."""
+        """Returns residual + y, added inside the product."""
         weight, bias_N = self.weight(extended), self.projection.bias_N
         add = residual_TN.addmm_ if in_place else residual_TN.addmm
         out = add(extended, weight.T)
         return out if bias_N is None else out.add_(bias_N)
 
     def backward(self, grad_TN: Tensor) -> Tensor:
-        """[dx, du], (T, K + R), of y's gradient; the adapter's share of dx is not in it yet, see `add_ranks`."""
+        """Returns [dx, du], (T, K + R), of y's gradient. The adapter's share of dx comes by `add_ranks`."""
         return grad_TN @ self.weight(grad_TN)
 
     def add_ranks(self, grad_extended: Tensor) -> Tensor:
-        """dx, in place, from `backward`."""
+        """Returns dx, in place, from `backward`."""
         grad_TK, grad_TR = grad_extended[:, : self.inputs], grad_extended[:, self.inputs :]
         return grad_TK if self.a_RK is None else grad_TK.addmm_(grad_TR, self.a_RK)
 
     def parameter_grads(self, extended: Tensor, grad_TN: Tensor, grad_TR: Tensor) -> list[Tensor | None]:
-        """The gradients of `parameters`: dA = s du^T x and dB = dy^T u.
+        """Returns the gradients of `parameters`: dA = s du^T x and dB = dy^T u.
 
         Args:
             extended: [x, u] of the forward pass.
@@ -153,7 +150,7 @@ class ProjectionPass:
 
 
 def _product(a_TM: Tensor, b_TN: Tensor, dtype: torch.dtype) -> Tensor:
-    """a^T b, summed and kept in float32 where the GPU can; in `dtype`."""
+    """Returns a^T b, summed and kept in float32 where the GPU can; in `dtype`."""
     if a_TM.is_cuda and a_TM.element_size() == 2 and dtype == torch.float32:
         return torch.mm(a_TM.T, b_TN, out_dtype=torch.float32)
     return (a_TM.T @ b_TN).to(dtype)
@@ -162,7 +159,7 @@ def _product(a_TM: Tensor, b_TN: Tensor, dtype: torch.dtype) -> Tensor:
 def prepare(
     projections: Sequence[Projection], dtype: torch.dtype, device: torch.device, only: Sequence[str] | None = None
 ) -> list[ProjectionPass]:
-    """Every projection with the adapters that are on (see `Projection.active`), cast once for the pass."""
+    """Returns every projection with the adapters that are on (see `Projection.active`), cast once for the pass."""
     active = [projection.active(only) for projection in projections]
     if not any(active):
         return [ProjectionPass(projection) for projection in projections]

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..forward.attention import HeadShape, backend_named
 from ..forward.score import NotRecognizedError
@@ -52,7 +53,7 @@ FAMILIES = {
 MODEL_TYPES = FAMILIES.keys()
 
 
-def fused_decoder(causal_lm: Any, compute_dtype: torch.dtype, attention: str) -> FusedModel:
+def fused_decoder(causal_lm: PreTrainedModel, compute_dtype: torch.dtype, attention: str) -> FusedModel:
     """Returns the written-out decoder of a model.
 
     Args:
@@ -71,7 +72,7 @@ def fused_decoder(causal_lm: Any, compute_dtype: torch.dtype, attention: str) ->
     return FusedModel(causal_lm, layers, PACKED if packed else backend_named(attention))
 
 
-def recognize(causal_lm: Any, compute_dtype: torch.dtype) -> list[DecoderLayer]:
+def recognize(causal_lm: PreTrainedModel, compute_dtype: torch.dtype) -> list[DecoderLayer]:
     """Returns the layers of a model that `decoder.py` computes as the model itself does.
 
     Args:
@@ -110,7 +111,7 @@ def _check_modules(causal_lm: nn.Module) -> None:
             raise NotRecognizedError(f"{name} drops out")
 
 
-def _layer(layer: nn.Module, family: Family, config: Any, compute_dtype: torch.dtype) -> DecoderLayer:
+def _layer(layer: nn.Module, family: Family, config: PreTrainedConfig, compute_dtype: torch.dtype) -> DecoderLayer:
     def projection(*names: str) -> Projection:
         for name in names:
             for reason in _against(layer.get_submodule(name), compute_dtype):

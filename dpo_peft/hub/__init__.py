@@ -1,4 +1,4 @@
-"""Publishing an adapter on the Hub."""
+"""Publishes an adapter on the Hub, from the trainer (`HubPublisher`) or from its folder (`publishing.publish`)."""
 
 from .publisher import HubPublisher
 

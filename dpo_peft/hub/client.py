@@ -1,4 +1,4 @@
-"""Calls of the Hub with patience: what fails for a moment is tried again, what fails for good is explained.
+"""Calls the Hub with patience: what fails for a moment is tried again, what fails for good is explained.
 
 The client library retries the parts of a large file on its own, but neither the commit nor the questions before it. A
 failure's message says what failed, what is there by now, and how to go on.
@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, ModelInfo, errors
 
 from ..errors import OptionError, PublishError
 
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass
 class Hub:
-    """One repository of the Hub, and where in it is written."""
+    """A repository of the Hub, and where in it is written."""
 
     api: HfApi  # with its token
     repo_id: str  # without an owner until the token's is known
@@ -47,12 +46,12 @@ class Hub:
     has_branch: bool = False  # there was one to write to when it was looked at
 
     def call(self, what: str, action: Callable[[], T], repeatable: bool = True) -> T:
-        """Does it, again if it failed for a moment.
+        """Makes a call, and makes it again if it failed for a moment.
 
         Args:
-            what: what is done, for messages: "creating the repository".
-            action: the call.
-            repeatable: whether it may be done again when it isn't known if it was done.
+            what: names it in messages: "creating the repository".
+            action: makes it.
+            repeatable: whether it may be made again when it isn't known if it took effect.
 
         Raises:
             PublishError: it failed for good, or too often.
@@ -63,13 +62,13 @@ class Hub:
                 return action()
             except OptionError:
                 raise
-            except LocalTokenNotFoundError as error:
+            except errors.LocalTokenNotFoundError as error:
                 raise OptionError(f"There is no token of the Hub. {LOGIN}") from error
-            except OfflineModeIsEnabled as error:
+            except errors.OfflineModeIsEnabled as error:
                 raise OptionError(
                     "HF_HUB_OFFLINE is set, so the Hub can't be reached: unset it to publish."
                 ) from error
-            except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
                 status, reason, passes = explain(error)
                 if status == 401:
                     raise OptionError(f"The token is not valid, or was revoked. {LOGIN}") from error
@@ -92,6 +91,65 @@ class Hub:
             f"{kept}. {remedy}To go on, {self.repeat}"
         )
 
+    def own_repository(self) -> str:
+        """Returns the repository's full name, which the token may write to, as far as its account says.
+
+        Raises:
+            OptionError: there is no valid token, it is read-only, or the repository is not its account's.
+            PublishError: the Hub can't be reached.
+        """
+        account = self.call("asking whose token it is", self.api.whoami)
+        roles = {account["name"]: None, **{org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}}
+        repo_id = self.repo_id if "/" in self.repo_id else f"{account['name']}/{self.repo_id}"
+        owner = repo_id.split("/")[0]
+        access = account.get("auth", {}).get("accessToken", {})
+        token = f"The token {access.get('displayName', '')!r}"
+        if access.get("role") == "read":
+            raise OptionError(f"{token} is read-only. {LOGIN}")
+        if self.create_pr:
+            return repo_id
+        if owner not in roles:
+            raise OptionError(
+                f"{repo_id}: {owner} is neither your account nor an organization of yours ({', '.join(roles)}). "
+                "Choose another repo_id, or open a pull request (create_pr)."
+            )
+        if roles[owner] == "read":
+            raise OptionError(f"{repo_id}: you may only read in {owner}. Ask for the role of a contributor.")
+        scopes = access.get("fineGrained", {}).get("scoped")  # None: a token that does not say is left to the Hub
+        here = [scope for scope in scopes or [] if scope.get("entity", {}).get("name") in (owner, repo_id)]
+        rights = [right for scope in here for right in scope["permissions"]]
+        if scopes is not None and not any(right.startswith("repo") and right.endswith("write") for right in rights):
+            raise OptionError(f"{token} may not write to {repo_id}. {LOGIN}")
+        return repo_id
+
+    def check_base(self, base: str) -> None:
+        """Checks that others can load the base.
+
+        Raises:
+            OptionError: it is not on the Hub, or not for everybody.
+        """
+        if not self.call("looking for the base model", lambda: self.api.repo_exists(base)):
+            raise OptionError(
+                f"The base {base} is not on the Hub, or the token may not see it. Give its Hub id by base_model, or "
+                "publish it first."
+            )
+
+    def look(self) -> ModelInfo | None:
+        """Returns the repository as it is, on its main branch if it lacks the one to write to; None if there is
+        none."""
+
+        def look() -> ModelInfo | None:
+            try:
+                info = self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True)
+            except errors.RepositoryNotFoundError:
+                return None
+            except errors.RevisionNotFoundError:
+                return self.api.model_info(self.repo_id, files_metadata=True)
+            self.has_branch = True
+            return info
+
+        return self.call("looking at the repository", look)
+
 
 def explain(error: BaseException) -> tuple[int | None, str, bool]:
     """Returns the HTTP status of the Hub's answer (None if there was none), what went wrong in one line, and whether
@@ -99,7 +157,7 @@ def explain(error: BaseException) -> tuple[int | None, str, bool]:
     chain: list[BaseException] = [error]  # the client wraps what the Hub answered, and what broke the connection
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
+    answered = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
     status = None if answered is None else answered.response.status_code
     text = (answered and answered.server_message) or str(answered or chain[-1])
     reason = " ".join(text.split()).rstrip(".")[:300] or type(chain[-1]).__name__

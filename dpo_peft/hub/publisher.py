@@ -1,4 +1,4 @@
-"""Publishing from the trainer: which of `push_to_hub` and the `hub_...` options are honored, and when a run stops."""
+"""Publishes from the trainer, as `push_to_hub` and the `hub_...` options say; what can't be honored stops the run."""
 
 import logging
 from pathlib import Path
@@ -11,14 +11,13 @@ from ..artifacts.recipe import public
 from ..artifacts.run_files import SaveResults
 from ..errors import OptionError, PublishError
 from .client import Hub
-from .publishing import PublishResult, check_base, own_repository, publish
+from .publishing import PublishResult, publish
 
 if TYPE_CHECKING:
     from ..trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `transformers.Trainer.push_to_hub` for the card, and what `publish` calls them.
 # Arguments of `transformers.Trainer.push_to_hub` for the card, and what `publish` calls them.
 _NAMES = {"licence": "license", "dataset": "datasets", "language": "languages", "finetuned_from": "base_model"}
 
@@ -62,8 +61,8 @@ class HubPublisher:
             )
         if self.trainer.is_world_process_zero():
             hub = Hub(HfApi(token=token or self.args.hub_token), self.repo_id, repeat="start the run again.")
-            self.trainer.hub_model_id = hub.repo_id = own_repository(hub)
-            check_base(hub, base)
+            self.trainer.hub_model_id = hub.repo_id = hub.own_repository()
+            hub.check_base(base)
 
     def push(
         self, commit_message: str | None = "End of training", blocking: bool = True, **given: Any
@@ -89,26 +88,25 @@ class HubPublisher:
         allowed = set(publish.__kwdefaults__ or ()) - {"repeat", "licence"}
         if unknown := sorted(set(options) - allowed):
             raise OptionError(f"{', '.join(unknown)}: not available here. Use {', '.join(sorted(allowed))}.")
-        self._save()
-        return self.publish(self.args.output_dir, commit_message, **options)
+        return self._save_and_publish(commit_message, **options)
 
     def push_from_checkpoint(self) -> None:
         """With `hub_strategy` "every_save", publishes the adapter as it is now. A failure doesn't stop the run."""
         if self.args.hub_strategy == "end":
             return
-        self._save()
         step = self.trainer.state.global_step
         try:
-            self.publish(self.args.output_dir, f"Training in progress, step {step}")
+            self._save_and_publish(f"Training in progress, step {step}")
         except (PublishError, OptionError) as error:
             logger.warning("The adapter of step %d was not published: %s", step, error)
 
-    def _save(self) -> None:
-        trainer = self.trainer
+    def _save_and_publish(self, commit_message: str | None, **given: Any) -> PublishResult | None:
+        trainer, folder = self.trainer, self.args.output_dir
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
         if self.args.should_save:
-            SaveResults(trainer).save(self.args.output_dir)
+            SaveResults(trainer).save(folder)
+        return self.publish(folder, commit_message, **given)
 
     def publish(self, folder: str | Path, commit_message: str | None, **given: Any) -> PublishResult | None:
         """Publishes what is saved in `folder`, with the run's options where none are given. Raises as `push` does."""

@@ -1,4 +1,4 @@
-"""Publishing an adapter on the Hub: `publish(folder, "me/my-adapter")`.
+"""Publishes an adapter on the Hub: `publish(folder, "me/my-adapter")`.
 
 Everything is checked here first, then who the token belongs to, then what the repository holds. Large files are sent
 before anything is visible; one commit at the end makes all of it visible, or nothing.
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
 from ..artifacts.card import license_fields
 from ..artifacts.card_rules import is_repo_id, read_head
 from ..errors import OptionError, PublishError
-from .client import LOGIN, Hub
+from .client import Hub
 from .upload_files import CARD, CONFIG, Upload, collect
 
 GATES: dict[str, str | bool] = {"auto": "auto", "manual": "manual", "off": False}
@@ -91,25 +90,25 @@ def publish(
         PublishError: the Hub refused or could not be reached. The message says what is there by now.
     """
     _check_options(repo_id, private, gated, revision, create_pr, attempts)
-    metadata: dict[str, Any] = {"datasets": list(datasets), "language": list(languages)}
-    metadata |= license_fields(license or licence or "")
-    contents = (base_model, include, metadata)
+    labels = {"datasets": list(datasets), "language": list(languages), **license_fields(license or licence or "")}
+    contents = (base_model, include, labels)
     upload = collect(Path(folder), repo_id, *contents)
     hub = Hub(HfApi(token=token), repo_id, revision, create_pr, attempts, wait, repeat)
     changed, commit, pr_url = set(upload.files), None, None
     if not dry_run:
-        hub.repo_id = own_repository(hub)
+        hub.repo_id = hub.own_repository()
         if hub.repo_id != repo_id:
             upload = collect(Path(folder), hub.repo_id, *contents)  # the card names the repository
-        check_base(hub, upload.base_model)
-        remote = _look(hub)
+        hub.check_base(upload.base_model)
+        remote = hub.look()
         if remote is not None and not overwrite:
             _check_ours(hub, remote, upload)
         hub.call("checking the card", lambda: _validate(upload))
         remote = _prepare(hub, remote, private, gated)
         commit, changed = remote.sha, _changed(upload, remote)
         if changed:
-            commit, pr_url = _send(hub, upload, changed, remote.sha, commit_message)
+            sent = _send(hub, upload, changed, remote.sha, commit_message)
+            commit, pr_url = sent.oid, sent.pr_url
     return PublishResult(
         repo_id=hub.repo_id,
         url=f"{hub.api.endpoint}/{hub.repo_id}",
@@ -138,72 +137,11 @@ def _check_options(
         raise OptionError(f"{', '.join(useless)}: no effect on a pull request (create_pr). Leave it out.")
 
 
-# ---- Who, and what is there -----------------------------------------------------------------------------------------
-
-
-def own_repository(hub: Hub) -> str:
-    """Returns the repository's full name, which the token may write to, as far as its account says.
-
-    Raises:
-        OptionError: there is no valid token, it is read-only, or the repository is not its account's.
-        PublishError: the Hub can't be reached.
-    """
-    account = hub.call("asking whose token it is", hub.api.whoami)
-    name, roles = account["name"], {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])}
-    repo_id = hub.repo_id if "/" in hub.repo_id else f"{name}/{hub.repo_id}"
-    owner = repo_id.split("/")[0]
-    access = account.get("auth", {}).get("accessToken", {})
-    token = f"The token {access.get('displayName', '')!r}"
-    if access.get("role") == "read":
-        raise OptionError(f"{token} is read-only. {LOGIN}")
-    if hub.create_pr:
-        return repo_id
-    if owner != name and owner not in roles:
-        raise OptionError(
-            f"{repo_id}: {owner} is neither your account nor an organization of yours ({', '.join([name, *roles])}). "
-            "Choose another repo_id, or open a pull request (create_pr)."
-        )
-    if roles.get(owner) == "read":
-        raise OptionError(f"{repo_id}: you may only read in {owner}. Ask for the role of a contributor.")
-    scopes = access.get("fineGrained", {}).get("scoped")  # None: a token that does not say is left to the Hub
-    here = [scope for scope in scopes or [] if scope.get("entity", {}).get("name") in (owner, repo_id)]
-    rights = [right for scope in here for right in scope["permissions"]]
-    if scopes is not None and not any(right.startswith("repo") and right.endswith("write") for right in rights):
-        raise OptionError(f"{token} may not write to {repo_id}. {LOGIN}")
-    return repo_id
-
-
-def check_base(hub: Hub, base: str) -> None:
-    """Checks that others can load the base.
-
-    Raises:
-        OptionError: it is not on the Hub, or not for everybody.
-    """
-    if not hub.call("looking for the base model", lambda: hub.api.repo_exists(base)):
-        raise OptionError(
-            f"The base {base} is not on the Hub, or the token may not see it. Give its Hub id by base_model, or "
-            "publish it first."
-        )
-
-
-def _look(hub: Hub) -> ModelInfo | None:
-    """Returns the repository as it is, on its main branch if it lacks the one to write to; None if there is none."""
-
-    def look() -> ModelInfo | None:
-        try:
-            info = hub.api.model_info(hub.repo_id, revision=hub.revision, files_metadata=True)
-        except RepositoryNotFoundError:
-            return None
-        except RevisionNotFoundError:
-            return hub.api.model_info(hub.repo_id, files_metadata=True)
-        hub.has_branch = True
-        return info
-
-    return hub.call("looking at the repository", look)
+# ---- What is there --------------------------------------------------------------------------------------------------
 
 
 def _check_ours(hub: Hub, remote: ModelInfo, upload: Upload) -> None:
-    """Lets an update of the same adapter pass; another work is not overwritten."""
+    """Refuses to overwrite other work; an update of the same adapter passes."""
 
     def content(name: str) -> str:
         path = hub.call(f"reading its {name}", lambda: hub.api.hf_hub_download(hub.repo_id, name, revision=remote.sha))
@@ -260,32 +198,30 @@ def _prepare(hub: Hub, remote: ModelInfo | None, private: bool | None, gated: st
     if branch is not None and not hub.has_branch:
         hub.call("creating the branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         remote = None
-    if (now := remote or _look(hub)) is None:
+    if (now := remote or hub.look()) is None:
         raise PublishError(f"{repo_id} was made, but the Hub does not show it. To go on, {hub.repeat}")
     return now
 
 
-def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> tuple[str, str | None]:
-    """Sends the large files, then commits all of them; returns the commit and the pull request's address.
+def _send(hub: Hub, upload: Upload, names: set[str], parent: str | None, message: str) -> CommitInfo:
+    """Sends the large files, then commits all of them.
 
-    A second attempt makes its operations anew: a commit whose answer was lost is then seen to be there already. That
-    can't be seen of a pull request, so one is asked for once.
+    A second commit makes its operations anew: if the answer to the first was lost, all is then seen to be there
+    already. That can't be seen of a pull request, so one is asked for once.
     """
-    api = hub.api
     where: dict[str, Any] = {"revision": hub.revision, "create_pr": hub.create_pr}
 
     def operations() -> list[CommitOperationAdd]:
         return [CommitOperationAdd(name, upload.files[name]) for name in sorted(names)]
 
     def commit() -> CommitInfo:
-        with_files = prepared.pop() if prepared else operations()
-        return api.create_commit(hub.repo_id, with_files, commit_message=message, parent_commit=parent, **where)
+        files = sent.pop() if sent else operations()
+        return hub.api.create_commit(hub.repo_id, files, commit_message=message, parent_commit=parent, **where)
 
-    prepared = [operations()]
-    send = api.preupload_lfs_files
-    hub.call("sending the files", lambda: send(hub.repo_id, prepared[0], free_memory=False, **where))
-    info = hub.call("committing", commit, repeatable=not hub.create_pr)
-    return info.oid, info.pr_url
+    sent = [operations()]  # they know which of them have arrived
+    send = hub.api.preupload_lfs_files
+    hub.call("sending the files", lambda: send(hub.repo_id, sent[0], free_memory=False, **where))
+    return hub.call("committing", commit, repeatable=not hub.create_pr)
 
 
 def _changed(upload: Upload, remote: ModelInfo) -> set[str]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
 from ..artifacts.card_rules import problems, read_head
@@ -41,10 +42,10 @@ LEFT_OUT = {
     "*": "no part of an adapter; add it by include",
 }
 _BASE = "Give the id of the same model on the Hub: --base_model NAME/MODEL (publish it first if it isn't there)."
-# Folders of this and of other machines. What a model wrote (samples) isn't searched: it may speak of any path.
-_MACHINE_PATH = re.compile(
-    r"(?<![\w.:/])/(?:home|root|Users|mnt|tmp|var|opt|data|work|workspace|scratch)/[\w.+-]+"
-    r"|\b[A-Za-z]:\\{1,2}Users\\{1,2}\w+"
+# Folders of other machines. What a model wrote (samples) isn't searched: it may speak of any path.
+_MACHINE_PATHS = (
+    r"(?<![\w.:/])/(?:home|root|Users|mnt|tmp|var|opt|data|work|workspace|scratch)/[\w.+-]+",
+    r"\b[A-Za-z]:\\{1,2}Users\\{1,2}\w+",
 )
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # no prose
 
@@ -71,11 +72,11 @@ class Upload:
 
 
 def collect(
-    folder: Path, repo_id: str, base_model: str | None, include: Sequence[str], metadata: Mapping[str, Any]
+    folder: Path, repo_id: str, base_model: str | None, include: Sequence[str], labels: Mapping[str, Sequence[str]]
 ) -> Upload:
     """Reads an adapter's folder and makes what is to be published of it.
 
-    The arguments are those of `publish`; `metadata` replaces what the card says, where it has a value.
+    The arguments are those of `publish`; `labels` replace what the card's metadata says, where they have a value.
 
     Raises:
         OptionError: there is no whole adapter, its base is no Hub id, the card would be refused, or a file names a
@@ -96,7 +97,7 @@ def collect(
         _add(pattern, folder, folder, upload)
     for pattern in include:
         _include(pattern, folder, upload)
-    upload.files[CARD] = _card(folder, repo_id, config, metadata, upload).encode()
+    upload.files[CARD] = _card(folder, repo_id, config, labels, upload).encode()
     published = {name.split("/")[0] for name in upload.files}
     for path in sorted(folder.iterdir()):
         if path.name not in published and path != adapter and not path.name.startswith("."):
@@ -123,26 +124,24 @@ def _adapter_folder(folder: Path) -> Path:
 def _checked_weights(adapter: Path, upload: Upload) -> Path:
     path = adapter / WEIGHTS
     again = "the adapter is not whole. Save it again."
-    if not path.is_file() and (adapter / "adapter_model.bin").is_file():
-        raise OptionError(
-            f"{adapter.name} holds adapter_model.bin, a pickle that runs code when it is loaded: load it and save "
-            "it with safe_serialization=True."
-        )
     if not path.is_file():
+        if (adapter / "adapter_model.bin").is_file():
+            raise OptionError(
+                f"{adapter.name} holds adapter_model.bin, a pickle that runs code when it is loaded: load it and save "
+                "it with safe_serialization=True."
+            )
         raise OptionError(f"{adapter.name} has no {WEIGHTS}: {again}")
     try:
-        with safe_open(path, framework="pt") as tensors:
-            names, numbers = list(tensors.keys()), 0
-            for name in names:
-                tensor = tensors.get_tensor(name)
-                numbers += tensor.numel()
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise OptionError(f"{WEIGHTS}: {name} holds NaN or infinity. Publish an earlier checkpoint.")
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise OptionError(f"{WEIGHTS} can't be read ({error}): {again}") from error
-    if not names:
+    if not tensors:
         raise OptionError(f"{WEIGHTS} is empty: {again}")
-    upload.checks.append(f"weights: {len(names)} tensors, {numbers:,} numbers, all finite")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise OptionError(f"{WEIGHTS}: {name} holds NaN or infinity. Publish an earlier checkpoint.")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    upload.checks.append(f"weights: {len(tensors)} tensors, {numbers:,} numbers, all finite")
     return path
 
 
@@ -220,13 +219,12 @@ def _include(pattern: str, folder: Path, upload: Upload) -> None:
 
 def _check_paths(upload: Upload, local: Sequence[Path]) -> None:
     """Checks that no file that people read names a folder of this machine, or holds a token of the Hub."""
-    known = sorted(str(path) for path in local if path.is_absolute() and len(path.parts) > 2)
+    known = [re.escape(str(path)) for path in local if path.is_absolute() and len(path.parts) > 2]
+    machine_path = re.compile("|".join([*known, *_MACHINE_PATHS]))
     texts = [name for name in upload.files if name.endswith((".json", ".yaml", ".md", ".txt", ".html"))]
     for name in sorted(set(texts) - {*_VOCABULARY}):
         text = upload.content(name).decode("utf-8", errors="replace")
-        found = [path for path in known if path in text]
-        found += [match[0] for match in _MACHINE_PATH.finditer(text)]
-        if found:
+        if found := machine_path.search(text):
             raise OptionError(f"{name} names a path of a machine ({found[0]}): take it out before publishing.")
         if re.search(r"\bhf_[A-Za-z0-9]{20,}", text):
             raise OptionError(f"{name} holds what looks like a token of the Hub: take it out, and revoke the token.")
@@ -236,27 +234,29 @@ def _check_paths(upload: Upload, local: Sequence[Path]) -> None:
 # ---- The card -------------------------------------------------------------------------------------------------------
 
 
-def _card(folder: Path, repo_id: str, config: Mapping[str, Any], metadata: Mapping[str, Any], upload: Upload) -> str:
-    """Returns the card as it lies here, with repository, base and metadata filled in; a short one if there is none."""
+def _card(
+    folder: Path, repo_id: str, config: Mapping[str, Any], labels: Mapping[str, Sequence[str]], upload: Upload
+) -> str:
+    """Returns the card as it lies here, with repository, base and labels filled in; a short one if there is none."""
     base, old_base, path = upload.base_model, config.get("base_model_name_or_path") or "", folder / CARD
     text = path.read_text("utf-8") if path.is_file() else ""
     if not text or PEFT_TEMPLATE in text:
         upload.notes.append(f"there is no {CARD} of the run: a short card was made")
         lora = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
         text = str(model_card(RunSummary(repo_id, base, None, lora=lora, has_chat_template=False)))
-    if found := [p for p in problems(text) if not p.startswith("there is no metadata")]:
+    if found := [problem for problem in problems(text) if not problem.startswith("there is no metadata")]:
         raise OptionError(f"{CARD}: {found[0]}")
-    if missing := [name for name in metadata["datasets"] if not is_hub_id(name)]:
+    if missing := [name for name in labels["datasets"] if not is_hub_id(name)]:
         raise OptionError(f"datasets: {missing[0]!r} is not a Hub id. Leave it out.")
     card = ModelCard(text)
-    data: Any = card.data
+    data = card.data
     name = data.get("model_name")
     card.text = for_repository(card.text, name or _title(card.text), repo_id, base, old_base)
-    data.model_name = (_title(card.text) or name) if name else None
-    data.base_model, data.base_model_relation = base, "adapter"
-    data.library_name = data.library_name or "peft"
-    data.pipeline_tag = data.pipeline_tag or "text-generation"
-    for key, value in metadata.items():
+    data["model_name"] = (_title(card.text) or name) if name else None
+    data["base_model"], data["base_model_relation"] = base, "adapter"
+    data["library_name"] = data.get("library_name") or "peft"
+    data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
+    for key, value in labels.items():
         if value:
             data[key] = value
     finished = str(card)

@@ -7,8 +7,9 @@ the entries of docs/objectives.md.
 
 from importlib import import_module
 
+from ..imports import load_function
 from .pairwise import PairLoss, dpo_loss
-from .registry import REGISTRY, Objective, find_objective, load_function, objective
+from .registry import REGISTRY, Objective, find_objective, objective
 from .scores import F_DIVERGENCES, discounts, length_desensitized_weights, shape_scores, wpo_weights
 from .unpaired import reference_point
 

@@ -7,7 +7,7 @@ from .registry import REGISTRY, Objective
 
 
 def entry(objective: Objective) -> str:
-    """The beginning of a loss's section, in Markdown."""
+    """Returns the beginning of a loss's section, in Markdown."""
     options = ", ".join(f"`{name}`" for name in objective.options if name != "beta") or "none"
     beta = "none" if objective.default_beta is None else f"{objective.default_beta:g}"
     bullets = (f"beta: {beta}. {objective.why_beta}", f"options: {options}", f"source: {objective.source}")

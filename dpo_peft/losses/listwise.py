@@ -12,7 +12,7 @@ from .registry import register
 
 
 def segment_logsumexp(values_C: Tensor, segment_of_C: Tensor, num_segments: int) -> Tensor:
-    """log of the sum of exp(values) per segment, (E,). No segment may be empty."""
+    """Returns the log of the sum of exp(values) per segment, (E,). No segment may be empty."""
     lowest_E = values_C.new_full((num_segments,), -torch.inf)
     largest_E = lowest_E.scatter_reduce(0, segment_of_C, values_C.detach(), "amax")
     sums_E = torch.zeros_like(largest_E).index_add(0, segment_of_C, (values_C - largest_E[segment_of_C]).exp())

@@ -29,7 +29,7 @@ class PairLoss(NamedTuple):
 
 
 def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) log sigmoid(h) - e log sigmoid(-h): the label is wrong with probability e.
+    """Returns -(1 - e) log sigmoid(h) - e log sigmoid(-h): the label is wrong with probability e.
 
     Raises:
         OptionError: e outside [0, 0.5].
@@ -123,7 +123,7 @@ def ipo_loss(
     by its number of tokens first: the target then is a difference per token, which long completions reach at the price
     of a far larger distance from the reference.
 
-    By hand: (3 - 5)^2 = 4.0. Normalised, with 4 and 2 tokens: (2 / 4 + 1 / 2 - 5)^2 = 16.0.
+    By hand: (3 - 5)^2 = 4.0. Normalized, with 4 and 2 tokens: (2 / 4 + 1 / 2 - 5)^2 = 16.0.
 
     Source: Azar et al. 2023, A General Theoretical Paradigm (IPO), arXiv:2310.12036, eq. 17 (note eq. 50).
     """
@@ -295,7 +295,7 @@ def dpo_loss(
     beta: float = 0.1,
     reward_clip: float | None = None,
 ) -> PairLoss:
-    """The DPO loss from four log-probs, -log sigmoid of the difference of implicit rewards.
+    """Returns the DPO loss from four log-probs, -log sigmoid of the difference of implicit rewards.
 
         r(x, y) = beta * (log pi(y|x) - log pi_ref(y|x))        loss = -log sigmoid(r(x, y_w) - r(x, y_l))
 

@@ -60,7 +60,7 @@ def simpo_loss(
 
 
 def log_odds(mean_logps_B: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps), finite up to p = 1: 1 - p counts as at least the dtype's epsilon."""
+    """Returns log(p / (1 - p)) of p = exp(mean_logps), finite up to p = 1: 1 - p is at least the dtype's epsilon."""
     below_one_B = mean_logps_B.clamp(max=-torch.finfo(mean_logps_B.dtype).eps)
     return below_one_B - torch.log(-torch.expm1(below_one_B))
 

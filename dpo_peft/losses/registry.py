@@ -8,14 +8,13 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import OptionError
+from ..imports import load_function
 
 Loss = Callable[..., Tensor]  # returns one loss per item, unreduced
 
@@ -94,9 +93,8 @@ class Objective:
             known = ", ".join(_SHAPING_OF[data])
             raise OptionError(f"{named}: shaping={sorted(unknown)} is unknown for {data}. Use some of {known}.")
         self.options = (*self.keywords, *shaping)  # that have an effect on it
-        self.heeds = (
-            self.options if name else shaping
-        )  # of a config; `loss_options` holds those of a loss from outside
+        # Those of a config; `loss_options` holds those of a loss from outside.
+        self.heeds = self.options if name else shaping
         self.batch_coupled = batch_coupled or "mismatched_scores_M" in self.inputs
         # Whether p * loss(w, l) + (1 - p) * loss(l, w) is meaningful: not with a term of the chosen answer alone.
         paired = data in ("pairs", "trajectories")
@@ -139,7 +137,7 @@ def objective(**about: Any) -> Callable[[Loss], Loss]:
 
 
 def find_objective(name: str) -> Objective:
-    """The loss of that name, or your own: `folder/file.py:function` or `package.module:function`.
+    """Returns the loss of that name, or your own: `folder/file.py:function` or `package.module:function`.
 
     Raises:
         OptionError: there is none, or it can't be imported or used.
@@ -154,46 +152,11 @@ def find_objective(name: str) -> Objective:
 
 @lru_cache
 def load_objective(path: str) -> Objective:
-    """A loss from outside by its import path, imported once; see `find_objective`."""
+    """Returns a loss from outside by its import path, imported once; see `find_objective`."""
     loss = load_function(path, "loss_type")
     return getattr(loss, "objective", None) or Objective(loss)
 
 
 def shown_name(name: str) -> str:
-    """A loss's name fit to be published: of a file, the last part of its path."""
+    """Returns a loss's name fit to be published: of a file, the last part of its path."""
     return name if name in REGISTRY else Path(name).name
-
-
-def load_function(path: str, option: str) -> Callable[..., Any]:
-    """The function that `package.module:name` or `folder/file.py:name` names.
-
-    Args:
-        path: where it is.
-        option: whose value that is, for messages.
-
-    Raises:
-        OptionError: there is no such module, file or function, or importing it fails.
-    """
-    where, _, name = path.rpartition(":")
-    if not where or not name:
-        raise OptionError(f"{option}={path!r}: write package.module:function or file.py:function.")
-    try:
-        module = _load_file(where) if where.endswith(".py") else import_module(where)
-    except Exception as error:  # it is code of someone else's and may raise anything
-        hint = "" if where.endswith(".py") else " A file is given as path/file.py:function."
-        raise OptionError(f"{option}={path!r} can't be imported: {type(error).__name__}: {error}.{hint}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        what = "there is no such name" if found is None else f"it is a {type(found).__name__}, not a function"
-        raise OptionError(f"{option}={path!r}: {what} in {where}.")
-    return found
-
-
-def _load_file(file: str) -> ModuleType:
-    if not Path(file).is_file():
-        raise OptionError("there is no such file")
-    module = ModuleType(Path(file).stem)
-    module.__file__ = file
-    # Compiled here: Python's cache takes a file of the same size that changed within a second for the one before.
-    exec(compile(Path(file).read_bytes(), file, "exec"), module.__dict__)
-    return module

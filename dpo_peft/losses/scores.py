@@ -66,7 +66,7 @@ def shape_scores(
 
 
 def discounts(steps_N: Tensor, gamma: float) -> Tensor:
-    """(N,) float64 gamma ** step: the weight of each token's log-ratio in a trajectory; steps are int64 from 0.
+    """Returns (N,) float64 gamma ** step, the weights of a trajectory's log-ratios; steps are int64 from 0.
 
     By hand: steps 0, 1, 3 at gamma 0.5 weigh 1, 0.5 and 0.125.
 
@@ -81,7 +81,7 @@ def discounts(steps_N: Tensor, gamma: float) -> Tensor:
 
 
 def length_desensitized_weights(position_N: Tensor, shared_length_N: Tensor, ld_alpha: float) -> Tensor:
-    """(N,) float64: 1 for tokens up to the length of the pair's shorter completion, `ld_alpha` for those beyond.
+    """Returns (N,) float64: 1 up to the length of the pair's shorter completion, `ld_alpha` for tokens beyond.
 
     By hand: 5 tokens against a completion of 3 at ld_alpha 0.2 weigh 1, 1, 1, 0.2, 0.2.
 
@@ -97,7 +97,7 @@ def length_desensitized_weights(position_N: Tensor, shared_length_N: Tensor, ld_
 
 
 def wpo_weights(token_logps_N: Tensor, log_sum_sq_N: Tensor, completion_of_N: Tensor, num_completions: int) -> Tensor:
-    """How likely the policy itself would have written each completion: exp(mean over tokens of log p - log sum p^2).
+    """Returns how likely the policy would have written each completion: exp(mean of log p - log sum p^2).
 
     The weight of a pair is the product of its two. A token drawn from the policy has log p = log sum p^2 on average
     (roughly), so that on-policy text weighs about 1 whatever the temperature.

@@ -12,7 +12,7 @@ from .registry import register
 
 
 def reference_point(mismatched_scores_M: Tensor) -> Tensor:
-    """KTO's z_ref: the mean score of answers that belong to other prompts, at least 0; 0-dim, detached, nats.
+    """Returns KTO's z_ref: the mean score of answers that belong to other prompts, at least 0; 0-dim, detached, nats.
 
     It estimates KL(policy || reference) over the whole optimizer batch, which can't be negative. Without mismatched
     answers it is 0.

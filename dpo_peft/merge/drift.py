@@ -1,15 +1,15 @@
-"""How far one model is from another, measured on the same rows: log-probs, preference margins and greedy texts.
+"""Measures how far a merged model is from the adapter's, on the same rows: log-probs, margins and greedy texts.
 
-`observe` runs a model over `Rows`, `compare` puts two observations side by side. The models need not be in memory at
-the same time.
+`observe_adapter` and `observe` run the models over `Rows`, `compare` puts both side by side. The models need not be in
+memory at the same time.
 
 Shape suffixes: T tokens of one completion, C completions.
 """
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import prepare_dataset
 from ..data.collator import PreferenceCollator
 from ..errors import OptionError
-from ..forward import PackedBatch, completion_logps
-from ..model.adapter_source import TrainedWith
+from ..forward import PackedBatch, Scores, completion_logps
+from ..model.adapter_source import TrainedAdapter, TrainedWith
 from ..model.generation import sample_completions
+from ..reference.adapter_off import reference_logps
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,19 @@ class Observed:
 
     logps: list[Tensor]  # (T,) float32 log-probs in nats of every completion's tokens
     greedy: list[list[int]]  # the likeliest answer to each prompt
+
+
+@dataclass(frozen=True)
+class AdapterObserved(Observed):
+    """What the adapter's model makes of its rows, and what is needed to compare once it had to make room."""
+
+    rows: Rows
+    off: list[Tensor]  # (T,) log-probs with the adapter off
+    reference: list[Tensor]  # and under its reference
+    setup: TrainedWith
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype  # of the base's weights that were not quantized
 
 
 @dataclass(frozen=True)
@@ -118,11 +132,22 @@ def pair_rows(
     return Rows(shown, samples, prompts, pairs=True)
 
 
-def autocast(model: CausalLM, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision as the trainer had it: "bfloat16", "float16", or "no"."""
-    if precision == "no":
-        return nullcontext()
-    return torch.autocast(model.device.type, getattr(torch, precision))
+def autocast(model: CausalLM, precision: str) -> torch.autocast:
+    """Returns mixed precision as the trainer had it: "bfloat16", "float16", or "no"."""
+    return torch.autocast(model.device.type, getattr(torch, precision, torch.bfloat16), enabled=precision != "no")
+
+
+def observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> AdapterObserved:
+    """Observes an adapter's model, without rows on completions that it writes itself (`probe_rows`)."""
+    model, tokenizer, setup = loaded.model, loaded.tokenizer, loaded.setup
+    rows = rows or probe_rows(model, tokenizer, setup.precision)
+    seen = observe(model, tokenizer, rows, setup.precision, "adapter's model")
+    with autocast(model, setup.precision):
+        off = reference = score(rows, partial(reference_logps, model), model.device, "base")
+        if loaded.reference and (frozen := loaded.reference.adapter) is not None:
+            reference = score(rows, partial(reference_logps, model, adapter=frozen), model.device, "reference")
+    dtype = model.get_input_embeddings().weight.dtype
+    return AdapterObserved(seen.logps, seen.greedy, rows, off, reference, setup, tokenizer, model.device, dtype)
 
 
 def observe(
@@ -131,40 +156,33 @@ def observe(
     """Scores the rows and completes the prompts by a model in eval mode, in the precision of `autocast`; `what` names
     the progress bar."""
     with autocast(model, precision):
-        logps = score(rows, model, lambda batch: completion_logps(model, batch).token_logps_N, what)
+        logps = score(rows, partial(completion_logps, model), model.device, what)
         greedy = sample_completions(model, tokenizer, rows.prompts, max_new_tokens=NEW_TOKENS, temperature=0)
     return Observed(logps, greedy)
 
 
-def score(rows: Rows, model: CausalLM, token_logps: Callable[[PackedBatch], Tensor], what: str) -> list[Tensor]:
+def score(rows: Rows, logps: Callable[[PackedBatch], Scores], device: torch.device, what: str) -> list[Tensor]:
     """Returns (T,) log-probs of every completion of the rows, on the CPU, by a function of a batch of plain padded
-    rows."""
+    rows on the device."""
     collate = PreferenceCollator(shared=False)
     starts = range(0, len(rows.samples), ROWS_PER_BATCH)
     found: list[Tensor] = []
     with torch.no_grad():
         for start in tqdm(starts, desc=f"Scoring the {what}", unit="batch"):
-            batch = PackedBatch(**collate(rows.samples[start : start + ROWS_PER_BATCH])).to(model.device)
-            found += token_logps(batch).float().cpu().split(batch.lengths.tolist())
+            batch = PackedBatch(**collate(rows.samples[start : start + ROWS_PER_BATCH])).to(device)
+            found += logps(batch).token_logps_N.float().cpu().split(batch.lengths.tolist())
     return found
 
 
-def compare(
-    rows: Rows, adapter: Observed, merged: Observed, off: list[Tensor], reference: list[Tensor], reward: str
-) -> Drift:
-    """Puts the merged model beside the adapter's.
-
-    Args:
-        rows, adapter, merged: the observations, and what they were made on.
-        off, reference: (T,) log-probs of every completion with the adapter off, and under the reference.
-        reward: the implicit reward that decides a pair: "log_ratio", "logp" or "mean_logp", see `Objective.reward`.
-    """
+def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
+    """Puts the merged model beside the adapter's."""
     both = list(zip(merged.logps, adapter.logps, strict=True))
     by_token = torch.cat([(m - a).abs() for m, a in both]).double()
     by_completion = torch.stack([(m.double().sum() - a.double().sum()).abs() for m, a in both])
-    by_adapter = torch.cat([(a - o).abs() for a, o in zip(adapter.logps, off, strict=True)]).double()
+    by_adapter = torch.cat([(a - o).abs() for a, o in zip(adapter.logps, adapter.off, strict=True)]).double()
+    pairs = adapter.rows.pairs
     return Drift(
-        rows=rows.name,
+        rows=adapter.rows.name,
         completions=len(by_completion),
         tokens=len(by_token),
         mean_token=by_token.mean().item(),
@@ -174,19 +192,18 @@ def compare(
         adapter_token=by_adapter.mean().item(),
         greedy_prompts=len(adapter.greedy),
         greedy_equal=sum(a == m for a, m in zip(adapter.greedy, merged.greedy, strict=True)),
-        pairs=len(rows.samples) if rows.pairs else 0,
-        accuracy_adapter=_accuracy(adapter.logps, reference, reward) if rows.pairs else None,
-        accuracy_merged=_accuracy(merged.logps, reference, reward) if rows.pairs else None,
+        pairs=len(adapter.rows.samples) if pairs else 0,
+        accuracy_adapter=_accuracy(adapter, adapter) if pairs else None,
+        accuracy_merged=_accuracy(merged, adapter) if pairs else None,
     )
 
 
-def _accuracy(logps: list[Tensor], reference: list[Tensor], reward: str) -> float:
+def _accuracy(observed: Observed, adapter: AdapterObserved) -> float:
     """Returns the share of pairs (chosen at even, rejected at odd indices) whose chosen completion has the higher
-    reward."""
-    rewards = [ours.double().sum() for ours in logps]
-    if reward == "log_ratio":
-        rewards = [r - ref.double().sum() for r, ref in zip(rewards, reference, strict=True)]
-    elif reward == "mean_logp":
-        rewards = [r / len(ours) for r, ours in zip(rewards, logps, strict=True)]
-    rewards_C = torch.stack(rewards)
+    implicit reward, see `Objective.reward`."""
+    rewards_C = torch.stack([logps.double().sum() for logps in observed.logps])
+    if adapter.setup.reward == "log_ratio":
+        rewards_C -= torch.stack([logps.double().sum() for logps in adapter.reference])
+    elif adapter.setup.reward == "mean_logp":
+        rewards_C /= torch.tensor([len(logps) for logps in observed.logps])
     return (rewards_C[::2] > rewards_C[1::2]).double().mean().item()

@@ -16,7 +16,6 @@ than one full copy of the weights in memory.
 import gc
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,16 +27,16 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..artifacts.card import is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
-from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, TrainedWith, quantization_options
+from ..files import write_atomically
+from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, quantization_options
 from ..model.adapters import moved_base
 from ..model.loading import load_base
 from ..model.serving import serving_problems
-from ..reference.adapter_off import reference_logps
-from .drift import Drift, Observed, Rows, autocast, compare, observe, pair_rows, probe_rows, score
+from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows
 from .weights import dequantize, merge_into, quiet
 
 ONTO = ("dequantized", "base16")
@@ -112,7 +111,7 @@ def merge_adapter(
         rows = pair_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
     loaded = source.load(device, with_reference=dataset is not None)
     onto, dtype, config = _plan(loaded, onto, dtype)
-    seen = _observe_adapter(loaded, rows)
+    seen = observe_adapter(loaded, rows)
     bare = _take_base(loaded) if onto != "base16" else None
     del loaded  # its 4-bit base is unpacked by now, or makes room for the original
     gc.collect()
@@ -184,36 +183,7 @@ def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[
     return onto or ("dequantized" if quantized else None), dtype or own, config
 
 
-@dataclass
-class _Seen:
-    """What is kept of the adapter's model once it has to make room."""
-
-    rows: Rows
-    logps_and_texts: Observed
-    off: list[torch.Tensor]  # log-probs of the rows with the adapter off
-    reference: list[torch.Tensor]  # and under its reference
-    setup: TrainedWith
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
-    dtype: torch.dtype  # of its weights that were not quantized
-
-
-def _observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> _Seen:
-    model, tokenizer, setup = loaded.model, loaded.tokenizer, loaded.setup
-    if rows is None:
-        rows = probe_rows(model, tokenizer, setup.precision)
-    seen = observe(model, tokenizer, rows, setup.precision, "adapter's model")
-    with autocast(model, setup.precision):
-        off = reference = score(rows, model, lambda b: reference_logps(model, b).token_logps_N, "base")
-        if loaded.reference and (frozen := loaded.reference.adapter) is not None:
-            reference = score(
-                rows, model, lambda b: reference_logps(model, b, adapter=frozen).token_logps_N, "reference"
-            )
-    dtype = model.get_input_embeddings().weight.dtype
-    return _Seen(rows, seen, off, reference, setup, tokenizer, model.device, dtype)
-
-
-def measure_drift(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool) -> Drift:
+def measure_drift(folder: Path, dtype: str, seen: AdapterObserved, trust_remote_code: bool) -> Drift:
     """Loads the saved model as anybody would, and compares.
 
     It is run as the adapter's model was, so that what is measured is the weights: computing in bfloat16 alone moves
@@ -222,10 +192,10 @@ def measure_drift(folder: Path, dtype: str, seen: _Seen, trust_remote_code: bool
     wider = torch.promote_types(getattr(torch, dtype), seen.dtype)
     model = load_base(str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device).eval()
     merged = observe(model, seen.tokenizer, seen.rows, seen.setup.precision, "merged model")
-    return compare(seen.rows, seen.logps_and_texts, merged, seen.off, seen.reference, seen.setup.reward)
+    return compare(seen, merged)
 
 
-def _coarsest(dtype: str, seen: _Seen) -> str:
+def _coarsest(dtype: str, seen: AdapterObserved) -> str:
     """Returns the coarsest of the dtypes in which the merged model was saved and the two were compared."""
     used = {dtype, str(seen.dtype).removeprefix("torch."), seen.setup.precision}
     return max(used & MAX_DRIFT.keys(), key=MAX_DRIFT.__getitem__)
@@ -254,18 +224,15 @@ def original_base(source: AdapterSource) -> PreTrainedModel:
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """Yields a folder beside `output` that takes its place at the end, and is removed if anything goes wrong."""
+    """Yields a folder that takes the place of `output` at the end, and is gone if anything goes wrong."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
+        folder = Path(beside) / output.name
+        folder.mkdir()
         yield folder
-        folder.chmod(0o755)  # mkdtemp's are for the owner alone
         if output.is_dir():
             output.rmdir()
         folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
@@ -288,10 +255,10 @@ def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
 def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> None:
     """Writes merge.json and a README. Both may be published: the names in them are no paths."""
     facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
-    (folder / "merge.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    known: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if is_hub_id(base) else {}
-    tags = ["dpo-peft", "merge"]
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
+    write_atomically(folder / "merge.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["dpo-peft", "merge"])
+    if is_hub_id(base):
+        data["base_model"], data["base_model_relation"] = base, "finetune"
     drift = report.drift
     which = {"dequantized": "the 4-bit base, dequantized, that it was trained on", "base16": "the original base"}
     text = (

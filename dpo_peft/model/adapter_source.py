@@ -126,11 +126,7 @@ class AdapterSource(AdapterOptions):
 
     @cached_property
     def config(self) -> PeftConfig:
-        """The adapter's config.
-
-        Raises:
-            OptionError: no adapter.
-        """
+        """The adapter's config. Raises an OptionError where there is no adapter."""
         if not is_adapter(self.adapter, **self.from_hub):
             raise OptionError(
                 f"{self.adapter!r} is not an adapter: give a folder (or Hub id) with an adapter_config.json."
@@ -139,11 +135,7 @@ class AdapterSource(AdapterOptions):
 
     @property
     def base_name(self) -> str:
-        """Folder or Hub id of the base.
-
-        Raises:
-            OptionError: no adapter, or its config names no base and none is given.
-        """
+        """Folder or Hub id of the base. Raises an OptionError if the config names none and none is given."""
         name = self.base or self.config.base_model_name_or_path
         if not name:
             raise OptionError(f"The adapter {self.adapter!r} does not say which base it belongs to: give base.")
@@ -154,11 +146,7 @@ class AdapterSource(AdapterOptions):
         return read_training(self.config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the adapter's own tokenizer, or its base's.
-
-        Raises:
-            OptionError: no adapter, or no tokenizer.
-        """
+        """Returns the adapter's own tokenizer, or its base's. Raises an OptionError if there is neither."""
         base = self.base or self.config.base_model_name_or_path or self.adapter
         for name, where in ((self.adapter, self.from_hub), (base, {})):
             try:

@@ -31,10 +31,7 @@ _MOVED_BASE: dict[str | bool, str] = {
 
 
 def check_adapter(config: PeftConfig) -> None:
-    """Refuses an adapter that no reference can be kept for.
-
-    Args:
-        config: the PEFT config of the adapter to train, or of one that is loaded as the reference.
+    """Refuses an adapter, to be trained or to be the reference, that no reference can be kept for.
 
     Raises:
         OptionError: not a LoRA adapter, or one that trains the base's biases or acts on some tokens only.
@@ -65,11 +62,8 @@ def moved_base(config: LoraConfig) -> str | None:
 
 
 def read_config(source: str, **from_hub: Any) -> PeftConfig:
-    """Returns the PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision.
-
-    Raises:
-        OptionError: there is none, or it can't be read.
-    """
+    """Returns the PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision. Raises an
+    OptionError if there is none, or it can't be read."""
     try:
         return PeftConfig.from_pretrained(source, **from_hub)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,15 +86,11 @@ def misfits_refused(misfit: str, remedy: str = "") -> Iterator[None]:
 
 
 def load_frozen(model: PeftModel, folder: str) -> str:
-    """Loads another adapter into the model, frozen, as float32, never active outside `reference_mode`. Returns its
-    name in the model.
+    """Loads another adapter, by folder or Hub id, into the model, frozen, as float32, never active outside
+    `reference_mode`. Returns its name in the model.
 
     It may have another rank and other targets than the trained one. The base and the trained adapter, with their
     `requires_grad` flags, stay as they are.
-
-    Args:
-        model: the PEFT model, one adapter active.
-        folder: the adapter's folder or Hub id.
 
     Raises:
         OptionError: no adapter there, one that can't be a reference, or one that does not fit the model.
@@ -170,14 +160,7 @@ def _adapter_weights(model: PeftModel, weights: dict[str, Tensor], folder: str) 
 
 
 def check_loaded(result: Any, adapter: str, folder: str) -> None:
-    """Refuses an adapter's file that has too few or too many tensors, which PEFT only warns of.
-
-    Args:
-        result: what `set_peft_model_state_dict` or `PeftModel.load_adapter` returned.
-
-    Raises:
-        OptionError: naming some of the tensors.
-    """
+    """Raises an OptionError for an adapter's file with too few or too many tensors, by what PEFT's loader returned."""
     missing = [name for name in result.missing_keys if adapter in name.split(".") and "base_layer" not in name]
     for what, names in (("lacks", missing), ("holds what the model has no place for,", result.unexpected_keys)):
         if names:

@@ -312,11 +312,8 @@ def keep_weights(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
-    """Turns every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers.
-
-    Returns:
-        The distinct names of what was on, for the log.
-    """
+    """Turns every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers. Returns
+    the distinct names of what was on, for the log."""
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
@@ -357,11 +354,7 @@ class StorageReport:
 
 def storage_report(model: nn.Module, reference: str | None = None) -> StorageReport:
     """Counts a model's bytes by what was quantized and what was not (a layer missed by quantization shows up here).
-
-    Args:
-        model: the base or PEFT model.
-        reference: name of the frozen adapter that is the reference, which is counted apart.
-    """
+    The frozen adapter `reference` is counted apart."""
     report = StorageReport()
     of_reference = {id(tensor) for tensor in adapter_tensors(model, reference).values()} if reference else set()
     unquantized: dict[str, int] = {}

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 class AdapterOptions:
     """Which adapter, and what replaces the way in which its base was made for the training.
 
-    Args:
-        quantize: True or False replaces the recorded quantization by NF4 or none; None keeps it.
-        check_base: whether the loaded base must be the recorded one, weight for weight. What replaces the recorded
-            quantization or dtype is not checked.
+    A base whose recorded quantization or dtype is replaced is not compared with the one of the training.
     """
 
     adapter: str = field(default="", metadata={"help": "Folder or Hub id of the adapter."})

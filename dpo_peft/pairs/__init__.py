@@ -9,7 +9,7 @@ def make_pairs(options: PairsOptions) -> dict[str, object]:
     """Makes pairs, as `dpo-peft pairs` does. Work that was stopped is resumed when the same options are given again.
 
     Returns:
-        What became of prompts and completions, see `building.Tally.summary`; and the files, how many prompts were read
+        What became of prompts and completions, see `building.summarize`; and the files, how many prompts were read
         from unfinished work, and seconds.
 
     Raises:

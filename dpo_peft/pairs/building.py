@@ -18,7 +18,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .options import PairsOptions
 from .rejection_sampling import MATCHES, rejection_sample
@@ -34,7 +34,7 @@ TOO_FEW, TOO_LONG = "fewer than two different answers", "prompt too long for the
 class Candidate(NamedTuple):
     """A completion of a prompt."""
 
-    completion: Any  # text, or a list of messages
+    completion: object  # text, or a list of messages
     score: float | None
     finished: bool = True
 
@@ -69,21 +69,22 @@ class Built:
 
     def rows(self) -> dict[str, list[dict[str, object]]]:
         """Returns what is written of the completions, by the option that names the file."""
-        pairs: list[dict[str, object]] = [
-            {
-                "chosen": chosen.completion,
-                "rejected": rejected.completion,
-                "chosen_reward": chosen.reward,
-                "rejected_reward": rejected.reward,
-                "reward_margin": chosen.reward - rejected.reward,
-            }
-            for chosen, rejected in self.pairs
-        ]
-        accepted: list[dict[str, object]] = [{"completion": c.completion, "reward": c.reward} for c in self.accepted]
-        scores = [c.reward for c in self.usable]
-        whole: dict[str, object] = {"completions": [c.completion for c in self.usable], "scores": scores}
-        lists = [whole] if len(set(scores)) > 1 else []  # else there is no better one to learn from
-        return {"output": pairs, "sft_output": accepted, "lists_output": lists}
+        scores = [candidate.reward for candidate in self.usable]
+        whole: dict[str, object] = {"completions": [one.completion for one in self.usable], "scores": scores}
+        return {
+            "output": [
+                {
+                    "chosen": chosen.completion,
+                    "rejected": rejected.completion,
+                    "chosen_reward": chosen.reward,
+                    "rejected_reward": rejected.reward,
+                    "reward_margin": chosen.reward - rejected.reward,
+                }
+                for chosen, rejected in self.pairs
+            ],
+            "sft_output": [{"completion": one.completion, "reward": one.reward} for one in self.accepted],
+            "lists_output": [whole] if len(set(scores)) > 1 else [],  # else there is no better one to learn from
+        }
 
 
 def seed_of(*parts: int | str) -> int:
@@ -146,7 +147,7 @@ def _refused(margin: float, pairs: int, options: PairsOptions) -> str | None:
     return BEYOND_MAX if options.max_pairs is not None and pairs >= options.max_pairs else None
 
 
-def summarize(results: Iterable[tuple[Built, str | None]], skipped: Mapping[str, int]) -> dict[str, Any]:
+def summarize(results: Iterable[tuple[Built, str | None]], skipped: Mapping[str, int]) -> dict[str, object]:
     """Returns what became of all prompts, as JSON values. Rewards are means, in the judge's units; None where there
     are none.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig
@@ -42,11 +42,7 @@ class ModelSource(AdapterSource):
 
     @cached_property
     def is_adapter(self) -> bool:
-        """Whether it is no base model.
-
-        Raises:
-            OptionError: `base` without effect.
-        """
+        """Whether it is no base model. A `base` of one is refused: it has no effect."""
         found = is_adapter(self.adapter, **self.from_hub)
         if self.base is not None and not found:
             raise OptionError(f"base has no effect: {self.adapter!r} is not an adapter. Leave it out.")
@@ -149,7 +145,7 @@ class VllmEngine:
                 "engine 'transformers'."
             ) from error
         self.how, self.tokenizer, self._params, self._lora = how, source.tokenizer(), SamplingParams, None
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "model": source.base_name,
             "dtype": source.dtype or "auto",
             "max_model_len": longest_prompt + how.max_new_tokens,

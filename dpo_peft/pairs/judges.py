@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -21,7 +20,8 @@ from ..errors import DataError, OptionError
 from ..losses import load_function
 from .options import PairsOptions
 
-Judge = Callable[..., Any]
+Content = str | list[dict[str, object]]  # a text or messages
+Judge = Callable[..., object]
 
 
 def load_judge(options: PairsOptions) -> Judge | None:
@@ -68,8 +68,8 @@ class RewardModel:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError) as error:
@@ -83,7 +83,7 @@ class RewardModel:
         self.model.to(device).requires_grad_(False).eval()
         self.name, self.batch_size, self.leading = name, batch_size, leading_ids(self.tokenizer)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Sequence[Content], completions: Sequence[Content], **columns: object) -> list[float]:
         """Returns one reward per completion, in their order. Nothing is cut off.
 
         Raises:
@@ -103,8 +103,8 @@ class RewardModel:
                 rewards[i] = reward
         return rewards
 
-    def _encode(self, prompt: Any, completion: Any) -> list[int]:
-        if isinstance(prompt, str):
+    def _encode(self, prompt: Content, completion: Content) -> list[int]:
+        if isinstance(prompt, str) and isinstance(completion, str):
             return text_ids(self.tokenizer, prompt + completion, self.leading)
         if not self.tokenizer.chat_template:
             raise OptionError(
@@ -156,6 +156,6 @@ def judge_answers(
             raise OptionError(wrong) from None
         if reward is not None and not math.isfinite(reward):
             wrong = f"The reward function {name} gave {reward} to a completion of prompt {prompt.number}"
-            raise DataError(f"{wrong}: mend it, or the row.")
+            raise DataError(f"{wrong}: fix it, or the row.")
         rewards.append(reward)
     return rewards

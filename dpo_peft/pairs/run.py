@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -183,7 +182,7 @@ class PairRun:
             candidates = [Candidate(*each) for each in every]
             yield prompt, build_pairs(candidates, self.options, prompt.number), record.get("skipped")
 
-    def _summary(self, log: WorkLog) -> dict[str, Any]:
+    def _summary(self, log: WorkLog) -> dict[str, object]:
         summary = summarize(((built, why) for _, built, why in self._built(log)), self.skipped)
         if not summary["pairs"]:
             raise DataError(
@@ -206,7 +205,7 @@ class PairRun:
             )
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 

@@ -26,7 +26,7 @@ def unfinished(output: Path) -> Path:
 class WorkLog:
     """Finished records on disk. Only one process may write to it at a time."""
 
-    def __init__(self, path: str | Path, header: Mapping[str, Any]):
+    def __init__(self, path: str | Path, header: Mapping[str, object]):
         """Begins the work, or resumes it.
 
         Args:

@@ -175,22 +175,36 @@ class MemoryModel:
 
         Of the first `checkpoint_layers` layers the input alone is kept.
         """
-        saved = {"saved_activations": self._saved(tokens, keys, checkpoint_layers)}
-        return {**self.fixed, **saved, **self._passing(tokens, keys, predicted)}
+        T, S, P, shape, e = tokens, keys, predicted, self.shape, self.element
+        per_logit = e if self.fused else e + HEAD_PLAIN
+        states = 3 * e * P * shape.hidden  # before and after the final norm, and the gradient
+        return {
+            **self.fixed,
+            "saved_activations": self._saved(T, self._kept(T, S), checkpoint_layers),
+            "layer_backward": max(self.phases(T, S).values()),
+            "dequantized_weights": self._scratch,
+            "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
+            # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
+            # angles of positions; log-probs and their gradients.
+            "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
+        }
 
     def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> float:
         """Returns the bytes at the worst moment: all components, but of the head and a layer's backward the larger."""
-        return self._unsaved(tokens, keys, predicted) + self._saved(tokens, keys, checkpoint_layers)
+        parts = self.components(tokens, keys, predicted, checkpoint_layers)
+        head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
+        return sum(parts.values()) - min(head, layer)
 
     def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int:
         """Returns the fewest layers to checkpoint so that the peak is within `limit` bytes; all if none is enough.
 
         Layers that aren't fused are checkpointed all or none, as transformers does it.
         """
-        unsaved = self._unsaved(tokens, keys, predicted)
+        kept = self._kept(tokens, keys)
+        others = self.peak(tokens, keys, predicted, 0) - self._saved(tokens, kept, 0)
 
         def fits(layers: int) -> bool:
-            return unsaved + self._saved(tokens, keys, layers) <= limit
+            return others + self._saved(tokens, kept, layers) <= limit
 
         if not self.fused:
             return 0 if fits(0) else self.layers
@@ -216,39 +230,20 @@ class MemoryModel:
 
     # ---- The parts ----
 
-    def _rank(self, group: str) -> int:
-        """R; the fused layers round it up to a multiple of 8."""
-        rank = sum(self.lora.ranks.get(linear.name, 0) for linear in self.shape.group(group))
-        return -(-rank // 8) * 8 if self.fused else rank
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        """R by group, as the fused layers round it up: to a multiple of 8."""
+        ranks = dict.fromkeys(GROUPS, 0)
+        for linear in self.shape.linears:
+            ranks[linear.group] += self.lora.ranks.get(linear.name, 0)
+        return {name: -(-rank // 8) * 8 for name, rank in ranks.items()}
 
     def _working_copy(self) -> float:
         if not self.fused:  # autocast casts every trained weight once a pass
             return self.element * self.trained if self.element < 4 else 0
-        shape = self.shape
         # A of a group stacked, (R, inputs), and its Bs block by block, (outputs, R).
-        sizes = (self._rank(g) * (shape.group(g)[0].inputs + shape.group_outputs(g)) for g in GROUPS)
-        return self.element * shape.layers * sum(sizes)
-
-    def _unsaved(self, T: float, S: float, P: float) -> float:
-        """Returns the peak but for saved activations."""
-        parts = self._passing(T, S, P)
-        head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
-        return sum(self.fixed.values()) + parts["index_tensors"] + max(layer, head)
-
-    def _passing(self, T: float, S: float, P: float) -> dict[str, float]:
-        """Returns the bytes that a micro-batch takes for a moment, beside what is saved for its backward."""
-        shape, e = self.shape, self.element
-        per_logit = e if self.fused else e + HEAD_PLAIN
-        # Hidden states before and after the final norm, and the gradient.
-        states = 3 * e * P * shape.hidden
-        return {
-            "layer_backward": max(self.phases(T, S).values()),
-            "dequantized_weights": self._scratch,
-            "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
-            # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
-            # angles of positions; log-probs and their gradients.
-            "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
-        }
+        sizes = (self._ranks[name] * (inputs + outputs) for name, (inputs, outputs) in self.shape.groups.items())
+        return self.element * self.shape.layers * sum(sizes)
 
     @cached_property
     def _scratch(self) -> float:
@@ -257,11 +252,12 @@ class MemoryModel:
             return 0
         if not self.fused:  # one linear layer at a time
             return self.element * max(linear.weights for linear in self.shape.linears)
-        groups = ((self.shape.group(g)[0].inputs + self._rank(g)) * self.shape.group_outputs(g) for g in GROUPS)
-        return self.element * max(groups)
+        groups = self.shape.groups.items()
+        return self.element * max((inputs + self._ranks[name]) * outputs for name, (inputs, outputs) in groups)
 
-    def _saved(self, T: float, S: float, checkpoint_layers: int) -> float:
-        kept, inputs = self._kept(T, S), self.element * T * self.shape.hidden
+    def _saved(self, T: float, kept: float, checkpoint_layers: int) -> float:
+        """Returns the bytes of saved activations, of which a layer that isn't checkpointed has `kept`."""
+        inputs = self.element * T * self.shape.hidden
         others = self.shape.layers - checkpoint_layers
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
@@ -279,11 +275,11 @@ class MemoryModel:
         attention = T * (2 * e * Q + 4 * shape.heads) + 2 * e * (T if self.packed else S) * G
         if self.fused:
             # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
-            return attention + e * T * (2 * H + shape.group_outputs("up") + (Q + 2 * G) * shape.qk_norm)
+            return attention + e * T * (2 * H + shape.groups["up"].outputs + (Q + 2 * G) * shape.qk_norm)
         # Norms keep their input in float32. The activation keeps its inputs, and if gated (they are wider than F) also
         # its output. Each adapter keeps its input and what its A makes of it, in a copy of its own.
         adapters = sum(one.inputs + self.lora.ranks[one.name] for one in shape.linears if one.name in self.lora.ranks)
-        return attention + T * (2 * 4 * H + e * (2 * shape.group_outputs("up") - F + adapters))
+        return attention + T * (2 * 4 * H + e * (2 * shape.groups["up"].outputs - F + adapters))
 
     def phases(self, T: float, S: float) -> dict[str, float]:
         """Returns the bytes that a layer's backward needs beside what is kept, phase by phase; the largest counts."""
@@ -291,12 +287,12 @@ class MemoryModel:
         H, Q, G, F = shape.hidden, shape.q, shape.kv, shape.intermediate
         N = Q + 2 * G
         gradient = e * T * 2 * H  # of the layer's output and of the residual stream
-        extended = {group: e * T * (shape.group(group)[0].inputs + self._rank(group)) for group in GROUPS}
         # The flash kernel: gradients of output and of q, the latter also in float32; of k and v for every query head.
         flash = T * (e * 2 * Q + 4 * Q) + 2 * e * S * (Q + (G if G < Q else 0))
         if self.packed:  # gradients of output, q, k and v, and a float32 number per query
             flash = T * (e * (2 * Q + 2 * G) + 4 * shape.heads)
         if self.fused:
+            extended = {name: e * T * (one.inputs + self._ranks[name]) for name, one in shape.groups.items()}
             return {
                 "down": gradient + extended["down"],  # gradient of [activation, ranks], the activation after that
                 "up": gradient + 2 * extended["up"],  # normed input and its gradient, with ranks

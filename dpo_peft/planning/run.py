@@ -1,7 +1,6 @@
 """What a run takes of a GPU, from its options: `plan` does what `dpo-peft plan` prints."""
 
-import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from ..config import DPOConfig
-from ..config_checks import check_option_names
+from ..config_checks import Rule, check_option_names, free, number, whole
 from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, read_config
@@ -29,29 +28,29 @@ class PlanOptions:
     """What the prediction is for, beside the options of training."""
 
     _argument_group_name = "the prediction"  # the heading in the help
-    gpu: str | None = field(
-        default=None, metadata={"help": "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB."}
-    )
-    shape: str | None = field(
-        default=None, metadata={"help": f"Instead of a model, one of these shapes: {', '.join(PRESETS)}."}
-    )
-    prompt_tokens: int = field(default=200, metadata={"help": "Mean length of a prompt."})
-    answer_tokens: int = field(default=300, metadata={"help": "Mean length of a completion."})
-    answers: int = field(default=2, metadata={"help": "Completions of a prompt: 2 for pairs."})
-    pairs: int | None = field(default=None, metadata={"help": "Samples of the dataset, for the time of an epoch."})
-    pairs_per_second: float | None = field(default=None, metadata={"help": "Throughput: samples in a second."})
-    tokens_per_second: float | None = field(
-        default=None, metadata={"help": "Throughput: tokens of packed samples in a second."}
-    )
+    gpu: str | None = free(None, "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB.")
+    shape: str | None = free(None, f"Instead of a model, one of these shapes: {', '.join(PRESETS)}.")
+    prompt_tokens: int = whole(200, 1, "Mean length of a prompt.")
+    answer_tokens: int = whole(300, 1, "Mean length of a completion.")
+    answers: int = whole(2, 1, "Completions of a prompt: 2 for pairs.")
+    pairs: int | None = whole(None, 1, "Samples of the dataset, for the time of an epoch.")
+    pairs_per_second: float | None = number(None, "Throughput: samples in a second.", above=0)
+    tokens_per_second: float | None = number(None, "Throughput: tokens of packed samples in a second.", above=0)
 
 
+FIELDS = (*fields(DPOConfig), *fields(PlanOptions))
 # Every option that `plan` takes, and its default: of training, of the prediction, and of the model that is trained.
-DEFAULTS: dict[str, Any] = {
-    f.name: f.default if f.default_factory is MISSING else f.default_factory()
-    for group in (DPOConfig, PlanOptions)
-    for f in fields(group)
-} | {"model_name_or_path": "", "model_revision": None, "dtype": "bfloat16", "lora_r": 16, "use_dora": False}
-DEFAULTS |= dict.fromkeys("lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora".split())
+DEFAULTS: dict[str, object] = {
+    **{f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS},
+    **{"model_name_or_path": "", "model_revision": None, "dtype": "bfloat16", "lora_r": 16, "use_dora": False},
+    **dict.fromkeys("lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora".split()),
+}
+# What those may be whose fields don't say it.
+RULES = {
+    **dict.fromkeys(("lora_r", "per_device_train_batch_size", "gradient_accumulation_steps"), Rule((int,), minimum=1)),
+    "num_train_epochs": Rule((int, float), above=0),
+    "dtype": Rule(choices=list(ELEMENT)),
+}
 
 
 class Plan(NamedTuple):
@@ -62,7 +61,7 @@ class Plan(NamedTuple):
     model: MemoryModel
 
 
-def plan(**options: Any) -> Plan:
+def plan(**options: object) -> Plan:
     """Predicts what a run takes of a GPU. Loads no weights and needs no GPU.
 
     Args:
@@ -93,7 +92,7 @@ def plan(**options: Any) -> Plan:
             row = model.longest_row(gpu.usable, layers, o.answers)
             fits.append({"checkpoint_layers": layers, "tokens": most, "samples": most // tokens, "longest_row": row})
         number = o.per_device_train_batch_size * o.gradient_accumulation_steps
-        max_tokens = None if o.max_tokens_per_microbatch in (None, "auto") else int(o.max_tokens_per_microbatch)
+        max_tokens = None if o.max_tokens_per_microbatch == "auto" else o.max_tokens_per_microbatch
         passes = int(_needs_reference(o) and not o.precompute_ref_log_probs)
         best = plan_step([sample] * number, model, gpu.usable, max_tokens=max_tokens, reference_passes=passes)
         _, T, S, P, checkpointed, _ = best.micro_batches[0]
@@ -130,22 +129,14 @@ def plan(**options: Any) -> Plan:
 
 
 def _check(o: SimpleNamespace) -> None:
-    sizes = "prompt_tokens answer_tokens answers pairs lora_r max_length per_device_train_batch_size"
-    for name in (*sizes.split(), "gradient_accumulation_steps"):
-        value = getattr(o, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name}={value!r} must be a whole number at least 1.")
-    for name in ("pairs_per_second", "tokens_per_second", "num_train_epochs", "max_memory_gib"):
-        value = getattr(o, name)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-            raise OptionError(f"{name}={value!r} must be a number above 0.")
-    if o.dtype not in ELEMENT:
-        raise OptionError(f"dtype={o.dtype!r} is not one of {', '.join(ELEMENT)}.")
     if o.checkpoint_layers not in (None, "auto"):
         raise OptionError("checkpoint_layers has no effect here, the plan finds how many: leave it out.")
-    most = o.max_tokens_per_microbatch
-    if not (most in (None, "auto") or str(most).isdecimal() and int(most) > 0):
-        raise OptionError(f"max_tokens_per_microbatch={most!r} must be a whole number from 1, 'auto' or None.")
+    if str(o.max_tokens_per_microbatch).isdecimal():  # a command line gives text
+        o.max_tokens_per_microbatch = int(o.max_tokens_per_microbatch)
+    rules = {f.name: f.metadata.get("rule") for f in FIELDS} | RULES
+    for name, rule in rules.items():
+        if rule is not None:
+            rule.check(name, getattr(o, name))
     o.loss_type = [o.loss_type] if isinstance(o.loss_type, str) else o.loss_type
     for name in o.loss_type:
         find_objective(name)  # refuses one that there is not
@@ -261,7 +252,7 @@ def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
     return {"quantize": True, "nested": bool(stored.get("bnb_4bit_use_double_quant"))}
 
 
-def _lora_of(shape: Shape, config: Any, folder: str) -> Lora:
+def _lora_of(shape: Shape, config: PeftConfig, folder: str) -> Lora:
     targets = config.target_modules
     if config.rank_pattern or isinstance(targets, str) or config.trainable_token_indices:
         raise OptionError(
@@ -274,7 +265,7 @@ def _lora_of(shape: Shape, config: Any, folder: str) -> Lora:
 # ---- Other methods --------------------------------------------------------------------------------------------------
 
 
-def compare_methods(model: MemoryModel) -> list[dict[str, Any]]:
+def compare_methods(model: MemoryModel) -> list[dict[str, str | float]]:
     """Compares with PPO and full DPO as the note does (1.1 and 9.1), in bytes, without activations.
 
     PPO holds policy, value function, reference and reward model, and trains the first two; DPO as published holds

@@ -7,6 +7,7 @@ adapters), and how many weights there are beside them.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,13 @@ class Linear(NamedTuple):
     @property
     def weights(self) -> int:
         return self.outputs * self.inputs
+
+
+class Group(NamedTuple):
+    """Linear layers of a decoder layer that have one input."""
+
+    inputs: int
+    outputs: int  # of all of them
 
 
 @dataclass(frozen=True)
@@ -111,23 +119,23 @@ class Shape:
             raise _refusal(config, f"it can't be built from its config ({type(error).__name__}: {first})") from error
         return _read(model, config)
 
-    @property
+    @cached_property
     def q(self) -> int:
         """Q, the width of all query heads."""
         return self.heads * self.head_dim
 
-    @property
+    @cached_property
     def kv(self) -> int:
         """G, the width of all key (or value) heads."""
         return self.kv_heads * self.head_dim
 
-    def group(self, name: str) -> tuple[Linear, ...]:
-        """Returns the linear layers of a group."""
-        return tuple(linear for linear in self.linears if linear.group == name)
-
-    def group_outputs(self, name: str) -> int:
-        """Returns how many outputs a group has together."""
-        return sum(linear.outputs for linear in self.group(name))
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """The groups of linear layers by name."""
+        found = dict.fromkeys(GROUPS, Group(0, 0))
+        for one in self.linears:
+            found[one.group] = Group(one.inputs, found[one.group].outputs + one.outputs)
+        return found
 
     @property
     def unquantized_weights(self) -> int:
@@ -154,11 +162,10 @@ def nf4_bytes(weights: int, nested: bool = True) -> int:
 def _read(model: PreTrainedModel, config: PretrainedConfig) -> Shape:
     number = getattr(config, "num_hidden_layers", None)
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number)
-    layers = next(lists, None)
-    if layers is None:
+    if (layers := next(lists, None)) is None:
         raise _refusal(config, "it has no list of decoder layers")
-    linears = [_linears(layer, config) for layer in layers]
-    if any(of_layer != linears[0] for of_layer in linears):
+    linears, *others = [_linears(layer, config) for layer in layers]
+    if any(other != linears for other in others):
         raise _refusal(config, "its layers differ from each other")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
@@ -170,18 +177,18 @@ def _read(model: PreTrainedModel, config: PretrainedConfig) -> Shape:
     vocab, hidden = embedding.weight.shape
     shape = Shape(
         hidden=hidden,
-        intermediate=sum(linear.inputs for linear in linears[0] if linear.group == "down"),
+        intermediate=sum(linear.inputs for linear in linears if linear.group == "down"),
         layers=len(layers),
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         vocab=vocab,
         tied=embedding.weight is head.weight,
-        linears=linears[0],
+        linears=linears,
         others=0,
         qk_norm=any(name.endswith("q_norm") for name, _ in layers[0].named_modules()),
     )
-    _check(shape, config)
+    _check_sizes(shape, config)
     return replace(shape, others=sum(parameter.numel() for parameter in model.parameters()) - shape.weights)
 
 
@@ -203,15 +210,14 @@ def _linears(layer: nn.Module, config: PretrainedConfig) -> tuple[Linear, ...]:
     return tuple(found)
 
 
-def _check(shape: Shape, config: PretrainedConfig) -> None:
+def _check_sizes(shape: Shape, config: PretrainedConfig) -> None:
     """Refuses linear layers of other sizes than attention and MLP of this shape have."""
-    outputs = {group: shape.group_outputs(group) for group in GROUPS}
-    inputs = {group: {linear.inputs for linear in shape.group(group)} for group in GROUPS}
-    attention = (outputs["qkv"], inputs["qkv"], outputs["o"], inputs["o"])
-    if attention != (shape.q + 2 * shape.kv, {shape.hidden}, shape.hidden, {shape.q}):
+    groups, hidden, mlp = shape.groups, shape.hidden, shape.intermediate
+    uneven = {one.group for one in shape.linears if one.inputs != groups[one.group].inputs}
+    heads = (hidden, shape.q + 2 * shape.kv), (shape.q, hidden)
+    if uneven & {"qkv", "o"} or (groups["qkv"], groups["o"]) != heads:
         raise _refusal(config, "its attention is not that of plain heads")
-    wide = outputs["up"] in (shape.intermediate, 2 * shape.intermediate)
-    if not (wide and inputs["up"] == {shape.hidden} and outputs["down"] == shape.hidden):
+    if "up" in uneven or groups["up"] not in ((hidden, mlp), (hidden, 2 * mlp)) or groups["down"].outputs != hidden:
         raise _refusal(config, "its MLP is not a plain one")
 
 

@@ -12,8 +12,6 @@ from .fluency import known_trigram_share
 from .reward import true_reward
 from .sampling import Messages, sample_answers, sampled_kl
 
-SHOWN = 3
-
 
 class Run(NamedTuple):
     """Holds what was measured around a training."""
@@ -92,7 +90,7 @@ def show(
     figures: dict[str, float], prompts: list[Messages], before: list[str], after: list[str], folder: Path
 ) -> None:
     """Prints a few samples and the figures."""
-    for prompt, old, new in list(zip(prompts, before, after, strict=True))[:SHOWN]:
+    for prompt, old, new in list(zip(prompts, before, after, strict=True))[:3]:
         print(f"\n> {prompt[-1]['content']}\n  before ({true_reward(old):+.2f}): {old}")
         print(f"  after  ({true_reward(new):+.2f}): {new}")
     print(

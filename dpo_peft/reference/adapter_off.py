@@ -113,16 +113,13 @@ def check_start(
 
     It is for references that the policy starts at. The policy is scored with the adapter on and dropout as training
     will have it; the floor is how far the reference's own log-probs move when the same completions are scored in
-    another batch shape.
+    another batch shape. Returns the largest difference found, in nats per sequence.
 
     Args:
         model: the PEFT model, untrained.
         batches: at least two batches over the same completions: the first as training sees it, the others hold the
             same samples in another shape.
         adapter: name of the frozen adapter that is the reference; None: the adapter off.
-
-    Returns:
-        The largest difference found, in nats per sequence.
 
     Raises:
         ReferenceMismatchError: policy and reference differ by more than the floor.

@@ -59,8 +59,7 @@ class ReferenceCache:
     """The entries of one reference in the store under `folder`.
 
     Counters, of this process: `hits` and `misses` (keys asked for), `corrupt` (entries found damaged, and deleted),
-    `stored`, `refused` (not stored: the store is full, can't be written or was locked), `evicted` (entries of other
-    references deleted to make room).
+    `stored`, `refused` (not stored: the store is full, can't be written or was locked).
 
     Args:
         folder: made where it is missing.
@@ -78,7 +77,7 @@ class ReferenceCache:
         self, folder: str | Path, reference: str, about: str = "", max_bytes: int = 4 << 30, tokens: bool = False
     ) -> None:
         self.reference, self.about, self.max_bytes, self.tokens = reference, about, max_bytes, tokens
-        self.hits = self.misses = self.corrupt = self.stored = self.refused = self.evicted = 0
+        self.hits = self.misses = self.corrupt = self.stored = self.refused = 0
         self._full = False
         name = reference.encode()
         self._hash = hashlib.blake2b(struct.pack("<I", len(name)) + name, digest_size=8)
@@ -183,7 +182,6 @@ class ReferenceCache:
         not_done: tuple[int, str | None] = 0, ""
         entries, oldest = self.file.write(evict, not_done)
         if oldest:
-            self.evicted += entries
             logger.info("The reference cache deleted %d entries of reference %s to make room.", entries, oldest)
         elif oldest is None:
             self._full = True

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,6 @@ def base_fingerprint(model: nn.Module) -> str:
     Weights are the parameters and persistent buffers with their names, dtypes and shapes, and the constants that
     bitsandbytes keeps beside quantized ones. The same before and after PEFT wraps the model, whichever adapter is
     active, and wherever the weights lie. The compute dtype of quantized layers is not part of it.
-
-    Args:
-        model: a PEFT model, or a base model.
 
     Raises:
         ReferenceMismatchError: weights that are not loaded.
@@ -255,11 +252,8 @@ class Identity:
 
     @classmethod
     def from_dict(cls, record: object) -> "Identity":
-        """Reads what `write_record` stored. Fields that this version doesn't know are left out.
-
-        Raises:
-            ReferenceMismatchError: not a record, or a damaged one.
-        """
+        """Reads a record, `asdict` of an identity, without fields that this version doesn't know. Raises a
+        ReferenceMismatchError for a damaged one."""
         known = {f.name: record[f.name] for f in fields(cls) if f.name in record} if isinstance(record, dict) else {}
         faults = [f"{f.name} is missing" for f in fields(cls) if f.name not in known and f.name != "sync"]
         for name, value in known.items():
@@ -320,16 +314,8 @@ def _quantization(base: nn.Module) -> str:
     return "none" if config is None else str(getattr(method, "value", method))
 
 
-def write_record(model: PeftModel, adapter: str, identity: Identity) -> None:
-    """Puts the reference's identity into an adapter's config, which PEFT saves with the weights."""
-    write_entry(model, adapter, RECORD, asdict(identity))
-
-
 def read_record(source: PeftConfig | str | Path) -> Identity | None:
-    """Returns the identity that `write_record` stored; None if there is none.
-
-    Args:
-        source: an adapter's config, or a folder with an `adapter_config.json`.
+    """Returns the identity that is stored in an adapter's config, or in that of a folder; None if there is none.
 
     Raises:
         ReferenceMismatchError: the record, or the file, is damaged.

@@ -25,11 +25,8 @@ _WRAPPED = ("base_layer", "original_module")  # where a wrapping module keeps wh
 
 
 def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Returns every tensor of one adapter, parameters and buffers, the live ones rather than copies.
-
-    Args:
-        model: a PEFT model.
-        adapter: its name in the model. One that the model does not have has no tensors.
+    """Returns every tensor of one adapter, parameters and buffers, the live ones rather than copies. An adapter that
+    the model does not have has no tensors.
 
     Returns:
         By canonical name, which is the same whatever the adapter is called: the wrapping module's name, the kind and
@@ -168,9 +165,6 @@ def mix_into(model: PeftModel, adapter: str, frozen: str, alpha: float) -> None:
     In place, every floating-point tensor of the adapter. Factors are mixed, not their product: with alpha below 1 the
     reference's LoRA update is a little off the mixture of the two updates; alpha 1 is an exact copy.
 
-    Args:
-        alpha: 0 to 1.
-
     Raises:
         ReferenceMismatchError: the two adapters are not of the same build.
     """
@@ -184,10 +178,8 @@ def mix_into(model: PeftModel, adapter: str, frozen: str, alpha: float) -> None:
             ". A reference that follows the policy must have the same rank, targets and scaling: start it as a copy "
             '(reference="initial").'
         )
-    done: set[int] = set()
+    # Tied factors are two views of one storage, which is to move once.
+    distinct = {t.untyped_storage().data_ptr(): (name, t) for name, t in its.items() if t.is_floating_point()}
     with torch.no_grad():
-        for name, tensor in its.items():
-            storage = tensor.untyped_storage().data_ptr()  # tied factors are two views of one
-            if tensor.is_floating_point() and storage not in done:
-                done.add(storage)
-                tensor.lerp_(ours[name].to(tensor), alpha)
+        for name, tensor in distinct.values():
+            tensor.lerp_(ours[name].to(tensor), alpha)

@@ -8,6 +8,7 @@ Shape suffixes: C completions, N predicted tokens.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..forward import ForwardPlan, PackedBatch, Scores
 from ..objective import TrainingObjective
 from .adapter_off import ADAPTER_OFF, Reference, check_finite, check_start, is_identity, noise_floor, reference_logps
 from .cache import Entry, ReferenceCache, default_folder
-from .fingerprint import Identity, base_fingerprint, check_same, identify, read_record, write_record
+from .fingerprint import RECORD, Identity, base_fingerprint, check_same, identify, read_record, write_entry
 from .frozen_adapter import adapter_tensors, mix_into
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class ReferencePolicy:
             # Otherwise preference training of a preference-trained adapter would quietly take the trained policy as
             # its reference, and let it drift twice as far.
             check_same(recorded, identity, "The adapter to go on with", _TRAINED_BEFORE, asked_for=self.chosen)
-        write_record(self.model, self.policy_adapter, identity)
+        write_entry(self.model, self.policy_adapter, RECORD, asdict(identity))
         logger.info("Reference: %s.", identity)
         return identity
 
@@ -228,11 +229,7 @@ class ReferencePolicy:
         return self.identity.base_fingerprint if self.needed else base_fingerprint(self.model)
 
     def check_resumable(self, checkpoint: Path) -> None:
-        """Refuses a checkpoint that was trained against another reference.
-
-        Raises:
-            ReferenceMismatchError: naming both.
-        """
+        """Raises a ReferenceMismatchError, which names both, if a checkpoint was trained against another reference."""
         if not self.needed:
             return
         # PEFT puts adapters of another name into folders of their own.

@@ -35,11 +35,7 @@ _UNWRITABLE = ("readonly", "is full", "unable to open", "disk I/O")  # in SQLite
 
 
 class Store:
-    """The file under `folder`: opened on first use, closed over a fork, only read where it can't be written.
-
-    Raises:
-        OptionError: `folder` is a file.
-    """
+    """The file under `folder`: opened on first use, closed over a fork, only read where it can't be written."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder).expanduser().absolute() / FILE_NAME

@@ -46,8 +46,7 @@ class Trace:
         points: marks instead of a line.
         shape: of the marks, a place in `MARKERS`.
         filled: bars instead of an outline.
-        named: it stands in the chart's own legend.
-        group: traces of one group are brought out together.
+        group: of a comparison: traces of one group are brought out together, and named above all charts.
     """
 
     label: str
@@ -57,7 +56,6 @@ class Trace:
     points: bool = False
     shape: int = 0
     filled: bool = False
-    named: bool = True
     group: str = ""
 
     @property
@@ -70,7 +68,7 @@ class Trace:
 
 
 class Chart:
-    """A chart as the page's template reads it, and its `axes` while it is drawn.
+    """Draws a chart on its `axes`, and holds it as the page's template reads it.
 
     Args:
         key: begins the ids of the chart's elements; unique on the page.
@@ -80,21 +78,10 @@ class Chart:
         hover: what a value of x is when the chart is pointed at; "" if there is nothing to point at.
         unit: stands behind every number of the vertical axis.
 
-    Attributes:
-        heads, rows: its values as a table.
-        legend: what is named below it.
-        notes: what isn't drawn.
-        described: the chart in words, for those who can't see it.
-        svg: the shapes, see `finish`.
     """
 
     def __init__(self, key: str, title: str, x: Range, y: Range, x_label: str, hover: str = "", unit: str = ""):
         self.key, self.title, self.x, self.y, self.hover, self.unit = key, title, x, y, hover, unit
-        self.heads: list[str] = []
-        self.rows: list[list[str]] = []
-        self.legend: list[Trace] = []
-        self.notes: list[str] = []
-        self.described, self.svg = "", Markup()
         self._traces: dict[str, dict[str, str]] = {}  # id in matplotlib's drawing -> attributes on the page
         self._titles: dict[str, Sequence[str]] = {}
         self.figure = Figure()
@@ -121,7 +108,7 @@ class Chart:
         """Draws marks of the class `name`; a title shows when its mark is pointed at."""
         self._titles[name] = titles
         size = 6 if marker in "xv" else 5.2
-        self.axes.plot(*_columns(points), marker, markersize=size, gid=name, clip_on=False)
+        self.axes.plot(*np.reshape(points, (-1, 2)).T, marker, markersize=size, gid=name, clip_on=False)
 
     def guide(self, at: float, label: str = "", vertical: bool = False) -> None:
         """Draws a dotted line at a value, and says above its end what it is."""
@@ -140,9 +127,24 @@ class Chart:
                     space, align = self.axes.get_xaxis_transform(), "left" if side > 0 else "right"
                     self.axes.annotate(word, (0, 1), (5 * side, 3), space, "offset points", ha=align, gid="unit")
 
-    def finish(self, described: str) -> "Chart":
+    def finish(
+        self,
+        described: str,
+        notes: Sequence[str],
+        heads: Sequence[str] = (),
+        rows: Sequence[Sequence[str]] = (),
+        legend: Sequence[Trace] = (),
+    ) -> "Chart":
         """Takes what matplotlib drew into `svg`: shapes and texts. Its styles are left, since the page's style sheet
-        colors by class, in both themes, and its policy would refuse style attributes."""
+        colors by class, in both themes, and its policy would refuse style attributes.
+
+        Args:
+            described: the chart in words, for those who can't see it.
+            notes: what isn't drawn.
+            heads, rows: its values as a table.
+            legend: what is named below it.
+        """
+        self.described, self.notes, self.heads, self.rows, self.legend = described, notes, heads, rows, legend
         written = StringIO()
         self.figure.savefig(written, format="svg")
         bare = re.sub(r'<(metadata|style|clipPath).*?</\1>| xmlns="[^"]*"', "", written.getvalue(), flags=re.DOTALL)
@@ -154,7 +156,7 @@ class Chart:
             node.attrib = self._attributes(node)
             node.text = node.text if node.tag in ("text", "title") else None
         shapes = "".join(ET.tostring(node, "unicode", method="html") for node in root)
-        self.svg, self.described = Markup(re.sub(r"<(g|defs)[^>]*></\1>", "", shapes)), described
+        self.svg = Markup(re.sub(r"<(g|defs)[^>]*></\1>", "", shapes))
         return self
 
     def _attributes(self, node: ET.Element) -> dict[str, str]:
@@ -171,10 +173,6 @@ class Chart:
         if name in self._traces:
             return self._traces[name]
         return {"class": name} if name and not re.search(r"_\d+$", name) else {}  # others are matplotlib's own names
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def _short(path: str) -> str:
@@ -240,19 +238,22 @@ def curve_chart(
         series = thin(trace.series, buckets)
         thinned = max(thinned, len(trace.series) * (len(series) < len(trace.series)))
         gid = chart.trace(trace, [point for point in series if drawable(point[1])])
-        drawn = _columns([(x, y if drawable(y) else math.nan) for x, y in series])
-        chart.axes.plot(*drawn, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
+        drawn = np.array([(x, y if drawable(y) else math.nan) for x, y in series])
+        chart.axes.plot(*drawn.T, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
         chart.marks([(x, y_range[0]) for x, y in series if not drawable(y)], "x", f"cross {trace.color}")
     top = y_range[1] + 0.04 * (y_range[1] - y_range[0])
     warned = [(step, name) for step, name in warned if chart.x[0] <= step <= chart.x[1]]
     chart.marks([(step, top) for step, _ in warned], "v", "mark", [name for _, name in warned])
-    chart.heads, chart.rows = ["step", *(trace.label for trace in traces)], _rows(traces, steps)
-    named = [trace for trace in traces if trace.named]
-    chart.legend = named if len(named) > 1 else []
-    if thinned:
-        chart.notes = [f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."]
-    chart.notes += _not_finite(traces)
-    return chart.finish("; ".join(map(_ends, traces[:MOST_TRACES])) + ".")
+    lines = {(trace.color, trace.dash) for trace in traces if not trace.points}
+    named = [t for t in traces if not t.group and (not t.points or (t.color, t.dash) not in lines)]
+    note = f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."
+    return chart.finish(
+        "; ".join(map(_ends, traces[:MOST_TRACES])) + ".",
+        ([note] if thinned else []) + _not_finite(traces),
+        ["step", *(trace.label for trace in traces)],
+        _rows(traces, steps),
+        named if len(named) > 1 else [],
+    )
 
 
 def thin(series: Series, buckets: int) -> Series:
@@ -306,7 +307,7 @@ def histogram_chart(key: str, title: str, traces: Sequence[Trace], unit: str) ->
     """
     finite = [np.array([value for _, value in trace.series if drawable(value)]) for trace in traces]
     low, high = np.percentile(np.concatenate(finite), [0.5, 99.5])
-    edges = MaxNLocator(nbins=28, steps=[1, 2, 2.5, 5, 10]).tick_values(*room(float(low), float(high), 0.0))
+    edges = np.array(MaxNLocator(nbins=28, steps=[1, 2, 2.5, 5, 10]).tick_values(*room(low, high, 0.0)))
     counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for values in finite]
     shares = [100 * count / count.sum() for count in counts]
     alike = [np.ptp(values) < 1e-3 * (edges[1] - edges[0]) for values in finite]
@@ -314,7 +315,7 @@ def histogram_chart(key: str, title: str, traces: Sequence[Trace], unit: str) ->
     highest = max(share.max() for share, one in zip(shares, alike, strict=True) if not one)
     chart = Chart(key, title, (edges[0], edges[-1]), (0.0, highest * 1.08), unit, hover=f"{unit} around", unit="%")
     middles = (edges[:-1] + edges[1:]) / 2
-    described = []
+    notes, described = [], []
     for trace, values, share, one in zip(traces, finite, shares, alike, strict=True):
         if one:
             chart.axes.axvline(values[0], gid=chart.trace(trace, []))
@@ -322,16 +323,16 @@ def histogram_chart(key: str, title: str, traces: Sequence[Trace], unit: str) ->
             gid = chart.trace(trace, list(zip(middles.tolist(), share.tolist(), strict=True)))
             chart.axes.stairs(share, edges, fill=trace.filled, gid=gid)
         outside, missing = ((values < edges[0]) | (values > edges[-1])).sum(), len(trace.series) - len(values)
-        chart.notes += [f"{trace.label}: every value is {number(values[0])}."] if not np.ptp(values) else []
-        chart.notes += [f"{trace.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
-        chart.notes += [f"{trace.label}: {missing:,} not finite."] if missing else []
+        notes += [f"{trace.label}: every value is {number(values[0])}."] if not np.ptp(values) else []
+        notes += [f"{trace.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
+        notes += [f"{trace.label}: {missing:,} not finite."] if missing else []
         middle, above = number(float(np.median(values))), (values > 0).mean()
         described.append(f"{trace.label}: {len(values):,} values, median {middle}, {above:.1%} above 0")
     chart.zero()
-    chart.heads, chart.legend = [unit, *(f"{trace.label}, values" for trace in traces)], list(traces)
     bins = zip(edges[:-1], edges[1:], *counts, strict=True)
-    chart.rows = [[f"{number(a)} to {number(b)}", *(f"{count:,}" for count in of_bin)] for a, b, *of_bin in bins]
-    return chart.finish("; ".join(described) + ".")
+    rows = [[f"{number(a)} to {number(b)}", *(f"{count:,}" for count in of_bin)] for a, b, *of_bin in bins]
+    heads = [unit, *(f"{trace.label}, values" for trace in traces)]
+    return chart.finish("; ".join(described) + ".", notes, heads, rows, traces)
 
 
 @in_our_style
@@ -358,9 +359,7 @@ def scatter_chart(key: str, title: str, points: Sequence[tuple[float, float, str
         ends = np.array([xs.min(), xs.max()])
         line = np.clip(np.polyval(np.polyfit(xs, ys, 1), ends), *chart.y)
         chart.axes.plot(ends, line, gid=chart.trace(Trace("", [], "grey", dash=1), []))
-    if every > 1:
-        chart.notes.append(f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all.")
-    if len(finite) < len(points):
-        chart.notes.append(f"{len(points) - len(finite):,} are not finite and left out.")
+    notes = [f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all."] if every > 1 else []
+    notes += [f"{len(points) - len(finite):,} are not finite and left out."] if len(finite) < len(points) else []
     described = f"{len(finite):,} points. {x_label}: {number(xs.min())} to {number(xs.max())}; {title}: "
-    return chart.finish(f"{described}{number(ys.min())} to {number(ys.max())}.")
+    return chart.finish(f"{described}{number(ys.min())} to {number(ys.max())}.", notes)

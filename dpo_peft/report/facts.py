@@ -1,4 +1,4 @@
-"""What a report says in tables: figures, accuracy by length, options and where they differ. Plain data, no drawing."""
+"""Works out what a report says in tables: figures, accuracy by length, options and where they differ."""
 
 import math
 import os
@@ -12,7 +12,6 @@ from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson, 
 from .runs import Json, Run
 
 OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
-Table = tuple[list[str], list[list[str]]]  # heads and rows
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -28,7 +27,7 @@ def figures_at_end(run: Run) -> Json:
     - pairs: pairs that the accuracy is of; interval: 95 % interval of the accuracy, if the pairs are known.
     - balanced: the mean accuracy of "the better completion is longer" and "is shorter".
     """
-    source = next((s for series in run.metrics.values() for s in series if s != "train"), "train")
+    source = next((source for source in run.sources if source != "train"), "train")
     last = {metric: series[source][-1][1] for metric, series in run.metrics.items() if source in series}
     last = {metric: value for metric, value in last.items() if math.isfinite(value)}
     evaluated = run.evaluations.get(source, {})
@@ -84,17 +83,6 @@ def source_name(source: str) -> str:
     return {"train": "training", "eval": "evaluation"}.get(source) or f"evaluation on {source.removeprefix('eval_')}"
 
 
-def figure_table(run: Run) -> Table:
-    """Returns every metric, first and last, of training and of each evaluation set."""
-    sources = sorted({s: None for series in run.metrics.values() for s in series}, key=lambda s: s != "train")
-    heads = ["metric", *(f"{source_name(source)}, {end}" for source in sources for end in ("first", "last"))]
-    rows = []
-    for metric, series in run.metrics.items():
-        ends = [number(series[source][i][1]) if source in series else "" for source in sources for i in (0, -1)]
-        rows.append([metric, *ends])
-    return heads, rows
-
-
 # ---- Length ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +102,9 @@ def length_check(examples: Sequence[Json]) -> LengthCheck:
     length, margin = np.array([longer_by(row) for row in finite]), np.array([margin_of(row) for row in finite])
     rows = []
     for name, part in {"shorter": length < 0, "as long": length == 0, "longer": length > 0}.items():
-        accuracy = f"{np.mean([win(m) for m in margin[part]]):.3f}" if part.any() else ""
-        rows.append(
-            [f"chosen is {name}", f"{part.sum():,}", accuracy, number(margin[part].mean()) if accuracy else ""]
-        )
+        won = [win(difference) for difference in margin[part]]
+        means = [f"{np.mean(won):.3f}", number(margin[part].mean())] if won else ["", ""]
+        rows.append([f"chosen is {name}", f"{len(won):,}", *means])
     varied = len(finite) > 1 and length.std() > 0 and margin.std() > 0
     correlation = float(np.corrcoef(length, margin)[0, 1]) if varied else math.nan
     pairs = [[(row[f"{of}_chosen"], row[f"{of}_rejected"]) for of in ("reward", "tokens")] for row in finite]
@@ -163,8 +150,8 @@ def settings(run: Run) -> dict[str, dict[str, str]]:
     return {heading: group for heading, group in cleaned.items() if group}
 
 
-def data_table(run: Run) -> Table:
-    """Returns what became of each dataset's rows. Counts that are 0 everywhere are left out."""
+def data_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and rows of what became of each dataset's rows. Counts that are 0 everywhere are left out."""
     data = {name: report for name, report in run.facts.get("data", {}).items() if isinstance(report, dict)}
     rows = []
     for key in dict.fromkeys(key for report in data.values() for key in report):

@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs nothing beside itself: curves, margins, samples, options; or several compared.
+"""Writes runs as one HTML page that needs nothing beside itself: curves, margins, samples, options; several compared.
 
 The page is the same bytes for the same runs. Its policy (Content-Security-Policy) lets nothing be loaded and nothing
 run but its own style and script, which are named by their hashes; every text of a run is escaped.
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from ..errors import OptionError
 from ..files import write_atomically
 from .charts import MOST_TRACES
-from .facts import data_table, duration, figure_table, figures_at_end, number, plain, settings, source_name
+from .facts import data_table, duration, figures_at_end, number, plain, settings, source_name
 from .runs import read_runs
 from .samples import TEXT_CHARACTERS
 from .views import page_of
@@ -70,24 +70,21 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
 def _render(**context: object) -> bytes:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
+        extensions=["jinja2.ext.do"],
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for tool in (number, plain, duration, source_name, settings, data_table, figure_table):
+    for tool in (number, plain, duration, source_name, settings, data_table, content_hash):
         environment.filters[tool.__name__] = tool
-    style, script = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    page = environment.get_template("report.html").render(
-        policy=policy, style=Markup(style), script=Markup(script), text_characters=TEXT_CHARACTERS, **context
-    )
+    style, script = (Markup((TEMPLATES / f"report.{kind}").read_text("utf-8")) for kind in ("css", "js"))
+    template = environment.get_template("report.html")
+    page = template.render(style=style, script=script, text_characters=TEXT_CHARACTERS, **context)
     return page.lstrip().translate(CONTROLS).encode("utf-8", "backslashreplace")
 
 
-def _hash(text: str) -> str:
+def content_hash(text: str) -> str:
+    """Returns how a policy names a style or a script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

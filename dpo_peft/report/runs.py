@@ -1,9 +1,8 @@
-"""A run's output folder, read for its report. What is missing is said; only a damaged file is an error."""
+"""Reads a run's output folder for its report. What is missing is said; only a damaged file is an error."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ ROW_FIELDS: dict[str, dict[str, type]] = {
 }
 
 
-@dataclass(frozen=True)
 class Run:
-    """Holds what is known of a run.
+    """Reads the output folder of a run, finished or not, and holds what is known of the run.
+
+    Args:
+        folder: has `metrics.json`, or checkpoints with `trainer_state.json` if the run isn't finished.
+        name: what the run is called; by default as its folder.
 
     Attributes:
-        name: the folder's name; made longer by its parents' where runs share it.
         log: `trainer.state.log_history`.
         facts: contents of metrics.json; empty for a run that isn't finished.
         options: the run's options, as far as they were recorded.
@@ -35,17 +36,54 @@ class Run:
         examples: rows of eval_examples.jsonl.
         unfinished: where the log comes from if there is no metrics.json; empty for a finished run.
         notes: what is missing, and what that takes from the page.
+
+    Raises:
+        OptionError: there is no such folder, or it holds no run.
+        DataError: a file of it is damaged.
     """
 
-    name: str
-    log: list[Json]
-    facts: Json
-    options: Json
-    adapter: Json
-    samples: list[Json]
-    examples: list[Json]
-    unfinished: str = ""
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, folder: str | Path, name: str = ""):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise OptionError(f"runs: {str(folder)!r} is not a folder. Give the output_dir of a run.")
+        self.name, self.notes = name or folder.resolve().name, list[str]()
+        home, self.unfinished = folder, ""
+        self.facts = state = _read_object(folder / "metrics.json")
+        if not (folder / "metrics.json").is_file():
+            home, state = _newest_state(folder)
+            last = state.get("max_steps")
+            self.unfinished = f"{home.name}, step {state.get('global_step', '?')}" + (f" of {last}" if last else "")
+        self.log: list[Json] = state.get("log_history") or []
+        if not isinstance(self.log, list) or not all(isinstance(entry, dict) for entry in self.log):
+            raise DataError(f"{folder.name}: log_history is not a list of objects. Restore the file.")
+        self.adapter = _read_object(home / "adapter_config.json")
+        recorded = self.facts.get("options")
+        self.options: Json = recorded if isinstance(recorded, dict) else _read_object(folder / "recipe.yaml")
+        for found, note in (
+            (self.log, "The log is empty: no curves and no figures. Train at least one step with logging_steps set."),
+            (self.adapter, "There is no adapter_config.json: the adapter can't be shown."),
+            (self.options, "The run's options were not recorded: neither `options` in metrics.json nor recipe.yaml."),
+        ):
+            self.notes += [] if found else [note]
+        self.samples = self._rows(folder / "samples.jsonl", "samples")
+        self.examples = self._rows(folder / "eval_examples.jsonl", "margins by pair and by length")
+
+    def _rows(self, path: Path, what: str) -> list[Json]:
+        """Returns the rows of a JSON lines file. A killed run may leave its last line half written: that is noted."""
+        if not path.is_file():
+            self.notes.append(f"There is no {path.name}: {what} can't be shown.")
+            return []
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows += [_checked(json.loads(line), ROW_FIELDS[path.name])] if line.strip() else []
+            except ValueError as error:
+                if number < len(lines):
+                    where = f"{path.parent.name}/{path.name}, line {number}"
+                    raise DataError(f"{where}: {error}. Correct or delete the line.") from error
+                self.notes.append(f"The last line of {path.name} is not whole and was left out.")
+        return rows
 
     def recorded(self, part: str) -> Json:
         """Returns what the adapter's config says of its "training" or its "reference"."""
@@ -56,6 +94,11 @@ class Run:
         """Returns every metric of the log by its sources, see `metric_series`."""
         sets = {name for name in self.facts.get("data", {}) if name.startswith("eval_")}
         return metric_series(self.log, sets | {row["dataset"] for row in self.examples})
+
+    @property
+    def sources(self) -> list[str]:
+        """Returns where metrics come from: training first, then evaluation sets in the order of the log."""
+        return sorted(dict.fromkeys(s for series in self.metrics.values() for s in series), key=lambda s: s != "train")
 
     @cached_property
     def evaluations(self) -> dict[str, dict[int, list[Json]]]:
@@ -75,48 +118,11 @@ class Run:
         ]
 
 
-def read_run(folder: str | Path, name: str = "") -> Run:
-    """Reads the output folder of a run, finished or not.
-
-    Args:
-        folder: has `metrics.json`, or checkpoints with `trainer_state.json` if the run isn't finished.
-        name: what the run is called; by default as its folder.
-
-    Raises:
-        OptionError: there is no such folder, or it holds no run.
-        DataError: a file of it is damaged.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise OptionError(f"runs: {str(folder)!r} is not a folder. Give the output_dir of a run.")
-    notes: list[str] = []
-    home, unfinished = folder, ""
-    facts = state = _read_object(folder / "metrics.json")
-    if not (folder / "metrics.json").is_file():
-        home, state = _newest_state(folder)
-        last = state.get("max_steps")
-        unfinished = f"{home.name}, step {state.get('global_step', '?')}" + (f" of {last}" if last else "")
-    log = state.get("log_history") or []
-    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise DataError(f"{folder.name}: log_history is not a list of objects. Restore the file.")
-    if not log:
-        notes.append("The log is empty: no curves and no figures. Train at least one step with logging_steps set.")
-    if not (adapter := _read_object(home / "adapter_config.json")):
-        notes.append("There is no adapter_config.json: the adapter can't be shown.")
-    options = facts.get("options")
-    if not isinstance(options, dict) and not (options := _read_object(folder / "recipe.yaml")):
-        notes.append("The run's options were not recorded: neither `options` in metrics.json nor recipe.yaml.")
-    samples = _rows(folder / "samples.jsonl", "samples", notes)
-    examples = _rows(folder / "eval_examples.jsonl", "margins by pair and by length", notes)
-    name = name or folder.resolve().name
-    return Run(name, log, facts, options, adapter, samples, examples, unfinished, notes)
-
-
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Reads several runs; those whose folders have one name are told apart by their parents' names.
 
     Raises:
-        OptionError: a run is given twice, or see `read_run`.
+        OptionError: a run is given twice, or see `Run`.
     """
     paths = [Path(folder).resolve() for folder in folders]
     for path in paths:
@@ -126,7 +132,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
     names = ["/".join(path.parts[-length:]).lstrip("/") for path in paths]
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [Run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def _newest_state(folder: Path) -> tuple[Path, Json]:
@@ -158,24 +164,6 @@ def _read_object(path: Path) -> Json:
     if not isinstance(content, dict):
         raise DataError(f"{shown} must hold an object. Restore or delete it, or save the run again.")
     return content
-
-
-def _rows(path: Path, what: str, notes: list[str]) -> list[Json]:
-    """Returns the rows of a JSON lines file. A run that was killed may leave its last line half written: a note."""
-    if not path.is_file():
-        notes.append(f"There is no {path.name}: {what} can't be shown.")
-        return []
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [_checked(json.loads(line), ROW_FIELDS[path.name])] if line.strip() else []
-        except ValueError as error:
-            if number < len(lines):
-                where = f"{path.parent.name}/{path.name}, line {number}"
-                raise DataError(f"{where}: {error}. Correct or delete the line.") from error
-            notes.append(f"The last line of {path.name} is not whole and was left out.")
-    return rows
 
 
 def _checked(row: object, fields: dict[str, type]) -> Json:

@@ -1,10 +1,11 @@
-"""The samples of a report: completions of the same prompts before, during and after training, or of several runs.
+"""Chooses the samples of a report: completions of prompts before, during and after training, or of several runs.
 
 A page holds a bounded number of characters. What doesn't fit is left out in whole prompts or whole steps, and counted.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,16 +17,16 @@ TEXT_CHARACTERS = 8_000  # of one text
 Side = tuple[str, Json]  # a sample under its name
 
 
-@dataclass(frozen=True)
-class SampleCard:
-    """One prompt: `sides` stand beside each other, `between` is folded."""
+class SampleCard(NamedTuple):
+    """Holds one prompt: `sides` stand beside each other, `between` is folded."""
 
     prompt: str
     sides: list[Side]
-    between: list[Side] = field(default_factory=list)
+    between: Sequence[Side] = ()
 
     @property
     def characters(self) -> int:
+        """Returns how much of the page it takes when it is folded."""
         return _shown(self.prompt) + sum(_shown(row["completion"]) for _, row in self.sides)
 
 
@@ -34,18 +35,15 @@ def sample_cards(run: Run) -> tuple[list[SampleCard], list[str]]:
     by_prompt: dict[int, dict[int, Json]] = {}
     for row in sorted(run.samples, key=lambda row: (row["prompt_number"], row["step"])):
         by_prompt.setdefault(row["prompt_number"], {})[row["step"]] = row
-    cards, notes = _that_fit([_ends(by_step) for by_step in by_prompt.values()])
+    cards, notes = _that_fit([_card(list(by_step.values())) for by_step in by_prompt.values()])
     # Of the steps between, the same ones for all prompts.
-    inner = [list(by_step.values())[1:-1] for by_step in by_prompt.values()][: len(cards)]
-    size = dict.fromkeys(sorted({row["step"] for rows in inner for row in rows}), 0)
-    for row in (row for rows in inner for row in rows):
-        size[row["step"]] += _shown(row["completion"])
+    size: Counter[int] = Counter()
+    for card in cards:
+        size.update({row["step"]: _shown(row["completion"]) for _, row in card.between})
     kept = _spread(size, PAGE_CHARACTERS - sum(card.characters for card in cards))
     if len(kept) < len(size):
         notes.append(f"{len(kept):,} of {len(size):,} steps between are shown; all are in samples.jsonl.")
-    for card, rows in zip(cards, inner, strict=True):
-        card.between.extend((f"step {row['step']:,}", row) for row in rows if row["step"] in kept)
-    return cards, notes
+    return [card._replace(between=[side for side in card.between if side[1]["step"] in kept]) for card in cards], notes
 
 
 def compared_samples(runs: Sequence[Run]) -> tuple[list[SampleCard], list[str]]:
@@ -67,25 +65,28 @@ def compared_samples(runs: Sequence[Run]) -> tuple[list[SampleCard], list[str]]:
     return cards, notes + ([f"{alone:,} prompts were sampled in one run only."] if alone else [])
 
 
-def _ends(rows: Mapping[int, Json]) -> SampleCard:
-    first, last = min(rows), max(rows)
-    names = {last: f"step {last:,}"} if first == last else {first: f"step {first:,}", last: f"after step {last:,}"}
-    if 0 in names:
+def _card(rows: list[Json]) -> SampleCard:
+    """Returns the card of one prompt; its samples are sorted by step."""
+    names = [f"step {row['step']:,}" for row in rows]
+    if len(rows) > 1:
+        names[-1] = f"after {names[-1]}"
+    if rows[0]["step"] == 0:
         names[0] = "before training"
+    first, *between = zip(names, rows, strict=True)
     # A chat template ends with a newline.
-    return SampleCard(rows[last]["prompt"].strip("\n"), [(name, rows[step]) for step, name in names.items()])
+    return SampleCard(rows[-1]["prompt"].strip("\n"), [first, *between[-1:]], between[:-1])
 
 
 def _that_fit(cards: list[SampleCard]) -> tuple[list[SampleCard], list[str]]:
-    """The first cards, as many as fit the page, and a note of the others."""
+    """Returns the first cards, as many as fit the page, and a note of the others."""
     totals = np.cumsum([card.characters for card in cards])
     fit = cards[: int((totals <= PAGE_CHARACTERS).sum())]
     return fit, [f"{len(cards) - len(fit):,} further prompts are in samples.jsonl."] if len(fit) < len(cards) else []
 
 
 def _spread(size: Mapping[int, int], room: int) -> set[int]:
-    """As many of the steps as fit into the room by their sizes, evenly spread."""
-    steps = list(size)
+    """Returns as many of the steps as fit into the room by their sizes, evenly spread."""
+    steps = sorted(size)
     for count in range(len(steps), 0, -1):
         some = {steps[i] for i in np.linspace(0, len(steps) - 1, count).round().astype(int)}
         if sum(size[step] for step in some) <= room:

@@ -1,4 +1,4 @@
-"""What the page of a report shows: the template's variables, of one run or of several in comparison."""
+"""Chooses what the page of a report shows: the template's variables, of one run or of several in comparison."""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
     together, of several the same curve of each."""
     one = len(runs) == 1
     cards, notes = sample_cards(runs[0]) if one else compared_samples(runs)
-    shapes = _shapes(runs[0])
-    drawn = [(panel, _traces(panel, runs[0], shapes) if one else _compared(panel, runs)) for panel in _panels(runs)]
+    sources = _sources(runs[0])
+    drawn = [(panel, _traces(panel, runs[0], sources) if one else _compared(panel, runs)) for panel in _panels(runs)]
     drawn = [(panel, traces) for panel, traces in drawn if traces]
     # The more curves a page has, the more they are thinned.
     buckets = POINTS // (2 * max(sum(len(traces) for _, traces in drawn), 1))
@@ -33,13 +33,11 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
     warned = _warned(runs[0]) if one else []
     return {
         "charts": [
-            curve_chart(
-                f"curve{i}", panel.title, traces, buckets, panel.guide, panel.guide_label, panel.limits, warned
-            )
-            for i, (panel, traces) in enumerate(drawn)
+            curve_chart(f"curve{i}", p.title, traces, buckets, p.guide, p.guide_label, p.limits, warned)
+            for i, (p, traces) in enumerate(drawn)
         ],
         "looks": [_look(run, at) for at, run in enumerate(runs)],
-        "sources": _sources(runs[0], shapes),
+        "sources": list(sources.values()),
         "margins": _margins(runs),
         "lengths": [length for dataset in runs[0].evaluations if (length := _length(runs[0], dataset))] if one else [],
         "differences": differences(runs),
@@ -68,21 +66,21 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     return single
 
 
-def _traces(panel: Panel, run: Run, shapes: dict[str, int]) -> list[Trace]:
+def _traces(panel: Panel, run: Run, sources: dict[str, Trace]) -> list[Trace]:
     """Returns training as lines, each evaluation set as marks of one shape; nothing if there is but a baseline."""
-    found = {curve.key: run.metrics[curve.key] for curve in panel.curves if curve.key in run.metrics}
-    trained = any("train" in series for series in found.values())
+    found = [(at, curve, run.metrics[curve.key]) for at, curve in enumerate(panel.curves) if curve.key in run.metrics]
+    lines = any("train" in series for *_, series in found)
+    several_sets = sum(look.points for look in sources.values()) > 1
     traces = []
-    for at, curve in enumerate(panel.curves):
+    for at, curve, by_source in found:
         color, dash = COLORS[curve.color]
-        for source, series in found.get(curve.key, {}).items():
-            points = source != "train"
-            label = f"{curve.label}, {source_name(source)}" if points else curve.label
+        for source, series in by_source.items():
+            look = sources[source]
             # Marks lie on the line that they belong to; without lines their shape tells the curves apart.
-            shape = shapes.get(source, 0) if trained or len(shapes) > 1 else at % 4
-            named = not points or "train" not in found[curve.key]
-            traces.append(Trace(label, series, color, dash, points, shape, named=named))
-    return traces if any(curve.key in found and not curve.dashed for curve in panel.curves) else []
+            shape = look.shape if lines or several_sets else at % 4
+            label = f"{curve.label}, {look.label}" if look.points else curve.label
+            traces.append(Trace(label, series, color, dash, look.points, shape))
+    return traces if any(not curve.dashed for _, curve, _ in found) else []
 
 
 def _compared(panel: Panel, runs: Sequence[Run]) -> list[Trace]:
@@ -99,19 +97,14 @@ def _compared(panel: Panel, runs: Sequence[Run]) -> list[Trace]:
 def _look(run: Run, at: int) -> Trace:
     """Returns a line without values, as run `at` of a comparison is drawn."""
     color, dash = style_of(at)
-    return Trace(run.name, [], color, dash, shape=dash, named=False, group=f"r{at}")
+    return Trace(run.name, [], color, dash, shape=dash, group=f"r{at}")
 
 
-def _shapes(run: Run) -> dict[str, int]:
-    """Returns evaluation sets and the shape of their marks, in the order of the log."""
-    sources = dict.fromkeys(source for series in run.metrics.values() for source in series if source != "train")
-    return {source: i % 4 for i, source in enumerate(sources)}
-
-
-def _sources(run: Run, shapes: dict[str, int]) -> list[Trace]:
-    """Returns what the legend above all charts names."""
-    lines = [Trace("training", [], "ink")] if any("train" in series for series in run.metrics.values()) else []
-    return lines + [Trace(source_name(name), [], "ink", points=True, shape=shape) for name, shape in shapes.items()]
+def _sources(run: Run) -> dict[str, Trace]:
+    """Returns how training and each evaluation set are drawn, for the legend above all charts."""
+    evaluated = [source for source in run.sources if source != "train"]
+    marks = {name: Trace(source_name(name), [], "ink", points=True, shape=i % 4) for i, name in enumerate(evaluated)}
+    return {"train": Trace(source_name("train"), [], "ink"), **marks} if "train" in run.sources else marks
 
 
 def _warned(run: Run) -> list[tuple[float, str]]:

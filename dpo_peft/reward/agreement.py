@@ -61,7 +61,7 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Tally:
-    """What the comparisons of each row add up to."""
+    """Holds the sums of each row's comparisons."""
 
     wins_RS: Array
     number_RS: Array
@@ -70,19 +70,14 @@ class Tally:
     shared_by: int = 1  # rows that a comparison belongs to: 2 for single completions
 
     @property
-    def rows(self) -> int:
-        """R."""
-        return len(self.margin_R)
-
-    @property
     def comparisons(self) -> int:
-        """Over all rows."""
+        """Returns the number over all rows."""
         return round(self.number_RS.sum()) // self.shared_by
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Scores against judgments."""
+    """Says how well scores agree with judgments."""
 
     rows: int
     comparisons: int
@@ -104,7 +99,7 @@ def agreement(tally: Tally) -> Agreement | None:
     ]
     balanced = length_balanced(strata[LONGER][1], strata[SHORTER][1])
     return Agreement(
-        rows=tally.rows,
+        rows=len(tally.margin_R),
         comparisons=tally.comparisons,
         accuracy=_accuracy(tally),
         length_only=_accuracy(replace(tally, wins_RS=tally.number_RS * LENGTH_WINS_S)),

@@ -324,7 +324,7 @@ def _check_finite(rows: Sequence[Row], scored: Sequence[Sequence[CompletionScore
 # ---- What an adapter is scored with ---------------------------------------------------------------------------------
 
 
-def _without_effect(what: str, **given: Any) -> None:
+def _without_effect(what: str, **given: object) -> None:
     if names := [name for name, value in given.items() if value is not None]:
         raise OptionError(f"{', '.join(names)}: no effect for {what}. Leave it out.")
 

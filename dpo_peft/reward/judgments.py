@@ -146,9 +146,9 @@ class ScoredRows:
 
     def lines(self) -> list[Values]:
         """Returns one for each row that was scored, one for each completion of ones that nobody judged."""
-        lines = []
+        lines: list[Values] = []
         for i, (scores, won) in enumerate(zip(self.scores, self._won(), strict=True)):
-            place = self.data.places[i]
+            place, values = self.data.places[i], Values()
             if self.kind in ("pairs", "trajectories"):
                 both = [(side, columns(score)) for side, score in zip(("chosen", "rejected"), scores, strict=True)]
                 values = {f"{name}_{side}": one[name] for name in both[0][1] for side, one in both}

@@ -14,9 +14,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import DPOConfig
@@ -26,12 +27,12 @@ from ..forward import PackedBatch, Scores, halves
 from ..objective import LossOutput, Scored, Totals, TrainingObjective
 from .memory_budget import MemoryBudget
 from .metrics import Mean, MetricStore
-from .packing import as_entry, describe, hang, pack_rows, size_of, to_device
+from .packing import Entry, MicroBatch, Row, as_entry, describe, hang, pack_rows, size_of, to_device
 
 logger = logging.getLogger(__name__)
 
-MicroBatch = dict[str, Any]
 Score = Callable[[PackedBatch], Scores]
+T = TypeVar("T")
 
 
 class OptimizerStep:
@@ -58,21 +59,21 @@ class OptimizerStep:
         objective: TrainingObjective,
         budget: MemoryBudget,
         metrics: MetricStore,
-        collate: Callable[[Sequence[dict[str, Any]]], MicroBatch],
+        collate: Callable[[Sequence[Row]], MicroBatch],
         policy: Score,
         reference: Callable[[PackedBatch], Scores | None],
-        autocast: Callable[[], AbstractContextManager[Any]],
+        autocast: Callable[[], AbstractContextManager[object]],
     ):
         self.model, self.args, self.objective, self.budget, self.metrics = model, args, objective, budget, metrics
         self.collate, self._policy, self._reference, self._autocast = collate, policy, reference, autocast
         self._rank, self._processes = rank(), world_size()
         self.halvings = 0
         self.finite: list[tuple[PackedBatch, Tensor]] = []
-        self._entries: list[dict[str, Any]] = []
+        self._entries: list[Entry] = []
         self._totals = Totals(0, 1.0)
         self._done = 0  # entries of the step whose gradients are there
         self._cuts = 0  # how often its micro-batches have been cut in two
-        self._metrics_before: Any = None
+        self._metrics_before: dict[str, dict[str, Mean]] = {}
         self._pads: bool | None = None  # whether `collate` pads; known once it has laid something out
         self._packing_logged = False
         self._trained: Sequence[nn.Parameter] = ()
@@ -88,7 +89,7 @@ class OptimizerStep:
 
     # ---- Forward and backward ------------------------------------------------------------------------------------
 
-    def begin(self, entries: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Totals]:
+    def begin(self, entries: list[Entry]) -> tuple[list[Entry], Totals]:
         """Lays out what came from the data loader. An objective that couples rows takes its loss here, over all.
 
         Returns:
@@ -101,7 +102,7 @@ class OptimizerStep:
         self._start_over()
         return self._entries, self._totals
 
-    def run(self, entry: dict[str, Any], backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
+    def run(self, entry: Entry, backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
         """Adds the gradients of an entry; with the last one of the step, sums them over the processes.
 
         `backward` runs forward and backward of a micro-batch and returns its loss, detached.
@@ -156,7 +157,7 @@ class OptimizerStep:
             for name in mine:
                 del vars(model)[name]
 
-    def clip_grad_norm(self, accelerator: Any) -> Tensor:
+    def clip_grad_norm(self, accelerator: Accelerator) -> Tensor:
         """Clips the step's gradients to `max_grad_norm` together. Returns their norm before."""
         if self.args.fp16:  # its gradients are scaled until accelerate clips them
             return accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
@@ -171,7 +172,7 @@ class OptimizerStep:
 
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
-    def lay_out(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def lay_out(self, entries: list[Entry]) -> list[Entry]:
         """Turns micro-batches, or rows that were kept (`KeepRows`), into as many entries of the training loop.
 
         Each row gets the completions of another one beside its own if the objective reads them.
@@ -189,7 +190,7 @@ class OptimizerStep:
         batches = [self.collate(part) if part else {"empty": True} for part in kept]
         return [as_entry(to_device(batch, self.args.device)) for batch in batches]
 
-    def _pack(self, rows: list[dict[str, Any]], entries: int) -> list[dict[str, Any]]:
+    def _pack(self, rows: list[Row], entries: int) -> list[Entry]:
         """Packs this process's rows of a step into micro-batches within the budget, hung on so many entries."""
         if not rows:
             return hang([], [], entries)
@@ -230,7 +231,7 @@ class OptimizerStep:
         return sum(moved[: self._rank], []), sum(moved[self._rank + 1 :], [])
 
     def predict(
-        self, entry: dict[str, Any], compute_loss: Callable[..., tuple[Tensor, LossOutput]]
+        self, entry: Entry, compute_loss: Callable[..., tuple[Tensor, LossOutput]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores an evaluation batch. What couples a batch is taken over it, and a token budget holds here too.
 
@@ -254,7 +255,7 @@ class OptimizerStep:
 
     # ---- Out of memory -------------------------------------------------------------------------------------------
 
-    def _until_it_fits(self, action: Callable[[], Any]) -> Any:
+    def _until_it_fits(self, action: Callable[[], T]) -> T:
         """Runs a part of the step. When memory runs out, room is made and the step is begun again."""
         while True:
             try:

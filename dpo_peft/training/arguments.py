@@ -150,7 +150,7 @@ def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
     """Refuses a given optimizer that would leave some of the adapter untrained."""
     if optimizer is None:
         return
@@ -163,7 +163,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> None:
         )
 
 
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
+def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer whose ids go beyond the embeddings."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

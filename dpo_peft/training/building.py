@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
@@ -92,7 +93,7 @@ class Preparation:
 class NoEvaluation:
     """Stands for `evaluation.Evaluation` in a copy of the package without that folder: nothing is kept or said."""
 
-    parts: Sequence[Any] = ()
+    parts: Sequence[TrainerCallback] = ()
     warnings_raised: list[dict[str, Any]] = []
 
     def __init__(self, *_: object): ...
@@ -122,7 +123,7 @@ def build_model(
     model: str | PreTrainedModel | PeftModel,
     args: DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
-    quantization_config: Any,
+    quantization_config: QuantizationConfigMixin | None,
     peft_config: PeftConfig | None,
     needs_reference: bool,
 ) -> tuple[PeftModel, Reference]:

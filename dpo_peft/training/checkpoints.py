@@ -84,9 +84,11 @@ def _seal(staged: Path, step: int) -> None:
     paths = [Path(folder, name) for folder, _, names in walked for name in names]
     manifest = staged / MANIFEST  # there from an earlier attempt to commit it, perhaps
     files = {path.relative_to(staged).as_posix(): _content(path) for path in paths if path != manifest}
+    for path in paths:
+        _sync(path)
     manifest.write_bytes(_manifest(step, files))
     folders = [Path(folder) for folder, _, _ in walked]
-    for path in (*paths, manifest, *folders, staged.parent, staged.parent.parent):
+    for path in (manifest, *folders, staged.parent, staged.parent.parent):
         _sync(path)
 
 

@@ -101,6 +101,12 @@ def metric_names(kind: Kind, with_reference: bool, mismatched: bool) -> set[str]
     return {*names, *(name for name, reported in optional.items() if reported)}
 
 
+def length_balanced(longer: float | None, shorter: float | None) -> float | None:
+    """Returns the mean of the accuracies where the better completion is the longer and where it is the shorter one;
+    None if one of them is unknown. A reward that only follows length has 0.5."""
+    return None if longer is None or shorter is None else (longer + shorter) / 2
+
+
 def _mean_where(values: Tensor, mask: Tensor) -> Mean:
     return Mean(torch.where(mask, values, 0.0).sum().double(), mask.sum().double())
 
@@ -132,8 +138,7 @@ class MetricStore:
     def pop(self, mode: str) -> dict[str, float]:
         """Returns the means since the last call over all processes, in order of arrival.
 
-        Among them, where there are both, `accuracies/length_balanced`: the mean of the accuracies where the better
-        completion is the longer and where it is the shorter one. A reward that only follows length has 0.5.
+        Among them, where it is known, `accuracies/length_balanced`.
         """
         sums: dict[str, tuple[float, float]] = {}
         for process in gather_over_processes(_read(self._sums.pop(mode, {}))):
@@ -142,9 +147,8 @@ class MetricStore:
                 sums[name] = (old_total + total, old_number + number)
         # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
         means = {name: total / number for name, (total, number) in sums.items() if number}
-        if {LONGER, SHORTER} <= means.keys():
-            means[BALANCED] = (means[LONGER] + means[SHORTER]) / 2
-        return means
+        balanced = length_balanced(means.get(LONGER), means.get(SHORTER))
+        return means if balanced is None else {**means, BALANCED: balanced}
 
     def of_log(self, logs: Mapping[str, float]) -> dict[str, float]:
         """Returns what a training log gets: the means since the last one. At the end it is the loss over the steps of

@@ -9,11 +9,15 @@ A bin is the rows of one micro-batch, by their indices. A row that is larger tha
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+
+Row = dict[str, Any]  # a prepared one
+MicroBatch = dict[str, Any]  # fields of a `PackedBatch`
+Entry = dict[str, Any]  # what `transformers.Trainer` counts as a micro-batch
 
 
 class Size(NamedTuple):
@@ -31,26 +35,24 @@ class Shape(NamedTuple):
     longest: int  # prompt and longest completion
 
 
-def shape_of(row: Mapping[str, Any]) -> Shape:
+def shape_of(row: Row) -> Shape:
     """Returns the shape of a prepared row."""
     lengths = [len(ids) for ids in (*row["completion_ids"], *row.get("mismatched_ids", ()))]
     return Shape(len(lengths), len(row["prompt_ids"]) + max(lengths))
 
 
-def size_of(row: Mapping[str, Any], shared: bool) -> Size:
+def size_of(row: Row, shared: bool) -> Size:
     """Returns the size of a prepared row, whose prompt is laid out once (`shared`) or once per completion."""
-    prompt = len(row["prompt_ids"])
-    own, others = (sum(map(len, row.get(name, ()))) for name in ("completion_ids", "mismatched_ids"))
-    steps = row.get("steps")
-    predicted = others + (own if steps is None else sum(step >= 0 for steps_C in steps for step in steps_C))
+    answers = sum(len(ids) for name in ("completion_ids", "mismatched_ids") for ids in row.get(name, ()))
+    unscored = sum(step < 0 for steps_C in row.get("steps") or () for step in steps_C)
     completions, longest = shape_of(row)
     if not shared:
-        return Size(completions * longest, completions * longest, predicted)
-    tokens = prompt + own + others
-    return Size(tokens, tokens + completions * prompt, predicted)
+        return Size(completions * longest, completions * longest, answers - unscored)
+    tokens, prompt = len(row["prompt_ids"]) + answers, len(row["prompt_ids"])
+    return Size(tokens, tokens + completions * prompt, answers - unscored)
 
 
-def pack_rows(rows: Sequence[Mapping[str, Any]], budget: int, shared: bool) -> list[list[int]]:
+def pack_rows(rows: Sequence[Row], budget: int, shared: bool) -> list[list[int]]:
     """Packs prepared rows into bins of at most `budget` tokens, the largest first; indices ascend in each.
 
     The largest comes first, so that what does not fit into memory is known at once, and its blocks are used again.
@@ -155,7 +157,7 @@ def _stretches(order: Sequence[int], shapes: Sequence[Shape], budget: int) -> li
 # ---- Entries of the training loop -----------------------------------------------------------------------------------
 
 
-def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number: int) -> list[dict[str, Any]]:
+def hang(packs: Sequence[MicroBatch], bins: Sequence[Sequence[int]], number: int) -> list[Entry]:
     """Hangs micro-batches on the entries that `transformers.Trainer` counts as those of an optimizer step.
 
     Its loop takes as many entries as were read from the data loader, however many micro-batches there are: each entry
@@ -179,12 +181,12 @@ def hang(packs: Sequence[dict[str, Any]], bins: Sequence[Sequence[int]], number:
     return entries
 
 
-def as_entry(batch: dict[str, Any]) -> dict[str, Any]:
+def as_entry(batch: MicroBatch) -> Entry:
     """Returns the entry of a single micro-batch, whose fields it has too; or of none, for a process without a row."""
     return hang([], [], 1)[0] if "empty" in batch else {**batch, "packs": [batch]}
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Queues a batch that was laid out on the CPU for the device. From pageable memory, the copy would wait until the
     GPU has done all that was asked of it before."""
 
@@ -197,7 +199,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: move(value) for name, value in batch.items()}
 
 
-def describe(packs: Sequence[Mapping[str, Any]], budget: int) -> str:
+def describe(packs: Sequence[MicroBatch], budget: int) -> str:
     """Says in one sentence how the rows of a step were packed."""
     tokens = [pack["input_ids"].numel() for pack in packs]
     return (

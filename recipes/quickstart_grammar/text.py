@@ -146,7 +146,7 @@ def near(grade: int) -> tuple[int, ...]:
 
 
 def link(first: int, second: int) -> str:
-    """Join two judgements: "but" where one praises and the other blames."""
+    """Join two judgments: "but" where one praises and the other blames."""
     return ", but" if first * second < 0 else " and"
 
 

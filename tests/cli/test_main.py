@@ -1,6 +1,7 @@
 """The command line: options of file and command line, what it refuses, and what a run leaves behind."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,18 @@ def test_the_command_line_overrides_the_file(run_folder: Path) -> None:
     assert (args.learning_rate, args.num_train_epochs, model.dtype) == (1e-3, 2, "float32")
     assert data.dataset_name.endswith("train.jsonl")
     assert cli_train.parse([f"--config={run_folder / 'run.yaml'}"])[1].beta == 0.3
+
+
+def test_a_file_may_hold_null_and_environment_variables(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_PEFT_TEST", "before")
+    path = run_folder / "run.yaml"
+    options = path.read_text() + "max_length: null\nenv:\n  DPO_PEFT_TEST: 7\n"
+    path.write_text(options)
+    assert cli_train.parse(["--config", str(path)])[1].max_length is None
+    assert os.environ["DPO_PEFT_TEST"] == "7"
+    path.write_text(options.replace("env:\n  DPO_PEFT_TEST: 7", "env: 7"))
+    with pytest.raises(OptionError, match="env=7 must hold `NAME: value` lines"):
+        cli_train.parse(["--config", str(path)])
 
 
 def test_a_run_leaves_adapter_card_metrics_and_curves(run_folder: Path) -> None:

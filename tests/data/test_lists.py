@@ -248,3 +248,46 @@ def test_ids_of_a_list_do_not_depend_on_its_other_answers():
 def test_wrong_option(options, words):
     with pytest.raises(OptionError, match=words):
         prepare_dataset(Dataset.from_list([TEXT]), word_tokenizer(), **options)
+
+
+# ---- Completions that nobody judged ---------------------------------------------------------------------------------
+
+UNLABELLED = {
+    "several texts": (
+        [{"prompt": "a", "completions": [" b", " ", " b", " c d"]}, {"prompt": "b", "completions": [" c"]}],
+        [([3], [4, 2], 0, 0), ([3], [4, 2], 0, 2), ([3], [5, 6, 2], 0, 3), ([4], [5, 2], 1, 0)],
+        {"empty_completion": 1},
+    ),
+    "several chats, none in the first row": (
+        [{"prompt": turns("a"), "completions": []}, {"prompt": turns("a"), "completions": [answer("b"), answer("c")]}],
+        [(CHAT, [4, 9], 1, 0), (CHAT, [5, 9], 1, 1)],
+        {},
+    ),
+    "several ids": (
+        [{"prompt_ids": [3], "completions_ids": [[4, 2], [5, 2]]}],
+        [([3], [4, 2], 0, 0), ([3], [5, 2], 0, 1)],
+        {},
+    ),
+    "one": ([{"prompt": "a", "completion": " b"}], [([3], [4, 2], 0, 0)], {}),
+    "messages": ([{"messages": turns("a", "b")}], [(CHAT, [4, 9], 0, 0)], {}),
+    "labels are not read": ([{"prompt": "a", "completions": [" b"], "ranks": [0]}], [([3], [4, 2], 0, 0)], {}),
+}
+
+
+@pytest.mark.parametrize("case", UNLABELLED)
+def test_each_unlabelled_completion_is_a_row_of_its_own(case):
+    rows, wanted, dropped = UNLABELLED[case]
+    prepared, report = prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabelled")
+    assert prepared.column_names == ["prompt_ids", "completion_ids", "row", "completion"]
+    assert [(r["prompt_ids"], *r["completion_ids"], r["row"], r["completion"]) for r in prepared] == wanted
+    assert report.dropped == dropped and report.source_rows == len(wanted) + sum(dropped.values())
+
+
+def test_unlabelled_completions_are_named_by_row_and_number():
+    rows = [{"prompt": "a", "completions": [" b"]}, {"prompt": "a", "completions": [" b", None]}]
+    with pytest.raises(DataError, match=r"train row 1, field 'completions\[1\]': expected text, found nothing"):
+        prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabelled")
+    with pytest.raises(DataError, match="column 'completion' is missing.*prompt/completions or messages"):
+        prepare_dataset(Dataset.from_list([TEXT]), word_tokenizer(), data="unlabelled")
+    with pytest.raises(OptionError, match="'unlabelled' needs a datasets.Dataset"):
+        prepare_dataset(as_dataset(rows), word_tokenizer(), data="unlabelled")

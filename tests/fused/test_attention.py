@@ -121,17 +121,15 @@ def test_blocks_without_mask_change_nothing(hot: int) -> None:
 
 
 @here
-def test_parts_of_wider_matrices_are_read_and_written_in_place() -> None:
+def test_parts_of_wider_matrices_are_read_in_place() -> None:
     batch = make_batch(PAIRS, STRETCH)
     tokens, size, tiles = batch.input_ids.shape[1], 16, tiles_for(batch, 2, 16)
-    qkv, wide = random(tokens, 8 * size), torch.full((tokens, 8 * size + 8), 5.0, device=DEVICE, dtype=DTYPES[0])
+    qkv = random(tokens, 8 * size)
     q, k, v = (x.unflatten(1, (-1, size)) for x in qkv.split([4 * size, 2 * size, 2 * size], 1))
     grad = random(4, tokens, size).transpose(0, 1)
     out, lse = attend_forward(q, k, v, tiles, 0.25)
-    into = [x.unflatten(1, (-1, size)) for x in wide[:, :-8].split([4 * size, 2 * size, 2 * size], 1)]
-    attend_backward(grad, q, k, v, out, lse, tiles, 0.25, (into[0], into[1], into[2]))
-    assert max(distances([out, *into], oracle(batch, q, k, v, grad, 0.25))) < ROUNDING[q.dtype]
-    assert (wide[:, -8:] == 5).all()
+    grads = attend_backward(grad, q, k, v, out, lse, tiles, 0.25)
+    assert max(distances([out, *grads], oracle(batch, q, k, v, grad, 0.25))) < ROUNDING[q.dtype]
 
 
 @here

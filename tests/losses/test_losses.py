@@ -1,7 +1,7 @@
 """Every objective's docstring numbers and registry entry; and `dpo_loss`, the note's listing 2.
 
-Gradients and extreme inputs are in test_losses_numerics.py, equality with TRL in test_losses_trl.py, identities
-between losses in test_losses_identities.py.
+Gradients and extreme inputs are in test_numerics.py, equality with TRL in test_trl.py, identities
+between losses in test_identities.py.
 """
 
 import inspect
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dpo_peft.kinds import Scored, Totals
 from torch import Tensor
 
 from dpo_peft.losses import (
@@ -41,7 +40,7 @@ from dpo_peft.losses.pairwise import (
 )
 from dpo_peft.losses.reference_free import cpo_loss, orpo_loss, sft_loss, simpo_loss
 from dpo_peft.losses.unpaired import apo_zero_unpaired_loss, kto_loss
-from dpo_peft.objective import TrainingObjective
+from dpo_peft.objective import Scored, Totals, TrainingObjective
 
 
 def column(*values: float, grad: bool = False) -> Tensor:

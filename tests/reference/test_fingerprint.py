@@ -20,7 +20,7 @@ from dpo_peft.reference.fingerprint import (
     check_same,
     identify,
     read_record,
-    write_record,
+    write_entry,
 )
 
 IDS = torch.arange(10, 30)[None]
@@ -206,7 +206,7 @@ def test_the_record_survives_peft(folder, tmp_path, task, no_warnings):
     """Saved, loaded and saved again by PEFT alone, through both of its ways of loading."""
     model = trained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), task_type=task)
     reference = identify(model, None)
-    write_record(model, "default", reference)
+    write_entry(model, "default", RECORD, asdict(reference))
     model.save_pretrained(tmp_path / "a")
     assert read_record(tmp_path / "a") == reference
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -221,9 +221,9 @@ def test_the_record_survives_peft(folder, tmp_path, task, no_warnings):
 
 
 def test_without_a_task_peft_would_drop_it(tiny_llama, tmp_path):
-    """Negative control of the one thing that `write_record` changes beside the record."""
+    """Negative control of the one thing that `write_entry` changes beside the record."""
     model = trained(tiny_llama(), task_type=None)
-    write_record(model, "default", BASE)
+    write_entry(model, "default", RECORD, asdict(BASE))
     model.peft_config["default"].task_type = None
     model.save_pretrained(tmp_path)
     assert read_record(tmp_path) is None
@@ -234,11 +234,11 @@ def test_a_record_goes_to_one_adapter_only(tiny_llama):
     config = lora(task_type=None, auto_mapping={"base_model_class": "X"})
     model = get_peft_model(tiny_llama(), config)
     model.add_adapter("other", lora())
-    write_record(model, "default", BASE)
+    write_entry(model, "default", RECORD, asdict(BASE))
     assert model.peft_config["default"].auto_mapping == {"base_model_class": "X", RECORD: asdict(BASE)}
     assert config.auto_mapping == {"base_model_class": "X"} and config.task_type is None
     assert read_record(config) is read_record(model.peft_config["other"]) is None
-    write_record(model, "default", ADAPTER)
+    write_entry(model, "default", RECORD, asdict(ADAPTER))
     assert read_record(model.peft_config["default"]) == ADAPTER
 
 

@@ -34,7 +34,7 @@ from dpo_peft.errors import DataError, OptionError
 from dpo_peft.report.charts import MOST_TRACES, Trace, curve_chart, histogram_chart, scatter_chart, style_of, thin
 from dpo_peft.report.facts import duration, length_check
 from dpo_peft.report.page import save_report
-from dpo_peft.report.runs import read_run
+from dpo_peft.report.runs import Run
 from dpo_peft.report.samples import PAGE_CHARACTERS, TEXT_CHARACTERS
 
 
@@ -470,18 +470,18 @@ def test_an_unfinished_run_is_read_from_its_newest_whole_checkpoint(tmp_path: Pa
     for step in (10, 20):
         (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("[]")
     with pytest.raises(DataError, match="checkpoint-30/trainer_state.json can't be read"):
-        read_run(folder)
+        Run(folder)
 
 
 def test_a_half_written_last_line_is_noted_and_any_other_is_an_error(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     whole = (folder / "samples.jsonl").read_text()
     (folder / "samples.jsonl").write_text(whole + '{"step": 60, "promp')
-    run = read_run(folder)
+    run = Run(folder)
     assert len(run.samples) == 6 and run.notes == ["The last line of samples.jsonl is not whole and was left out."]
     (folder / "samples.jsonl").write_text('{"step": 60, "promp\n' + whole)
     with pytest.raises(DataError, match="run/samples.jsonl, line 1: .*Correct or delete"):
-        read_run(folder)
+        Run(folder)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_a_wrong_field_names_file_line_and_field(
     rows = [json.loads(line) for line in (folder / file).read_text().splitlines()]
     write_lines(folder / file, [rows[0], {**rows[1], **change}, *rows[2:]])
     with pytest.raises(DataError, match=re.escape(f"run/{file}, line 2: {message}")):
-        read_run(folder)
+        Run(folder)
 
 
 # ---- Several evaluation sets, warnings ------------------------------------------------------------------------------
