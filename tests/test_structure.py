@@ -17,8 +17,8 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors imports moved wings losses forward data rowfiles files distributed objective config_checks config reference "
-    "model training trainer"
+    "errors imports moved wings losses forward data rowfiles files distributed objective config_checks config "
+    "reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
