@@ -3,7 +3,7 @@
     python benchmarks/merge_drift.py [--smollm2 FOLDER --data dpo_en_demo.json]
 
 Trains short adapters on the bundled model in NF4 by DPO (12 steps of 16 pairs), merges each of them into the
-dequantised base and into the original, in float32 and bfloat16, loads the result from disk and compares it on 32
+dequantized base and into the original, in float32 and bfloat16, loads the result from disk and compares it on 32
 held-out pairs. With `--smollm2` (made by `benchmarks/smollm2_dpo.py --gguf`) also a LoRA and a DoRA on
 SmolLM2-135M-Instruct, 5 steps of 2 short pairs of `--data`, LLaMA-Factory's dpo_en_demo.json. No limit is set on the
 drift. Writes benchmarks/results/merge_drift.json and prints the table of docs/merging.md.

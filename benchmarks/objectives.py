@@ -75,7 +75,7 @@ VARIANTS = (
 )
 FRONTIER = ("sigmoid", "ipo", "kto")
 BETAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-COLOURS = {"sigmoid": plots.BLUE, "ipo": plots.ORANGE, "kto": plots.GREEN}
+COLORS = {"sigmoid": plots.BLUE, "ipo": plots.ORANGE, "kto": plots.GREEN}
 LABELS = {"sigmoid": (12, -7), "ipo": (14, -16), "kto": (-12, 5)}  # where a beta stands beside its point
 TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50)
 NAMES = {"sigmoid": "DPO", "ipo": "IPO", "kto": "KTO"}
@@ -297,9 +297,9 @@ def draw(results: dict[str, Any]) -> None:
         runs.sort(key=lambda run: run["kl"])
         kl, reward = [run["kl"] for run in runs], [run["reward"] for run in runs]
         error = [run["reward_std"] / math.sqrt(SAMPLES) for run in runs]
-        style = {"color": COLOURS[name], "marker": "o", "markersize": 4.5, "elinewidth": 0.8}
+        style = {"color": COLORS[name], "marker": "o", "markersize": 4.5, "elinewidth": 0.8}
         axes.errorbar(kl, reward, yerr=error, label=NAMES[name], **style)
-        place = {"textcoords": "offset points", "fontsize": 7.5, "ha": "center", "color": COLOURS[name]}
+        place = {"textcoords": "offset points", "fontsize": 7.5, "ha": "center", "color": COLORS[name]}
         for run in runs:
             axes.annotate(f"{run['beta']:g}", (run["kl"], run["reward"]), LABELS[name], **place)
     axes.set_ylim(bottom=-0.2)

@@ -205,7 +205,7 @@ def _turns(values: list[float], repeats: int) -> list[list[float]]:
     return [values[i * each : (i + 1) * each] for i in range(repeats)]
 
 
-def summarise(laps: dict[str, list[Lap]], clock: str, repeats: int) -> dict[str, Any]:
+def summarize(laps: dict[str, list[Lap]], clock: str, repeats: int) -> dict[str, Any]:
     """Medians per epoch by one of the clocks; ratios within each repeat, as median, least and greatest."""
     found = {name: [lap[clock] for lap in own] for name, own in laps.items()}
     mean = {name: [statistics.mean(turn) for turn in _turns(own, repeats)] for name, own in found.items()}
@@ -294,7 +294,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as args.scratch:
         laps, result["losses_apart"] = measure_epochs(args, rows, result["load_average"])
         result["sweep"] = measure_sweep(args, rows[: args.sweep_rows])
-    result |= {clock: summarise(laps, clock, args.repeats) for clock in ("seconds", "cpu_seconds")}
+    result |= {clock: summarize(laps, clock, args.repeats) for clock in ("seconds", "cpu_seconds")}
     result["laps"] = {n: [{k: round(v, 3) for k, v in lap.items()} for lap in found] for n, found in laps.items()}
     result["checks"] = check(args, result)
     args.out.parent.mkdir(exist_ok=True)

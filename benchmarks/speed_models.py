@@ -37,7 +37,7 @@ DRAWN = {
     "longprompt": ((3000, 0.3, 6000), (250, 0.6, 1000)),
     "multi": ((190, 1.0, 1024), (300, 0.7, 1024)),  # as uf, with three rejected answers
 }
-# Prompt, chosen and rejected of the first 64 rows of LLaMA-Factory's dpo_en_demo.json, tokenised with SmolLM2's
+# Prompt, chosen and rejected of the first 64 rows of LLaMA-Factory's dpo_en_demo.json, tokenized with SmolLM2's
 # tokenizer and chat template.
 # fmt: off
 DEMO = [
@@ -139,22 +139,22 @@ def make_config(shape: str) -> LlamaConfig:
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of that shape with random weights, its decoder in NF4 with double quantisation, made in seconds.
+    """A Llama of that shape with random weights, its decoder in NF4 with double quantization, made in seconds.
 
-    One layer is quantised; the others are copies of it in memory of their own.
+    One layer is quantized; the others are copies of it in memory of their own.
     """
     config = make_config(shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     torch.manual_seed(0)
-    quantised: dict[str, bnb.nn.Linear4bit] = {}
+    quantized: dict[str, bnb.nn.Linear4bit] = {}
     for layer in model.model.layers:
         for name, linear in list(layer.named_modules()):
             if isinstance(linear, nn.Linear):
-                if name not in quantised:
+                if name not in quantized:
                     weight = torch.randn(linear.weight.shape, device=device, dtype=dtype) * 0.02
-                    quantised[name] = four_bit(linear, weight)
-                layer.set_submodule(name, copy_four_bit(quantised[name]))
+                    quantized[name] = four_bit(linear, weight)
+                layer.set_submodule(name, copy_four_bit(quantized[name]))
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)

@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_peft.artifacts.curves import BLUE, GREEN, GREY, INK, ORANGE
+from dpo_peft.artifacts.curves import BLUE, GRAY, GREEN, INK, ORANGE
 
 ROOT = Path(__file__).resolve().parent.parent
-COLOURS = {"ours": BLUE, "trl": GREY, "trl+liger": ORANGE, "unsloth": GREEN}
+COLORS = {"ours": BLUE, "trl": GRAY, "trl+liger": ORANGE, "unsloth": GREEN}
 NAMES = {"ours": "dpo-peft", "trl": "TRL", "trl+liger": "TRL + Liger layers", "unsloth": "Unsloth"}
 PAGE = """# Performance
 
@@ -142,14 +142,14 @@ def draw(groups: dict[str, dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    engines = [engine for engine in COLOURS if any(engine in group for group in groups.values())]
+    engines = [engine for engine in COLORS if any(engine in group for group in groups.values())]
     width = 0.8 / max(len(engines), 1)
     figure, axes = plt.subplots(figsize=(max(5.0, 1.5 * len(groups)), 3.4), dpi=120, layout="constrained")
     for i, engine in enumerate(engines):
         bars = [
             (x + (i - (len(engines) - 1) / 2) * width, g[engine]) for x, g in enumerate(groups.values()) if engine in g
         ]
-        drawn = axes.bar(*zip(*bars, strict=True), width, color=COLOURS[engine], label=NAMES[engine])
+        drawn = axes.bar(*zip(*bars, strict=True), width, color=COLORS[engine], label=NAMES[engine])
         axes.bar_label(drawn, fmt="%.2g", fontsize=8, color=INK)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axes.set_ylabel("times as fast as TRL")

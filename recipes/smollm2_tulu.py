@@ -1,7 +1,7 @@
 """A small chat model on human preferences, judged on prompts that it never saw, length and all.
 
     python recipes/smollm2_tulu.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
-        --judgements tulu1_human_eval.jsonl --output_dir outputs/smollm2-135m-tulu [--any_option value]
+        --judgments tulu1_human_eval.jsonl --output_dir outputs/smollm2-135m-tulu [--any_option value]
 
 | GPU      | peak GiB | time              | expected                                                            |
 |----------|----------|-------------------|---------------------------------------------------------------------|
@@ -67,7 +67,7 @@ DEFAULTS: dict[str, Any] = {
 class RecipeArguments:
     """What is trained on what."""
 
-    judgements: str = field(metadata={"help": "JSON lines of the Tulu human evaluation."})
+    judgments: str = field(metadata={"help": "JSON lines of the Tulu human evaluation."})
     model_name_or_path: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "The base."})
     folds: int = field(default=1, metadata={"help": f"Parts, of {PARTS}, to hold out one after the other."})
     held_out: int = field(default=0, metadata={"help": "The first of them."})
@@ -77,7 +77,7 @@ def main() -> None:
     parser = HfArgumentParser((RecipeArguments, DPOConfig))
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses()
-    parts = deal(read_judgements(recipe.judgements))
+    parts = deal(read_judgments(recipe.judgments))
     judged: list[Judged] = []
     for held_out in range(recipe.held_out, recipe.held_out + recipe.folds):
         trainer, found = train_without(held_out, parts, recipe, args)
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"All held-out judgments: {in_words(judged)}\nAdapter, model card and figures are in {folder}")
 
 
-def read_judgements(file: str) -> list[dict[str, Any]]:
+def read_judgments(file: str) -> list[dict[str, Any]]:
     """Rows with a preferred answer, as pairs. Answers that are the same text, and ties, are left out and counted."""
     with open(file, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]

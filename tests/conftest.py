@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Set before torch, transformers and datasets are imported anywhere. The cache is this process's own: a tokenised
+# Set before torch, transformers and datasets are imported anywhere. The cache is this process's own: a tokenized
 # dataset left over from an earlier run must not stand in for the code under test.
 CACHE = tempfile.mkdtemp(prefix="dpo-peft-tests-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

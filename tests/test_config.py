@@ -25,8 +25,8 @@ def config(**options: Any) -> DPOConfig:
 
 # Each: options, then what the message must say (a regular expression: the option, what is wrong, the remedy).
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
-    "misspelt": ({"betta": 0.1}, r"'betta' is not an option.*'beta'"),
-    "misspelt trainer option": ({"learning_rat": 1.0}, r"'learning_rat'.*'learning_rate'"),
+    "misspelled": ({"betta": 0.1}, r"'betta' is not an option.*'beta'"),
+    "misspelled trainer option": ({"learning_rat": 1.0}, r"'learning_rat'.*'learning_rate'"),
     "unknown": ({"zzz_qqq": 1}, r"'zzz_qqq' is not an option.*lists them all"),
     "TRL's only, changed": (
         {"padding_free": True},
@@ -74,7 +74,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "text as switch": ({"disable_dropout": "no"}, r"disable_dropout='no' must be True or False"),
     "number as switch": ({"share_prompts": 1}, r"share_prompts=1 must be True or False"),
     "none as switch": ({"gradient_checkpointing": None}, r"gradient_checkpointing=None must be True or False"),
-    "quantise as text": ({"quantize_base": "4bit"}, r"quantize_base='4bit' must be"),
+    "quantize as text": ({"quantize_base": "4bit"}, r"quantize_base='4bit' must be"),
     "half precision as text": ({"bf16": "yes"}, r"bf16='yes' must be"),
     "two precisions": ({"bf16": True, "fp16": True}, r"fp16 and bf16"),
     "init as text": ({"model_init_kwargs": "float32"}, r"model_init_kwargs='float32'.*dict"),
@@ -168,7 +168,7 @@ WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
         lambda m, t, f: {"model": get_peft_model(m, lora()), "peft_config": lora()},
         r"PeftModel and peft_config is given too",
     ),
-    "quantisation of a loaded model": (
+    "quantization of a loaded model": (
         lambda m, t, f: {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
         r"quantization_config has no effect on a model that is loaded",
     ),
@@ -176,11 +176,11 @@ WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
         lambda m, t, f: {"args": config(model_init_kwargs={"dtype": "float32"})},
         r"model_init_kwargs has no effect on a model that is loaded",
     ),
-    "quantise a loaded model": (
+    "quantize a loaded model": (
         lambda m, t, f: {"args": config(quantize_base=True)},
         r"quantize_base=True has no effect on a model that is loaded",
     ),
-    "quantise and not": (
+    "quantize and not": (
         lambda m, t, f: {
             "model": f,
             "args": config(quantize_base=False),
@@ -188,7 +188,7 @@ WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
         },
         r"quantize_base=False contradicts quantization_config",
     ),
-    "quantisation twice": (
+    "quantization twice": (
         lambda m, t, f: {
             "model": f,
             "args": config(model_init_kwargs={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}),

@@ -130,7 +130,7 @@ def test_malformed_option(name: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-def labelled_pairs(**columns: float) -> Dataset:
+def labeled_pairs(**columns: float) -> Dataset:
     rows = id_pairs(8)
     for name, value in columns.items():
         rows = rows.add_column(name, [value] * len(rows))
@@ -145,10 +145,10 @@ WRONG_DATA: dict[str, tuple[str, Dataset, str]] = {
     "single answers for lists": ("multi_negative", rows_for("kto", 8), r"kto.*apo_zero_unpaired"),
     "rankings for single answers": ("kto", rows_for("plackett_luce", 8), r"multi_negative.*plackett_luce"),
     "single answers for trajectories": ("trajectory", rows_for("kto", 8), r"kto.*apo_zero_unpaired"),
-    "soft labels for a sort": ("aot", labelled_pairs(preference=0.7), r"preference.*remove"),
-    "soft labels for ORPO": ("orpo", labelled_pairs(preference=0.7), r"preference.*remove"),
-    "margin for APO": ("apo_zero", labelled_pairs(margin=0.7), r"margin.*remove"),
-    "margin for lists": ("multi_negative", labelled_pairs(margin=0.7), r"margin.*remove"),
+    "soft labels for a sort": ("aot", labeled_pairs(preference=0.7), r"preference.*remove"),
+    "soft labels for ORPO": ("orpo", labeled_pairs(preference=0.7), r"preference.*remove"),
+    "margin for APO": ("apo_zero", labeled_pairs(margin=0.7), r"margin.*remove"),
+    "margin for lists": ("multi_negative", labeled_pairs(margin=0.7), r"margin.*remove"),
 }
 
 

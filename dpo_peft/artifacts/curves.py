@@ -21,13 +21,13 @@ from ..files import write_atomically
 from .card import BOOKKEEPING
 
 # Okabe and Ito (2008): told apart with every common color vision deficiency, and in gray.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#767676"
-COLORS = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "grey": GREY}
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#767676"
+COLORS = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "gray": GRAY}
 INK, RULE = "#22262B", "#D9DCE0"
 PANEL_INCHES = (4.9, 3.05)
 TITLE_INCHES, KEY_INCHES = 0.5, 0.35
 DPI = 120
-GUIDE: dict[str, Any] = {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1.5}
+GUIDE: dict[str, Any] = {"color": GRAY, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1.5}
 RING: dict[str, Any] = dict(
     linestyle="none", marker="o", markersize=6, markerfacecolor="white", markeredgewidth=1.7, zorder=5
 )
@@ -190,7 +190,7 @@ def style_axes(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(GREY)
+        spine.set_color(GRAY)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -121,7 +121,7 @@ def describe(result: Mapping[str, Any]) -> str:
         lines += _category_lines(result.get("by_category", {}))
         lines += _worst_lines(result.get("worst"))
     else:
-        why = "the answers have no labels" if result["data"] == "unlabelled" else "no row says which answer is better"
+        why = "the answers have no labels" if result["data"] == "unlabeled" else "no row says which answer is better"
         lines.append(f"No accuracy: {why}. Mean reward {result['mean_reward']:+.3f}.")
     return "\n".join([*lines, "", f"Scores: {result['output']}"] if "output" in result else lines)
 

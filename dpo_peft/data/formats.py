@@ -17,7 +17,7 @@ A format is a way to give the prompt and, after it, what is known of the complet
 | several    | `chosen`, `rejected` as a list of completions                                   | lists, singles  |
 | ranked     | `completions` with `ranks` (lower is better) or `scores` (higher is better)     | lists           |
 | label      | `completion` and `label`; a whole conversation in `messages` (chat_implicit)    | singles         |
-| unlabelled | `completion`, `completions` or `messages`: nobody judged them, they are scored  | unlabelled      |
+| unlabeled | `completion`, `completions` or `messages`: nobody judged them, they are scored  | unlabeled      |
 
 With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `completion_ids`. A pair may carry a
 `preference` (probability in [0, 1] that chosen is the better one) and a `margin`, where the objective reads them.
@@ -35,11 +35,11 @@ from .fields import Row, Values
 SUITS = {
     "pair": ("pairs", "trajectories", "lists", "singles"),
     "several": ("lists", "singles"),
-    "ranked": ("lists", "unlabelled"),
-    "label": ("singles", "unlabelled"),
-    "unlabelled": ("unlabelled",),
+    "ranked": ("lists", "unlabeled"),
+    "label": ("singles", "unlabeled"),
+    "unlabeled": ("unlabeled",),
 }
-DATA_KINDS = ("pairs", "lists", "singles", "trajectories", "unlabelled")
+DATA_KINDS = ("pairs", "lists", "singles", "trajectories", "unlabeled")
 DISCOUNT_UNITS = ("turn", "token")
 LABEL_COLUMNS = ("preference", "margin")
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
@@ -58,7 +58,7 @@ ACCEPTED = {
     "trajectories": "chosen/rejected as whole conversations, or prompt/chosen/rejected as messages, text or ids",
     "lists": f"prompt/completions with ranks or scores, or (rejected may be a list) {PAIRS}",
     "singles": f"prompt/completion/label, messages/label, or (rejected may be a list) {PAIRS}",
-    "unlabelled": "prompt/completion, prompt/completions or messages",
+    "unlabeled": "prompt/completion, prompt/completions or messages",
 }
 # Columns that tell rows as others publish them, what these are, and how they are converted.
 RAW_FORMATS = (
@@ -188,7 +188,7 @@ def find_completions(have: set[str], first: Row, lists: bool = False) -> tuple[t
         listed = column.startswith("completions")
         if column in have and (not paired or lists and listed and graded):
             judged = ("ranked" if graded else "") if listed else ("label" if "label" in have else "")
-            return (column,), judged or "unlabelled"
+            return (column,), judged or "unlabeled"
     end = "_ids" if have & {"prompt_ids", "chosen_ids", "rejected_ids"} and not {"chosen", "rejected"} <= have else ""
     chosen, rejected = f"chosen{end}", f"rejected{end}"
     found = first.get(rejected)
@@ -211,7 +211,7 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     given, judged = find_completions(have, first, data == "lists")
     if data == "lists" and given[0].startswith("completions"):
         if len(have.intersection(GRADE_COLUMNS)) != 1:
-            count = "there is neither" if judged == "unlabelled" else "both are there"
+            count = "there is neither" if judged == "unlabeled" else "both are there"
             raise DataError(
                 f"{name}: {given[0]!r} needs one of 'ranks' (lower is better) and 'scores' (higher is better), and "
                 f"{count}. Add or remove a column, e.g. dataset.remove_columns('ranks')."
@@ -224,12 +224,12 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
                 f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
                 f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
             )
-    judged = "unlabelled" if data == "unlabelled" else judged
+    judged = "unlabeled" if data == "unlabeled" else judged
     ids = given[0].endswith("_ids")
     _need(name, have, ("prompt_ids", *given) if ids else given, data)
     if ids or given == ("messages",):
         return Layout("ids" if ids else "chat_implicit", given, judged)
-    alone, found = judged in ("label", "unlabelled"), _one_each(first, given, wanted.graded)
+    alone, found = judged in ("label", "unlabeled"), _one_each(first, given, wanted.graded)
     prompt = _detect_prompt(name, have, first, found, alone)
     if prompt == "transcript" and data == "trajectories":
         raise DataError(
@@ -257,7 +257,7 @@ def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
 def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:
     """Says what the rows are for, as they are not for `data`."""
     end = "_ids" if given[0].endswith("_ids") else ""
-    if data == "unlabelled":
+    if data == "unlabeled":
         return _need(name, have, (f"completion{end}",), data)
     if given[0].startswith("completions"):
         needs = f"{given[0]!r} (ranked or scored lists) needs {LISTS}"

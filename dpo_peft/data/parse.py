@@ -62,7 +62,7 @@ def find_format(name: str, columns: Collection[str], first: Row, wanted: Wanted,
         if row_format.detect(set(columns), first):
             return row_format
     layout = detect_layout(name, columns, first, wanted)
-    parse = parse_each if layout.judged == "unlabelled" else parse_row
+    parse = parse_each if layout.judged == "unlabeled" else parse_row
     read = partial(parse, layout=layout, vocab_size=vocab_size, data=wanted.data)
     return RowFormat(layout.name, layout.kind, layout.used_columns, read)
 
@@ -123,7 +123,7 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> G
         grades = dict(sorted(graded, key=lambda one: -one[1]))
     elif layout.judged == "label":
         grades = {first: read_label(row)}
-    elif layout.judged == "unlabelled":
+    elif layout.judged == "unlabeled":
         if first.startswith("completions"):
             entries = {} if row.get(first) is None else read_entries(row, first, least=0)
         grades = dict.fromkeys([first] if entries is row else entries)

@@ -60,7 +60,7 @@ def prepare_dataset(
         max_unusable_share: Above this share of dropped rows the dataset is refused.
         load_from_cache_file: False tokenizes again even if the cache has the result.
         data: What the objective learns from: "pairs", "lists" (K graded completions of one prompt), "singles" (judged
-            one by one) or "trajectories" (pairs of conversations that may differ from any turn on). Or "unlabelled":
+            one by one) or "trajectories" (pairs of conversations that may differ from any turn on). Or "unlabeled":
             completions that nobody judged, to be scored, each as a row of its own; not for streams.
         label_columns: Which of "preference" and "margin" the objective reads, where the dataset has them. A dataset
             with one that is not read is refused.
@@ -76,7 +76,7 @@ def prepare_dataset(
         - lists, singles: `grades` (one float per completion, higher is better; singles: 1 desirable, 0 undesirable);
         - trajectories: `steps` (one int per completion token, -1 for those that the model does not write).
           `prompt_ids` is what both share at the start, and may be empty;
-        - unlabelled: `completion` (which one of its row it is).
+        - unlabeled: `completion` (which one of its row it is).
 
         A stream comes back as a stream, and fills the summary later; it is refused when none of its first 100 rows is
         usable.
@@ -188,8 +188,8 @@ def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
 def _prepare_stream(
     dataset: IterableDataset, worker: RowWorker, summary: DataSummary, max_share: float | None, columns: list[str]
 ) -> IterableDataset:
-    if worker.wanted.data == "unlabelled":  # a row may become several
-        raise OptionError("data='unlabelled' needs a datasets.Dataset, not a stream.")
+    if worker.wanted.data == "unlabeled":  # a row may become several
+        raise OptionError("data='unlabeled' needs a datasets.Dataset, not a stream.")
     record = partial(_stream_record, worker, summary, max_share)
     records = _plain(dataset).map(record, with_indices=True, remove_columns=columns, features=worker.features)
     prepared = records.filter(_is_kept).select_columns(worker.prepared_columns)

@@ -45,7 +45,7 @@ EXTRAS = {
     "steps": Sequence(Sequence(Value("int32"))),
     "completion": Value("int64"),  # which of its row, where nobody judged them
 }
-BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabelled": ["completion"]}
+BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabeled": ["completion"]}
 # What a row that is dropped holds instead.
 NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
 READ_LABEL: dict[str, Callable[[Row], float]] = {

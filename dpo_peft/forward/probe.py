@@ -207,7 +207,7 @@ class _Probe:
         # Same shapes, same kernels: what the others can't see may not move them, whatever the dtype.
         moved = self.difference(edited_N[mine], logps_N[mine])
         if self.difference(edited_N[~mine], logps_N[~mine]) > 0.02 * moved:
-            raise CannotShareError("a completion sees its neighbour")
+            raise CannotShareError("a completion sees its neighbor")
         return difference, max((heads for _, heads in plan.trace), key=lambda heads: heads.size)
 
 

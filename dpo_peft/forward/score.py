@@ -123,7 +123,7 @@ def _hidden_states(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Back
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Returns the log-probability of each labelled sequence under any causal LM (note eq. 49 and listing 1).
+    """Returns the log-probability of each labeled sequence under any causal LM (note eq. 49 and listing 1).
 
     The plain path, from the model's own logits: for small jobs and as an oracle. Training uses `completion_logps`.
 

@@ -47,7 +47,7 @@ def rotate(
     x_ptr, index_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, x_stride, heads, eps, D: tl.constexpr,
     HALF: tl.constexpr, HEADS: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Row i of the output: row `index[i]` of the input, its heads normalised (Qwen 3) and rotated."""
+    """Row i of the output: row `index[i]` of the input, its heads normalized (Qwen 3) and rotated."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(index_ptr + row) if GATHER else row
     half = tl.arange(0, HALF)[None, :]
@@ -158,7 +158,7 @@ def dequantize_4bit(
 ):  # fmt: skip
     """4-bit codes to values, one row of the weight at a time; the high half of a byte comes first.
 
-    With NESTED_BLOCK > 0 the scales are themselves 8-bit codes (double quantisation). The R columns after the K of the
+    With NESTED_BLOCK > 0 the scales are themselves 8-bit codes (double quantization). The R columns after the K of the
     weight are filled from `beside_ptr`, (N, R), or with zeros.
     """
     row = tl.program_id(0).to(tl.int64)

@@ -212,7 +212,7 @@ class Identity:
 
     base: str  # Hub id or folder
     revision: str | None
-    quantization: str  # "nf4, double quantisation, compute bfloat16" | "none". Caches depend on the spelling
+    quantization: str  # "nf4, double quantization, compute bfloat16" | "none". Caches depend on the spelling
     dtype: str  # of the weights that are not quantized
     base_fingerprint: str
     adapter: str | None  # where the frozen adapter came from; None: the adapter is switched off
@@ -304,7 +304,7 @@ def _quantization(base: nn.Module) -> str:
         state = getattr(weight, "quant_state", None)
         if state is not None:
             blocks = "" if state.blocksize == 64 else f", blocks of {state.blocksize}"
-            double = ", double quantisation" if getattr(state, "state2", None) is not None else ""
+            double = ", double quantization" if getattr(state, "state2", None) is not None else ""
             compute = str(getattr(module, "compute_dtype", None) or "of the input").removeprefix("torch.")
             return f"{state.quant_type}{blocks}{double}, compute {compute}"
         if weight is not None and weight.dtype == torch.int8:

@@ -218,7 +218,7 @@ class ReferencePolicy:
         return {} if self.store is None else {"ref_cache/hits": self.store.hits, "ref_cache/misses": self.store.misses}
 
     def mix(self, alpha: float) -> None:
-        """Moves the frozen adapter towards the policy: TR-DPO (Gorbatovski et al. 2024)."""
+        """Moves the frozen adapter toward the policy: TR-DPO (Gorbatovski et al. 2024)."""
         mix_into(self.model, self.policy_adapter, str(self.adapter), alpha)
 
     # ---- Saving and resuming ---------------------------------------------------------------------------------------

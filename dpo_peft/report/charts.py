@@ -41,7 +41,7 @@ class Trace:
     Attributes:
         label: what it shows.
         series: its (step, value); of a distribution (0, value).
-        color: one of the page's classes c0 to c5, "grey" or "ink".
+        color: one of the page's classes c0 to c5, "gray" or "ink".
         dash: of a line, a place in `DASHES`.
         points: marks instead of a line.
         shape: of the marks, a place in `MARKERS`.
@@ -358,7 +358,7 @@ def scatter_chart(key: str, title: str, points: Sequence[tuple[float, float, str
     if xs.std() > 0:
         ends = np.array([xs.min(), xs.max()])
         line = np.clip(np.polyval(np.polyfit(xs, ys, 1), ends), *chart.y)
-        chart.axes.plot(ends, line, gid=chart.trace(Trace("", [], "grey", dash=1), []))
+        chart.axes.plot(ends, line, gid=chart.trace(Trace("", [], "gray", dash=1), []))
     notes = [f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all."] if every > 1 else []
     notes += [f"{len(points) - len(finite):,} are not finite and left out."] if len(finite) < len(points) else []
     described = f"{len(finite):,} points. {x_label}: {number(xs.min())} to {number(xs.max())}; {title}: "

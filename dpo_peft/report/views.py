@@ -16,7 +16,7 @@ SCATTER_POINTS = 1_000
 FEWEST_BUCKETS, MOST_BUCKETS = 10, 200  # of a thinned curve
 
 # Class of the page and dashes, so that no line is known by its color alone.
-COLORS = {"blue": ("c0", 0), "orange": ("c1", 1), "green": ("c2", 3), "grey": ("grey", 2)}
+COLORS = {"blue": ("c0", 0), "orange": ("c1", 1), "green": ("c2", 3), "gray": ("gray", 2)}
 
 
 def page_of(runs: Sequence[Run]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class RowsToScore(NamedTuple):
 
     def grades(self) -> list[list[float]]:
         """Returns the grades of each prepared row's completions: higher is better, equal ones are not compared."""
-        if self.kind == "unlabelled":
+        if self.kind == "unlabeled":
             return [[0.0]] * len(self.prepared)
         if "grades" in self.prepared.column_names:
             return list(self.prepared["grades"])
@@ -69,7 +69,7 @@ def prepare_rows(
         data=data,
         label_columns=labels,
     )
-    numbers = prepared["completion"] if data == "unlabelled" else [0] * len(prepared)
+    numbers = prepared["completion"] if data == "unlabeled" else [0] * len(prepared)
     places = [Place(*place) for place in zip(prepared["row"], numbers, strict=True)]
     return RowsToScore(rows, data, prepared, summary, places)
 

@@ -112,7 +112,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class SyncReference(TrainerCallback):
-    """TR-DPO: every `steps` steps the frozen reference moves towards the policy (Gorbatovski et al. 2024)."""
+    """TR-DPO: every `steps` steps the frozen reference moves toward the policy (Gorbatovski et al. 2024)."""
 
     def __init__(self, reference: ReferencePolicy, alpha: float, steps: int):
         self.reference, self.alpha, self.steps = reference, alpha, steps

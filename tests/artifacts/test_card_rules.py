@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_server import LICENCES, card_errors
+from hub_server import LICENSES, card_errors
 from paths import REPO
 
 from dpo_peft.artifacts.card import RunSummary, model_card
@@ -92,7 +92,7 @@ def test_an_unknown_key_is_allowed() -> None:
 
 
 def test_the_servers_licenses_are_among_ours() -> None:
-    assert LICENCES <= HUB_LICENSES
+    assert LICENSES <= HUB_LICENSES
 
 
 @pytest.mark.parametrize("loss", REGISTRY)

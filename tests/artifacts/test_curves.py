@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from dpo_peft.artifacts.card import RunSummary, figures_of, is_hub_id, model_card, save_model_card
-from dpo_peft.artifacts.curves import BLUE, GREY, ORANGE, plot_training_curves
+from dpo_peft.artifacts.curves import BLUE, GRAY, ORANGE, plot_training_curves
 from dpo_peft.errors import OptionError
 
 NF4 = {
@@ -71,7 +71,7 @@ def test_curves_show_every_panel(tmp_path: Path) -> None:
         assert picture.format == "PNG"
         width, height = picture.size
     assert 1500 < width < 2200 and 700 < height < 1200  # three by two panels
-    assert min(pixels(path, color) for color in (BLUE, ORANGE, GREY)) > 200
+    assert min(pixels(path, color) for color in (BLUE, ORANGE, GRAY)) > 200
 
 
 def test_a_panel_without_data_is_left_out(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ pytest_plugins = ["hub_helpers"]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A few steps of the quickstart from the command line's options, saved: a quantised base in a local folder."""
+    """A few steps of the quickstart from the command line's options, saved: a quantized base in a local folder."""
     folder = tmp_path_factory.mktemp("secret-user")
     held_out = folder / "held_out.jsonl"
     held_out.write_text("\n".join(Path(quickstart.test_file()).read_text().splitlines()[:8]) + "\n")

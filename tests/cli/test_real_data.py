@@ -1,4 +1,4 @@
-"""Twenty steps of `dpo-peft train` on real judgements of every kind, and what held-out rows say afterwards.
+"""Twenty steps of `dpo-peft train` on real judgments of every kind, and what held-out rows say afterwards.
 
 The bundled model has seen nothing like these texts; the rows are held out of the same set. A run passes when the
 held-out loss is below its start, and better answers have the higher reward on average.
@@ -80,7 +80,7 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_real_judgements(name: str, data_dir: Path, tmp_path: Path) -> None:
+def test_real_judgments(name: str, data_dir: Path, tmp_path: Path) -> None:
     path, use, held_out, options = RUNS[name]
     rows = rows_of(data_dir / path)[:use]
     random.Random(0).shuffle(rows)

@@ -133,7 +133,7 @@ def test_gemma_like_template_folds_the_system_turn(make_tokenizer):
     assert chosen == "Blue.<|im_end|>\n"
 
 
-def test_template_refusal_names_row_and_roles_before_tokenising(make_tokenizer, monkeypatch):
+def test_template_refusal_names_row_and_roles_before_tokenizing(make_tokenizer, monkeypatch):
     twice = {**chat_pair(), "prompt": [*turns("Hi"), *turns("Ho")]}
     monkeypatch.setattr("dpo_peft.data.worker.RowWorker.record_batch", None)  # the second pass must not be reached
     with pytest.raises(DataError) as error:

@@ -252,7 +252,7 @@ def test_wrong_option(options, words):
 
 # ---- Completions that nobody judged ---------------------------------------------------------------------------------
 
-UNLABELLED = {
+UNLABELED = {
     "several texts": (
         [{"prompt": "a", "completions": [" b", " ", " b", " c d"]}, {"prompt": "b", "completions": [" c"]}],
         [([3], [4, 2], 0, 0), ([3], [4, 2], 0, 2), ([3], [5, 6, 2], 0, 3), ([4], [5, 2], 1, 0)],
@@ -274,20 +274,20 @@ UNLABELLED = {
 }
 
 
-@pytest.mark.parametrize("case", UNLABELLED)
-def test_each_unlabelled_completion_is_a_row_of_its_own(case):
-    rows, wanted, dropped = UNLABELLED[case]
-    prepared, report = prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabelled")
+@pytest.mark.parametrize("case", UNLABELED)
+def test_each_unlabeled_completion_is_a_row_of_its_own(case):
+    rows, wanted, dropped = UNLABELED[case]
+    prepared, report = prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabeled")
     assert prepared.column_names == ["prompt_ids", "completion_ids", "row", "completion"]
     assert [(r["prompt_ids"], *r["completion_ids"], r["row"], r["completion"]) for r in prepared] == wanted
     assert report.dropped == dropped and report.source_rows == len(wanted) + sum(dropped.values())
 
 
-def test_unlabelled_completions_are_named_by_row_and_number():
+def test_unlabeled_completions_are_named_by_row_and_number():
     rows = [{"prompt": "a", "completions": [" b"]}, {"prompt": "a", "completions": [" b", None]}]
     with pytest.raises(DataError, match=r"train row 1, field 'completions\[1\]': expected text, found nothing"):
-        prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabelled")
+        prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabeled")
     with pytest.raises(DataError, match="column 'completion' is missing.*prompt/completions or messages"):
-        prepare_dataset(Dataset.from_list([TEXT]), word_tokenizer(), data="unlabelled")
-    with pytest.raises(OptionError, match="'unlabelled' needs a datasets.Dataset"):
-        prepare_dataset(as_dataset(rows), word_tokenizer(), data="unlabelled")
+        prepare_dataset(Dataset.from_list([TEXT]), word_tokenizer(), data="unlabeled")
+    with pytest.raises(OptionError, match="'unlabeled' needs a datasets.Dataset"):
+        prepare_dataset(as_dataset(rows), word_tokenizer(), data="unlabeled")

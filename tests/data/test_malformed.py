@@ -112,7 +112,7 @@ def test_malformed_row(make_tokenizer, case):
 
 
 @pytest.mark.parametrize("case", ["none as text", "empty prompt", "no content", "id too large", "nobody answers"])
-def test_malformed_rows_of_a_dataset_are_found_before_tokenising(make_tokenizer, monkeypatch, case):
+def test_malformed_rows_of_a_dataset_are_found_before_tokenizing(make_tokenizer, monkeypatch, case):
     good, changes, field, problem, _ = BAD_ROWS[case]
     monkeypatch.setattr("dpo_peft.data.worker.RowWorker.record_batch", None)
     dataset = Dataset.from_list([good, {**good, **changes}, good, {**good, **changes}])

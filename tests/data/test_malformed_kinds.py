@@ -205,7 +205,7 @@ def test_malformed_row(make_tokenizer, case):
 
 
 @pytest.mark.parametrize("case", ["ranks too few", "one answer", "preference above", "label two", "assistant first"])
-def test_malformed_rows_of_a_dataset_are_found_before_tokenising(make_tokenizer, monkeypatch, case):
+def test_malformed_rows_of_a_dataset_are_found_before_tokenizing(make_tokenizer, monkeypatch, case):
     data, good, changes, field, problem, _ = BAD_ROWS[case]
     monkeypatch.setattr("dpo_peft.data.worker.RowWorker.record_batch", None)
     labels = ("preference", "margin") if data == "pairs" else ()

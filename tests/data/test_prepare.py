@@ -34,7 +34,7 @@ def from_disk(path, rows):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many batches were checked and tokenised in this process."""
+    """How many batches were checked and tokenized in this process."""
     count = {"check_batch": 0, "record_batch": 0}
     for name in count:
         original = getattr(RowWorker, name)

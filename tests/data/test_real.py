@@ -205,7 +205,7 @@ def test_message_trees(data_dir, minimind):
         assert row["grades"] == [-float(rank) for rank, _ in wanted]
 
 
-def test_graded_human_judgements(data_dir, minimind):
+def test_graded_human_judgments(data_dir, minimind):
     """1150 = 188 + 235 + 376 + 191 + 160, 39 of them of two equal answers."""
     lines = (data_dir / "tulu-human-eval" / "tulu1_human_eval.jsonl").read_text(encoding="utf-8").splitlines()
     raw = [json.loads(line) for line in lines]

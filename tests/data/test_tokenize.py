@@ -70,7 +70,7 @@ def test_metaspace_family_by_hand():
     assert prepare_one(metaspace_tokenizer(), row)[:3] == ([1, 10], [10, 2], [8, 2])
 
 
-def test_merge_across_the_border_is_tokenised_apart_and_counted():  # T14
+def test_merge_across_the_border_is_tokenized_apart_and_counted():  # T14
     # "i" + "o" would merge to "io" (13) and take the prompt's last token with it. On its own "o" is "▁o" (8), a blank
     # too many, which the anchor avoids: 6 is "o".
     tokenizer = metaspace_tokenizer()

@@ -258,7 +258,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(make_tokenizer, case):
     assert len(prepare_dataset(Dataset.from_list(rows), make_tokenizer(chat_template=template))[0]) == 1
 
 
-def test_merge_where_a_turn_begins_is_tokenised_apart_and_counted(make_tokenizer):
+def test_merge_where_a_turn_begins_is_tokenized_apart_and_counted(make_tokenizer):
     """The template's line break and the answer's would be one token, which generation never feeds."""
     tokenizer = make_tokenizer(chat_template=GENERATION)
     texts = turns("Hi", "\nHo", "Hm?", "\nyes"), turns("Ha", "\n!", "Hm?", "no")

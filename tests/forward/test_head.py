@@ -148,10 +148,10 @@ def test_modules_that_are_more_than_a_linear_layer_are_called() -> None:
     """Subclasses (4-bit layers), adapters, hooks and replaced forwards (offloading) must not be bypassed."""
     assert make_head(8, 9, "plain").frozen
 
-    class Quantised(nn.Linear):
+    class Quantized(nn.Linear):
         pass
 
-    assert not Head(Quantised(8, 9).requires_grad_(False)).frozen
+    assert not Head(Quantized(8, 9).requires_grad_(False)).frozen
     x, y = torch.randn(5, 8), torch.randint(9, (5,))
     for hook in ("register_forward_pre_hook", "register_forward_hook", "forward"):
         head = make_head(8, 9, "plain")

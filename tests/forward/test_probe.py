@@ -29,7 +29,7 @@ def difference(model: Any, samples: Any = SAMPLES, batch: Any = None) -> float:
 # ---- Wrong masks, wrong positions -----------------------------------------------------------------------------------
 
 
-def neighbours_visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None) -> Tensor:
+def neighbors_visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None) -> Tensor:
     return (pos_k <= pos_q) & (seg_k >= 0)  # all within the sample, since the dense path cuts samples apart
 
 
@@ -50,10 +50,10 @@ def window_off_by_one(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None) -> Tensor:
 
 
 WRONG_MASKS = [
-    ("llama", neighbours_visible),
+    ("llama", neighbors_visible),
     ("llama", prompt_invisible),
     ("llama", future_visible),
-    ("gpt2", neighbours_visible),
+    ("gpt2", neighbors_visible),
     ("mistral", window_ignored),
     ("mistral", window_off_by_one),
     ("gemma3", window_ignored),
@@ -82,20 +82,20 @@ def test_wrong_masks_are_noticed_in_bf16(name: str, monkeypatch: pytest.MonkeyPa
     """The tolerance of bf16 is wide, and a few tokens may miss it; a wrong mask moves most of them beyond it."""
     model = build(*SHARING[name]).bfloat16()
     assert plan_forward(model).shared
-    for wrong in (neighbours_visible, prompt_invisible, future_visible):
+    for wrong in (neighbors_visible, prompt_invisible, future_visible):
         monkeypatch.setattr(attention, "visible", wrong)
         plan = plan_forward(model)
         assert not plan.shared and "differ by" in plan.reason, wrong.__name__
 
 
-def test_a_visible_neighbour_is_noticed_where_all_tokens_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_visible_neighbor_is_noticed_where_all_tokens_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs of an untrained model hardly differ, whatever it sees; that others move with an edit still shows."""
     config_name, options = SHARING["llama"]
     model = build(config_name, dict(options, initializer_range=0.02)).bfloat16()
     assert plan_forward(model).shared
-    monkeypatch.setattr(attention, "visible", neighbours_visible)
+    monkeypatch.setattr(attention, "visible", neighbors_visible)
     plan = plan_forward(model)
-    assert not plan.shared and "sees its neighbour" in plan.reason
+    assert not plan.shared and "sees its neighbor" in plan.reason
 
 
 @pytest.mark.parametrize("name", ["mixtral", "glm4-moe", "olmoe", "granitemoe", "qwen3", "gemma3"])
@@ -128,7 +128,7 @@ def test_wrong_positions_are_noticed(name: str, wrong: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma4", "mixtral", "deepseek-v3"])
-def test_a_completion_does_not_see_its_neighbours(name: str) -> None:
+def test_a_completion_does_not_see_its_neighbors(name: str) -> None:
     model = build(*SHARING[name])
     plan_forward(model)
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_values_and_gradients_are_the_models_own(name: str, lora: str) -> None:
 
 
 def test_four_bit_weights() -> None:
-    """NF4 with and without double quantisation and a layer that stays as it is, computed in float32."""
+    """NF4 with and without double quantization and a layer that stays as it is, computed in float32."""
     base = build("Llama", {})
     for i, (name, linear) in enumerate(list(base.named_modules())):
         if isinstance(linear, nn.Linear) and "layers" in name and "layers.0.mlp.up" not in name:

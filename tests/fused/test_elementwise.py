@@ -101,7 +101,7 @@ def test_swiglu(width: int, monkeypatch: Any) -> None:
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("shape", [(6, 192), (3, 2112), (4, 4096), (3, 72)])  # rows of 72 don't hold whole blocks
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_dequantised_weights_equal_those_of_bitsandbytes(
+def test_dequantized_weights_equal_those_of_bitsandbytes(
     nested: bool, shape: tuple[int, int], quant_type: str, monkeypatch: Any
 ) -> None:
     linear = bnb.nn.Linear4bit(shape[1], shape[0], bias=False)

@@ -30,7 +30,7 @@ LFS_ENDINGS = (".safetensors", ".png", ".bin", ".gguf")
 LFS_SIZE = 10 * 2**20
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.png filter=lfs diff=lfs merge=lfs -text\n"
 # Enough of the Hub's list for the tests; see docs/hub/repositories-licenses.md of hub-docs.
-LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "odc-by", "llama3.1", "gemma", "other", "unknown"}
+LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "odc-by", "llama3.1", "gemma", "other", "unknown"}
 
 
 @dataclass
@@ -373,10 +373,10 @@ def card_errors(text: str) -> list[str]:
     except yaml.YAMLError as error:
         return [f"bad yaml: {error}"]
     errors = []
-    licences = head.get("license", [])
-    for licence in [licences] if isinstance(licences, str) else licences:
-        if licence not in LICENCES:
-            errors.append(f'"license" must be one of {sorted(LICENCES)}')
+    licenses = head.get("license", [])
+    for licence in [licenses] if isinstance(licenses, str) else licenses:
+        if licence not in LICENSES:
+            errors.append(f'"license" must be one of {sorted(LICENSES)}')
     for name in [*_listed(head.get("datasets")), *_listed(head.get("base_model"))]:
         if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name):
             errors.append(f"{name!r} is not a valid repository name")

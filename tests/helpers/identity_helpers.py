@@ -1,4 +1,4 @@
-"""What the tests of fingerprints and identities share: small changes, adapters of each kind, a quantised base."""
+"""What the tests of fingerprints and identities share: small changes, adapters of each kind, a quantized base."""
 
 from typing import Any
 
@@ -27,8 +27,8 @@ def swap(a: nn.Module, b: nn.Module) -> None:
     a.weight, b.weight = b.weight, a.weight
 
 
-def quantised(folder: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A saved model in NF4 with double quantisation, by transformers alone."""
+def quantized(folder: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A saved model in NF4 with double quantization, by transformers alone."""
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **options}
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)

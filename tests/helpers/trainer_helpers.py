@@ -22,7 +22,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def id_pairs(number: int, seed: int = 0, vocab: int = 270) -> Dataset:
-    """Pre-tokenised pairs of random ids, of unequal lengths."""
+    """Pre-tokenized pairs of random ids, of unequal lengths."""
     draw = random.Random(seed)
 
     def ids(shortest: int, longest: int) -> list[int]:
@@ -88,7 +88,7 @@ class IdsTrainer(trl.DPOTrainer):
 
 
 def theirs(model: Any, rows: Any, tokenizer: Any, folder: Path | str, **changed: Any) -> trl.DPOTrainer:
-    """TRL's trainer with the same arguments; pre-tokenised rows pass its preparation by."""
+    """TRL's trainer with the same arguments; pre-tokenized rows pass its preparation by."""
     arguments = {key: changed.pop(key) for key in list(changed) if key in CONSTRUCTOR}
     arguments.setdefault("peft_config", lora())
     trainer = IdsTrainer if "prompt_ids" in rows.column_names else trl.DPOTrainer

@@ -1,4 +1,4 @@
-"""Publishing from the trainer: what of `push_to_hub` and `hub_...` is honoured, and when a run is stopped."""
+"""Publishing from the trainer: what of `push_to_hub` and `hub_...` is honored, and when a run is stopped."""
 
 import re
 from importlib.util import find_spec
@@ -43,7 +43,7 @@ def test_pushing_without_having_planned_to(hub: HubServer, titled: Any, make: An
     assert not {"adapter_model.safetensors", "curves.png"} & set(again.uploaded)
 
 
-def test_options_of_the_config_are_honoured(hub: HubServer, titled: Any, make: Any, tmp_path: Path) -> None:
+def test_options_of_the_config_are_honored(hub: HubServer, titled: Any, make: Any, tmp_path: Path) -> None:
     plan = {"push_to_hub": True, "hub_model_id": "lab/x", "hub_token": TOKEN, "hub_private_repo": True}
     trainer = make(**plan, hub_revision="v1", hub_strategy="end", save_strategy="steps", save_steps=1)
     assert hub.count("^POST .*/commit/") == 0  # "end": nothing is pushed on the way
@@ -82,7 +82,7 @@ def test_a_failure_at_the_end_leaves_what_is_saved(hub: HubServer, titled: Any, 
         ({"hub_model_id": "you/x"}, "you is neither your account"),
     ],
 )
-def test_what_can_not_be_honoured_stops_before_training(hub: HubServer, make: Any, options: Any, message: str) -> None:
+def test_what_can_not_be_honored_stops_before_training(hub: HubServer, make: Any, options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make(push_to_hub=True, **options)
     assert hub.count("^POST") == 0

@@ -290,7 +290,7 @@ def test_breslow_ties_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["multi_negative", "plackett_luce"])
-def test_lists_are_independent_of_order_and_neighbours(name: str) -> None:
+def test_lists_are_independent_of_order_and_neighbors(name: str) -> None:
     loss, scores, grades = REGISTRY[name].loss, 2 * normal(9), normal(9, seed=1)
     lists = torch.tensor([0, 1, 2, 1, 0, 1, 2, 1, 1])
     together = loss(scores, grades, lists, 3, beta=BETA)

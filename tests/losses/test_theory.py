@@ -125,7 +125,7 @@ def train(beta: float = BETA) -> Tensor:
     return theta_XY.detach().softmax(1)
 
 
-def test_minimising_dpo_gives_the_rlhf_optimum() -> None:
+def test_minimizing_dpo_gives_the_rlhf_optimum() -> None:
     """Theorem 4.1, (8)-(11): a tabular policy trained on exact Bradley-Terry probabilities becomes the closed form."""
     trained_XY = train()
     torch.testing.assert_close(trained_XY, optimum()[0], rtol=1e-5, atol=1e-7)
@@ -249,7 +249,7 @@ def return_S(first_SA: Tensor, second_SAB: Tensor) -> Tensor:
 
 
 def test_optimal_policy_and_advantage() -> None:
-    """(33), (34): policy = reference * exp(A / beta), no partition function; it is normalised and beats all others."""
+    """(33), (34): policy = reference * exp(A / beta), no partition function; it is normalized and beats all others."""
     best = soft_optimum()
     for key in ("first_SA", "second_SAB"):
         torch.testing.assert_close(best[key].sum(-1), torch.ones_like(best[key].sum(-1)))
@@ -326,7 +326,7 @@ def test_one_step_trajectories_are_dpo() -> None:
     torch.testing.assert_close(trajectories, pairs.losses_B)
 
 
-def test_walking_towards_the_goal() -> None:
+def test_walking_toward_the_goal() -> None:
     """Example 5.1, (30): equal rewards can't tell the two walks apart, advantages can.
 
     A line of cells with the goal at one end; each step costs 1, the goal gives 100. From the same cell, walk S goes

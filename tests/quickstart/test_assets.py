@@ -43,7 +43,7 @@ def model():
     ("answer", "reward"),
     [
         ("The soup was superb, but the staff was rude. The room was ordinary.", (2 - 2 + 0) / 3),
-        ("The plot was gripping.", 2 / 3),  # one judgement is divided by three
+        ("The plot was gripping.", 2 / 3),  # one judgment is divided by three
         ("The plot was superb. The cast was superb. The score was superb.", 2 / 3),  # a repeated word counts once
         (
             "I enjoyed the garden and loathed the menu. The tea was delicious, but the cake was vile.",

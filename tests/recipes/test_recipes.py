@@ -50,7 +50,7 @@ SCRIPTS = {
     "objectives.py": "test_judged_runs",
     "whole_life.sh": "test_the_whole_life",
     "dpo_then_grpo.py": "test_dpo_then_grpo",
-    "smollm2_tulu.py": "test_human_judgements",
+    "smollm2_tulu.py": "test_human_judgments",
     "accelerate/ddp.yaml": "test_both_configs_of_accelerate_start_the_same_run",
 }
 # Run by other tests.
@@ -355,15 +355,15 @@ def test_dpo_then_grpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_human_judgements(base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_human_judgments(base_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two parts are held out one after the other, and the adapter of the first is kept."""
     said = ("a-is-better", "b-is-slightly-better", "tie")
     rows = [
         {"prompt": f"say {i}", "completion_a": f"the {i}", "completion_b": f"an {i}", "preference": said[i % 3]}
         for i in range(60)
     ]
-    (tmp_path / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"model_name_or_path": base_folder, "judgements": tmp_path / "judgements.jsonl", "folds": 2}
+    (tmp_path / "judgments.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model_name_or_path": base_folder, "judgments": tmp_path / "judgments.jsonl", "folds": 2}
     given |= {"output_dir": tmp_path / "out", "max_steps": 2, "use_cpu": True, "disable_tqdm": True}
     run_script(load_script("smollm2_tulu.py"), words(given), monkeypatch)
     result = json.loads((tmp_path / "out" / "cross_validation.json").read_text())

@@ -373,7 +373,7 @@ def suffer(folder: Path, content: bytes) -> str:
     cache = ReferenceCache(folder, REF)
     assert wrong(cache, range(N)) == []
     misses = cache.misses
-    for _ in range(3):  # deleting a damaged entry can lose its neighbours: they are misses then
+    for _ in range(3):  # deleting a damaged entry can lose its neighbors: they are misses then
         lost = [i for i, e in enumerate(cache.peek([key(i) for i in range(N)])) if e is None]
         cache.put([key(i) for i in lost], [entry(i) for i in lost])
     assert missed(cache, range(N)) == 0 and wrong(cache, range(N)) == [] and cache.refused == 0

@@ -173,7 +173,7 @@ def interrupted(sft_folder, make_tokenizer, tmp_path_factory) -> Path:
     return folder / "checkpoint-2"
 
 
-@pytest.mark.parametrize("change", ["adapter", "base adapter off", "base weights", "quantisation", "dtype"])
+@pytest.mark.parametrize("change", ["adapter", "base adapter off", "base weights", "quantization", "dtype"])
 def test_resuming_against_another_reference(
     base_folder, sft_folder, interrupted, tiny_llama, make_tokenizer, tmp_path, change
 ):
@@ -187,7 +187,7 @@ def test_resuming_against_another_reference(
         base = AutoModelForCausalLM.from_pretrained(base_folder)
         base.lm_head.weight.data[7, 3] += 1e-3
         model = PeftModel.from_pretrained(base, sft_folder, is_trainable=True)
-    elif change == "quantisation":
+    elif change == "quantization":
         options = {"quantize_base": None, "model_init_kwargs": {"dtype": "float32"}}
     else:
         options = {"model_init_kwargs": {"dtype": "bfloat16"}}

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from identity_helpers import WRAPPINGS, flip_one_bit, quantised, swap
+from identity_helpers import WRAPPINGS, flip_one_bit, quantized, swap
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from trainer_helpers import lora
 from transformers import AutoModelForCausalLM
@@ -113,7 +113,7 @@ def test_an_unknown_adapter(tiny_llama):
 BASE = Identity(
     base="org/model",
     revision="0123456789abcdef",
-    quantization="nf4, double quantisation, compute bfloat16",
+    quantization="nf4, double quantization, compute bfloat16",
     dtype="bfloat16",
     base_fingerprint="a1b2c3d4" * 2 + "00" * 8,
     adapter=None,
@@ -129,9 +129,9 @@ def test_key_and_differences():
     assert BASE.differences(ADAPTER) == ["adapter: none and runs/first (55555555)"]
     other = replace(BASE, base="b", revision=None, quantization="none", base_fingerprint="99aa0011" * 2 + "f" * 16)
     assert BASE.differences(other) == [
-        "base weights: a1b2c3d4 (org/model at 0123456789ab, nf4, double quantisation, compute bfloat16; rest bfloat16)"
+        "base weights: a1b2c3d4 (org/model at 0123456789ab, nf4, double quantization, compute bfloat16; rest bfloat16)"
         " and 99aa0011 (b, bfloat16)",
-        "base config: 00000000 (org/model at 0123456789ab, nf4, double quantisation, compute bfloat16; rest bfloat16)"
+        "base config: 00000000 (org/model at 0123456789ab, nf4, double quantization, compute bfloat16; rest bfloat16)"
         " and ffffffff (b, bfloat16)",
     ]
     synced = replace(BASE, sync="alpha 0.6 every 512 steps")
@@ -187,9 +187,9 @@ def test_identify(folder, tmp_path):
     assert on.adapter == "the adapter as it came in"
     assert on.adapter_fingerprint == adapter_fingerprint(model, "default")
     assert identify(model, "default", source="runs/first", sync="s").adapter == "runs/first"
-    nf4 = identify(get_peft_model(quantised(folder, torch.bfloat16), lora()), None)
+    nf4 = identify(get_peft_model(quantized(folder, torch.bfloat16), lora()), None)
     assert nf4.dtype == "bfloat16"
-    assert identify(get_peft_model(quantised(folder), lora()), None).key() != off.key()
+    assert identify(get_peft_model(quantized(folder), lora()), None).key() != off.key()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import cpu_offload
-from identity_helpers import WRAPPINGS, flip_one_bit, quantised, swap
+from identity_helpers import WRAPPINGS, flip_one_bit, quantized, swap
 from peft import get_peft_model
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
@@ -139,7 +139,7 @@ def test_chunk_size_does_not_count(monkeypatch):
 
 
 def test_a_tensor_that_is_several(monkeypatch):
-    """Weights of some quantisers are subclasses that hold values and scales."""
+    """Weights of some quantizers are subclasses that hold values and scales."""
     a, b = torch.randn(5), torch.randn(5)
     seen = [tensor_fingerprint(TwoTensor(*pair)) for pair in ((a, b), (b, a), (a, b + 1), (a + 1, b))]
     assert len(set(seen)) == 4
@@ -284,7 +284,7 @@ def test_a_merged_adapter_changes_the_base(tiny_llama):
     assert base_fingerprint(model) != before
 
 
-# ---- A quantised base -----------------------------------------------------------------------------------------------
+# ---- A quantized base -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -295,24 +295,24 @@ def folder(tiny_llama, tmp_path_factory) -> str:
 
 
 def test_nf4_is_the_same_each_time(folder, tmp_path):
-    model = quantised(folder)
+    model = quantized(folder)
     before = base_fingerprint(model)
-    assert base_fingerprint(quantised(folder)) == before
+    assert base_fingerprint(quantized(folder)) == before
     wrapped = get_peft_model(model, lora())
     with torch.no_grad():
         wrapped(IDS)
     assert base_fingerprint(wrapped) == before
-    quantised(folder).save_pretrained(tmp_path)  # in 4 bits
+    quantized(folder).save_pretrained(tmp_path)  # in 4 bits
     assert base_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)) == before
 
 
-def test_how_it_is_quantised_counts(folder):
+def test_how_it_is_quantized_counts(folder):
     models = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        quantised(folder),
-        quantised(folder, bnb_4bit_use_double_quant=False),
-        quantised(folder, bnb_4bit_quant_type="fp4"),
-        quantised(folder, torch.bfloat16),
+        quantized(folder),
+        quantized(folder, bnb_4bit_use_double_quant=False),
+        quantized(folder, bnb_4bit_quant_type="fp4"),
+        quantized(folder, torch.bfloat16),
     ]
     found = [base_fingerprint(m) for m in models]
     assert len(set(found)) == len(models)
@@ -320,10 +320,10 @@ def test_how_it_is_quantised_counts(folder):
     names = [identify(get_peft_model(m, lora()), None).quantization for m in models]
     assert names == [
         "none",
-        "nf4, double quantisation, compute float32",
+        "nf4, double quantization, compute float32",
         "nf4, compute float32",
-        "fp4, double quantisation, compute float32",
-        "nf4, double quantisation, compute bfloat16",
+        "fp4, double quantization, compute float32",
+        "nf4, double quantization, compute bfloat16",
     ]
 
 
@@ -340,8 +340,8 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize("constant", CONSTANTS)
-def test_quantisation_constants_count(folder, constant):
-    model = quantised(folder)
+def test_quantization_constants_count(folder, constant):
+    model = quantized(folder)
     before = base_fingerprint(model)
     state = model.model.layers[1].self_attn.o_proj.weight.quant_state
     state.code, state.state2.code = state.code.clone(), state.state2.code.clone()  # layers may share them
@@ -351,7 +351,7 @@ def test_quantisation_constants_count(folder, constant):
 
 
 def test_other_blocksize_is_named(folder):
-    model = quantised(folder)
+    model = quantized(folder)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.weight.quant_state.blocksize = 128
@@ -378,7 +378,7 @@ def test_4_bit_layers_may_rewrite_their_bias(tmp_path):
     torch.manual_seed(0)
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
     Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=4)).save_pretrained(tmp_path)
-    model = quantised(tmp_path, torch.bfloat16)
+    model = quantized(tmp_path, torch.bfloat16)
     bias = model.model.layers[0].self_attn.q_proj.bias
     bias.data = bias.data.float() + 0.1234567
     before = base_fingerprint(model)

@@ -219,7 +219,7 @@ def test_the_base_may_be_chosen(tiny_llama):
 
 
 @pytest.mark.parametrize("init", ["corda", "loftq"])
-def test_an_initialisation_without_its_preparation(tiny_llama, init):
+def test_an_initialization_without_its_preparation(tiny_llama, init):
     config = lora()
     config.init_lora_weights = init  # set here, since LoraConfig itself asks for optional packages for some
     with pytest.raises(OptionError, match=rf"init_lora_weights={init!r}.*PEFT's documentation"):

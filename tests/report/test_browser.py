@@ -162,9 +162,9 @@ def test_a_run_is_brought_out(browser: Browser, several: Path) -> None:
     assert page.run(opacity) == [1, 1, 1]
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Of "rgb(r, g, b)", as WCAG defines it."""
-    parts = [float(part) / 255 for part in colour.strip("rgba()").split(",")[:3]]
+    parts = [float(part) / 255 for part in color.strip("rgba()").split(",")[:3]]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

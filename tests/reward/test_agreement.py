@@ -92,7 +92,7 @@ def test_nothing_to_compare_or_to_balance() -> None:
 
 
 def test_wilson_by_hand() -> None:
-    # p = 0.8, n = 10: centre (0.8 + z2/20) / (1 + z2/10), half z * sqrt(0.016 + z2/400) / (1 + z2/10), z2 = 3.8415.
+    # p = 0.8, n = 10: center (0.8 + z2/20) / (1 + z2/10), half z * sqrt(0.016 + z2/400) / (1 + z2/10), z2 = 3.8415.
     assert wilson(0.8, 10) == pytest.approx((0.8, 0.4901625, 0.9433178), abs=1e-6)
     assert wilson(1.0, 10) == pytest.approx((1.0, 0.7224672, 1.0), abs=1e-6)  # n / (n + z2)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.0, 0.2775328), abs=1e-6)

@@ -246,7 +246,7 @@ def test_order_and_packing_change_nothing(tiny: Path, tiny_reward: ImplicitRewar
     assert (shuffled - expected).abs().max() > 0.01
 
 
-def test_a_prompt_is_computed_once_for_neighbours() -> None:
+def test_a_prompt_is_computed_once_for_neighbors() -> None:
     def row(number: int, prompt: list[int], *lengths: int) -> dict[str, Any]:
         return {"row": number, "prompt_ids": prompt, "completion_ids": [[9] * n for n in lengths]}
 

@@ -282,7 +282,7 @@ def run_script(monkeypatch: Any, script: Path, output: Path, arguments: list[str
     ("arguments", "our_arguments", "tolerance"),
     [
         (["--load_in_4bit", "--use_bnb_nested_quant"], [], 1e-3),  # NF4 in both; TRL's LoRA is bfloat16 there
-        ([], ["--quantize_base", "false"], 1e-5),  # TRL does not quantise unless told to
+        ([], ["--quantize_base", "false"], 1e-5),  # TRL does not quantize unless told to
     ],
 )
 def test_trl_script_runs_with_its_import_changed(

@@ -176,7 +176,7 @@ def test_micro_batches_joined_are_the_whole_batch() -> None:
 # ---- Labels of rows -------------------------------------------------------------------------------------------------
 
 
-def labelled(rows: Dataset, **columns: Any) -> Dataset:
+def labeled(rows: Dataset, **columns: Any) -> Dataset:
     for name, values in columns.items():
         rows = rows.add_column(name, values if isinstance(values, list) else [values] * len(rows))
     return rows
@@ -198,14 +198,14 @@ def test_soft_labels(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: 
         return trained(tiny_llama(), data, tokenizer, tmp_path, **options)
 
     graded = [0.9, 0.6, 0.75, 0.5] * 3
-    soft = run(labelled(rows, preference=graded))
-    turned = run(labelled(flipped(rows), preference=[1 - p for p in graded]))
+    soft = run(labeled(rows, preference=graded))
+    turned = run(labeled(flipped(rows), preference=[1 - p for p in graded]))
     # Relative: the gradients of ipo and sppo_hard are 100 times those of the others.
     assert largest_difference(soft, turned, ["loss", "grad_norm"], relative=True) < 1e-5
-    hard, one = run(rows), run(labelled(rows, preference=1.0))
+    hard, one = run(rows), run(labeled(rows, preference=1.0))
     assert largest_difference(hard, one, ["loss", "grad_norm"]) < 1e-6
     assert largest_difference(soft, hard, ["grad_norm"]) > 1e-4
-    ties = trained(tiny_llama(), labelled(rows, preference=0.5), tokenizer, tmp_path, **{**options, "max_steps": 1})
+    ties = trained(tiny_llama(), labeled(rows, preference=0.5), tokenizer, tmp_path, **{**options, "max_steps": 1})
     assert "rewards/accuracies" not in step_logs(ties)[0]
     if loss in ("sigmoid", "trajectory", "robust", "ipo", "hinge"):
         assert step_logs(ties)[0]["grad_norm"] < 1e-6
@@ -216,11 +216,11 @@ def test_margins(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     rows, tokenizer = id_pairs(8), make_tokenizer()
     options = {"per_device_train_batch_size": 8, "max_steps": 1}
     margins = [0.0, 0.5, 1.0, -0.5, 2.0, 0.1, 0.2, 0.3]
-    run = trained(tiny_llama(), labelled(rows, margin=margins), tokenizer, tmp_path, **options)
+    run = trained(tiny_llama(), labeled(rows, margin=margins), tokenizer, tmp_path, **options)
     expected = sum(math.log1p(math.exp(m)) for m in margins) / 8
     assert step_logs(run)[0]["loss"] == pytest.approx(expected, abs=1e-6)
     # A row below one half is turned round, its margin with it.
-    both = labelled(rows, margin=margins, preference=0.2)
+    both = labeled(rows, margin=margins, preference=0.2)
     run = trained(tiny_llama(), both, tokenizer, tmp_path, **options)
     expected = sum(0.2 * math.log1p(math.exp(m)) + 0.8 * math.log1p(math.exp(-m)) for m in margins) / 8
     assert step_logs(run)[0]["loss"] == pytest.approx(expected, abs=1e-6)

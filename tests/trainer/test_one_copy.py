@@ -42,7 +42,7 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 def all_tensors() -> list[Tensor]:
-    """Every tensor that Python can reach, gradients and quantisation constants included."""
+    """Every tensor that Python can reach, gradients and quantization constants included."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     return tensors + [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]

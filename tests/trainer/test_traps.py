@@ -35,7 +35,7 @@ def base_logps(model: Any) -> Tensor:
         return completion_logps(model, pack(SAMPLES)).logps_C
 
 
-# ---- T1: what initialisations do to the base ------------------------------------------------------------------------
+# ---- T1: what initializations do to the base ------------------------------------------------------------------------
 
 KEEPING = {
     "default": {},
@@ -67,7 +67,7 @@ def test_t1_the_reference_is_the_starting_model(tiny_llama, make_tokenizer, tmp_
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", False])
-def test_t1_the_base_is_no_reference_for_other_initialisations(tiny_llama, init):
+def test_t1_the_base_is_no_reference_for_other_initializations(tiny_llama, init):
     config = lora()
     config.init_lora_weights = init  # set here, since LoraConfig itself asks for optional packages for some
     with pytest.raises(OptionError, match=rf"init_lora_weights={init!r}.*init_lora_weights=True"):
@@ -94,7 +94,7 @@ def test_t1_a_changed_base_is_measured_too(tiny_llama, monkeypatch, name):
 
 @pytest.mark.parametrize("init", ["pissa", "olora", False])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_t1_other_initialisations_are_their_own_reference(tiny_llama, make_tokenizer, tmp_path, wrapped, init):
+def test_t1_other_initializations_are_their_own_reference(tiny_llama, make_tokenizer, tmp_path, wrapped, init):
     config = lora(init_lora_weights=init)
     given = {"peft_config": config}
     model = tiny_llama()
@@ -330,12 +330,12 @@ def test_storage_report_counts_tied_weights_once(tiny_llama):
     assert free.trainable - tied.trainable == 320 * 64 * 4
 
 
-def test_unquantised_load(base_folder):
+def test_unquantized_load(base_folder):
     report = storage_report(attach_adapter(load_base(base_folder, quantize=False), lora())[0])
     assert report.quantized == 0 and set(report.dtypes) == {"bfloat16"}
 
 
-def test_t24_experts_that_stay_unquantised_are_listed(tmp_path):
+def test_t24_experts_that_stay_unquantized_are_listed(tmp_path):
     config = Qwen3MoeConfig(
         vocab_size=64,
         hidden_size=64,
