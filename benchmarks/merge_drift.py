@@ -118,7 +118,7 @@ def smollm2(folder: str, data: Path, work: Path, steps: int) -> list[dict[str, A
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """A row per adapter; in each cell the mean over tokens and how many greedy answers are the same."""
+    """A row per adapter; in each cell the mean over tokens and how many greedy completions are the same."""
     columns = [(onto, dtype) for onto in ("dequantized", "base16") for dtype in ("float32", "bfloat16")]
     heads = ["model", "embeddings", "adapter", "adapter moves", *(f"`{onto}`, {dtype}" for onto, dtype in columns)]
     lines = [f"| {' | '.join(heads)} |", "|---|---|---|---:|---:|---:|---:|---:|"]

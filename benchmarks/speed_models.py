@@ -88,7 +88,7 @@ def lengths(work: str, number: int, seed: int = 0) -> list[Lengths]:
 
 
 def make_rows(sizes: list[Lengths], vocab: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of random ids; `rejected_ids` is a list of answers where a row has several."""
+    """Rows of random ids; `rejected_ids` is a list of completions where a row has several."""
     draw = random.Random(seed + 1)
     rows = []
     for size in sizes:
@@ -99,7 +99,7 @@ def make_rows(sizes: list[Lengths], vocab: int, seed: int = 0) -> list[dict[str,
 
 
 def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows for a trainer that knows pairs only: one pair for each rejected answer."""
+    """The same rows for a trainer that knows pairs only: one pair for each rejected completion."""
     pairs = []
     for row in rows:
         several = isinstance(row["rejected_ids"][0], list)

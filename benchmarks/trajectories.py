@@ -69,7 +69,7 @@ def rows_of(name: str, number: int) -> list[Row]:
 
 
 def singles(pairs: list[Row]) -> list[Row]:
-    """Single judged answers: of three pairs both answers, of the fourth the worse one alone."""
+    """Single judged completions: of three pairs both answers, of the fourth the worse one alone."""
     rows = []
     for i, pair in enumerate(pairs):
         rows += [{"prompt": pair["prompt"], "completion": pair["chosen"], "label": True}] if i % 4 else []
@@ -156,7 +156,7 @@ def of_pairs(**options: Any) -> Callable[[Path, float], DPOTrainer]:
 
 
 def of_singles(folder: Path, scale_beta: float) -> DPOTrainer:
-    """KTO on single judged answers; mismatched answers give its reference point."""
+    """KTO on single judged completions; mismatched completions give its reference point."""
     return run(folder, singles(rows_of("train.jsonl", 160)), scale_beta, loss_type="kto", undesirable_weight=0.75)
 
 

@@ -166,8 +166,8 @@ class DPOConfig(TrainingArguments):
     ipo_length_normalize: bool = flag(False, "ipo: log-ratios per token, as TRL has them, instead of their sums.")
     simpo_gamma: float = number(1.0, "simpo: target margin of the rewards.", minimum=0)
     cpo_alpha: float = number(1.0, "cpo: weight of its SFT term.", minimum=0)
-    desirable_weight: float = number(1.0, "kto: weight of desirable answers.", above=0)
-    undesirable_weight: float = number(1.0, "kto: weight of undesirable answers.", above=0)
+    desirable_weight: float = number(1.0, "kto: weight of desirable completions.", above=0)
+    undesirable_weight: float = number(1.0, "kto: weight of undesirable completions.", above=0)
     discount_gamma: float = number(
         1.0, "trajectory: step t counts discount_gamma to the power of t.", above=0, maximum=1
     )
@@ -178,9 +178,9 @@ class DPOConfig(TrainingArguments):
         0,
         0,
         "Held-out prompts to answer before training and at every evaluation, for samples.jsonl and the model card; 4 "
-        "are enough to see trouble. Default: none, as a batch of answers takes time and memory.",
+        "are enough to see trouble. Default: none, as a batch of completions takes time and memory.",
     )
-    sample_max_new_tokens: int = whole(128, 1, "sample_prompts: longest answer, in tokens.", needs="sample_prompts")
+    sample_max_new_tokens: int = whole(128, 1, "sample_prompts: most tokens of each.", needs="sample_prompts")
     sample_temperature: float = number(
         0.0, "sample_prompts: 0 takes the likeliest token each time, 1 samples.", minimum=0, needs="sample_prompts"
     )

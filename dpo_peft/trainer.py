@@ -8,7 +8,7 @@ batches can be laid out, and then `compute_loss` is the whole method:
 The loss is any of the registry in `losses/`, or a mix. Constructor, option names, metric names and dataset formats are
 those of `trl.DPOTrainer`.
 
-Shape suffixes: I items of the loss (pairs, lists or single answers), B pairs, C completions (of a pair: chosen at
+Shape suffixes: I items of the loss (pairs, lists or single completions), B pairs, C completions (of a pair: chosen at
 even, rejected at odd indices), N predicted tokens.
 """
 
@@ -59,8 +59,8 @@ class DPOTrainer(Trainer):
         eval_dataset: the same, or a dict of several by name.
         processing_class: the tokenizer; loaded from the model's name if None.
         compute_metrics: gets, for pairs, `predictions` (pairs, 2), the implicit rewards of chosen and rejected, and
-            `label_ids` (pairs,), all zeros: the index of the better one. For lists and single answers, `predictions`
-            (completions,) and `label_ids` (completions, 2): grade (higher is better) and dataset row.
+            `label_ids` (pairs,), all zeros: the index of the better one. For lists and single completions,
+            `predictions` (completions,) and `label_ids` (completions, 2): grade (higher is better) and dataset row.
         callbacks, optimizers: as in `transformers.Trainer`.
         quantization_config: replaces the default NF4 configuration of a model given by name.
         peft_config: a LoraConfig; defaults to rank 16 on all linear layers.

@@ -8,11 +8,11 @@ Command:   python recipes/build_quickstart_model.py --output dpo_peft/quickstart
 Expected:  1.012 nats per held-out token in NF4 (1.011 in fp32). The NF4 model is the quickstart's reference policy:
            its answers at temperature 1 have true reward -0.02 +- 0.58, all end by themselves, and 98.7 % of their word
            trigrams are known to the grammar (99.7 % for the grammar's own new text). 1243 training and 266 held-out
-           pairs, reward gap 1.46 on average; the longer answer is the chosen one in 50.0 % and 47.4 % of them.
+           pairs, reward gap 1.46 on average; the longer completion is the chosen one in 50.0 % and 47.4 % of them.
 
 Steps: write chats with the grammar of `recipes/quickstart_grammar`, train a byte-level BPE and a small Llama on them,
-load that model in NF4, sample several answers to each of many new prompts, and pair a good with a bad one by the true
-reward. Held-out prompts ask about subjects that no training prompt names. Another machine rounds differently and so
+load that model in NF4, sample several completions to each of many new prompts, and pair a good with a bad one by the
+true reward. Held-out prompts ask about subjects that no training prompt names. Another machine rounds differently and so
 samples other answers: the shipped files are one run's.
 
 What did not work: 1400 steps of AdamW without the toned start (see `pretrain`) gave models as fluent (1.03 nats)

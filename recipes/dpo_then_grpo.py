@@ -13,8 +13,8 @@ Expected: mean true reward of fresh answers -0.04 from the base, +1.43 after DPO
 
 The true reward, which neither training has seen, judges both. GRPO keeps the KL penalty at DPO's beta and does not
 rescale rewards, so that its optimum is DPO's own policy (note eqs. 1 to 4). A learned reward holds near its reference
-only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +111, and the answers to heaps of words (true
-reward +0.01, fluency 0.016).
+only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +111, and the completions to heaps of words
+(true reward +0.01, fluency 0.016).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, quickstart
 from dpo_peft.quickstart.sampling import sample_answers
 from dpo_peft.reference.adapter_off import reference_mode
 
-JUDGED = 128  # held-out prompts, an answer to each
+JUDGED = 128  # held-out prompts, a completion to each
 ANSWERS = 8  # that GRPO compares, to each prompt
 
 

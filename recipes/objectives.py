@@ -15,7 +15,7 @@ Expected:
 | reference_free | simpo           | 1 minute             | 0.48 -> 0.69      | 1.7 std                 | 1.8      |
 
 Std is the standard deviation of the true reward before training; samples stay as fluent as before. Accuracy is
-over any two answers that are known to be a better and a worse one: of a pair, of a list, of all single answers.
+over any two completions known to be a better and a worse one: of a pair, of a list, of all single completions.
 
 The pairs that the package ships are turned into the kind of data that the objective learns from, and kept in the
 output folder: `dpo_peft/quickstart/forms.py` says how. `--dataset_name` and `--eval_dataset_name` give other data.

@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.5, help="of DPO")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="of each round")
     parser.add_argument("--reference", default="initial", choices=["initial", "base"], help="of the later rounds")
-    parser.add_argument("--held_out", type=int, default=256, help="fresh answers that judge each adapter")
+    parser.add_argument("--held_out", type=int, default=256, help="fresh completions that judge each adapter")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--output_dir", default="outputs/on_policy", help="gets a folder for each round")
     args = parser.parse_args(argv)

@@ -139,7 +139,7 @@ def in_words(judged: Sequence[Judged]) -> str:
     figures = agreement(tally_rows(judged))
     return (
         f"{figures.comparisons} pairs, accuracy {figures.accuracy}, length-balanced {figures.length_balanced}, "
-        f"the longer answer is better {figures.length_only}"
+        f"the longer completion is better {figures.length_only}"
     )
 
 

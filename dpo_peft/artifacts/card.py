@@ -34,9 +34,9 @@ BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(run
 MODEL_INDEX = {
     "rewards/accuracies": ("accuracy", "Preference accuracy"),
     "accuracies/length_balanced": ("accuracy", "Preference accuracy, balanced by length"),
-    "accuracies/length_only": ("accuracy", "Accuracy of picking the longer answer, for comparison"),
+    "accuracies/length_only": ("accuracy", "Accuracy of picking the longer completion, for comparison"),
     "rewards/margins": ("reward_margin", "Reward margin, nats"),
-    "kl": ("kl_divergence", "KL to the reference, nats per answer"),
+    "kl": ("kl_divergence", "KL to the reference, nats per completion"),
     "loss": ("loss", "Loss"),
 }
 BUNDLED = Path(__file__).parents[1] / "quickstart" / "model"  # the base that the package ships

@@ -97,7 +97,7 @@ def as_text(report: "MergeReport") -> str:
             f"on {drift.tokens:,} tokens of {drift.rows}, which the adapter itself moves by "
             f"{drift.adapter_token:.2g} each",
         ],
-        "greedy": [f"{drift.greedy_equal} of {drift.greedy_prompts} answers are the same, token for token"],
+        "greedy": [f"{drift.greedy_equal} of {drift.greedy_prompts} completions are the same, token for token"],
     }
     if drift.accuracy_adapter is not None and drift.accuracy_merged is not None:
         told["margins"] = [

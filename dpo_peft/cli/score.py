@@ -103,13 +103,13 @@ def _categories(options: ScoreOptions, rows: "Dataset") -> list[str]:
 
 # ---- For people -----------------------------------------------------------------------------------------------------
 
-UNITS = {"pairs": "pairs", "trajectories": "pairs of conversations", "lists": "lists"}  # of others: answers
+UNITS = {"pairs": "pairs", "trajectories": "pairs of conversations", "lists": "lists"}  # of others: completions
 TITLE = f"{'':<34} accuracy  95 % interval   comparisons"
 
 
 def describe(result: Mapping[str, Any]) -> str:
     """Returns the result in plain words."""
-    what = f"{result['scored_rows']:,} {UNITS.get(result['data'], 'answers')} of {result['rows']:,} rows scored"
+    what = f"{result['scored_rows']:,} {UNITS.get(result['data'], 'completions')} of {result['rows']:,} rows scored"
     if dropped := sum(result["dropped"].values()):
         what += f", {dropped:,} dropped (see above)"
     if result["truncated"]:
@@ -121,7 +121,8 @@ def describe(result: Mapping[str, Any]) -> str:
         lines += _category_lines(result.get("by_category", {}))
         lines += _worst_lines(result.get("worst"))
     else:
-        why = "the answers have no labels" if result["data"] == "unlabeled" else "no row says which answer is better"
+        unlabeled = result["data"] == "unlabeled"
+        why = "the completions have no labels" if unlabeled else "no row says which completion is better"
         lines.append(f"No accuracy: {why}. Mean reward {result['mean_reward']:+.3f}.")
     return "\n".join([*lines, "", f"Scores: {result['output']}"] if "output" in result else lines)
 
@@ -131,9 +132,9 @@ def _accuracy_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         _line("all", found["accuracy"], found["comparisons"]),
         _line("length-balanced", found["length_balanced"]),
-        _line("  better answer is longer", {"value": longer["accuracy"]}, longer["comparisons"]),
-        _line("  better answer is shorter", {"value": shorter["accuracy"]}, shorter["comparisons"]),
-        _line('"the longer answer is better"', found["length_only"]),
+        _line("  better completion is longer", {"value": longer["accuracy"]}, longer["comparisons"]),
+        _line("  better completion is shorter", {"value": shorter["accuracy"]}, shorter["comparisons"]),
+        _line('"the longer completion is better"', found["length_only"]),
     ]
 
 

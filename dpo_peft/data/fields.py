@@ -40,7 +40,7 @@ def read_text(row: Row, column: str) -> str:
     if not isinstance(value, str):
         sharegpt = isinstance(value, Mapping) and "value" in value
         remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
-        _expect(value, str, column, "text", remedy if sharegpt else "store the answer as text, or remove the row")
+        _expect(value, str, column, "text", remedy if sharegpt else "store the completion as text, or remove the row")
     _check_utf8(value, column)
     return str(value)
 
@@ -64,11 +64,12 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
 
 def read_entries(row: Row, column: str, least: int = 1) -> Values:
     """Returns the values of a list by their names in messages: {"completions[0]": …}."""
-    values = _expect(_get(row, column), list, column, "a list of answers", "store a list")
+    values = _expect(_get(row, column), list, column, "a list of completions", "store a list")
     if len(values) < least:
         empty = "" if values else ", an empty list"
-        wanted = "at least one answer" if least == 1 else f"at least {least} answers to compare"
-        raise RowProblem(column, f"holds {len(values)} answers{empty}", f"give every row {wanted}, or remove the row")
+        wanted = "at least one completion" if least == 1 else f"at least {least} completions to compare"
+        remedy = f"give every row {wanted}, or remove the row"
+        raise RowProblem(column, f"holds {len(values)} completions{empty}", remedy)
     return {f"{column}[{index}]": value for index, value in enumerate(values)}
 
 
@@ -98,7 +99,8 @@ def read_label(row: Row) -> float:
     """Returns 1.0 for a desirable completion, 0.0 for an undesirable one."""
     value = _get(row, "label")
     if type(value) not in (bool, int) or value not in (0, 1):
-        raise RowProblem("label", f"expected True or False, found {_name(value)}", "store True for a desirable answer")
+        remedy = "store True for a desirable completion"
+        raise RowProblem("label", f"expected True or False, found {_name(value)}", remedy)
     return float(value)
 
 
@@ -107,7 +109,7 @@ def read_grades(row: Row, count: int) -> list[float]:
     column = "ranks" if "ranks" in row else "scores"
     entries = read_entries(row, column, least=0)
     if len(entries) != count:
-        raise RowProblem(column, f"{len(entries)} {column} for {count} answers", "give each answer one")
+        raise RowProblem(column, f"{len(entries)} {column} for {count} completions", "give each completion one")
     grades = [read_number(entries, entry) for entry in entries]
     return [0.0 - grade for grade in grades] if column == "ranks" else grades
 

@@ -48,7 +48,7 @@ ASKING_ROLES = ("user", "system", "developer")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 LISTS = "an objective that learns from lists (loss_type 'multi_negative' or 'plackett_luce')"
-SINGLES = "an objective that learns from single judged answers (loss_type 'kto' or 'apo_zero_unpaired')"
+SINGLES = "an objective that learns from single judged completions (loss_type 'kto' or 'apo_zero_unpaired')"
 PAIRS = (
     "prompt/chosen/rejected as text or lists of messages, chosen/rejected that start alike (implicit prompt), raw HH "
     "transcripts, or prompt_ids/chosen_ids/rejected_ids"
@@ -262,11 +262,11 @@ def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: 
     if given[0].startswith("completions"):
         needs = f"{given[0]!r} (ranked or scored lists) needs {LISTS}"
     elif judged == "several":
-        needs = f"{given[1]!r} as a list of answers needs {LISTS}"
+        needs = f"{given[1]!r} as a list of completions needs {LISTS}"
     elif judged == "label":
-        needs = f"'label' (one judged answer per row) needs {SINGLES}"
+        needs = f"'label' (one judged completion per row) needs {SINGLES}"
     elif data == "singles":
-        needs = "a judged answer needs a 'label' column (True for desirable)"
+        needs = "a judged completion needs a 'label' column (True for desirable)"
     else:
         return _need(name, have, (f"chosen{end}", f"rejected{end}"), data)
     raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
@@ -306,7 +306,7 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: Values, alone: 
     if "text" in kinds or "list" not in kinds and prompt != "list":
         if prompt == "list":
             raise DataError(
-                f"{name}: 'prompt' is a list of messages but {columns} hold text. Make the answers "
+                f"{name}: 'prompt' is a list of messages but {columns} hold text. Make the completions "
                 'messages too: [{"role": "assistant", "content": text}].'
             )
         if prompt:
@@ -318,7 +318,7 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: Values, alone: 
             )
         if alone:
             raise DataError(
-                f"{name}: no 'prompt' column. Add it: one answer alone doesn't show where its prompt ends."
+                f"{name}: no 'prompt' column. Add it: one completion alone doesn't show where its prompt ends."
             )
         return "transcript" if all(str(text).startswith(HUMAN) for text in found.values()) else "text_implicit"
     if prompt == "list":

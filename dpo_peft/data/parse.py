@@ -226,7 +226,7 @@ def _cut_judged(messages: Messages) -> tuple[Messages, list[Messages]]:
         found = f"ends with a {messages[-1]['role']!r} turn" if messages else "is an empty conversation"
         raise RowProblem(
             "messages",
-            "has no turn before the judged one" if messages and not cut else f"{found}, so there is no judged answer",
+            "has no turn before the judged one" if messages and not cut else f"{found}: no completion is judged",
             "end the conversation with the judged assistant turn, after the user's",
         )
     return messages[:cut], [messages[cut:]]
@@ -258,7 +258,7 @@ def _chat(row: Row, given: Given, prompt: Messages, completions: list[Messages],
     if not all(isinstance(message.get("content"), str) and message["role"] == "assistant" for message in joined):
         raise RowProblem(
             "prompt",
-            "ends with an assistant turn, so the answers go on with it; that needs plain text on both sides",
+            "ends with an assistant turn, so the completions go on with it; that needs plain text on both sides",
             "end the prompt with the user's turn, or make the last and the first content plain text",
         )
     chat = read_tools(row), read_template_kwargs(row)

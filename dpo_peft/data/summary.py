@@ -27,12 +27,12 @@ REASONS = {
         "remove these rows or give prompt, chosen and rejected yourself",
     ),
     "no_common_prompt": ("chosen and rejected share no start", "add a 'prompt' column"),
-    "no_ranking": ("all answers have the same grade", "remove these rows"),
+    "no_ranking": ("all completions have the same grade", "remove these rows"),
     "no_single_best": (
-        "several answers share the best grade, and the objective needs one best",
+        "several completions share the best grade, and the objective needs one best",
         "remove all but one of them or use loss_type='plackett_luce'",
     ),
-    "same_text_ranked_apart": ("the same text has two grades", "remove these rows or the repeated answers"),
+    "same_text_ranked_apart": ("the same text has two grades", "remove these rows or the repeated completions"),
     "nothing_scored": (
         "a trajectory has no token of the assistant's where it differs, or truncation took them",
         "remove these rows, raise max_length or use another truncation_mode",
@@ -78,7 +78,7 @@ class DataSummary:
     completions_trimmed: int = 0  # completions
     ends_lost: int = 0  # completions whose end token was cut off
     boundary_resplits: int = 0  # completions tokenized on their own, as a token would have crossed the border
-    swapped: int = 0  # pairs whose preference was below 0.5: the rejected answer now stands first
+    swapped: int = 0  # pairs whose preference was below 0.5: the rejected completion now stands first
     ties: int = 0  # pairs with preference 0.5
     desirable: int = 0  # completions that were judged one by one
     undesirable: int = 0
@@ -177,7 +177,7 @@ class DataSummary:
         lines += [f"  {count} {note}" for count, note in notes if count]
         if self.desirable or self.undesirable:
             alone = "" if self.desirable and self.undesirable else "; with one kind alone there is nothing to compare"
-            lines.append(f"  answers: {self.desirable} desirable, {self.undesirable} undesirable{alone}")
+            lines.append(f"  completions: {self.desirable} desirable, {self.undesirable} undesirable{alone}")
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)

@@ -33,7 +33,7 @@ UNMOVED_LOGS = 10  # ... that so many logs have been written of
 
 REMEDIES = {
     "likelihood-displacement": "Add an SFT term (loss_type: [sigmoid, sft]), lower learning_rate, raise beta or stop "
-    "earlier; look at samples (sample_prompts), and at pairs whose two answers are almost the same.",
+    "earlier; look at samples (sample_prompts), and at pairs whose two completions are almost the same.",
     "high-kl": "Raise beta, lower learning_rate or stop earlier, and look at samples (sample_prompts).",
     "reward-saturation": "More steps bring little: stop here, or use harder pairs; with wrong labels among them "
     "label_smoothing or loss_type ipo bounds the margin.",
@@ -153,9 +153,9 @@ def _displacement(run: Run) -> Iterator[str]:
         per_token = run.per_token(-change)
         if per_token >= DISPLACED_NATS and gain > 0 and -change >= DISPLACED_SHARE * gain:
             yield (
-                f"Chosen answers have become less likely {where}: by {-change:.1f} nats an answer ({per_token:.2f} a "
+                f"Chosen completions have become less likely {where}: by {-change:.1f} nats each ({per_token:.2f} a "
                 f"token), while rejected ones fell by {gain - change:.1f}. The margin grows, and probability goes to "
-                "answers that are neither."
+                "completions that are neither."
             )
 
 
@@ -164,7 +164,7 @@ def _high_kl(run: Run) -> Iterator[str]:
     for look in run.looks():
         kl = look.now.get("kl", 0.0)
         if (per_token := run.per_token(kl)) >= HIGH_KL:
-            what = f"kl is {kl:.1f} nats an answer, {per_token:.2f} a token"
+            what = f"kl is {kl:.1f} nats a completion, {per_token:.2f} a token"
             yield f"The policy is far from its reference {look.where}: {what}."
 
 
@@ -188,7 +188,7 @@ def _length(run: Run) -> Iterator[str]:
         if decided >= LENGTH_ONLY and accuracy >= LENGTH_ONLY:
             side = "longer" if by_length > 0.5 else "shorter"
             yield (
-                f"The {side} answer is the better one in {decided:.0%} of pairs {where}, so an accuracy of "
+                f"The {side} completion is the better one in {decided:.0%} of pairs {where}, so an accuracy of "
                 f"{accuracy:.0%} says nothing beyond length."
             )
         longer, shorter = now.get("accuracies/chosen_longer"), now.get("accuracies/chosen_shorter")
@@ -201,7 +201,7 @@ def _length(run: Run) -> Iterator[str]:
         error = math.sqrt(sum(p * (1 - p) / n for p, n in shares))
         if abs(longer - shorter) >= max(LENGTH_GAP, 3 * error):
             yield (
-                f"Accuracy leans on length {where}: {longer:.0%} where the longer answer is the better one, "
+                f"Accuracy leans on length {where}: {longer:.0%} where the longer completion is the better one, "
                 f"{shorter:.0%} where the shorter one is."
             )
 

@@ -4,7 +4,7 @@ FlashAttention's algorithm (Dao et al. 2022, 2023): scores are made block by blo
 makes them again from the logarithms of their sums. Three things are particular to the layout.
 
 A tile's rows are the tokens of one segment times the query heads that share a key head: row r is token r // GROUP and
-head r % GROUP. So tiles are few tokens high, which suits short answers and wastes little on the diagonal, keys are
+head r % GROUP. So tiles are few tokens high, which suits short completions and wastes little on the diagonal, keys are
 read once for all heads, and the gradients to keys add up those heads without atomic operations.
 
 The keys that a tile sees are one range with at most one gap in it: [prompt | other completions | own tokens]. They

@@ -15,7 +15,7 @@ from .registry import WEIGHTS, register
 
 @register(
     "-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2",
-    use_when="The likelihood of the chosen answers must not fall.",
+    use_when="The likelihood of the chosen completions must not fall.",
     why_beta="TRL's default; the paper's runs use 0.01.",
     shaping=WEIGHTS,
 )
@@ -67,7 +67,7 @@ def sppo_hard_loss(chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: 
 
 @register(
     "1 - sigmoid(r_w) + sigmoid(r_l)",
-    use_when="The chosen answers are better than what the model writes.",
+    use_when="The chosen completions are better than what the model writes.",
     why_beta="The value of the paper (section 5.2), and TRL's default.",
     shaping=WEIGHTS,
 )
@@ -83,7 +83,7 @@ def apo_zero_loss(chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, beta: f
 
 @register(
     "sigmoid(r_w) + 1 - sigmoid(h)",
-    use_when="The model already writes better than the chosen answers.",
+    use_when="The model already writes better than the chosen completions.",
     why_beta="The value of the paper (section 5.2), and TRL's default.",
     shaping=WEIGHTS,
 )

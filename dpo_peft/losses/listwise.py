@@ -21,8 +21,8 @@ def segment_logsumexp(values_C: Tensor, segment_of_C: Tensor, num_segments: int)
 
 @register(
     "-log(exp(r_w) / (exp(r_w) + sum_i exp(r_i)))",
-    use_when="One best answer and several worse ones per prompt.",
-    why_beta="That of sigmoid, which this is for one rejected answer.",
+    use_when="One best completion and several worse ones per prompt.",
+    why_beta="That of sigmoid, which this is for one rejected completion.",
     data="lists",
     shaping=("reward_clip",),
 )
@@ -51,8 +51,8 @@ def multi_negative_loss(
 
 @register(
     "sum_i log sum over {j not above i} of exp(r_j - r_i)",
-    use_when="Answers are ranked, and the order of the lower ones can be trusted too.",
-    why_beta="That of sigmoid, which this is for two answers.",
+    use_when="Completions are ranked, and the order of the lower ones can be trusted too.",
+    why_beta="That of sigmoid, which this is for two completions.",
     data="lists",
     shaping=("reward_clip",),
 )

@@ -43,7 +43,7 @@ def smoothed_logistic(h: Tensor, label_smoothing: float) -> Tensor:
 
 @register(
     "-log sigmoid(h)",
-    use_when="The default: one better and one worse answer per prompt.",
+    use_when="The default: one better and one worse completion per prompt.",
     why_beta="The value of the paper (appendix B), and TRL's default.",
 )
 def sigmoid_loss(
@@ -135,7 +135,7 @@ def ipo_loss(
 
 @register(
     "KL((sigmoid(h), sigmoid(-h)) || (1 - e, e))",
-    use_when="The policy should concentrate on the better answers instead of covering all of them.",
+    use_when="The policy should concentrate on the better completions instead of covering all of them.",
     why_beta="The value of the paper (appendix B), and TRL's default.",
 )
 def exo_pair_loss(
@@ -215,7 +215,7 @@ def discopop_loss(
 
 @register(
     "-log sigmoid(beta * (s_w / |y_w| - s_l / |y_l|))",
-    use_when="The longer answer is mostly the chosen one, and answers should not grow.",
+    use_when="The longer completion is mostly the chosen one, and completions should not grow.",
     why_beta="TRL's default; scores per token are small, so the paper takes 5.",
 )
 def sigmoid_norm_loss(
@@ -269,7 +269,7 @@ def aot_loss(
 
 @register(
     "-log sigmoid(beta * (sort(s_w) - sort(s_l)))",
-    use_when="As aot, where good and bad answers need not belong to the same prompts.",
+    use_when="As aot, where good and bad completions need not belong to the same prompts.",
     shaping=("ld_alpha",),
     batch_coupled=True,
 )

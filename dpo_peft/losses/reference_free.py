@@ -17,7 +17,7 @@ from .registry import register
 
 @register(
     "-log pi(y_w) per token",
-    use_when="As one part of a mix, to keep the likelihood of the chosen answers up.",
+    use_when="As one part of a mix, to keep the likelihood of the chosen completions up.",
     why_beta="It has no beta.",
 )
 def sft_loss(chosen_nll_B: Tensor, mean_chosen_length: Tensor | float) -> Tensor:
@@ -32,7 +32,7 @@ def sft_loss(chosen_nll_B: Tensor, mean_chosen_length: Tensor | float) -> Tensor
 
 @register(
     "-log sigmoid(beta * (logp_w / |y_w| - logp_l / |y_l|) - gamma)",
-    use_when="No time or memory for a reference, and answers should not grow longer.",
+    use_when="No time or memory for a reference, and completions should not grow longer.",
     why_beta="The paper's runs use 2 and more: log-probs per token are small. TRL's default is 0.1.",
 )
 def simpo_loss(
@@ -96,7 +96,7 @@ def orpo_loss(
 
 @register(
     "-log sigmoid(beta * (logp_w - logp_l)) - alpha * log pi(y_w) per token",
-    use_when="Chosen answers are excellent and of about the same length, as in translation.",
+    use_when="Chosen completions are excellent and of about the same length, as in translation.",
     why_beta="The paper's value, and TRL's default.",
 )
 def cpo_loss(

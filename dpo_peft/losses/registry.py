@@ -40,7 +40,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "pairs": _OF_PAIRS,
     "trajectories": _OF_PAIRS,
     "lists": (*_OF_COMPLETIONS, "sample_of_C", "num_samples"),  # which list; how many there are
-    "singles": (*_OF_COMPLETIONS, "mismatched_scores_M"),  # of answers to other prompts, without gradient
+    "singles": (*_OF_COMPLETIONS, "mismatched_scores_M"),  # of completions to other prompts, without gradient
 }
 
 
@@ -96,7 +96,7 @@ class Objective:
         # Those of a config; `loss_options` holds those of a loss from outside.
         self.heeds = self.options if name else shaping
         self.batch_coupled = batch_coupled or "mismatched_scores_M" in self.inputs
-        # Whether p * loss(w, l) + (1 - p) * loss(l, w) is meaningful: not with a term of the chosen answer alone.
+        # Whether p * loss(w, l) + (1 - p) * loss(l, w) is meaningful: not with a term of the chosen completion alone.
         paired = data in ("pairs", "trajectories")
         self.soft_labels = paired and not self.batch_coupled and "chosen_nll_B" not in self.inputs
         # What the forward pass must return per token beside log-probs.

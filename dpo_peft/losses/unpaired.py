@@ -2,7 +2,7 @@
 
 A score is log pi(y|x) - log pi_ref(y|x), in nats.
 
-Shape suffixes: C completions, M mismatched answers. Every loss returns (C,), in the dtype of the scores.
+Shape suffixes: C completions, M mismatched completions. Every loss returns (C,), in the dtype of the scores.
 """
 
 import torch
@@ -12,10 +12,10 @@ from .registry import register
 
 
 def reference_point(mismatched_scores_M: Tensor) -> Tensor:
-    """Returns KTO's z_ref: the mean score of answers that belong to other prompts, at least 0; 0-dim, detached, nats.
+    """Returns KTO's z_ref: the mean score of completions that belong to other prompts, at least 0; 0-dim, detached.
 
     It estimates KL(policy || reference) over the whole optimizer batch, which can't be negative. Without mismatched
-    answers it is 0.
+    completions it is 0.
 
     By hand: scores 0.5 and 1.5 give 1.0; -2 and 1 give 0.0.
 
@@ -28,7 +28,7 @@ def reference_point(mismatched_scores_M: Tensor) -> Tensor:
 
 @register(
     "w_good * (1 - sigmoid(beta * (s - z))) or w_bad * sigmoid(beta * (s - z))",
-    use_when="Answers are judged good or bad one by one, in no pairs.",
+    use_when="Completions are judged good or bad one by one, in no pairs.",
     why_beta="The paper's and TRL's default.",
     data="singles",
 )
@@ -41,12 +41,12 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO: w * (1 - sigmoid(beta * (s - z_ref))) for a good answer, w * sigmoid(beta * (s - z_ref)) for a bad one.
+    """KTO: w * (1 - sigmoid(beta * (s - z_ref))) for a good completion, w * sigmoid(beta * (s - z_ref)) for a bad one.
 
     The note's (51) writes beta * r, where its r of (10) already holds beta: as in the paper, beta is applied once, to
     score and reference point alike.
 
-    By hand (beta 0.1, z_ref 1.0 from mismatched scores 0.5 and 1.5): a good answer of score 2: 1 - sigmoid(0.1) =
+    By hand (beta 0.1, z_ref 1.0 from mismatched scores 0.5 and 1.5): a good completion of score 2: 1 - sigmoid(0.1) =
     0.4750; a bad one of score -1: sigmoid(-0.2) = 0.4502.
 
     Source: Ethayarajh et al. 2024, KTO, arXiv:2402.01306, eq. 7 (note eq. 51, with beta applied once).
@@ -68,12 +68,12 @@ def apo_zero_unpaired_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """APO-zero of single answers, KTO with z_ref = 0: w * (1 - sigmoid(r)) if good, w * sigmoid(r) if bad.
+    """APO-zero of single completions, KTO with z_ref = 0: w * (1 - sigmoid(r)) if good, w * sigmoid(r) if bad.
 
-    By hand (beta 0.1): a good answer of score 2: 1 - sigmoid(0.2) = 0.4502; a bad one of score -1: sigmoid(-0.1) =
+    By hand (beta 0.1): a good completion of score 2: 1 - sigmoid(0.2) = 0.4502; a bad one of score -1: sigmoid(-0.1) =
     0.4750.
 
-    Source: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv:2408.06266, eq. 7, one term per answer.
+    Source: D'Oosterlinck et al. 2024, Anchored Preference Optimization, arXiv:2408.06266, eq. 7, a term for each.
     """
     return _judged(beta * scores_C, grades_C, desirable_weight, undesirable_weight)
 

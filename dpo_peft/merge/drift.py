@@ -62,7 +62,7 @@ class Observed:
     """What a model makes of `Rows`."""
 
     logps: list[Tensor]  # (T,) float32 log-probs in nats of every completion's tokens
-    greedy: list[list[int]]  # the likeliest answer to each prompt
+    greedy: list[list[int]]  # the likeliest completion to each prompt
 
 
 @dataclass(frozen=True)

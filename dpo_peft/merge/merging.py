@@ -266,6 +266,6 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> Non
         f"{which.get(report.onto or '', 'the base that it was trained on')}, saved in {report.dtype}.\n\n"
         f"Against the adapter's model, on {drift.tokens:,} tokens of {drift.rows}: {drift.mean_token:.3g} nats per "
         f"token on average, {drift.max_token:.3g} at most; the adapter moves these tokens by "
-        f"{drift.adapter_token:.3g}. {drift.greedy_equal} of {drift.greedy_prompts} greedy answers are the same.\n"
+        f"{drift.adapter_token:.3g}. {drift.greedy_equal} of {drift.greedy_prompts} greedy completions are the same.\n"
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

@@ -1,9 +1,9 @@
-"""What differs between the kinds of data that losses learn from: pairs, trajectories, lists and single answers.
+"""What differs between the kinds of data that losses learn from: pairs, trajectories, lists and single completions.
 
 One object each, `TrainingObjective.kind`: what a loss averages over, what it may read, and what of it is compared.
 
-Shape suffixes: C completions, K of a sample, E samples, B pairs, M mismatched answers, I items (what a loss averages
-over: pairs, lists, or single answers), P comparisons of two completions.
+Shape suffixes: C completions, K of a sample, E samples, B pairs, M mismatched completions, I items (what a loss
+averages over: pairs, lists, or single completions), P comparisons of two completions.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Scored:
     lengths_C: Tensor
     sample_of_C: Tensor
     grade_C: Tensor  # higher is better
-    own_C: Tensor | None  # False for an answer to another prompt; None if there are none of these
+    own_C: Tensor | None  # False for a completion to another prompt; None if there are none of these
     preference_E: Tensor | None
     margin_E: Tensor | None
     num_samples: int
@@ -57,7 +57,7 @@ class Scored:
     @staticmethod
     def join(parts: "Sequence[Scored]") -> "Scored":
         """Returns the micro-batches of an optimizer step as one batch."""
-        if any(part.own_C is not None for part in parts):  # a micro-batch of one row may have no mismatched answer
+        if any(part.own_C is not None for part in parts):  # a micro-batch of one row may have no mismatched completion
             own = [torch.ones_like(p.lengths_C, dtype=torch.bool) if p.own_C is None else p.own_C for p in parts]
             parts = [replace(part, own_C=own_C) for part, own_C in zip(parts, own, strict=True)]
         before = [0, *itertools.accumulate(part.num_samples for part in parts)]
@@ -67,11 +67,11 @@ class Scored:
         return replace(parts[0], **joined, num_samples=before[-1])
 
     def own(self, x_C: Tensor) -> Tensor:
-        """Returns `x_C` without the mismatched answers."""
+        """Returns `x_C` without the mismatched completions."""
         return x_C if self.own_C is None else x_C[self.own_C]
 
     def mismatched(self, x_C: Tensor) -> Tensor:
-        """Returns `x_C` of the mismatched answers alone, (M,)."""
+        """Returns `x_C` of the mismatched completions alone, (M,)."""
         return x_C[:0] if self.own_C is None else x_C[~self.own_C]
 
 
@@ -151,7 +151,7 @@ class Kind:
 
 
 class SingleKind(Kind):
-    """Completions judged one by one, beside answers to other prompts if the loss reads those."""
+    """Completions judged one by one, beside completions to other prompts if the loss reads those."""
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
         """As in `Kind`; an item is a completion."""
@@ -172,7 +172,7 @@ class SingleKind(Kind):
         return {**own, "mismatched_scores_M": None if scores_C is None else scored.mismatched(scores_C).detach()}
 
     def compare(self, scored: Scored, rewards_C: Tensor) -> Comparisons:
-        """Compares every good answer with every bad one, whatever their prompts; the best are the good ones."""
+        """Compares every good completion with every bad one, whatever their prompts; the best are the good ones."""
         good_C = scored.grade_C > 0
         own_C = torch.ones_like(good_C) if scored.own_C is None else scored.own_C
         better_CC = (_against_all(scored.grade_C) > 0) & own_C & own_C[:, None]

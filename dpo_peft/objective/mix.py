@@ -1,11 +1,11 @@
 """From the log-probs of a batch to its loss: one objective of the registry, or a weighted mix of several.
 
 `score` gathers what the losses may read about each completion, `losses` calls them. What couples the samples of an
-optimizer batch (a sort, a mean over mismatched answers) reaches the policy through its log-probs only, so `couple`
+optimizer batch (a sort, a mean over mismatched completions) reaches the policy through its log-probs only, so `couple`
 takes the gradient with respect to them on the whole batch, and each micro-batch back-propagates its own part.
 
-Shape suffixes: N predicted tokens, C completions, E samples, B pairs, M mismatched answers, I items (what a loss
-averages over: pairs, lists, or single answers).
+Shape suffixes: N predicted tokens, C completions, E samples, B pairs, M mismatched completions, I items (what a loss
+averages over: pairs, lists, or single completions).
 """
 
 from collections.abc import Callable, Mapping, Sequence

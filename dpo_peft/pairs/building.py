@@ -28,7 +28,7 @@ EMPTY, UNFINISHED, DUPLICATE, UNSCORED = "empty", "unfinished", "same text as an
 # Why two completions are not a pair.
 TIE, BELOW_MARGIN, BEYOND_MAX = "equal rewards", "margin below min_margin", "beyond max_pairs"
 # Why a prompt has no pair, if it isn't one of the above.
-TOO_FEW, TOO_LONG = "fewer than two different answers", "prompt too long for the model"
+TOO_FEW, TOO_LONG = "fewer than two different completions", "prompt too long for the model"
 
 
 class Candidate(NamedTuple):

@@ -4,8 +4,8 @@ A comparison is two completions of which one is known to be better. It is won if
 equal scores count as half. A pair is one comparison, a ranked list one for any two of its completions that are ranked
 apart; of completions that were judged one by one any desirable and any undesirable one are compared.
 
-Reward models, and people, like what is longer. Two figures beside accuracy show how much: what "the longer answer is
-better" wins, and the length-balanced accuracy: the mean of the accuracies on comparisons whose better completion is
+Reward models, and people, like what is longer. Two figures beside accuracy show how much: what "the longer completion
+is better" wins, and the length-balanced accuracy: the mean of the accuracies on comparisons whose better completion is
 the longer one, and on those whose better completion is the shorter one. Length alone gets exactly one half of that.
 Completions of equal length say nothing about length, and are left out of it.
 
@@ -82,7 +82,7 @@ class Agreement:
     rows: int
     comparisons: int
     accuracy: Estimate
-    length_only: Estimate  # accuracy of "the longer answer is better"
+    length_only: Estimate  # accuracy of "the longer completion is better"
     length_balanced: Estimate | None  # None: the better completion is never longer, or never shorter
     better_longer: tuple[int, float | None]  # comparisons whose better completion is longer, and accuracy on them
     better_shorter: tuple[int, float | None]

@@ -268,7 +268,7 @@ class ImplicitReward:
         if isinstance(completions, str) or not completions:
             raise OptionError("completions must be a list of at least one completion.")
         prompt_ids, encoded = self._encode([{"prompt": prompt, "completion": one} for one in completions], 0)
-        distinct = {tuple(ids): ids for ids in encoded}  # the same answer has the same reward, to the last bit
+        distinct = {tuple(ids): ids for ids in encoded}  # the same completion has the same reward, to the last bit
         row = self._row(prompt_ids, list(distinct.values()), 0)
         scores = dict(zip(distinct, self.score_rows([row])[0], strict=True))
         return [scores[tuple(ids)] for ids in encoded]

@@ -33,10 +33,10 @@ def preference_metrics(
     """Returns the metrics of one batch.
 
     "Better" and "worse" are two completions whose order is known: those of a pair (unless it ties), any two of a list
-    that are ranked apart, any desirable and any undesirable answer of the batch.
+    that are ranked apart, any desirable and any undesirable completion of the batch.
 
     - `rewards/chosen`, `rewards/rejected`: implicit rewards, nats times beta, of the best completions (pairs: chosen;
-      lists: the top; single answers: desirable) and of the rest.
+      lists: the top; single completions: desirable) and of the rest.
     - `rewards/margins`: reward of the better minus that of the worse completion.
     - `rewards/accuracies`: share of (better, worse) whose rewards are in that order; equal ones count as half.
     - `accuracies/length_only`: the same for "the longer completion is the better one". Beside accuracy, it tells how
@@ -46,8 +46,8 @@ def preference_metrics(
     - `kl` (with a reference, unless a cache holds its sums only): estimate of the policy's distance from it (note eq.
       20), nats per completion: the sum over tokens of r - 1 - log r with r = policy / reference (Schulman's k3). It is
       KL(reference || policy) if the completions come from the reference, and an indication otherwise.
-    - `z_ref` (with mismatched answers): mean of beta * log(policy / reference) over them, KTO's reference point before
-      its floor at 0.
+    - `z_ref` (with mismatched completions): mean of beta * log(policy / reference) over them, KTO's reference point
+      before its floor at 0.
     - `accuracies/chosen_longer`, `accuracies/chosen_shorter` (of held-out rows): `rewards/accuracies` where the better
       completion is the longer one, and where it is the shorter one. A reward that follows length is right on the first
       and wrong on the second.
@@ -145,7 +145,7 @@ class MetricStore:
             for name, (total, number) in process.items():
                 old_total, old_number = sums.get(name, (0.0, 0.0))
                 sums[name] = (old_total + total, old_number + number)
-        # Nothing to average over: a batch of ties has no accuracy, one of desirable answers no rejected reward.
+        # Nothing to average over: a batch of ties has no accuracy, one of desirable completions no rejected reward.
         means = {name: total / number for name, (total, number) in sums.items() if number}
         balanced = length_balanced(means.get(LONGER), means.get(SHORTER))
         return means if balanced is None else {**means, BALANCED: balanced}

@@ -157,7 +157,7 @@ def test_metadata_is_what_the_hub_expects(tmp_path: Path) -> None:
     figures = {metric["name"]: (metric["type"], metric["value"]) for metric in result["metrics"]}
     assert figures == {
         "Preference accuracy": ("accuracy", 0.9375),
-        "Accuracy of picking the longer answer, for comparison": ("accuracy", 0.55),
+        "Accuracy of picking the longer completion, for comparison": ("accuracy", 0.55),
         "Reward margin, nats": ("reward_margin", 3.5),
         "KL to the reference, nats per answer": ("kl_divergence", 1.75),
         "Loss": ("loss", math.log1p(math.exp(-3.5))),

@@ -416,7 +416,7 @@ def test_vllm_is_missing_or_cannot_serve(
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 2000}, "every prompt with max_new_tokens=2000 is longer"),
         ({"temperature": -1}, "temperature=-1.0"),
-        ({"temperature": 0}, "no pair could be made"),  # four times the same answer
+        ({"temperature": 0}, "no pair could be made"),  # four times the same completion
         ({"base": "x"}, "base has no effect"),
         ({"engine": "ollama"}, "engine"),
         ({"canditates": 3}, "'canditates' is not an option"),

@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[str, int | None, int, dict[str, Any]]] = {
         100,
         {"dataset_format": "tulu"},
     ),
-    "single judged answers": (
+    "single judged completions": (
         "llama-factory-demo/kto_en_demo.json",
         None,
         100,

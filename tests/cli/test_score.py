@@ -187,7 +187,7 @@ def test_without_labels_there_are_scores_only(adapter: str, capsys: Any, tmp_pat
     places = [(line["row"], line["completion"]) for line in lines_of(tmp_path / "o.jsonl")]
     assert places == [(0, 0), (0, 1), (1, 0)]
     assert cli.main(["score", adapter, "--dataset_name", str(file)]) == 0
-    assert "No accuracy: the answers have no labels" in capsys.readouterr().out
+    assert "No accuracy: the completions have no labels" in capsys.readouterr().out
 
 
 def test_dropped_rows_are_counted(adapter: str, capsys: Any, caplog: Any, tmp_path: Path) -> None:

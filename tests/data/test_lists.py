@@ -1,4 +1,4 @@
-"""Lists of graded answers and single judged answers: every format by hand, the order, rows without signal."""
+"""Lists of graded answers and single judged completions: every format by hand, the order, rows without signal."""
 
 import pytest
 from data_helpers import answer, turns, word_tokenizer

@@ -23,7 +23,13 @@ def messages(**changes):
 
 # (good first row, changes of the bad row, field named, words of the problem, words of the remedy)
 BAD_ROWS = {
-    "none as text": (pair(), {"chosen": None}, "chosen", "expected text, found nothing (None)", "store the answer"),
+    "none as text": (
+        pair(),
+        {"chosen": None},
+        "chosen",
+        "expected text, found nothing (None)",
+        "store the completion",
+    ),
     "none as prompt": (pair(), {"prompt": None}, "prompt", "found nothing (None)", "remove the row"),
     "boolean as text": (pair(), {"rejected": True}, "rejected", "found a boolean (True)", "as text"),
     "number as text": (pair(), {"chosen": 3.5}, "chosen", "found float (3.5)", "as text"),
@@ -70,7 +76,7 @@ BAD_ROWS = {
         chat_pair(),
         {"prompt": turns("Hi", "x")[:1] + answer([{"type": "text", "text": "x"}])},
         "prompt",
-        "the answers go on with it",
+        "the completions go on with it",
         "plain text",
     ),
     "empty implicit": (
@@ -156,7 +162,10 @@ BAD_DATASETS = {
     "pandalm": (lambda: rows({"response1": "a", "response2": "b"}), "PandaLM.*from_pandalm"),
     "alpaca": (lambda: rows({"instruction": "q", "chosen": "a", "rejected": "b"}), "'instruction' looks.*from_alpaca"),
     "question": (lambda: rows({"question": "q", "chosen": "a", "rejected": "b"}), "rename the column to 'prompt'"),
-    "chat prompt, text answers": (lambda: rows({**pair(), "prompt": turns("Hi")}), "Make the answers messages too"),
+    "chat prompt, text answers": (
+        lambda: rows({**pair(), "prompt": turns("Hi")}),
+        "Make the completions messages too",
+    ),
     "text prompt, chat answers": (lambda: rows({**chat_pair(), "prompt": "Hi"}), "Make the prompt a list of messages"),
     "text and messages": (lambda: rows({**chat_pair(), "rejected": "x"}), "'chosen' is list but 'rejected' is text"),
     "booleans": (lambda: rows({**pair(), "chosen": True}), " row 0, field 'chosen': expected text, found a bool"),

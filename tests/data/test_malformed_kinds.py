@@ -1,4 +1,4 @@
-"""Malformed rows and datasets of lists, single judged answers, labels and trajectories: where, what, and the remedy.
+"""Malformed rows and datasets of lists, single judged completions, labels, trajectories: where, what, and the remedy.
 
 Rows come in as streams of plain Python rows, as Arrow itself would refuse some of them.
 """
@@ -29,9 +29,9 @@ TURNS_CHAT = {"prompt": turns("a"), "chosen": answer("b"), "rejected": answer("c
 
 # (data, good first rows, changes of the bad row, field named, words of the problem, words of the remedy)
 BAD_ROWS = {
-    "ranks too few": ("lists", RANKED, {"ranks": [0]}, "ranks", "1 ranks for 2 answers", "each answer one"),
-    "scores too many": ("lists", SCORED, {"scores": [1, 2, 3]}, "scores", "3 scores for 2", "each answer one"),
-    "ranks none": ("lists", RANKED, {"ranks": None}, "ranks", "a list of answers, found nothing", "store a list"),
+    "ranks too few": ("lists", RANKED, {"ranks": [0]}, "ranks", "1 ranks for 2 completions", "each completion one"),
+    "scores too many": ("lists", SCORED, {"scores": [1, 2, 3]}, "scores", "3 scores for 2", "each completion one"),
+    "ranks none": ("lists", RANKED, {"ranks": None}, "ranks", "a list of completions, found nothing", "store a list"),
     "a rank none": ("lists", RANKED, {"ranks": [0, None]}, "ranks[1]", "a number, found nothing", "store a number"),
     "score nan": ("lists", SCORED, {"scores": [math.nan, 1]}, "scores[0]", "a finite number, found nan", "number"),
     "score infinite": ("lists", SCORED, {"scores": [1, math.inf]}, "scores[1]", "finite number, found inf", "number"),
@@ -45,7 +45,7 @@ BAD_ROWS = {
         RANKED,
         {"completions": " b"},
         "completions",
-        "a list of answers, found str",
+        "a list of completions, found str",
         "list",
     ),
     "an answer none": (
@@ -119,7 +119,7 @@ BAD_ROWS = {
     "completion none": ("singles", JUDGED, {"completion": None}, "completion", "text, found nothing", "as text"),
     "completion text": ("singles", JUDGED_CHAT, {"completion": "b"}, "completion", "found str (b)", "store [{"),
     "judged user": ("singles", JUDGED_CHAT, {"completion": turns("b")}, "completion", "starts with a 'user'", "move"),
-    "ids of a judged answer": (
+    "ids of a judged completion": (
         "singles",
         JUDGED_IDS,
         {"completion_ids": [6.5]},
@@ -133,7 +133,7 @@ BAD_ROWS = {
         JUDGED_MESSAGES,
         {"messages": turns("a", "b", "c")},
         "messages",
-        "ends with a 'user' turn, so there is no judged answer",
+        "ends with a 'user' turn, no completion is judged",
         "end the conversation with the judged",
     ),
     "only the answer": (
@@ -179,7 +179,7 @@ BAD_ROWS = {
         TURNS_CHAT,
         {"prompt": turns("a", "b"), "rejected": turns("c", "d")},
         "prompt",
-        "so the answers go on with it",
+        "so the completions go on with it",
         "end the prompt with the user's turn",
     ),
     "message as text": ("trajectories", TURNS, {"chosen": ["a"]}, "chosen[0]", "expected a message", "use {"),

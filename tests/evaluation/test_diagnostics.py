@@ -56,7 +56,7 @@ def test_nothing_to_say() -> None:
 
 
 def displaced(nats_per_token: float, share: float) -> dict[str, float]:
-    """Chosen answers have fallen by so much, and this is such a share of the margin."""
+    """Chosen completions have fallen by so much, and this is such a share of the margin."""
     fall = nats_per_token * TOKENS
     return {"rewards__chosen": -fall * BETA, "rewards__margins": fall / share * BETA}
 
@@ -179,7 +179,7 @@ def test_each_of_several_datasets_is_looked_at() -> None:
     history = [evaluation(10, "eval_a"), evaluation(10, "eval_b", kl=30.0)]
     found = diagnose(history, facts)
     assert [finding.name for finding in found] == ["high-kl"]
-    assert "on the held-out rows of 'b': kl is 30.0 nats an answer, 0.75 a token" in found[0].message
+    assert "on the held-out rows of 'b': kl is 30.0 nats a completion, 0.75 a token" in found[0].message
 
 
 def test_only_the_newest_evaluation_counts() -> None:
@@ -190,8 +190,8 @@ def test_a_message_says_where_what_and_the_remedy() -> None:
     (found,) = diagnose([*training(3), evaluation(12, kl=30.0)], FACTS)
     assert (found.step, found.name) == (12, "high-kl")
     assert found.message == (
-        "The policy is far from its reference on held-out rows: kl is 30.0 nats an answer, 0.75 a token. Raise beta, "
-        "lower learning_rate or stop earlier, and look at samples (sample_prompts). See docs/diagnostics.md#high-kl."
+        "The policy is far from its reference on held-out rows: kl is 30.0 nats a completion, 0.75 a token. Raise "
+        "beta, lower learning_rate or stop earlier, and look at samples (sample_prompts). See docs/diagnostics.md#high-kl."
     )
 
 
@@ -263,7 +263,7 @@ def half_swapped(rows: Dataset) -> Dataset:
 
 # Name: rows, held-out rows, options, the warnings that must and those that may come.
 RUNS: dict[str, tuple[Any, Any, dict[str, Any], set[str], set[str]]] = {
-    # A loss that pushes chosen answers down too, on answers that share most tokens.
+    # A loss that pushes chosen answers down too, on completions that share most tokens.
     "displaced": (
         lambda: pairs(32, alike),
         None,
@@ -271,7 +271,7 @@ RUNS: dict[str, tuple[Any, Any, dict[str, Any], set[str], set[str]]] = {
         {"likelihood-displacement"},
         {"high-kl"},
     ),
-    # In training the longer answer is always the better one; in the held-out rows only in every second pair.
+    # In training the longer completion is always the better one; in the held-out rows only in every second pair.
     "long": (
         lambda: pairs(40, longer),
         half_swapped,

@@ -1,4 +1,4 @@
-"""Trajectories, lone completions, mismatched answers and the token-level extras, through the forward pass.
+"""Trajectories, lone completions, mismatched completions and the token-level extras, through the forward pass.
 
 The oracle is the model's own logits on padded rows, one per completion.
 """

@@ -131,7 +131,7 @@ def test_losses_that_become_one_another() -> None:
         simpo_loss(chosen, rejected, one, one, beta=BETA, simpo_gamma=0.4),
         sigmoid_loss(chosen, rejected, 0.4 * one, beta=BETA),
     )
-    # KTO with the reference point at 0 is APO-zero of single answers; whose pair is APO-zero.
+    # KTO with the reference point at 0 is APO-zero of single completions; whose pair is APO-zero.
     scores, grades = torch.cat([chosen, rejected]) + 4, torch.cat([one, zeros])
     kto = kto_loss(scores, grades, zeros[:0], beta=BETA)
     same(kto, apo_zero_unpaired_loss(scores, grades, beta=BETA))

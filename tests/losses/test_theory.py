@@ -170,7 +170,7 @@ def fit(loss: Callable[[Tensor], Tensor], start_XY: Tensor) -> Tensor:
 
 
 def ranked_lists(sizes: tuple[int, ...], whole_order: bool) -> tuple[Tensor, ...]:
-    """Every list of answers a Plackett-Luce judge can return, with its probability.
+    """Every list of completions a Plackett-Luce judge can return, with its probability.
 
     Returns prompt and answer of each completion, its grade and list, and the probability of each list. With
     `whole_order` the list's whole order is drawn, otherwise the best one only.

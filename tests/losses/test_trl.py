@@ -290,11 +290,11 @@ def test_mixes(names: list[str], weights: list[float]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# KTO and APO-zero of single answers.
+# KTO and APO-zero of single completions.
 
 
 def trl_kto(case: Case, other: Case, labels: Tensor, loss_type: str, weights: tuple[float, float]) -> Tensor:
-    """The batch's loss by `KTOTrainer.compute_loss`; `other` holds the mismatched answers."""
+    """The batch's loss by `KTOTrainer.compute_loss`; `other` holds the mismatched completions."""
     policy = Model({0: case.tokens * case.mask, 1: other.tokens.detach() * other.mask})
     trainer = bare(
         KTOTrainer, model=policy, ref_model=Model({0: case.reference, 1: other.reference}), loss_type=loss_type,

@@ -76,9 +76,9 @@ def test_what_is_no_answer_is_counted_by_reason() -> None:
     [
         ((1.0, 1.0, 1.0), PairsOptions(), "equal rewards"),
         ((1.0, 1.4), PairsOptions(min_margin=0.5), "margin below min_margin"),
-        ((1.0,), PairsOptions(), "fewer than two different answers"),
-        ((), PairsOptions(method="all"), "fewer than two different answers"),
-        ((1.0, None), PairsOptions(method="rso"), "fewer than two different answers"),
+        ((1.0,), PairsOptions(), "fewer than two different completions"),
+        ((), PairsOptions(method="all"), "fewer than two different completions"),
+        ((1.0, None), PairsOptions(method="rso"), "fewer than two different completions"),
         ((2.0, 2.0), PairsOptions(method="rso"), "equal rewards"),
     ],
 )

@@ -48,7 +48,7 @@ def test_each_round_raises_the_true_reward(recipe: ModuleType, tmp_path: Path) -
     base, first, second = recipe.main(words({**options, "held_out": 64, "output_dir": tmp_path}))
     assert deviations(base, first) > 3 and deviations(first, second) > 3
     assert min(first["fluency"], second["fluency"]) > 0.9
-    # On policy: the answers that a round learns from are as good as those of the adapter before it.
+    # On policy: the completions that a round learns from are as good as those of the adapter before it.
     spread = 0.62 / math.sqrt(96)  # of the mean of a round's answers, their standard deviation being that at the start
     assert abs(first["answers"] - base["reward"]) < 4 * math.hypot(spread, base["standard_error"])
     assert abs(second["answers"] - first["reward"]) < 4 * math.hypot(spread, first["standard_error"])

@@ -199,7 +199,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sft_adapter(base_folder: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An adapter that was trained on the chosen answers, well away from the base."""
+    """An adapter that was trained on the chosen completions, well away from the base."""
     folder = tmp_path_factory.mktemp("sft")
     options = {"model_name_or_path": base_folder, "dataset_name": data / "pairs" / "train.jsonl", "output_dir": folder}
     options |= {"loss_type": "sft", "learning_rate": 1e-2, "max_steps": 3, "use_cpu": True, "lora_r": 4}

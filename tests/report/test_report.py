@@ -530,12 +530,12 @@ def test_each_evaluation_set_has_its_marks_and_margins(tmp_path: Path) -> None:
 
 
 def test_warnings_are_listed_and_marked(tmp_path: Path) -> None:
-    warning = {"step": 30, "name": "likelihood-displacement", "message": "Chosen answers fell."}
+    warning = {"step": 30, "name": "likelihood-displacement", "message": "Chosen completions fell."}
     other = {"step": 30, "name": "high-kl", "message": "See docs/diagnostics.md#high-kl."}
     page, result = page_of(make_run(tmp_path / "run", warnings=[warning, other]), output=tmp_path / "page.html")
     assert result["runs"][0]["warnings"] == ["high-kl", "likelihood-displacement"]
     listed = " ".join(page.one("ul", class_="warnings").text.split())
-    assert listed.startswith("likelihood-displacement at step 30: Chosen answers fell. docs/diagnostics.md#")
+    assert listed.startswith("likelihood-displacement at step 30: Chosen completions fell. docs/diagnostics.md#")
     assert listed.count("docs/diagnostics.md#high-kl") == 1  # named by the message already
     for title in ("Loss", "Implicit rewards"):
         mark = chart(page, title).one("g", class_="mark")

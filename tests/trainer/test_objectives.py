@@ -148,7 +148,7 @@ def test_discounted_rewards_against_plain_logits(tiny_llama: Any, make_tokenizer
 
 
 def test_items_know_their_rows() -> None:
-    """What a non-finite loss is reported with: of single answers each own one, of pairs and lists the sample."""
+    """What a non-finite loss is reported with: of single completions each own one, of pairs and lists the sample."""
     answers = [Sample([1], [[2], [3]], 40, mismatched=[[4]]), Sample([1], [[4]], 41, mismatched=[[2]])]
     assert TrainingObjective(["kto"]).kind.rows(pack(answers)).tolist() == [40, 40, 41]
     assert TrainingObjective(["multi_negative"]).kind.rows(pack(answers[:1])).tolist() == [40]

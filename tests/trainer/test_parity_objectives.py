@@ -75,7 +75,7 @@ def test_the_comparison_tells_losses_apart(tiny_llama: Any, make_tokenizer: Any,
 
 
 class IdsKTOTrainer(KTOTrainer):
-    """TRL's trainer for rows that are token ids already; its own rule for mismatched answers."""
+    """TRL's trainer for rows that are token ids already; its own rule for mismatched completions."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         def shift(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

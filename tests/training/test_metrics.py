@@ -110,7 +110,7 @@ def test_pairs_compare_no_more_than_partners() -> None:
 
 
 def test_lists_by_hand() -> None:
-    """Every two answers that are ranked apart: 3 + 1 pairs of the lists of 3 and 2; the last list ties."""
+    """Every two completions that are ranked apart: 3 + 1 pairs of the lists of 3 and 2; the last list ties."""
     samples = [
         Sample([1], [[1], [1, 1], [1, 1, 1]], 0, grades=[2.0, 1.0, 0.0]),
         Sample([1], [[1, 1], [1]], 1, grades=[1.0, 0.0]),
@@ -145,7 +145,7 @@ def test_single_answers_by_hand() -> None:
 
 
 def test_what_a_batch_does_not_have_is_left_out() -> None:
-    """A batch of desirable answers alone has no rejected reward: its sum over nothing is not a zero."""
+    """A batch of desirable completions alone has no rejected reward: its sum over nothing is not a zero."""
     store = MetricStore()
     batch = pack([Sample([1], [[1]], 0, grades=[1.0])])
     store.add("train", measure("singles", batch, [2.0], -torch.ones(1), None))
