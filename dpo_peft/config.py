@@ -204,6 +204,7 @@ class DPOConfig(TrainingArguments):
     logging_steps: float = free(10, "Log every so many steps (a share of all if < 1).")
     gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass to save memory.")
     bf16: bool | None = flag(None, "Compute in bfloat16. Default: yes, unless fp16 is.")
+    logging_nan_inf_filter: bool = free(False, "Always off: a loss that is not finite stops the run.")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "loss_options"]
 
@@ -233,7 +234,7 @@ class DPOConfig(TrainingArguments):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
         check_loss_options(self, losses)
-        # It would wait for the GPU at every micro-batch; a loss that isn't finite stops the run before it is logged.
+        # TRL's default, True, would wait for the GPU at every micro-batch.
         self.logging_nan_inf_filter = False
 
     @property

@@ -12,8 +12,8 @@ Expected:  1.012 nats per held-out token in NF4 (1.011 in fp32). The NF4 model i
 
 Steps: write chats with the grammar of `recipes/quickstart_grammar`, train a byte-level BPE and a small Llama on them,
 load that model in NF4, sample several completions to each of many new prompts, and pair a good with a bad one by the
-true reward. Held-out prompts ask about subjects that no training prompt names. Another machine rounds differently and so
-samples other answers: the shipped files are one run's.
+true reward. Held-out prompts ask about subjects that no training prompt names. Another machine rounds differently and
+so samples other answers: the shipped files are one run's.
 
 What did not work: 1400 steps of AdamW without the toned start (see `pretrain`) gave models as fluent (1.03 nats)
 that did not know praise from blame. DPO on their pairs stayed at 0.70 held-out accuracy; here it reaches 0.99.

@@ -159,7 +159,7 @@ def test_metadata_is_what_the_hub_expects(tmp_path: Path) -> None:
         "Preference accuracy": ("accuracy", 0.9375),
         "Accuracy of picking the longer completion, for comparison": ("accuracy", 0.55),
         "Reward margin, nats": ("reward_margin", 3.5),
-        "KL to the reference, nats per answer": ("kl_divergence", 1.75),
+        "KL to the reference, nats per completion": ("kl_divergence", 1.75),
         "Loss": ("loss", math.log1p(math.exp(-3.5))),
     }
 

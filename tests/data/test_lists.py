@@ -194,7 +194,7 @@ def test_same_text_as_desirable_and_undesirable_is_dropped_and_one_answer_is_not
     single = [{"prompt": "a", "completion": " b", "label": True}] * 3  # K = 1: nothing to be identical with
     prepared, report = prepare_dataset(Dataset.from_list(single), word_tokenizer(), data="singles")
     assert len(prepared) == 3
-    assert "answers: 3 desirable, 0 undesirable; with one kind alone there is nothing to compare" in str(report)
+    assert "completions: 3 desirable, 0 undesirable; with one kind alone there is nothing to compare" in str(report)
 
 
 def test_rows_of_one_set_may_have_any_number_of_answers():

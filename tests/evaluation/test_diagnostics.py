@@ -120,7 +120,7 @@ def test_pairs_that_are_decided_by_length(by_length, accuracy, fires) -> None:
     found = diagnose([evaluation(10, **figures)], FACTS)
     assert [finding.name for finding in found] == ["length-exploitation"] * fires
     if fires:
-        assert f"The {'longer' if by_length > 0.5 else 'shorter'} answer is the better one in 95%" in found[0].message
+        assert f"The {'longer' if by_length > 0.5 else 'shorter'} completion is the better one in 95%" in found[0].message
 
 
 @pytest.mark.parametrize(("weight", "logs", "fires"), [(0.009, 5, True), (0.011, 5, False), (0.001, 4, False)])
@@ -191,7 +191,8 @@ def test_a_message_says_where_what_and_the_remedy() -> None:
     assert (found.step, found.name) == (12, "high-kl")
     assert found.message == (
         "The policy is far from its reference on held-out rows: kl is 30.0 nats a completion, 0.75 a token. Raise "
-        "beta, lower learning_rate or stop earlier, and look at samples (sample_prompts). See docs/diagnostics.md#high-kl."
+        "beta, lower learning_rate or stop earlier, and look at samples (sample_prompts). "
+        "See docs/diagnostics.md#high-kl."
     )
 
 
