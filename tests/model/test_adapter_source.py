@@ -195,7 +195,7 @@ def test_a_source_reads_before_it_loads(first: Path, tmp_path: Path, monkeypatch
         with pytest.raises(OptionError, match="is not an adapter"):
             AdapterSource(str(tmp_path)).read()
     assert torch.equal(logps(source.load().model), logps(load_trained(str(first)).model))
-    with pytest.raises(OptionError, match="reference: no effect for an AdapterSource"):
+    with pytest.raises(OptionError, match="reference: no effect for .*AdapterSource"):
         ImplicitReward(source, reference="base")
     prompts, texts = ["Write a review."], ["The room was clean."]
     assert ImplicitReward(source)(prompts, texts) == ImplicitReward(str(first))(prompts, texts)
