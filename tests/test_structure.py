@@ -31,7 +31,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 BUDGETS = {
     "trainer": 385,
     "config": 270,
-    "config_checks": 280,
+    "config_checks": 320,
     "objective": 440,
     "distributed": 275,
     "losses": 1040,
@@ -51,8 +51,9 @@ BUDGETS = {
     "report": 1100,
     "quickstart": 460,
     "cli": 1255,
+    "rowfiles": 245,
 }
-MAX_PACKAGE_LINES = 22_380
+MAX_PACKAGE_LINES = 22_670
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

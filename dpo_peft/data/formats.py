@@ -17,7 +17,7 @@ A format is a way to give the prompt and, after it, what is known of the complet
 | several    | `chosen`, `rejected` as a list of completions                                   | lists, singles  |
 | ranked     | `completions` with `ranks` (lower is better) or `scores` (higher is better)     | lists           |
 | label      | `completion` and `label`; a whole conversation in `messages` (chat_implicit)    | singles         |
-| unlabeled | `completion`, `completions` or `messages`: nobody judged them, they are scored  | unlabeled      |
+| unlabeled  | `completion`, `completions` or `messages`: nobody judged them, they are scored  | unlabeled      |
 
 With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `completion_ids`. A pair may carry a
 `preference` (probability in [0, 1] that chosen is the better one) and a `margin`, where the objective reads them.
