@@ -111,6 +111,9 @@ class DPOConfig(TrainingArguments):
         "the counts, 'error' stops.",
     )
     max_unusable_share: float = number(0.5, "Stop if more than this share would be dropped.", minimum=0, maximum=1)
+    unneeded_columns: list[str] | None = free(
+        None, "Columns with text that may stay unread; any other stops the run before it starts."
+    )
 
     # Speed and memory; docs/performance.md
     max_tokens_per_microbatch: int | str | None = whole(

@@ -28,6 +28,7 @@ class ScoreOptions(RowOptions, AdapterOptions):
     """Options of `dpo-peft score`."""
 
     category_column: str | None = option(None, "Column to report accuracy by.")
+    unneeded_columns: list[str] | None = option(None, "Columns with text that may stay unread.")
     output: str | None = option(None, "File for the scores of each row: .jsonl or .parquet.")
     worst: int = option(10, "How many of the rows that are most wrong to show.")
     json: bool = option(False, "Print the result as JSON.")
@@ -64,7 +65,8 @@ def run(options: ScoreOptions) -> dict[str, Any]:
 
     limit = "recorded" if options.max_length is None else options.max_length or None
     source = AdapterSource.of(options)
-    reward, scored = score_dataset(source, rows, categories, options.beta, limit, options.max_tokens)
+    unneeded = [*(options.unneeded_columns or ()), *filter(None, [options.category_column])]
+    reward, scored = score_dataset(source, rows, categories, options.beta, limit, options.max_tokens, unneeded)
     summary = scored.data.summary
     result: dict[str, Any] = {
         "adapter": options.adapter,

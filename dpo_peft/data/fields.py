@@ -153,7 +153,7 @@ def _read_message(message: object, where: str) -> Message:
 
 def read_tools(row: Row) -> list[Values] | None:
     """Returns the row's tool schemas (list, or a JSON string of one); None when there are none."""
-    tools = _from_json(row, "tools")
+    tools = from_json(row, "tools")
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -164,7 +164,7 @@ def read_tools(row: Row) -> list[Values] | None:
 def read_template_kwargs(row: Row) -> Values:
     """Returns extra arguments for the chat template (dict, or a JSON string of one)."""
     column = "chat_template_kwargs"
-    kwargs = _from_json(row, column)
+    kwargs = from_json(row, column)
     if kwargs is None:
         return {}
     _expect(kwargs, Mapping, column, "a dict", "store a dict")
@@ -174,13 +174,14 @@ def read_template_kwargs(row: Row) -> Values:
     return clean
 
 
-def _from_json(row: Row, column: str) -> Any:
+def from_json(row: Row, column: str) -> Any:
+    """Returns a value that may be given as JSON text."""
     value = row.get(column)
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowProblem(column, f"is no valid JSON ({error})", "store a JSON string or the value itself") from None
 
 

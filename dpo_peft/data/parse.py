@@ -4,7 +4,8 @@ A row that is wrong raises `RowProblem` (the caller adds dataset and row number)
 teach anything comes back as the name of the reason (see `summary.py`).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .fields import (
     Row,
     RowProblem,
     Values,
+    from_json,
     read_entries,
     read_grades,
     read_ids,
@@ -37,6 +39,7 @@ from .formats import (
 from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NOTHING_SCORED, TRANSCRIPTS_DIFFER
 
 Parsed = Example | str  # an example, or the reason why there is none
+MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "completions", "messages")
 
 
 class Given(NamedTuple):
@@ -61,10 +64,39 @@ def find_format(name: str, columns: Collection[str], first: Row, wanted: Wanted,
     for row_format in REGISTERED.values():
         if row_format.detect(set(columns), first):
             return row_format
-    layout = detect_layout(name, columns, first, wanted)
+    as_json = json_columns(first)
+    layout = detect_layout(name, columns, with_parsed(first, as_json), wanted)
     parse = parse_each if layout.judged == "unlabeled" else parse_row
     read = partial(parse, layout=layout, vocab_size=vocab_size, data=wanted.data)
-    return RowFormat(layout.name, layout.kind, layout.used_columns, read)
+    return RowFormat(layout.name, layout.kind, layout.used_columns, partial(_read_parsed, read, as_json))
+
+
+def json_columns(row: Row) -> tuple[str, ...]:
+    """Returns the columns that hold messages as JSON text, as exports to CSV and Parquet have them."""
+    return tuple(column for column in MESSAGE_COLUMNS if _holds_messages(row.get(column)))
+
+
+def _holds_messages(text: object) -> bool:
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    found = found[0] if found and isinstance(found[0], list) else found
+    return bool(found) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found)
+
+
+def with_parsed(row: Row, columns: Sequence[str]) -> Row:
+    """Returns a row whose messages are parsed from the JSON text in these columns.
+
+    Raises `RowProblem` for text that is none.
+    """
+    return {**row, **{column: from_json(row, column) for column in columns}} if columns else row
+
+
+def _read_parsed(read: Callable[[Row], Any], columns: Sequence[str], row: Row) -> Any:
+    return read(with_parsed(row, columns))
 
 
 def parse_row(row: Row, layout: Layout, vocab_size: int, data: str) -> Parsed:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
@@ -24,6 +25,7 @@ from .parse import find_format
 from .summary import DataSummary
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
+from .unread import SAMPLED, check_unread
 from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
@@ -46,6 +48,7 @@ def prepare_dataset(
     label_columns: Sequence[str] = (),
     discount_unit: str = "turn",
     single_best: bool = False,
+    unneeded_columns: Sequence[str] = (),
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
     """Tokenizes a preference dataset.
 
@@ -66,6 +69,7 @@ def prepare_dataset(
             with one that is not read is refused.
         discount_unit: What a step of a trajectory is, an assistant "turn" or a "token" of one.
         single_best: For lists: a row whose best grade is shared is unusable.
+        unneeded_columns: Columns with text that may stay unread; others are refused (`unread.py`).
 
     Returns:
         The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
@@ -94,6 +98,9 @@ def prepare_dataset(
     wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
     used = {*row_format.columns, *wanted.label_columns}
     unused = tuple(column for column in columns if column not in used)
+    if row_format.kind != "ids":  # beside token ids stands the text that they were made from
+        rows = [first] if isinstance(dataset, IterableDataset) else [*islice(_plain(dataset), SAMPLED)]
+        check_unread(name, rows, [column for column in unused if column not in unneeded_columns])
     summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
     worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     max_share = max_unusable_share if on_unusable == "drop" else None

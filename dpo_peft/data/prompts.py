@@ -12,7 +12,7 @@ from ..errors import DataError
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, read_entries, read_ids, read_number
 from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
-from .parse import parse_row, read_completion, read_prompt
+from .parse import json_columns, parse_row, read_completion, read_prompt, with_parsed
 from .tokenize import without_eos
 
 PROMPT_COLUMNS = ("prompt", *CHAT_COLUMNS)  # what a prompt's tokens are made from
@@ -58,12 +58,13 @@ def read_prompts(
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{name}: there are no rows.")
-    given = "completions" in columns
+    as_json, given = json_columns(first), "completions" in columns
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
-    layout = None if given else _implicit_layout(name, columns, first)
+    layout = None if given else _implicit_layout(name, columns, with_parsed(first, as_json))
     for number, row in enumerate(rows):
         try:
+            row = with_parsed(row, as_json)
             example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row, as_chat)
             if isinstance(example, str):
                 skipped[example] += 1

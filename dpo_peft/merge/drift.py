@@ -124,7 +124,14 @@ def pair_rows(
     if max_rows < 1:
         raise OptionError(f"max_rows={max_rows} must be at least 1.")
     used = dataset.select(range(min(max_rows, len(dataset))))
-    prepared, summary = prepare_dataset(used, tokenizer, name, setup.max_length, setup.truncation_mode)
+    prepared, summary = prepare_dataset(
+        used,
+        tokenizer,
+        name,
+        setup.max_length,
+        setup.truncation_mode,
+        unneeded_columns=used.column_names,  # two models are compared, whatever the text
+    )
     logger.info("%s", summary)
     samples = list(prepared)
     shown = f"{name} ({len(used):,} of {len(dataset):,} rows)" if len(used) < len(dataset) else name

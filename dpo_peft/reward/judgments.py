@@ -31,6 +31,7 @@ def score_dataset(
     beta: float | None = None,
     max_length: int | str | None = "recorded",
     max_tokens: int = 16384,
+    unneeded_columns: Sequence[str] = (),
 ) -> tuple[ImplicitReward, "ScoredRows"]:
     """Scores the completions of a dataset by a trained adapter, prepared as its training would.
 
@@ -39,6 +40,7 @@ def score_dataset(
         rows: pairs, lists, or completions with or without labels; what can't be used is dropped and counted.
         categories: one for each row, to report figures by.
         beta, max_length, max_tokens: see `ImplicitReward`.
+        unneeded_columns: see `prepare_dataset`.
 
     Raises:
         OptionError, ReferenceMismatchError: as `ImplicitReward`.
@@ -48,7 +50,7 @@ def score_dataset(
     setup = source.read() or UNRECORDED
     limit: Any = setup.max_length if max_length == "recorded" else max_length
     # Rows first: a bad one is found in seconds, not after minutes of loading the model.
-    data = prepare_rows(rows, source.tokenizer(), setup, limit)
+    data = prepare_rows(rows, source.tokenizer(), setup, limit, unneeded_columns)
     logger.info("%s", data.summary)
     reward = ImplicitReward(source, beta=beta, max_length=limit, max_tokens=max_tokens)
     logger.info("%s", reward.plan)

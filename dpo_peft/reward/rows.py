@@ -47,7 +47,11 @@ class RowsToScore(NamedTuple):
 
 
 def prepare_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, setup: TrainedWith, max_length: int | None
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    setup: TrainedWith,
+    max_length: int | None,
+    unneeded_columns: Sequence[str] = (),
 ) -> RowsToScore:
     """Prepares rows as the training of an adapter would; whatever can't be used is dropped and counted.
 
@@ -68,6 +72,7 @@ def prepare_rows(
         max_unusable_share=1.0,
         data=data,
         label_columns=labels,
+        unneeded_columns=unneeded_columns,
     )
     numbers = prepared["completion"] if data == "unlabeled" else [0] * len(prepared)
     places = [Place(*place) for place in zip(prepared["row"], numbers, strict=True)]

@@ -64,6 +64,7 @@ class Preparation:
                 label_columns=objective.label_columns,
                 discount_unit=args.discount_unit,
                 single_best=objective.single_best,
+                unneeded_columns=args.unneeded_columns or (),
             )
         self.reports[name] = report
         logger.info("%s", report)

@@ -1,0 +1,79 @@
+"""Refuses rows with text that nobody would read: a question, a system prompt or an earlier turn in another column.
+
+Without it the rows look whole, and the model learns answers to a question that it never saw.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from ..errors import DataError
+from .fields import Row
+
+SAMPLED = 50  # rows of a dataset that are looked at
+WORDS = 4  # of a text that is more than a label or a name
+
+# What a column of such a name holds is part of the prompt, however short it is; what to do with it.
+_TO_TEXT = (
+    "join its text and 'prompt', e.g. dataset.map(lambda row: {{'prompt': row['{0}'] + '\\n\\n' + row['prompt']}})"
+)
+_TO_TURNS = "put its turns first in 'prompt', a list of messages"
+_SYSTEM = (
+    "make it the first message of 'prompt', {{'role': 'system', 'content': row['{0}']}}, or the start of its text"
+)
+_RENAME = "rename it to 'prompt' if it holds what comes before the completions: dataset.rename_column('{0}', 'prompt')"
+ASKING = {
+    **dict.fromkeys(("system", "system_prompt", "system_message"), _SYSTEM),
+    **dict.fromkeys(("history", "dialog", "dialogue", "conversation", "conversations"), _TO_TURNS),
+    **dict.fromkeys(("messages", "prompt", "user_message"), _RENAME),
+    **dict.fromkeys(("input", "context", "passage", "document", "instruction", "question", "query"), _TO_TEXT),
+}
+
+
+def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> None:
+    """Refuses columns that hold text which no other column has.
+
+    Args:
+        name: of the dataset.
+        rows: some of it.
+        unread: columns that are not read, without those that the user doesn't need.
+
+    Raises:
+        DataError: naming a column, what it holds, and what to do with it.
+    """
+    for column in unread:
+        lost = [text for row in rows if (text := _lost(row, column, unread))]
+        if not lost or (column not in ASKING and 2 * len(lost) < len(rows)):
+            continue
+        remedy = ASKING.get(column, _RENAME if "prompt" not in rows[0] else _TO_TEXT).format(column)
+        raise DataError(
+            f"{name}: column {column!r} holds text that is not read, such as {lost[0][:60]!r}. If it belongs to the "
+            f"prompt, {remedy}. If it isn't needed, say so: unneeded_columns=[{column!r}], or "
+            f"dataset.remove_columns({column!r})."
+        )
+
+
+def _lost(row: Row, column: str, unread: Collection[str]) -> str:
+    """Returns a text of a column that no column which is read has; "" if there is none, or labels and names alone."""
+    read = "\n".join(text for other, value in row.items() if other not in unread for text in _texts(value))
+    value = row.get(column)
+    words = 1 if column in ASKING or not isinstance(value, str) else WORDS
+    turns = column in ASKING or isinstance(value, str) or _is_conversation(value)
+    found = (text for text in _texts(value) if turns and len(text.split()) >= words and text.strip() not in read)
+    return next(found, "")
+
+
+def _is_conversation(value: object) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Mapping) and bool({"content", "value"} & first.keys())
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yields the texts inside a value; of a message what it says, not who."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in ("role", "from", "type"):
+                yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
