@@ -60,7 +60,7 @@ def test_text_and_options_of_a_file(adapter, tmp_path, capsys) -> None:
     config.write_text(f"adapter: {adapter}\noutput_dir: {tmp_path / 'merged'}\nonto: base16\nmax_drift: 99\n")
     assert cli.main(["merge", "--config", str(config), "--dtype", "bfloat16"]) == 0
     text = capsys.readouterr().out
-    for part in ("the original base", "bfloat16", "allowed: 99", "of 8 answers", "vLLM's and llama.cpp's"):
+    for part in ("the original base", "bfloat16", "allowed: 99", "of 8 completions", "vLLM's and llama.cpp's"):
         assert part in text
 
 
