@@ -30,22 +30,22 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 385,
-    "config": 270,
+    "config": 275,
     "config_checks": 320,
     "objective": 440,
     "distributed": 275,
     "losses": 1040,
-    "data": 2645,
+    "data": 2765,
     "forward": 1225,
     "reference": 1460,
     "model": 1110,
-    "training": 2055,
+    "training": 2060,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
     "artifacts": 1100,
-    "reward": 865,
-    "merge": 590,
+    "reward": 870,
+    "merge": 595,
     "hub": 825,
     "pairs": 1140,
     "report": 1100,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1255,
     "rowfiles": 245,
 }
-MAX_PACKAGE_LINES = 22_670
+MAX_PACKAGE_LINES = 22_810
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
