@@ -35,7 +35,7 @@ BUDGETS = {
     "objective": 440,
     "distributed": 275,
     "losses": 1040,
-    "data": 2645,
+    "data": 2860,
     "forward": 1225,
     "reference": 1460,
     "model": 1110,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1255,
     "rowfiles": 245,
 }
-MAX_PACKAGE_LINES = 22_670
+MAX_PACKAGE_LINES = 22_885
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -27,7 +27,7 @@ from .truncate import check_truncation
 from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PROBLEMS_NAMED = 3
 STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
 
@@ -100,7 +100,7 @@ def prepare_dataset(
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
+    for batch in records.select_columns(["row", "drop", "left_out", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
             summary.add(record)
     summary.check()
