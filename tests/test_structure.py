@@ -39,7 +39,7 @@ BUDGETS = {
     "forward": 1225,
     "reference": 1460,
     "model": 1110,
-    "training": 2055,
+    "training": 2060,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1255,
     "rowfiles": 245,
 }
-MAX_PACKAGE_LINES = 22_885
+MAX_PACKAGE_LINES = 22_890
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

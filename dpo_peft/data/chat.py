@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from .clock import dated_template
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
 from .tokenize import Encoded, ids_behind, plain_ids
@@ -51,6 +52,7 @@ class Chat:
 
     def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
+        given["chat_template"] = dated_template(self.tokenizer, given["tools"])
         try:
             return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything

@@ -17,6 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
+from .clock import template_date
 from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
@@ -95,6 +96,7 @@ def prepare_dataset(
     used = {*row_format.columns, *wanted.label_columns}
     unused = tuple(column for column in columns if column not in used)
     summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
+    summary.date = template_date(tokenizer) if row_format.kind == "chat" else None
     worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):

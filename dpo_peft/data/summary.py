@@ -93,6 +93,7 @@ class DataSummary:
     unshared_tokens: int = 0  # prompt repeated for every completion
     longest: int = 0  # tokens of prompt + one completion
     unused_columns: tuple[str, ...] = ()
+    date: str | None = None  # that the chat template writes, where it writes one
 
     _warned = False  # for good, also where a stream starts again
 
@@ -167,7 +168,7 @@ class DataSummary:
     def reset(self) -> None:
         """Starts counting again; what describes the dataset stays."""
         kept = self.name, self.format, self.max_length, self.truncation_mode
-        self.__init__(*kept, unused_columns=self.unused_columns)  # type: ignore[misc]
+        self.__init__(*kept, unused_columns=self.unused_columns, date=self.date)  # type: ignore[misc]
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.kept_rows} of {self.source_rows} rows kept ({self.format} format)"]
@@ -199,6 +200,8 @@ class DataSummary:
         if self.left_out:
             keys = ", ".join(f"{key} ({count} rows)" for key, count in self.left_out.items())
             lines.append(f"  left out by the chat template: {keys}")
+        if self.date:
+            lines.append(f"  date in the chat template: {self.date}, kept with the tokenizer")
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)

@@ -1,8 +1,6 @@
 """What a chat template leaves out of messages, never ends, or opens before the model writes (templates of TRL)."""
 
 import logging
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from data_helpers import answer, chat_pair, turns
@@ -11,24 +9,10 @@ from datasets import Dataset
 from dpo_peft.data import prepare_dataset
 from dpo_peft.errors import DataError
 
-FOLDER = Path((find_spec("trl") or find_spec("dpo_peft")).submodule_search_locations[0]) / "chat_templates"
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@pytest.fixture
-def template_tokenizer(make_tokenizer):
-    """A tokenizer with a template of TRL's package."""
-
-    def build(name):
-        path = FOLDER / f"{name}.jinja"
-        if not path.is_file():
-            pytest.skip(f"no {path.name} in the installed trl")
-        return make_tokenizer(chat_template=path.read_text("utf-8"))
-
-    return build
 
 
 def prepare(rows, tokenizer, **options):
