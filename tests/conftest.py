@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(**{**options, **overrides}))
         return model.float().eval()
+
+    return build
+
+
+@pytest.fixture
+def template_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[[str], Any]:
+    """The real chat templates that TRL's package brings, by name, on the tests' tokenizer."""
+
+    def build(name: str) -> PreTrainedTokenizerFast:
+        trl = find_spec("trl")
+        path = Path(trl.origin if trl and trl.origin else __file__).parent / "chat_templates" / f"{name}.jinja"
+        if not path.is_file():
+            pytest.skip(f"no {path.name} in the installed trl")
+        return make_tokenizer(chat_template=path.read_text("utf-8"))
 
     return build
 

@@ -7,20 +7,27 @@ template ends the completion; no end token is added.
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .fields import Message, Messages, RowProblem
+from .clock import dated_template
+from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
-from .tokenize import Encoded, ids_behind
+from .tokenize import Encoded, ids_behind, plain_ids
 
 TEMPLATE_REMEDY = (
     "use a chat template that renders the prompt the same way in both, or set what it offers for that in "
     "chat_template_kwargs, e.g. enable_thinking"
 )
-MARK = re.compile(r"\((?:turn|call) \d+\)")
+Show = Callable[..., str]  # messages to the text that a template makes of them
+MARK = re.compile(r"\(mark \d+\)")
+END = "(mark end)"
+# The keys under which a message holds what the model is to write.
+WRITTEN = ("content", "reasoning_content", "reasoning", "thinking")
+# A block that the generation prompt opens at its end, for the model to fill and close.
+OPENED = re.compile(r"<(think|thinking|thought|reasoning|seed:think)>\s*\Z")
 
 
 class Chat:
@@ -45,6 +52,7 @@ class Chat:
 
     def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
+        given["chat_template"] = dated_template(self.tokenizer, given["tools"])
         try:
             return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything
@@ -74,10 +82,50 @@ class Chat:
             whole = self.whole(index)
             text = partial(self.text_behind, self.example.prompt, self.opens, whole, field)
             joint = self.ids(whole, field)
+            if joint[: len(prompt_ids)] != prompt_ids:
+                mended = self._behind_opened(whole, self.text(whole, field))
+                if mended is not None:
+                    text, joint = partial(str, mended), plain_ids(self.tokenizer, self.prompt_text + mended)
             ids, apart = ids_behind(self.tokenizer, prompt_ids, joint, text, field, TEMPLATE_REMEDY)
             completion_ids.append(ids)
             resplits += apart
         return Encoded(prompt_ids, completion_ids, resplits)
+
+    @cached_property
+    def prompt_text(self) -> str:
+        """Returns the text of the prompt up to where the model starts to write."""
+        return self.text(self.example.prompt, "prompt", **self.opens)
+
+    def whole_text(self, messages: Messages, field: str, **changes: object) -> str:
+        """Returns the text of a whole conversation as it is trained on."""
+        text = self.text(messages, field, **changes)
+        mended = self._behind_opened(messages, text)
+        return text if mended is None else self.prompt_text + mended
+
+    def _behind_opened(self, messages: Messages, text: str) -> str | None:
+        """Returns what is to follow the prompt's text where it ends with an opened block, such as <think>.
+
+        A model that generates writes the block's content and closes it. `text`, of the whole conversation, may show a
+        block that is closed at once (Nemotron 3), or none and cut what the model thought (DeepSeek R1). The prompt
+        keeps its opened block, and what the template leaves out comes back: the thoughts of the row, and the end of
+        the block. The rest is the template's. None where there is no such block or the template shows it by itself.
+        """
+        start = self.example.prompt
+        if self.example.continues or not start or start[-1]["role"] == "assistant" or len(messages) <= len(start):
+            return None
+        before = self.prompt_text
+        opened = OPENED.search(before)
+        if not opened or text.startswith(before) or not text.startswith(before[: opened.start()]):
+            return None
+        tag, close = f"<{opened[1]}>", f"</{opened[1]}>"
+        rest = text[opened.start() :].removeprefix(tag)
+        thoughts, closed, _ = content_text(messages[len(start)]).rpartition(close)
+        thoughts = thoughts.lstrip().removeprefix(tag).lstrip("\n")
+        if close in rest and thoughts.strip() in rest:
+            return rest
+        if rest.lstrip().startswith(close):
+            return thoughts + rest
+        return f"{thoughts}{close}{rest}" if closed else f"\n{close}\n\n{rest}"
 
     def whole(self, index: int) -> Messages:
         """Returns a whole conversation; a completion that continues the prompt's last message is joined to it."""
@@ -94,14 +142,17 @@ class Chat:
 
     # ---- What a template leaves out ---------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Raises `RowProblem` when the template leaves out tools, tool calls or a turn of this row.
+    def check(self) -> "LeftOut":
+        """Says what the template leaves out of this row, and how many completions it does not end.
 
         Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
         Trajectories may have no prompt, and any of their turns may be the user's.
+
+        Raises:
+            RowProblem: it leaves out tools, tool calls, a turn, or text of the model's in a completion.
         """
         prompt = self.example.prompt
-        wholes = [(partial(self.text, field=name), self.whole(i)) for i, name in enumerate(self.example.fields)]
+        wholes = [(partial(self.whole_text, field=name), self.whole(i)) for i, name in enumerate(self.example.fields)]
         opens = bool(prompt) and prompt[-1]["role"] != "assistant" or self.example.continues
         show, shared = (partial(self.text, field="prompt", **self.opens), prompt) if opens else wholes[0]
         if self.example.tools and show(shared) == show(shared, tools=None):
@@ -110,55 +161,123 @@ class Chat:
                 "the chat template leaves the tools out",
                 "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
             )
-        if opens:
-            self._check_turns_shown(show, prompt, 0, 0)
+        keys = self._left_out(show, prompt, 0, 0, len(prompt)) if opens else set()
+        start = len(prompt) - self.example.continues if opens else 0
         for index, (show, whole) in enumerate(wholes):
-            self._check_turns_shown(show, whole, index, len(prompt) - self.example.continues if opens else 0)
+            keys |= self._left_out(show, whole, index, start, start)
+        return LeftOut(", ".join(sorted(keys)), sum(_goes_on(show, whole) for show, whole in wholes))
 
-    def _check_turns_shown(self, show: Callable[..., str], messages: Messages, index: int, start: int) -> None:
-        """Asks of each turn from `start` on whether `show` shows it.
+    def _left_out(self, show: Show, messages: Messages, index: int, start: int, completion: int) -> set[str]:
+        """Returns which keys of the messages from `start` on are not shown, e.g. "tool.name".
 
-        All of them are marked and rendered at once, so that the work grows with the turns. A turn whose mark is not
-        found, because the template leaves it out or rewrites it, is changed on its own.
+        What the row can't do without raises `RowProblem`: turns of others, tool calls, and from the turn `completion`
+        on what the model is to write. Without a prompt, earlier turns that are shortened are for the split to find.
         """
-        shown = show(messages)
-        probes = {at: probe for at in range(start, len(messages)) if (probe := _probe(messages[at], at))}
-        marked = [probes[at].marked if at in probes else message for at, message in enumerate(messages)]
-        found = set(MARK.findall(show(marked).lower())) - set(MARK.findall(shown.lower()))
-        for at, probe in probes.items():
-            if probe.mark not in found and show([*messages[:at], probe.changed, *messages[at + 1 :]]) == shown:
+        shown, found, last = show(messages), set[str](), len(messages) - 1
+        for key in dict.fromkeys(key for message in messages[start:] for key in message):
+            probes = {at: probe for at in range(start, len(messages)) if (probe := _probe(messages[at], key, at))}
+            for at in _hidden(show, messages, shown, probes):
+                role = messages[at]["role"]
+                mine = role == "assistant"
+                if key == "tool_calls" or (key == "content" and not mine):
+                    what, remedy = "a tool call" if mine else f"the {role!r} turn", "remove the message"
+                elif mine and key in WRITTEN and at >= completion and (completion or key != "content" or at == last):
+                    what = f"{key!r} of the assistant's turn, or its start," if key == "content" else repr(key)
+                    remedy = f"put the text into 'content' as the model writes it, or remove {key!r} from the messages"
+                else:
+                    found.add(f"{role}.{key}")
+                    continue
                 raise RowProblem(
                     self.turn_field(index, at),
-                    f"the chat template leaves {probe.what} out",
-                    "use a chat template that renders it, or remove the message",
+                    f"the chat template leaves {what} out",
+                    f"use a chat template that renders it, or {remedy}",
                 )
+        return found
+
+
+class LeftOut(NamedTuple):
+    """The keys of messages that a template leaves out, "role.key" each, and the completions that it does not end."""
+
+    keys: str = ""
+    unended: int = 0
 
 
 class _Probe(NamedTuple):
-    """What a template may leave out of a message: the message with a mark in it, and without it or with another."""
+    """A message with a mark in the value of a key, and without that value, or with another."""
 
-    what: str
-    mark: str
     marked: Message
     changed: Message
 
 
-def _probe(message: Message, number: int) -> _Probe | None:
-    if message["role"] != "assistant" and isinstance(message.get("content"), str):
-        mark = f"(turn {number})"
-        marked = {**message, "content": f"{message['content']} {mark}"}
-        return _Probe(f"the {message['role']!r} turn", mark, marked, marked)
-    calls, mark = message.get("tool_calls"), f"(call {number})"
-    if not calls:
+def _hidden(show: Show, messages: Messages, shown: str, probes: dict[int, _Probe]) -> list[int]:
+    """Returns the probed turns that `show` does not show.
+
+    All of them are marked and rendered at once, so that the work grows with the turns. Those whose mark is not found,
+    because the template leaves them out or rewrites them, are changed at once; only if that shows, each on its own.
+    What the template refuses once it is changed is something that it reads.
+    """
+
+    def shows(changed: dict[int, Message]) -> str:
+        return show([changed.get(at, message) for at, message in enumerate(messages)])
+
+    try:
+        found = set(MARK.findall(shows({at: probe.marked for at, probe in probes.items()}).lower()))
+        found -= set(MARK.findall(shown.lower()))
+        changed = {at: probe.changed for at, probe in probes.items() if _mark(at) not in found}
+        if not changed or shows(changed) == shown:
+            return list(changed)
+        return [at for at in changed if shows({at: changed[at]}) == shown]
+    except RowProblem:
+        return []
+
+
+def _mark(number: int) -> str:
+    return f"(mark {number})"
+
+
+def _probe(message: Message, key: str, number: int) -> _Probe | None:
+    """Returns the probe of a key that holds something."""
+    value, mark = message.get(key), _mark(number)
+    if key == "role" or _is_blank(value):
         return None
-    marked = message
-    match calls:
-        case [{"function": {"name": str(name), **function}, **call}, *others]:
-            marked = {**message, "tool_calls": [{**call, "function": {**function, "name": f"{name} {mark}"}}, *others]}
-    without = {key: value for key, value in message.items() if key != "tool_calls"}
-    return _Probe("a tool call", mark, marked, {"content": "", **without})
+    match value:
+        case str(text) if key == "content" and message["role"] == "assistant":
+            # What a template cuts is what the model thought before it answered.
+            head, tag, rest = text.partition("<think>") if text.lstrip().startswith("<think>") else ("", "", text)
+            marked = {**message, key: f"{head}{tag}{mark} {rest}"}
+        case str(text):
+            marked = {**message, key: f"{text} {mark}"}
+        case [{"function": {"name": str(name), **function}, **call}, *others] if key == "tool_calls":
+            marked = {**message, key: [{**call, "function": {**function, "name": f"{name} {mark}"}}, *others]}
+        case [*others, {"text": str(text), **part}] if key == "content":
+            marked = {**message, key: [*others, {**part, "text": f"{text} {mark}"}]}
+        case _:
+            marked = message
+    without = {"content": "", **{name: held for name, held in message.items() if name != key}}
+    return _Probe(marked, marked if key == "content" or isinstance(value, str) else without)
+
+
+def _goes_on(show: Show, messages: Messages) -> bool:
+    """Says whether the template shows nothing behind the text of the last turn, if that is the assistant's."""
+    *before, last = messages
+    if last["role"] != "assistant" or not isinstance(text := last.get("content"), str) or last.get("tool_calls"):
+        return False
+    try:
+        shown = show([*before, {**last, "content": f"{text.rstrip()} {END}"}])
+    except RowProblem:
+        return False
+    return shown.rstrip().lower().endswith(END)
 
 
 def turn_kind(message: Message) -> tuple[str, ...]:
-    """Returns what decides how a template takes a message, besides the texts: its role and its fields."""
-    return (message["role"], *sorted(message))
+    """Returns what decides how a template takes a message, besides the texts: its role and its filled fields."""
+    thought = ("</think>",) if "</think>" in content_text(message) else ()
+    return (
+        message["role"],
+        *thought,
+        *sorted(key for key, value in message.items() if key == "content" or not _is_blank(value)),
+    )
+
+
+def _is_blank(value: object) -> bool:
+    return not value or isinstance(value, str) and not value.strip()

@@ -16,10 +16,13 @@ Values = dict[str, Any]  # of a row, by column
 Message = dict[str, Any]
 Messages = list[Message]
 
-# Set by the pipeline itself; from a row they would change what is rendered behind its back.
+# Set by the pipeline itself or the tokenizer's own: from a row they would replace the template, its functions or its
+# special tokens, and change what is rendered behind the user's back.
 RESERVED_KWARGS = frozenset(
-    "conversation tools tokenize return_dict return_tensors return_assistant_tokens_mask add_generation_prompt "
-    "continue_final_message padding truncation max_length tokenizer_kwargs sanitize_control_tokens".split()
+    "conversation conversations messages tools tokenize return_dict return_tensors return_assistant_tokens_mask "
+    "add_generation_prompt continue_final_message padding truncation max_length tokenizer_kwargs chat_template "
+    "sanitize_control_tokens strftime_now raise_exception "
+    "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 )
 
 
@@ -149,6 +152,12 @@ def _read_message(message: object, where: str) -> Message:
     if isinstance(content, str):
         _check_utf8(content, where)
     return clean
+
+
+def content_text(message: Message) -> str:
+    """Returns a message's text, also where it is given in parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def read_tools(row: Row) -> list[Values] | None:

@@ -10,9 +10,11 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from .clock import template_date
+
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a digest of all that decides a tokenizer's ids: vocabulary, rules, special tokens, chat template."""
+    """Returns a digest of what decides a tokenizer's ids: vocabulary, rules, special tokens, chat template, date."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         tokenizer("a", padding=False, truncation=False)  # leaves no trace of an earlier call's padding or truncation
@@ -23,9 +25,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
             files = [path.read_bytes().hex() for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     switches = [str(getattr(tokenizer, name, None)) for name in ("split_special_tokens", "add_prefix_space")]
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return digest(
-        [type(tokenizer).__name__, files, special, tokenizer.chat_template, switches, transformers.__version__]
-    )
+    template = [tokenizer.chat_template, template_date(tokenizer)]
+    return digest([type(tokenizer).__name__, files, special, template, switches, transformers.__version__])
 
 
 def rows_digest(dataset: Any, samples: int = 256) -> str:

@@ -14,6 +14,7 @@ from .fields import (
     Row,
     RowProblem,
     Values,
+    content_text,
     from_json,
     read_entries,
     read_grades,
@@ -305,7 +306,7 @@ def _is_one_answer(messages: Messages) -> bool:
 
 
 def _says_nothing(turns: Messages) -> bool:
-    return not any(m.get("tool_calls") or m.get("content") and str(m["content"]).strip() for m in turns)
+    return not any(m.get("tool_calls") or content_text(m).strip() for m in turns)
 
 
 def common_start(sequences: Sequence[Any]) -> int:

@@ -18,6 +18,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
+from .clock import template_date
 from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
@@ -29,7 +30,7 @@ from .unread import SAMPLED, check_unread
 from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PROBLEMS_NAMED = 3
 STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
 
@@ -102,12 +103,13 @@ def prepare_dataset(
         rows = [first] if isinstance(dataset, IterableDataset) else [*islice(_plain(dataset), SAMPLED)]
         check_unread(name, rows, [column for column in unused if column not in unneeded_columns])
     summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
+    summary.date = template_date(tokenizer) if row_format.kind == "chat" else None
     worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
     max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    for batch in records.select_columns(["row", "drop", *COUNTERS]).iter(batch_size=10_000):
+    for batch in records.select_columns(["row", "drop", "left_out", *COUNTERS]).iter(batch_size=10_000):
         for record in rows_of(batch):
             summary.add(record)
     summary.check()

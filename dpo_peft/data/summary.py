@@ -1,10 +1,13 @@
 """What became of every source row: kept, or dropped for a named reason; and what truncation took away."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # reason -> (what it means, what to do about it)
 REASONS = {
@@ -52,7 +55,7 @@ def explain(reason: str) -> str:
 
 # What is added up over the rows under the name that a row's record has for it.
 ADDED = (
-    "completions ends_lost foreign_turns swapped ties desirable undesirable prompt_tokens completion_tokens"
+    "completions ends_lost foreign_turns unended swapped ties desirable undesirable prompt_tokens completion_tokens"
 ).split()
 
 
@@ -83,11 +86,16 @@ class DataSummary:
     desirable: int = 0  # completions that were judged one by one
     undesirable: int = 0
     foreign_turns: int = 0  # completions that hold user or tool turns, whose tokens are scored like the rest
+    unended: int = 0  # completions with nothing behind their text for the model to stop with
+    left_out: dict[str, int] = field(default_factory=dict)  # key of messages that the template leaves out -> rows
     prompt_tokens: int = 0  # each prompt once
     completion_tokens: int = 0
     unshared_tokens: int = 0  # prompt repeated for every completion
     longest: int = 0  # tokens of prompt + one completion
     unused_columns: tuple[str, ...] = ()
+    date: str | None = None  # that the chat template writes, where it writes one
+
+    _warned = False  # for good, also where a stream starts again
 
     @property
     def total_tokens(self) -> int:
@@ -140,6 +148,16 @@ class DataSummary:
         self.kept_rows += 1
         for counter in ADDED:
             setattr(self, counter, getattr(self, counter) + record[counter])
+        for key in filter(None, record["left_out"].split(", ")):
+            self.left_out[key] = self.left_out.get(key, 0) + 1
+        if self.unended and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: the chat template ends the assistant's turn with no token (e.g. in row %d): the model does not "
+                "learn to stop. Use a template that puts the end token behind the turn.",
+                self.name,
+                record["row"],
+            )
         self.rows_truncated += bool(record["prompt_cut"] or record["completions_cut"])
         self.prompts_trimmed += bool(record["prompt_cut"])
         self.completions_trimmed += record["completions_cut"]
@@ -150,7 +168,7 @@ class DataSummary:
     def reset(self) -> None:
         """Starts counting again; what describes the dataset stays."""
         kept = self.name, self.format, self.max_length, self.truncation_mode
-        self.__init__(*kept, unused_columns=self.unused_columns)  # type: ignore[misc]
+        self.__init__(*kept, unused_columns=self.unused_columns, date=self.date)  # type: ignore[misc]
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.kept_rows} of {self.source_rows} rows kept ({self.format} format)"]
@@ -171,6 +189,7 @@ class DataSummary:
         notes = (
             (self.boundary_resplits, "completions tokenized apart from the prompt (merge at the border)"),
             (self.foreign_turns, "completions hold user or tool turns; their tokens are scored too"),
+            (self.unended, "completions end without an end token: the chat template puts none behind the turn"),
             (self.swapped, "rows swapped: preference below 0.5"),
             (self.ties, "ties: preference 0.5"),
         )
@@ -178,6 +197,11 @@ class DataSummary:
         if self.desirable or self.undesirable:
             alone = "" if self.desirable and self.undesirable else "; with one kind alone there is nothing to compare"
             lines.append(f"  completions: {self.desirable} desirable, {self.undesirable} undesirable{alone}")
+        if self.left_out:
+            keys = ", ".join(f"{key} ({count} rows)" for key, count in self.left_out.items())
+            lines.append(f"  left out by the chat template: {keys}")
+        if self.date:
+            lines.append(f"  date in the chat template: {self.date}, kept with the tokenizer")
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Chat, turn_kind
+from .chat import Chat, LeftOut, turn_kind
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
@@ -29,14 +29,14 @@ from .truncate import Fitted, all_same, fit
 
 COUNTERS = (
     "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest "
-    "swapped ties desirable undesirable"
+    "swapped ties desirable undesirable unended"
 ).split()
 IDS = {
     "prompt_ids": Sequence(Value("int32")),
     "completion_ids": Sequence(Sequence(Value("int32"))),
     "row": Value("int64"),
 }
-STATISTICS = {"drop": Value("string"), **{counter: Value("int32") for counter in COUNTERS}}
+STATISTICS = {"drop": Value("string"), "left_out": Value("string"), **{name: Value("int32") for name in COUNTERS}}
 # What a row holds beside its ids, by what the objective learns from.
 EXTRAS = {
     "preference": Value("float64"),
@@ -47,7 +47,7 @@ EXTRAS = {
 }
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabeled": ["completion"]}
 # What a row that is dropped holds instead.
-NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
+NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0, "left_out": ""}
 READ_LABEL: dict[str, Callable[[Row], float]] = {
     "preference": read_preference,
     "margin": partial(read_number, column="margin"),
@@ -73,7 +73,7 @@ class RowWorker:
         self.name, self.format, self.tokenizer, self.wanted = name, row_format, tokenizer, wanted
         self.max_length, self.truncation_mode = max_length, truncation_mode
         self.encoder = Encoder(tokenizer, name, row_format.kind)
-        self.tried: set[str] = set()
+        self.tried: dict[str, LeftOut] = {}  # by shape of a row
         extras = [*wanted.label_columns, *BY_DATA.get(wanted.data, ())]
         self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
         self.prepared_columns = [*IDS, *extras]
@@ -122,11 +122,18 @@ class RowWorker:
                 continue
             if example.kind == "text" and not example.prompt and not self.encoder.leading:
                 self._encode(example)
-            if example.kind == "chat" and (shape := _shape(example)) not in self.tried:
-                Chat(self.tokenizer, example).check()
+            if example.kind == "chat" and _shape(example) not in self.tried:
+                self._left_out(example)
                 self._encode(example)
-                self.tried.add(shape)
         return examples, labels
+
+    def _left_out(self, example: Example) -> LeftOut:
+        """Returns what the chat template leaves out of an example's shape, as the first one of it shows."""
+        if example.kind != "chat":
+            return LeftOut()
+        if (shape := _shape(example)) not in self.tried:
+            self.tried[shape] = Chat(self.tokenizer, example).check()
+        return self.tried[shape]
 
     def _encode(self, example: Example) -> Encoded | str:
         """Returns the ids of an example, or the reason why there is nothing to learn from it."""
@@ -175,7 +182,7 @@ class RowWorker:
         made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
             return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
-        fitted, resplits = made
+        (fitted, resplits), left_out = made, self._left_out(example)
         lengths = [len(ids) for ids in fitted.completion_ids]
         record = {
             **dict.fromkeys(COUNTERS, 0),
@@ -183,6 +190,8 @@ class RowWorker:
             **labels,
             "grades": example.grades,
             "drop": "",
+            "left_out": left_out.keys,
+            "unended": left_out.unended,
             "completions": len(lengths),
             "foreign_turns": 0 if self.wanted.data == "trajectories" else _foreign_turns(example),
             "resplits": resplits,

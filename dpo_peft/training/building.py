@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
+from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..distributed import ShareCollator, world_size
 from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
@@ -43,6 +44,7 @@ class Preparation:
 
     def __init__(self, args: DPOConfig, objective: TrainingObjective, tokenizer: PreTrainedTokenizerBase):
         self.args, self.objective, self.tokenizer = args, objective, tokenizer
+        keep_date(tokenizer, args.output_dir, args.resume_from_checkpoint)
         self.reports: dict[str, DataReport] = {}
         self.sources: dict[str, tuple[list[str], str | None]] = {}
         self.evaluated: dict[str, AnyDataset] = {}
