@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from ..errors import OptionError
-from ..files import CONVERTERS, READERS, read_rows, strict
+from ..files import CONVERTERS, read_rows, strict, without_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,8 +77,10 @@ def option(default: object, help: str, **metadata: object) -> Any:
 class RowOptions:
     """Which rows a command reads."""
 
-    dataset_name: str | None = option(None, "Hub id, or a JSON(L), Parquet or CSV file.")
-    dataset_split: str | None = option(None, "Split of a Hub dataset; 'test' if not given.")
+    dataset_name: None | str | list[str] = option(
+        None, "Hub id, JSON(L), Parquet or CSV files, a folder of such, or a folder of save_to_disk."
+    )
+    dataset_split: str | None = option(None, "Split of a Hub dataset or folder; 'test' if not given.")
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
     dataset_format: str | None = option(None, "Convert rows first.", choices=list(CONVERTERS))
 
@@ -90,10 +92,10 @@ def load_rows(options: RowOptions) -> "Dataset":
         OptionError: no such file or dataset, or an option of a Hub dataset for a file.
     """
     name = options.dataset_name or ""
-    if Path(name).suffix in READERS:
+    if without_splits(name):
         for option in ("dataset_split", "dataset_config"):
             if getattr(options, option) is not None:
-                raise OptionError(f"{option} has no effect: {name} is a file. Leave it out.")
+                raise OptionError(f"{option} has no effect: {name} has no splits. Leave it out.")
     split = options.dataset_split or "test"
     return read_rows(name, split, options.dataset_config, dataset_format=options.dataset_format)
 

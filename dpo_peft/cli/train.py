@@ -11,21 +11,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..files import read_rows
+from .mixture import load_datasets
 from .options import RowOptions, made, option, option_of, parse_groups, required, show
 
 if TYPE_CHECKING:  # importing them takes seconds, which a help should not
-    from datasets import Dataset, IterableDataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     from ..config import DPOConfig
     from ..trainer import DPOTrainer
-
-    Rows: TypeAlias = Dataset | IterableDataset
 
 EXAMPLES = [
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
@@ -41,12 +38,19 @@ class DataArguments:
     """Where the preference rows come from."""
 
     _argument_group_name = "data"  # the heading in the help
-    dataset_name: str = option("", "Hub id, or a JSON(L), Parquet or CSV file.")
+    dataset_name: None | str | list[str] = option_of(RowOptions, "dataset_name")
     dataset_config: str | None = option_of(RowOptions, "dataset_config")
     dataset_train_split: str = option("train", "Split to train on.")
     dataset_test_split: str = option("test", "Split to evaluate on, if evaluation is on.")
-    eval_dataset_name: str | None = option(None, "Hub id or file to evaluate on, if not a split of dataset_name.")
+    eval_dataset_name: None | str | list[str] = option(
+        None, "Hub ids or files to evaluate on, each by itself, if not a split of dataset_name."
+    )
+    datasets: list[dict[str, Any]] | None = option(
+        None, "A mixture, in FILE.yaml: a list of path, name, data_dir, data_files, split, columns, fraction."
+    )
+    test_split_size: float | None = option(None, "Share, or number, of the rows to hold out for evaluation.")
     dataset_streaming: bool = option(False, "Read rows as they come; needs max_steps.")
+    streaming: bool = option(False, "The same.")
     dataset_format: str | None = option_of(RowOptions, "dataset_format")
 
 
@@ -74,7 +78,7 @@ class ModelArguments:
     use_peft: bool | None = option(None, "An adapter is trained in any case.", nargs="?", const=True)
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
     use_dora: bool = option(False, "Weight-decomposed LoRA.")
-    attn_implementation: str | None = option(None, "Attention of the model's own layers, such as sdpa or eager.")
+    attn_implementation: str | None = option(None, "Attention, where the trainer has none of its own.")
     load_in_4bit: bool | None = option(
         None, "Quantize as the bnb_ options say. Default: NF4, nested; false: not quantized.", nargs="?", const=True
     )
@@ -121,7 +125,7 @@ def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments)
     """Loads the data and builds the `DPOTrainer` that the options describe."""
     from ..trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
-    train_dataset, eval_dataset = load_datasets(data, evaluate=args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_datasets(data, args.eval_strategy != "no", args.seed)
     args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     for name, value in {"revision": model.model_revision, "attn_implementation": model.attn_implementation}.items():
         if value is not None:
@@ -158,26 +162,9 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     )
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
-    required(options, "dataset_name", "model_name_or_path")
+    required(options, *([] if options.datasets else ["dataset_name"]), "model_name_or_path")
     data, args = made(DataArguments, options), made(DPOConfig, options)
     return data, args, made(ModelArguments, options), made(OutputArguments, options)
-
-
-def load_datasets(data: DataArguments, evaluate: bool) -> tuple["Rows", "Rows | None"]:
-    """Returns the training rows, and the evaluation rows if wanted.
-
-    Raises:
-        OptionError: no such file, split or dataset.
-    """
-    how = (data.dataset_config, data.dataset_streaming, data.dataset_format)
-    train_dataset = read_rows(data.dataset_name, data.dataset_train_split, *how)
-    if evaluate:
-        if data.eval_dataset_name is None and Path(data.dataset_name).is_file():
-            raise OptionError("eval_strategy is set, but a file has no test split: give eval_dataset_name.")
-        return train_dataset, read_rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split, *how)
-    if data.eval_dataset_name is not None:
-        raise OptionError("eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out.")
-    return train_dataset, None
 
 
 def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfig | None":
@@ -194,12 +181,13 @@ def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfi
         names = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
         if given := [f.name for f in fields(model) if f.name in names and getattr(model, f.name) != f.default]:
             raise OptionError(f"{', '.join(given)}: no effect without load_in_4bit. Set it too, or leave out.")
-    if args.quantize_base is not None and (model.load_in_8bit or args.quantize_base is (model.load_in_4bit is False)):
+    base, wanted = args.quantize_base, model.load_in_4bit
+    if base is not None and (model.load_in_8bit or wanted not in (None, base)):
         raise OptionError("quantize_base contradicts load_in_4bit or load_in_8bit: give one of them.")
     if model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not model.load_in_4bit:
-        args.quantize_base = args.quantize_base if model.load_in_4bit is None else False
+        args.quantize_base = base if wanted is None else False
         return None
     return BitsAndBytesConfig(
         load_in_4bit=True,
