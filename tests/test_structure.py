@@ -43,15 +43,15 @@ BUDGETS = {
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1100,
+    "artifacts": 1110,
     "reward": 865,
     "merge": 590,
     "hub": 825,
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,
-    "cli": 1255,
-    "rowfiles": 245,
+    "cli": 1475,
+    "rowfiles": 250,
 }
 MAX_PACKAGE_LINES = 22_670
 MAX_FILE_LINES = 400

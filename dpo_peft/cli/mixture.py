@@ -1,20 +1,40 @@
 """The rows that `dpo-peft train` reads: of one name or several, or of a mixture as TRL's config files describe it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import OptionError
 from ..files import convert, joined, read_rows, without_splits
 from ..rowfiles import COMPRESSED, READERS
-
-if TYPE_CHECKING:
-    from .train import DataArguments
+from .options import RowOptions, option, option_of
 
 PART = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
 
 
-def load_datasets(data: "DataArguments", evaluate: bool, seed: int = 42) -> tuple[Any, Any]:
+@dataclass
+class DataArguments:
+    """Where the preference rows come from."""
+
+    _argument_group_name = "data"  # the heading in the help
+    dataset_name: None | str | list[str] = option_of(RowOptions, "dataset_name")
+    dataset_config: str | None = option_of(RowOptions, "dataset_config")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on, if evaluation is on.")
+    eval_dataset_name: None | str | list[str] = option(
+        None, "Hub ids or files to evaluate on, each by itself, if not a split of dataset_name."
+    )
+    datasets: list[dict[str, Any]] | None = option(
+        None, "A mixture, in FILE.yaml: a list of path, name, data_dir, data_files, split, columns, fraction."
+    )
+    test_split_size: float | None = option(None, "Share, or number, of the rows to hold out for evaluation.")
+    dataset_streaming: bool = option(False, "Read rows as they come; needs max_steps.")
+    streaming: bool = option(False, "The same.")
+    dataset_format: str | None = option_of(RowOptions, "dataset_format")
+
+
+def load_datasets(data: DataArguments, evaluate: bool, seed: int = 42) -> tuple[Any, Any]:
     """Returns the training rows, and the evaluation rows if wanted: a dict by name if there are several sets.
 
     Args:
@@ -26,15 +46,15 @@ def load_datasets(data: "DataArguments", evaluate: bool, seed: int = 42) -> tupl
         OptionError: no such file, split or dataset, or options that contradict each other.
     """
     how = (data.dataset_config, data.dataset_streaming or data.streaming, data.dataset_format)
-    named = data.eval_dataset_name
-    if bool(data.datasets) == bool(data.dataset_name):
+    name, named = data.dataset_name or "", data.eval_dataset_name
+    if bool(data.datasets) == bool(name):
         raise OptionError("dataset_name and datasets: give one of them.")
     if named is not None and not evaluate:
         raise OptionError("eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out.")
     if named is not None and data.test_split_size is not None:
         raise OptionError("eval_dataset_name and test_split_size are given: give one of them.")
     lacks_split = named is None and data.test_split_size is None
-    if evaluate and lacks_split and (data.datasets or without_splits(data.dataset_name or "")):
+    if evaluate and lacks_split and (data.datasets or without_splits(name)):
         what = "a mixture" if data.datasets else "a file"
         raise OptionError(
             f"eval_strategy is set, but {what} has no test split: give eval_dataset_name or test_split_size."
@@ -42,14 +62,14 @@ def load_datasets(data: "DataArguments", evaluate: bool, seed: int = 42) -> tupl
     if data.datasets:
         train = _read_mixture(data.datasets, how[1], data.dataset_format)
     else:
-        train = read_rows(data.dataset_name, data.dataset_train_split, *how)
+        train = read_rows(name, data.dataset_train_split, *how)
     if data.test_split_size is not None:
         train, test = _split(train, data.test_split_size, seed, streaming=how[1])
         return train, test if evaluate else None
     if not evaluate:
         return train, None
-    names = [named or data.dataset_name] if named is None or isinstance(named, str) else named
-    sets = {_stem(name): read_rows(name, data.dataset_test_split, *how) for name in names}
+    names = named if isinstance(named, list) else [named or name]
+    sets = {_stem(one): read_rows(one, data.dataset_test_split, *how) for one in names}
     if len(sets) < len(names):
         raise OptionError(f"eval_dataset_name: metrics are called by the sets' names, {', '.join(sets)}. Rename some.")
     return train, sets if len(names) > 1 else next(iter(sets.values()))
@@ -76,7 +96,7 @@ def _split(rows: Any, size: float, seed: int, streaming: bool) -> tuple[Any, Any
 def _read_mixture(parts: Sequence[Mapping[str, Any]], streaming: bool, dataset_format: str | None) -> Any:
     """Returns the rows of all parts; with fractions the first of each, as many as keep the shares (as TRL does)."""
     datasets = [_read_part(part, streaming) for part in parts]
-    fractions = [part.get("fraction") for part in parts]
+    fractions: list[Any] = [part.get("fraction") for part in parts]
     if any(fraction is not None for fraction in fractions):
         good = all(isinstance(fraction, int | float) and fraction > 0 for fraction in fractions)
         if not good or streaming:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .mixture import load_datasets
-from .options import RowOptions, made, option, option_of, parse_groups, required, show
+from .mixture import DataArguments, load_datasets
+from .options import made, option, parse_groups, required, show
 
 if TYPE_CHECKING:  # importing them takes seconds, which a help should not
     from peft import LoraConfig
@@ -31,27 +31,6 @@ EXAMPLES = [
     "dpo-peft train --config FILE.yaml --resume_from_checkpoint latest",
     "dpo-peft train --config FILE.yaml --json > result.json",
 ]
-
-
-@dataclass
-class DataArguments:
-    """Where the preference rows come from."""
-
-    _argument_group_name = "data"  # the heading in the help
-    dataset_name: None | str | list[str] = option_of(RowOptions, "dataset_name")
-    dataset_config: str | None = option_of(RowOptions, "dataset_config")
-    dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on, if evaluation is on.")
-    eval_dataset_name: None | str | list[str] = option(
-        None, "Hub ids or files to evaluate on, each by itself, if not a split of dataset_name."
-    )
-    datasets: list[dict[str, Any]] | None = option(
-        None, "A mixture, in FILE.yaml: a list of path, name, data_dir, data_files, split, columns, fraction."
-    )
-    test_split_size: float | None = option(None, "Share, or number, of the rows to hold out for evaluation.")
-    dataset_streaming: bool = option(False, "Read rows as they come; needs max_steps.")
-    streaming: bool = option(False, "The same.")
-    dataset_format: str | None = option_of(RowOptions, "dataset_format")
 
 
 @dataclass
