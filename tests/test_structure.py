@@ -50,10 +50,10 @@ BUDGETS = {
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,
-    "cli": 1475,
+    "cli": 1480,
     "rowfiles": 250,
 }
-MAX_PACKAGE_LINES = 22_670
+MAX_PACKAGE_LINES = 22_915
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
