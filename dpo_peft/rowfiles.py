@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
 
 from .errors import DataError, OptionError
 
@@ -61,6 +62,10 @@ def read_files(paths: Sequence[Path], streaming: bool = False) -> Dataset | Iter
     for path in paths:
         if ending(path) not in READERS:
             raise OptionError(f"dataset {str(path)!r}: use one of {', '.join(READERS)}.")
+        if path.suffix in COMPRESSED and infer_compression(str(path)) is None:  # as for .zst without its package
+            raise OptionError(
+                f"dataset {str(path)!r}: {path.suffix} files need `pip install zstandard`. Or unpack it."
+            )
     given = {"paths": list(paths)}
     features = Features.from_arrow_schema(_schema(paths))
     if streaming:

@@ -9,12 +9,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 from dpo_peft.errors import DataError, OptionError
-from dpo_peft.files import read_rows
+from dpo_peft.files import read_rows, without_splits
 
 TEXTS = [
     *("007", "1e3", "1.10", "N/A", "NA", "", "None", "null", "nan", "true", "-", "0x1F", "12345678901234567890"),
@@ -83,6 +85,61 @@ def test_a_pattern_that_is_no_file_is_all_that_match_it(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / "*")).to_list() == [{"prompt": "a"}, {"prompt": "b"}]
     with pytest.raises(OptionError, match="there is no such file"):
         read_rows(str(tmp_path / "c*.jsonl"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_save_to_disk(streaming: bool, tmp_path: Path) -> None:
+    first, second = Dataset.from_list(WHOLE[:4]), Dataset.from_list(WHOLE[4:])
+    first.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": first, "test": second}).save_to_disk(tmp_path / "two")
+    assert list(read_rows(str(tmp_path / "one"), streaming=streaming)) == WHOLE[:4]
+    assert list(read_rows(str(tmp_path / "two"), "test", streaming=streaming)) == WHOLE[4:]
+    with pytest.raises(OptionError, match="no split 'validation': it has train, test"):
+        read_rows(str(tmp_path / "two"), "validation")
+    assert without_splits(str(tmp_path / "one")) and not without_splits(str(tmp_path / "two"))
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    with pytest.raises(OptionError, match="can't be read"):
+        read_rows(str(tmp_path / "one"))
+
+
+def test_a_folder_of_files_has_the_splits_that_their_names_say(tmp_path: Path) -> None:
+    """Their texts are taken as they are, as those of one file."""
+    rows = [{"prompt": text, "chosen": "007"} for text in ("1.10", "N/A", "2024-01-02")]
+    for name, row in zip(("train-0.csv", "train-1.csv", "test.csv"), rows, strict=True):
+        write(tmp_path / name, [row])
+    assert read_rows(str(tmp_path)).to_list() == rows[:2]
+    assert read_rows(str(tmp_path), "test").to_list() == rows[2:]
+    with pytest.raises(OptionError, match="no split 'validation': it has train, test"):
+        read_rows(str(tmp_path), "validation")
+
+
+def test_several_names_are_read_one_after_the_other(tmp_path: Path) -> None:
+    """Files have the types of all rows; a saved dataset goes along."""
+    Dataset.from_list([{"prompt": "c", "margin": 2.0}]).save_to_disk(tmp_path / "saved")
+    names = [
+        write(tmp_path / "a.jsonl", [{"prompt": "a", "margin": 1}]),
+        write(tmp_path / "b.csv", [{"prompt": "b", "margin": 0.5}]),
+    ]
+    expected = [{"prompt": "a", "margin": 1.0}, {"prompt": "b", "margin": 0.5}]
+    assert read_rows(names).to_list() == expected
+    assert read_rows([names[1], str(tmp_path / "saved")]).to_list() == [expected[1], {"prompt": "c", "margin": 2.0}]
+    with pytest.raises(OptionError, match="there is no such file"):
+        read_rows([names[0], str(tmp_path / "none.jsonl")])
+    with pytest.raises(OptionError, match="don't go together"):
+        Dataset.from_list([{"prompt": [1]}]).save_to_disk(tmp_path / "other")
+        read_rows([str(tmp_path / "saved"), str(tmp_path / "other")])
+
+
+def test_zst_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Path(write(tmp_path / "rows.jsonl", WHOLE)).read_bytes()
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(gzip.compress(plain))  # stands for what the package would unpack
+    for name in ("zst", "zstd"):
+        monkeypatch.delitem(fsspec.utils.compressions, name, raising=False)
+    with pytest.raises(OptionError, match=r"\.zst files need `pip install zstandard`"):
+        read_rows(str(path))
+    monkeypatch.setitem(fsspec.utils.compressions, "zst", "gzip")
+    assert read_rows(str(path)).to_list() == WHOLE
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])

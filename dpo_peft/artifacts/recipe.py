@@ -23,7 +23,7 @@ SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
 # They name files or folders here and repositories of others: a recipe for anybody leaves the second kind out.
 _PATHS = (
     "output_dir logging_dir ref_cache_dir reference resume_from_checkpoint dataset_name eval_dataset_name "
-    "model_name_or_path"
+    "model_name_or_path path data_dir data_files"
 ).split()
 _OF_ONE_USER = ("push_to_hub", "resume_from_checkpoint", "run_name", "disable_tqdm")
 _LOCAL = re.compile(r"^(~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
@@ -58,7 +58,7 @@ def public(value: object, is_path: bool = False) -> Any:
     if isinstance(value, Mapping):
         return {key: public(item, key in _PATHS) for key, item in value.items() if not SECRET.search(key)}
     if isinstance(value, list):
-        return [public(item) for item in value]
+        return [public(item, is_path) for item in value]
     if isinstance(value, str) and (is_path or os.path.isabs(value) or _LOCAL.match(value)):
         return shown_name(value)
     return value

@@ -179,11 +179,17 @@ class SaveResults:
     def _datasets(self) -> tuple[list[str], str]:
         """Returns the names of the training data, and the name of what was evaluated on."""
         trained, evaluated = (self.trainer.data_sources[name][0] for name in ("train", "eval"))
-        if "dataset_name" in self.command_options:
-            trained = [self.command_options["dataset_name"]]
+        if options := self.command_options:
+            mixed = [part["path"] for part in options.get("datasets") or ()]
+            trained = as_list(options.get("dataset_name")) or mixed or trained
             if "eval" in self.trainer.data_reports:
-                evaluated = [self.command_options.get("eval_dataset_name", trained[0])]
+                evaluated = as_list(options.get("eval_dataset_name")) or trained
         return trained, evaluated[0] if len(evaluated) == 1 else "held-out preference pairs"
+
+
+def as_list(given: str | list[str] | None) -> list[str]:
+    """Returns the names that an option of one or several gives."""
+    return [given] if isinstance(given, str) else given or []
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -16,13 +16,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from tqdm import tqdm
 
 from ..errors import OptionError
-from ..files import CONVERTERS, READERS, read_rows, strict
+from ..files import CONVERTERS, read_rows, strict, without_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,8 +77,10 @@ def option(default: object, help: str, **metadata: object) -> Any:
 class RowOptions:
     """Which rows a command reads."""
 
-    dataset_name: str | None = option(None, "Hub id, or a JSON(L), Parquet or CSV file.")
-    dataset_split: str | None = option(None, "Split of a Hub dataset; 'test' if not given.")
+    dataset_name: None | str | list[str] = option(
+        None, "Hub id, JSON(L), Parquet or CSV files, a folder of such, or a folder of save_to_disk."
+    )
+    dataset_split: str | None = option(None, "Split of a Hub dataset or folder; 'test' if not given.")
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
     dataset_format: str | None = option(None, "Convert rows first.", choices=list(CONVERTERS))
 
@@ -90,10 +92,10 @@ def load_rows(options: RowOptions) -> "Dataset":
         OptionError: no such file or dataset, or an option of a Hub dataset for a file.
     """
     name = options.dataset_name or ""
-    if Path(name).suffix in READERS:
+    if without_splits(name):
         for option in ("dataset_split", "dataset_config"):
             if getattr(options, option) is not None:
-                raise OptionError(f"{option} has no effect: {name} is a file. Leave it out.")
+                raise OptionError(f"{option} has no effect: {name} has no splits. Leave it out.")
     split = options.dataset_split or "test"
     return read_rows(name, split, options.dataset_config, dataset_format=options.dataset_format)
 
@@ -151,13 +153,54 @@ def parse_groups(
 
     known = {f.name for group in groups for f in fields(group)}
     words, given = split_config(argv)
-    from_file = check_option_names(given, known | {"env"})
+    from_file = check_option_names(refuse_launcher(given), known | {"env"})
     variables = from_file.pop("env", {})
     if not isinstance(variables, dict):
         raise OptionError(f"env={variables!r} must hold `NAME: value` lines.")
     os.environ.update({name: str(value) for name, value in variables.items()})
+    own = (f for group in groups for f in fields(group) if "rule" not in f.metadata)  # `DPOConfig` checks its rules
+    for f in own:  # argparse checks the choices of the command line alone
+        choices, value = f.metadata.get("choices"), from_file.get(f.name)
+        if choices and value is not None and str(value) not in map(str, choices):
+            raise OptionError(f"{f.name}={value!r} is not one of {', '.join(map(str, choices))}.")
     text = parser_text(command, usage, description, examples)
-    return _parse(words, from_file, groups, lambda given: check_option_names(given, known), text), from_file
+
+    def check(given: Mapping[str, str]) -> None:
+        check_option_names(refuse_launcher(given), known)
+
+    return _parse(words, from_file, groups, check, text), from_file
+
+
+# Options of several processes, which `trl dpo` hands to `accelerate launch`, and what they may be for one.
+_LAUNCHER: dict[str, tuple[str, ...]] = {
+    "num_processes": ("1",),
+    "accelerate_config": ("single_gpu",),
+    "config_file": (),
+    "num_machines": ("1",),
+    "machine_rank": ("0",),
+    "main_process_ip": (),
+    "main_process_port": (),
+    "multi_gpu": ("false",),
+    "gpu_ids": (),
+    "ignore_bias_buffers": ("false",),  # of TRL's scripts
+}
+
+
+def refuse_launcher(given: Mapping[str, object]) -> dict[str, object]:
+    """Returns options without those of the launcher that ask for what there is: one process.
+
+    Raises:
+        OptionError: several processes are asked for, with the line that starts them.
+    """
+    for name, value in given.items():
+        if name in _LAUNCHER and str(value).lower() not in _LAUNCHER[name]:
+            number = value if name == "num_processes" and str(value).isdecimal() else "N"
+            raise OptionError(
+                f"{name}={value!r} is for several processes: leave it out, and start them by `accelerate launch "
+                f"--config_file recipes/accelerate/ddp.yaml --num_processes {number} -m dpo_peft.cli train ...`. FSDP "
+                "and DeepSpeed are not offered: each process holds the base as a whole."
+            )
+    return {name: value for name, value in given.items() if name not in _LAUNCHER}
 
 
 def parser_text(command: str, usage: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
@@ -188,14 +231,27 @@ def _parse(
 
     parser = HfArgumentParser(groups, **text)
     parser.error = refuse  # argparse would print its usage, hundreds of lines, and exit
+    several = {name for group in groups for name, hint in get_type_hints(group).items() if _one_or_several(hint)}
+    for action in parser._actions:
+        if action.dest in several:
+            action.nargs = "+"
     parser.set_defaults(**defaults)
     parsed, unknown = parser.parse_known_args(words)
     for before, word, after in zip(["", *unknown], unknown, [*unknown[1:], ""], strict=False):
         if word.startswith("--"):
-            check({word[2:].split("=")[0]: after})
+            name, equals, value = word[2:].partition("=")
+            check({name.replace("-", "_"): value if equals else after})
         elif not before.startswith("--") or "=" in before:
             raise OptionError(f"{word!r} belongs to no option: write --option value.")
+    for name in several:
+        if isinstance(value := getattr(parsed, name), list) and len(value) == 1:
+            setattr(parsed, name, value[0])
     return parsed
+
+
+def _one_or_several(hint: object) -> bool:
+    """Whether a type is that of one text or a list: `HfArgumentParser` takes the text alone."""
+    return {str, list[str]} <= {*get_args(hint)}
 
 
 def made(options: type[Options], parsed: argparse.Namespace) -> Options:

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import DPOConfig
+from ..errors import OptionError
 from ..planning.gpus import SOLD_AS
 from ..planning.memory import GIB, HEAD_PHASE, LAYER_PHASE, RESERVE
 from ..planning.run import DEFAULTS, Plan, PlanOptions
 from ..planning.run import plan as make_plan
+from .mixture import DataArguments
 from .options import option, parse_groups, show
-from .train import DataArguments, ModelArguments
+from .train import ModelArguments, target_modules
 
 EXAMPLES = [
     "dpo-peft plan --config recipes/dpo_qlora_8b.yaml --gpu RTX4090",
@@ -58,6 +60,15 @@ def plan(argv: Sequence[str]) -> None:
     # The command line overrides the file: a shape there stands for the model that the file names.
     if options.shape != from_file.get("shape") and options.model_name_or_path == from_file.get("model_name_or_path"):
         options.model_name_or_path = ""
+    options.lora_target_modules = target_modules(options.lora_target_modules)
+    if isinstance(options.lora_target_modules, str):
+        if options.lora_target_modules != "all-linear":
+            raise OptionError("lora_target_modules: what a pattern finds is not known to the planner, give names.")
+        options.lora_target_modules = None
+    if options.load_in_8bit:
+        raise OptionError("load_in_8bit: the size of an 8-bit base is not known to the planner, leave it out.")
+    if options.load_in_4bit is False:
+        options.quantize_base = False
     planned = make_plan(**{name: getattr(options, name) for name in DEFAULTS})
     show(planned.figures, render(planned), options.json)
 

@@ -116,7 +116,9 @@ def describe(result: Mapping[str, Any]) -> str:
         what += f", {dropped:,} dropped (see above)"
     if result["truncated"]:
         what += f", {result['truncated']:,} cut to {result['max_length']} tokens"
-    lines = [f"{result['adapter']} on {result['dataset']}: {what}.", f"Reward: {result['reward']}.", ""]
+    dataset = result["dataset"]
+    on = dataset if isinstance(dataset, str) else ", ".join(dataset)
+    lines = [f"{result['adapter']} on {on}: {what}.", f"Reward: {result['reward']}.", ""]
     if found := result["agreement"]:
         lines += [TITLE, *_accuracy_lines(found)]
         lines += ["", f"Mean margin {found['mean_margin']:+.3f}, mean reward {result['mean_reward']:+.3f}."]

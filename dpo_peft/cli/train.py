@@ -5,25 +5,24 @@ A YAML file holds any of the options; the command line overrides it. Each option
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from ..files import read_rows
-from .options import RowOptions, made, option, option_of, parse_groups, required, show
+from .mixture import DataArguments, load_datasets
+from .options import made, option, parse_groups, required, show
 
 if TYPE_CHECKING:  # importing them takes seconds, which a help should not
-    from datasets import Dataset, IterableDataset
     from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
     from ..config import DPOConfig
     from ..trainer import DPOTrainer
-
-    Rows: TypeAlias = Dataset | IterableDataset
 
 EXAMPLES = [
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
@@ -32,20 +31,6 @@ EXAMPLES = [
     "dpo-peft train --config FILE.yaml --resume_from_checkpoint latest",
     "dpo-peft train --config FILE.yaml --json > result.json",
 ]
-
-
-@dataclass
-class DataArguments:
-    """Where the preference rows come from."""
-
-    _argument_group_name = "data"  # the heading in the help
-    dataset_name: str = option("", "Hub id, or a JSON(L), Parquet or CSV file.")
-    dataset_config: str | None = option_of(RowOptions, "dataset_config")
-    dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split to evaluate on, if evaluation is on.")
-    eval_dataset_name: str | None = option(None, "Hub id or file to evaluate on, if not a split of dataset_name.")
-    dataset_streaming: bool = option(False, "Read rows as they come; needs max_steps.")
-    dataset_format: str | None = option_of(RowOptions, "dataset_format")
 
 
 @dataclass
@@ -64,11 +49,22 @@ class ModelArguments:
     lora_alpha: int = option(32, "Scale: the update is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = option(0.0, "Dropout; needs disable_dropout false.")
     lora_target_modules: list[str] | None = option(
-        None, "Modules that get an adapter. Default: all linear layers but the head."
+        None, "Modules that get an adapter: names, one pattern, or all-linear, which is the default."
     )
+    lora_target_parameters: list[str] | None = option(None, "Parameters that get an adapter, such as fused experts'.")
     lora_modules_to_save: list[str] | None = option(None, "Modules to train in full.")
+    lora_task_type: str = option("CAUSAL_LM", "The only one.", choices=["CAUSAL_LM"])
+    use_peft: bool | None = option(None, "An adapter is trained in any case.", nargs="?", const=True)
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
     use_dora: bool = option(False, "Weight-decomposed LoRA.")
+    attn_implementation: str | None = option(None, "Attention, where the trainer has none of its own.")
+    load_in_4bit: bool | None = option(
+        None, "Quantize as the bnb_ options say. Default: NF4, nested; false: not quantized.", nargs="?", const=True
+    )
+    load_in_8bit: bool = option(False, "Load the base in 8 bits.")
+    bnb_4bit_quant_type: str = option("nf4", "load_in_4bit: its type.", choices=["nf4", "fp4"])
+    use_bnb_nested_quant: bool = option(False, "load_in_4bit: quantize the constants of the quantization too.")
+    bnb_4bit_quant_storage: str | None = option(None, "load_in_4bit: uint8, or nothing.", choices=["uint8"])
 
 
 @dataclass
@@ -108,15 +104,17 @@ def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments)
     """Loads the data and builds the `DPOTrainer` that the options describe."""
     from ..trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
-    train_dataset, eval_dataset = load_datasets(data, evaluate=args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_datasets(data, args.eval_strategy != "no", args.seed)
     args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
-    if model.model_revision is not None:
-        args.model_init_kwargs.setdefault("revision", model.model_revision)
+    for name, value in {"revision": model.model_revision, "attn_implementation": model.attn_implementation}.items():
+        if value is not None:
+            args.model_init_kwargs.setdefault(name, value)
     trainer = DPOTrainer(
         model=model.model_name_or_path,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        quantization_config=quantization(model, args),
         peft_config=lora_config(model, args),
     )
     groups = ((group, f) for group in (data, model) for f in fields(group))
@@ -143,26 +141,39 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     )
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
-    required(options, "dataset_name", "model_name_or_path")
+    required(options, *([] if options.datasets else ["dataset_name"]), "model_name_or_path")
     data, args = made(DataArguments, options), made(DPOConfig, options)
     return data, args, made(ModelArguments, options), made(OutputArguments, options)
 
 
-def load_datasets(data: DataArguments, evaluate: bool) -> tuple["Rows", "Rows | None"]:
-    """Returns the training rows, and the evaluation rows if wanted.
+def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfig | None":
+    """Returns how the options of TRL have the base quantized; None for `quantize_base`, which they may switch off.
 
     Raises:
-        OptionError: no such file, split or dataset.
+        OptionError: options that contradict each other, or without effect.
     """
-    how = (data.dataset_config, data.dataset_streaming, data.dataset_format)
-    train_dataset = read_rows(data.dataset_name, data.dataset_train_split, *how)
-    if evaluate:
-        if data.eval_dataset_name is None and Path(data.dataset_name).is_file():
-            raise OptionError("eval_strategy is set, but a file has no test split: give eval_dataset_name.")
-        return train_dataset, read_rows(data.eval_dataset_name or data.dataset_name, data.dataset_test_split, *how)
-    if data.eval_dataset_name is not None:
-        raise OptionError("eval_dataset_name has no effect without evaluation: set eval_strategy, or leave it out.")
-    return train_dataset, None
+    from transformers import BitsAndBytesConfig
+
+    if model.load_in_4bit and model.load_in_8bit:
+        raise OptionError("load_in_4bit and load_in_8bit are given: give one of them.")
+    if not model.load_in_4bit:
+        names = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+        if given := [f.name for f in fields(model) if f.name in names and getattr(model, f.name) != f.default]:
+            raise OptionError(f"{', '.join(given)}: no effect without load_in_4bit. Set it too, or leave out.")
+    base, wanted = args.quantize_base, model.load_in_4bit
+    if base is not None and (model.load_in_8bit or wanted not in (None, base)):
+        raise OptionError("quantize_base contradicts load_in_4bit or load_in_8bit: give one of them.")
+    if model.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not model.load_in_4bit:
+        args.quantize_base = base if wanted is None else False
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype="bfloat16" if model.dtype == "auto" else model.dtype,
+    )
 
 
 def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None":
@@ -175,23 +186,48 @@ def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None"
 
     from ..model.loading import is_adapter
 
+    if model.use_peft is False:
+        raise OptionError(
+            "use_peft=False asks to train the whole model, which is not offered: an adapter is trained, and the base "
+            "below it is the reference. Set use_peft to true, or leave it out."
+        )
     if is_adapter(model.model_name_or_path, revision=model.model_revision):
-        of_new = [f for f in fields(model) if f.name.startswith(("lora_", "use_"))]
+        of_new = [f for f in fields(model) if f.name.startswith(("lora_", "use_rslora", "use_dora"))]
         if given := [f.name for f in of_new if getattr(model, f.name) != f.default]:
             raise OptionError(
                 f"{', '.join(given)}: no effect, {model.model_name_or_path} is an adapter and keeps its own. Leave "
                 "out, or give its base model for a new adapter."
             )
         return None
-    if model.lora_dropout and args.disable_dropout:
+    # With use_peft the options are those of a file for TRL, where the dropout is turned off without a word.
+    if model.lora_dropout and args.disable_dropout and not model.use_peft:
         raise OptionError("lora_dropout has no effect while disable_dropout is true: set disable_dropout to false.")
     return LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules or "all-linear",
+        target_modules=target_modules(model.lora_target_modules) or "all-linear",
+        target_parameters=model.lora_target_parameters,
         modules_to_save=model.lora_modules_to_save,
         use_rslora=model.use_rslora,
         use_dora=model.use_dora,
         task_type="CAUSAL_LM",
     )
+
+
+def target_modules(given: "None | str | list[str]") -> "None | str | list[str]":
+    """Returns what PEFT takes: a list of names, or as text "all-linear" or a pattern of whole names.
+
+    Raises:
+        OptionError: several values, of which one is no name: PEFT would look for modules that are called like it.
+    """
+    names = [given] if isinstance(given, str) else given or []
+    others = [name for name in names if name == "all-linear" or not re.fullmatch(r"[\w.]+", name)]
+    if not others:
+        return names or None
+    if len(names) > 1:
+        raise OptionError(
+            f"lora_target_modules: {others[0]!r} stands alone, beside no other value. Join patterns by |: "
+            "'.*q_proj|.*v_proj'."
+        )
+    return others[0]

@@ -377,3 +377,16 @@ def test_offloaded_inputs_and_attention_of_hopper(plan: Any) -> None:
     )
     sizes = {gpu: plan("--shape", "8b", "--gpu", gpu, "--max_memory_gib", 40) for gpu in ("H100", "A100-80GB")}
     assert sizes["H100"]["fits"][0]["tokens"] > sizes["A100-80GB"]["fits"][0]["tokens"]
+
+
+def test_options_that_trl_has_for_model_and_adapter(capsys: pytest.CaptureFixture) -> None:
+    def figures(*words: str) -> dict[str, Any]:
+        assert cli.main(["plan", "--shape", "8b", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert figures("--lora_target_modules", "all-linear") == figures()
+    assert figures("--load_in_4bit", "false") == figures("--quantize_base", "false")
+    assert figures("--lora_target_modules", "q_proj")["trained_weights"] < figures()["trained_weights"]
+    for words, name in ((["--load_in_8bit"], "8-bit"), (["--lora_target_modules", ".*_proj"], "a pattern")):
+        assert cli.main(["plan", "--shape", "8b", *words]) == 2
+        assert re.search(f"{name}.* not known to the planner", capsys.readouterr().err)
