@@ -29,7 +29,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 385,
+    "trainer": 390,
     "config": 270,
     "config_checks": 320,
     "objective": 440,
@@ -37,15 +37,15 @@ BUDGETS = {
     "losses": 1040,
     "data": 2645,
     "forward": 1225,
-    "reference": 1460,
-    "model": 1110,
-    "training": 2055,
+    "reference": 1495,
+    "model": 1320,
+    "training": 2140,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
     "artifacts": 1100,
     "reward": 865,
-    "merge": 590,
+    "merge": 605,
     "hub": 825,
     "pairs": 1140,
     "report": 1100,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1255,
     "rowfiles": 245,
 }
-MAX_PACKAGE_LINES = 22_670
+MAX_PACKAGE_LINES = 23_130
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -94,7 +94,8 @@ def base_as_given(model: PreTrainedModel | PeftModel) -> BaseAsGiven:
                 if name is None:
                     continue
                 tensor, part = own[name], saved.get_slice(key)
-                if tensor.ndim == 2 and tensor.shape[0] == rows != part.get_shape()[0]:
+                shape = part.get_shape()
+                if len(shape) == 2 and tensor.shape == (rows, shape[1]) and shape[0] != rows:
                     vocabulary = rows
                 if (same := _same_rows(tensor, part)) is not None:
                     compared[name] = same
@@ -150,7 +151,7 @@ def _same_rows(tensor: Tensor, saved: Any) -> bool | None:
     return True
 
 
-def _same_codes(tensor: Tensor, row: Tensor, index: int) -> bool:
+def _same_codes(tensor: Any, row: Tensor, index: int) -> bool:
     """Whether a row of a 4-bit weight is what a row of a file, on its device, gives."""
     import bitsandbytes as bnb
 

@@ -194,8 +194,9 @@ def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
     if made_for is None or longest <= made_for:
         return
     if learned:
+        length = "any number of" if longest == math.inf else f"up to {longest}"
         raise OptionError(
-            f"The rows of {of.name} have up to {longest} tokens, and the model has learned {made_for} positions: set "
+            f"The rows of {of.name} have {length} tokens, and the model has learned {made_for} positions: set "
             f"max_length={made_for} or less."
         )
     if not stream:
