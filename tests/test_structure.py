@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 2645,
     "forward": 1225,
     "reference": 1495,
-    "model": 1320,
+    "model": 1325,
     "training": 2140,
     "evaluation": 675,
     "fused": 1795,

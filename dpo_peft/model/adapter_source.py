@@ -180,6 +180,12 @@ class AdapterSource(AdapterOptions):
         as_recorded = trained is not None and self.quantize is None and self.dtype is None
         if recorded is not None and as_recorded and self.check_base:
             _check_base(recorded, trained, model, self.adapter)
+        elif trained and trained.base_changed and self.base is None:
+            logger.warning(
+                "%r was trained on %r changed in memory (%s differed from its files), and that base was loaded from "
+                "its files: give the changed model, saved, as base.",
+                *(self.adapter, self.base_name, trained.base_changed),
+            )
         reference = _find_reference(model, recorded, self.reference, self.adapter) if with_reference else None
         return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
 

@@ -23,7 +23,7 @@ from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts, read_entry
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
 from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused, moved_base, read_config
-from .rebuilding import loader, resize_as_saved
+from .rebuilding import keep_weights, loader, resize_as_saved
 
 logger = logging.getLogger(__name__)
 
@@ -300,34 +300,6 @@ def _check_peft_model(model: PeftModel) -> None:
             f"{len(others)} weights outside the adapter {active[0]!r} are trainable (such as {others[0]}): the "
             "reference would change with them. Freeze them with requires_grad_(False)."
         )
-
-
-def keep_weights(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place, and from computing 8-bit ones in two ways.
-
-    On a CPU with AVX512-BF16 its linear layers do so at the first forward in eval mode, for faster inference: scales
-    are rounded to bfloat16, and the layer has no gradient any more. The reference is scored in eval mode, so it would
-    change the weights under the policy. In 8 bits, a CPU unpacks the weights in train mode, and packs the activations
-    too in eval mode: policy and reference would differ by up to a nat. Here it always unpacks.
-
-    Raises:
-        OptionError: it has happened already; the original weights are lost.
-    """
-    for name, module in model.named_modules():
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-            raise OptionError(
-                f"The 4-bit weights of {name} were repacked for inference when the model ran in eval mode on this "
-                "CPU, and can't be trained on. Load the model again and pass it before running it, or pass its name."
-            )
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        hooks = module._forward_pre_hooks
-        if type(module).__name__ == "Linear8bitLt" and _as_in_training not in hooks.values():
-            module.register_forward_pre_hook(_as_in_training)
-
-
-def _as_in_training(module: nn.Module, args: object) -> None:
-    module.training = True
 
 
 def disable_dropout(model: nn.Module) -> list[str]:

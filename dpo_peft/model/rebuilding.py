@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -180,3 +180,31 @@ def resize_as_saved(base: PreTrainedModel, adapter: str, from_hub: Mapping[str, 
                     with torch.random.fork_rng():  # the new rows are drawn at random, and replaced
                         base.resize_token_embeddings(shape[0], mean_resizing=False)
                     return
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place, and from computing 8-bit ones in two ways.
+
+    On a CPU with AVX512-BF16 its linear layers do so at the first forward in eval mode, for faster inference: scales
+    are rounded to bfloat16, and the layer has no gradient any more. The reference is scored in eval mode, so it would
+    change the weights under the policy. In 8 bits, a CPU unpacks the weights in train mode, and packs the activations
+    too in eval mode: policy and reference would differ by up to a nat. Here it always unpacks.
+
+    Raises:
+        OptionError: it has happened already; the original weights are lost.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise OptionError(
+                f"The 4-bit weights of {name} were repacked for inference when the model ran in eval mode on this "
+                "CPU, and can't be trained on. Load the model again and pass it before running it, or pass its name."
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        hooks = module._forward_pre_hooks
+        if type(module).__name__ == "Linear8bitLt" and _as_in_training not in hooks.values():
+            module.register_forward_pre_hook(_as_in_training)
+
+
+def _as_in_training(module: nn.Module, args: object) -> None:
+    module.training = True

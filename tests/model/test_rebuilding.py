@@ -225,6 +225,13 @@ def test_a_changed_base_is_said_from_start_to_end(change: Any, tmp_path: Path, c
     assert load_trained(str(tmp_path / "a"), base=str(tmp_path / "changed"), device="cpu").policy == "default"
 
 
+def test_without_reference_a_changed_base_is_said_too(tmp_path: Path, caplog: Any) -> None:
+    run(edited(base()), tmp_path, loss_type="orpo")
+    caplog.clear()
+    load_trained(str(tmp_path), device="cpu")
+    assert "changed in memory (1 of" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["4 bits", "8 bits", "bfloat16 widened", "float16"])
 def test_a_base_as_it_is_in_its_files_is_not_called_changed(how: str, untied: str, tmp_path: Path) -> None:
     kinds = {"4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "8 bits": {"load_in_8bit": True}}
