@@ -99,7 +99,8 @@ class DPOTrainer(Trainer):
 
         set_seed(args.seed)  # the adapter's start is drawn at random
         needs_reference = self.objective.needs_reference
-        model, held = build_model(model, args, tokenizer, quantization_config, peft_config, needs_reference)
+        model, held, as_given = build_model(model, args, quantization_config, peft_config, needs_reference)
+        self.prepare.fit(model)
         super().__init__(
             model=model,
             args=args,
@@ -126,7 +127,10 @@ class DPOTrainer(Trainer):
             self.model, held, self.policy_adapter, args, self.forward_plan, self.objective
         )
         self._build_parts(data_collator)
-        record_training(self.model, self.policy_adapter, trained_with(self.model, args, self.objective))
+        self._record = lambda: record_training(
+            self.model, self.policy_adapter, trained_with(self.model, args, self.objective, as_given)
+        )
+        self._record()
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)
 
@@ -220,6 +224,8 @@ class DPOTrainer(Trainer):
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder = self.run_state.find(resume)
         if folder is not None:
+            if self.reference.restore(Path(folder)):
+                self._record()
             self.reference.check_resumable(Path(folder))
             self.run_state.compare(Path(folder))
         with self.step.running(), self.signal.listening():

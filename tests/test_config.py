@@ -12,7 +12,19 @@ import trl
 from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from trainer_helpers import id_pairs, lora, ours
-from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    HfArgumentParser,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 
 from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
 from dpo_peft.config_checks import NOT_AVAILABLE, NOT_OFFERED, SUCCESSORS, check_option_names
@@ -225,13 +237,73 @@ def test_wrong_argument(tiny_llama, make_tokenizer, base_folder, name) -> None:
 def test_tokenizer_larger_than_the_embeddings(tiny_llama, make_tokenizer, tmp_path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([f"extra{i}" for i in range(100)])
+
+    def beyond(row, index):
+        return {"chosen_ids": [*row["chosen_ids"], len(tokenizer) - 1]} if index == 2 else {}
+
+    with pytest.raises(
+        OptionError, match=r"Row 2 of train has the token 'extra\d+' \(\d+\) and the model embeds 320: resize it by"
+    ):
+        ours(tiny_llama(), id_pairs(4).map(beyond, with_indices=True), tokenizer, tmp_path)
     with pytest.raises(
         OptionError, match=rf"{len(tokenizer)} tokens and the model embeds 320: .*resize_token_embeddings"
-    ):
-        ours(tiny_llama(), id_pairs(4), tokenizer, tmp_path)
+    ):  # a stream can't be looked through
+        ours(tiny_llama(), id_pairs(4).to_iterable_dataset(), tokenizer, tmp_path, max_steps=1)
+    later = ours(tiny_llama(), id_pairs(4), tokenizer, tmp_path)  # no row has one of these tokens
+    with pytest.raises(OptionError, match="Row 2 of eval has the token"):
+        later.evaluate(id_pairs(4).map(beyond, with_indices=True))
     model = tiny_llama()
     model.resize_token_embeddings(len(tokenizer))
     ours(model, id_pairs(4), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=20)),
+        OPTForCausalLM(
+            OPTConfig(
+                vocab_size=320,
+                hidden_size=16,
+                num_hidden_layers=1,
+                ffn_dim=32,
+                num_attention_heads=2,
+                word_embed_proj_dim=16,
+                max_position_embeddings=20,
+            )
+        ),
+        GPTNeoForCausalLM(
+            GPTNeoConfig(
+                vocab_size=320,
+                max_position_embeddings=20,
+                hidden_size=16,
+                num_layers=1,
+                attention_types=[[["global"], 1]],
+                num_heads=2,
+                intermediate_size=32,
+            )
+        ),
+        GPTJForCausalLM(GPTJConfig(vocab_size=320, n_positions=20, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)),
+    ],
+    ids=["gpt2", "opt", "gpt_neo", "gptj"],
+)
+def test_rows_beyond_the_learned_positions(model, make_tokenizer, tmp_path) -> None:
+    row = {"prompt_ids": [7] * 12, "chosen_ids": [8] * 9, "rejected_ids": [9] * 3}
+    rows, tokenizer = Dataset.from_list([row] * 4), make_tokenizer()
+    with pytest.raises(OptionError, match="train have up to 21 tokens, .* learned 20 positions: set max_length=20"):
+        ours(model, rows, tokenizer, tmp_path)
+    with pytest.raises(OptionError, match="any number of tokens"):
+        ours(model, rows.to_iterable_dataset(), tokenizer, tmp_path, max_length=None, max_steps=1)
+    trainer = ours(model, rows, tokenizer, tmp_path, max_length=20, max_steps=1)
+    trainer.train()
+    assert trainer.data_reports["train"].longest == 20
+
+
+def test_rows_beyond_rotary_positions_are_said(tiny_llama, make_tokenizer, tmp_path, caplog) -> None:
+    model = tiny_llama(max_position_embeddings=20)
+    row = {"prompt_ids": [7] * 12, "chosen_ids": [8] * 9, "rejected_ids": [9] * 3}
+    ours(model, Dataset.from_list([row] * 4), make_tokenizer(), tmp_path)
+    assert "up to 21 tokens, and the model was made for 20" in caplog.text
 
 
 def test_evaluation_rows_of_the_wrong_type(tiny_llama, make_tokenizer, tmp_path) -> None:

@@ -32,9 +32,10 @@ from transformers import PreTrainedModel
 from ..artifacts.card import is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
 from ..files import write_atomically
-from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, quantization_options
+from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter
 from ..model.adapters import moved_base
 from ..model.loading import load_base
+from ..model.rebuilding import quantization_options, resize_as_saved
 from ..model.serving import serving_problems
 from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows
 from .weights import dequantize, merge_into, quiet
@@ -169,8 +170,8 @@ def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[
     quantized = bool(quantization_options(getattr(base.config, "quantization_config", None)))
     if not quantized and getattr(base, "hf_quantizer", None) is not None:
         raise OptionError(
-            f"The base of {source.source!r} is quantized by {type(base.hf_quantizer).__name__}: only bases in 4 bits "
-            "of bitsandbytes, or not quantized, can be merged into."
+            f"The base of {source.source!r} is quantized by {type(base.hf_quantizer).__name__}: only bases in 4 or 8 "
+            "bits of bitsandbytes, or not quantized, can be merged into."
         )
     if onto is not None and not quantized:
         raise OptionError(
@@ -190,8 +191,10 @@ def measure_drift(folder: Path, dtype: str, seen: AdapterObserved, trust_remote_
     log-probs by ten times what rounding the merged weights to bfloat16 does.
     """
     wider = torch.promote_types(getattr(torch, dtype), seen.dtype)
-    model = load_base(str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device).eval()
-    merged = observe(model, seen.tokenizer, seen.rows, seen.setup.precision, "merged model")
+    model = load_base(
+        str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device, seen.setup.base_class
+    )
+    merged = observe(model.eval(), seen.tokenizer, seen.rows, seen.setup.precision, "merged model")
     return compare(seen, merged)
 
 
@@ -214,11 +217,13 @@ def original_base(source: AdapterSource) -> PreTrainedModel:
     """Returns the base as it is published."""
     revision = source.config.revision
     kwargs = {"dtype": "auto", **({"revision": revision} if revision else {})}
-    base = load_base(source.base_name, None, False, kwargs, source.trust_remote_code)
+    class_name = (source.read() or UNRECORDED).base_class
+    base = load_base(source.base_name, None, False, kwargs, source.trust_remote_code, None, class_name)
     if getattr(base, "hf_quantizer", None) is not None:
         raise OptionError(
             f"onto='base16': {source.base_name!r} is itself quantized, there is no original. Leave onto out."
         )
+    resize_as_saved(base, source.adapter, source.from_hub)
     return base
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: 4-bit weights unpacked, an adapter added to plain ones, tied embeddings kept apart.
+"""The arithmetic of a merge: quantized weights unpacked, an adapter added to plain ones, tied embeddings kept apart.
 
 PEFT does the adding, so that every kind of adapter that it has (LoRA, rsLoRA, DoRA, on linear layers or embeddings,
 single tokens, whole modules) is added as its forward pass does.
@@ -16,24 +16,31 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..model.adapters import moved_base
+from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replaces every 4-bit linear layer, in place, by a plain one on the CPU with the values that its forward uses.
+    """Replaces every 4- or 8-bit linear layer, in place, by a plain one on the CPU with the values that its forward
+    uses.
 
     A 4-bit layer unpacks its weight into the dtype that it was quantized from and casts that to its input's: the same
-    call gives the same values here.
+    call gives the same values here. (In 8 bits a GPU rounds activations too, which no plain weight can do.)
     """
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).cpu()
-            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            plain.bias = module.bias
-            model.set_submodule(name, plain)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            scales = next(part for kind, part in quantization_parts(module.weight, module) if kind == "SCB")
+            weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scales).cpu()
+        else:
+            continue
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = module.bias
+        model.set_submodule(name, plain)
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
 

@@ -31,6 +31,7 @@ from ..reference.fingerprint import (
 from .adapters import check_adapter, load_frozen, read_config
 from .loading import is_adapter, load_on_base
 from .options import AdapterOptions
+from .rebuilding import BaseAsGiven
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class TrainedWith:
     discount_gamma: float = 1.0  # of trajectories
     ld_alpha: float | None = None
     plain_fingerprint: str | None = None  # of the base's weights that are not quantized
+    base_class: str | None = None  # these three as in `BaseAsGiven`
+    vocabulary: int | None = None
+    base_changed: str | None = None
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """Returns how the base was loaded for the training."""
@@ -60,15 +64,6 @@ class TrainedWith:
 
 
 UNRECORDED = TrainedWith()  # of an adapter that another program trained
-
-
-def quantization_options(quantization: BitsAndBytesConfig | None) -> dict[str, object]:
-    """Returns a 4-bit `quantization_config` as plain values; empty for none, or another kind."""
-    if quantization is None or not getattr(quantization, "load_in_4bit", False):
-        return {}
-    options = quantization.to_dict()
-    names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-    return {name: options[name] for name in names if name in options}
 
 
 def plain_fingerprint(model: PeftModel) -> str:
@@ -97,7 +92,8 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
     if record is None:
         return None
     try:
-        later = ("discount_gamma", "ld_alpha", "plain_fingerprint")  # records without them are older
+        later = ("discount_gamma", "ld_alpha", "plain_fingerprint", *BaseAsGiven.__dataclass_fields__)
+        # Records without the later ones are older.
         names = [f.name for f in fields(TrainedWith) if f.name in record or f.name not in later]
         return TrainedWith(**{name: record[name] for name in names})
     except (KeyError, TypeError) as error:
@@ -175,7 +171,8 @@ class AdapterSource(AdapterOptions):
         if self.config.revision and self.base is None:
             kwargs["revision"] = self.config.revision
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        how = quantization, quantize, kwargs, self.trust_remote_code, device
+        class_name = trained.base_class if trained else None
+        how = quantization, quantize, kwargs, self.trust_remote_code, device, class_name
         model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
         model.requires_grad_(False).eval()
         policy = model.active_adapters[0]
@@ -183,6 +180,12 @@ class AdapterSource(AdapterOptions):
         as_recorded = trained is not None and self.quantize is None and self.dtype is None
         if recorded is not None and as_recorded and self.check_base:
             _check_base(recorded, trained, model, self.adapter)
+        elif trained and trained.base_changed and self.base is None:
+            logger.warning(
+                "%r was trained on %r changed in memory (%s differed from its files), and that base was loaded from "
+                "its files: give the changed model, saved, as base.",
+                *(self.adapter, self.base_name, trained.base_changed),
+            )
         reference = _find_reference(model, recorded, self.reference, self.adapter) if with_reference else None
         return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
 
@@ -285,6 +288,11 @@ def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftMode
             adapter,
         )
         return
+    if trained and trained.base_changed:
+        raise ReferenceMismatchError(
+            f"{adapter!r} was trained on {recorded.base!r} changed in memory ({trained.base_changed} differed from "
+            "its files), and that base was loaded from its files: give the changed model, saved, as base."
+        )
     raise ReferenceMismatchError(
         f"The base of {adapter!r} is not the one that it was trained on: {recorded.differences(actual)[0]}. Give the "
         "right base; or, if it is meant to differ, check_base=False."

@@ -5,6 +5,7 @@ Here every tensor is accounted for.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ _MOVED_BASE: dict[str | bool, str] = {
     "loftq": "replaces the base weights, so the base without the adapter is another model",
     False: "starts the adapter off zero, so the policy is not the reference at the first step",
 }
+# Where PEFT saves embeddings whole, trained rows are in the file a second time under these names.
+_TWICE = re.compile(r"\.(modules_to_save\.weight|token_adapter\.trainable_tokens_delta)$")
 
 
 def check_adapter(config: PeftConfig) -> None:
@@ -162,7 +165,8 @@ def _adapter_weights(model: PeftModel, weights: dict[str, Tensor], folder: str) 
 def check_loaded(result: Any, adapter: str, folder: str) -> None:
     """Raises an OptionError for an adapter's file with too few or too many tensors, by what PEFT's loader returned."""
     missing = [name for name in result.missing_keys if adapter in name.split(".") and "base_layer" not in name]
-    for what, names in (("lacks", missing), ("holds what the model has no place for,", result.unexpected_keys)):
+    surplus = [name for name in result.unexpected_keys if not _TWICE.search(name)]
+    for what, names in (("lacks", missing), ("holds what the model has no place for,", surplus)):
         if names:
             raise OptionError(
                 f"The adapter {folder!r} {what} {len(names)} tensors, such as {names[0]}: it was made for another "

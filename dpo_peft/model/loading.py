@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.score import eval_mode
 from ..reference.adapter_off import Reference, is_identity, reference_mode
-from ..reference.fingerprint import quantization_parts
+from ..reference.fingerprint import quantization_parts, read_entry
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
 from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused, moved_base, read_config
+from .rebuilding import keep_weights, loader, resize_as_saved
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def load_base(
     init_kwargs: Mapping[str, object] | None = None,
     trust_remote_code: bool = False,
     device: torch.device | None = None,
+    class_name: str | None = None,
 ) -> PreTrainedModel:
     """Loads a causal LM by name or folder: bfloat16, its linear layers in NF4, unless told otherwise.
 
@@ -58,6 +60,7 @@ def load_base(
         init_kwargs: for `from_pretrained`; `dtype` may be a string such as "float32".
         trust_remote_code: run code that ships with the model.
         device: where the model goes; the CPU if None.
+        class_name: its class in transformers, if it is not what AutoModelForCausalLM loads.
 
     Raises:
         OptionError: contradictory options, or a folder without a model.
@@ -74,8 +77,12 @@ def load_base(
     if device is not None and device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        return loader(class_name).from_pretrained(name, dtype=dtype, **kwargs)
     except (OSError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):  # followed by a list of all classes
+            raise OptionError(
+                f"model={name!r} is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
+            ) from error
         raise OptionError(f"model={name!r} can't be loaded: {error}") from error
 
 
@@ -117,7 +124,10 @@ def load_model(
     kwargs.pop("revision", None)
     if config.revision:
         kwargs["revision"] = config.revision
-    how = quantization_config, quantize, kwargs, trust_remote_code, device
+    record = read_entry(config, "dpo_peft_training") or {}  # of `TrainedWith`
+    if quantize and quantization_config is None and record.get("quantization"):
+        quantization_config = BitsAndBytesConfig(**record["quantization"])
+    how = quantization_config, quantize, kwargs, trust_remote_code, device, record.get("base_class")
     return load_on_base(name, config.base_model_name_or_path, remedy, from_hub, *how)
 
 
@@ -139,6 +149,7 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
             f"elsewhere, {remedy}"
         ) from error
     keep_weights(model)
+    resize_as_saved(model, adapter, from_hub)
     with misfits_refused(f"The adapter {adapter!r} does not fit its base {base!r}, loaded like this: "):
         adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, **from_hub)
         # This one says which tensors are missing or surplus: it reads the file once more.
@@ -289,26 +300,6 @@ def _check_peft_model(model: PeftModel) -> None:
             f"{len(others)} weights outside the adapter {active[0]!r} are trainable (such as {others[0]}): the "
             "reference would change with them. Freeze them with requires_grad_(False)."
         )
-
-
-def keep_weights(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place.
-
-    On a CPU with AVX512-BF16 its linear layers do so at the first forward in eval mode, for faster inference: scales
-    are rounded to bfloat16, and the layer has no gradient any more. The reference is scored in eval mode, so it would
-    change the weights under the policy.
-
-    Raises:
-        OptionError: it has happened already; the original weights are lost.
-    """
-    for name, module in model.named_modules():
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-            raise OptionError(
-                f"The 4-bit weights of {name} were repacked for inference when the model ran in eval mode on this "
-                "CPU, and can't be trained on. Load the model again and pass it before running it, or pass its name."
-            )
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def disable_dropout(model: nn.Module) -> list[str]:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -80,10 +82,11 @@ class ReferencePolicy:
         self.choice, self.adapter, self.source, self.chosen = held.choice, held.adapter, held.source, held.chosen
         self.store: ReferenceCache | None = None
         self.start_checked = not self.needed
+        self.reads_tokens = objective.reads_reference_tokens
         if self.needed:
             self.identity = self._identify()
             if args.caches_reference:
-                self.store = self._open_store(objective.reads_reference_tokens)
+                self.store = self._open_store()
 
     def _identify(self) -> Identity:
         """Says what the reference is, and refuses one that nobody asked for."""
@@ -101,7 +104,7 @@ class ReferencePolicy:
         logger.info("Reference: %s.", identity)
         return identity
 
-    def _open_store(self, reads_tokens: bool) -> ReferenceCache:
+    def _open_store(self) -> ReferenceCache:
         args, plan, identity = self.args, self.plan, self.identity
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
         layout = "shared" if plan.shared else "padded"
@@ -112,7 +115,7 @@ class ReferencePolicy:
             blake2b(computed.encode(), digest_size=16).hexdigest(),
             f"{identity}; {how}",
             int(args.ref_cache_gb * 1e9),
-            reads_tokens if args.ref_cache_tokens is None else args.ref_cache_tokens,
+            self.reads_tokens if args.ref_cache_tokens is None else args.ref_cache_tokens,
         )
 
     def describe(self) -> str:
@@ -228,6 +231,19 @@ class ReferencePolicy:
         """Returns the fingerprint of the base."""
         return self.identity.base_fingerprint if self.needed else base_fingerprint(self.model)
 
+    def restore(self, checkpoint: Path) -> bool:
+        """Puts resized embeddings of the base, which a checkpoint holds, into the model: those of another process may
+        have been drawn anew. Returns whether that changed the base."""
+        folder = checkpoint if self.policy_adapter == "default" else checkpoint / self.policy_adapter
+        if not _restore_base(self.model, folder / SAFETENSORS_WEIGHTS_NAME):
+            return False
+        self.__dict__.pop("base_fingerprint", None)
+        if self.needed:
+            self.identity = identify(self.model, self.adapter, self.source, self.identity.sync)
+            write_entry(self.model, self.policy_adapter, RECORD, asdict(self.identity))
+            self.store = self._open_store() if self.store is not None else None
+        return True
+
     def check_resumable(self, checkpoint: Path) -> None:
         """Raises a ReferenceMismatchError, which names both, if a checkpoint was trained against another reference."""
         if not self.needed:
@@ -255,6 +271,20 @@ class ReferencePolicy:
             saved = load_file(folder / MOVING_REFERENCE)
             for name, tensor in adapter_tensors(self.model, str(self.adapter)).items():
                 tensor.data.copy_(saved[name])
+
+
+def _restore_base(model: PeftModel, file: Path) -> bool:
+    """Copies the base's weights that an adapter's file holds into the model. Returns whether any was another."""
+    found = False
+    if file.is_file():
+        own = {name: p for name, p in model.named_parameters() if not p.requires_grad and "lora_" not in name}
+        with safe_open(file, "pt") as saved, torch.no_grad():
+            for name in own.keys() & set(saved.keys()):
+                tensor = saved.get_tensor(name).to(own[name])
+                if tensor.shape == own[name].shape and not torch.equal(tensor, own[name]):
+                    own[name].copy_(tensor)
+                    found = True
+    return found
 
 
 def _by_length(dataset: Rows, max_tokens: int) -> Iterator[list[Row]]:

@@ -4,6 +4,8 @@ All checks raise `OptionError` with the argument's name and the remedy.
 """
 
 import json
+import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ from ..errors import OptionError, refuse
 from ..objective import TrainingObjective
 from .metrics import metric_names
 
+logger = logging.getLogger(__name__)
+
 AnyDataset = Dataset | IterableDataset
+_POSITIONS = re.compile(r"\b(wpe|\w*pos(ition)?_?emb\w*|embed_positions?)\b")  # names of tables of positions
 
 
 def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
@@ -163,14 +168,56 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
         )
 
 
-def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer whose ids go beyond the embeddings."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Any, of: Any) -> None:
+    """Refuses prepared rows with tokens that the model does not embed, or longer than its learned positions.
+
+    A tokenizer may be longer than the embeddings, as long as no row holds its last tokens.
+
+    Args:
+        rows: a dataset that `prepare_dataset` made.
+        of: its summary.
+    """
+    embedded, stream = model.get_input_embeddings().weight.shape[0], isinstance(rows, IterableDataset)
+    remedy = "resize it by model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to it."
+    if len(tokenizer) > embedded and stream:
+        raise OptionError(f"The tokenizer has {len(tokenizer)} tokens and the model embeds {embedded}: {remedy}")
+    if len(tokenizer) > embedded:
+        for row in rows:
+            if (largest := max(map(max, [row["prompt_ids"] or [0], *row["completion_ids"]]))) >= embedded:
+                raise OptionError(
+                    f"Row {row['row']} of {of.name} has the token {tokenizer.convert_ids_to_tokens(largest)!r} "
+                    f"({largest}) and the model embeds {embedded}: {remedy}"
+                )
+    made_for, learned = positions(model)
+    # A stream's rows are not known yet: what max_length allows counts.
+    longest = (of.max_length or math.inf) if stream else of.longest
+    if made_for is None or longest <= made_for:
+        return
+    if learned:
+        length = "any number of" if longest == math.inf else f"up to {longest}"
         raise OptionError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: resize the model by "
-            "model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to it."
+            f"The rows of {of.name} have {length} tokens, and the model has learned {made_for} positions: set "
+            f"max_length={made_for} or less."
         )
+    if not stream:
+        logger.warning(
+            "The rows of %s have up to %d tokens, and the model was made for %d (max_position_embeddings): beyond, "
+            "its log-probs mean little. Set max_length, or the model's rope scaling.",
+            *(of.name, longest, made_for),
+        )
+
+
+def positions(model: PreTrainedModel | PeftModel) -> tuple[int | None, bool]:
+    """Returns how many positions a model was made for, if it says so, and whether it has a table of them, which ends
+    there."""
+    made_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(made_for, int):
+        return None, False
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    # Some tables have a few rows more, for padding.
+    return made_for, any(
+        _POSITIONS.search(name) and table.ndim == 2 and 0 <= len(table) - made_for <= 8 for name, table in tables
+    )
 
 
 def data_source(dataset: Any) -> tuple[list[str], str | None]:

@@ -16,12 +16,13 @@ from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..distributed import ShareCollator, world_size
-from ..model.adapter_source import TrainedWith, plain_fingerprint, quantization_options
+from ..model.adapter_source import TrainedWith, plain_fingerprint
 from ..model.loading import attach_adapter, disable_dropout, load_model
+from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantization_options
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import AnyDataset, autocast_dtype, check_vocabulary, data_source
+from .arguments import AnyDataset, autocast_dtype, check_fits, data_source
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Preparation:
         self.reports: dict[str, DataReport] = {}
         self.sources: dict[str, tuple[list[str], str | None]] = {}
         self.evaluated: dict[str, AnyDataset] = {}
+        self._model: PreTrainedModel | PeftModel | None = None
 
     def __call__(self, rows: AnyDataset, name: str) -> AnyDataset:
         """Returns a dataset prepared (see `prepare_dataset`)."""
@@ -70,6 +72,8 @@ class Preparation:
             )
         self.reports[name] = report
         logger.info("%s", report)
+        if self._model is not None:
+            check_fits(self._model, self.tokenizer, prepared, report)
         return prepared
 
     def training(self, rows: AnyDataset) -> AnyDataset:
@@ -77,6 +81,12 @@ class Preparation:
         self.sources["train"] = data_source(rows)
         self._training = self(rows, "train")
         return self._training
+
+    def fit(self, model: PreTrainedModel | PeftModel) -> None:
+        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later."""
+        self._model = model
+        for name, rows in {"train": self._training, **self.evaluated}.items():
+            check_fits(model, self.tokenizer, rows, self.reports[name])
 
     @cached_property
     def digest(self) -> str:
@@ -125,19 +135,26 @@ def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -
 def build_model(
     model: str | PreTrainedModel | PeftModel,
     args: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
     quantization_config: QuantizationConfigMixin | None,
     peft_config: PeftConfig | None,
     needs_reference: bool,
-) -> tuple[PeftModel, Reference]:
-    """Returns the PEFT model to train, loaded if it is given by name, and the reference inside it."""
+) -> tuple[PeftModel, Reference, BaseAsGiven]:
+    """Returns the PEFT model to train, loaded if it is given by name, the reference inside it, and in what its base
+    differs from what its name gives."""
     name = model if isinstance(model, str) else None
     if isinstance(model, str):
         quantize = args.quantize_base is not False
         init_kwargs = args.model_init_kwargs
         assert not isinstance(init_kwargs, str)
         model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
-    check_vocabulary(model, tokenizer)
+    check_class(model)
+    as_given = BaseAsGiven() if name and not isinstance(model, PeftModel) else base_as_given(model)
+    if as_given.base_changed:
+        logger.warning(
+            "The model is not what the files of %r hold: %s differ. The adapter will fit the changed model alone, and "
+            "its config names %r. To find it again, save the model (save_pretrained) and pass that folder.",
+            *(model.config._name_or_path, as_given.base_changed, model.config._name_or_path),
+        )
     continued = isinstance(model, PeftModel)
     model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
     if continued and reference.choice == "initial" and reference.adapter is not None:
@@ -148,10 +165,12 @@ def build_model(
         logger.info("disable_dropout=True: turned off %s.", ", ".join(found))
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    return model, reference
+    return model, reference, as_given
 
 
-def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective) -> TrainedWith:
+def trained_with(
+    model: PeftModel, args: DPOConfig, objective: TrainingObjective, as_given: BaseAsGiven
+) -> TrainedWith:
     """Returns what the adapter's config records of its training."""
     base = model.get_base_model()
     return TrainedWith(
@@ -166,4 +185,5 @@ def trained_with(model: PeftModel, args: DPOConfig, objective: TrainingObjective
         discount_gamma=args.discount_gamma,
         ld_alpha=args.ld_alpha,
         plain_fingerprint=plain_fingerprint(model),
+        **vars(as_given),
     )

@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from ..config import DPOConfig
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
+from ..model.adapter_source import read_training
 from . import checkpoints
 from .metrics import MetricStore
 
@@ -228,7 +229,14 @@ class RunState:
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
     """Saves one adapter of the trainer's model, its tokenizer and its options; without the token for the Hub."""
-    trainer.model.save_pretrained(folder, selected_adapters=[adapter])
+    trained = read_training(trainer.model.peft_config[adapter])
+    resized = "auto" if trained is None or trained.vocabulary is None else True  # PEFT can't always tell
+    trainer.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=resized)
+    if trained is not None and trained.base_changed:
+        logger.warning(
+            "%s names %r as its base, which differs from the model that was trained: %s.",
+            *(folder, trainer.model.config._name_or_path, trained.base_changed),
+        )
     trainer.processing_class.save_pretrained(folder)
     args = copy.copy(trainer.args)
     args.hub_token = None  # a pickle is no place for it
