@@ -359,13 +359,24 @@ class DPOTrainer(Trainer):
             if self.args.push_to_hub:
                 self._publisher().publish(folder, "Model save")
 
-    def _save_results(self, folder: str) -> None:
+    def _save_results(self, folder: str, **of_card: Any) -> None:
         if self.args.should_save and (artifacts := wing("artifacts")) is not None:
-            artifacts.SaveResults(self).save(folder)
+            artifacts.SaveResults(self, **of_card).save(folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the model card with the run's figures, and the files that belong to it, into the output folder."""
-        self._save_results(self.args.output_dir)
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, and their order
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes the model card with the run's figures, and the files that belong to it, into the output folder.
+
+        Args:
+            model_name: its title; the adapter's name if None.
+            dataset_name: Hub id or path of the training data, or several; where the rows came from if None.
+            tags: further ones.
+        """
+        self._save_results(self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _publisher(self) -> Any:
         return required("hub", "push_to_hub").HubPublisher(self)

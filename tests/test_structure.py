@@ -29,7 +29,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 385,
+    "trainer": 400,
     "config": 270,
     "config_checks": 320,
     "objective": 440,
@@ -43,10 +43,10 @@ BUDGETS = {
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1100,
+    "artifacts": 1130,
     "reward": 865,
     "merge": 590,
-    "hub": 825,
+    "hub": 830,
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,

@@ -94,7 +94,14 @@ BAD_ROWS = {
     "rejected number": ("lists", SEVERAL, {"rejected": 3}, "rejected", "text, found int (3)", "as text"),
     "chosen a list": ("lists", SEVERAL, {"chosen": [" b"]}, "chosen", "text, found list", "as text"),
     "chosen missing": ("lists", SEVERAL, {"chosen": ...}, "chosen", "is missing", "give every row"),
-    "rejected chats empty": ("lists", SEVERAL_CHAT, {"rejected": []}, "rejected", "holds 0 completions", "at least one"),
+    "rejected chats empty": (
+        "lists",
+        SEVERAL_CHAT,
+        {"rejected": []},
+        "rejected",
+        "holds 0 completions",
+        "at least one",
+    ),
     "rejected chats mixed": (
         "lists",
         SEVERAL_CHAT,

@@ -120,7 +120,9 @@ def test_pairs_that_are_decided_by_length(by_length, accuracy, fires) -> None:
     found = diagnose([evaluation(10, **figures)], FACTS)
     assert [finding.name for finding in found] == ["length-exploitation"] * fires
     if fires:
-        assert f"The {'longer' if by_length > 0.5 else 'shorter'} completion is the better one in 95%" in found[0].message
+        assert (
+            f"The {'longer' if by_length > 0.5 else 'shorter'} completion is the better one in 95%" in found[0].message
+        )
 
 
 @pytest.mark.parametrize(("weight", "logs", "fires"), [(0.009, 5, True), (0.011, 5, False), (0.001, 4, False)])
