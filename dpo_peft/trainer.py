@@ -71,7 +71,10 @@ class DPOTrainer(Trainer):
         ReferenceMismatchError: the adapter was trained against another reference than this run would take.
     """
 
-    _tag_names = ["dpo", "lora", "dpo-peft"]
+    _tag_names = ["dpo", "lora", "dpo-peft", "trl"]
+    # Scripts for TRL's trainer read these.
+    ref_model = None
+    aux_loss_enabled = False
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class DPOTrainer(Trainer):
         given = model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config
         name, args, tokenizer, self.objective = check_constructor(*given, own_metrics=compute_metrics is not None)
         self.model_name = "" if isinstance(model, PeftModel) else name
+        self.beta, self.loss_types, self.loss_weights = args.beta, args.loss_type, self.objective.weights
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.prepare = Preparation(args, self.objective, tokenizer)
@@ -245,6 +249,10 @@ class DPOTrainer(Trainer):
                 datasets = {"train": self.train_dataset, **self.prepare.evaluated}
                 self.reference.precompute(datasets, self.collate)
         self.accelerator.wait_for_everyone()
+
+    def hyperparameter_search(self, *args: object, **kwargs: object) -> Any:
+        """Is refused: transformers would train each trial on from the adapter of the one before."""
+        raise OptionError("hyperparameter_search is not available: make a DPOTrainer for each trial.")
 
     def trajectory(self) -> dict[str, Any]:
         """Returns options, the adapter's shape and the rows: what a resumed run should share with the interrupted."""
