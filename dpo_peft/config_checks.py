@@ -325,5 +325,9 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         "dropout masks.": coupled and not o.disable_dropout and split,
         f"loss_type {coupled} compares the samples of a batch with each other: set per_device_train_batch_size or "
         "gradient_accumulation_steps to at least 2.": coupled and single,
+        f"per_device_eval_batch_size={o.per_device_eval_batch_size}: loss_type {mix} takes its reference point from "
+        "other rows of a batch, in an evaluation too. Set it to at least 2.": (
+            mismatched and o.per_device_eval_batch_size < 2
+        ),
     }
     refuse(problems)

@@ -116,6 +116,14 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"loss_type": "kto", "per_device_train_batch_size": 1},
         r"loss_type kto compares the samples of a batch.*at least 2",
     ),
+    "evaluated row by row": (
+        {"loss_type": "kto", "per_device_eval_batch_size": 1},
+        r"per_device_eval_batch_size=1: loss_type kto takes its reference point .* at least 2",
+    ),
+    "a mix evaluated row by row": (
+        {"loss_type": ["apo_zero_unpaired", "kto"], "per_device_eval_batch_size": 1, "eval_strategy": "steps"},
+        r"per_device_eval_batch_size=1: loss_type apo_zero_unpaired, kto takes",
+    ),
     "other dropout masks": (
         {"loss_type": "aot", "disable_dropout": False, "gradient_accumulation_steps": 2},
         r"disable_dropout=False with loss_type aot needs gradient_accumulation_steps=1",

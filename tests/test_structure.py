@@ -32,14 +32,14 @@ BUDGETS = {
     "trainer": 400,
     "config": 280,
     "config_checks": 340,
-    "objective": 440,
+    "objective": 450,
     "distributed": 275,
     "losses": 1040,
     "data": 2645,
     "forward": 1225,
     "reference": 1460,
     "model": 1110,
-    "training": 2055,
+    "training": 2060,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1255,
     "rowfiles": 245,
 }
-MAX_PACKAGE_LINES = 22_670
+MAX_PACKAGE_LINES = 22_800
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
