@@ -11,10 +11,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .config_checks import (
+    OF_OTHER_CONFIGS,
     check_fields,
     check_loss_options,
     check_loss_type,
     check_option_names,
+    check_read,
     check_together,
     choice,
     flag,
@@ -25,7 +27,7 @@ from .config_checks import (
 )
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
-from .losses import F_DIVERGENCES, REGISTRY
+from .losses import F_DIVERGENCES, REGISTRY, find_objective
 
 # Of the metrics that are better when they are smaller, how their names end.
 SMALLER_IS_BETTER = ("loss", "kl", "sample_weight", "rejected")
@@ -260,11 +262,16 @@ def objective_options(config: DPOConfig) -> dict[str, Any]:
 
 
 def _checked(init: Callable[..., None]) -> Callable[..., None]:
-    known = {f.name for f in fields(DPOConfig)}
+    known = {f.name for f in fields(DPOConfig) if f.init}
 
     @functools.wraps(init)
     def __init__(self: DPOConfig, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **check_option_names(kwargs, known))
+        # Given at its default, such an option has no effect either, but tells that another loss is meant. Parsers of
+        # command lines give every option.
+        if not known <= kwargs.keys():
+            for name in OF_OTHER_CONFIGS.keys() & kwargs.keys():
+                check_read(self, name, [find_objective(loss) for loss in self.loss_type])
 
     return __init__
 

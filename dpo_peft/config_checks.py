@@ -45,6 +45,15 @@ SUCCESSORS = {
     "use_num_logits_to_keep": "Logits are computed where a completion is predicted alone; leave it out.",
     "use_liger_loss": "The loss is computed in pieces that fit; leave it out.",
 }
+# Options that only TRL's other configs have: there, names of losses mean others than here.
+_CPO = (
+    "It is an option of trl.CPOConfig, whose losses are others: its 'sigmoid' is loss_type='cpo', its 'simpo' "
+    "loss_type=['simpo', 'sft'] with loss_weights=[1.0, cpo_alpha], and its 'hinge' and 'ipo' are not offered."
+)
+_KTO = "It is an option of trl.KTOConfig: set loss_type='kto'."
+OF_OTHER_CONFIGS = dict.fromkeys(("cpo_alpha", "simpo_gamma"), _CPO) | dict.fromkeys(
+    ("desirable_weight", "undesirable_weight"), _KTO
+)
 _FULL_EVAL = "It would round the adapter's weights for good. Evaluation computes as training does: set bf16."
 _COMPILE = "The trainer calls the backbone itself, which this option does not compile; leave it out."
 _NO_WRAPPER = "Several processes train without a wrapper of DistributedDataParallel; leave it out."
@@ -170,16 +179,20 @@ def check_fields(options: Any, losses: Sequence[Objective]) -> None:
         rule.check(one.name, value)
         if value == one.default:
             continue
-        given = f"{one.name}={value!r} has no effect"
         if rule.needs and all(getattr(options, name) in off for name in rule.needs.split(" or ")):
-            raise OptionError(f"{given} without {rule.needs}: set it too.")
-        readers = [name for name, loss in REGISTRY.items() if one.name in loss.options and one.name != "beta"]
-        if readers and not any(one.name in loss.heeds for loss in losses):
-            use = f"leave it out, or use one of {', '.join(readers)}"
-            raise OptionError(f"{given} on loss_type={options.loss_type!r}: {use}.")
+            raise OptionError(f"{one.name}={value!r} has no effect without {rule.needs}: set it too.")
+        check_read(options, one.name, losses)
     for name, (harmless, why) in NOT_AVAILABLE.items():
         if getattr(options, name, harmless) not in (harmless, None):  # older versions of transformers lack some
             raise OptionError(f"{name}={getattr(options, name)!r} is not available here. {why}")
+
+
+def check_read(options: Any, name: str, losses: Sequence[Objective]) -> None:
+    """Refuses an option that was given and that losses read, but none of these."""
+    readers = [reader for reader, loss in REGISTRY.items() if name in loss.options and name != "beta"]
+    if readers and not any(name in loss.heeds for loss in losses):
+        use = f"leave it out, or use one of {', '.join(readers)}. {OF_OTHER_CONFIGS.get(name, '')}".rstrip()
+        raise OptionError(f"{name}={getattr(options, name)!r} has no effect on loss_type={options.loss_type!r}: {use}")
 
 
 def check_option_names(given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
@@ -312,5 +325,9 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         "dropout masks.": coupled and not o.disable_dropout and split,
         f"loss_type {coupled} compares the samples of a batch with each other: set per_device_train_batch_size or "
         "gradient_accumulation_steps to at least 2.": coupled and single,
+        f"per_device_eval_batch_size={o.per_device_eval_batch_size}: loss_type {mix} takes its reference point from "
+        "other rows of a batch, in an evaluation too. Set it to at least 2.": (
+            mismatched and o.per_device_eval_batch_size < 2
+        ),
     }
     refuse(problems)

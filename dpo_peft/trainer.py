@@ -71,7 +71,10 @@ class DPOTrainer(Trainer):
         ReferenceMismatchError: the adapter was trained against another reference than this run would take.
     """
 
-    _tag_names = ["dpo", "lora", "dpo-peft"]
+    _tag_names = ["dpo", "lora", "dpo-peft", "trl"]
+    # Scripts for TRL's trainer read these.
+    ref_model = None
+    aux_loss_enabled = False
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class DPOTrainer(Trainer):
         given = model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config
         name, args, tokenizer, self.objective = check_constructor(*given, own_metrics=compute_metrics is not None)
         self.model_name = "" if isinstance(model, PeftModel) else name
+        self.beta, self.loss_types, self.loss_weights = args.beta, args.loss_type, self.objective.weights
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.prepare = Preparation(args, self.objective, tokenizer)
@@ -252,6 +256,10 @@ class DPOTrainer(Trainer):
                 self.reference.precompute(datasets, self.collate)
         self.accelerator.wait_for_everyone()
 
+    def hyperparameter_search(self, *args: object, **kwargs: object) -> Any:
+        """Is refused: transformers would train each trial on from the adapter of the one before."""
+        raise OptionError("hyperparameter_search is not available: make a DPOTrainer for each trial.")
+
     def trajectory(self) -> dict[str, Any]:
         """Returns options, the adapter's shape and the rows: what a resumed run should share with the interrupted."""
         adapter = self.model.peft_config[self.policy_adapter]
@@ -327,11 +335,13 @@ class DPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
         self.metric_store.clear("eval")
+        self.step.evaluated = []
         self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self.evaluation.finish(prefix, self.state.global_step)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self.metric_store.pop("eval").items()})
+        metrics = self.objective.kind.of_evaluation(self.metric_store.pop("eval"))
+        output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -365,13 +375,24 @@ class DPOTrainer(Trainer):
             if self.args.push_to_hub:
                 self._publisher().publish(folder, "Model save")
 
-    def _save_results(self, folder: str) -> None:
+    def _save_results(self, folder: str, **of_card: Any) -> None:
         if self.args.should_save and (artifacts := wing("artifacts")) is not None:
-            artifacts.SaveResults(self).save(folder)
+            artifacts.SaveResults(self, **of_card).save(folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the model card with the run's figures, and the files that belong to it, into the output folder."""
-        self._save_results(self.args.output_dir)
+    def create_model_card(  # type: ignore[override]  # TRL's arguments, and their order
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes the model card with the run's figures, and the files that belong to it, into the output folder.
+
+        Args:
+            model_name: its title; the adapter's name if None.
+            dataset_name: Hub id or path of the training data, or several; where the rows came from if None.
+            tags: further ones.
+        """
+        self._save_results(self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _publisher(self) -> Any:
         return required("hub", "push_to_hub").HubPublisher(self)

@@ -1,5 +1,6 @@
 """Options and data that don't fit an objective are refused when the config or the trainer is made."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from datasets import Dataset
 from objective_rows import NEEDED, rows_for
 from trainer_helpers import id_pairs, ours
+from transformers import HfArgumentParser
 
 from dpo_peft import DataError, DPOConfig, OptionError
 from dpo_peft.config import OBJECTIVE_OPTIONS
@@ -114,6 +116,14 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"loss_type": "kto", "per_device_train_batch_size": 1},
         r"loss_type kto compares the samples of a batch.*at least 2",
     ),
+    "evaluated row by row": (
+        {"loss_type": "kto", "per_device_eval_batch_size": 1},
+        r"per_device_eval_batch_size=1: loss_type kto takes its reference point .* at least 2",
+    ),
+    "a mix evaluated row by row": (
+        {"loss_type": ["apo_zero_unpaired", "kto"], "per_device_eval_batch_size": 1, "eval_strategy": "steps"},
+        r"per_device_eval_batch_size=1: loss_type apo_zero_unpaired, kto takes",
+    ),
     "other dropout masks": (
         {"loss_type": "aot", "disable_dropout": False, "gradient_accumulation_steps": 2},
         r"disable_dropout=False with loss_type aot needs gradient_accumulation_steps=1",
@@ -128,6 +138,35 @@ def test_malformed_option(name: str) -> None:
     with pytest.raises(OptionError, match=message) as caught:
         config(**options)
     assert len(str(caught.value)) < 500
+
+
+# As TRL's other configs are made, with the class changed: what the message must name.
+OF_TRL: dict[str, tuple[dict[str, Any], str]] = {
+    "cpo": ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, r"'sigmoid' is loss_type='cpo'"),
+    "cpo without a loss": ({"cpo_alpha": 1.0}, r"'sigmoid' is loss_type='cpo'"),
+    "cpo's hinge": ({"loss_type": "hinge", "cpo_alpha": 1.0, "max_length": 512}, r"'hinge' and 'ipo' are not offered"),
+    "cpo's ipo": ({"loss_type": ["ipo"], "simpo_gamma": 1.0}, r"'hinge' and 'ipo' are not offered"),
+    "cpo's simpo": ({"loss_type": "simpo", "cpo_alpha": 1.0, "simpo_gamma": 0.5}, r"\['simpo', 'sft'\]"),
+    "cpo, another value": ({"loss_type": "sigmoid", "cpo_alpha": 0.3}, r"'sigmoid' is loss_type='cpo'"),
+    "kto": ({"desirable_weight": 1.0, "undesirable_weight": 1.0}, r"set loss_type='kto'"),
+    "kto, another value": ({"undesirable_weight": 2.0}, r"set loss_type='kto'"),
+}
+
+
+@pytest.mark.parametrize("name", OF_TRL)
+def test_a_config_of_another_trainer_of_trl(name: str) -> None:
+    given, message = OF_TRL[name]
+    with pytest.raises(OptionError, match=rf"has no effect on loss_type=.*leave it out, or use one of .*{message}"):
+        config(**given)
+
+
+def test_options_of_other_trainers_where_they_are_read_or_not_given_by_hand() -> None:
+    assert config(loss_type=["simpo", "sft"], loss_weights=[1.0, 1.0], simpo_gamma=1.0).simpo_gamma == 1.0
+    assert config(loss_type=["cpo"], cpo_alpha=1.0).cpo_alpha == 1.0
+    assert config(loss_type="kto", desirable_weight=1.0, undesirable_weight=1.0).desirable_weight == 1.0
+    (parsed,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu"])
+    assert parsed.loss_type == ["sigmoid"] and parsed.cpo_alpha == 1.0
+    assert dataclasses.replace(config(), beta=0.3).beta == 0.3
 
 
 def labeled_pairs(**columns: float) -> Dataset:

@@ -29,30 +29,31 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 385,
-    "config": 270,
-    "config_checks": 320,
-    "objective": 440,
+    "trainer": 410,
+    "config": 280,
+    "config_checks": 335,
+    "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 2765,
+    "data": 2975,
     "forward": 1225,
-    "reference": 1460,
-    "model": 1110,
-    "training": 2060,
+    "reference": 1490,
+    "model": 1325,
+    "training": 2140,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1100,
-    "reward": 865,
+    "artifacts": 1130,
+    "reward": 870,
     "merge": 605,
-    "hub": 825,
+    "hub": 830,
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,
     "cli": 1485,
     "rowfiles": 250,
 }
+MAX_PACKAGE_LINES = 23_740
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

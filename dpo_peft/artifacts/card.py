@@ -91,6 +91,8 @@ class RunSummary:
         sample_steps: the steps of the two.
         warnings: named warnings of the training: step, name and message of each.
         versions: package to version; see `framework_versions`.
+        title: of the card; the last part of `name` if empty.
+        tags: of the metadata, beside the card's own.
         has_chat_template: the tokenizer has one, so the example of use chats.
     """
 
@@ -121,6 +123,8 @@ class RunSummary:
     warnings: Sequence[Mapping[str, object]] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
     has_chat_template: bool = True
+    title: str = ""
+    tags: Sequence[str] = ()
 
 
 class Figures(TypedDict):
@@ -180,7 +184,7 @@ def model_card(run: RunSummary) -> ModelCard:
     return ModelCard.from_template(
         metadata(run),
         template_path=str(TEMPLATE),
-        title=cell(shown_name(run.name).split("/")[-1]),
+        title=cell(title_of(run)),
         base=base_text(run.base_model),
         base_note="" if is_hub_id(run.base_model) else LOCAL_NOTE,
         objective=run.objective,
@@ -211,6 +215,11 @@ def save_model_card(run: RunSummary, folder: str | Path) -> Path:
     return write_atomically(Path(folder) / "README.md", str(model_card(run)))
 
 
+def title_of(run: RunSummary) -> str:
+    """Returns what the card calls the adapter."""
+    return run.title or shown_name(run.name).split("/")[-1]
+
+
 def metadata(run: RunSummary) -> ModelCardData:
     """Returns the YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
     base = run.base_model if is_hub_id(run.base_model) else None
@@ -219,8 +228,8 @@ def metadata(run: RunSummary) -> ModelCardData:
     return ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["dpo-peft", "dpo", "preference-optimization", "lora", *quantized],
-        model_name=shown_name(run.name).split("/")[-1] if results else None,
+        tags=list(dict.fromkeys(["dpo-peft", "dpo", "preference-optimization", "lora", *quantized, *run.tags])),
+        model_name=title_of(run) if results else None,
         eval_results=results or None,
         base_model=base,
         base_model_relation="adapter" if base else None,
@@ -324,11 +333,14 @@ def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str)
 
     Args:
         text: a card without its metadata. What was written into it by hand is kept.
-        name: the adapter's in the title.
+        name: the adapter's in the title, where the example names none. A title that is not the adapter's name stays.
         repo_id, base: Hub ids of adapter and base.
         old_base: what the adapter called its base.
     """
-    text = re.sub(r'^adapter = ".*".*$', f"adapter = {json.dumps(repo_id)}", text, count=1, flags=re.M)
+    loaded = re.search(r'^adapter = "(.*)".*$', text, flags=re.M)
+    if loaded:
+        name = loaded[1].split("/")[-1]
+        text = text.replace(loaded[0], f"adapter = {json.dumps(repo_id)}", 1)
     text = text.replace(BUNDLED_TEXT, link(base)).replace(f"{LOCAL_NOTE}\n\n", "")
     text = re.sub(rf"`[^`]+`{re.escape(LOCAL_TEXT)}", lambda _: link(base), text)
     text = text.replace(link(old_base), link(base)) if is_repo_id(old_base) else text

@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +45,19 @@ class SaveResults:
     - `command_options`: the options of `dpo-peft train` that are no part of `args`; None for a run from Python;
     - `model_name`: Hub id or folder that the trainer was given; empty for a model made in code;
     - `warnings_raised`: step, name and message of the named warnings of the training.
+
+    `model_name`, `dataset_name` and `tags` are of the card: its title, the training data, and further tags.
     """
 
-    def __init__(self, trainer: "DPOTrainer"):
+    def __init__(
+        self,
+        trainer: "DPOTrainer",
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ):
         self.trainer, self.args = trainer, trainer.args
+        self.title, self.dataset_names, self.tags = model_name or "", as_list(dataset_name), as_list(tags)
         self.log_history = trainer.state.log_history
         self.lora: LoraConfig = trainer.model.peft_config[trainer.policy_adapter]
         trained = read_training(self.lora)
@@ -173,6 +182,8 @@ class SaveResults:
             sample_steps=steps,
             warnings=trainer.warnings_raised,
             has_chat_template=trainer.processing_class.chat_template is not None,
+            title=self.title,
+            tags=self.tags,
             **figures_of(self.log_history),
         )
 
@@ -184,12 +195,13 @@ class SaveResults:
             trained = as_list(options.get("dataset_name")) or mixed or trained
             if "eval" in self.trainer.data_reports:
                 evaluated = as_list(options.get("eval_dataset_name")) or trained
-        return trained, evaluated[0] if len(evaluated) == 1 else "held-out preference pairs"
+        evaluated_on = evaluated[0] if len(evaluated) == 1 else "held-out preference pairs"
+        return self.dataset_names or trained, evaluated_on
 
 
-def as_list(given: str | list[str] | None) -> list[str]:
+def as_list(given: str | Sequence[str] | None) -> list[str]:
     """Returns the names that an option of one or several gives."""
-    return [given] if isinstance(given, str) else given or []
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def environment(device: torch.device) -> dict[str, Any]:

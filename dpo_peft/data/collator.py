@@ -75,14 +75,15 @@ class KeepRows:
         return {"kept": Rows(list(rows))}
 
 
-def mismatch(rows: Sequence[Values]) -> list[Values]:
+def mismatch(rows: Sequence[Values], before: Sequence[Values] = ()) -> list[Values]:
     """Gives each row the completions of the row before it, the first row those of the last, as `mismatched_ids`.
 
     KTO estimates its reference point on such pairs of a prompt with the completion of another (Ethayarajh et al. 2024,
-    section 4.1): the mismatched completions of a batch are its own, each once. A single row has no other to take
-    from, and gets none.
+    section 4.1): the mismatched completions of a batch are its own, each once. A single row takes those of
+    the last one of `before`, the batch before it; without any it gets none.
     """
-    if len(rows) < 2:
+    others = before if len(rows) == 1 else rows
+    if not others:
         return list(rows)
-    before = [rows[-1], *rows[:-1]]
-    return [{**row, "mismatched_ids": other["completion_ids"]} for row, other in zip(rows, before, strict=True)]
+    sources = [others[-1], *rows[:-1]]
+    return [{**row, "mismatched_ids": source["completion_ids"]} for row, source in zip(rows, sources, strict=True)]

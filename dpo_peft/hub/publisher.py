@@ -1,6 +1,7 @@
 """Publishes from the trainer, as `push_to_hub` and the `hub_...` options say; what can't be honored stops the run."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OF_CARD = ("model_name", "dataset_name", "tags")  # arguments of `SaveResults`
 # Arguments of `transformers.Trainer.push_to_hub` for the card, and what `publish` calls them.
 _NAMES = {"licence": "license", "dataset": "datasets", "language": "languages", "finetuned_from": "base_model"}
 
@@ -73,7 +75,8 @@ class HubPublisher:
         Args:
             commit_message: one line.
             blocking: must be True.
-            **given: further arguments of `publish`, also under the names that transformers has for them.
+            **given: further arguments of `publish`, also under the names that transformers has for them; and as TRL
+                has them `model_name`, `dataset_name` and `tags` of the card.
 
         Raises:
             OptionError: an argument, the adapter, the card or the token is wrong; nothing was published.
@@ -81,14 +84,16 @@ class HubPublisher:
         """
         if not blocking:
             raise OptionError("blocking=False is not available: publishing is waited for. Leave it out.")
+        card = {name: given.pop(name, None) for name in _OF_CARD}
         options = {_NAMES.get(name, name): value for name, value in given.items() if value is not None}
         for name in ("datasets", "languages"):
             if isinstance(options.get(name), str):
                 options[name] = [options[name]]
         allowed = set(publish.__kwdefaults__ or ()) - {"repeat", "licence"}
         if unknown := sorted(set(options) - allowed):
-            raise OptionError(f"{', '.join(unknown)}: not available here. Use {', '.join(sorted(allowed))}.")
-        return self._save_and_publish(commit_message, **options)
+            known = ", ".join(sorted({*allowed, *_OF_CARD}))
+            raise OptionError(f"{', '.join(unknown)}: not available here. Use {known}.")
+        return self._save_and_publish(commit_message, card, **options)
 
     def push_from_checkpoint(self) -> None:
         """With `hub_strategy` "every_save", publishes the adapter as it is now. A failure doesn't stop the run."""
@@ -96,16 +101,18 @@ class HubPublisher:
             return
         step = self.trainer.state.global_step
         try:
-            self._save_and_publish(f"Training in progress, step {step}")
+            self._save_and_publish(f"Training in progress, step {step}", {})
         except (PublishError, OptionError) as error:
             logger.warning("The adapter of step %d was not published: %s", step, error)
 
-    def _save_and_publish(self, commit_message: str | None, **given: Any) -> PublishResult | None:
+    def _save_and_publish(
+        self, commit_message: str | None, card: Mapping[str, Any], **given: Any
+    ) -> PublishResult | None:
         trainer, folder = self.trainer, self.args.output_dir
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
         if self.args.should_save:
-            SaveResults(trainer).save(folder)
+            SaveResults(trainer, **card).save(folder)
         return self.publish(folder, commit_message, **given)
 
     def publish(self, folder: str | Path, commit_message: str | None, **given: Any) -> PublishResult | None:

@@ -49,6 +49,7 @@ class OptimizerStep:
 
     Attributes:
         halvings: how often each micro-batch is cut in two, since it did not fit.
+        evaluated: the last row of the evaluation batch before; none at the start of an evaluation.
         finite: the micro-batches so far, each with whether the loss of each of its items is finite.
     """
 
@@ -68,6 +69,7 @@ class OptimizerStep:
         self.collate, self._policy, self._reference, self._autocast = collate, policy, reference, autocast
         self._rank, self._processes = rank(), world_size()
         self.halvings = 0
+        self.evaluated: list[Row] = []
         self.finite: list[tuple[PackedBatch, Tensor]] = []
         self._entries: list[Entry] = []
         self._totals = Totals(0, 1.0)
@@ -181,7 +183,9 @@ class OptimizerStep:
             return [as_entry(batch) for batch in entries]
         kept = [entry["kept"].rows for entry in entries]
         if self.objective.needs_mismatched:
-            rows = iter(mismatch([row for part in kept for row in part]))
+            flat = [row for part in kept for row in part]
+            rows = iter(mismatch(flat, self.evaluated))
+            self.evaluated = [] if self.model.training else flat[-1:]
             kept = [list(itertools.islice(rows, len(part))) for part in kept]
         # The rows that `ShareCollator` would keep, so that predictions find their places again.
         kept = [part[self._rank :: self._processes] for part in kept]

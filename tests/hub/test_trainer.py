@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hub_helpers import mentions, trained
 from hub_server import HubServer
 from trainer_helpers import ours, text_pairs
@@ -41,6 +42,47 @@ def test_pushing_without_having_planned_to(hub: HubServer, titled: Any, make: An
     assert "license: mit" in card and "- someone/pairs" in card and "- en" in card
     again = trainer.push_to_hub(token=TOKEN, commit_message="again")
     assert not {"adapter_model.safetensors", "curves.png"} & set(again.uploaded)
+
+
+def head_and_title(card: str) -> tuple[dict[str, Any], str]:
+    return yaml.safe_load(card.split("---")[1]), re.search(r"^# (.+)$", card, flags=re.M)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "datasets", "title", "tags"),
+    [
+        ({"dataset_name": "someone/pairs"}, ["someone/pairs"], "reviews-dpo", set()),  # TRL's scripts end like this
+        ({"dataset_name": ["a/b", "c/d"], "tags": "reviews"}, ["a/b", "c/d"], "reviews-dpo", {"reviews"}),
+        ({"model_name": "Reviews 1", "tags": ["x", "lora"]}, None, "Reviews 1", {"x"}),
+        ({"dataset_name": "/data/secret/rows", "model_name": None, "tags": None}, None, "reviews-dpo", set()),
+    ],
+)
+def test_the_card_as_trl_scripts_ask_for_it(
+    hub: HubServer, titled: Any, make: Any, given: Any, datasets: Any, title: str, tags: set[str]
+) -> None:
+    trainer = make()
+    trainer.create_model_card()
+    plain, _ = head_and_title((Path(trainer.args.output_dir) / "README.md").read_text())
+    trainer.create_model_card(**given)
+    here = (Path(trainer.args.output_dir) / "README.md").read_text()
+    published = hub.repos[trainer.push_to_hub(token=TOKEN, **given).repo_id].files["README.md"].content.decode()
+    for card in (here, published):
+        head, shown = head_and_title(card)
+        assert (head.get("datasets"), shown) == (datasets, title)
+        assert head["model-index"][0]["name"] == title
+        assert head["tags"][: len(plain["tags"])] == plain["tags"] and len(set(head["tags"])) == len(head["tags"])
+        assert set(head["tags"]) == {*plain["tags"], *tags}
+        assert "/data/secret" not in card
+    assert 'adapter = "me/reviews-dpo"' in published
+
+
+def test_the_card_by_position_as_in_trl(hub: HubServer, make: Any) -> None:
+    trainer = make(max_steps=1)
+    trainer.create_model_card("A name", "a/b", ["t"])
+    head, title = head_and_title((Path(trainer.args.output_dir) / "README.md").read_text())
+    assert title == "A name" and head["datasets"] == ["a/b"] and head["tags"][-1] == "t"
+    with pytest.raises(TypeError, match="tasks"):
+        trainer.create_model_card(tasks="dpo")
 
 
 def test_options_of_the_config_are_honored(hub: HubServer, titled: Any, make: Any, tmp_path: Path) -> None:

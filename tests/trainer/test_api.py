@@ -24,7 +24,7 @@ from trainer_helpers import (
 )
 from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
 
-from dpo_peft import DPOConfig, DPOTrainer
+from dpo_peft import DPOConfig, DPOTrainer, OptionError
 from dpo_peft.data.collator import PreferenceCollator
 
 # ---- Forms of the model ---------------------------------------------------------------------------------------------
@@ -245,6 +245,31 @@ def test_reward_clip_reaches_the_loss(tiny_llama, make_tokenizer, tmp_path):
         trainer.train()
     assert step_logs(clipped)[-1]["loss"] >= 0.6443 - 1e-3  # log(1 + exp(-0.1)), the least a clipped pair can have
     assert step_logs(free)[-1]["loss"] < 0.6
+
+
+# ---- What scripts for TRL's trainer read ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"beta": 0.3}, {"loss_type": "simpo"}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}],
+    ids=str,
+)
+def test_attributes_are_those_of_trl(tiny_llama, make_tokenizer, tmp_path, given):
+    trainer = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, **given)
+    names = given.get("loss_type", ["sigmoid"])
+    assert trainer.beta == (2.0 if names == "simpo" else given.get("beta", 0.1))
+    assert trainer.loss_types == ([names] if isinstance(names, str) else names)
+    assert trainer.loss_weights == given.get("loss_weights", [1.0])
+    assert trainer.ref_model is None and trainer.aux_loss_enabled is False
+    assert {"trl", "dpo"} <= set(trainer.model.model_tags)
+
+
+def test_hyperparameter_search_is_refused(tiny_llama, make_tokenizer, tmp_path):
+    trainer = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path)
+    for arguments in ({}, {"n_trials": 2, "direction": "minimize"}):
+        with pytest.raises(OptionError, match="make a DPOTrainer for each trial"):
+            trainer.hyperparameter_search(**arguments)
 
 
 # ---- TRL's own script -----------------------------------------------------------------------------------------------

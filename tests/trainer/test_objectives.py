@@ -317,3 +317,50 @@ def test_the_card_says_what_was_trained(tiny_llama: Any, make_tokenizer: Any, tm
     card = (tmp_path / "simpo" / "README.md").read_text()
     assert "`simpo` (Meng et al. 2024" in card and "Rewards are β·log π per token" in card
     assert "**Reference:** none is needed" in card and "also a reward model" not in card
+
+
+# ---- Evaluation of single completions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_held_out_margins_of_single_completions_are_over_all_rows(
+    loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """All good ones first: no batch holds both. The margins that early stopping looks at are there all the same."""
+    rows = rows_for(loss, 12)
+    held_out = rows_for(loss, 9, seed=1).sort("label", reverse=True)
+    changed = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    margins = []
+    for size in (2, 4, 9) if loss == "kto" else (1, 2, 9):
+        options = {"per_device_eval_batch_size": size, "early_stopping_patience": 9, "loss_type": loss, **changed}
+        folder, options["learning_rate"] = tmp_path / str(size), 1e-2
+        trainer = trained(tiny_llama(), rows, make_tokenizer(), folder, eval_dataset=held_out, **options)
+        margins.append([log["eval_rewards/margins"] for log in trainer.state.log_history if "eval_loss" in log])
+    predicted = trainer.predict(held_out)
+    rewards, good = torch.as_tensor(predicted.predictions), torch.as_tensor(predicted.label_ids)[:, 0] > 0
+    assert 0 < good.sum() < 9 and len(margins[0]) == 5 and abs(margins[0][-1]) > 1e-4
+    assert trainer.evaluate(held_out)["eval_rewards/margins"] == pytest.approx(
+        float(rewards[good].mean() - rewards[~good].mean()), rel=1e-5
+    )
+    assert margins[0] == pytest.approx(margins[1], abs=1e-6) and margins[0] == pytest.approx(margins[2], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_last_row_alone_has_a_reference_point(
+    size: int, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """It takes the completion of the row before it: every held-out row has one to another prompt, and so no more."""
+    held_out = rows_for("kto", size + 1, seed=2)
+    options = {"loss_type": "kto", "per_device_eval_batch_size": size, "learning_rate": 1e-2}
+    trainer = trained(tiny_llama(), rows_for("kto", 12), make_tokenizer(), tmp_path, **options)
+    sources = [size - 1, *range(size)]  # within the first batch, then across
+    sources[size] = size - 1
+    mismatched = [
+        {**row, "completion_ids": held_out[source]["completion_ids"]}
+        for row, source in zip(held_out, sources, strict=True)
+    ]
+    expected = float(trainer.predict(Dataset.from_list(mismatched)).predictions.mean())
+    for _ in range(2):  # a second evaluation begins anew
+        assert trainer.evaluate(held_out)["eval_z_ref"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected) > 1e-3
+    assert "eval_z_ref" not in trainer.evaluate(held_out.select([0]))
