@@ -379,7 +379,7 @@ class DPOTrainer(Trainer):
         if self.args.should_save and (artifacts := wing("artifacts")) is not None:
             artifacts.SaveResults(self, **of_card).save(folder)
 
-    def create_model_card(  # type: ignore[override]  # TRL's arguments, and their order
+    def create_model_card(  # TRL's arguments, and their order
         self,
         model_name: str | None = None,
         dataset_name: str | Sequence[str] | None = None,
