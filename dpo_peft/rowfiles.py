@@ -134,11 +134,19 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _parse(path: Path, where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise _problem(path, where, "is nested too deeply", "store what is nested as JSON text") from None
     except ValueError as error:
         raise _problem(path, where, f"is no JSON ({error})", "write one object a line, or a list of them") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:

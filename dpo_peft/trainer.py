@@ -72,9 +72,7 @@ class DPOTrainer(Trainer):
     """
 
     _tag_names = ["dpo", "lora", "dpo-peft", "trl"]
-    # Scripts for TRL's trainer read these.
-    ref_model = None
-    aux_loss_enabled = False
+    ref_model, aux_loss_enabled = None, False  # scripts for TRL's trainer read these
 
     def __init__(
         self,
@@ -94,7 +92,6 @@ class DPOTrainer(Trainer):
         given = model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config
         name, args, tokenizer, self.objective = check_constructor(*given, own_metrics=compute_metrics is not None)
         self.model_name = "" if isinstance(model, PeftModel) else name
-        self.beta, self.loss_types, self.loss_weights = args.beta, args.loss_type, self.objective.weights
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
         self.prepare = Preparation(args, self.objective, tokenizer)
@@ -140,6 +137,7 @@ class DPOTrainer(Trainer):
 
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
         args, model, tokenizer = self.args, self.model, self.processing_class
+        self.beta, self.loss_types, self.loss_weights = args.beta, args.loss_type, self.objective.weights
         collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
         self.collate, self.data_collator = collators(args, self.objective, collate)
         self.metric_store, autocast = MetricStore(), self.compute_loss_context_manager
@@ -379,18 +377,10 @@ class DPOTrainer(Trainer):
         if self.args.should_save and (artifacts := wing("artifacts")) is not None:
             artifacts.SaveResults(self, **of_card).save(folder)
 
-    def create_model_card(  # TRL's arguments, and their order
-        self,
-        model_name: str | None = None,
-        dataset_name: str | Sequence[str] | None = None,
-        tags: str | Sequence[str] | None = None,
-    ) -> None:
+    def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
         """Writes the model card with the run's figures, and the files that belong to it, into the output folder.
 
-        Args:
-            model_name: its title; the adapter's name if None.
-            dataset_name: Hub id or path of the training data, or several; where the rows came from if None.
-            tags: further ones.
+        `model_name` is its title, `dataset_name` one or several Hub ids or paths of the data, `tags` are further ones.
         """
         self._save_results(self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
 

@@ -183,6 +183,16 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {  # file, its bytes, what the me
         "line 7: is no JSON",
     ),
     "cut off": ("a.jsonl", "\n".join(LINES)[:-30], "line 12: is no JSON"),
+    "one key twice": (
+        "a.jsonl",
+        LINES[0] + '\n{"prompt": "q", "chosen": "a", "chosen": "b"}',
+        "line 2: .*'chosen' stands twice",
+    ),
+    "one key of a message twice": (
+        "a.json",
+        '[{"chosen": [{"role": "user", "role": "system"}]}]',
+        "'role' stands twice",
+    ),
     "a list a line": ("a.jsonl", "\n".join([*LINES, '["q", "a"]']), "line 13: is no JSON|line 13: holds list"),
     "a list of texts": ("a.json", '["q", "a"]', "item 1: holds str, not an object"),
     "latin1": ("a.jsonl", "\n".join(LINES[:3]).encode() + b'\n{"prompt": "caf\xe9"}', "line 4: byte 15 is no UTF-8"),

@@ -29,7 +29,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 410,
+    "trainer": 400,
     "config": 280,
     "config_checks": 335,
     "objective": 450,
@@ -51,7 +51,7 @@ BUDGETS = {
     "report": 1100,
     "quickstart": 460,
     "cli": 1485,
-    "rowfiles": 250,
+    "rowfiles": 260,
 }
 MAX_PACKAGE_LINES = 23_740
 MAX_FILE_LINES = 400
