@@ -220,6 +220,19 @@ def positions(model: PreTrainedModel | PeftModel) -> tuple[int | None, bool]:
     )
 
 
+def check_dtype(model: PreTrainedModel | PeftModel, args: DPOConfig) -> None:
+    """Refuses a quantized model whose other weights are in another 16-bit dtype than the run: autocast mixes none."""
+    dtype, computed = model.get_input_embeddings().weight.dtype, autocast_dtype(args)
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if quantized and computed is not None and dtype not in (computed, torch.float32):
+        own, name = (str(one).removeprefix("torch.") for one in (dtype, computed))
+        option = "fp16" if dtype == torch.float16 else "bf16"
+        raise OptionError(
+            f"The quantized model is in {own} and the run computes in {name}: set {option}=True, or load the model "
+            f"with dtype={name!r}."
+        )
+
+
 def data_source(dataset: Any) -> tuple[list[str], str | None]:
     """Returns where a dataset says that it comes from, Hub ids or names of files, and its license. Rows made in code
     have neither."""

@@ -22,7 +22,7 @@ from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantiza
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import AnyDataset, autocast_dtype, check_fits, data_source
+from .arguments import AnyDataset, autocast_dtype, check_dtype, check_fits, data_source
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,20 @@ def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -
     return collate, collate if world_size() == 1 else ShareCollator(collate)
 
 
+def loading_options(args: DPOConfig, quantized: bool) -> dict[str, Any]:
+    """Returns `model_init_kwargs` with the dtype in which the run computes where none is given; also in place of the
+    other 16-bit dtype where the base is quantized, as autocast does not mix the two."""
+    assert not isinstance(args.model_init_kwargs, str)
+    options, computed = dict(args.model_init_kwargs or {}), autocast_dtype(args)
+    given = options.pop("dtype", options.pop("torch_dtype", None))
+    name = str(given).removeprefix("torch.")
+    if computed is not None and (given is None or (quantized and name in ("bfloat16", "float16"))):
+        if given is not None and name != str(computed).removeprefix("torch."):
+            logger.info("The base is loaded in %s instead of %s: the run computes in it (bf16, fp16).", computed, name)
+        given = computed
+    return options if given is None else {**options, "dtype": given}
+
+
 def build_model(
     model: str | PreTrainedModel | PeftModel,
     args: DPOConfig,
@@ -144,8 +158,7 @@ def build_model(
     name = model if isinstance(model, str) else None
     if isinstance(model, str):
         quantize = args.quantize_base is not False
-        init_kwargs = args.model_init_kwargs
-        assert not isinstance(init_kwargs, str)
+        init_kwargs = loading_options(args, quantize or quantization_config is not None)
         model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
     check_class(model)
     as_given = BaseAsGiven() if name and not isinstance(model, PeftModel) else base_as_given(model)
@@ -155,6 +168,7 @@ def build_model(
             "its config names %r. To find it again, save the model (save_pretrained) and pass that folder.",
             *(model.config._name_or_path, as_given.base_changed, model.config._name_or_path),
         )
+    check_dtype(model, args)
     continued = isinstance(model, PeftModel)
     model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
     if continued and reference.choice == "initial" and reference.adapter is not None:

@@ -26,6 +26,7 @@ from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
 
 from dpo_peft import DPOConfig, DPOTrainer, OptionError
 from dpo_peft.data.collator import PreferenceCollator
+from dpo_peft.model.loading import load_base
 
 # ---- Forms of the model ---------------------------------------------------------------------------------------------
 
@@ -405,3 +406,42 @@ def test_a_second_run_is_the_same_run(tiny_llama, make_tokenizer, tmp_path):
     other = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, seed=4)
     other.train()
     assert any(not torch.equal(runs[0][name], p) for name, p in adapter_weights(other).items())
+
+
+# ---- The dtype of the base and of the run ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ({"fp16": True}, torch.float16),
+        ({"fp16": True, "quantize_base": False}, torch.float16),
+        ({"bf16": None, "model_init_kwargs": {"dtype": "float16"}}, torch.bfloat16),
+        ({"fp16": True, "model_init_kwargs": {"torch_dtype": torch.bfloat16}}, torch.float16),
+        ({"bf16": None, "model_init_kwargs": {"dtype": "float32"}}, torch.float32),
+        ({"bf16": None, "quantize_base": False, "model_init_kwargs": {"dtype": "float16"}}, torch.float16),
+    ],
+    ids=str,
+)
+def test_a_base_given_by_name_is_in_a_dtype_that_the_run_can_compute_in(base_folder, tmp_path, given, dtype):
+    trainer = ours(base_folder, text_pairs(8), None, tmp_path, max_steps=2, **given)
+    assert trainer.model.get_input_embeddings().weight.dtype == dtype
+    trainer.train()
+    assert step_logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "given", "message"),
+    [
+        (
+            torch.float16,
+            {"bf16": True},
+            r"in float16 and the run computes in bfloat16: set fp16=True.*'bfloat16'",
+        ),
+        (torch.bfloat16, {"fp16": True}, r"in bfloat16 and the run computes in float16: set bf16=True.*'float16'"),
+    ],
+)
+def test_a_quantized_model_of_another_dtype_is_refused(base_folder, make_tokenizer, tmp_path, loaded, given, message):
+    model = load_base(base_folder, init_kwargs={"dtype": loaded})
+    with pytest.raises(OptionError, match=message):
+        ours(model, text_pairs(8), make_tokenizer(), tmp_path, **given)

@@ -87,7 +87,7 @@ OPTIONS: dict[str, Tried] = {
     "train_sampling_strategy": as_trl("sequential"),
     "length_column_name": same("size"),
     "bf16": as_trl(False),
-    "fp16": own("float16 needs a GPU that has it; without one, bfloat16 is the default of a base given by name"),
+    "fp16": own("a base given by name is loaded in float16 then; a quantized one has to be in the dtype of the run"),
     "bf16_full_eval": refused("it would round the adapter for good; evaluation computes as training does", True),
     "fp16_full_eval": refused("it would round the adapter for good; evaluation computes as training does", True),
     "tf32": own("of GPUs only"),
