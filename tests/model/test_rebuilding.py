@@ -81,8 +81,22 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ---- Resized embeddings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "modules_to_save", "trainable_token_indices"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("modules_to_save", True),
+        ("plain", False),
+        *(
+            pytest.param(kind, tied, marks=pytest.mark.slow)
+            for kind, tied in [
+                ("plain", True),
+                ("modules_to_save", False),
+                ("trainable_token_indices", True),
+                ("trainable_token_indices", False),
+            ]
+        ),
+    ],
+)
 def test_added_tokens_come_back(kind: str, tied: bool, untied: str, tmp_path: Path) -> None:
     folder = BUNDLED if tied else untied
     wider = AutoTokenizer.from_pretrained(folder)
