@@ -35,7 +35,7 @@ BUDGETS = {
     "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 2975,
+    "data": 2985,
     "forward": 1225,
     "reference": 1490,
     "model": 1325,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1485,
     "rowfiles": 260,
 }
-MAX_PACKAGE_LINES = 23_770
+MAX_PACKAGE_LINES = 23_780
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -35,10 +35,17 @@ def _with_date(template: str, day: str) -> str:
 
 
 def keep_date(tokenizer: PreTrainedTokenizerBase, output_dir: str, checkpoint: str | bool | None) -> None:
-    """Takes over the date of a run that is resumed: of its checkpoint, or of those in its folder."""
+    """Takes over the date of a run that is resumed: of its checkpoint, or of those in its folder. A damaged file is
+    passed over: whether a checkpoint is whole is asked where the run is resumed."""
+    if not CLOCK.search(str(tokenizer.chat_template)):
+        return
     named = [Path(checkpoint)] if isinstance(checkpoint, str) else []
     for folder in [*named, *sorted(Path(output_dir).glob("checkpoint-*"))]:
         config = folder / "tokenizer_config.json"
-        if KEY not in tokenizer.init_kwargs and config.is_file():
-            if day := json.loads(config.read_text("utf-8")).get(KEY):
-                tokenizer.init_kwargs[KEY] = day
+        if KEY in tokenizer.init_kwargs or not config.is_file():
+            continue
+        try:
+            day = date.fromisoformat(json.loads(config.read_text("utf-8"))[KEY])
+        except (ValueError, KeyError, TypeError):
+            continue
+        tokenizer.init_kwargs[KEY] = day.isoformat()

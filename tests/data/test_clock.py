@@ -2,9 +2,10 @@
 
 import json
 from datetime import date
+from pathlib import Path
 
 import pytest
-from data_helpers import chat_pair
+from data_helpers import chat_pair, word_tokenizer
 from datasets import Dataset
 
 from dpo_peft import DPOConfig
@@ -109,3 +110,14 @@ def test_a_stream_has_the_same_date_in_every_pass(make_tokenizer, today):
     today("2026-03-02")
     assert list(stream) == first and summary.date == "2026-03-01"
     assert rows_digest(Dataset.from_list(first)) == rows_digest(Dataset.from_list(list(stream)))
+
+
+def test_a_damaged_checkpoint_gives_no_date_and_stops_nothing(tmp_path: Path) -> None:
+    """Whether it is whole is asked where the run is resumed."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + str(tokenizer.chat_template)
+    for number, text in enumerate(['{"chat_template_date": "2024-', '["2024"]', f'{{"{clock.KEY}": "soon"}}', "\x00"]):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "tokenizer_config.json").write_text(text, "utf-8")
+    clock.keep_date(tokenizer, str(tmp_path), None)
+    assert clock.KEY not in tokenizer.init_kwargs
