@@ -38,7 +38,7 @@ def read_rows(
         OptionError: there is no such file or dataset, or it can't be read.
         DataError: a file's line that can't be read, with the remedy.
     """
-    names = [name] if isinstance(name, str) else list(name)
+    names = as_list(name)
     found = [find_files(one) for one in names]
     if names and all(found):
         rows = read_files([path for paths in found for path in paths], streaming)
@@ -47,10 +47,16 @@ def read_rows(
     return rows if dataset_format is None else convert(rows, dataset_format)
 
 
+def as_list(given: str | Sequence[str] | None) -> list[str]:
+    """Returns the names that an option of one or several gives."""
+    return [given] if isinstance(given, str) else list(given or ())
+
+
 def without_splits(name: str | Sequence[str]) -> bool:
     """Whether a name, or one of several, stands for rows that have no splits: files, or one saved dataset."""
-    names = [name] if isinstance(name, str) else name
-    return any(ending(one) in READERS or find_files(one) or (Path(one) / "state.json").is_file() for one in names)
+    return any(
+        ending(one) in READERS or find_files(one) or (Path(one) / "state.json").is_file() for one in as_list(name)
+    )
 
 
 def joined(parts: Sequence[Any]) -> Any:

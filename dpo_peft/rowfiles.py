@@ -9,6 +9,7 @@ import csv
 import glob
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,11 +42,7 @@ def ending(path: str | Path) -> str:
 
 def find_files(name: str) -> list[Path]:
     """Returns the files that a name stands for: itself if it is there, else those that match it as a pattern."""
-    return [Path(name)] if Path(name).is_file() else sorted(map(Path, filter(_is_file, glob.glob(name))))
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).is_file()
+    return [Path(name)] if os.path.isfile(name) else sorted(map(Path, filter(os.path.isfile, glob.glob(name))))
 
 
 def read_files(paths: Sequence[Path], streaming: bool = False) -> Dataset | IterableDataset:

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 
 from ..config import objective_options
-from ..files import strict, write_atomically
+from ..files import as_list, strict, write_atomically
 from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
 from .card import BUNDLED, RunSummary, Sample, adapter_facts, figures_of, framework_versions, save_model_card
@@ -197,11 +197,6 @@ class SaveResults:
                 evaluated = as_list(options.get("eval_dataset_name")) or trained
         evaluated_on = evaluated[0] if len(evaluated) == 1 else "held-out preference pairs"
         return self.dataset_names or trained, evaluated_on
-
-
-def as_list(given: str | Sequence[str] | None) -> list[str]:
-    """Returns the names that an option of one or several gives."""
-    return [given] if isinstance(given, str) else list(given or ())
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
+from ..files import as_list
 from .mixture import DataArguments, load_datasets
 from .options import made, option, parse_groups, required, show
 
@@ -221,7 +222,7 @@ def target_modules(given: "None | str | list[str]") -> "None | str | list[str]":
     Raises:
         OptionError: several values, of which one is no name: PEFT would look for modules that are called like it.
     """
-    names = [given] if isinstance(given, str) else given or []
+    names = as_list(given)
     others = [name for name in names if name == "all-linear" or not re.fullmatch(r"[\w.]+", name)]
     if not others:
         return names or None

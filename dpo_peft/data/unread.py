@@ -39,8 +39,9 @@ def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> Non
     Raises:
         DataError: naming a column, what it holds, and what to do with it.
     """
+    read = ["\n".join(t for name, v in row.items() if name not in unread for t in _texts(v)) for row in rows]
     for column in unread:
-        lost = [text for row in rows if (text := _lost(row, column, unread))]
+        lost = [text for row, text_read in zip(rows, read, strict=True) if (text := _lost(row, column, text_read))]
         if not lost or (column not in ASKING and 2 * len(lost) < len(rows)):
             continue
         remedy = ASKING.get(column, _RENAME if "prompt" not in rows[0] else _TO_TEXT).format(column)
@@ -51,9 +52,8 @@ def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> Non
         )
 
 
-def _lost(row: Row, column: str, unread: Collection[str]) -> str:
-    """Returns a text of a column that no column which is read has; "" if there is none, or labels and names alone."""
-    read = "\n".join(text for other, value in row.items() if other not in unread for text in _texts(value))
+def _lost(row: Row, column: str, read: str) -> str:
+    """Returns a text of a column that is not in `read`; "" if there is none, or labels and names alone."""
     value = row.get(column)
     words = 1 if column in ASKING or not isinstance(value, str) else WORDS
     turns = column in ASKING or isinstance(value, str) or _is_conversation(value)
