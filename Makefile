@@ -35,7 +35,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 help:
 	@echo "make quickstart  train the embedded model in 4 bits with DPO; report and adapter in outputs/quickstart"
 	@echo "make test        run the tests                    (TESTS=tests/test_x.py, JOBS=$(JOBS))"
-	@echo "make test-all    these, and then the long ones"
+	@echo "make test-all    these, then the long ones, then the known vulnerabilities of what is installed"
 	@echo "make check       lint, formatting and types"
 	@echo "make format      apply the formatter and the lint fixes"
 	@echo "make clean       remove .venv, outputs and caches"
@@ -48,6 +48,7 @@ test: $(VENV)/.dev
 
 test-all: test
 	$(PYTEST) -m slow $(TESTS)
+	$(BIN)/python dev/audit.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

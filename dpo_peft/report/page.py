@@ -79,7 +79,8 @@ def _render(**context: object) -> bytes:
     )
     for tool in (number, plain, duration, source_name, settings, data_table, content_hash):
         environment.filters[tool.__name__] = tool
-    style, script = (Markup((TEMPLATES / f"report.{kind}").read_text("utf-8")) for kind in ("css", "js"))
+    ours = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    style, script = map(Markup, ours)
     template = environment.get_template("report.html")
     page = template.render(style=style, script=script, text_characters=TEXT_CHARACTERS, **context)
     return page.lstrip().translate(CONTROLS).encode("utf-8", "backslashreplace")
