@@ -1,0 +1,65 @@
+"""Runs the tests that attack what docs/reliability.md promises, and writes its table: what was tried, what held.
+
+    python benchmarks/attacks.py [--write]
+
+A test that attacks has the mark `attack("kind")`; each case of a parametrized test is one try. The promise held when
+the test passes: the right thing happened, or a refusal by name. Without --write the table is printed only. Exits with
+1 if an attack got through.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PAGE = REPO / "docs" / "reliability.md"
+BEGIN, END = "<!-- attacks: benchmarks/attacks.py --write -->", "<!-- end of attacks -->"
+
+
+class Tally:
+    """A plugin of pytest: counts the marked tests by kind."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, str] = {}
+        self.tried: Counter[str] = Counter()
+        self.held: Counter[str] = Counter()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if mark := item.get_closest_marker("attack"):
+                self.kinds[item.nodeid] = mark.args[0]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        kind = self.kinds.get(report.nodeid)
+        if kind and not report.skipped and (report.when == "call" or report.failed):
+            self.tried[kind] += 1
+            self.held[kind] += report.passed
+
+    def table(self) -> str:
+        rows = [(kind, self.tried[kind], self.held[kind]) for kind in sorted(self.tried)]
+        rows.append(("all", self.tried.total(), self.held.total()))
+        lines = ["| attack | tried | held |", "|---|---:|---:|"]
+        return "\n".join(lines + [f"| {kind} | {tried} | {held} |" for kind, tried, held in rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    tally = Tally()
+    pytest.main(["-q", "-m", "attack", str(REPO / "tests")], plugins=[tally])
+    print(tally.table())
+    if args.write:
+        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{tally.table()}\n{END}{after}", "utf-8")
+    return int(tally.held != tally.tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
