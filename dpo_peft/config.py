@@ -25,6 +25,7 @@ from .config_checks import (
     resolve_beta,
     whole,
 )
+from .credentials import without_secrets
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
 from .losses import F_DIVERGENCES, REGISTRY, find_objective
@@ -241,6 +242,10 @@ class DPOConfig(TrainingArguments):
         check_loss_options(self, losses)
         # TRL's default, True, would wait for the GPU at every micro-batch.
         self.logging_nan_inf_filter = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as trackers and files get them: tokens are in none of them, however deep they stand."""
+        return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     @property
     def caches_reference(self) -> bool:

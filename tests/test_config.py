@@ -11,6 +11,7 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from planted import SECRETS
 from trainer_helpers import id_pairs, lora, ours
 from transformers import (
     BitsAndBytesConfig,
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
+from dpo_peft.artifacts.recipe import public
 from dpo_peft.config_checks import NOT_AVAILABLE, NOT_OFFERED, SUCCESSORS, check_option_names
 from dpo_peft.model.loading import load_base
 
@@ -431,12 +433,28 @@ def test_command_line(tmp_path) -> None:
     assert not parsed.gradient_checkpointing
 
 
-def test_round_trip_of_the_saved_arguments(tmp_path) -> None:
-    """As the trainer saves them: `training_args.bin`, and the dict that reports get."""
-    torch.save(config(beta=0.3), tmp_path / "args.bin")
-    assert torch.load(tmp_path / "args.bin", weights_only=False).beta == 0.3
+def test_round_trip_of_the_saved_arguments() -> None:
+    """As the trainer saves them, and as reports get them."""
     given = {key: value for key, value in config(beta=0.3, max_length=None).to_dict().items() if key in OUR_FIELDS}
     assert json.loads(json.dumps(given))["max_length"] is None
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_no_secret_is_in_what_trackers_and_files_get(kind: str) -> None:
+    """By the name of what holds it, or by its form, however deep it stands; the config itself keeps all of it."""
+    secret = SECRETS[kind]
+    named = ("token", "use_auth_token", "api_key", "password", "Authorization", "aws_secret_access_key", "account_key")
+    nested = {"kwargs": [dict.fromkeys(named, f"any {kind} text"), {"proxies": {"https": f"x {secret}"}}]}
+    options = config(hub_token=f"any {kind} text", run_name=f"run {secret} 1", model_init_kwargs=nested)
+    for text in (json.dumps(options.to_dict(), default=str), options.to_json_string()):
+        assert secret not in text and f"any {kind}" not in text and '"run ' in text
+    assert options.model_init_kwargs == nested and secret in options.run_name
+    assert secret not in json.dumps(public(nested)) and f"any {kind}" not in json.dumps(public(nested))
+
+
+def test_what_only_looks_like_a_secret_is_kept() -> None:
+    given = {"eos_token_id": 3, "key": "value", "tokens": 4, "monkey": "sk-learn", "url": "https://a/b@c"}
+    assert config(model_init_kwargs=given).to_dict()["model_init_kwargs"] == given == public(given)
 
 
 def test_base_folder_without_weights(base_folder) -> None:

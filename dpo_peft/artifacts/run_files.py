@@ -77,7 +77,7 @@ class SaveResults:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _BESIDE:
             if folder.resolve() != written.resolve() and (written / name).is_file():
-                shutil.copyfile(written / name, folder / name)
+                shutil.copy(written / name, folder / name)  # with its mode
         facts = self.facts()
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
         write_atomically(folder / "metrics.json", json.dumps(strict(metrics), indent=2, default=str) + "\n")
