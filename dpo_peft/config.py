@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from .config_checks import (
     OF_OTHER_CONFIGS,
     check_fields,
+    check_inherited,
     check_loss_options,
     check_loss_type,
     check_option_names,
@@ -240,6 +241,7 @@ class DPOConfig(TrainingArguments):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
         check_loss_options(self, losses)
+        check_inherited(self)
         # TRL's default, True, would wait for the GPU at every micro-batch.
         self.logging_nan_inf_filter = False
 

@@ -17,8 +17,8 @@ from peft import LoraConfig
 
 from ..config import objective_options
 from ..files import as_list, strict, write_atomically
-from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
+from ..model.training_record import read_training
 from .card import BUNDLED, RunSummary, Sample, adapter_facts, figures_of, framework_versions, save_model_card
 from .citations import cited
 from .curves import initial_loss, plot_training_curves

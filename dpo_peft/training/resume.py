@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..config import DPOConfig
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
-from ..model.adapter_source import read_training
+from ..model.training_record import read_training
 from . import checkpoints
 from .metrics import MetricStore
 
@@ -222,6 +224,23 @@ class RunState:
         extra = {name: value for part in self.parts for name, value in part.state_dict(folder).items()}
         state = {"trajectory": self.trajectory(), "metrics": metrics, "extra": extra}
         (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n")
+
+
+def place_in_data(trainer: Trainer, counted: tuple[int, int], folder: str | None) -> tuple[int, int]:
+    """Returns how many passes over the data a checkpoint has behind it, and how many batches of the one under way.
+
+    Args:
+        trainer: with its dataset and options.
+        counted: the same as transformers counts it. It takes all steps of a run over a stream for one pass, as it
+            doesn't know the length, but the `epoch` that it saves has the passes before the point.
+        folder: the checkpoint; None for a new start.
+    """
+    if folder is None or not isinstance(trainer.train_dataset, IterableDataset):
+        return counted
+    state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+    passes, part = divmod(state.epoch or 0.0, 1)
+    steps = state.max_steps * _read(Path(folder))["trajectory"]["gradient_accumulation_steps"]
+    return int(passes), 0 if trainer.args.ignore_data_skip else round(part * steps)
 
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
