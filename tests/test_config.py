@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -450,6 +451,29 @@ def test_no_secret_is_in_what_trackers_and_files_get(kind: str) -> None:
         assert secret not in text and f"any {kind}" not in text and '"run ' in text
     assert options.model_init_kwargs == nested and secret in options.run_name
     assert secret not in json.dumps(public(nested)) and f"any {kind}" not in json.dumps(public(nested))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, math.nan)
+            for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_epsilon", "max_grad_norm")
+        ),
+        *(("adam_epsilon", value) for value in (0, 0.0, -1e-8, math.inf)),
+        *(("adam_beta2", value) for value in (1.0, -0.1)),
+        *(("learning_rate", value) for value in (math.inf, -1e-5, "nan")),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_what_would_make_the_weights_nan(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"{name}={value}.* must be a number (above|at least) 0"):
+        config(**{name: value})
+
+
+def test_the_edges_of_what_an_optimizer_takes() -> None:
+    options = {"weight_decay": 0, "adam_beta1": 0, "adam_beta2": 0.9999, "adam_epsilon": 1e-30, "max_grad_norm": 0}
+    assert config(learning_rate="1e-5", **options).learning_rate == 1e-5
 
 
 def test_what_only_looks_like_a_secret_is_kept() -> None:
