@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from .config_checks import (
     OF_OTHER_CONFIGS,
     check_fields,
+    check_inherited,
     check_loss_options,
     check_loss_type,
     check_option_names,
@@ -25,6 +26,7 @@ from .config_checks import (
     resolve_beta,
     whole,
 )
+from .credentials import without_secrets
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
 from .losses import F_DIVERGENCES, REGISTRY, find_objective
@@ -239,8 +241,13 @@ class DPOConfig(TrainingArguments):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
         check_loss_options(self, losses)
+        check_inherited(self)
         # TRL's default, True, would wait for the GPU at every micro-batch.
         self.logging_nan_inf_filter = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as trackers and files get them: tokens are in none of them, however deep they stand."""
+        return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     @property
     def caches_reference(self) -> bool:

@@ -187,6 +187,20 @@ def check_fields(options: Any, losses: Sequence[Objective]) -> None:
             raise OptionError(f"{name}={getattr(options, name)!r} is not available here. {why}")
 
 
+# Of numbers that transformers takes as they come, and that would make the weights NaN.
+_INHERITED = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), Rule((int, float), minimum=0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Rule((int, float), minimum=0, below=1)),
+    "adam_epsilon": Rule((int, float), above=0),
+}
+
+
+def check_inherited(options: Any) -> None:
+    """Refuses what makes the weights NaN; the numbers that came as text are numbers by now."""
+    for name, rule in _INHERITED.items():
+        rule.check(name, getattr(options, name))
+
+
 def check_read(options: Any, name: str, losses: Sequence[Objective]) -> None:
     """Refuses an option that was given and that losses read, but none of these."""
     readers = [reader for reader, loss in REGISTRY.items() if name in loss.options and name != "beta"]

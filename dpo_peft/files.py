@@ -153,20 +153,23 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
         table = io.BytesIO()
         Dataset.from_list([dict(row) for row in rows]).to_parquet(table)
-        return write_atomically(path, table.getvalue())
-    return write_atomically(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return write_atomically(path, table.getvalue(), private=True)
+    return write_atomically(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), private=True)
 
 
-def write_atomically(path: str | Path, content: str | bytes | Iterable[str]) -> Path:
+def write_atomically(path: str | Path, content: str | bytes | Iterable[str], private: bool = False) -> Path:
     """Writes a file that appears once it is whole and on the disk; a reader, or a kill, never meets a part of it.
 
-    The folder is made if there is none. An iterable is written piece by piece. Text is UTF-8.
+    The folder is made if there is none. An iterable is written piece by piece. Text is UTF-8. One that is `private`,
+    as it holds rows, can't be read by other users of the machine; its group can by umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
     pieces = [content] if isinstance(content, str | bytes) else content
-    with open(unfinished, "wb") as file:
+    unfinished.unlink(missing_ok=True)  # what a kill left, or a link that somebody put there
+    mode = 0o660 if private else 0o666
+    with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.writelines(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
         file.flush()
         os.fsync(file.fileno())

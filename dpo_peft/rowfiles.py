@@ -29,6 +29,7 @@ from .errors import DataError, OptionError
 Row = dict[str, Any]
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+LONGEST_LINE = 1_000_000_000  # bytes; what a row may hold is limited further where it is read
 CHUNK = 10_000  # rows whose types are inferred together
 NUMBERS = ("preference", "margin")  # columns of a CSV file that hold numbers; all others hold text
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -97,8 +98,13 @@ def _lines(path: Path) -> Iterator[str]:
     number = 1
     try:
         with OpenFile(LocalFileSystem(), str(path), "rb", compression="infer") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+                if len(line) == LONGEST_LINE:
+                    problem = f"has more than {LONGEST_LINE:,} bytes"
+                    raise _problem(path, f"line {number}", problem, "write one row a line, and cut what is longer")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except DataError:
+        raise
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is no UTF-8 ({error.reason})"
         raise _problem(path, f"line {number}", problem, "save the file as UTF-8") from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict, IterableDatasetDict
+from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
@@ -30,17 +30,17 @@ from .data.collator import PREPARED_COLUMNS, PreferenceCollator
 from .distributed import check_same, copy_from_first, unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
-from .model.adapter_source import record_training
 from .model.loading import storage_report
+from .model.training_record import record_training
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training.accumulation import OptimizerStep
 from .training.arguments import AnyDataset, autocast_dtype, check_constructor, check_optimizer
 from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
-from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
+from .training.callbacks import CountStream, EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore, preference_metrics
-from .training.resume import RunState, load_best, save_adapter, trajectory
+from .training.resume import RunState, load_best, place_in_data, save_adapter, trajectory
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -113,8 +113,7 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # compute_loss divides by the samples of the whole optimizer batch: micro-batches don't change the step.
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the samples of the whole optimizer batch
         self._signature_columns = PREPARED_COLUMNS
         self._weights = self.model.num_parameters(exclude_embeddings=True)
         check_optimizer(self.optimizer, self.model)
@@ -158,7 +157,8 @@ class DPOTrainer(Trainer):
         self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
         parts = [self.step, self.reference, *watching]
         self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
-        for callback in (self.signal, *watching, StopOnNonFinite(self.step)):
+        counting = [CountStream(self.prepare.count)] * isinstance(self.train_dataset, IterableDataset)
+        for callback in (self.signal, *watching, StopOnNonFinite(self.step), *counting):
             self.add_callback(callback)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
@@ -291,6 +291,9 @@ class DPOTrainer(Trainer):
         """Counts two forward passes, and the backward pass that skips the frozen weights: 6 per weight and token."""
         return 6 * inputs["input_ids"].numel() * self._weights
 
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        return place_in_data(self, super()._init_training_state(*args), args[3])
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks whether the run is over after a step: one that was killed at its very end, or stopped
         # early before it was killed, would take one more.
@@ -378,10 +381,8 @@ class DPOTrainer(Trainer):
             artifacts.SaveResults(self, **of_card).save(folder)
 
     def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
-        """Writes the model card with the run's figures, and the files that belong to it, into the output folder.
-
-        `model_name` is its title, `dataset_name` one or several Hub ids or paths of the data, `tags` are further ones.
-        """
+        """Writes the model card and what belongs to it into the output folder. `model_name` is its title,
+        `dataset_name` one or several Hub ids or paths of the data, `tags` are further ones."""
         self._save_results(self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _publisher(self) -> Any:

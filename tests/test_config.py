@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from planted import SECRETS
 from trainer_helpers import id_pairs, lora, ours
 from transformers import (
     BitsAndBytesConfig,
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from dpo_peft import DataError, DPOConfig, DPOTrainer, OptionError
+from dpo_peft.artifacts.recipe import public
 from dpo_peft.config_checks import NOT_AVAILABLE, NOT_OFFERED, SUCCESSORS, check_option_names
 from dpo_peft.model.loading import load_base
 
@@ -431,12 +434,51 @@ def test_command_line(tmp_path) -> None:
     assert not parsed.gradient_checkpointing
 
 
-def test_round_trip_of_the_saved_arguments(tmp_path) -> None:
-    """As the trainer saves them: `training_args.bin`, and the dict that reports get."""
-    torch.save(config(beta=0.3), tmp_path / "args.bin")
-    assert torch.load(tmp_path / "args.bin", weights_only=False).beta == 0.3
+def test_round_trip_of_the_saved_arguments() -> None:
+    """As the trainer saves them, and as reports get them."""
     given = {key: value for key, value in config(beta=0.3, max_length=None).to_dict().items() if key in OUR_FIELDS}
     assert json.loads(json.dumps(given))["max_length"] is None
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_no_secret_is_in_what_trackers_and_files_get(kind: str) -> None:
+    """By the name of what holds it, or by its form, however deep it stands; the config itself keeps all of it."""
+    secret = SECRETS[kind]
+    named = ("token", "use_auth_token", "api_key", "password", "Authorization", "aws_secret_access_key", "account_key")
+    nested = {"kwargs": [dict.fromkeys(named, f"any {kind} text"), {"proxies": {"https": f"x {secret}"}}]}
+    options = config(hub_token=f"any {kind} text", run_name=f"run {secret} 1", model_init_kwargs=nested)
+    for text in (json.dumps(options.to_dict(), default=str), options.to_json_string()):
+        assert secret not in text and f"any {kind}" not in text and '"run ' in text
+    assert options.model_init_kwargs == nested and secret in options.run_name
+    assert secret not in json.dumps(public(nested)) and f"any {kind}" not in json.dumps(public(nested))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, math.nan)
+            for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_epsilon", "max_grad_norm")
+        ),
+        *(("adam_epsilon", value) for value in (0, 0.0, -1e-8, math.inf)),
+        *(("adam_beta2", value) for value in (1.0, -0.1)),
+        *(("learning_rate", value) for value in (math.inf, -1e-5, "nan")),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_what_would_make_the_weights_nan(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"{name}={value}.* must be a number (above|at least) 0"):
+        config(**{name: value})
+
+
+def test_the_edges_of_what_an_optimizer_takes() -> None:
+    options = {"weight_decay": 0, "adam_beta1": 0, "adam_beta2": 0.9999, "adam_epsilon": 1e-30, "max_grad_norm": 0}
+    assert config(learning_rate="1e-5", **options).learning_rate == 1e-5
+
+
+def test_what_only_looks_like_a_secret_is_kept() -> None:
+    given = {"eos_token_id": 3, "key": "value", "tokens": 4, "monkey": "sk-learn", "url": "https://a/b@c"}
+    assert config(model_init_kwargs=given).to_dict()["model_init_kwargs"] == given == public(given)
 
 
 def test_base_folder_without_weights(base_folder) -> None:

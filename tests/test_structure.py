@@ -17,8 +17,8 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors imports moved wings losses forward data rowfiles files distributed objective config_checks config "
-    "reference model training trainer"
+    "errors credentials imports moved wings losses forward data rowfiles files distributed objective config_checks "
+    "config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
@@ -30,7 +30,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 280,
+    "config": 286,
     "config_checks": 335,
     "objective": 450,
     "distributed": 275,
@@ -46,7 +46,7 @@ BUDGETS = {
     "artifacts": 1130,
     "reward": 870,
     "merge": 605,
-    "hub": 830,
+    "hub": 915,
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,

@@ -189,7 +189,7 @@ def model_card(run: RunSummary) -> ModelCard:
         base_note="" if is_hub_id(run.base_model) else LOCAL_NOTE,
         objective=run.objective,
         data=", ".join(link(dataset, "datasets/") for dataset in run.datasets),
-        reference=run.reference,
+        reference=cell(run.reference),
         quantization=quantization_text(run),
         facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
         adapter=json.dumps(shown_name(run.name)),
@@ -316,7 +316,13 @@ def shown_name(name: str) -> str:
 def link(name: str, kind: str = "") -> str:
     """Returns a Markdown link for a Hub id (`kind`: "" or "datasets/"), the plain name for the rest."""
     shown = shown_name(name)
-    return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else f"`{shown}`"
+    return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else code(shown)
+
+
+def code(text: str) -> str:
+    """Returns text as a code span that nothing in it can end."""
+    text, marks = " ".join(text.split()), "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{marks} {text} {marks}" if "`" in text else f"`{text}`"
 
 
 def base_text(name: str) -> str:
@@ -357,7 +363,8 @@ def quoted(text: str) -> str:
 
 
 def cell(value: object) -> str:
-    """Returns a value in a Markdown table: floats to 4 digits, of paths the last part, all in one line."""
+    """Returns a value in a Markdown table: floats to 4 digits, of paths the last part, all in one line, and no HTML or
+    link of its own."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple | set | frozenset):
@@ -365,4 +372,4 @@ def cell(value: object) -> str:
         return ", ".join(cell(item) for item in items)
     if isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
         value = shown_name(os.fspath(value))
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")

@@ -16,10 +16,10 @@ import yaml
 from peft import LoraConfig
 
 from ..config import DPOConfig
+from ..credentials import without_secrets
 from ..files import write_atomically
 from .card import ADAPTER_OPTIONS, shown_name
 
-SECRET = re.compile(r"(^|_)(token|password|secret|api_key)$")
 # They name files or folders here and repositories of others: a recipe for anybody leaves the second kind out.
 _PATHS = (
     "output_dir logging_dir ref_cache_dir reference resume_from_checkpoint dataset_name eval_dataset_name "
@@ -56,12 +56,12 @@ def public(value: object, is_path: bool = False) -> Any:
         is_path: the text names a file or folder, or a repository of the Hub.
     """
     if isinstance(value, Mapping):
-        return {key: public(item, key in _PATHS) for key, item in value.items() if not SECRET.search(key)}
+        return {key: public(item, key in _PATHS) for key, item in without_secrets(value).items()}
     if isinstance(value, list):
         return [public(item, is_path) for item in value]
     if isinstance(value, str) and (is_path or os.path.isabs(value) or _LOCAL.match(value)):
-        return shown_name(value)
-    return value
+        value = shown_name(value)
+    return without_secrets(value)
 
 
 def changed_options(args: DPOConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from peft import LoraConfig
 
 from ..config import objective_options
 from ..files import as_list, strict, write_atomically
-from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
+from ..model.training_record import read_training
 from .card import BUNDLED, RunSummary, Sample, adapter_facts, figures_of, framework_versions, save_model_card
 from .citations import cited
 from .curves import initial_loss, plot_training_curves
@@ -77,7 +77,7 @@ class SaveResults:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _BESIDE:
             if folder.resolve() != written.resolve() and (written / name).is_file():
-                shutil.copyfile(written / name, folder / name)
+                shutil.copy(written / name, folder / name)  # with its mode
         facts = self.facts()
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
         write_atomically(folder / "metrics.json", json.dumps(strict(metrics), indent=2, default=str) + "\n")

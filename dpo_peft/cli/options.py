@@ -146,18 +146,13 @@ def parse_groups(
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns the options that several dataclasses hold, `DPOConfig` among them, and those of the file alone.
 
-    Values of the file are taken as YAML has them, null included. The file may set environment variables by `env`.
-    The arguments and errors are those of `parse_options`.
+    Values of the file are taken as YAML has them, null included. Arguments and errors are those of `parse_options`.
     """
     from ..config_checks import check_option_names
 
     known = {f.name for group in groups for f in fields(group)}
     words, given = split_config(argv)
-    from_file = check_option_names(refuse_launcher(given), known | {"env"})
-    variables = from_file.pop("env", {})
-    if not isinstance(variables, dict):
-        raise OptionError(f"env={variables!r} must hold `NAME: value` lines.")
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    from_file = check_option_names(refuse_launcher(given), known)
     own = (f for group in groups for f in fields(group) if "rule" not in f.metadata)  # `DPOConfig` checks its rules
     for f in own:  # argparse checks the choices of the command line alone
         choices, value = f.metadata.get("choices"), from_file.get(f.name)
@@ -268,6 +263,19 @@ def _as_words(given: Mapping[str, object]) -> list[str]:
     return words
 
 
+class _NoKeyTwice(yaml.SafeLoader):
+    """Reads plain YAML, and refuses a key that stands twice: the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Returns a mapping, as of the parent."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file.
 
@@ -282,11 +290,16 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
     try:
-        options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        options = yaml.load(path.read_text("utf-8"), _NoKeyTwice)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config {path} must hold `option: value` lines.")
+    if "env" in options:
+        raise OptionError(
+            f"--config {path}: env would set environment variables, which a file from elsewhere must not. Take it "
+            "out, and set them in the shell: NAME=value dpo-peft ..."
+        )
     return words[:at] + words[at + 2 :], options
 
 

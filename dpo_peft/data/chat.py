@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .clock import dated_template
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
+from .limits import TEMPLATE_SECONDS, limited_time
 from .tokenize import Encoded, ids_behind, plain_ids
 
 TEMPLATE_REMEDY = (
@@ -54,7 +55,8 @@ class Chat:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
         given["chat_template"] = dated_template(self.tokenizer, given["tools"])
         try:
-            return self.tokenizer.apply_chat_template(messages, **given)
+            with limited_time(TEMPLATE_SECONDS):
+                return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise RowProblem(

@@ -5,11 +5,12 @@ absent. A schema that needs a real null can be given as a JSON string, which is 
 """
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError
+from .limits import size_problem
 
 Row = Mapping[str, Any]
 Values = dict[str, Any]  # of a row, by column
@@ -35,6 +36,13 @@ class RowProblem(Exception):
 
     def located(self, dataset: str, row: int) -> DataError:
         return DataError(f"{dataset} row {row}, field {self.field!r}: {self.problem}. Remedy: {self.remedy}.")
+
+
+def check_size(row: Row) -> None:
+    """Refuses a row with a column that is too large or too deep to be read."""
+    for column, content in row.items():
+        if problem := size_problem(content):
+            raise RowProblem(column, problem, "remove the row, or cut it down")
 
 
 def read_text(row: Row, column: str) -> str:
@@ -81,8 +89,9 @@ def read_number(row: Row, column: str) -> float:
     value, remedy = _get(row, column), "store a number, or remove the row"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowProblem(column, f"expected a number, found {_name(value)}", remedy)
-    if not math.isfinite(value):
-        raise RowProblem(column, f"expected a finite number, found {value}", remedy)
+    if not abs(value) <= sys.float_info.max:  # math.isfinite can't take any whole number
+        found = value if isinstance(value, float) else f"one of {value.bit_length()} bits"
+        raise RowProblem(column, f"expected a finite number, found {found}", remedy)
     return float(value)
 
 
@@ -177,7 +186,7 @@ def read_template_kwargs(row: Row) -> Values:
     if kwargs is None:
         return {}
     _expect(kwargs, Mapping, column, "a dict", "store a dict")
-    if reserved := sorted(RESERVED_KWARGS.intersection(kwargs)):
+    if reserved := sorted(name for name in kwargs if name in RESERVED_KWARGS or str(name).endswith("_token")):
         raise RowProblem(column, f"{reserved[0]!r} is set by the pipeline", f"remove {reserved[0]!r} from the dict")
     clean: Values = without_none(kwargs)
     return clean
@@ -189,9 +198,11 @@ def from_json(row: Row, column: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowProblem(column, f"is no valid JSON ({error})", "store a JSON string or the value itself") from None
+    check_size({column: found})
+    return found
 
 
 def without_none(value: Any) -> Any:

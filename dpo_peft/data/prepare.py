@@ -15,6 +15,7 @@ from itertools import islice
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, OptionError
@@ -205,16 +206,19 @@ def _prepare_stream(
     if next(iter(prepared), None) is None:
         summary.check_share(1.0)
     summary.reset()
+    summary.listen()
     return prepared
 
 
 def _stream_record(worker: RowWorker, summary: DataSummary, max_share: float | None, row: Row, index: int) -> Values:
-    """Prepares one row of a stream and counts it; row 0 starts a new pass."""
+    """Prepares one row of a stream and counts it; row 0 starts a new pass. In a worker process shares of dropped rows
+    are not judged: it reads a part."""
     if index == 0:
         summary.reset()
     (record,) = worker.records(row, index, check=True)
     summary.add(record)
-    if max_share is None or summary.source_rows >= STREAM_PATIENCE:
+    summary.tell()
+    if max_share is None or (summary.source_rows >= STREAM_PATIENCE and get_worker_info() is None):
         summary.check_share(max_share)
     return record
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .encode import Encoder
-from .fields import Row, RowProblem, Values, read_entries, read_ids, read_number
+from .fields import Row, RowProblem, Values, check_size, read_entries, read_ids, read_number
 from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
 from .parse import json_columns, parse_row, read_completion, read_prompt, with_parsed
 from .tokenize import without_eos
@@ -64,6 +64,7 @@ def read_prompts(
     layout = None if given else _implicit_layout(name, columns, with_parsed(first, as_json))
     for number, row in enumerate(rows):
         try:
+            check_size(row)
             row = with_parsed(row, as_json)
             example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row, as_chat)
             if isinstance(example, str):

@@ -2,8 +2,12 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
 
 from ..errors import DataError
 
@@ -63,8 +67,8 @@ ADDED = (
 class DataSummary:
     """Counts for one dataset. Rows unless said otherwise; truncation and token counts are of the kept rows.
 
-    A stream fills its summary as it is read and starts again from zero with each pass; the counts are those of the
-    process that reads.
+    A stream fills its summary as it is read and starts again from zero with each pass. The worker processes of a data
+    loader `tell` what they have counted, and the main process `gather`s it.
     """
 
     name: str
@@ -96,6 +100,7 @@ class DataSummary:
     date: str | None = None  # that the chat template writes, where it writes one
 
     _warned = False  # for good, also where a stream starts again
+    _told = torch.zeros(0, 0, dtype=torch.int64)  # one row of numbers for each worker process, in shared memory
 
     @property
     def total_tokens(self) -> int:
@@ -170,6 +175,31 @@ class DataSummary:
         kept = self.name, self.format, self.max_length, self.truncation_mode
         self.__init__(*kept, unused_columns=self.unused_columns, date=self.date)  # type: ignore[misc]
 
+    def listen(self) -> None:
+        """Lets worker processes, to which copies of this summary go, `tell` it what they count."""
+        self._told = torch.zeros(MOST_WORKERS, len(NUMBERS) + 2 * len(REASONS), dtype=torch.int64).share_memory_()
+
+    def tell(self) -> None:
+        """In a worker process: shows the main process what has been counted here of the pass under way."""
+        if (worker := get_worker_info()) is not None and worker.id < len(self._told):
+            drops = ((self.dropped.get(reason, 0), self.dropped_rows.get(reason, [0])[0]) for reason in REASONS)
+            self._told[worker.id] = torch.tensor([*(getattr(self, name) for name in NUMBERS), *chain(*drops)])
+
+    def gather(self) -> None:
+        """Takes over what worker processes have told, if there are some. Of the dropped rows one each is named, by its
+        number in the worker's part of the stream; which keys the template leaves out is not told."""
+        told = [row for row in self._told.tolist() if row[0]]
+        if not told:
+            return
+        for name, counted in zip(NUMBERS, zip(*told, strict=True), strict=False):
+            setattr(self, name, max(counted) if name == "longest" else sum(counted))
+        self.dropped, self.dropped_rows = {}, {}
+        for number, reason in enumerate(REASONS):
+            drops = [row[len(NUMBERS) + 2 * number :][:2] for row in told]
+            if count := sum(drop[0] for drop in drops):
+                self.dropped[reason] = count
+                self.dropped_rows[reason] = [first for count, first in drops if count]
+
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.kept_rows} of {self.source_rows} rows kept ({self.format} format)"]
         for reason, count in self.dropped.items():
@@ -207,4 +237,7 @@ class DataSummary:
         return "\n".join(lines)
 
 
+# What worker processes tell of beside the drops. The first is not 0 once there is something to tell.
+NUMBERS = ["source_rows", *(one.name for one in fields(DataSummary) if one.type is int and one.name != "source_rows")]
+MOST_WORKERS = 256
 DataReport = DataSummary  # its name before

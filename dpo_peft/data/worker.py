@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import Chat, LeftOut, turn_kind
 from .encode import Encoder
-from .fields import Row, RowProblem, Values, read_number, read_preference
+from .fields import Row, RowProblem, Values, check_size, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
 from .parse import Parsed
 from .summary import (
@@ -110,6 +110,8 @@ class RowWorker:
 
     def _parse(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
         """Returns the row's examples and its labels. Raises `RowProblem` for a malformed row."""
+        if self.format.kind != "ids":  # which hold nothing but whole numbers
+            check_size(row)
         found = self.format.read(row)
         labels = {column: READ_LABEL[column](row) for column in self.wanted.label_columns}
         return found if isinstance(found, list) else [found], labels

@@ -83,12 +83,31 @@ class Look(NamedTuple):
     rows: int  # held-out rows; 0 if unknown
 
 
-class Run(NamedTuple):
-    """A history, sorted."""
+class Run:
+    """A history, sorted as it grows.
 
-    training: list[Figures]
-    evaluations: Mapping[str, Sequence[Figures]]  # by prefix, names without it
-    facts: RunFacts
+    Args:
+        facts: about the run. The datasets that are evaluated stay the same.
+    """
+
+    def __init__(self, facts: RunFacts):
+        self.facts, self.step, self._seen = facts, 0, 0
+        self.training: list[Figures] = []
+        self.evaluations: dict[str, list[Figures]] = {prefix: [] for prefix in facts.held_out}  # names without prefix
+        self.lowest: dict[str, float] = {}  # loss of each of them
+
+    def read(self, history: Sequence[Figures]) -> None:
+        """Takes in what has been logged since it was read last."""
+        for entry in history[self._seen :]:
+            if "loss" in entry:
+                self.training.append(entry)
+            for prefix, entries in self.evaluations.items():
+                if f"{prefix}_loss" in entry:
+                    named = {name: value for name, value in entry.items() if name.startswith(f"{prefix}_")}
+                    entries.append({name.removeprefix(f"{prefix}_"): value for name, value in named.items()})
+                    self.lowest[prefix] = min(self.lowest.get(prefix, math.inf), entry[f"{prefix}_loss"])
+            self.step = int(entry.get("step", 0))
+        self._seen = len(history)
 
     def looks(self) -> Iterator[Look]:
         """Yields the newest evaluation of each dataset; if none is evaluated, the mean of the last training logs."""
@@ -118,21 +137,18 @@ def diagnose(history: Sequence[Figures], facts: RunFacts) -> list[Finding]:
         history: `trainer.state.log_history`, or `log_history` of a metrics.json.
         facts: about the run.
     """
-    if not history:
-        return []
-    evaluations = {
-        prefix: [
-            {name.removeprefix(f"{prefix}_"): value for name, value in entry.items() if name.startswith(f"{prefix}_")}
-            for entry in history
-            if f"{prefix}_loss" in entry
-        ]
-        for prefix in facts.held_out
-    }
-    run = Run([entry for entry in history if "loss" in entry], evaluations, facts)
-    step = int(history[-1].get("step", 0))
+    run = Run(facts)
+    run.read(history)
+    return findings(run)
+
+
+def findings(run: Run) -> list[Finding]:
+    """Returns the warnings that a run's newest figures call for."""
     found = [(name, next(check(run), None)) for name, check in CHECKS.items()]
     return [
-        Finding(step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.") for name, text in found if text
+        Finding(run.step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.")
+        for name, text in found
+        if text
     ]
 
 
@@ -210,12 +226,12 @@ def _overfitting(run: Run) -> Iterator[str]:
     """Finds that the held-out loss rises while the training loss is below it."""
     train_loss = run.recent().get("loss", math.inf)
     for prefix, entries in run.evaluations.items():
-        losses = [entry["loss"] for entry in entries]
-        lowest = min(losses, default=math.nan)
+        newest = [entry["loss"] for entry in entries[-2:]]
+        lowest = run.lowest.get(prefix, math.nan)
         bound = lowest + max(LOSS_RISE, LOSS_RISE_SHARE * abs(lowest))
-        if len(losses) >= 3 and min(losses[-2:]) >= bound and train_loss < lowest:
+        if len(entries) >= 3 and min(newest) >= bound and train_loss < lowest:
             yield (
-                f"{prefix}_loss has risen from {lowest:.3f} to {losses[-1]:.3f}, while the training loss went on "
+                f"{prefix}_loss has risen from {lowest:.3f} to {newest[-1]:.3f}, while the training loss went on "
                 f"to {train_loss:.3f}: the training pairs are learned by heart."
             )
 
@@ -268,6 +284,7 @@ class Warnings(TrainerCallback):
         self._args, self._objective, self._summaries = args, objective, summaries
         self._evaluated = list(evaluated) if args.eval_strategy != "no" else []
         self.raised: list[dict[str, Any]] = []
+        self._run: Run | None = None  # since it began, or was resumed
 
     def facts(self, state: TrainerState) -> RunFacts:
         """Returns what is known of the run beside its log; of a stream more as it is read."""
@@ -282,13 +299,18 @@ class Warnings(TrainerCallback):
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Forgets an earlier run."""
+        self._run = None
         if state.global_step == 0:
             self.raised = []
 
     def on_log(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Warns of what is new."""
-        raised = {warning["name"] for warning in self.raised}
-        for finding in diagnose(state.log_history, self.facts(state)):
+        raised, facts = {warning["name"] for warning in self.raised}, self.facts(state)
+        if self._run is None:
+            self._run = Run(facts)
+        self._run.facts = facts  # of a stream more is known by now
+        self._run.read(state.log_history)
+        for finding in findings(self._run):
             if finding.name not in raised:
                 self.raised.append(finding._asdict())
                 if rank() == 0:

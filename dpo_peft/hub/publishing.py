@@ -6,6 +6,7 @@ before anything is visible; one commit at the end makes all of it visible, or no
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..artifacts.card_rules import is_repo_id, read_head
 from ..errors import OptionError, PublishError
 from .client import Hub
 from .upload_files import CARD, CONFIG, Upload, collect
+
+logger = logging.getLogger(__name__)
 
 GATES: dict[str, str | bool] = {"auto": "auto", "manual": "manual", "off": False}
 # What a new repository may hold without being anybody's work.
@@ -104,6 +107,8 @@ def publish(
         if remote is not None and not overwrite:
             _check_ours(hub, remote, upload)
         hub.call("checking the card", lambda: _validate(upload))
+        sizes = "".join(f"\n  {name}  {upload.size(name):,} bytes" for name in sorted(upload.files))
+        logger.info("To be published as %s/%s:%s", hub.api.endpoint, hub.repo_id, sizes)
         remote = _prepare(hub, remote, private, gated)
         commit, changed = remote.sha, _changed(upload, remote)
         if changed:

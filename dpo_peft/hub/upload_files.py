@@ -1,7 +1,7 @@
 """Chooses what of an adapter's folder is published, and in which form; all is checked before the Hub is called.
 
-The uploaded copies name the base by its Hub id, hold no path of this machine and no token. The folder itself is left
-as it is.
+The uploaded copies name the base by its Hub id, hold no path of this machine and no token; a pickle is known by its
+content, and symbolic links are not followed. The folder itself is left as it is.
 """
 
 import json
@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
 from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
+from ..credentials import find_secret
 from ..errors import OptionError
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
+from .pickles import PICKLE, pickled
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 RESULTS = ("recipe.yaml", "metrics.json", "curves.png", "samples.jsonl")
@@ -33,21 +35,23 @@ TOKENIZER = (
 ).split()
 PEFT_TEMPLATE = "[More Information Needed]"  # in the empty card that PEFT writes beside an adapter
 # Why a file stays here, by how it is called; the first that fits.
-PICKLE = "a pickle: who loads it runs its code"
 LEFT_OUT = {
     "training_args.bin": f"{PICKLE}, and it can hold a token",
+    "training_args.json": "options with paths of this machine; recipe.yaml has them for others",
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl"), PICKLE),
     "checkpoint-*": "a checkpoint: optimizer state and pickles, to resume from here",
     "eval_examples.jsonl": "figures of single held-out rows; add it by include",
     "*": "no part of an adapter; add it by include",
 }
 _BASE = "Give the id of the same model on the Hub: --base_model NAME/MODEL (publish it first if it isn't there)."
-# Folders of other machines. What a model wrote (samples) isn't searched: it may speak of any path.
-_MACHINE_PATHS = (
-    r"(?<![\w.:/])/(?:home|root|Users|mnt|tmp|var|opt|data|work|workspace|scratch)/[\w.+-]+",
-    r"\b[A-Za-z]:\\{1,2}Users\\{1,2}\w+",
+LINK = "a symbolic link, which is not followed: copy the file here"
+# Folders of any machine. Rows of data aren't searched for them, nor what a model wrote: both may speak of any path.
+_MACHINE_PATHS = re.compile(
+    r"(?<![\w.:/])/(?:home|root|Users|mnt|tmp|var|opt|data|work|workspace|scratch)/[\w.+-]+"
+    r"|\b[A-Za-z]:\\{1,2}Users\\{1,2}\w+"
 )
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # no prose
+_ROWS = ("*.jsonl", "*.csv", "*.tsv")
 
 
 @dataclass
@@ -101,8 +105,9 @@ def collect(
     published = {name.split("/")[0] for name in upload.files}
     for path in sorted(folder.iterdir()):
         if path.name not in published and path != adapter and not path.name.startswith("."):
-            upload.left_out[path.name] = next(why for name, why in LEFT_OUT.items() if fnmatch(path.name, name))
-    _check_paths(upload, (folder, Path(old_base), Path.home(), Path.cwd()))
+            why = next(why for name, why in LEFT_OUT.items() if fnmatch(path.name, name))
+            upload.left_out[path.name] = LINK if path.is_symlink() else why
+    _check_contents(upload, (folder, Path(old_base), Path.home(), Path.cwd()))
     return upload
 
 
@@ -124,6 +129,8 @@ def _adapter_folder(folder: Path) -> Path:
 def _checked_weights(adapter: Path, upload: Upload) -> Path:
     path = adapter / WEIGHTS
     again = "the adapter is not whole. Save it again."
+    if path.is_symlink() or (adapter / CONFIG).is_symlink():
+        raise OptionError(f"{WEIGHTS} or {CONFIG} is {LINK}.")
     if not path.is_file():
         if (adapter / "adapter_model.bin").is_file():
             raise OptionError(
@@ -188,7 +195,7 @@ def _published_config(config: Mapping[str, Any], old: str, upload: Upload) -> di
 def _add(pattern: str, folder: Path, adapter: Path, upload: Upload) -> list[Path]:
     """Adds the files of a pattern that lie beside the adapter, or else in the folder, as others should see them."""
     place = adapter if any(adapter.glob(pattern)) else folder
-    found = [path for path in sorted(place.glob(pattern)) if path.is_file()]
+    found = [path for path in sorted(place.glob(pattern)) if path.is_file() and not _through_link(path, place)]
     for path in found:
         name = path.relative_to(place).as_posix()
         content: bytes | Path = path
@@ -209,6 +216,8 @@ def _add(pattern: str, folder: Path, adapter: Path, upload: Upload) -> list[Path
 def _include(pattern: str, folder: Path, upload: Upload) -> None:
     if os.path.isabs(pattern) or ".." in Path(pattern).parts:
         raise OptionError(f"include {pattern!r}: give names or patterns inside the adapter's folder.")
+    if links := [path for path in sorted(folder.glob(pattern)) if _through_link(path, folder)]:
+        raise OptionError(f"include {pattern!r}: {links[0].name} is {LINK}.")
     found = _add(pattern, folder, folder, upload)
     if not found:
         raise OptionError(f"include {pattern!r} fits no file in {folder.name}.")
@@ -217,18 +226,41 @@ def _include(pattern: str, folder: Path, upload: Upload) -> None:
             raise OptionError(f"include {pattern!r}: {path.name} is {why}. It can't be published.")
 
 
-def _check_paths(upload: Upload, local: Sequence[Path]) -> None:
-    """Checks that no file that people read names a folder of this machine, or holds a token of the Hub."""
-    known = [re.escape(str(path)) for path in local if path.is_absolute() and len(path.parts) > 2]
-    machine_path = re.compile("|".join([*known, *_MACHINE_PATHS]))
-    texts = [name for name in upload.files if name.endswith((".json", ".yaml", ".md", ".txt", ".html"))]
-    for name in sorted(set(texts) - {*_VOCABULARY}):
-        text = upload.content(name).decode("utf-8", errors="replace")
-        if found := machine_path.search(text):
+def _through_link(path: Path, folder: Path) -> bool:
+    """Says whether a file inside a folder, or a folder between the two, is a symbolic link."""
+    return any(part.is_symlink() for part in (path, *path.parents) if folder in part.parents)
+
+
+def _check_contents(upload: Upload, local: Sequence[Path]) -> None:
+    """Checks that no file is a pickle or can't be searched, that none holds a secret, and that none that people read
+    names a folder of this machine."""
+    known = re.compile("|".join(re.escape(str(path)) for path in local if path.is_absolute() and len(path.parts) > 2))
+    texts = 0
+    for name in sorted(set(upload.files) - {WEIGHTS}):
+        content = upload.content(name)
+        if what := pickled(content):
+            raise OptionError(f"{name} is {what}. It can't be published.")
+        if (text := _text(content)) is None:
+            continue
+        texts += 1
+        if secret := find_secret(text):
+            kind, line = secret
+            raise OptionError(
+                f"{name} holds what looks like {kind} (line {line}): take it out before publishing, and revoke it if "
+                "anybody else may have read it."
+            )
+        prose = name not in _VOCABULARY and not any(fnmatch(name, rows) for rows in _ROWS)
+        if found := (known.pattern and known.search(text)) or (prose and _MACHINE_PATHS.search(text)):
             raise OptionError(f"{name} names a path of a machine ({found[0]}): take it out before publishing.")
-        if re.search(r"\bhf_[A-Za-z0-9]{20,}", text):
-            raise OptionError(f"{name} holds what looks like a token of the Hub: take it out, and revoke the token.")
-    upload.checks.append(f"no path of a machine and no token in {len(texts)} text files")
+    upload.checks.append(f"no path of a machine and no token in {texts} text files; no pickle and no link among them")
+
+
+def _text(content: bytes) -> str | None:
+    """Returns a file's text, whatever its name is; None if it is none."""
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if b"\0" in content and not wide:
+        return None
+    return content.decode("utf-16" if wide else "utf-8", errors="replace")
 
 
 # ---- The card -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from ..artifacts.card import is_hub_id, link, shown_name
+from ..artifacts.card import cell, is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
 from ..files import write_atomically
 from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter
@@ -267,7 +267,7 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> Non
     drift = report.drift
     which = {"dequantized": "the 4-bit base, dequantized, that it was trained on", "base16": "the original base"}
     text = (
-        f"# {Path(report.output_dir).resolve().name}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
+        f"# {cell(Path(report.output_dir).resolve().name)}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
         f"{which.get(report.onto or '', 'the base that it was trained on')}, saved in {report.dtype}.\n\n"
         f"Against the adapter's model, on {drift.tokens:,} tokens of {drift.rows}: {drift.mean_token:.3g} nats per "
         f"token on average, {drift.max_token:.3g} at most; the adapter moves these tokens by "

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..model.adapters import moved_base
 from ..reference.fingerprint import quantization_parts
-from ..reference.frozen_adapter import adapter_layers
+from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
 
 def dequantize(model: PreTrainedModel) -> None:
@@ -57,6 +57,11 @@ def merge_into(
         config.init_lora_weights = True  # the base was moved when the adapter was loaded for the first time
     with quiet():
         model = PeftModel.from_pretrained(base, adapter, config=config, **from_hub)
+        # PEFT rounds whole modules that were trained to the base's dtype: once more, into float32.
+        policy = model.active_adapters[0]
+        for tensor in adapter_tensors(model, policy).values():
+            tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+        model.load_adapter(adapter, policy, **from_hub)
         add_layers(model, dtype)
         merged = model.merge_and_unload(safe_merge=True)  # what is left: whole modules that were trained
     kept = {*(merged._keep_in_fp32_modules or ()), *(getattr(merged, "_keep_in_fp32_modules_strict", None) or ())}

@@ -1,19 +1,18 @@
 """A trained adapter on its way back: how it was trained, and the model that it was trained on, loaded the same way.
 
 An adapter means little without its base in the right precision, its reference and its beta. The trainer puts what is
-needed into the adapter's config (`record_training`), and `load_trained` reads it.
+needed into the adapter's config (`training_record`), and `load_trained` reads it.
 """
 
 import logging
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import OptionError, ReferenceMismatchError
 from ..reference.adapter_off import Reference
@@ -23,47 +22,17 @@ from ..reference.fingerprint import (
     base_parts,
     digest_of,
     identify,
-    read_entry,
     read_record,
     tensor_fingerprint,
-    write_entry,
 )
-from .adapters import check_adapter, load_frozen, read_config
+from .adapters import check_adapter, load_frozen, named_place, read_config
 from .loading import is_adapter, load_on_base
 from .options import AdapterOptions
-from .rebuilding import BaseAsGiven
+from .training_record import UNRECORDED, TrainedWith, read_training
 
 logger = logging.getLogger(__name__)
 
 _CONSTANT = re.compile(r"\.quant\.|\.SCB$")  # of quantized weights
-RECORD = "dpo_peft_training"  # the record's key in the adapter's config
-
-
-@dataclass(frozen=True)
-class TrainedWith:
-    """Holds what of a run decides how its adapter is scored and loaded. The defaults are for one without record."""
-
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
-    beta: float | None = None  # None: the objective has none, rewards are scaled by 1
-    reward: str = "log_ratio"  # the implicit reward: "log_ratio", "logp" or "mean_logp", see `Objective.reward`
-    max_length: int | None = None  # tokens of prompt + completion
-    truncation_mode: str = "keep_start"
-    precision: str = "no"  # of autocast: "bfloat16", "float16" or "no"
-    dtype: str = "bfloat16"  # of the base's weights that are not quantized
-    quantization: dict[str, object] = field(default_factory=dict)  # of `BitsAndBytesConfig`; empty: not quantized
-    discount_gamma: float = 1.0  # of trajectories
-    ld_alpha: float | None = None
-    plain_fingerprint: str | None = None  # of the base's weights that are not quantized
-    base_class: str | None = None  # these three as in `BaseAsGiven`
-    vocabulary: int | None = None
-    base_changed: str | None = None
-
-    def quantization_config(self) -> BitsAndBytesConfig | None:
-        """Returns how the base was loaded for the training."""
-        return BitsAndBytesConfig(**self.quantization) if self.quantization else None
-
-
-UNRECORDED = TrainedWith()  # of an adapter that another program trained
 
 
 def plain_fingerprint(model: PeftModel) -> str:
@@ -75,32 +44,6 @@ def plain_fingerprint(model: PeftModel) -> str:
         if isinstance(part, torch.Tensor) and part.is_floating_point() and not _CONSTANT.search(name)
     )
     return digest_of(tensors, 16)
-
-
-def record_training(model: PeftModel, adapter: str, trained: TrainedWith) -> None:
-    """Puts `trained` into an adapter's config, which PEFT saves with the weights."""
-    write_entry(model, adapter, RECORD, asdict(trained))
-
-
-def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
-    """Returns what `record_training` stored; None for an adapter that was not trained by this package.
-
-    Raises:
-        ReferenceMismatchError: the record is damaged.
-    """
-    record = read_entry(source, RECORD)
-    if record is None:
-        return None
-    try:
-        later = ("discount_gamma", "ld_alpha", "plain_fingerprint", *BaseAsGiven.__dataclass_fields__)
-        # Records without the later ones are older.
-        names = [f.name for f in fields(TrainedWith) if f.name in record or f.name not in later]
-        return TrainedWith(**{name: record[name] for name in names})
-    except (KeyError, TypeError) as error:
-        raise ReferenceMismatchError(
-            f"The record of the training (auto_mapping.{RECORD} in adapter_config.json) is damaged: {error}. Restore "
-            "it from a copy of the adapter, or delete the entry and give beta and the base's options yourself."
-        ) from error
 
 
 class AdapterSource(AdapterOptions):
@@ -132,7 +75,7 @@ class AdapterSource(AdapterOptions):
     @property
     def base_name(self) -> str:
         """Folder or Hub id of the base. Raises an OptionError if the config names none and none is given."""
-        name = self.base or self.config.base_model_name_or_path
+        name = self.base or named_place(self.adapter, "base", self.config.base_model_name_or_path)
         if not name:
             raise OptionError(f"The adapter {self.adapter!r} does not say which base it belongs to: give base.")
         return name
@@ -143,7 +86,7 @@ class AdapterSource(AdapterOptions):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the adapter's own tokenizer, or its base's. Raises an OptionError if there is neither."""
-        base = self.base or self.config.base_model_name_or_path or self.adapter
+        base = self.base or named_place(self.adapter, "base", self.config.base_model_name_or_path) or self.adapter
         for name, where in ((self.adapter, self.from_hub), (base, {})):
             try:
                 return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
@@ -304,7 +247,7 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
     if given is None:
         if recorded is None or recorded.adapter is None:
             return Reference("base", None)
-        given = recorded.adapter
+        given = named_place(adapter, "reference", recorded.adapter)
         if not is_adapter(given):
             raise OptionError(
                 f"{adapter!r} was trained against a frozen adapter ({given}), which can't be found: give its folder "

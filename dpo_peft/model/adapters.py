@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,21 @@ def read_config(source: str, **from_hub: Any) -> PeftConfig:
             f"{source!r} is no adapter that can be read: {error}. Give a folder that holds adapter_config.json and "
             "adapter_model.safetensors, or a Hub id of one."
         ) from error
+
+
+def named_place(adapter: str, what: str, name: str | None) -> str:
+    """Returns what an adapter's config names as its base or reference; nothing if it names none.
+
+    Raises:
+        OptionError: an adapter of the Hub names a folder, which can't be meant to be one of this machine.
+    """
+    parts = re.split(r"[/\\]", name or "")
+    if name and (len(parts) > 2 or ":" in name or {"", "~", ".", ".."} & {*parts}) and not Path(adapter).is_dir():
+        raise OptionError(
+            f"The adapter {adapter!r} of the Hub names a folder as its {what} ({name}). Look where that is from, and "
+            f"give the {what} yourself."
+        )
+    return name or ""
 
 
 @contextmanager

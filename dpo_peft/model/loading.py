@@ -20,10 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.score import eval_mode
 from ..reference.adapter_off import Reference, is_identity, reference_mode
-from ..reference.fingerprint import quantization_parts, read_entry
+from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
-from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused, moved_base, read_config
+from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused, moved_base, named_place, read_config
 from .rebuilding import keep_weights, loader, resize_as_saved
+from .training_record import UNRECORDED, read_training
 
 logger = logging.getLogger(__name__)
 
@@ -119,16 +120,16 @@ def load_model(
         "put it into base_model_name_or_path of its adapter_config.json. Or load the base yourself and pass "
         "PeftModel.from_pretrained(base, folder, is_trainable=True) as the model."
     )
-    if not config.base_model_name_or_path:
+    if not (base := named_place(name, "base", config.base_model_name_or_path)):
         raise OptionError(f"The adapter {name!r} does not say which base it belongs to: {remedy}")
     kwargs.pop("revision", None)
     if config.revision:
         kwargs["revision"] = config.revision
-    record = read_entry(config, "dpo_peft_training") or {}  # of `TrainedWith`
-    if quantize and quantization_config is None and record.get("quantization"):
-        quantization_config = BitsAndBytesConfig(**record["quantization"])
-    how = quantization_config, quantize, kwargs, trust_remote_code, device, record.get("base_class")
-    return load_on_base(name, config.base_model_name_or_path, remedy, from_hub, *how)
+    trained = read_training(config) or UNRECORDED
+    if quantize and quantization_config is None:
+        quantization_config = trained.quantization_config()
+    how = quantization_config, quantize, kwargs, trust_remote_code, device, trained.base_class
+    return load_on_base(name, base, remedy, from_hub, *how)
 
 
 def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, object], *how: Any) -> PeftModel:

@@ -48,7 +48,7 @@ class WorkLog:
             self._compare(found, json.loads(json.dumps(header)), len(chunks))
             os.truncate(self.path, len(whole))
         else:
-            write_atomically(self.path, json.dumps(header) + "\n")
+            write_atomically(self.path, json.dumps(header) + "\n", private=True)
             _sync_folder(self.path.parent)
 
     def append(self, records: Sequence[Record]) -> None:

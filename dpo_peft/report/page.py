@@ -53,7 +53,7 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
     read = read_runs(runs)
     figures = [figures_at_end(run) for run in read]
     html = _render(title=title or ", ".join(run.name for run in read), runs=read, figures=figures, **page_of(read))
-    write_atomically(output, html)
+    write_atomically(output, html, private=True)
     summaries = [
         {
             "name": run.name,

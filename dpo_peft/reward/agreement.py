@@ -31,7 +31,6 @@ Array = np.ndarray
 Z = 1.959963984540054  # of the normal distribution 2.5 % lie above
 LONGER, SHORTER, EQUAL = range(3)
 LENGTH_WINS_S = np.array([1.0, 0.0, 0.5])
-BLOCK = 1024  # desirable completions that are compared with all others at a time
 
 
 class Estimate(NamedTuple):
@@ -139,17 +138,37 @@ def tally_singles(scores: Sequence[float], lengths: Sequence[int], desirable: Se
     if not len(good) or not len(bad):
         return tally_rows([])
     wins_RS, number_RS, margin_R = np.zeros((len(score), 3)), np.zeros((len(score), 3)), np.zeros(len(score))
-    for start in range(0, len(good), BLOCK):
-        block = good[start : start + BLOCK]
-        difference, longer = score[block, None] - score[bad], length[block, None] - length[bad]
-        won = (np.sign(difference) + 1) / 2
-        for stratum, inside in enumerate((longer > 0, longer < 0, longer == 0)):
-            for rows, axis in ((block, 1), (bad, 0)):
-                wins_RS[rows, stratum] += (won * inside).sum(axis)
-                number_RS[rows, stratum] += inside.sum(axis)
-        margin_R[block] += difference.sum(1)
-        margin_R[bad] += difference.sum(0)
+    for own, others, sign in ((good, bad, 1), (bad, good, -1)):
+        order = others[np.argsort(sign * score[others], kind="stable")]  # those that the own ones win against, first
+        ranked, everything = sign * score[order], np.full(len(own), len(order))
+        below, up_to = (np.searchsorted(ranked, sign * score[own], side) for side in ("left", "right"))
+        for sums_RS, prefixes in ((number_RS, (everything,)), (wins_RS, (below, up_to))):  # a tie is half a win
+            for prefix in prefixes:
+                shorter = _count_less(length[order], prefix, length[own])
+                equal = _count_less(length[order], prefix, length[own] + 1) - shorter
+                longer, share = prefix - shorter - equal, 1 / len(prefixes)
+                better, worse = (shorter, longer) if sign == 1 else (longer, shorter)
+                sums_RS[own] += share * np.stack([better, worse, equal], 1)
+        margin_R[own] = sign * (score[own] * len(others) - score[others].sum())
     return Tally(wins_RS, number_RS, margin_R, side_R, shared_by=2)
+
+
+def _count_less(values_N: Array, prefix_Q: Array, bound_Q: Array) -> Array:
+    """Returns (Q,): how many of the first `prefix` values, whole numbers from 0 on, are less than `bound`.
+
+    Bit by bit from the highest, with the values split stably by it (a wavelet matrix; Claude and Navarro 2012): the
+    time grows with N and Q and the number of bits.
+    """
+    count_Q, start_Q, end_Q = np.zeros_like(prefix_Q), np.zeros_like(prefix_Q), prefix_Q
+    for bit in reversed(range(int(max(values_N.max(), bound_Q.max())).bit_length())):
+        one_N = (values_N >> bit & 1).astype(bool)
+        zeros_before = np.concatenate([[0], np.cumsum(~one_N)])
+        starts, ends, set_Q = zeros_before[start_Q], zeros_before[end_Q], (bound_Q >> bit & 1).astype(bool)
+        count_Q = count_Q + np.where(set_Q, ends - starts, 0)
+        start_Q = np.where(set_Q, zeros_before[-1] + start_Q - starts, starts)
+        end_Q = np.where(set_Q, zeros_before[-1] + end_Q - ends, ends)
+        values_N = np.concatenate([values_N[~one_N], values_N[one_N]])
+    return count_Q
 
 
 # ---- Figures and how sure they are ----------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
+from ..data.prepare import STREAM_PATIENCE
 from ..distributed import ShareCollator, world_size
-from ..model.adapter_source import TrainedWith, plain_fingerprint
+from ..model.adapter_source import plain_fingerprint
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantization_options
+from ..model.training_record import TrainedWith
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
@@ -71,7 +73,8 @@ class Preparation:
                 unneeded_columns=args.unneeded_columns or (),
             )
         self.reports[name] = report
-        logger.info("%s", report)
+        streamed = f"{name}: a stream in {report.format} format, whose rows are counted as they are read."
+        logger.info("%s", report if report.source_rows else streamed)
         if self._model is not None:
             check_fits(self._model, self.tokenizer, prepared, report)
         return prepared
@@ -87,6 +90,20 @@ class Preparation:
         self._model = model
         for name, rows in {"train": self._training, **self.evaluated}.items():
             check_fits(model, self.tokenizer, rows, self.reports[name])
+
+    def count(self, name: str, ended: bool) -> DataReport:
+        """Returns the summary of a dataset; those of streams hold what worker processes have counted so far.
+
+        Raises:
+            DataError: a stream drops more than `max_unusable_share` of its rows, judged once it has `ended` or a
+                hundred of them are read.
+        """
+        for one in self.reports.values():
+            one.gather()
+        report = self.reports[name]
+        if ended or report.source_rows >= STREAM_PATIENCE:
+            report.check_share(self.args.max_unusable_share if self.args.on_unusable == "drop" else None)
+        return report
 
     @cached_property
     def digest(self) -> str:

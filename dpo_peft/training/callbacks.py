@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
+from ..data import DataSummary
 from ..distributed import any_process, gather_over_processes, rank
-from ..errors import NonFiniteError, OptionError, TrainingInterrupted
+from ..errors import DataError, NonFiniteError, OptionError, TrainingInterrupted
 from ..forward import PackedBatch
 from ..reference.policy import ReferencePolicy
 from .accumulation import OptimizerStep
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Looks once before every optimizer step at the losses and gradients of its micro-batches."""
+    """Looks once before every optimizer step at the losses and gradients of its micro-batches, and behind it at the
+    weights."""
 
     def __init__(self, step: OptimizerStep):
         self.step = step
@@ -41,6 +43,21 @@ class StopOnNonFinite(TrainerCallback):
         if any_process(not all_finite):
             self._stop(state, parts)
 
+    def on_optimizer_step(self, args: object, state: TrainerState, *_: object, **kwargs: object) -> None:
+        """Raises `NonFiniteError` when the step left weights that are not finite, before they are saved anywhere.
+
+        All processes hold the same weights, so none needs to ask the others."""
+        own = self.step.model.named_parameters()
+        trained = {name: tensor.detach() for name, tensor in own if tensor.requires_grad}
+        if torch.isfinite(torch.stack(torch._foreach_norm([*trained.values()])).sum()):
+            return
+        bad = [name for name, tensor in trained.items() if not torch.isfinite(tensor).all()]
+        if bad:  # else there are numbers so large that their squares are not finite
+            raise NonFiniteError(
+                f"Step {state.global_step + 1} made {len(bad)} of {len(trained)} trained tensors NaN or infinite, "
+                f"such as {bad[0]}. The last checkpoint is from before it. Lower learning_rate, or raise adam_epsilon."
+            )
+
     def _stop(self, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
         own: list[tuple[int, bool]] = []
         for batch, finite in parts:
@@ -54,6 +71,32 @@ class StopOnNonFinite(TrainerCallback):
             "The optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, "
             "or use bf16 instead of fp16."
         )
+
+
+class CountStream(TrainerCallback):
+    """Counts what a stream drops as it is read, and holds it to `max_unusable_share`.
+
+    Args:
+        count: `Preparation.count`.
+    """
+
+    def __init__(self, count: Callable[[str, bool], DataSummary]):
+        self.count = count
+
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Judges once enough rows are read."""
+        self.count("train", False)
+
+    def on_epoch_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Judges a pass that is over, however short."""
+        self.count("train", not control.should_training_stop)
+
+    def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Says what became of the rows; what is trained is kept, so the share is no more than warned of."""
+        try:
+            logger.info("%s", self.count("train", True))
+        except DataError as error:
+            logger.warning("%s", error)
 
 
 class StopOnSignal(TrainerCallback):

@@ -5,23 +5,23 @@ rest of the run depends on: `transformers.Trainer` saves adapter, optimizer, sch
 the data; `run_state.json` adds the sums of metrics since the last log, the options, and the state of each part.
 """
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..config import DPOConfig
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
-from ..model.adapter_source import read_training
+from ..model.training_record import read_training
 from . import checkpoints
 from .metrics import MetricStore
 
@@ -59,7 +59,6 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: str, base: str) -> di
     `rows` is the digest of the training rows, `base` the fingerprint of the base.
     """
     options = json.loads(json.dumps(args.to_dict(), default=str))
-    (options.get("model_init_kwargs") or {}).pop("token", None)  # a secret, and checkpoints are published
     # Drawing an evaluation's order moves the random numbers that dropout reads.
     harmless = (*_HARMLESS, "eval_") if args.disable_dropout else tuple(_HARMLESS)
     kept = {name: value for name, value in options.items() if not name.startswith(harmless)}
@@ -227,8 +226,25 @@ class RunState:
         (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n")
 
 
+def place_in_data(trainer: Trainer, counted: tuple[int, int], folder: str | None) -> tuple[int, int]:
+    """Returns how many passes over the data a checkpoint has behind it, and how many batches of the one under way.
+
+    Args:
+        trainer: with its dataset and options.
+        counted: the same as transformers counts it. It takes all steps of a run over a stream for one pass, as it
+            doesn't know the length, but the `epoch` that it saves has the passes before the point.
+        folder: the checkpoint; None for a new start.
+    """
+    if folder is None or not isinstance(trainer.train_dataset, IterableDataset):
+        return counted
+    state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+    passes, part = divmod(state.epoch or 0.0, 1)
+    steps = state.max_steps * _read(Path(folder))["trajectory"]["gradient_accumulation_steps"]
+    return int(passes), 0 if trainer.args.ignore_data_skip else round(part * steps)
+
+
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
-    """Saves one adapter of the trainer's model, its tokenizer and its options; without the token for the Hub."""
+    """Saves one adapter of the trainer's model, its tokenizer and its options, without the secrets in them."""
     trained = read_training(trainer.model.peft_config[adapter])
     resized = "auto" if trained is None or trained.vocabulary is None else True  # PEFT can't always tell
     trainer.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=resized)
@@ -238,9 +254,9 @@ def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
             *(folder, trainer.model.config._name_or_path, trained.base_changed),
         )
     trainer.processing_class.save_pretrained(folder)
-    args = copy.copy(trainer.args)
-    args.hub_token = None  # a pickle is no place for it
-    torch.save(args, folder / "training_args.bin")
+    options = json.dumps(trainer.args.to_dict(), indent=1, default=str)
+    (folder / "training_args.json").write_text(options + "\n")
+    (folder / "training_args.bin").unlink(missing_ok=True)  # an earlier version's: a pickle, perhaps with a token
 
 
 def load_best(model: PeftModel, adapter: str, state: TrainerState, reference: Part) -> None:

@@ -251,3 +251,27 @@ def test_first_and_last_step_of_the_samples(tmp_path: Path) -> None:
     assert read_samples(path) == ((0, 20), [Sample("p0", "0-0", "20-0")])
     path.write_text(json.dumps(rows[0]) + "\n")
     assert read_samples(path) == ((0, 0), []) == read_samples(tmp_path / "none.jsonl")
+
+
+HOSTILE = "x`](https://evil.example)<script>alert(1)</script>|\n# y"
+
+
+def test_names_of_others_are_no_markup() -> None:
+    """A data set, a base, an adapter, a reference and a warning that are called so."""
+    summary = RunSummary(
+        HOSTILE,
+        f"/models/{HOSTILE}",
+        0.1,
+        title=HOSTILE,
+        reference=HOSTILE,
+        datasets=[HOSTILE],
+        facts={f"Rows ({HOSTILE})": "1"},
+        warnings=[{"step": 1, "name": HOSTILE, "message": HOSTILE}],
+        hyperparameters={"loss_type": HOSTILE},
+    )
+    card = str(model_card(summary))
+    text = card.split("\n---\n", 1)[1]
+    outside = re.sub(r"(?s)```.*?```", "", text)  # blocks of code
+    outside = re.sub(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)", "", outside)  # spans of code
+    assert "<script>" not in outside and "](https://evil" not in outside and "\n# y" not in outside
+    assert yaml.safe_load(card.split("---\n")[1])["tags"]

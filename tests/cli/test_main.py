@@ -17,7 +17,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from dpo_peft import cli
+from dpo_peft.cli import plan as cli_plan
 from dpo_peft.cli import train as cli_train
+from dpo_peft.cli.options import split_config
 from dpo_peft.errors import DriftError, OptionError, TrainingInterrupted
 from dpo_peft.reference.cache import Entry, ReferenceCache
 
@@ -64,16 +66,41 @@ def test_the_command_line_overrides_the_file(run_folder: Path) -> None:
     assert cli_train.parse([f"--config={run_folder / 'run.yaml'}"])[1].beta == 0.3
 
 
-def test_a_file_may_hold_null_and_environment_variables(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DPO_PEFT_TEST", "before")
-    path = run_folder / "run.yaml"
-    options = path.read_text() + "max_length: null\nenv:\n  DPO_PEFT_TEST: 7\n"
+def test_a_file_may_hold_null_but_sets_no_environment_variables(run_folder: Path) -> None:
+    path, before = run_folder / "run.yaml", dict(os.environ)
+    options = path.read_text() + "max_length: null\n"
     path.write_text(options)
     assert cli_train.parse(["--config", str(path)])[1].max_length is None
-    assert os.environ["DPO_PEFT_TEST"] == "7"
-    path.write_text(options.replace("env:\n  DPO_PEFT_TEST: 7", "env: 7"))
-    with pytest.raises(OptionError, match="env=7 must hold `NAME: value` lines"):
+    for command in (cli_train.parse, cli_plan.plan):
+        path.write_text(f"{options}env:\n  DPO_PEFT_TEST: 7\n")
+        with pytest.raises(OptionError, match="env would set environment variables"):
+            command(["--config", str(path)])
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 0.1\nbeta: 0.9\n", "'beta' stands twice"),
+        ("model_init_kwargs:\n  dtype: float32\n  dtype: bfloat16\n", "'dtype' stands twice"),
+        ("datasets:\n- path: a\n  path: b\n", "'path' stands twice"),
+        (b"beta: 0.1 # \xe9\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+)
+def test_a_config_file_that_is_not_what_it_seems(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(OptionError, match=f"run.yaml.*{message}"):
         cli_train.parse(["--config", str(path)])
+
+
+def test_keys_of_several_mappings_may_be_the_same(tmp_path: Path) -> None:
+    """Those of merged mappings too, which a later value replaces on purpose."""
+    path = tmp_path / "run.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: [{x: 1}, {x: 2}]\n")
+    assert split_config(["--config", str(path)])[1]["b"] == {"x": 3, "y": 2}
 
 
 def test_a_run_leaves_adapter_card_metrics_and_curves(run_folder: Path) -> None:

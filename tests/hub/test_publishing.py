@@ -59,8 +59,7 @@ def test_a_new_repository_holds_what_belongs_to_the_adapter(hub: HubServer, fold
     assert result.commit == hub.repos[REPO].branches["main"][-1].sha and result.url == f"{hub.url}/{REPO}"
     large = {name for name, blob in hub.repos[REPO].files.items() if blob.lfs}
     assert large == {"adapter_model.safetensors", "curves.png"} and hub.count("^PUT /storage") == 2
-    assert "pickle" in result.left_out["training_args.bin"]
-    assert set(result.left_out) == {"training_args.bin", "eval_examples.jsonl"}
+    assert set(result.left_out) == {"training_args.json", "eval_examples.jsonl"}
     weights = "adapter_model.safetensors"
     assert hub.repos[REPO].files[weights].content == (folder / weights).read_bytes()
 
@@ -526,11 +525,12 @@ def test_without_a_card_a_short_one_is_made(hub: HubServer, folder: Path, card: 
 
 def test_more_files_by_name_and_never_a_pickle(hub: HubServer, folder: Path) -> None:
     (folder / "report.html").write_text("<html></html>")
+    (folder / "training_args.bin").write_bytes(b"an earlier version's")
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"x")
     result = publish(folder, REPO, include=["*.html", "eval_examples.jsonl"])
     assert names(hub) == PUBLISHED | {"report.html", "eval_examples.jsonl"}
-    assert set(result.left_out) == {"training_args.bin", "checkpoint-2"}
+    assert set(result.left_out) == {"training_args.json", "training_args.bin", "checkpoint-2"}
     for include, message in (
         ("training_args.bin", "a pickle"),
         ("checkpoint-2/*", "a pickle"),

@@ -445,3 +445,26 @@ def test_greedy_texts_are_those_of_the_adapter(reviews, tmp_path, dtype: str) ->
     assert changed >= 2  # the base writes other texts
     assert report.drift.mean_token < (1e-5 if dtype == "float32" else 5e-3)
     assert report.drift.accuracy_adapter == report.drift.accuracy_merged
+
+
+@pytest.mark.parametrize("kind", ["modules_to_save", "trainable_token_indices"])
+def test_what_was_trained_whole_is_not_rounded_by_the_base(folders: Any, tmp_path: Path, kind: str) -> None:
+    """Onto a bfloat16 base, into float32: the file's values, where the base's dtype would round them."""
+    chosen = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [60, 70]}}[kind]
+    model = get_peft_model(reload(folders[False], dtype=torch.float32), lora(**{kind: chosen}))
+    key = {"modules_to_save": "modules_to_save.default.weight", "trainable_token_indices": "trainable_tokens_delta"}[
+        kind
+    ]
+    (trained,) = [p for name, p in model.named_parameters() if key in name and p.requires_grad]
+    with torch.no_grad():
+        trained += torch.linspace(1e-4, 1e-3, trained.numel()).view_as(trained)
+    model.save_pretrained(tmp_path)
+    expected = trained.detach().clone()
+    config = model.peft_config["default"]
+    for dtype in (torch.float32, torch.float16):
+        base = reload(folders[False], dtype=torch.bfloat16)
+        merged = merge_weights.merge_into(base, str(tmp_path), copy.copy(config), dtype, {})
+        norm, embed = merged.model.norm.weight, merged.get_input_embeddings().weight
+        found = norm if kind == "modules_to_save" else embed[[60, 70]]
+        assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
+        assert not torch.equal(expected.bfloat16().float(), expected)  # the control: rounding shows

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
 from dpo_peft.forward import sequence_logps
 from dpo_peft.model import loading
-from dpo_peft.model.adapter_source import RECORD, AdapterSource, TrainedAdapter, load_trained, read_training
+from dpo_peft.model.adapter_source import AdapterSource, TrainedAdapter, load_trained
 from dpo_peft.model.options import AdapterOptions
+from dpo_peft.model.training_record import RECORD, read_training
 from dpo_peft.reference.fingerprint import read_record
 
 

@@ -4,6 +4,7 @@ the message says what happened and what to do.
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from paths import REPO
-from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
+from peft import get_peft_model
+from safetensors.torch import load_file
+from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs, text_pairs
 from transformers import Trainer, TrainerCallback
 
 from dpo_peft import NonFiniteError, trainer
@@ -169,6 +172,40 @@ def test_a_row_that_gives_nan(tiny_llama, make_tokenizer, tmp_path, monkeypatch)
     found, passed_over = newest_whole(tmp_path)
     assert not passed_over and (found is None) == (step == 0)
     assert step == 0 or found.name == f"checkpoint-{step}"
+
+
+class Breaks(torch.optim.SGD):
+    """An optimizer that puts something into the weights of a step."""
+
+    def __init__(self, *args: Any, at: int, value: float, **options: Any):
+        super().__init__(*args, **options)
+        self.at, self.value, self.steps = at, value, 0
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.steps += 1
+        if self.steps == self.at:
+            with torch.no_grad():
+                self.param_groups[0]["params"][3][0, 0] = self.value
+
+
+@pytest.mark.parametrize(("value", "steps"), [(math.nan, 2), (math.inf, 2), (math.nan, 9), (1e30, 2)])
+def test_a_step_that_breaks_the_weights(tiny_llama, make_tokenizer, tmp_path, value: float, steps: int) -> None:
+    """The loss and the gradients before it were fine; nothing of it is saved, at the last step neither. Numbers that
+    are large and finite pass."""
+    base = get_peft_model(tiny_llama(), lora())
+    optimizer = Breaks([p for p in base.parameters() if p.requires_grad], lr=1e-3, at=2, value=value)
+    given = {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0))}
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": steps, **given}
+    trainer = ours(base, text_pairs(8), make_tokenizer(), tmp_path, **options)
+    if math.isfinite(value):
+        trainer.train()
+        return
+    with pytest.raises(NonFiniteError, match=r"Step 2 made 1 of \d+ trained tensors NaN or infinite, .*before it"):
+        trainer.train()
+    found, passed_over = newest_whole(tmp_path)
+    assert found.name == "checkpoint-1" and not passed_over and not (tmp_path / "adapter_model.safetensors").exists()
+    assert all(tensor.isfinite().all() for tensor in load_file(found / "adapter_model.safetensors").values())
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------
