@@ -20,6 +20,7 @@ from ..errors import NonFiniteError, OptionError
 from ..wings import wing
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, HeadShape, choose_backend
 from .layout import PackedBatch, Sample, pack, pad_rows
+from .rotary import beyond_reach, refuse_crossing
 from .score import Backend, Decoder, NotRecognizedError, completion_logps, eval_mode, unwrap
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def plan_forward(
                 f"here: log-probs differ by {rows_difference:.3g} from the model's own. It can't be trained with this "
                 "version; please report the model's name."
             )
+        _check_neighbors(probe)
         if not share_prompts:
             return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
         original = causal_lm.config._attn_implementation
@@ -209,6 +211,19 @@ class _Probe:
         if self.difference(edited_N[~mine], logps_N[~mine]) > 0.02 * moved:
             raise CannotShareError("a completion sees its neighbor")
         return difference, max((heads for _, heads in plan.trace), key=lambda heads: heads.size)
+
+
+def _check_neighbors(probe: _Probe) -> None:
+    """Refuses a model whose log-probs of a row change beside one that is long enough for other rotary frequencies,
+    where none were found to fix."""
+    if (length := beyond_reach(probe.model)) is None:
+        return
+    row = probe.samples[0]._replace(completions=probe.samples[0].completions[:1])
+    ids = row.prompt_ids * (length // len(row.prompt_ids) + 1)
+    alone_N = probe.logps(pad_rows([row]))
+    beside_N = probe.logps(pad_rows([row, Sample(ids[: length - 1], [ids[:1]])]))[: len(alone_N)]
+    if not (moved := probe.difference(alone_N, beside_N)) <= probe.tolerance:
+        refuse_crossing(probe.causal_lm, length - 1, f" (by {moved:.2g} nats per token)")
 
 
 def _check_layer_types(config: PreTrainedConfig) -> None:

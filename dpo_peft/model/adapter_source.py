@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ..errors import OptionError, ReferenceMismatchError
+from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..reference.adapter_off import Reference
 from ..reference.fingerprint import (
     Identity,
@@ -57,6 +58,7 @@ class TrainedWith:
     base_class: str | None = None  # these three as in `BaseAsGiven`
     vocabulary: int | None = None
     base_changed: str | None = None
+    rope_length: int | None = None  # of rows for which rotary frequencies were fixed; None: they do not depend on it
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """Returns how the base was loaded for the training."""
@@ -92,7 +94,7 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
     if record is None:
         return None
     try:
-        later = ("discount_gamma", "ld_alpha", "plain_fingerprint", *BaseAsGiven.__dataclass_fields__)
+        later = ("discount_gamma", "ld_alpha", "plain_fingerprint", "rope_length", *BaseAsGiven.__dataclass_fields__)
         # Records without the later ones are older.
         names = [f.name for f in fields(TrainedWith) if f.name in record or f.name not in later]
         return TrainedWith(**{name: record[name] for name in names})
@@ -101,6 +103,22 @@ def read_training(source: PeftConfig | str | Path) -> TrainedWith | None:
             f"The record of the training (auto_mapping.{RECORD} in adapter_config.json) is damaged: {error}. Restore "
             "it from a copy of the adapter, or delete the entry and give beta and the base's options yourself."
         ) from error
+
+
+def rope_length_of(model: PeftModel, trained: TrainedWith, max_length: int | None) -> int | None:
+    """Returns for which row length an adapter's rotary frequencies were fixed (see `fix_rope`). Where that is not
+    recorded, `max_length` decides; without one, rows are taken to be no longer than what leaves them as they are."""
+    if trained.rope_length is not None:
+        return trained.rope_length
+    length = rope_length(model.config, max_length or 1)
+    if length is not None and length != fixed_rope_length(model):
+        logger.warning(
+            "The model chooses its rotary frequencies by the longest row, and the adapter does not say for which rows "
+            "it was trained: those of rows of up to %d tokens are taken. Give max_length if it was trained on longer "
+            "ones.",
+            length,
+        )
+    return length
 
 
 class AdapterSource(AdapterOptions):
@@ -175,6 +193,8 @@ class AdapterSource(AdapterOptions):
         how = quantization, quantize, kwargs, self.trust_remote_code, device, class_name
         model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
         model.requires_grad_(False).eval()
+        setup = trained or UNRECORDED
+        fix_rope(model, rope_length_of(model, setup, setup.max_length))
         policy = model.active_adapters[0]
         recorded = read_record(model.peft_config[policy])
         as_recorded = trained is not None and self.quantize is None and self.dtype is None

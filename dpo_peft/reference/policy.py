@@ -26,6 +26,7 @@ from ..config import DPOConfig
 from ..distributed import rank, world_size
 from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
+from ..forward.rotary import fixed_rope_length
 from ..objective import TrainingObjective
 from .adapter_off import ADAPTER_OFF, Reference, check_finite, check_start, is_identity, noise_floor, reference_logps
 from .cache import Entry, ReferenceCache, default_folder
@@ -109,6 +110,8 @@ class ReferencePolicy:
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
         layout = "shared" if plan.shared else "padded"
         how = f"{precision} autocast on {args.device.type}, {plan.scorer}, {layout}"
+        if (length := fixed_rope_length(self.model)) is not None:
+            how += f", rotary frequencies of rows of {length} tokens"
         computed = f"{identity.key()} {identity.quantization} {identity.dtype} {how}"
         return ReferenceCache(
             args.ref_cache_dir or default_folder(),
