@@ -7,9 +7,10 @@ Here the lengths that may occur decide once, as vLLM decides by `max_model_len`:
 computes the same for a row in every batch, packed or padded, and in generation from the first token to the last.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +20,43 @@ from ..errors import OptionError
 from .score import unwrap
 
 
-def _limits(config: PreTrainedConfig) -> list[tuple[int, int]]:
-    """Returns for each scaling of a text config that reads the batch's length: up to which it leaves the frequencies
-    as they are, and for which length they are taken beyond."""
+class _Scaling(NamedTuple):
+    limit: int  # rows of up to so many tokens leave the frequencies as they are
+    beyond: int  # the row length whose frequencies are taken for longer ones
+    grows: bool = False  # still longer rows get others again
+
+
+def _scalings(config: PreTrainedConfig) -> list[_Scaling]:
+    """Returns the scalings of a text config that read the length of a batch."""
     given = getattr(config, "rope_parameters", None) or {}
-    kinds = [part for part in given.values() if isinstance(part, dict)] or [given]  # some have one for a kind of layer
+    kinds = [part for part in given.values() if isinstance(part, dict)] or [given]  # some have one per kind of layer
     found = []
     for kind in kinds:
         name = kind.get("rope_type") or "default"
         if name == "longrope":
             limit = kind["original_max_position_embeddings"]
-            found.append((limit, limit + 1))
+            found.append(_Scaling(limit, limit + 1))
         elif "dynamic" in name and not kind.get("alpha"):  # with alpha it is fixed
+            # vLLM always takes those of the stretched context.
             limit = config.max_position_embeddings
-            found.append((limit, int(limit * kind["factor"])))  # where vLLM fixes it
+            found.append(_Scaling(limit, int(limit * kind["factor"]), grows=True))
     return found
 
 
 def rope_length(config: PreTrainedConfig, longest: float) -> int | None:
     """Returns the row length whose rotary frequencies rows of up to `longest` tokens get; None if the model's do not
-    depend on it. All lengths that get the same give the same number.
+    depend on it. Lengths that get the same frequencies give the same number.
 
     Raises:
         OptionError: there is no longest.
     """
-    limits = _limits(config.get_text_config())
-    if limits and longest == float("inf"):
+    scalings = _scalings(config.get_text_config())
+    if scalings and longest == math.inf:
         raise OptionError(
             "The model chooses its rotary frequencies by the longest row, which a stream doesn't tell: set max_length."
         )
-    return max((limit if longest <= limit else max(beyond, int(longest)) for limit, beyond in limits), default=None)
+    lengths = (max(of.beyond, int(longest)) if of.grows else of.beyond for of in scalings if longest > of.limit)
+    return max([*lengths, *(of.limit for of in scalings)], default=None)
 
 
 def fixed_rope_length(model: nn.Module) -> int | None:
@@ -60,7 +68,7 @@ def beyond_reach(model: nn.Module) -> int | None:
     """Returns a length at which a model's config says that frequencies change, if rows may have it and no part of the
     model was found to fix; the probe then looks whether they do."""
     causal_lm, length = unwrap(model), fixed_rope_length(model)
-    limits = [limit for limit, _ in _limits(causal_lm.config.get_text_config()) if limit < (length or 0)]
+    limits = [of.limit for of in _scalings(causal_lm.config.get_text_config()) if of.limit < (length or 0)]
     return min(limits) + 1 if limits and not any(map(_moving, causal_lm.modules())) else None
 
 
@@ -84,10 +92,9 @@ def fix_rope(model: nn.Module, length: int | None) -> None:
                     _angles(module, layer, [end - 1])
         if moving and length is not None:
             module.rope_type = dict.fromkeys(own, "default") if isinstance(own, dict) else "default"
-            limits = [limit for limit, _ in _limits(module.config)]
-            near, far = (_angles(module, moving[0], [0, 1, 2, end])[..., :3, :] for end in (3, length))
+            near, far = (_angles(module, moving[0], [0, 1, 2, end])[..., :3, :] for end in (3, length - 1))
             if not torch.equal(near, far):
-                refuse_crossing(causal_lm, min(limits))
+                refuse_crossing(causal_lm, min(of.limit for of in _scalings(module.config)))
 
 
 def refuse_crossing(causal_lm: nn.Module, limit: int, moved: str = "") -> NoReturn:
