@@ -31,6 +31,20 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, tor
 _SHARE = {torch.float64: 1.0, torch.float32: 1.0, torch.float16: 0.8, torch.bfloat16: 0.8}
 
 
+def token_rounding(model: nn.Module) -> float:
+    """Returns the largest difference of one token's log-prob (nats) that rounding explains, by the coarsest of the
+    dtypes that a model is computed in: of its weights, of 4-bit products, and of autocast where it is on. 8-bit
+    products round like bfloat16, and so do float32 ones where torch may shorten them (TF32)."""
+    device = unwrap(model).get_input_embeddings().weight.device.type
+    found = {parameter.dtype for parameter in model.parameters()}
+    found |= {vars(module).get("compute_dtype") for module in model.modules()}
+    if torch.is_autocast_enabled(device):
+        found.add(torch.get_autocast_dtype(device))
+    if torch.int8 in found or torch.get_float32_matmul_precision() != "highest":
+        found.add(torch.bfloat16)
+    return max(_TOLERANCE.get(dtype, 0.0) for dtype in found)
+
+
 @dataclass(frozen=True)
 class ForwardPlan:
     """How a model's batches are laid out and its layers computed, as the probe found it.
@@ -167,10 +181,10 @@ class _Probe:
                 f"The log-probs of {type(self.causal_lm).__name__} are not finite: a weight is NaN or infinite, or "
                 "the model overflows in this dtype. Check the checkpoint, or compute in bfloat16 or float32."
             )
-        # In batches of other shapes, each completion alone: what rounding makes of it is the noise floor.
+        # In batches of other shapes, each completion alone: what moves, as far as rounding explains it, is the noise.
         alone = [sample._replace(completions=[ids]) for sample in self.samples for ids in sample.completions]
         alone_N = torch.cat([self._own_logps([sample]) for sample in alone])
-        self.tolerance = _TOLERANCE[dtype] + 4 * self.difference(alone_N, self.own_N)
+        self.tolerance = _TOLERANCE[dtype] + 4 * min(self.difference(alone_N, self.own_N), token_rounding(model))
 
     def _own_logps(self, samples: Sequence[Sample]) -> Tensor:
         """Returns (N,) log-probs of the completion tokens from the model's own logits."""

@@ -28,7 +28,17 @@ from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
 from ..forward.rotary import fixed_rope_length
 from ..objective import TrainingObjective
-from .adapter_off import ADAPTER_OFF, Reference, check_finite, check_start, is_identity, noise_floor, reference_logps
+from .adapter_off import (
+    ADAPTER_OFF,
+    Reference,
+    check_finite,
+    check_start,
+    is_identity,
+    neighbors_act,
+    noise_floor,
+    reference_logps,
+    rounding_limit,
+)
 from .cache import Entry, ReferenceCache, default_folder
 from .fingerprint import RECORD, Identity, base_fingerprint, check_same, identify, read_record, write_entry
 from .frozen_adapter import adapter_tensors, mix_into
@@ -208,8 +218,15 @@ class ReferencePolicy:
             return
         whole, *parts = batches
         computed_C = self.compute(whole).logps_C
+        apart_C = torch.cat([self.compute(part).logps_C for part in parts])
+        rounding = rounding_limit(self.model, whole)
+        if cause := neighbors_act(computed_C, apart_C, rounding):
+            raise ReferenceMismatchError(
+                f"{cause} A cached reference would not be that of the policy's batches. Leave cache_ref_log_probs and "
+                "precompute_ref_log_probs out: then it is computed beside the same rows as the policy."
+            )
         # The stored values come from batches of a third shape.
-        floor = 4 * noise_floor(computed_C, torch.cat([self.compute(part).logps_C for part in parts]))
+        floor = 4 * noise_floor(computed_C, apart_C, rounding)
         stored = zip(self.store.peek(whole.keys), computed_C.tolist(), strict=True)
         difference = max((abs(entry.logp - logp) for entry, logp in stored if entry is not None), default=0.0)
         if difference > floor:
