@@ -233,7 +233,7 @@ def _check_neighbors(probe: _Probe) -> None:
     if (length := beyond_reach(probe.model)) is None:
         return
     row = probe.samples[0]._replace(completions=probe.samples[0].completions[:1])
-    ids = row.prompt_ids * (length // len(row.prompt_ids) + 1)
+    ids = [*row.prompt] * (length // len(row.prompt) + 1)
     alone_N = probe.logps(pad_rows([row]))
     beside_N = probe.logps(pad_rows([row, Sample(ids[: length - 1], [ids[:1]])]))[: len(alone_N)]
     if not (moved := probe.difference(alone_N, beside_N)) <= probe.tolerance:
