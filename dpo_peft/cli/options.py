@@ -290,7 +290,7 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
     try:
-        options = yaml.load(path.read_text("utf-8"), _NoKeyTwice)
+        options = yaml.load(path.read_text("utf-8"), _NoKeyTwice)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):

@@ -20,6 +20,7 @@ from ..errors import NonFiniteError, OptionError
 from ..wings import wing
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, HeadShape, choose_backend
 from .layout import PackedBatch, Sample, pack, pad_rows
+from .rotary import beyond_reach, refuse_crossing
 from .score import Backend, Decoder, NotRecognizedError, completion_logps, eval_mode, unwrap
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,20 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # In half precision a few tokens of a mixture of experts may go to another expert, so that share of them must agree.
 _SHARE = {torch.float64: 1.0, torch.float32: 1.0, torch.float16: 0.8, torch.bfloat16: 0.8}
+
+
+def token_rounding(model: nn.Module) -> float:
+    """Returns the largest difference of one token's log-prob (nats) that rounding explains, by the coarsest of the
+    dtypes that a model is computed in: of its weights, of 4-bit products, and of autocast where it is on. 8-bit
+    products round like bfloat16, and so do float32 ones where torch may shorten them (TF32)."""
+    device = unwrap(model).get_input_embeddings().weight.device.type
+    found: set[object] = {parameter.dtype for parameter in model.parameters()}
+    found |= {vars(module).get("compute_dtype") for module in model.modules()}
+    if torch.is_autocast_enabled(device):
+        found.add(torch.get_autocast_dtype(device))
+    if torch.int8 in found or torch.get_float32_matmul_precision() != "highest":
+        found.add(torch.bfloat16)
+    return max(tolerance for dtype, tolerance in _TOLERANCE.items() if dtype in found)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ def plan_forward(
                 f"here: log-probs differ by {rows_difference:.3g} from the model's own. It can't be trained with this "
                 "version; please report the model's name."
             )
+        _check_neighbors(probe)
         if not share_prompts:
             return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
         original = causal_lm.config._attn_implementation
@@ -165,10 +181,10 @@ class _Probe:
                 f"The log-probs of {type(self.causal_lm).__name__} are not finite: a weight is NaN or infinite, or "
                 "the model overflows in this dtype. Check the checkpoint, or compute in bfloat16 or float32."
             )
-        # In batches of other shapes, each completion alone: what rounding makes of it is the noise floor.
+        # In batches of other shapes, each completion alone: what moves, as far as rounding explains it, is the noise.
         alone = [sample._replace(completions=[ids]) for sample in self.samples for ids in sample.completions]
         alone_N = torch.cat([self._own_logps([sample]) for sample in alone])
-        self.tolerance = _TOLERANCE[dtype] + 4 * self.difference(alone_N, self.own_N)
+        self.tolerance = _TOLERANCE[dtype] + 4 * min(self.difference(alone_N, self.own_N), token_rounding(model))
 
     def _own_logps(self, samples: Sequence[Sample]) -> Tensor:
         """Returns (N,) log-probs of the completion tokens from the model's own logits."""
@@ -209,6 +225,19 @@ class _Probe:
         if self.difference(edited_N[~mine], logps_N[~mine]) > 0.02 * moved:
             raise CannotShareError("a completion sees its neighbor")
         return difference, max((heads for _, heads in plan.trace), key=lambda heads: heads.size)
+
+
+def _check_neighbors(probe: _Probe) -> None:
+    """Refuses a model whose log-probs of a row change beside one that is long enough for other rotary frequencies,
+    where none were found to fix."""
+    if (length := beyond_reach(probe.model)) is None:
+        return
+    row = probe.samples[0]._replace(completions=probe.samples[0].completions[:1])
+    ids = [*row.prompt] * (length // len(row.prompt) + 1)
+    alone_N = probe.logps(pad_rows([row]))
+    beside_N = probe.logps(pad_rows([row, Sample(ids[: length - 1], [ids[:1]])]))[: len(alone_N)]
+    if not (moved := probe.difference(alone_N, beside_N)) <= probe.tolerance:
+        refuse_crossing(probe.causal_lm, length - 1, f" (by {moved:.2g} nats per token)")
 
 
 def _check_layer_types(config: PreTrainedConfig) -> None:

@@ -32,7 +32,8 @@ from transformers import PreTrainedModel
 from ..artifacts.card import cell, is_hub_id, link, shown_name
 from ..errors import DriftError, OptionError
 from ..files import write_atomically
-from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter
+from ..forward.rotary import fix_rope
+from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, rope_length_of
 from ..model.adapters import moved_base
 from ..model.loading import load_base
 from ..model.rebuilding import quantization_options, resize_as_saved
@@ -194,6 +195,7 @@ def measure_drift(folder: Path, dtype: str, seen: AdapterObserved, trust_remote_
     model = load_base(
         str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device, seen.setup.base_class
     )
+    fix_rope(model, rope_length_of(model, seen.setup, seen.setup.max_length))
     merged = observe(model.eval(), seen.tokenizer, seen.rows, seen.setup.precision, "merged model")
     return compare(seen, merged)
 

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import OptionError, ReferenceMismatchError
+from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..reference.adapter_off import Reference
 from ..reference.fingerprint import (
     Identity,
@@ -44,6 +45,22 @@ def plain_fingerprint(model: PeftModel) -> str:
         if isinstance(part, torch.Tensor) and part.is_floating_point() and not _CONSTANT.search(name)
     )
     return digest_of(tensors, 16)
+
+
+def rope_length_of(model: PeftModel, trained: TrainedWith, max_length: int | None) -> int | None:
+    """Returns for which row length an adapter's rotary frequencies were fixed (see `fix_rope`). Where that is not
+    recorded, `max_length` decides; without one, rows are taken to be no longer than what leaves them as they are."""
+    if trained.rope_length is not None:
+        return trained.rope_length
+    length = rope_length(model.config, max_length or 1)
+    if length is not None and length != fixed_rope_length(model):
+        logger.warning(
+            "The model chooses its rotary frequencies by the longest row, and the adapter does not say for which rows "
+            "it was trained: those of rows of up to %d tokens are taken. Give max_length if it was trained on longer "
+            "ones.",
+            length,
+        )
+    return length
 
 
 class AdapterSource(AdapterOptions):
@@ -118,6 +135,8 @@ class AdapterSource(AdapterOptions):
         how = quantization, quantize, kwargs, self.trust_remote_code, device, class_name
         model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
         model.requires_grad_(False).eval()
+        setup = trained or UNRECORDED
+        fix_rope(model, rope_length_of(model, setup, setup.max_length))
         policy = model.active_adapters[0]
         recorded = read_record(model.peft_config[policy])
         as_recorded = trained is not None and self.quantize is None and self.dtype is None

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import OptionError
+from ..forward.rotary import fix_rope, rope_length
 from ..model.adapter_source import AdapterSource
 from ..model.generation import end_tokens, sample_completions
 from ..model.loading import is_adapter, keep_weights, load_base
@@ -86,8 +87,9 @@ class TransformersEngine:
         self.model, self.tokenizer, self.how, self.batch_size = model, tokenizer, how, batch_size
 
     @classmethod
-    def load(cls, source: ModelSource, how: Sampling, batch_size: int) -> "TransformersEngine":
-        """Loads the model, onto a GPU if there is one. Raises what `load_base` and `AdapterSource.load` raise."""
+    def load(cls, source: ModelSource, how: Sampling, batch_size: int, longest: int = 0) -> "TransformersEngine":
+        """Loads the model, onto a GPU if there is one; `longest` is that of the prompts, in tokens. Raises what
+        `load_base` and `AdapterSource.load` raise."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if source.is_adapter:
             trained = source.load(device, with_reference=False)
@@ -95,6 +97,7 @@ class TransformersEngine:
         kwargs = {"dtype": source.dtype, **source.from_hub}
         model = load_base(source.adapter, None, source.quantize is not False, kwargs, source.trust_remote_code, device)
         keep_weights(model)  # it computes as it does in training
+        fix_rope(model, rope_length(model.config, longest + how.max_new_tokens))  # as vLLM does
         return cls(model.requires_grad_(False).eval(), source.tokenizer(), how, batch_size)
 
     def __call__(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]:
@@ -148,7 +151,7 @@ class VllmEngine:
         options: dict[str, object] = {
             "model": source.base_name,
             "dtype": source.dtype or "auto",
-            "max_model_len": longest_prompt + how.max_new_tokens,
+            "max_model_len": _served_length(source, longest_prompt + how.max_new_tokens),
             "trust_remote_code": source.trust_remote_code,
         }
         if memory is not None:
@@ -176,6 +179,21 @@ class VllmEngine:
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], finished: bool) -> Sample:
     """Makes a sample of its tokens; the end token and other special ones are not part of the text."""
     return Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, finished)
+
+
+def _served_length(source: ModelSource, longest: int) -> int:
+    """Returns what vLLM's `max_model_len` must be, by which it also chooses the frequencies of longrope."""
+    trained = source.read() if source.is_adapter else None
+    if trained is None or trained.rope_length is None:
+        return longest
+    config = AutoConfig.from_pretrained(source.base_name, trust_remote_code=source.trust_remote_code)
+    if (rope_length(config, longest) or 0) > trained.rope_length:
+        raise OptionError(
+            f"{source.adapter!r} was trained with the rotary frequencies of rows of up to {trained.rope_length} "
+            f"tokens, and vLLM would take those of longer ones for prompts and completions of {longest}: lower "
+            "max_new_tokens, leave out the longest prompts, or use engine 'transformers'."
+        )
+    return max(longest, trained.rope_length)
 
 
 def _served_rank(name: str, config: PeftConfig) -> int:

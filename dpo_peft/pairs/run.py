@@ -131,11 +131,12 @@ class PairRun:
         """Returns what samples for some prompts. Each completion has a seed of its own, so neither chunks nor a
         restart change them."""
         engine: Engine
+        longest = max(map(len, encoded.values()))
         if self.options.engine == "vllm":
-            longest, memory = max(map(len, encoded.values())), self.options.gpu_memory_utilization
+            memory = self.options.gpu_memory_utilization
             engine = VllmEngine(source, self.sampling, longest, memory)
         else:
-            engine = TransformersEngine.load(source, self.sampling, batch_size)
+            engine = TransformersEngine.load(source, self.sampling, batch_size, longest)
         each = range(self.options.num_candidates)
 
         def sample(prompts: Sequence[Prompt]) -> list[list[Sample]]:

@@ -26,8 +26,19 @@ from ..config import DPOConfig
 from ..distributed import rank, world_size
 from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
+from ..forward.rotary import fixed_rope_length
 from ..objective import TrainingObjective
-from .adapter_off import ADAPTER_OFF, Reference, check_finite, check_start, is_identity, noise_floor, reference_logps
+from .adapter_off import (
+    ADAPTER_OFF,
+    Reference,
+    check_finite,
+    check_start,
+    is_identity,
+    neighbors_act,
+    noise_floor,
+    reference_logps,
+    rounding_limit,
+)
 from .cache import Entry, ReferenceCache, default_folder
 from .fingerprint import RECORD, Identity, base_fingerprint, check_same, identify, read_record, write_entry
 from .frozen_adapter import adapter_tensors, mix_into
@@ -109,6 +120,8 @@ class ReferencePolicy:
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "no"
         layout = "shared" if plan.shared else "padded"
         how = f"{precision} autocast on {args.device.type}, {plan.scorer}, {layout}"
+        if (length := fixed_rope_length(self.model)) is not None:
+            how += f", rotary frequencies of rows of {length} tokens"
         computed = f"{identity.key()} {identity.quantization} {identity.dtype} {how}"
         return ReferenceCache(
             args.ref_cache_dir or default_folder(),
@@ -205,8 +218,15 @@ class ReferencePolicy:
             return
         whole, *parts = batches
         computed_C = self.compute(whole).logps_C
+        apart_C = torch.cat([self.compute(part).logps_C for part in parts])
+        rounding = rounding_limit(self.model, whole)
+        if cause := neighbors_act(computed_C, apart_C, rounding):
+            raise ReferenceMismatchError(
+                f"{cause} A cached reference would not be that of the policy's batches. Leave cache_ref_log_probs and "
+                "precompute_ref_log_probs out: then it is computed beside the same rows as the policy."
+            )
         # The stored values come from batches of a third shape.
-        floor = 4 * noise_floor(computed_C, torch.cat([self.compute(part).logps_C for part in parts]))
+        floor = 4 * noise_floor(computed_C, apart_C, rounding)
         stored = zip(self.store.peek(whole.keys), computed_C.tolist(), strict=True)
         difference = max((abs(entry.logp - logp) for entry, logp in stored if entry is not None), default=0.0)
         if difference > floor:

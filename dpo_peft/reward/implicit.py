@@ -35,8 +35,9 @@ from ..data.truncate import check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
 from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
+from ..forward.rotary import fixed_rope, rope_length
 from ..forward.score import unwrap
-from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, trained_in
+from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, rope_length_of, trained_in
 from ..model.loading import disable_dropout
 from ..reference.adapter_off import reference_logps
 from ..training.packing import pack_rows
@@ -142,7 +143,9 @@ class ImplicitReward:
         self.cut = 0  # completions or their prompts that were cut to max_length so far
         self._vocab_size = len(unwrap(self.model).get_input_embeddings().weight)
         self._dtype = None if setup.precision == "no" else getattr(torch, setup.precision)
-        with _attention(self.model):
+        self.rope_length = rope_length_of(self.model, setup, self.max_length)
+        self._too_long = False  # it was said of a row
+        with _attention(self.model), fixed_rope(self.model, self.rope_length):
             self.plan = plan_forward(self.model, dtype=self._dtype)
 
     def __str__(self) -> str:
@@ -228,9 +231,11 @@ class ImplicitReward:
         total = len(rows) if isinstance(rows, Sized) else None
         with (
             _attention(self.model, plan.shared),
+            fixed_rope(self.model, self.rope_length),
             tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar,
         ):
             while window := list(islice(source, WINDOW)):
+                self._check_lengths(window)
                 units = list(units_of(window, self.max_tokens, plan.shared))
                 flat: list[list[CompletionScore]] = [[] for _ in units]
                 for one in pack_rows(units, self.max_tokens, plan.shared):
@@ -243,6 +248,19 @@ class ImplicitReward:
                 scored += [[next(in_order) for _ in row["completion_ids"]] for row in window]
                 _check_finite(window, scored[-len(window) :])
         return scored
+
+    def _check_lengths(self, rows: Sequence[Row]) -> None:
+        """Warns once of rows beyond what the rotary frequencies are for."""
+        if self.rope_length is None or self._too_long:
+            return
+        longest = max(len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) for row in rows)
+        self._too_long = (rope_length(self.model.config, longest) or 0) > self.rope_length
+        if self._too_long:
+            logger.warning(
+                "Row %d or one after it has %d tokens, and the rotary frequencies are those of rows of up to %d: its "
+                "score means little. Give max_length=%d to cut such rows.",
+                *(rows[0]["row"], longest, self.rope_length, self.rope_length),
+            )
 
     # ---- How ------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,14 +18,17 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DPOConfig, objective_options
+from ..data import DataReport
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
+from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
+from ..model.adapter_source import read_training
 from ..objective import TrainingObjective
 from .metrics import metric_names
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 _POSITIONS = re.compile(r"\b(wpe|\w*pos(ition)?_?emb\w*|embed_positions?)\b")  # names of tables of positions
 
 
@@ -189,8 +193,14 @@ def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
                     f"({largest}) and the model embeds {embedded}: {remedy}"
                 )
     made_for, learned = positions(model)
-    # A stream's rows are not known yet: what max_length allows counts.
-    longest = (of.max_length or math.inf) if stream else of.longest
+    longest = longest_row(rows, of)
+    fixed_for = fixed_rope_length(model)
+    if fixed_for is not None and longest != math.inf and fixed_for < (rope_length(model.config, longest) or 0):
+        logger.warning(
+            "The rows of %s have up to %d tokens, and the rotary frequencies of this run are those of rows of up to "
+            "%d: beyond, log-probs mean little. Give the rows to the trainer as its eval_dataset, or set max_length.",
+            *(of.name, longest, fixed_for),
+        )
     if made_for is None or longest <= made_for:
         return
     if learned:
@@ -204,6 +214,31 @@ def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
             "The rows of %s have up to %d tokens, and the model was made for %d (max_position_embeddings): beyond, "
             "its log-probs mean little. Set max_length, or the model's rope scaling.",
             *(of.name, longest, made_for),
+        )
+
+
+def longest_row(rows: AnyDataset, of: DataReport) -> float:
+    """Returns how many tokens prepared rows have at most; of a stream, whose rows are not known, may have."""
+    return (of.max_length or math.inf) if isinstance(rows, IterableDataset) else of.longest
+
+
+def fix_rope_by_rows(model: PreTrainedModel | PeftModel, prepared: Sequence[tuple[AnyDataset, DataReport]]) -> None:
+    """Fixes the frequencies of a model that chooses them by a batch's longest row, for the longest row of a run."""
+    length = rope_length(model.config, max(longest_row(*one) for one in prepared))
+    if length is None:
+        return
+    fix_rope(model, length)
+    logger.info(
+        "The model chooses its rotary frequencies by the longest row of a batch. In this run all rows get those of "
+        "rows of %d tokens, in every batch. With longrope, serve it with a context (vLLM's max_model_len) %s.",
+        *(length, "as long at least" if rope_length(model.config, 1) != length else "no longer than this"),
+    )
+    before = read_training(model.peft_config[model.active_adapters[0]]) if isinstance(model, PeftModel) else None
+    if before is not None and before.rope_length not in (None, length):
+        logger.warning(
+            "The adapter was trained with the rotary frequencies of rows of %d tokens, and goes on with those of rows "
+            "of %d: its log-probs are others. max_length decides how long rows are.",
+            *(before.rope_length, length),
         )
 
 

@@ -1,7 +1,7 @@
 """What the trainer is built of: the model with its adapter and reference, prepared rows, the plan for memory."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..data.prepare import STREAM_PATIENCE
 from ..distributed import ShareCollator, world_size
+from ..forward.rotary import fixed_rope_length
 from ..model.adapter_source import plain_fingerprint
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantization_options
@@ -24,7 +25,7 @@ from ..model.training_record import TrainedWith
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import AnyDataset, autocast_dtype, check_dtype, check_fits, data_source
+from .arguments import AnyDataset, autocast_dtype, check_dtype, check_fits, data_source, fix_rope_by_rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +87,15 @@ class Preparation:
         return self._training
 
     def fit(self, model: PreTrainedModel | PeftModel) -> None:
-        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later."""
+        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later. Where
+        the longest row of a batch would decide the rotary frequencies, the longest of all does."""
         self._model = model
-        for name, rows in {"train": self._training, **self.evaluated}.items():
+        fix_rope_by_rows(model, [(rows, self.reports[name]) for name, rows in self._prepared()])
+        for name, rows in self._prepared():
             check_fits(model, self.tokenizer, rows, self.reports[name])
+
+    def _prepared(self) -> Iterable[tuple[str, AnyDataset]]:
+        return {"train": self._training, **self.evaluated}.items()
 
     def count(self, name: str, ended: bool) -> DataReport:
         """Returns the summary of a dataset; those of streams hold what worker processes have counted so far.
@@ -216,5 +222,6 @@ def trained_with(
         discount_gamma=args.discount_gamma,
         ld_alpha=args.ld_alpha,
         plain_fingerprint=plain_fingerprint(model),
+        rope_length=fixed_rope_length(model),
         **vars(as_given),
     )

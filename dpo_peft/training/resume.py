@@ -31,6 +31,7 @@ RUN_STATE = "run_state.json"
 
 # Options that the optimizer's saved state holds: another value would be overwritten by it.
 _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
+_OF_THE_MODEL = ("base model", "rotary", "peft_config.")
 # Options that do not change what is learned, by how their names start.
 _HARMLESS = (
     "output_dir run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub hub_ load_best "
@@ -66,6 +67,8 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: str, base: str) -> di
     for name in _ADAPTER_SHAPE:
         value = config[name]
         kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
+    if (trained := read_training(adapter)) is not None and trained.rope_length is not None:
+        kept["rotary frequencies of rows of"] = f"{trained.rope_length} tokens"
     return {**kept, "number of processes": world_size(), "train_dataset": rows, "base model": base}
 
 
@@ -145,7 +148,7 @@ class RunState:
         now = self.trajectory()
         changed = [name for name in now if name in before and now[name] != before[name]]
         lines = {name: f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed}
-        fixed = [name for name in changed if name in (*_RESTORED, "base model") or name.startswith("peft_config.")]
+        fixed = [name for name in changed if name in _RESTORED or name.startswith(_OF_THE_MODEL)]
         if fixed:
             raise OptionError(
                 f"Resuming with other options: {'; '.join(map(lines.__getitem__, fixed))}. The checkpoint holds what "
