@@ -81,9 +81,13 @@ def read_number(row: Row, column: str) -> float:
     value, remedy = _get(row, column), "store a number, or remove the row"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowProblem(column, f"expected a number, found {_name(value)}", remedy)
-    if not math.isfinite(value):
-        raise RowProblem(column, f"expected a finite number, found {value}", remedy)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowProblem(column, f"expected a finite number, found {number}", remedy)
+    return number
 
 
 def read_preference(row: Row) -> float:
@@ -145,7 +149,7 @@ def _read_message(message: object, where: str) -> Message:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RowProblem(
                 where,
-                f"'content' holds a part that is not text: {str(part)[:60]}",
+                f"'content' holds a part that is not text: {shown(part, 60)}",
                 'use text, or [{"type": "text", "text": …}]; images are not supported',
             )
         _check_utf8(part["text"], where)
@@ -232,4 +236,12 @@ def _name(value: object) -> str:
         return "nothing (None)"
     if isinstance(value, bool):
         return f"a boolean ({value})"
-    return f"{type(value).__name__} ({str(value)[:40]})"
+    return f"{type(value).__name__} ({shown(value, 40)})"
+
+
+def shown(value: object, length: int) -> str:
+    """Returns the start of a value's text, for messages."""
+    try:
+        return str(value)[:length]
+    except Exception:  # numbers of thousands of digits, objects of any class, deep nesting
+        return "not printable"

@@ -55,6 +55,14 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(encoded["input_ids"])
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the texts that become special tokens wherever they stand."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        return []
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
+
+
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the special tokens, usually BOS or none, that this tokenizer puts before a text by itself."""
     plain = plain_ids(tokenizer, "a")
