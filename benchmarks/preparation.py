@@ -3,9 +3,9 @@
     python benchmarks/preparation.py [--tokenizer <folder or id>] [--tokens 400000 --repeats 3] [--rows 30000 300000]
 
 Conversations of 1 to 299 turns with the same number of tokens in all, once as chats (user and assistant in turn) and
-once as agents write them (tool turns in an order of its own in nearly every row), and trajectories of 101 to 801 turns.
-The baseline is `apply_chat_template(tokenize=True)` of the chosen and of the rejected conversation, in the same turn of
-the same run. Then text rows from a JSON Lines file of 30,000 and of 300,000 rows: microseconds a row, read and
+once as agents write them (tool turns in an order of its own in nearly every row), and trajectories of 101 to 801
+turns. The baseline is `apply_chat_template(tokenize=True)` of the chosen and of the rejected conversation, in the same
+turn of the same run. Then text rows from a JSON Lines file of 30,000 and of 300,000 rows: microseconds a row, read and
 prepared, and of the second start, which finds both in the cache.
 
 Times are those of this process (CPU), the fastest of `--repeats`. Writes benchmarks/results/preparation_cpu.json.
@@ -88,7 +88,12 @@ def compare(tokenizer: PreTrainedTokenizerBase, rows: list[Row], repeats: int, d
 
     times = [(seconds(tokenize), seconds(prepare)) for _ in range(repeats)]
     plain, ours = (min(column) for column in zip(*times, strict=True))
-    return {"rows": len(rows), "tokenize_s": round(plain, 3), "prepare_s": round(ours, 3), "ratio": round(ours / plain, 2)}
+    return {
+        "rows": len(rows),
+        "tokenize_s": round(plain, 3),
+        "prepare_s": round(ours, 3),
+        "ratio": round(ours / plain, 2),
+    }
 
 
 def scale(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, float]:
@@ -99,10 +104,10 @@ def scale(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, float]:
             answers = {side: f" {text(random_)}" for side in ("chosen", "rejected")}
             file.write(json.dumps({"prompt": f"{number} {text(random_)}", **answers}) + "\n")
     found: dict[str, float] = {"rows": count}
+    rows: list[Any] = []
     for suffix in ("", "_again"):
-        rows: list[Any] = []
         found[f"read{suffix}_us"] = round(1e6 * seconds(lambda: rows.append(read_rows(str(path)))) / count, 1)
-        found[f"prepare{suffix}_us"] = round(1e6 * seconds(lambda: prepare_dataset(rows[0], tokenizer)) / count, 1)
+        found[f"prepare{suffix}_us"] = round(1e6 * seconds(lambda: prepare_dataset(rows[-1], tokenizer)) / count, 1)
     path.unlink()
     return found
 

@@ -12,14 +12,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, config
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
@@ -63,11 +63,12 @@ def read_files(paths: Sequence[Path], streaming: bool = False) -> Dataset | Iter
             raise OptionError(
                 f"dataset {str(path)!r}: {path.suffix} files need `pip install zstandard`. Or unpack it."
             )
-    given = {"paths": list(paths)}
-    features = Features.from_arrow_schema(_schema(paths))
+    given, typed = {"paths": list(paths)}, all(ending(path) == ".parquet" for path in paths)
+    digest = "" if streaming and typed else _digest(paths)
+    features = Features.from_arrow_schema(_schema(paths) if typed else _kept_schema(paths, digest))
     if streaming:
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs=given)
-    return Dataset.from_generator(_rows, features=features, gen_kwargs=given, fingerprint=_digest(paths))
+    return Dataset.from_generator(_rows, features=features, gen_kwargs=given, fingerprint=digest)
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -205,6 +206,20 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
+
+
+def _kept_schema(paths: Sequence[Path], digest: str) -> pa.Schema:
+    """Returns the types of all rows. They are kept beside the cached rows, so that a second start doesn't read them."""
+    kept = Path(config.HF_DATASETS_CACHE) / "dpo_peft_types" / digest
+    with suppress(OSError, pa.ArrowException):
+        return pa.ipc.read_schema(pa.py_buffer(kept.read_bytes()))
+    schema = _schema(paths)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_bytes(schema.serialize())
+        os.replace(part, kept)
+    return schema
 
 
 def _schema(paths: Sequence[Path]) -> pa.Schema:

@@ -19,7 +19,16 @@ from ..config import objective_options
 from ..files import as_list, strict, write_atomically
 from ..model.adapter_source import read_training
 from ..model.loading import is_adapter, storage_report
-from .card import BUNDLED, RunSummary, Sample, adapter_facts, figures_of, framework_versions, save_model_card, shown_name
+from .card import (
+    BUNDLED,
+    RunSummary,
+    Sample,
+    adapter_facts,
+    figures_of,
+    framework_versions,
+    save_model_card,
+    shown_name,
+)
 from .citations import cited
 from .curves import initial_loss, plot_training_curves
 from .recipe import changed_options, lora_options, plain, public, write_recipe
@@ -190,8 +199,8 @@ class SaveResults:
 
     def _changed(self) -> str:
         return (
-            f"{self.trained.base_changed} of the model that was trained differ from {shown_name(self.base_model)}. The "
-            "adapter fits that changed model alone: save it (`save_pretrained`) and load the adapter on it."
+            f"{self.trained.base_changed} of the model that was trained differ from {shown_name(self.base_model)}. "
+            "The adapter fits that changed model alone: save it (`save_pretrained`) and load the adapter on it."
         )
 
     def _datasets(self) -> tuple[list[str], str]:

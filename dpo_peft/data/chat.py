@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .clock import dated_template
+from .clock import CLOCK, template_clock
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
-from .tokenize import Encoded, ids_behind, plain_ids
+from .tokenize import Borders, Encoded, ids_behind, plain_ids
 
 TEMPLATE_REMEDY = (
     "use a chat template that renders the prompt the same way in both, or set what it offers for that in "
@@ -40,15 +40,28 @@ class Chat:
     All methods raise `RowProblem` when the template refuses a conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
-        self.tokenizer, self.example = tokenizer, example
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example, borders: Borders | None = None):
+        self.tokenizer, self.example, self.borders = tokenizer, example, borders
+        # Of a text that was tokenized: its start with the last border, the part before the border, the ids of that part.
+        self.start: tuple[str, str, list[int]] = "", "", []
         # The template's argument that renders a prompt up to where the model starts to write.
         self.opens: dict[str, Any] = {"continue_final_message" if example.continues else "add_generation_prompt": True}
 
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
+        if self.borders is not None and self.borders.tokens:
+            return self._tokenize(self.text(messages, field, **changes))
         options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}, **changes}
         return list(self._render(messages, field, options)["input_ids"])
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a rendered text. What the row's texts have in common is tokenized once."""
+        assert self.borders is not None
+        if not self.start[0] or not text.startswith(self.start[0]):
+            at, border = self.borders.last(text)
+            self.start = text[:at] + border, text[:at], plain_ids(self.tokenizer, text[:at]) if at else []
+        _, before, ids = self.start
+        return ids + plain_ids(self.tokenizer, text[len(before) :])
 
     def text(self, messages: Messages, field: str, **changes: object) -> str:
         """Returns the text of messages, as `ids`."""
@@ -56,7 +69,8 @@ class Chat:
 
     def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
-        given["chat_template"] = dated_template(self.tokenizer, given["tools"])
+        if clock := template_clock(self.tokenizer):
+            given[CLOCK] = clock
         try:
             return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything

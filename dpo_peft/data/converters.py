@@ -129,9 +129,7 @@ def _sharegpt_message(message: object, field: str) -> Message:
         )
     role = SHAREGPT_ROLES.get(speaker := shown(message.get("from"), 40))
     if role is None:
-        raise DataError(
-            f"field {field!r}: unknown speaker {speaker!r}. Use one of {', '.join(SHAREGPT_ROLES)}."
-        )
+        raise DataError(f"field {field!r}: unknown speaker {speaker!r}. Use one of {', '.join(SHAREGPT_ROLES)}.")
     return {"role": role, "content": message["value"]}
 
 

@@ -157,7 +157,7 @@ class RowWorker:
         """Returns the ids of an example, or the reason why there is nothing to learn from it."""
         turns, unit = self.wanted.data == "trajectories", self.wanted.discount_unit
         if turns and example.kind == "chat":
-            encoded: Encoded | str = encode_trajectories(self.tokenizer, example, unit)
+            encoded: Encoded | str = encode_trajectories(self.tokenizer, example, unit, self.encoder.borders)
         else:
             encoded = self.encoder(example)
         if isinstance(encoded, str):
