@@ -55,7 +55,7 @@ def conversation(random_: random.Random, turns: int, agent: bool) -> list[dict[s
 
 def rows_of(turns: int, tokens: int, agent: bool, trajectories: bool = False) -> list[Row]:
     """Returns so many rows that each number of turns has about the same number of tokens."""
-    random_, count = random.Random(turns), max(2, tokens // (30 * (turns + 2)))
+    random_, count = random.Random(turns), max(32 if trajectories else 2, tokens // (30 * (turns + 2)))
     rows = []
     for _ in range(count):
         prompt = conversation(random_, turns, agent)

@@ -209,7 +209,7 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 
 
 def _kept_schema(paths: Sequence[Path], digest: str) -> pa.Schema:
-    """Returns the types of all rows. They are kept beside the cached rows, so that a second start doesn't read them."""
+    """Returns the types of all rows. They are kept beside the cached rows: a second start doesn't read the files."""
     kept = Path(config.HF_DATASETS_CACHE) / "dpo_peft_types" / digest
     with suppress(OSError, pa.ArrowException):
         return pa.ipc.read_schema(pa.py_buffer(kept.read_bytes()))

@@ -13,8 +13,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, config
 
+from dpo_peft import rowfiles
 from dpo_peft.errors import DataError, OptionError
 from dpo_peft.files import read_rows, without_splits
 
@@ -173,6 +174,30 @@ def test_types_are_those_of_all_rows(tmp_path: Path) -> None:
     rows = [{"margin": 1, "tools": None}] * 30_000 + [{"margin": 0.5, "tools": [{"a": "b"}], "late": "x"}]
     read = read_rows(write(tmp_path / "rows.jsonl", rows))
     assert read[0] == {"margin": 1.0, "tools": None, "late": None} and read[30_000] == rows[-1]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_second_start_reads_types_and_rows_from_the_cache(
+    name: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{name} {streaming} {i}", "margin": 0.5 if i else 1.0} for i in range(5)]
+    path, passes, reader = Path(write(tmp_path / name, rows)), list[int](), rowfiles.READERS[Path(name).suffix]
+    monkeypatch.setitem(rowfiles.READERS, path.suffix, lambda path: passes.append(0) or reader(path))
+    assert list(read_rows(str(path), streaming=streaming)) == rows and len(passes) == 2  # types, then rows
+    assert list(read_rows(str(path), streaming=streaming)) == rows and len(passes) == (3 if streaming else 2)
+    (kept,) = (config.HF_DATASETS_CACHE / "dpo_peft_types").glob(f"{rowfiles._digest([path])}*")
+    kept.write_bytes(b"half")
+    assert list(read_rows(str(path), streaming=streaming)) == rows
+    changed = [{**row, "margin": "much"} for row in rows]
+    write(path, changed[:1] if path.suffix != ".csv" else [{**rows[0], "margin": 7.0}])
+    assert next(iter(read_rows(str(path), streaming=streaming)))["margin"] in ("much", 7.0)
+
+
+def test_a_stream_of_parquet_reads_no_more_than_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.parquet", WHOLE)
+    monkeypatch.setattr(rowfiles, "_digest", lambda paths: pytest.fail("reads the whole file"))
+    assert list(read_rows(path, streaming=True)) == WHOLE
 
 
 LINES = [json.dumps(row) for row in WHOLE]

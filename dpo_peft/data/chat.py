@@ -42,7 +42,7 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example, borders: Borders | None = None):
         self.tokenizer, self.example, self.borders = tokenizer, example, borders
-        # Of a text that was tokenized: its start with the last border, the part before the border, the ids of that part.
+        # Of a text that was tokenized: its start up to and with the last border, and without, and the ids of that.
         self.start: tuple[str, str, list[int]] = "", "", []
         # The template's argument that renders a prompt up to where the model starts to write.
         self.opens: dict[str, Any] = {"continue_final_message" if example.continues else "add_generation_prompt": True}

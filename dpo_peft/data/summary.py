@@ -56,7 +56,8 @@ def explain(reason: str) -> str:
 
 # What is added up over the rows under the name that a row's record has for it.
 ADDED = (
-    "completions ends_lost foreign_turns unended swapped ties desirable undesirable spelled prompt_tokens completion_tokens"
+    "completions ends_lost foreign_turns unended spelled swapped ties desirable undesirable prompt_tokens "
+    "completion_tokens"
 ).split()
 
 

@@ -173,8 +173,8 @@ def _published_config(config: Mapping[str, Any], old: str, upload: Upload) -> di
     records = dict(config.get("auto_mapping") or {})
     if changed := (records.get(TRAINING_RECORD) or {}).get("base_changed"):
         upload.notes.append(
-            f"its base was changed before the training ({changed} differ from {base}): on {base} itself the adapter is "
-            "another model. Publish the changed base too, and give it as base_model"
+            f"the base was changed before the training ({changed} differ from its files): on {base} itself the "
+            "adapter is another model. Publish the changed base too, and give it as base_model"
         )
     if isinstance(reference := records.get(REFERENCE_RECORD), Mapping):
         reference = {**reference, "base": base}
