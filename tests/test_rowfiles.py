@@ -9,7 +9,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -131,16 +130,23 @@ def test_several_names_are_read_one_after_the_other(tmp_path: Path) -> None:
         read_rows([str(tmp_path / "saved"), str(tmp_path / "other")])
 
 
-def test_zst_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Path(write(tmp_path / "rows.jsonl", WHOLE)).read_bytes()
-    path = tmp_path / "rows.jsonl.zst"
-    path.write_bytes(gzip.compress(plain))  # stands for what the package would unpack
-    for name in ("zst", "zstd"):
-        monkeypatch.delitem(fsspec.utils.compressions, name, raising=False)
-    with pytest.raises(OptionError, match=r"\.zst files need `pip install zstandard`"):
-        read_rows(str(path))
-    monkeypatch.setitem(fsspec.utils.compressions, "zst", "gzip")
-    assert read_rows(str(path)).to_list() == WHOLE
+@pytest.mark.parametrize("streaming", [False, True])
+def test_zst_files(streaming: bool, tmp_path: Path) -> None:
+    """One frame or several, as parallel packers write them; half of one is no end of the rows."""
+    rows = [{"prompt": f"q{i} é", "chosen": " a", "rejected": " b"} for i in range(3_000)]
+    plain = Path(write(tmp_path / "rows.jsonl", rows)).read_bytes()
+    cut = plain.index(b"\n", len(plain) // 2) - 5
+    codec, path = pa.Codec("zstd"), tmp_path / "packed.jsonl.zst"
+    for frames in ([plain], [plain[:cut], plain[cut:]], [plain[:cut], b"", plain[cut:]]):
+        path.write_bytes(b"".join(codec.compress(frame, asbytes=True) for frame in frames))
+        assert list(read_rows(str(path), streaming=streaming)) == rows
+    whole = path.read_bytes()
+    for content in (whole[:-9], whole[: len(whole) // 2], whole[:3], b"no zstd at all"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"packed.jsonl.zst can't be read after line \d+: .+ Remedy: "):
+            list(read_rows(str(path), streaming=streaming))
+    (tmp_path / "t.csv.zst").write_bytes(codec.compress(b"prompt,chosen\n007,NA\n", asbytes=True))
+    assert list(read_rows(str(tmp_path / "t.csv.zst"), streaming=streaming)) == [{"prompt": "007", "chosen": "NA"}]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])

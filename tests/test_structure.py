@@ -35,25 +35,25 @@ BUDGETS = {
     "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 2985,
+    "data": 3140,
     "forward": 1225,
     "reference": 1490,
-    "model": 1325,
-    "training": 2165,
+    "model": 1330,
+    "training": 2180,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1130,
+    "artifacts": 1145,
     "reward": 870,
-    "merge": 605,
-    "hub": 830,
+    "merge": 615,
+    "hub": 840,
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,
     "cli": 1485,
-    "rowfiles": 260,
+    "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 23_780
+MAX_PACKAGE_LINES = 24_000
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trainer_helpers import lora, ours, text_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_peft import quickstart
 from dpo_peft.errors import DriftError, OptionError
@@ -445,3 +445,10 @@ def test_greedy_texts_are_those_of_the_adapter(reviews, tmp_path, dtype: str) ->
     assert changed >= 2  # the base writes other texts
     assert report.drift.mean_token < (1e-5 if dtype == "float32" else 5e-3)
     assert report.drift.accuracy_adapter == report.drift.accuracy_merged
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "mistral3", "llava", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ties_are_read_from_either_config(family: str, tied: bool) -> None:
+    """A text config may have no such option at all."""
+    assert merge_weights.is_tied(CONFIG_MAPPING[family](tie_word_embeddings=tied)) is tied
