@@ -82,8 +82,8 @@ def load_base(
         if quantized := re.search(r"quantized with (\w+) but you are passing a BitsAndBytesConfig", str(error)):
             out = "" if quantization_config is None else "leave quantization_config out and "
             raise OptionError(
-                f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. It is then taken "
-                "as it is."
+                f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. Then it is "
+                "taken as it is."
             ) from error
         if "Unrecognized configuration class" in str(error):  # followed by a list of all classes
             raise OptionError(

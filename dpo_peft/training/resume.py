@@ -156,8 +156,8 @@ class RunState:
             )
         if changed:
             remedy = (
-                " The rows were made before the checkpoint was known. Give it as DPOConfig(resume_from_checkpoint=...),"
-                " and its date is used again."
+                " The rows were made before the checkpoint was known: give it as "
+                "DPOConfig(resume_from_checkpoint=...), and its date is used again."
                 if DATE in changed
                 else ""
             )
