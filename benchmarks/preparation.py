@@ -123,6 +123,7 @@ def main() -> None:
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "versions": framework_versions()}
+    results |= {"tokenizer": Path(args.tokenizer).name, "tokens": args.tokens, "repeats": args.repeats}
     kinds = {"chats": (TURNS, False, "pairs"), "agents": (TURNS, True, "pairs")}
     kinds["trajectories"] = (TRAJECTORY_TURNS, True, "trajectories")
     for kind, (numbers, agent, data) in kinds.items():
