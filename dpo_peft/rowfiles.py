@@ -8,21 +8,21 @@ are yielded here, and `Dataset.from_generator` keeps them in its cache under a d
 import csv
 import glob
 import hashlib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, config
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import infer_compression
 
 from .errors import DataError, OptionError
 
@@ -60,15 +60,12 @@ def read_files(paths: Sequence[Path], streaming: bool = False) -> Dataset | Iter
     for path in paths:
         if ending(path) not in READERS:
             raise OptionError(f"dataset {str(path)!r}: use one of {', '.join(READERS)}.")
-        if path.suffix in COMPRESSED and infer_compression(str(path)) is None:  # as for .zst without its package
-            raise OptionError(
-                f"dataset {str(path)!r}: {path.suffix} files need `pip install zstandard`. Or unpack it."
-            )
-    given = {"paths": list(paths)}
-    features = Features.from_arrow_schema(_schema(paths))
+    given, typed = {"paths": list(paths)}, all(ending(path) == ".parquet" for path in paths)
+    digest = "" if streaming and typed else _digest(paths)
+    features = Features.from_arrow_schema(_schema(paths) if typed else _kept_schema(paths, digest))
     if streaming:
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs=given)
-    return Dataset.from_generator(_rows, features=features, gen_kwargs=given, fingerprint=_digest(paths))
+    return Dataset.from_generator(_rows, features=features, gen_kwargs=given, fingerprint=digest)
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -93,11 +90,17 @@ def _problem(path: Path, where: str, problem: object, remedy: str) -> DataError:
     return DataError(f"{path}, {where}: {problem}. Remedy: {remedy}.")
 
 
+def _open_text(path: Path) -> AbstractContextManager[BinaryIO]:
+    if path.suffix == ".zst":  # fsspec needs a package for it, and reads neither lines nor a second frame
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+    return OpenFile(LocalFileSystem(), str(path), "rb", compression="infer")
+
+
 def _lines(path: Path) -> Iterator[str]:
     """Yields the lines of a text file in UTF-8, with their ends."""
     number = 1
     try:
-        with OpenFile(LocalFileSystem(), str(path), "rb", compression="infer") as file:
+        with _open_text(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
                 if len(line) == LONGEST_LINE:
                     problem = f"has more than {LONGEST_LINE:,} bytes"
@@ -211,6 +214,20 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
 
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
+
+
+def _kept_schema(paths: Sequence[Path], digest: str) -> pa.Schema:
+    """Returns the types of all rows. They are kept beside the cached rows: a second start doesn't read the files."""
+    kept = Path(config.HF_DATASETS_CACHE) / "dpo_peft_types" / digest
+    with suppress(OSError, pa.ArrowException):
+        return pa.ipc.read_schema(pa.py_buffer(kept.read_bytes()))
+    schema = _schema(paths)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_bytes(schema.serialize())
+        os.replace(part, kept)
+    return schema
 
 
 def _schema(paths: Sequence[Path]) -> pa.Schema:

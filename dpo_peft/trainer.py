@@ -120,7 +120,7 @@ class DPOTrainer(Trainer):
         self.model.add_model_tags(self._tag_names)
         self.policy_adapter = self.model.active_adapters[0]
         copy_from_first(self.model.parameters())
-        check_same("train_dataset", self.prepare.digest)
+        check_same("train_dataset", self.prepare.told_by)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
         self.reference = ReferencePolicy(
@@ -261,7 +261,7 @@ class DPOTrainer(Trainer):
     def trajectory(self) -> dict[str, Any]:
         """Returns options, the adapter's shape and the rows: what a resumed run should share with the interrupted."""
         adapter = self.model.peft_config[self.policy_adapter]
-        return trajectory(self.args, adapter, self.prepare.digest, self.reference.base_fingerprint)
+        return trajectory(self.args, adapter, self.prepare.told_by, self.reference.base_fingerprint)
 
     @property
     def warnings_raised(self) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, config
 
+from dpo_peft import rowfiles
 from dpo_peft.errors import DataError, OptionError
 from dpo_peft.files import read_rows, without_splits
 
@@ -130,16 +130,23 @@ def test_several_names_are_read_one_after_the_other(tmp_path: Path) -> None:
         read_rows([str(tmp_path / "saved"), str(tmp_path / "other")])
 
 
-def test_zst_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Path(write(tmp_path / "rows.jsonl", WHOLE)).read_bytes()
-    path = tmp_path / "rows.jsonl.zst"
-    path.write_bytes(gzip.compress(plain))  # stands for what the package would unpack
-    for name in ("zst", "zstd"):
-        monkeypatch.delitem(fsspec.utils.compressions, name, raising=False)
-    with pytest.raises(OptionError, match=r"\.zst files need `pip install zstandard`"):
-        read_rows(str(path))
-    monkeypatch.setitem(fsspec.utils.compressions, "zst", "gzip")
-    assert read_rows(str(path)).to_list() == WHOLE
+@pytest.mark.parametrize("streaming", [False, True])
+def test_zst_files(streaming: bool, tmp_path: Path) -> None:
+    """One frame or several, as parallel packers write them; half of one is no end of the rows."""
+    rows = [{"prompt": f"q{i} é", "chosen": " a", "rejected": " b"} for i in range(3_000)]
+    plain = Path(write(tmp_path / "rows.jsonl", rows)).read_bytes()
+    cut = plain.index(b"\n", len(plain) // 2) - 5
+    codec, path = pa.Codec("zstd"), tmp_path / "packed.jsonl.zst"
+    for frames in ([plain], [plain[:cut], plain[cut:]], [plain[:cut], b"", plain[cut:]]):
+        path.write_bytes(b"".join(codec.compress(frame, asbytes=True) for frame in frames))
+        assert list(read_rows(str(path), streaming=streaming)) == rows
+    whole = path.read_bytes()
+    for content in (whole[:-9], whole[: len(whole) // 2], whole[:3], b"no zstd at all"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"packed.jsonl.zst can't be read after line \d+: .+ Remedy: "):
+            list(read_rows(str(path), streaming=streaming))
+    (tmp_path / "t.csv.zst").write_bytes(codec.compress(b"prompt,chosen\n007,NA\n", asbytes=True))
+    assert list(read_rows(str(tmp_path / "t.csv.zst"), streaming=streaming)) == [{"prompt": "007", "chosen": "NA"}]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
@@ -173,6 +180,30 @@ def test_types_are_those_of_all_rows(tmp_path: Path) -> None:
     rows = [{"margin": 1, "tools": None}] * 30_000 + [{"margin": 0.5, "tools": [{"a": "b"}], "late": "x"}]
     read = read_rows(write(tmp_path / "rows.jsonl", rows))
     assert read[0] == {"margin": 1.0, "tools": None, "late": None} and read[30_000] == rows[-1]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_second_start_reads_types_and_rows_from_the_cache(
+    name: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{name} {streaming} {i}", "margin": 0.5 if i else 1.0} for i in range(5)]
+    path, passes, reader = Path(write(tmp_path / name, rows)), list[int](), rowfiles.READERS[Path(name).suffix]
+    monkeypatch.setitem(rowfiles.READERS, path.suffix, lambda path: passes.append(0) or reader(path))
+    assert list(read_rows(str(path), streaming=streaming)) == rows and len(passes) == 2  # types, then rows
+    assert list(read_rows(str(path), streaming=streaming)) == rows and len(passes) == (3 if streaming else 2)
+    (kept,) = (config.HF_DATASETS_CACHE / "dpo_peft_types").glob(f"{rowfiles._digest([path])}*")
+    kept.write_bytes(b"half")
+    assert list(read_rows(str(path), streaming=streaming)) == rows
+    changed = [{**row, "margin": "much"} for row in rows]
+    write(path, changed[:1] if path.suffix != ".csv" else [{**rows[0], "margin": 7.0}])
+    assert next(iter(read_rows(str(path), streaming=streaming)))["margin"] in ("much", 7.0)
+
+
+def test_a_stream_of_parquet_reads_no_more_than_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "rows.parquet", WHOLE)
+    monkeypatch.setattr(rowfiles, "_digest", lambda paths: pytest.fail("reads the whole file"))
+    assert list(read_rows(path, streaming=True)) == WHOLE
 
 
 LINES = [json.dumps(row) for row in WHOLE]

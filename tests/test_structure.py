@@ -35,25 +35,25 @@ BUDGETS = {
     "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 3100,
+    "data": 3245,
     "forward": 1390,
     "reference": 1550,
-    "model": 1400,
-    "training": 2285,
+    "model": 1410,
+    "training": 2295,
     "evaluation": 700,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1135,
+    "artifacts": 1150,
     "reward": 910,
-    "merge": 615,
-    "hub": 910,
+    "merge": 620,
+    "hub": 915,
     "pairs": 1160,
     "report": 1100,
     "quickstart": 460,
     "cli": 1500,
-    "rowfiles": 260,
+    "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 24_600
+MAX_PACKAGE_LINES = 24_800
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

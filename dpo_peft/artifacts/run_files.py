@@ -19,7 +19,16 @@ from ..config import objective_options
 from ..files import as_list, strict, write_atomically
 from ..model.loading import is_adapter, storage_report
 from ..model.training_record import read_training
-from .card import BUNDLED, RunSummary, Sample, adapter_facts, figures_of, framework_versions, save_model_card
+from .card import (
+    BUNDLED,
+    RunSummary,
+    Sample,
+    adapter_facts,
+    figures_of,
+    framework_versions,
+    save_model_card,
+    shown_name,
+)
 from .citations import cited
 from .curves import initial_loss, plot_training_curves
 from .recipe import changed_options, lora_options, plain, public, write_recipe
@@ -173,6 +182,7 @@ class SaveResults:
             lora=facts["adapter"],
             hyperparameters=shown,
             facts={
+                **({"Not the base as published": self._changed()} if trained.base_changed else {}),
                 **{f"Rows ({name})": f"{r.kept_rows} of {r.source_rows}" for name, r in trainer.data_reports.items()},
                 **({"License of the data": license_of_data} if license_of_data else {}),
                 **_time_spent(facts),
@@ -185,6 +195,12 @@ class SaveResults:
             title=self.title,
             tags=self.tags,
             **figures_of(self.log_history),
+        )
+
+    def _changed(self) -> str:
+        return (
+            f"{self.trained.base_changed} of the model that was trained differ from {shown_name(self.base_model)}. "
+            "The adapter fits that changed model alone: save it (`save_pretrained`) and load the adapter on it."
         )
 
     def _datasets(self) -> tuple[list[str], str]:

@@ -5,6 +5,7 @@ continued (TRL opens a second assistant turn there); each completion is what fol
 template ends the completion; no end token is added.
 """
 
+import json
 import re
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .clock import dated_template
+from .clock import CLOCK, template_clock
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
 from .limits import TEMPLATE_SECONDS, limited_time
-from .tokenize import Encoded, ids_behind, plain_ids
+from .tokenize import Borders, Encoded, ids_behind, plain_ids
 
 TEMPLATE_REMEDY = (
     "use a chat template that renders the prompt the same way in both, or set what it offers for that in "
@@ -25,6 +26,9 @@ TEMPLATE_REMEDY = (
 Show = Callable[..., str]  # messages to the text that a template makes of them
 MARK = re.compile(r"\(mark \d+\)")
 END = "(mark end)"
+UNENDED = "no end"  # of a turn that the template doesn't end
+Kind = tuple[str, ...]  # see `turn_kind`
+Place = tuple[str, str, tuple[Kind | None, ...], frozenset[Kind], frozenset[Kind]]
 # The keys under which a message holds what the model is to write.
 WRITTEN = ("content", "reasoning_content", "reasoning", "thinking")
 # A block that the generation prompt opens at its end, for the model to fill and close.
@@ -37,15 +41,28 @@ class Chat:
     All methods raise `RowProblem` when the template refuses a conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example):
-        self.tokenizer, self.example = tokenizer, example
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example, borders: Borders | None = None):
+        self.tokenizer, self.example, self.borders = tokenizer, example, borders
+        # Of a text that was tokenized: its start up to and with the last border, and without, and the ids of that.
+        self.start: tuple[str, str, list[int]] = "", "", []
         # The template's argument that renders a prompt up to where the model starts to write.
         self.opens: dict[str, Any] = {"continue_final_message" if example.continues else "add_generation_prompt": True}
 
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
+        if self.borders is not None and self.borders.tokens:
+            return self._tokenize(self.text(messages, field, **changes))
         options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}, **changes}
         return list(self._render(messages, field, options)["input_ids"])
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a rendered text. What the row's texts have in common is tokenized once."""
+        assert self.borders is not None
+        if not self.start[0] or not text.startswith(self.start[0]):
+            at, border = self.borders.last(text)
+            self.start = text[:at] + border, text[:at], plain_ids(self.tokenizer, text[:at]) if at else []
+        _, before, ids = self.start
+        return ids + plain_ids(self.tokenizer, text[len(before) :])
 
     def text(self, messages: Messages, field: str, **changes: object) -> str:
         """Returns the text of messages, as `ids`."""
@@ -53,7 +70,8 @@ class Chat:
 
     def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
-        given["chat_template"] = dated_template(self.tokenizer, given["tools"])
+        if clock := template_clock(self.tokenizer):
+            given[CLOCK] = clock
         try:
             with limited_time(TEMPLATE_SECONDS):
                 return self.tokenizer.apply_chat_template(messages, **given)
@@ -144,8 +162,28 @@ class Chat:
 
     # ---- What a template leaves out ---------------------------------------------------------------------------------
 
-    def check(self) -> "LeftOut":
-        """Says what the template leaves out of this row, and how many completions it does not end.
+    def places(self) -> list[list["Place"]]:
+        """Returns where each turn that `check` tries stands, by part: what decides how a template takes it.
+
+        That is, besides the texts: the row's arguments, the turn's own kind and those of its neighbours, which kinds
+        come before and after, and roughly how long the conversation is.
+        """
+        kinds: dict[int, Kind] = {}
+        row = json.dumps([bool(self.example.tools), self.example.template_kwargs, self.example.continues], default=str)
+        found = []
+        for number, part in enumerate(self._parts()):
+            for message in part.messages:
+                if id(message) not in kinds:
+                    kinds[id(message)] = turn_kind(message)
+            turns = [kinds[id(message)] for message in part.messages]
+            around, size = [None, *turns, None], f"{bool(number)} {len(turns).bit_length()}"
+            before, after = _kinds_before(turns), _kinds_before(turns[::-1])[::-1]
+            each = range(part.start, len(turns))
+            found.append([(row, size, tuple(around[at : at + 3]), before[at], after[at]) for at in each])
+        return found
+
+    def check(self) -> list[list[set[str]]]:
+        """Says what the template leaves out of each turn of `places`, as "role.key"; `UNENDED` if it doesn't end it.
 
         Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
         Trajectories may have no prompt, and any of their turns may be the user's.
@@ -153,29 +191,35 @@ class Chat:
         Raises:
             RowProblem: it leaves out tools, tool calls, a turn, or text of the model's in a completion.
         """
-        prompt = self.example.prompt
-        wholes = [(partial(self.whole_text, field=name), self.whole(i)) for i, name in enumerate(self.example.fields)]
-        opens = bool(prompt) and prompt[-1]["role"] != "assistant" or self.example.continues
-        show, shared = (partial(self.text, field="prompt", **self.opens), prompt) if opens else wholes[0]
+        parts = self._parts()
+        show, shared = parts[0].show, parts[0].messages
         if self.example.tools and show(shared) == show(shared, tools=None):
             raise RowProblem(
                 "tools",
                 "the chat template leaves the tools out",
                 "use a template that renders tools, or remove the column: dataset.remove_columns('tools')",
             )
-        keys = self._left_out(show, prompt, 0, 0, len(prompt)) if opens else set()
+        return [self._left_out(part) for part in parts]
+
+    def _parts(self) -> list["_Part"]:
+        """Returns the prompt, if there is one that opens the model's turn, and each whole conversation behind it."""
+        prompt, fields = self.example.prompt, self.example.fields
+        opens = bool(prompt) and prompt[-1]["role"] != "assistant" or self.example.continues
         start = len(prompt) - self.example.continues if opens else 0
-        for index, (show, whole) in enumerate(wholes):
-            keys |= self._left_out(show, whole, index, start, start)
-        return LeftOut(", ".join(sorted(keys)), sum(_goes_on(show, whole) for show, whole in wholes))
+        shows = [partial(self.whole_text, field=name) for name in fields]
+        wholes = [_Part(show, self.whole(index), index, start, start) for index, show in enumerate(shows)]
+        shown = partial(self.text, field="prompt", **self.opens)
+        return [_Part(shown, prompt, 0, 0, len(prompt)), *wholes] if opens else wholes
 
-    def _left_out(self, show: Show, messages: Messages, index: int, start: int, completion: int) -> set[str]:
-        """Returns which keys of the messages from `start` on are not shown, e.g. "tool.name".
+    def _left_out(self, part: "_Part") -> list[set[str]]:
+        """Returns which keys of each message from the part's start on are not shown, e.g. "tool.name".
 
-        What the row can't do without raises `RowProblem`: turns of others, tool calls, and from the turn `completion`
-        on what the model is to write. Without a prompt, earlier turns that are shortened are for the split to find.
+        What the row can't do without raises `RowProblem`: turns of others, tool calls, and in the completion what the
+        model is to write. Without a prompt, earlier turns that are shortened are for the split to find.
         """
-        shown, found, last = show(messages), set[str](), len(messages) - 1
+        show, messages, index, start, completion = part
+        shown, last = show(messages), len(messages) - 1
+        found = [set[str]() for _ in messages[start:]]
         for key in dict.fromkeys(key for message in messages[start:] for key in message):
             probes = {at: probe for at in range(start, len(messages)) if (probe := _probe(messages[at], key, at))}
             for at in _hidden(show, messages, shown, probes):
@@ -187,21 +231,26 @@ class Chat:
                     what = f"{key!r} of the assistant's turn, or its start," if key == "content" else repr(key)
                     remedy = f"put the text into 'content' as the model writes it, or remove {key!r} from the messages"
                 else:
-                    found.add(f"{role}.{key}")
+                    found[at - start].add(f"{role}.{key}")
                     continue
                 raise RowProblem(
                     self.turn_field(index, at),
                     f"the chat template leaves {what} out",
                     f"use a chat template that renders it, or {remedy}",
                 )
+        if completion < len(messages) and _goes_on(show, messages):
+            found[-1].add(UNENDED)
         return found
 
 
-class LeftOut(NamedTuple):
-    """The keys of messages that a template leaves out, "role.key" each, and the completions that it does not end."""
+class _Part(NamedTuple):
+    """A conversation of a row, how it is shown, and from which turn on it is looked at and is a completion."""
 
-    keys: str = ""
-    unended: int = 0
+    show: Show
+    messages: Messages
+    place: int
+    start: int
+    completion: int
 
 
 class _Probe(NamedTuple):
@@ -271,7 +320,15 @@ def _goes_on(show: Show, messages: Messages) -> bool:
     return shown.rstrip().lower().endswith(END)
 
 
-def turn_kind(message: Message) -> tuple[str, ...]:
+def _kinds_before(turns: list[Kind]) -> list[frozenset[Kind]]:
+    """Returns for each turn which kinds stand before it."""
+    found = [frozenset[Kind]()]
+    for kind in turns[:-1]:
+        found.append(found[-1] if kind in found[-1] else found[-1] | {kind})
+    return found
+
+
+def turn_kind(message: Message) -> Kind:
     """Returns what decides how a template takes a message, besides the texts: its role and its filled fields."""
     thought = ("</think>",) if "</think>" in content_text(message) else ()
     return (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError
-from .fields import Row
+from .fields import Row, shown
 from .formats import ASSISTANT, HUMAN
 
 Message = dict[str, str]
@@ -39,12 +39,17 @@ def from_alpaca(row: Row) -> dict[str, list[Any]]:
     These are texts: `chosen` and `rejected`, or a list in `output` from the best to the worst, which becomes
     `completions` and `ranks`.
     """
-    prompt: list[Message] = []
+    prompt, instruction = list[Message](), _instruction(row)
     if row.get("system"):
         prompt.append({"role": "system", "content": _text(row, "system")})
-    for question, answer in row.get("history") or []:
-        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    prompt.append({"role": "user", "content": _instruction(row)})
+    for turn in _get(row, "history", list) if row.get("history") else []:
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise DataError(
+                f"{_where(row)}, field 'history': expected [question, answer], two texts, found {shown(turn, 40)}. "
+                "Repair the row or filter it out."
+            )
+        prompt += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
+    prompt.append({"role": "user", "content": instruction})
     if isinstance(row.get("output"), list) and "chosen" not in row:
         return {"prompt": prompt, **_ranked([_get({"output": text}, "output", str) for text in row["output"]])}
     return {"prompt": prompt, "chosen": _reply(_text(row, "chosen")), "rejected": _reply(_text(row, "rejected"))}
@@ -73,7 +78,7 @@ def from_pandalm(row: Row) -> dict[str, list[Message]]:
 
 def from_tulu(row: Row) -> dict[str, Any]:
     """Converts `prompt`, `completion_a`, `completion_b` and `preference` in words: `chosen` is a."""
-    preference = TULU_PREFERENCES.get(row.get("preference") or "")
+    preference = TULU_PREFERENCES.get(_text(row, "preference"))
     if preference is None:
         raise DataError(
             f"{_where(row)}, field 'preference': {row.get('preference')!r} is none of {', '.join(TULU_PREFERENCES)}. "
@@ -98,8 +103,8 @@ def from_oasst_tree(row: Row) -> list[dict[str, list[Any]]]:
         if role is None:
             raise DataError(f"{_where(row)}: unknown role {message['role']!r}. Use one of {', '.join(OASST_ROLES)}.")
         path = [*path, {"role": role, "content": _text(message, "text")}]
-        replies = message.get("replies") or []
-        ranked = [reply for reply in replies if role == "user" and reply.get("rank") is not None]
+        replies = _get(message, "replies", list) if message.get("replies") else []
+        ranked = [reply for reply in replies if role == "user" and _row(reply).get("rank") is not None]
         if len(ranked) > 1:
             texts, ranks = [_text(one, "text") for one in ranked], [_get(one, "rank", int) for one in ranked]
             rows.append({"prompt": path, **_ranked(texts, ranks)})
@@ -120,13 +125,11 @@ def _pandalm_votes(row: Row) -> int:
 def _sharegpt_message(message: object, field: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("value"), str):
         raise DataError(
-            f"field {field!r}: expected a dict with from and value, found {str(message)[:60]}. Repair the row."
+            f"field {field!r}: expected a dict with from and value, found {shown(message, 60)}. Repair the row."
         )
-    role = SHAREGPT_ROLES.get(str(message.get("from")))
+    role = SHAREGPT_ROLES.get(speaker := shown(message.get("from"), 40))
     if role is None:
-        raise DataError(
-            f"field {field!r}: unknown speaker {message.get('from')!r}. Use one of {', '.join(SHAREGPT_ROLES)}."
-        )
+        raise DataError(f"field {field!r}: unknown speaker {speaker!r}. Use one of {', '.join(SHAREGPT_ROLES)}.")
     return {"role": role, "content": message["value"]}
 
 
@@ -158,15 +161,21 @@ def _text(row: Row, field: str) -> str:
 
 
 def _get(row: Row, field: str, kind: type) -> Any:
-    value = row.get(field)
+    value = _row(row).get(field)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise DataError(
             f"{_where(row)}, field {field!r}: expected {kind.__name__}, found {type(value).__name__} "
-            f"({str(value)[:40]}). Repair the row or filter it out."
+            f"({shown(value, 40)}). Repair the row or filter it out."
         )
     return value
 
 
+def _row(row: Row) -> Row:
+    if not isinstance(row, Mapping):
+        raise DataError(f"expected a row (a dict), found {type(row).__name__} ({shown(row, 40)}). Filter it out.")
+    return row
+
+
 def _where(row: Row) -> str:
     names = [name for name in ("idx", "id", "message_tree_id") if name in row]
-    return f"row with {names[0]} {row[names[0]]}" if names else "row"
+    return f"row with {names[0]} {shown(row[names[0]], 40)}" if names else "row"

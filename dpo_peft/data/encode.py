@@ -7,7 +7,7 @@ from .chat import Chat
 from .fields import RowProblem, read_text
 from .formats import Example
 from .summary import explain
-from .tokenize import PAIR, Encoded, check_tokenizer, encode_text, leading_ids, text_prompt_ids
+from .tokenize import PAIR, Borders, Encoded, check_tokenizer, encode_text, leading_ids, text_prompt_ids
 from .truncate import check_truncation, fit
 
 IGNORE = -100  # label of positions that carry no loss
@@ -32,13 +32,13 @@ class Encoder:
                 f"{name}: the rows are conversations, but the tokenizer has no chat template. Set "
                 "tokenizer.chat_template, take an instruction-tuned model's tokenizer, or give the rows as text."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.borders = tokenizer, Borders(tokenizer)
         self.leading = leading_ids(tokenizer) if kind == "text" else []
 
     def prompt(self, example: Example) -> list[int]:
         """Returns the ids up to where the model begins to write. Raises `RowProblem` when there are none."""
         if example.kind == "chat":
-            return Chat(self.tokenizer, example).prompt_ids()
+            return Chat(self.tokenizer, example, self.borders).prompt_ids()
         if example.kind == "text":
             return text_prompt_ids(self.tokenizer, example.prompt, self.leading)
         ids: list[int] = example.prompt
@@ -51,7 +51,7 @@ class Encoder:
             RowProblem: the template refuses the row, or the prompt's ids are not the start of the whole.
         """
         if example.kind == "chat":
-            return Chat(self.tokenizer, example).encode()
+            return Chat(self.tokenizer, example, self.borders).encode()
         if example.kind == "text":
             return encode_text(self.tokenizer, example, self.leading)
         return Encoded(example.prompt, example.completions)

@@ -154,7 +154,7 @@ def _read_message(message: object, where: str) -> Message:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RowProblem(
                 where,
-                f"'content' holds a part that is not text: {str(part)[:60]}",
+                f"'content' holds a part that is not text: {shown(part, 60)}",
                 'use text, or [{"type": "text", "text": …}]; images are not supported',
             )
         _check_utf8(part["text"], where)
@@ -243,4 +243,12 @@ def _name(value: object) -> str:
         return "nothing (None)"
     if isinstance(value, bool):
         return f"a boolean ({value})"
-    return f"{type(value).__name__} ({str(value)[:40]})"
+    return f"{type(value).__name__} ({shown(value, 40)})"
+
+
+def shown(value: object, length: int) -> str:
+    """Returns the start of a value's text, for messages."""
+    try:
+        return str(value)[:length]
+    except Exception:  # numbers of thousands of digits, objects of any class, deep nesting
+        return "not printable"

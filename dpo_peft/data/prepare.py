@@ -31,7 +31,7 @@ from .unread import SAMPLED, check_unread
 from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PROBLEMS_NAMED = 3
 STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
 
@@ -115,6 +115,7 @@ def prepare_dataset(
             summary.add(record)
     summary.check()
     summary.check_share(max_share)
+    summary.warn()
     prepared = records.select_columns(worker.prepared_columns)
     return prepared.select(_rows_where(records, "drop", empty=True)) if summary.dropped else prepared, summary
 

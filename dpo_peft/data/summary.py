@@ -49,6 +49,7 @@ REASONS = {
 EMPTY_COMPLETION, IDENTICAL, IDENTICAL_AFTER, PROMPT_TOO_LONG, COMPLETION_TOO_LONG, *_others = REASONS
 TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, NOTHING_SCORED = _others
 ROWS_NAMED = 5
+NOTABLE = 0.01  # share of rows
 
 
 def explain(reason: str) -> str:
@@ -59,7 +60,8 @@ def explain(reason: str) -> str:
 
 # What is added up over the rows under the name that a row's record has for it.
 ADDED = (
-    "completions ends_lost foreign_turns unended swapped ties desirable undesirable prompt_tokens completion_tokens"
+    "completions ends_lost foreign_turns unended spelled swapped ties desirable undesirable prompt_tokens "
+    "completion_tokens"
 ).split()
 
 
@@ -91,6 +93,7 @@ class DataSummary:
     undesirable: int = 0
     foreign_turns: int = 0  # completions that hold user or tool turns, whose tokens are scored like the rest
     unended: int = 0  # completions with nothing behind their text for the model to stop with
+    spelled: int = 0  # rows whose text spells special tokens, which act as tokens (messages, completions of text)
     left_out: dict[str, int] = field(default_factory=dict)  # key of messages that the template leaves out -> rows
     prompt_tokens: int = 0  # each prompt once
     completion_tokens: int = 0
@@ -117,6 +120,16 @@ class DataSummary:
             raise DataError(
                 f"{self.name}: {self.kept_rows} kept + {self.dropped_total} dropped rows are not the "
                 f"{self.source_rows} source rows. This is a defect of the pipeline, please report it."
+            )
+
+    def warn(self) -> None:
+        """Warns of what is kept and notable, once all rows are counted."""
+        if self.spelled > NOTABLE * self.kept_rows:
+            logger.warning(
+                "%s: %d of %d rows spell special tokens of the tokenizer in their text (such as its end token). Each "
+                "acts as a token there: it may end a turn or open another. Take them out of the texts if that is not "
+                "meant.",
+                *(self.name, self.spelled, self.kept_rows),
             )
 
     def check_share(self, max_share: float | None) -> None:
@@ -220,6 +233,7 @@ class DataSummary:
             (self.boundary_resplits, "completions tokenized apart from the prompt (merge at the border)"),
             (self.foreign_turns, "completions hold user or tool turns; their tokens are scored too"),
             (self.unended, "completions end without an end token: the chat template puts none behind the turn"),
+            (self.spelled, "rows spell special tokens of the tokenizer in their text; each acts as a token there"),
             (self.swapped, "rows swapped: preference below 0.5"),
             (self.ties, "ties: preference 0.5"),
         )

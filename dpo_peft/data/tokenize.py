@@ -20,6 +20,7 @@ from .summary import EMPTY_COMPLETION
 # Leading characters that keep a tokenizer from adding a blank before a text that continues another one.
 ANCHORS = ("", "\n", "a")
 PAIR = ("chosen", "rejected")
+NEAR_END = 200  # characters in which the last border of a text is looked for
 TEXT_REMEDY = "end the prompt, or begin the completions, with a blank or a line break"
 
 
@@ -53,6 +54,48 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of `text` without the tokenizer's special tokens, never truncated."""
     encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
     return list(encoded["input_ids"])
+
+
+class Borders:
+    """The special tokens in front of which a text can be cut: the ids of both parts are those of the whole.
+
+    So what a prompt and the conversations behind it have in common is tokenized once. A tokenizer of the tokenizers
+    library cuts texts there itself, before anything else; others have no borders.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.sure = tokenizer, dict[str, bool]()
+        rendered = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        cuts = tokenizer.is_fast and rendered and not getattr(tokenizer, "split_special_tokens", False)
+        self.added = list(tokenizer.added_tokens_decoder.values()) if cuts else []
+        plain = (token for token in self.added if token.special and not token.normalized)
+        self.tokens = [token.content for token in plain if not (token.lstrip or token.single_word)]
+
+    def last(self, text: str) -> tuple[int, str]:
+        """Returns where the last border near the end of a text is, and its token; (0, "") if there is none."""
+        near = max(0, len(text) - NEAR_END)
+        at, token = max(((text.rfind(token, near), token) for token in self.tokens), default=(0, ""))
+        if at > 0 and token not in self.sure:
+            self.sure[token] = self._is_border(token)
+        return (at, token) if at > 0 and self.sure[token] else (0, "")
+
+    def _is_border(self, token: str) -> bool:
+        """Says whether no other token reaches into this one, and ids are the same on a text with all kinds of ends."""
+        starts = [token[:size] for size in range(1, len(token))]
+        others = [other.content for other in self.added if other.content != token]
+        if any(token in other[1:] or other.endswith(start) for other in others for start in starts):
+            return False
+        texts = (f"{before}{token}{after}" for before in ("a", " a\n\n", "7 ") for after in ("b", " b", "\n\n7"))
+        ids = partial(plain_ids, self.tokenizer)
+        return all(ids(t) == ids(t[: (at := t.index(token))]) + ids(t[at:]) for t in texts)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the texts that become special tokens wherever they stand."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        return []
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token.strip()]
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -39,7 +39,7 @@ def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> Non
     Raises:
         DataError: naming a column, what it holds, and what to do with it.
     """
-    read = ["\n".join(t for name, v in row.items() if name not in unread for t in _texts(v)) for row in rows]
+    read = ["\n".join(t for name, v in row.items() if name not in unread for t in texts_in(v)) for row in rows]
     for column in unread:
         lost = [text for row, text_read in zip(rows, read, strict=True) if (text := _lost(row, column, text_read))]
         if not lost or (column not in ASKING and 2 * len(lost) < len(rows)):
@@ -57,7 +57,7 @@ def _lost(row: Row, column: str, read: str) -> str:
     value = row.get(column)
     words = 1 if column in ASKING or not isinstance(value, str) else WORDS
     turns = column in ASKING or isinstance(value, str) or _is_conversation(value)
-    found = (text for text in _texts(value) if turns and len(text.split()) >= words and text.strip() not in read)
+    found = (text for text in texts_in(value) if turns and len(text.split()) >= words and text.strip() not in read)
     return next(found, "")
 
 
@@ -66,14 +66,14 @@ def _is_conversation(value: object) -> bool:
     return isinstance(first, Mapping) and bool({"content", "value"} & first.keys())
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
     """Yields the texts inside a value; of a message what it says, not who."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             if key not in ("role", "from", "type"):
-                yield from _texts(inner)
+                yield from texts_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts_in(inner)

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Chat, LeftOut, turn_kind
+from .chat import UNENDED, Chat, Place
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, check_size, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
@@ -23,13 +23,14 @@ from .summary import (
     NOTHING_SCORED,
     SAME_TEXT,
 )
-from .tokenize import Encoded
+from .tokenize import Encoded, special_tokens
 from .trajectories import GIVEN, encode_trajectories, one_turn_each
 from .truncate import Fitted, all_same, fit
+from .unread import texts_in
 
 COUNTERS = (
     "completions foreign_turns prompt_cut completions_cut ends_lost resplits prompt_tokens completion_tokens longest "
-    "swapped ties desirable undesirable unended"
+    "swapped ties desirable undesirable unended spelled"
 ).split()
 IDS = {
     "prompt_ids": Sequence(Value("int32")),
@@ -48,6 +49,7 @@ EXTRAS = {
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabeled": ["completion"]}
 # What a row that is dropped holds instead.
 NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0, "left_out": ""}
+TOO_DEEP = RowProblem("row", "is nested too deeply", "store what is nested as JSON text")
 READ_LABEL: dict[str, Callable[[Row], float]] = {
     "preference": read_preference,
     "margin": partial(read_number, column="margin"),
@@ -73,7 +75,8 @@ class RowWorker:
         self.name, self.format, self.tokenizer, self.wanted = name, row_format, tokenizer, wanted
         self.max_length, self.truncation_mode = max_length, truncation_mode
         self.encoder = Encoder(tokenizer, name, row_format.kind)
-        self.tried: dict[str, LeftOut] = {}  # by shape of a row
+        self.tried: dict[Place, set[str]] = {}  # what the template leaves out of turns, by where they stand
+        self.special = special_tokens(tokenizer)
         extras = [*wanted.label_columns, *BY_DATA.get(wanted.data, ())]
         self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
         self.prepared_columns = [*IDS, *extras]
@@ -96,6 +99,8 @@ class RowWorker:
         try:
             examples, labels = self._check(row) if check else self._parse(row)
             made = [self._record(example, labels) for example in examples]
+        except RecursionError:
+            raise TOO_DEEP.located(self.name, index) from None
         except RowProblem as problem:
             raise problem.located(self.name, index) from problem.__cause__
         whole = ({**record, "row": index, "completion": number} for number, record in enumerate(made))
@@ -106,6 +111,8 @@ class RowWorker:
             self._check(row)
         except RowProblem as problem:
             return json.dumps(problem.args)
+        except RecursionError:
+            return json.dumps(TOO_DEEP.args)
         return ""
 
     def _parse(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
@@ -124,24 +131,35 @@ class RowWorker:
                 continue
             if example.kind == "text" and not example.prompt and not self.encoder.leading:
                 self._encode(example)
-            if example.kind == "chat" and _shape(example) not in self.tried:
-                self._left_out(example)
+            if example.kind == "chat" and self._try(example)[1]:
                 self._encode(example)
         return examples, labels
 
-    def _left_out(self, example: Example) -> LeftOut:
-        """Returns what the chat template leaves out of an example's shape, as the first one of it shows."""
+    def _try(self, example: Example) -> tuple[list[Place], bool]:
+        """Tries what the chat template leaves out of turns that stand where none was tried before.
+
+        Returns where the example's turns stand, and whether one of these places is new.
+        """
+        chat = Chat(self.tokenizer, example)
+        places = [place for part in chat.places() for place in part]
+        if all(place in self.tried for place in places):
+            return places, False
+        for place, keys in zip(places, (keys for part in chat.check() for keys in part), strict=True):
+            self.tried.setdefault(place, keys)
+        return places, True
+
+    def _left_out(self, example: Example) -> tuple[str, int]:
+        """Returns the keys of its messages that the chat template leaves out, and how many turns it doesn't end."""
         if example.kind != "chat":
-            return LeftOut()
-        if (shape := _shape(example)) not in self.tried:
-            self.tried[shape] = Chat(self.tokenizer, example).check()
-        return self.tried[shape]
+            return "", 0
+        found = [keys for place in self._try(example)[0] if (keys := self.tried[place])]
+        return ", ".join(sorted(set().union(*found) - {UNENDED})), sum(UNENDED in keys for keys in found)
 
     def _encode(self, example: Example) -> Encoded | str:
         """Returns the ids of an example, or the reason why there is nothing to learn from it."""
         turns, unit = self.wanted.data == "trajectories", self.wanted.discount_unit
         if turns and example.kind == "chat":
-            encoded: Encoded | str = encode_trajectories(self.tokenizer, example, unit)
+            encoded: Encoded | str = encode_trajectories(self.tokenizer, example, unit, self.encoder.borders)
         else:
             encoded = self.encoder(example)
         if isinstance(encoded, str):
@@ -180,11 +198,17 @@ class RowWorker:
             return NOTHING_SCORED
         return replace(fitted, steps=steps), encoded.resplits
 
+    def _spells(self, example: Example) -> bool:
+        """Says whether messages, or completions of text, spell special tokens. A text prompt may well be rendered."""
+        read = {"chat": [example.prompt, *example.completions], "text": example.completions}
+        text = "\n".join(texts_in(read.get(example.kind, [])))
+        return any(token in text for token in self.special)
+
     def _record(self, example: Parsed, labels: dict[str, float]) -> Values:
         made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
             return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
-        (fitted, resplits), left_out = made, self._left_out(example)
+        (fitted, resplits), (left_out, unended) = made, self._left_out(example)
         lengths = [len(ids) for ids in fitted.completion_ids]
         record = {
             **dict.fromkeys(COUNTERS, 0),
@@ -192,8 +216,9 @@ class RowWorker:
             **labels,
             "grades": example.grades,
             "drop": "",
-            "left_out": left_out.keys,
-            "unended": left_out.unended,
+            "left_out": left_out,
+            "unended": unended,
+            "spelled": int(self._spells(example)),
             "completions": len(lengths),
             "foreign_turns": 0 if self.wanted.data == "trajectories" else _foreign_turns(example),
             "resplits": resplits,
@@ -229,10 +254,3 @@ def _foreign_turns(example: Example) -> int:
     """Counts the completions that hold turns that the model does not write."""
     conversations = example.completions if example.kind == "chat" else []
     return sum(any(turn["role"] in (*ASKING_ROLES, "tool") for turn in turns) for turns in conversations)
-
-
-def _shape(example: Example) -> str:
-    """Returns what decides how a template takes a row, besides the texts: roles, fields, tools, arguments."""
-    conversations = [example.prompt, *example.completions]
-    roles = [[turn_kind(message) for message in messages] for messages in conversations]
-    return json.dumps([roles, bool(example.tools), example.template_kwargs, example.continues], default=str)

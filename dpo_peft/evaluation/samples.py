@@ -120,7 +120,7 @@ class Samples(KeptRows):
 
     def _choose_prompts(self) -> list[list[int]]:
         """Returns the first different prompts that leave room for a completion."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = None if positions is None else positions - self.args.sample_max_new_tokens
         chosen = list(islice(distinct_prompts(self._data, longest), self.args.sample_prompts))
         if len(chosen) < self.args.sample_prompts:

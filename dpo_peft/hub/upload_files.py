@@ -23,6 +23,7 @@ from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
 from ..credentials import find_secret
 from ..errors import OptionError
+from ..model.training_record import RECORD as TRAINING_RECORD
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
 from .pickles import PICKLE, pickled
 
@@ -177,6 +178,11 @@ def _published_config(config: Mapping[str, Any], old: str, upload: Upload) -> di
     else:
         upload.checks.append(f"base: {base}")
     records = dict(config.get("auto_mapping") or {})
+    if changed := (records.get(TRAINING_RECORD) or {}).get("base_changed"):
+        upload.notes.append(
+            f"the base was changed before the training ({changed} differ from its files): on {base} itself the "
+            "adapter is another model. Publish the changed base too, and give it as base_model"
+        )
     if isinstance(reference := records.get(REFERENCE_RECORD), Mapping):
         reference = {**reference, "base": base}
         if (frozen := reference.get("adapter")) and not is_hub_id(str(frozen)):

@@ -39,7 +39,7 @@ from ..model.loading import load_base
 from ..model.rebuilding import quantization_options, resize_as_saved
 from ..model.serving import serving_problems
 from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows
-from .weights import dequantize, merge_into, quiet
+from .weights import dequantize, is_tied, merge_into, quiet
 
 ONTO = ("dequantized", "base16")
 # Nats per token, on average, that the merged model may be off, by the coarsest dtype that it was saved or computed in;
@@ -123,7 +123,7 @@ def merge_adapter(
     del bare
     limit = MAX_DRIFT[_coarsest(dtype, seen)] if max_drift is None else max_drift
     with _unfinished(output) as folder:
-        tied = bool(merged.config.get_text_config().tie_word_embeddings)
+        tied = is_tied(merged.config)
         with quiet():
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
         seen.tokenizer.save_pretrained(folder)

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..model.adapters import moved_base
 from ..reference.fingerprint import quantization_parts
@@ -45,13 +45,18 @@ def dequantize(model: PreTrainedModel) -> None:
         quantizer.remove_quantization_config(model)
 
 
+def is_tied(config: PretrainedConfig) -> bool:
+    """Says whether a model's two embeddings are one. Of a model of text and images either config may say so."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+
+
 def merge_into(
     base: PreTrainedModel, adapter: str, config: PeftConfig, dtype: torch.dtype, from_hub: dict[str, str]
 ) -> PreTrainedModel:
     """Merges an adapter, by folder or Hub id, into a base that is not quantized and on the CPU, in place: layer by
     layer in float32, then rounded to `dtype`. Embeddings that are one tensor are two afterwards if the adapter made
     them differ."""
-    tied = any(part.tie_word_embeddings for part in (base.config, base.config.get_text_config()))
+    tied = is_tied(base.config)
     untie(base)
     if moved_base(config) and config.init_lora_weights is not False:
         config.init_lora_weights = True  # the base was moved when the adapter was loaded for the first time

@@ -63,9 +63,10 @@ def sample_completions(
         how = {"do_sample": False, "logits_processor": LogitsProcessorList([draws])}
     ends = end_tokens(model, tokenizer)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    training, use_cache, configured = model.training, model.config.use_cache, base.generation_config
+    config = model.config.get_text_config()  # a model of text and images has one inside its own
+    training, use_cache, configured = model.training, config.use_cache, base.generation_config
     model.eval()
-    model.config.use_cache = True
+    config.use_cache = True
     base.generation_config = GenerationConfig()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -80,7 +81,7 @@ def sample_completions(
             )
     finally:
         model.train(training)
-        model.config.use_cache, base.generation_config = use_cache, configured
+        config.use_cache, base.generation_config = use_cache, configured
     completions = output[:, longest:].tolist()
     return [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in completions]
 

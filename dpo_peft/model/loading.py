@@ -79,7 +79,13 @@ def load_base(
         kwargs.setdefault("device_map", {"": device})
     try:
         return loader(class_name).from_pretrained(name, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        if quantized := re.search(r"quantized with (\w+) but you are passing a BitsAndBytesConfig", str(error)):
+            out = "" if quantization_config is None else "leave quantization_config out and "
+            raise OptionError(
+                f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. Then it is "
+                "taken as it is."
+            ) from error
         if "Unrecognized configuration class" in str(error):  # followed by a list of all classes
             raise OptionError(
                 f"model={name!r} is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."

@@ -22,7 +22,7 @@ from ..data import DataReport
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
-from ..model.adapter_source import read_training
+from ..model.training_record import read_training
 from ..objective import TrainingObjective
 from .metrics import metric_names
 

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
+from ..data.clock import KEY as DATE
 from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..data.prepare import STREAM_PATIENCE
@@ -112,9 +113,10 @@ class Preparation:
         return report
 
     @cached_property
-    def digest(self) -> str:
-        """Returns what the training rows are told by."""
-        return rows_digest(self._training)
+    def told_by(self) -> dict[str, str]:
+        """Returns what the training rows are told by, under the names that a difference is reported with."""
+        date = self.reports["train"].date
+        return {"train_dataset": rows_digest(self._training), **({DATE: date} if date else {})}
 
     def evaluation(self, rows: AnyDataset | Mapping[str, AnyDataset] | None) -> Any:
         """Returns the evaluation dataset, or the dict of several by name, prepared."""

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..config import DPOConfig
+from ..data.clock import KEY as DATE
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
 from ..model.training_record import read_training
@@ -54,10 +55,10 @@ class Part(Protocol):
         """Takes up a state; `state` holds the entries of all parts."""
 
 
-def trajectory(args: DPOConfig, adapter: PeftConfig, rows: str, base: str) -> dict[str, Any]:
+def trajectory(args: DPOConfig, adapter: PeftConfig, rows: Mapping[str, str], base: str) -> dict[str, Any]:
     """Returns what decides how a run continues, name to JSON value: compared when a checkpoint is resumed.
 
-    `rows` is the digest of the training rows, `base` the fingerprint of the base.
+    `rows` is what the training rows are told by (`Preparation.told_by`), `base` the fingerprint of the base.
     """
     options = json.loads(json.dumps(args.to_dict(), default=str))
     # Drawing an evaluation's order moves the random numbers that dropout reads.
@@ -69,7 +70,7 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: str, base: str) -> di
         kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
     if (trained := read_training(adapter)) is not None and trained.rope_length is not None:
         kept["rotary frequencies of rows of"] = f"{trained.rope_length} tokens"
-    return {**kept, "number of processes": world_size(), "train_dataset": rows, "base model": base}
+    return {**kept, "number of processes": world_size(), **rows, "base model": base}
 
 
 class RunState:
@@ -156,7 +157,13 @@ class RunState:
                 "from the checkpoint's adapter (model=<checkpoint folder>, reference=...)."
             )
         if changed:
-            logger.warning("Resuming with options that change the run: %s.", "; ".join(lines.values()))
+            remedy = (
+                " The rows were made before the checkpoint was known: give it as "
+                "DPOConfig(resume_from_checkpoint=...), and its date is used again."
+                if DATE in changed
+                else ""
+            )
+            logger.warning("Resuming with options that change the run: %s.%s", "; ".join(lines.values()), remedy)
         if not (folder / "optimizer.pt").is_file():
             raise CheckpointError(
                 f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "

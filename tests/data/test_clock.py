@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from data_helpers import chat_pair, word_tokenizer
 from datasets import Dataset
+from peft import LoraConfig
 
 from dpo_peft import DPOConfig
 from dpo_peft.data import clock, prepare_dataset, rows_digest
 from dpo_peft.objective import TrainingObjective
 from dpo_peft.training.building import Preparation
+from dpo_peft.training.resume import RunState, trajectory
 
 TEMPLATE = (
     "{%% if strftime_now is defined %%}<|im_start|>system\n%s<|im_end|>\n{%% endif %%}"
@@ -43,6 +45,9 @@ def prompt_of(rows, tokenizer):
         ("{{ strftime_now('%d %b %Y') }}", "01 Mar 2026"),
         ('{{ "Date: " + strftime_now( "%Y-%m-%d" ) }}', "Date: 2026-03-01"),
         ("{{ strftime_now('%A é') + strftime_now('%H') }}", "Sunday é00"),
+        ("{% set f = '%d.%m.' %}{{ strftime_now(f) }}", "01.03."),
+        ("{{ strftime_now(date_format | default('%Y')) }}", "2026"),
+        ("{% macro day(f) %}{{ strftime_now(f ~ ' %b') }}{% endmacro %}{{ day('%d') }}", "01 Mar"),
     ],
 )
 def test_the_date_of_the_first_use_stays(make_tokenizer, today, written, first):
@@ -89,6 +94,26 @@ def test_the_trainer_takes_over_the_date_of_its_checkpoints(make_tokenizer, toda
     today("2026-03-02")
     Preparation(args, TrainingObjective(["sigmoid"]), again)
     assert clock.template_date(again) == "2026-03-01"
+
+
+@pytest.mark.parametrize("days", [("2026-03-01", "2026-03-02"), ("2026-03-01", "2026-03-01"), (None, None)])
+def test_resuming_under_another_date_says_how_to_keep_it(make_tokenizer, today, tmp_path, caplog, days):
+    """A checkpoint that only `train` is given comes after the rows were made."""
+    trajectories = []
+    for day in days:
+        today(day or "2026-03-05")
+        tokenizer = make_tokenizer(chat_template=TEMPLATE % ("{{ strftime_now('%d') }}" if day else ""))
+        args = DPOConfig(output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True, bf16=False)
+        made = Preparation(args, TrainingObjective(["sigmoid"]), tokenizer)
+        made.training(Dataset.from_list([chat_pair()]))
+        assert made.told_by.get(clock.KEY) == day
+        trajectories.append(trajectory(args, LoraConfig(), made.told_by, "base"))
+    (tmp_path / "optimizer.pt").touch()
+    (tmp_path / "run_state.json").write_text(json.dumps({"trajectory": trajectories[0]}))
+    with caplog.at_level("WARNING"):
+        RunState(str(tmp_path), None, [], lambda: trajectories[1]).compare(tmp_path)
+    said = "give it as DPOConfig(resume_from_checkpoint=...), and its date is used again" in caplog.text
+    assert said is (days[0] != days[1]) and ("'2026-03-01' before, '2026-03-02' now" in caplog.text) is said
 
 
 def test_a_date_that_the_row_gives_is_used(template_tokenizer, today):

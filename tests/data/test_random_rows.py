@@ -54,12 +54,28 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {  # what it is -> what the objec
     "judged messages": ("singles", {"messages": turns("a", "b"), "label": False}),
     "trajectories": ("trajectories", {"chosen": turns("a", "b"), "rejected": turns("a", "c")}),
 }
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    made: list[Any] = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
 JUNK: list[Any] = [
     None, True, False, 0, -1, 7, 10**30, 0.5, -0.0, math.nan, math.inf, "", " ", "a", " b", "\n", "a\x00b", "\ud800",
     "\u202e", "7", "null", "[]", "{}", '[{"role": "user", "content": "a"}]', "a b " * 40, [], {}, [None], [[]], [""],
     [0], ["a", "b"], [5, 4], [10**9], {"a": None}, {"role": "user", "content": "a"}, {"from": "human", "value": "a"},
     [{"role": "user"}], [{"role": "assistant", "content": "b"}], [{"role": "user", "content": [{"type": "image"}]}],
     [{"role": "assistant", "content": None, "tool_calls": [CALL]}], turns("a", "b", "c"), b"a", (1, 2), object,
+    10**400, -(10**5000), Unprintable(), nested(30_000), [{"role": "user", "content": nested(30_000)}],
 ]  # fmt: skip
 NAMES = ("prompt", "chosen", "rejected", "completions", "label", "margin", "tools", "chat_template_kwargs", "extra")
 

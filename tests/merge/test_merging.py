@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trainer_helpers import lora, ours, text_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_peft import quickstart
 from dpo_peft.errors import DriftError, OptionError
@@ -468,3 +468,10 @@ def test_what_was_trained_whole_is_not_rounded_by_the_base(folders: Any, tmp_pat
         found = norm if kind == "modules_to_save" else embed[[60, 70]]
         assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
         assert not torch.equal(expected.bfloat16().float(), expected)  # the control: rounding shows
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "mistral3", "llava", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_ties_are_read_from_either_config(family: str, tied: bool) -> None:
+    """A text config may have no such option at all."""
+    assert merge_weights.is_tied(CONFIG_MAPPING[family](tie_word_embeddings=tied)) is tied

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from dpo_peft.errors import OptionError
 from dpo_peft.model.generation import sample_completions
@@ -117,3 +118,38 @@ def test_what_it_refuses(model: Any, make_tokenizer: Any, changed: dict[str, Any
     arguments = {"prompt_ids": PROMPTS, **changed}
     with pytest.raises(OptionError, match=message):
         sample_completions(model, make_tokenizer(), **arguments)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3", "qwen2_5_vl", "llava"])
+def test_models_whose_config_holds_one_of_text(family: str, make_tokenizer: Any) -> None:
+    """They write by text alone, and their options are as before."""
+    text = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen |= {"image_size": 28, "patch_size": 14}
+    if family == "qwen2_5_vl":
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        text, seen = (
+            {**text, "rope_parameters": rope},
+            {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        )
+    own = {
+        "mistral3": {
+            "text_config": {**text, "model_type": "mistral"},
+            "vision_config": {**seen, "model_type": "pixtral"},
+        }
+    }
+    own["llava"] = {
+        "text_config": {**text, "model_type": "llama"},
+        "vision_config": {**seen, "model_type": "clip_vision_model"},
+    }
+    given = own.get(family, {"text_config": text, "vision_config": seen})
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[family](**given)).eval()
+    before = model.config.get_text_config().use_cache
+    model.config.get_text_config().use_cache = False
+    (found,) = sample_completions(model, make_tokenizer(), [[5, 6, 7]], max_new_tokens=4, temperature=0)
+    ids = [5, 6, 7]
+    for _ in range(len(found)):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert found == ids[3:] and before is not False
+    assert model.config.get_text_config().use_cache is False

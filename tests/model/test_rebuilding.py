@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from dpo_peft import DPOConfig, DPOTrainer, OptionError, ReferenceMismatchError, quickstart
+from dpo_peft.hub.publishing import publish
 from dpo_peft.merge import merge_adapter
 from dpo_peft.model.adapter_source import TrainedAdapter, load_trained, read_training
 from dpo_peft.model.rebuilding import quantization_options
@@ -235,6 +236,10 @@ def test_a_changed_base_is_said_from_start_to_end(change: Any, tmp_path: Path, c
     assert end and "names" in end[0] and "differs from the model that was trained" in end[0]
     with pytest.raises(ReferenceMismatchError, match="changed in memory .1 of .* give the changed model, saved, as"):
         load_trained(str(tmp_path / "a"), device="cpu")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "**Not the base as published:** 1 of " in card and "fits that changed model alone" in card
+    check = publish(tmp_path / "a", "me/adapter", base_model="someone/base", dry_run=True)
+    assert any(note.startswith("the base was changed before the training (1 of") for note in check.notes)
     change(base()).save_pretrained(tmp_path / "changed")
     assert load_trained(str(tmp_path / "a"), base=str(tmp_path / "changed"), device="cpu").policy == "default"
 
