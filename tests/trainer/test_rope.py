@@ -46,6 +46,7 @@ def pairs(*prompts: int) -> Dataset:
     return Dataset.from_list([{"prompt_ids": ids(n), "chosen_ids": ids(4), "rejected_ids": ids(6)} for n in prompts])
 
 
+FLOAT32: dict[str, Any] = {"quantize_base": False, "model_init_kwargs": {"dtype": "float32"}}
 MIXED, SHORT = pairs(6, 9, 60, 4, 7, 12, 5, 8), pairs(6, 9, 8, 4)
 
 
@@ -59,7 +60,7 @@ def longrope(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> str:
 
 
 def run(folder: str, rows: Dataset, output: Path, **options: Any) -> Any:
-    trainer = ours(folder, rows, None, output, **{"max_steps": 4, "quantize_base": False, **options})
+    trainer = ours(folder, rows, None, output, **{"max_steps": 4, **FLOAT32, **options})
     trainer.train()
     return trainer
 
@@ -124,12 +125,12 @@ def test_another_side_is_another_run(longrope, tmp_path, caplog):
     caplog.clear()
     trainer.evaluate(MIXED)
     assert "up to 66 tokens" in caplog.text and "rows of up to 32" in caplog.text
-    again = ours(longrope, SHORT, None, tmp_path / "a", max_steps=6, quantize_base=False, eval_dataset=MIXED)
+    again = ours(longrope, SHORT, None, tmp_path / "a", max_steps=6, eval_dataset=MIXED, **FLOAT32)
     with pytest.raises(OptionError, match="rotary frequencies of rows of: '32 tokens' before, '33 tokens' now"):
         again.train(resume_from_checkpoint=True)
     trainer.save_model(str(tmp_path / "done"))
     caplog.clear()
-    ours(str(tmp_path / "done"), MIXED, None, tmp_path / "b", reference="base", quantize_base=False)
+    ours(str(tmp_path / "done"), MIXED, None, tmp_path / "b", reference="base", peft_config=None, **FLOAT32)
     assert "rotary frequencies of rows of 32 tokens, and goes on with those of rows of 33" in caplog.text
     # vLLM decides by max_model_len.
     source = ModelSource(str(tmp_path / "done"))
