@@ -188,16 +188,18 @@ def test_the_floor_is_not_measured_by_the_defect(tiny_llama, make_tokenizer, tmp
     assert 0.001 < margins < 0.01 if stretch == 1.01 else margins > 0.05
 
 
-def test_the_floor_ends_at_what_rounding_explains(base_folder, monkeypatch):
+def test_the_floor_ends_at_what_rounding_explains(base_folder):
     ref_C, other_C = torch.tensor([-20.0, -30.0]), torch.tensor([-20.0, -29.0])
     assert noise_floor(ref_C, other_C) == pytest.approx(1e-4 + 3e-5 + 2.0)
     assert noise_floor(ref_C, other_C, 0.25) == pytest.approx(1e-4 + 3e-5 + 0.25)
     assert noise_floor(ref_C, ref_C, 0.25) == pytest.approx(1e-4 + 3e-5)
     model = load_base(base_folder, quantize=False, init_kwargs={"dtype": "float32"})
     assert token_rounding(get_peft_model(model, lora())) == 1e-4
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-    assert token_rounding(model) == 0.1
-    monkeypatch.undo()
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert token_rounding(model) == 0.1
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
     with torch.autocast("cpu", torch.bfloat16):
         assert token_rounding(model) == 0.1
     assert token_rounding(model.half()) == 2e-2
