@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 2985,
     "forward": 1390,
     "reference": 1550,
-    "model": 1345,
+    "model": 1350,
     "training": 2215,
     "evaluation": 675,
     "fused": 1795,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1485,
     "rowfiles": 260,
 }
-MAX_PACKAGE_LINES = 24_110
+MAX_PACKAGE_LINES = 24_115
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

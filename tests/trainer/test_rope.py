@@ -21,6 +21,7 @@ from dpo_peft.forward.rotary import fixed_rope_length
 from dpo_peft.merge import merge_adapter
 from dpo_peft.model.adapter_source import read_training
 from dpo_peft.model.loading import load_base
+from dpo_peft.model.serving import serving_problems
 from dpo_peft.pairs.engines import ModelSource, Sampling, TransformersEngine, _served_length
 from dpo_peft.reference.adapter_off import noise_floor
 from dpo_peft.training import building
@@ -86,6 +87,8 @@ def test_splits_caches_and_scores_agree_on_rows_of_both_sides(longrope, tiny_lla
 
     one.save_model()
     assert read_training(str(tmp_path / "a")).rope_length == 33
+    problems = serving_problems(one.model.peft_config["default"])
+    assert any("of rows of 33 tokens" in problem and "--max-model-len" in problem for problem in problems)
     reward = ImplicitReward(str(tmp_path / "a"), device="cpu")
     alone = [reward([p], [c], [c])[0] for p, c in answers(MIXED)]
     asked = (*zip(*answers(MIXED), strict=True), [c for _, c in answers(MIXED)])
