@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3245,
     "forward": 1390,
     "reference": 1550,
-    "model": 1410,
+    "model": 1415,
     "training": 2295,
     "evaluation": 700,
     "fused": 1795,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1500,
     "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 24_800
+MAX_PACKAGE_LINES = 24_810
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -40,7 +40,8 @@ def token_rounding(model: nn.Module) -> float:
     found |= {vars(module).get("compute_dtype") for module in model.modules()}
     if torch.is_autocast_enabled(device):
         found.add(torch.get_autocast_dtype(device))
-    if torch.int8 in found or torch.get_float32_matmul_precision() != "highest":
+    products = (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul
+    if torch.int8 in found or products.fp32_precision not in ("none", "ieee"):
         found.add(torch.bfloat16)
     return max(tolerance for dtype, tolerance in _TOLERANCE.items() if dtype in found)
 

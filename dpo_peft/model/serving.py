@@ -55,6 +55,12 @@ def serving_problems(config: PeftConfig | Mapping[str, object]) -> list[str]:
         found.append("llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it.")
     if on := sorted(last & set(EMBEDDINGS)):
         found.append(f"vLLM takes an adapter on {on[0]} for some architectures only: try it, or merge.")
+    record = (options.get("auto_mapping") or {}).get("dpo_peft_training") or {}  # of `TrainedWith`
+    if (length := record.get("rope_length")) is not None:
+        found.append(
+            f"It was trained with the rotary frequencies of rows of {length} tokens, and servers choose them by the "
+            "context (vLLM by --max-model-len): give it one on the same side of the model's limit."
+        )
     return found
 
 

@@ -20,6 +20,7 @@ from dpo_peft.forward.probe import token_rounding
 from dpo_peft.forward.rotary import fixed_rope_length
 from dpo_peft.merge import merge_adapter
 from dpo_peft.model.loading import load_base
+from dpo_peft.model.serving import serving_problems
 from dpo_peft.model.training_record import read_training
 from dpo_peft.pairs.engines import ModelSource, Sampling, TransformersEngine, _served_length
 from dpo_peft.reference.adapter_off import noise_floor
@@ -46,6 +47,7 @@ def pairs(*prompts: int) -> Dataset:
     return Dataset.from_list([{"prompt_ids": ids(n), "chosen_ids": ids(4), "rejected_ids": ids(6)} for n in prompts])
 
 
+FLOAT32: dict[str, Any] = {"quantize_base": False, "model_init_kwargs": {"dtype": "float32"}}
 MIXED, SHORT = pairs(6, 9, 60, 4, 7, 12, 5, 8), pairs(6, 9, 8, 4)
 
 
@@ -59,7 +61,7 @@ def longrope(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> str:
 
 
 def run(folder: str, rows: Dataset, output: Path, **options: Any) -> Any:
-    trainer = ours(folder, rows, None, output, **{"max_steps": 4, "quantize_base": False, **options})
+    trainer = ours(folder, rows, None, output, **{"max_steps": 4, **FLOAT32, **options})
     trainer.train()
     return trainer
 
@@ -85,6 +87,8 @@ def test_splits_caches_and_scores_agree_on_rows_of_both_sides(longrope, tiny_lla
 
     one.save_model()
     assert read_training(str(tmp_path / "a")).rope_length == 33
+    problems = serving_problems(one.model.peft_config["default"])
+    assert any("of rows of 33 tokens" in problem and "--max-model-len" in problem for problem in problems)
     reward = ImplicitReward(str(tmp_path / "a"), device="cpu")
     alone = [reward([p], [c], [c])[0] for p, c in answers(MIXED)]
     asked = (*zip(*answers(MIXED), strict=True), [c for _, c in answers(MIXED)])
@@ -124,12 +128,12 @@ def test_another_side_is_another_run(longrope, tmp_path, caplog):
     caplog.clear()
     trainer.evaluate(MIXED)
     assert "up to 66 tokens" in caplog.text and "rows of up to 32" in caplog.text
-    again = ours(longrope, SHORT, None, tmp_path / "a", max_steps=6, quantize_base=False, eval_dataset=MIXED)
+    again = ours(longrope, SHORT, None, tmp_path / "a", max_steps=6, eval_dataset=MIXED, **FLOAT32)
     with pytest.raises(OptionError, match="rotary frequencies of rows of: '32 tokens' before, '33 tokens' now"):
         again.train(resume_from_checkpoint=True)
     trainer.save_model(str(tmp_path / "done"))
     caplog.clear()
-    ours(str(tmp_path / "done"), MIXED, None, tmp_path / "b", reference="base", quantize_base=False)
+    ours(str(tmp_path / "done"), MIXED, None, tmp_path / "b", reference="base", peft_config=None, **FLOAT32)
     assert "rotary frequencies of rows of 32 tokens, and goes on with those of rows of 33" in caplog.text
     # vLLM decides by max_model_len.
     source = ModelSource(str(tmp_path / "done"))
@@ -194,6 +198,11 @@ def test_the_floor_ends_at_what_rounding_explains(base_folder):
     assert noise_floor(ref_C, ref_C, 0.25) == pytest.approx(1e-4 + 3e-5)
     model = load_base(base_folder, quantize=False, init_kwargs={"dtype": "float32"})
     assert token_rounding(get_peft_model(model, lora())) == 1e-4
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        assert token_rounding(model) == 0.1
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
     with torch.autocast("cpu", torch.bfloat16):
         assert token_rounding(model) == 0.1
     assert token_rounding(model.half()) == 2e-2
