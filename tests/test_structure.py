@@ -30,30 +30,30 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 286,
-    "config_checks": 335,
+    "config": 290,
+    "config_checks": 350,
     "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 2985,
+    "data": 3100,
     "forward": 1225,
     "reference": 1490,
-    "model": 1325,
-    "training": 2165,
-    "evaluation": 675,
+    "model": 1385,
+    "training": 2245,
+    "evaluation": 700,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1130,
-    "reward": 870,
-    "merge": 605,
-    "hub": 915,
+    "artifacts": 1140,
+    "reward": 890,
+    "merge": 612,
+    "hub": 920,
     "pairs": 1140,
     "report": 1100,
     "quickstart": 460,
-    "cli": 1485,
+    "cli": 1500,
     "rowfiles": 260,
 }
-MAX_PACKAGE_LINES = 23_780
+MAX_PACKAGE_LINES = 24_300
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
