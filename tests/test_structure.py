@@ -39,7 +39,7 @@ BUDGETS = {
     "forward": 1225,
     "reference": 1490,
     "model": 1385,
-    "training": 2245,
+    "training": 2255,
     "evaluation": 700,
     "fused": 1795,
     "planning": 1080,

@@ -4,14 +4,16 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hub_helpers import mentions
 from planted import SECRETS
-from trainer_helpers import lora, options, text_pairs
+from trainer_helpers import lora, options, ours, text_pairs
+from transformers import AutoTokenizer
 
-from dpo_peft import DPOConfig, DPOTrainer
+from dpo_peft import DPOConfig, DPOTrainer, OptionError
 from dpo_peft.files import write_atomically, write_rows
 from dpo_peft.hub.pickles import pickled
 from dpo_peft.quickstart import model_path
@@ -58,6 +60,20 @@ def test_no_secret_is_in_any_file(run: Path) -> None:
     assert saved["model_init_kwargs"] == {"dtype": "float32"} and saved["run_name"] == "with <removed>"
     state = json.loads((run / "checkpoint-2" / RUN_STATE).read_text())
     assert state["trajectory"]["model_init_kwargs"] == {"dtype": "float32"}
+
+
+def test_a_tokenizer_keeps_no_secret(make_tokenizer: Any, tiny_llama: Any, tmp_path: Path) -> None:
+    """What it was loaded with is in its own files; and transformers takes use_auth_token for a special token."""
+    tokenizer = make_tokenizer()
+    tokenizer.init_kwargs |= {"token": "any old password", "api_key": SECRETS["Google"]}
+    trainer = ours(tiny_llama(), text_pairs(4), tokenizer, tmp_path / "run", max_steps=1)
+    trainer.save_model()
+    assert mentions(tmp_path, "any old password") == mentions(tmp_path, SECRETS["Google"]) == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").special_tokens_map == tokenizer.special_tokens_map
+    tokenizer.add_special_tokens({"additional_special_tokens": [SECRETS["Hub"]]})
+    tokenizer.pad_token = SECRETS["Hub"]
+    with pytest.raises(OptionError, match="a secret among its special tokens"):
+        ours(tiny_llama(), text_pairs(4), tokenizer, tmp_path / "again")
 
 
 def test_no_pickle_but_torchs_own(run: Path) -> None:
