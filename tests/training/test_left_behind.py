@@ -86,7 +86,7 @@ def test_no_pickle_but_torchs_own(run: Path) -> None:
 def test_other_users_cannot_read_rows(run: Path) -> None:
     others = {path.name for path in run.rglob("*") if path.is_file() and path.stat().st_mode & stat.S_IROTH}
     assert not others & {"samples.jsonl", "eval_examples.jsonl"} and (run / "samples.jsonl").is_file()
-    assert {"adapter_model.safetensors", "README.md", "metrics.json"} <= others  # what has no rows is as by umask
+    assert {"README.md", "metrics.json", "adapter_config.json"} <= others  # what has no rows is as by umask
 
 
 def test_a_file_of_rows_is_closed_whatever_lay_there(tmp_path: Path) -> None:
