@@ -196,7 +196,7 @@ _INHERITED = {
 
 
 def check_inherited(options: Any) -> None:
-    """Refuses what makes the weights NaN; the numbers that came as text are numbers by now."""
+    """Refuses what makes the weights NaN, or is no number."""
     for name, rule in _INHERITED.items():
         rule.check(name, getattr(options, name))
 

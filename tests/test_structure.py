@@ -39,11 +39,11 @@ BUDGETS = {
     "forward": 1390,
     "reference": 1550,
     "model": 1415,
-    "training": 2295,
+    "training": 2305,
     "evaluation": 700,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1150,
+    "artifacts": 1155,
     "reward": 910,
     "merge": 620,
     "hub": 915,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1500,
     "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 24_810
+MAX_PACKAGE_LINES = 24_820
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -115,12 +115,15 @@ def metric_series(log_history: Sequence[Mapping[str, float | None]], sets: Itera
     step the later one counts; JSON's null is NaN.
     """
     found: dict[str, dict[str, dict[float, float]]] = {}
+    keys: dict[str, tuple[str, str]] = {}  # a long log has few
     for entry in log_history:
         step = entry.get("step")
         for key, value in entry.items():
-            source, metric = source_of(key, sets)
-            shown = metric == "learning_rate" or not BOOKKEEPING.match(metric)
-            if shown and _is_number(step) and (value is None or _is_number(value)):
+            if key not in keys:
+                source, metric = source_of(key, sets)
+                keys[key] = source, "" if BOOKKEEPING.match(metric) and metric != "learning_rate" else metric
+            source, metric = keys[key]
+            if metric and _is_number(step) and (value is None or _is_number(value)):
                 values = found.setdefault(metric, {}).setdefault(source, {})
                 values[float(step)] = math.nan if value is None else float(value)
     return {

@@ -246,27 +246,25 @@ def _check_contents(upload: Upload, local: Sequence[Path]) -> None:
         content = upload.content(name)
         if what := pickled(content):
             raise OptionError(f"{name} is {what}. It can't be published.")
-        if (text := _text(content)) is None:
-            continue
-        texts += 1
+        text, is_text = _text(content)
+        texts += is_text
         if secret := find_secret(text):
             kind, line = secret
             raise OptionError(
                 f"{name} holds what looks like {kind} (line {line}): take it out before publishing, and revoke it if "
                 "anybody else may have read it."
             )
-        prose = name not in _VOCABULARY and not any(fnmatch(name, rows) for rows in _ROWS)
+        prose = is_text and name not in _VOCABULARY and not any(fnmatch(name, rows) for rows in _ROWS)
         if found := (known.pattern and known.search(text)) or (prose and _MACHINE_PATHS.search(text)):
             raise OptionError(f"{name} names a path of a machine ({found[0]}): take it out before publishing.")
     upload.checks.append(f"no path of a machine and no token in {texts} text files; no pickle and no link among them")
 
 
-def _text(content: bytes) -> str | None:
-    """Returns a file's text, whatever its name is; None if it is none."""
+def _text(content: bytes) -> tuple[str, bool]:
+    """Returns what can be read in a file, whatever its name is, and whether all of it is text."""
     wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if b"\0" in content and not wide:
-        return None
-    return content.decode("utf-16" if wide else "utf-8", errors="replace")
+    text = content.decode("utf-16" if wide else "utf-8", errors="replace")
+    return text, "\ufffd" not in text
 
 
 # ---- The card -------------------------------------------------------------------------------------------------------

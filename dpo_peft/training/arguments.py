@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import DPOConfig, objective_options
+from ..credentials import find_secret
 from ..data import DataReport
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
@@ -73,6 +74,11 @@ def check_constructor(
         raise OptionError(
             f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
             "not supported."
+        )
+    if any(find_secret(str(token)) for token in tokenizer.special_tokens_map.values()):
+        raise OptionError(
+            "processing_class has a secret among its special tokens, which would be saved (transformers takes "
+            "use_auth_token for one): load it with token=... instead."
         )
     objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
     if args.metric_for_best_model is not None and args.eval_strategy != "no" and not own_metrics:

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..config import DPOConfig
+from ..credentials import SECRET
 from ..data.clock import KEY as DATE
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
@@ -263,7 +264,11 @@ def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
             "%s names %r as its base, which differs from the model that was trained: %s.",
             *(folder, trainer.model.config._name_or_path, trained.base_changed),
         )
-    trainer.processing_class.save_pretrained(folder)
+    tokenizer = trainer.processing_class
+    for name in [name for name in tokenizer.init_kwargs if SECRET.search(name)]:
+        if name not in tokenizer.special_tokens_map:  # eos_token and the like
+            del tokenizer.init_kwargs[name]
+    tokenizer.save_pretrained(folder)
     options = json.dumps(trainer.args.to_dict(), indent=1, default=str)
     (folder / "training_args.json").write_text(options + "\n")
     (folder / "training_args.bin").unlink(missing_ok=True)  # an earlier version's: a pickle, perhaps with a token

@@ -25,7 +25,7 @@ def test_published(hub: HubServer, folder: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     commit = hub.repos[REPO].branches["main"][-1]
     assert out.startswith(f"Published {hub.url}/{REPO} (commit {commit.sha[:8]})\n")
-    assert "  + adapter_model.safetensors " in out and "left out: a pickle" in out
+    assert "  + adapter_model.safetensors " in out and "left out: options with paths of this machine" in out
     assert (hub.repos[REPO].private, hub.repos[REPO].gated) == (True, "manual")
     assert "license: mit" in commit.files["README.md"].content.decode()
     assert push(folder, "--repo_id", REPO, "--license", "mit") == 0

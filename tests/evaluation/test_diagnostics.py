@@ -12,7 +12,7 @@ from paths import REPO
 from trainer_helpers import ours
 from transformers import set_seed
 
-from dpo_peft.evaluation.diagnostics import CHECKS, REMEDIES, RunFacts, diagnose
+from dpo_peft.evaluation.diagnostics import CHECKS, REMEDIES, Run, RunFacts, diagnose, findings
 
 DOC = (REPO / "docs" / "diagnostics.md").read_text("utf-8")
 TOKENS, BETA = 40.0, 0.1
@@ -186,6 +186,26 @@ def test_each_of_several_datasets_is_looked_at() -> None:
 
 def test_only_the_newest_evaluation_counts() -> None:
     assert names([evaluation(10, kl=30.0), evaluation(20)]) == []
+
+
+def test_a_log_that_grows_is_read_once() -> None:
+    """Read as it grows, a history gives what it gives at once, and each of its entries is taken in one time."""
+    history = [{"loss": 0.7 - step / 100, "step": step, "rewards/margins": 0.001} for step in range(40)]
+    for step in (5, 10, 20, 30, 39):
+        history.insert(step, {"eval_loss": 0.6 + step / 100, "eval_kl": 30.0, "step": step})
+    facts = RunFacts(tokens=10.0, held_out={"eval": 4}, max_steps=40)
+    run, reads = Run(facts), 0
+
+    class Counted(list):  # a log that counts what is taken of it
+        def __getitem__(self, at: Any) -> Any:
+            nonlocal reads
+            reads += len(super().__getitem__(at))
+            return super().__getitem__(at)
+
+    for end in range(1, len(history) + 1):
+        run.read(Counted(history[:end]))
+        assert findings(run) == diagnose(history[:end], facts)
+    assert reads == len(history) and {found.name for found in findings(run)} >= {"high-kl", "overfitting"}
 
 
 def test_a_message_says_where_what_and_the_remedy() -> None:

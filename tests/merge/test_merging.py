@@ -452,9 +452,7 @@ def test_what_was_trained_whole_is_not_rounded_by_the_base(folders: Any, tmp_pat
     """Onto a bfloat16 base, into float32: the file's values, where the base's dtype would round them."""
     chosen = {"modules_to_save": ["norm"], "trainable_token_indices": {"embed_tokens": [60, 70]}}[kind]
     model = get_peft_model(reload(folders[False], dtype=torch.float32), lora(**{kind: chosen}))
-    key = {"modules_to_save": "modules_to_save.default.weight", "trainable_token_indices": "trainable_tokens_delta"}[
-        kind
-    ]
+    key = "model.norm.modules_to_save.default.weight" if kind == "modules_to_save" else "trainable_tokens_delta"
     (trained,) = [p for name, p in model.named_parameters() if key in name and p.requires_grad]
     with torch.no_grad():
         trained += torch.linspace(1e-4, 1e-3, trained.numel()).view_as(trained)

@@ -73,6 +73,27 @@ def test_single_answers_in_blocks() -> None:
     assert one.comparisons == good.sum() * (~good).sum()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_single_answers_against_one_by_one(seed: int) -> None:
+    """Every sum of every completion, with ties of scores and of lengths, and with only a few of either kind."""
+    draw = np.random.default_rng(seed)
+    number = (2, 3, 9, 40, 61, 64)[seed]
+    scores = draw.integers(-2, 3, number).astype(float) if seed % 2 else draw.normal(size=number)
+    lengths, desirable = draw.integers(0, (2, 9, 900)[seed % 3], number), draw.random(number) < 0.4
+    desirable[:2] = [True, False]
+    tally = tally_singles(scores, lengths, desirable)
+    wins, counted, margins = np.zeros((number, 3)), np.zeros((number, 3)), np.zeros(number)
+    for good, bad in itertools.product(np.flatnonzero(desirable), np.flatnonzero(~desirable)):
+        stratum = 0 if lengths[good] > lengths[bad] else 1 if lengths[good] < lengths[bad] else 2
+        margin = scores[good] - scores[bad]
+        for one in (good, bad):
+            wins[one, stratum] += 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+            counted[one, stratum] += 1
+            margins[one] += margin
+    assert np.array_equal(tally.wins_RS, wins) and np.array_equal(tally.number_RS, counted)
+    assert np.allclose(tally.margin_R, margins, atol=1e-12)
+
+
 def test_length_alone_gets_half_of_the_balanced_accuracy() -> None:
     draw = np.random.default_rng(1)
     for share in (0.1, 0.5, 0.9):

@@ -4,14 +4,16 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hub_helpers import mentions
 from planted import SECRETS
-from trainer_helpers import lora, options, text_pairs
+from trainer_helpers import lora, options, ours, text_pairs
+from transformers import AutoTokenizer
 
-from dpo_peft import DPOConfig, DPOTrainer
+from dpo_peft import DPOConfig, DPOTrainer, OptionError
 from dpo_peft.files import write_atomically, write_rows
 from dpo_peft.hub.pickles import pickled
 from dpo_peft.quickstart import model_path
@@ -60,6 +62,20 @@ def test_no_secret_is_in_any_file(run: Path) -> None:
     assert state["trajectory"]["model_init_kwargs"] == {"dtype": "float32"}
 
 
+def test_a_tokenizer_keeps_no_secret(make_tokenizer: Any, tiny_llama: Any, tmp_path: Path) -> None:
+    """What it was loaded with is in its own files; and transformers takes use_auth_token for a special token."""
+    tokenizer = make_tokenizer()
+    tokenizer.init_kwargs |= {"token": "any old password", "api_key": SECRETS["Google"]}
+    trainer = ours(tiny_llama(), text_pairs(4), tokenizer, tmp_path / "run", max_steps=1)
+    trainer.save_model()
+    assert mentions(tmp_path, "any old password") == mentions(tmp_path, SECRETS["Google"]) == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").special_tokens_map == tokenizer.special_tokens_map
+    tokenizer.add_special_tokens({"additional_special_tokens": [SECRETS["Hub"]]})
+    tokenizer.pad_token = SECRETS["Hub"]
+    with pytest.raises(OptionError, match="a secret among its special tokens"):
+        ours(tiny_llama(), text_pairs(4), tokenizer, tmp_path / "again")
+
+
 def test_no_pickle_but_torchs_own(run: Path) -> None:
     found = {path.name for path in run.rglob("*") if path.is_file() and pickled(path.read_bytes())}
     assert found == OF_TORCH
@@ -70,7 +86,7 @@ def test_no_pickle_but_torchs_own(run: Path) -> None:
 def test_other_users_cannot_read_rows(run: Path) -> None:
     others = {path.name for path in run.rglob("*") if path.is_file() and path.stat().st_mode & stat.S_IROTH}
     assert not others & {"samples.jsonl", "eval_examples.jsonl"} and (run / "samples.jsonl").is_file()
-    assert {"adapter_model.safetensors", "README.md", "metrics.json"} <= others  # what has no rows is as by umask
+    assert {"README.md", "metrics.json", "adapter_config.json"} <= others  # what has no rows is as by umask
 
 
 def test_a_file_of_rows_is_closed_whatever_lay_there(tmp_path: Path) -> None:
