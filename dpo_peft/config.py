@@ -40,9 +40,9 @@ _CACHED = "precompute_ref_log_probs or cache_ref_log_probs"
 class DPOConfig(TrainingArguments):
     """Options of `DPOTrainer`; the rest are those of `transformers.TrainingArguments`.
 
-    Defaults that differ from `TrainingArguments` are TRL's: `learning_rate` 1e-6, `logging_steps` 10,
-    `gradient_checkpointing` on, `bf16` on unless `fp16` is. `logging_nan_inf_filter` is off: a non-finite loss stops
-    the run.
+    Defaults that differ from `TrainingArguments` are TRL's: `logging_steps` 10, `gradient_checkpointing` on, `bf16` on
+    unless `fp16` is. Our own are `learning_rate` 2e-5, made for LoRA (docs/from-trl.md; TRL: 1e-6), and
+    `logging_nan_inf_filter` off: a non-finite loss stops the run.
 
     Raises:
         OptionError: an unknown option, one of `trl.DPOConfig` that isn't offered, a value of the wrong type or out of
@@ -207,7 +207,7 @@ class DPOConfig(TrainingArguments):
 
     # Options of TrainingArguments with another default, or fewer values
     train_sampling_strategy: str = choice("random", ("random", "sequential"), "Order of the rows.")
-    learning_rate: float = number(1e-6, "The initial learning rate.", minimum=0)
+    learning_rate: float = number(2e-5, "The initial learning rate.", minimum=0)
     logging_steps: float = free(10, "Log every so many steps (a share of all if < 1).")
     gradient_checkpointing: bool = flag(True, "Recompute activations in the backward pass to save memory.")
     bf16: bool | None = flag(None, "Compute in bfloat16. Default: yes, unless fp16 is.")

@@ -385,7 +385,7 @@ def test_options_of_transformers_without_effect_or_with_harm_are_refused(options
 
 def test_shared_defaults_are_trls() -> None:
     # A non-finite loss stops the run instead of being filtered out; beta is the objective's own, for DPO TRL's 0.1.
-    deliberate = {"logging_nan_inf_filter", "beta"}
+    deliberate = {"logging_nan_inf_filter", "beta", "learning_rate"}
     different = {
         name
         for name in set(TRL_FIELDS) & set(OUR_FIELDS)
@@ -395,7 +395,7 @@ def test_shared_defaults_are_trls() -> None:
     }
     assert different == deliberate
     mine, theirs = config(), trl.DPOConfig(output_dir="out", use_cpu=True, report_to="none")
-    for name in ("bf16", "learning_rate", "logging_steps", "gradient_checkpointing", "max_length", "beta"):
+    for name in ("bf16", "logging_steps", "gradient_checkpointing", "max_length", "beta"):
         assert getattr(mine, name) == getattr(theirs, name), name
     assert mine.loss_type == theirs.loss_type
 

@@ -39,21 +39,21 @@ BUDGETS = {
     "forward": 1390,
     "reference": 1550,
     "model": 1415,
-    "training": 2305,
-    "evaluation": 700,
+    "training": 2330,
+    "evaluation": 740,
     "fused": 1795,
     "planning": 1080,
-    "artifacts": 1155,
+    "artifacts": 1165,
     "reward": 910,
     "merge": 620,
     "hub": 915,
     "pairs": 1160,
-    "report": 1100,
+    "report": 1110,
     "quickstart": 460,
-    "cli": 1500,
+    "cli": 1520,
     "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 24_820
+MAX_PACKAGE_LINES = 24_930
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

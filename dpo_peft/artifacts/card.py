@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import OptionError
 from ..files import write_atomically
 from ..reference.adapter_off import ADAPTER_OFF
+from ..training.metrics import NOISE_NOTE, within_noise
 from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
 
@@ -201,6 +202,7 @@ def model_card(run: RunSummary) -> ModelCard:
         is_reward_model=run.reward == "log_ratio",
         columns=columns,
         figures=figures,
+        noise=NOISE_NOTE.capitalize() if any(within_noise_of(run, key) for key in run.eval_last or run.last) else "",
         curves=run.curves,
         samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
         sample_steps=run.sample_steps,
@@ -252,7 +254,7 @@ def license_fields(license: str) -> dict[str, str]:
 
 def eval_results(run: RunSummary) -> list[EvalResult]:
     """Returns the figures of the last evaluation as the Hub's model-index; nothing where there was none."""
-    results = []
+    results, noise = [], f" ({NOISE_NOTE})"
     for key, value in run.eval_last.items():
         # Of several evaluation sets, each figure's name begins with the set's.
         metric = next((m for m in MODEL_INDEX if key == m or key.endswith(f"_{m}")), None)
@@ -265,12 +267,13 @@ def eval_results(run: RunSummary) -> list[EvalResult]:
                 dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
                 dataset_name=part or shown_name(run.eval_dataset),
                 metric_type=MODEL_INDEX[metric][0],
-                metric_name=MODEL_INDEX[metric][1],
+                metric_name=MODEL_INDEX[metric][1] + (noise if within_noise_of(run, key) else ""),
                 metric_value=float(value),
             )
         )
     order = [name for _, name in MODEL_INDEX.values()]
-    return sorted(results, key=lambda result: (result.dataset_name, order.index(str(result.metric_name))))
+    place = {name + of: order.index(name) for name in order for of in ("", noise)}
+    return sorted(results, key=lambda result: (result.dataset_name, place[str(result.metric_name)]))
 
 
 def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
@@ -289,6 +292,13 @@ def figure_table(run: RunSummary) -> tuple[list[str], list[list[str]]]:
                 raise OptionError(f"The figure {key!r} ({head}) is {figures[key]!r}; a number is needed. Convert it.")
     rows = [[f"`{key}`", *(cell(f[key]) if key in f else "" for f in columns.values())] for key in keys]
     return list(columns), rows
+
+
+def within_noise_of(run: RunSummary, key: str) -> bool:
+    """Returns whether a metric of the last evaluation, or log, is an accuracy of margins that are within noise."""
+    figures, part = run.eval_last or run.last, key.removesuffix("rewards/accuracies")
+    margin, kl = (figures.get(f"{part}{name}") for name in ("rewards/margins", "kl"))
+    return part != key and within_noise(margin, run.beta, kl, run.reward)
 
 
 def quantization_text(run: RunSummary) -> str:

@@ -65,7 +65,8 @@ def public(value: object, is_path: bool = False) -> Any:
 
 
 def changed_options(args: DPOConfig) -> dict[str, Any]:
-    """Returns the options of a run that differ from their defaults, fit to be published."""
+    """Returns the options of a run that differ from their defaults, fit to be published; `learning_rate` always, as
+    its default has not always been the same."""
     as_default = {  # what the config makes of a default
         "activation_checkpointing": args.gradient_checkpointing,
         "bf16": not args.fp16,
@@ -80,7 +81,8 @@ def changed_options(args: DPOConfig) -> dict[str, Any]:
     for option in fields(args):
         value = plain(getattr(args, option.name))
         default = option.default if option.default_factory is MISSING else option.default_factory()
-        if option.init and value != plain(default) and value != as_default.get(option.name, MISSING):
+        as_it_was = value in (plain(default), as_default.get(option.name, MISSING))
+        if option.name == "learning_rate" or (option.init and not as_it_was):
             changed[option.name] = value
     changed["output_dir"] = Path(args.output_dir).resolve().name
     return public(changed)

@@ -44,16 +44,18 @@ def as_text(result: Mapping[str, Any]) -> str:
     """Returns a line for each run, with notes on what is missing, and where the page is."""
     lines = []
     for run in result["runs"]:
-        lines += [_headline(run), *(f"  {note}" for note in run["missing"])]
+        lines += [headline(run), *(f"  {note}" for note in run["missing"])]
     return "\n".join([*lines, f"{result['output']}: {result['bytes'] / 1000:.0f} kB, open it in a browser."])
 
 
-def _headline(run: Mapping[str, Any]) -> str:
+def headline(run: Mapping[str, Any]) -> str:
+    """Returns a run's name and last figures in one line."""
     parts = []
     if "accuracy" in run:
         of = "held-out" if run["source"] != "train" else "training"
-        baseline = f" (length alone {run['length_only']:.3f})" if "length_only" in run else ""
-        parts.append(f"{of} accuracy {run['accuracy']:.3f}{baseline}")
+        about = [run["note"]] if "note" in run else []
+        about += [f"length alone {run['length_only']:.3f}"] if "length_only" in run else []
+        parts.append(f"{of} accuracy {run['accuracy']:.3f}" + (f" ({'; '.join(about)})" if about else ""))
     parts += [f"{name} {number(run[key])}" for name, key in (("margin", "margin"), ("KL", "kl")) if key in run]
     parts += [f"{run['steps']:,} steps"] if "steps" in run else []
     parts += [duration(run["seconds"])] if "seconds" in run else []

@@ -81,7 +81,14 @@ def run(options: ScoreOptions) -> dict[str, Any]:
         "truncated": summary.rows_truncated,
         **scored.figures(),
     }
-    if result["agreement"] is not None and options.worst:
+    if found := result["agreement"]:
+        from ..training.metrics import NOISE_NOTE, within_noise
+
+        squares = [score.reward**2 for row in scored.scores for score in row]
+        kl = sum(squares) / len(squares) / (2 * reward.beta**2)
+        noisy = within_noise(found["mean_margin"], reward.beta, kl, reward.kind)
+        result["note"] = NOISE_NOTE if noisy else ""
+    if found and options.worst:
         result["worst"] = scored.worst(options.worst, reward.tokenizer)
     if options.output is not None:
         result["output"] = str(write_rows(options.output, scored.lines()))
@@ -120,7 +127,7 @@ def describe(result: Mapping[str, Any]) -> str:
     on = dataset if isinstance(dataset, str) else ", ".join(dataset)
     lines = [f"{result['adapter']} on {on}: {what}.", f"Reward: {result['reward']}.", ""]
     if found := result["agreement"]:
-        lines += [TITLE, *_accuracy_lines(found)]
+        lines += [TITLE, *_accuracy_lines(found, result["note"])]
         lines += ["", f"Mean margin {found['mean_margin']:+.3f}, mean reward {result['mean_reward']:+.3f}."]
         lines += _category_lines(result.get("by_category", {}))
         lines += _worst_lines(result.get("worst"))
@@ -131,10 +138,10 @@ def describe(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"Scores: {result['output']}"] if "output" in result else lines)
 
 
-def _accuracy_lines(found: Mapping[str, Any]) -> list[str]:
+def _accuracy_lines(found: Mapping[str, Any], note: str) -> list[str]:
     longer, shorter = found["better_longer"], found["better_shorter"]
     return [
-        _line("all", found["accuracy"], found["comparisons"]),
+        f"{_line('all', found['accuracy'], found['comparisons'])}  {note}".rstrip(),
         _line("length-balanced", found["length_balanced"]),
         _line("  better completion is longer", {"value": longer["accuracy"]}, longer["comparisons"]),
         _line("  better completion is shorter", {"value": shorter["accuracy"]}, shorter["comparisons"]),

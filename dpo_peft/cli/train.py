@@ -97,8 +97,21 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         saved = json.loads((folder / "metrics.json").read_text("utf-8"))
         result |= {name: saved[name] for name in ("first", "last", "eval_first", "eval_last")}
         result["warnings"] = saved.get("warnings", [])
-        show(result, f"Adapter, model card, metrics.json and curves.png are in {folder}", output.json)
+        show(
+            result,
+            f"{last_figures(folder)}\nAdapter, model card, metrics.json and curves.png are in {folder}",
+            output.json,
+        )
     return trainer
+
+
+def last_figures(folder: Path) -> str:
+    """Returns a saved run's figures in one line, as `dpo-peft report` prints it."""
+    from ..report.page import summary
+    from ..report.runs import Run
+    from .report import headline
+
+    return headline(summary(Run(folder)))
 
 
 def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> "DPOTrainer":

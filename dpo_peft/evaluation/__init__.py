@@ -49,7 +49,7 @@ class Evaluation:
         first = next(iter(datasets.evaluated.values()), ())
         self.samples = Samples(model, tokenizer, args, first, autocast, callbacks)
         self.records = PairRecords(args.output_dir)
-        self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated)
+        self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated, self.samples)
         self.parts = [self.samples, self.records, self.warnings]
 
     @contextmanager
@@ -64,6 +64,7 @@ class Evaluation:
             yield
         if step is not None and self.records.begun:
             self.samples.take(step)
+            self.warnings.compare()
 
     @property
     def warnings_raised(self) -> list[dict[str, Any]]:

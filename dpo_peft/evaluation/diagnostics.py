@@ -16,6 +16,8 @@ from ..config import DPOConfig
 from ..data import DataReport
 from ..distributed import rank
 from ..objective import TrainingObjective
+from ..training.metrics import NOISE
+from .samples import KeptRows, Row
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,8 @@ SATURATED = 0.01  # reward-saturation: mean weight of a pair in the gradient; it
 LENGTH_GAP = 0.3  # length-exploitation: accuracy where the longer one is better minus where the shorter one is
 LENGTH_ONLY = 0.9  # ... or this share of pairs decided by length alone, and accuracy as high
 LOSS_RISE, LOSS_RISE_SHARE = 0.02, 0.1  # overfitting: of the held-out loss over its lowest, in nats and as a share
-UNMOVED = 0.02  # no-learning: the margin after half of the run; a pair's weight is still 0.495 then
-UNMOVED_LOGS = 10  # ... that so many logs have been written of
+UNMOVED = NOISE / 2  # no-learning: the mean margin in nats; one that grows evenly ends at twice that, within noise
+UNMOVED_STEPS = 20  # ... after so many steps at least
 
 REMEDIES = {
     "likelihood-displacement": "Add an SFT term (loss_type: [sigmoid, sft]), lower learning_rate, raise beta or stop "
@@ -41,7 +43,9 @@ REMEDIES = {
     "accuracies/length_balanced.",
     "overfitting": "Keep the best adapter (load_best_model_at_end), stop early (early_stopping_patience), use fewer "
     "epochs, a lower learning_rate or more pairs.",
-    "no-learning": "Raise learning_rate: LoRA needs about ten times what full fine-tuning does, often 5e-6 to 1e-4.",
+    "no-learning": "Raise learning_rate: LoRA needs about ten times what full fine-tuning does, often 1e-5 to 1e-4; "
+    "small models and short runs need more.",
+    "no-change": "Raise learning_rate or train longer: what was learned doesn't reach the text.",
 }
 
 Figures = Mapping[str, float]  # names of metrics to values
@@ -145,11 +149,12 @@ def diagnose(history: Sequence[Figures], facts: RunFacts) -> list[Finding]:
 def findings(run: Run) -> list[Finding]:
     """Returns the warnings that a run's newest figures call for."""
     found = [(name, next(check(run), None)) for name, check in CHECKS.items()]
-    return [
-        Finding(run.step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.")
-        for name, text in found
-        if text
-    ]
+    return [finding(run.step, name, text) for name, text in found if text]
+
+
+def finding(step: int, name: str, text: str) -> Finding:
+    """Returns a warning with its remedy."""
+    return Finding(step, name, f"{text} {REMEDIES[name]} See docs/diagnostics.md#{name}.")
 
 
 # ---- Checks: each yields what it finds, and the first counts --------------------------------------------------------
@@ -238,13 +243,15 @@ def _overfitting(run: Run) -> Iterator[str]:
 
 def _no_learning(run: Run) -> Iterator[str]:
     """Finds that half of the run is over and policy and reference are still the same."""
-    steps, total = run.training[-1].get("step", 0) if run.training else 0, run.facts.max_steps
-    late = len(run.training) >= UNMOVED_LOGS and total and 2 * steps >= total
-    margin = run.recent().get("rewards/margins", math.inf)
-    if run.facts.reward == "log_ratio" and late and abs(margin) < UNMOVED:
+    logs, total = len(run.training), run.facts.max_steps
+    before, steps = [0, 0, *(int(log.get("step", 0)) for log in run.training)][-2:]
+    late = 2 * steps >= total if logs >= WINDOW else 2 * steps - before > total  # the last log that there will be
+    late = late and total > 0 and steps >= UNMOVED_STEPS
+    margin, beta = run.recent().get("rewards/margins", math.inf), run.facts.beta
+    if run.facts.reward == "log_ratio" and late and abs(margin) < UNMOVED * beta:
         yield (
-            f"Nothing is learned: after {steps} of {total} steps the margin is {margin:.4f} on average over the last "
-            f"{WINDOW} logs (0 at the start)."
+            f"Nothing is learned: after {steps} of {total} steps the margin is {margin:.2g} on average over the last "
+            f"{min(logs, WINDOW)} logs (0 at the start), {abs(margin) / beta:.2g} nats."
         )
 
 
@@ -258,6 +265,21 @@ CHECKS: dict[str, Callable[[Run], Iterator[str]]] = {
 }
 
 
+def unchanged(samples: Sequence[Row]) -> str:
+    """Returns that the newest samples are, all of them, those from before training; nothing if they aren't.
+
+    Args:
+        samples: lines of `samples.jsonl`, by step.
+    """
+    steps: dict[int, list[str]] = {}
+    for row in samples:
+        steps.setdefault(row["step"], []).append(row["completion"])
+    newest = max(steps, default=0)
+    if newest == 0 or steps.get(0) != steps[newest]:
+        return ""
+    return f"The training has changed no text: all {len(steps[0])} samples of step {newest} are those of step 0."
+
+
 # ---- While a run is under way ---------------------------------------------------------------------------------------
 
 
@@ -269,6 +291,7 @@ class Warnings(TrainerCallback):
         objective: what is minimized.
         summaries: dataset name to what became of its rows.
         evaluated: metric prefixes of the evaluation datasets ("eval", "eval_<name>").
+        samples: the run's, which are compared with those from before training when it is over.
 
     Attributes:
         raised: `step`, `name` and `message` of this run's warnings, each name once.
@@ -280,8 +303,10 @@ class Warnings(TrainerCallback):
         objective: TrainingObjective,
         summaries: Mapping[str, DataReport],
         evaluated: Iterable[str],
+        samples: KeptRows,
     ):
         self._args, self._objective, self._summaries = args, objective, summaries
+        self._samples, self._over = samples, False
         self._evaluated = list(evaluated) if args.eval_strategy != "no" else []
         self.raised: list[dict[str, Any]] = []
         self._run: Run | None = None  # since it began, or was resumed
@@ -299,22 +324,36 @@ class Warnings(TrainerCallback):
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Forgets an earlier run."""
-        self._run = None
+        self._run, self._over = None, False
         if state.global_step == 0:
             self.raised = []
 
+    def on_train_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Compares the samples; those that come later are compared as they come."""
+        self._over = True
+        self.compare()
+
+    def compare(self) -> None:
+        """Warns, when the run is over, of samples that it has not changed."""
+        if self._over and (text := unchanged(self._samples.rows)):
+            self.add([finding(self._samples.rows[-1]["step"], "no-change", text)])
+
     def on_log(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Warns of what is new."""
-        raised, facts = {warning["name"] for warning in self.raised}, self.facts(state)
+        facts = self.facts(state)
         if self._run is None:
             self._run = Run(facts)
         self._run.facts = facts  # of a stream more is known by now
         self._run.read(state.log_history)
-        for finding in findings(self._run):
-            if finding.name not in raised:
-                self.raised.append(finding._asdict())
+        self.add(findings(self._run))
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Warns of those whose name is new."""
+        for found in findings:
+            if found.name not in {warning["name"] for warning in self.raised}:
+                self.raised.append(found._asdict())
                 if rank() == 0:
-                    logger.warning("%s at step %d: %s", finding.name, finding.step, finding.message)
+                    logger.warning("%s at step %d: %s", found.name, found.step, found.message)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Returns the warnings so far."""

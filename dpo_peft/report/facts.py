@@ -9,6 +9,7 @@ import numpy as np
 
 from ..artifacts.card import adapter_facts, shown_name
 from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson, win
+from ..training.metrics import NOISE_NOTE, within_noise
 from .runs import Json, Run
 
 OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
@@ -23,6 +24,7 @@ def figures_at_end(run: Run) -> Json:
 
     - source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `metric_series`.
     - accuracy, length_only, margin, kl, loss: metrics.
+    - note: "margins within noise", if they are (`within_noise`).
     - steps, epochs, seconds: of the training.
     - pairs: pairs that the accuracy is of; interval: 95 % interval of the accuracy, if the pairs are known.
     - balanced: the mean accuracy of "the better completion is longer" and "is shorter".
@@ -37,11 +39,14 @@ def figures_at_end(run: Run) -> Json:
     pairs = len(examples) or (data["kept_rows"] if each_is_a_pair else None)
     accuracy, balanced = last.get("rewards/accuracies"), length_check(examples).balanced
     sure = wilson(accuracy, pairs) if accuracy is not None and pairs else None
+    beta, reward = (run.facts.get(name, run.recorded("training").get(name)) for name in ("beta", "reward"))
+    noisy = within_noise(last.get("rewards/margins"), beta, last.get("kl"), reward or "log_ratio")
     entries = [entry for entry in run.log if isinstance(entry.get("step"), int | float)]
     runtime = next((entry["train_runtime"] for entry in run.log if "train_runtime" in entry), None)
     figures = {
         "source": source,
         "accuracy": accuracy,
+        "note": NOISE_NOTE if noisy and accuracy is not None else None,
         "length_only": last.get("accuracies/length_only"),
         "margin": last.get("rewards/margins"),
         "kl": last.get("kl"),

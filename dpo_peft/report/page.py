@@ -17,7 +17,7 @@ from ..errors import OptionError
 from ..files import write_atomically
 from .charts import MOST_TRACES
 from .facts import data_table, duration, figures_at_end, number, plain, settings, source_name
-from .runs import read_runs
+from .runs import Json, Run, read_runs
 from .samples import TEXT_CHARACTERS
 from .views import page_of
 
@@ -54,17 +54,19 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
     figures = [figures_at_end(run) for run in read]
     html = _render(title=title or ", ".join(run.name for run in read), runs=read, figures=figures, **page_of(read))
     write_atomically(output, html, private=True)
-    summaries = [
-        {
-            "name": run.name,
-            "finished": not run.unfinished,
-            **headline,
-            "warnings": sorted({warning["name"] for warning in run.warnings}),
-            "missing": run.notes,
-        }
-        for run, headline in zip(read, figures, strict=True)
-    ]
+    summaries = [summary(run, headline) for run, headline in zip(read, figures, strict=True)]
     return {"output": str(output), "bytes": len(html), "runs": summaries}
+
+
+def summary(run: Run, headline: Json | None = None) -> Json:
+    """Returns what is said of a run outside of its page: its figures at the end, its warnings, what is missing."""
+    return {
+        "name": run.name,
+        "finished": not run.unfinished,
+        **(figures_at_end(run) if headline is None else headline),
+        "warnings": sorted({warning["name"] for warning in run.warnings}),
+        "missing": run.notes,
+    }
 
 
 def _render(**context: object) -> bytes:

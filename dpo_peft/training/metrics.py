@@ -17,6 +17,8 @@ from ..forward import PackedBatch, Scores
 from ..objective import Kind, LossOutput
 
 LONGER, SHORTER, BALANCED = (f"accuracies/{how}" for how in ("chosen_longer", "chosen_shorter", "length_balanced"))
+NOISE = 0.1  # nats: a pair's margin in bfloat16 depends on its batch by as much, see docs/diagnostics.md
+NOISE_NOTE = "margins within noise"  # how it is said beside an accuracy
 
 
 class Mean(NamedTuple):
@@ -105,6 +107,22 @@ def length_balanced(longer: float | None, shorter: float | None) -> float | None
     """Returns the mean of the accuracies where the better completion is the longer and where it is the shorter one;
     None if one of them is unknown. A reward that only follows length has 0.5."""
     return None if longer is None or shorter is None else (longer + shorter) / 2
+
+
+def within_noise(margin: float | None, beta: float | None, kl: float | None = None, reward: str = "log_ratio") -> bool:
+    """Returns whether policy and reference are so close that computing in 16 bits, as adapters are used, makes as much
+    of a margin as the training has. Their accuracy then counts signs that say nothing of what the model writes.
+
+    Args:
+        margin: mean of the better minus the worse completion's reward; None if unknown.
+        beta: the factor of the rewards; None stands for 1.
+        kl: nats per completion, as in `preference_metrics`; None if unknown. Where it is large, margins are, though
+            their mean may be small.
+        reward: kind of the rewards; those without a reference are never within noise, as they don't start at 0.
+    """
+    if margin is None or reward != "log_ratio":
+        return False
+    return max(abs(margin) / (beta or 1.0), kl or 0.0) < NOISE
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Mean:

@@ -34,6 +34,7 @@ RUN_STATE = "run_state.json"
 # Options that the optimizer's saved state holds: another value would be overwritten by it.
 _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
 _OF_THE_MODEL = ("base model", "rotary", "peft_config.")
+OLD_LEARNING_RATE = 1e-6  # the default up to 0.1
 # Options that do not change what is learned, by how their names start.
 _HARMLESS = (
     "output_dir run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub hub_ load_best "
@@ -139,14 +140,18 @@ class RunState:
         found, _ = checkpoints.newest_whole(self.run_dir)
         return f"The newest whole checkpoint is {found}." if found else "There is no whole one in output_dir."
 
-    def compare(self, folder: Path) -> None:
-        """Says in what the run's `trajectory` differs from a checkpoint's.
+    def compare(self, folder: Path, args: DPOConfig) -> None:
+        """Says in what the run's `trajectory` differs from a checkpoint's. A run that began with what used to be the
+        default of `learning_rate` keeps it, in `args` too, where the option is left out.
 
         Raises:
             OptionError: one that the checkpoint's tensors would overrule.
             CheckpointError: it was saved without the optimizer and can't be resumed.
         """
         before = _read(folder)["trajectory"]
+        if (before.get("learning_rate"), args.learning_rate) == (OLD_LEARNING_RATE, DPOConfig.learning_rate):
+            args.learning_rate = OLD_LEARNING_RATE
+            logger.info("learning_rate stays %g: the default when the run began.", OLD_LEARNING_RATE)
         now = self.trajectory()
         changed = [name for name in now if name in before and now[name] != before[name]]
         lines = {name: f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed}

@@ -125,6 +125,7 @@ def test_options_of_every_kind_come_back(tmp_path: Path) -> None:
         "output_dir",
         "use_cpu",
         "bf16",
+        "learning_rate",  # at its default too, which was another one before
     }
 
 
@@ -237,6 +238,21 @@ def test_warnings_are_named() -> None:
     card = summary(warnings=[{"step": 40, "name": "high-kl", "message": "The policy | is\nfar."}])
     assert "- step 40, **high-kl**: The policy \\| is far." in card
     assert "warnings" not in summary()
+
+
+def test_an_accuracy_of_margins_within_noise_is_shown_as_such() -> None:
+    """In the text and in the metadata of the Hub; of several evaluation sets, of those that it is true of."""
+    still, moved = {"rewards/accuracies": 1.0, "rewards/margins": 7e-4, "kl": 6e-6}, {"rewards/margins": 0.7}
+    sets = {f"{name}_{key}": value for name in "ab" for key, value in still.items()}
+    card = summary(eval_last={**sets, "b_rewards/margins": 0.7})
+    assert "**Margins within noise:**" in card
+    assert re.findall(r"name: (Preference accuracy.*)", card) == [
+        "Preference accuracy (margins within noise)",
+        "Preference accuracy",
+    ]
+    assert "**Margins within noise:**" in summary(last=still), "a run without an evaluation"
+    for other in ({"eval_last": {**still, **moved}}, {"eval_last": still, "reward": "mean_logp"}, {}):
+        assert "within noise" not in summary(**other)
 
 
 def test_first_and_last_step_of_the_samples(tmp_path: Path) -> None:

@@ -266,6 +266,8 @@ def test_json_is_all_of_stdout(run_folder: Path, capsys: pytest.CaptureFixture) 
     assert cli.main(["train", "--config", str(run_folder / "run.yaml"), "--max_steps", "1"]) == 0
     out, error = capsys.readouterr()
     assert "train_runtime" in out and f"are in {run_folder / 'out'}" in out  # without it stdout is for people
+    assert cli.main(["report", str(run_folder / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] in out.splitlines(), "the figures are those of the report's line"
 
 
 @pytest.mark.parametrize(

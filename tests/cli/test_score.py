@@ -1,11 +1,13 @@
 """`dpo-peft score`: figures that agree with the trainer's, files that can be joined to the rows, errors in time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import load_dataset
+from safetensors.torch import load_file, save_file
 from trainer_helpers import ours, text_pairs
 
 from dpo_peft import DPOTrainer, cli
@@ -108,6 +110,21 @@ def test_text_for_people(adapter: str, pairs: Path, capsys: Any, caplog: Any) ->
     assert "30 pairs of 30 rows scored" in out and "0.5 * log(policy / reference)" in out
     assert out.count("    better: ") == 2 and "length-balanced" in out and "\neven " in out
     assert "Scoring: 100%" in err and "30 of 30 rows kept" in caplog.text
+
+
+def test_an_accuracy_of_margins_within_noise_is_shown_as_such(
+    adapter: str, pairs: Path, capsys: Any, tmp_path: Path
+) -> None:
+    """The same adapter, shrunk until it does next to nothing: its order of the pairs is much the same."""
+    shutil.copytree(adapter, tmp_path / "small")
+    file = tmp_path / "small" / "adapter_model.safetensors"
+    save_file({n: t * (1e-3 if "lora_B" in n else 1) for n, t in load_file(file).items()}, file)
+    large, small = (score(capsys, folder, "--dataset_name", pairs) for folder in (adapter, tmp_path / "small"))
+    assert (large["note"], small["note"]) == ("", "margins within noise")
+    assert 0 < abs(small["agreement"]["mean_margin"]) < 0.05 < abs(large["agreement"]["mean_margin"])
+    assert cli.main(["score", str(tmp_path / "small"), "--dataset_name", str(pairs), "--beta", "20"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
+    assert line.endswith("  margins within noise"), "a larger beta makes larger margins, and no other model"
 
 
 def test_parquet_holds_the_same(adapter: str, pairs: Path, capsys: Any, tmp_path: Path) -> None:

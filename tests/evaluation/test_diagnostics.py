@@ -12,7 +12,7 @@ from paths import REPO
 from trainer_helpers import ours
 from transformers import set_seed
 
-from dpo_peft.evaluation.diagnostics import CHECKS, REMEDIES, Run, RunFacts, diagnose, findings
+from dpo_peft.evaluation.diagnostics import CHECKS, REMEDIES, Run, RunFacts, diagnose, findings, unchanged
 
 DOC = (REPO / "docs" / "diagnostics.md").read_text("utf-8")
 TOKENS, BETA = 40.0, 0.1
@@ -149,20 +149,44 @@ def test_overfitting(losses, train_loss, fires) -> None:
 
 
 @pytest.mark.parametrize(
-    ("margin", "step", "logs", "fires"),
+    ("nats", "steps", "total", "fires"),
     [
-        (0.019, 50, 10, True),
-        (-0.019, 50, 10, True),
-        (0.021, 50, 10, False),
-        (0.019, 49, 10, False),  # before half of the run
-        (0.019, 50, 9, False),
+        (0.049, [10, 20, 30, 40, 50], 60, True),  # logging_steps is 10
+        (-0.049, [10, 20, 30, 40, 50], 60, True),
+        (0.051, [10, 20, 30, 40, 50], 60, False),
+        (0.049, [10, 20, 30, 40, 50], 101, False),  # before half of the run
+        (0.049, [10, 20, 30, 40], 60, False),  # more logs will come
+        (0.049, [10, 20, 30, 40], 49, True),  # and here none
+        (0.049, [1, 10, 20], 29, True),  # logging_first_step
+        (0.049, [10], 19, False),  # too short a run
+        (0.049, [15, 16, 17, 18, 19], 30, False),
+        (0.049, [16, 17, 18, 19, 20], 30, True),
+        (0.049, [8, 16, 24, 32, 40], 0, False),  # unknown length
     ],
 )
-def test_no_learning(margin, step, logs, fires) -> None:
-    history = training(logs, step - logs + 1, **{"rewards/margins": margin})
-    assert names(history) == ["no-learning"] * fires
-    reference_free = RunFacts("mean_logp", 2.0, TOKENS, {"eval": 400}, 100)  # whose margin doesn't start at 0
+@pytest.mark.parametrize("beta", [0.01, 2.0])
+def test_no_learning(nats, steps, total, fires, beta) -> None:
+    """The margin counts in nats, so that beta makes no difference."""
+    history = [entry for step in steps for entry in training(1, step, **{"rewards/margins": nats * beta})]
+    assert names(history, FACTS._replace(beta=beta, max_steps=total)) == ["no-learning"] * fires
+    reference_free = RunFacts("mean_logp", 2.0, TOKENS, {"eval": 400}, total)  # whose margin doesn't start at 0
     assert names(history, reference_free) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        ({0: "a b", 30: "a c", 60: "a b"}, True),  # the newest counts
+        ({0: "a b", 60: "a c"}, False),  # one of two has changed
+        ({0: "a b", 60: "b a"}, False),
+        ({30: "a b", 60: "a b"}, False),  # those from before training are not known
+        ({0: "a b"}, False),
+        ({}, False),
+    ],
+)
+def test_unchanged_samples(steps, found) -> None:
+    rows = [{"step": step, "completion": word} for step, words in steps.items() for word in words.split()]
+    assert bool(unchanged(rows)) == found
 
 
 # ---- Which figures are looked at ------------------------------------------------------------------------------------
@@ -350,7 +374,8 @@ def test_the_facts_of_a_run(tiny_llama, make_tokenizer, tmp_path) -> None:
 
 
 def test_every_warning_is_explained() -> None:
-    assert set(re.findall(r"^## `([\w-]+)`$", DOC, flags=re.MULTILINE)) == set(CHECKS) == set(REMEDIES)
+    of_samples = {"no-change"}
+    assert set(re.findall(r"^## `([\w-]+)`$", DOC, flags=re.MULTILINE)) == set(CHECKS) | of_samples == set(REMEDIES)
 
 
 def test_the_documented_thresholds_are_those_of_the_code() -> None:

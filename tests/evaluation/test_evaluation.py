@@ -125,6 +125,23 @@ def test_the_first_of_several_datasets_is_sampled_once_a_step(run, tmp_path) -> 
     assert rows[1]["prompt"] == expected
 
 
+def test_a_run_that_changes_no_text_says_so_at_its_end(run, tmp_path, caplog) -> None:
+    greedy = {"sample_prompts": 3, "sample_max_new_tokens": 6}
+    still = run(tmp_path / "still", learning_rate=0.0, save_strategy="steps", save_steps=6, **greedy)
+    (warning,) = still.warnings_raised
+    assert (warning["name"], warning["step"]) == ("no-change", 6) and "all 3 samples of step 6" in warning["message"]
+    assert caplog.text.count("no-change at step 6") == 1
+    saved = json.loads((tmp_path / "still" / "checkpoint-6" / "run_state.json").read_text())
+    assert saved["extra"]["warnings"] == [], "it was said before the run was over"
+    moved = run(tmp_path / "moved", learning_rate=3e-2, **greedy)
+    assert "no-change" not in [warning["name"] for warning in moved.warnings_raised]
+    # Without an evaluation while it trains nothing is known of the text until somebody evaluates.
+    silent = run(tmp_path / "silent", learning_rate=0.0, eval_strategy="no", **greedy)
+    assert not silent.warnings_raised
+    silent.evaluate()
+    assert [warning["name"] for warning in silent.warnings_raised] == ["no-change"]
+
+
 def test_samples_that_do_not_fit_cost_a_warning(run, tmp_path, caplog, monkeypatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")

@@ -615,6 +615,22 @@ def test_the_command_writes_where_it_says(tmp_path: Path, capsys: Any, monkeypat
     assert page.one("h1").text == page.one("head").one("title").text == "Two <runs>"
 
 
+def test_an_accuracy_of_margins_within_noise_is_shown_as_such(tmp_path: Path, capsys: Any) -> None:
+    """In the command's line, the tile and the table of a comparison; beside the accuracy, which stays as it is."""
+    still = {"rewards/margins": 1e-3, "kl": 1e-3}  # of 3 and 8, at a beta of 0.1: 0.03 and 0.008 nats
+    log = [{key: v * still.get(key.removeprefix("eval_"), 1) for key, v in entry.items()} for entry in log_of(40)]
+    one, two = make_run(tmp_path / "one", log_history=log), make_run(tmp_path / "two")
+    assert cli.main(["report", str(one), "--output", str(tmp_path / "page.html")]) == 0
+    assert "one: held-out accuracy 0.900 (margins within noise; length alone 0.470)" in capsys.readouterr().out
+    tile = read_page(tmp_path / "page.html").all("div", class_="tile")[0]
+    assert tile.one("p", class_="figure").text == "0.900"
+    assert tile.one("p", class_="note").text.startswith("margins within noise; length alone")
+    page, result = page_of(one, two, output=tmp_path / "both.html")
+    rows = [row.text for row in page.one("section", id="figures").all("tr")]
+    assert ["margins within noise" in row for row in rows] == [False, True, False]
+    assert [run.get("note") for run in result["runs"]] == ["margins within noise", None]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

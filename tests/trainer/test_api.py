@@ -47,7 +47,7 @@ def test_defaults(base_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_peft.training.arguments.DPOConfig", partial(DPOConfig, use_cpu=True))
     trainer = DPOTrainer(base_folder, train_dataset=text_pairs(8))
     assert trainer.args.output_dir == Path(base_folder).name + "-DPO"
-    assert trainer.args.learning_rate == 1e-6
+    assert trainer.args.learning_rate == 2e-5
     assert trainer.model.peft_config["default"].r == 16
     assert trainer.processing_class.eos_token == "</s>"
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs, text_pairs
 from transformers import Trainer, TrainerCallback
 
-from dpo_peft import NonFiniteError, trainer
+from dpo_peft import DPOConfig, NonFiniteError, trainer
 from dpo_peft.errors import CheckpointError, OptionError, TrainingInterrupted
 from dpo_peft.training.checkpoints import newest_whole, problem_with
 
@@ -432,6 +432,21 @@ def test_an_option_that_changes_the_run_is_named(
         build(tiny_llama, make_tokenizer, folder, **changed).train(str(folder / "checkpoint-2"))
     said = [r.getMessage() for r in caplog.records if "options that change the run" in r.getMessage()]
     assert (message in said[0]) if message else not said
+
+
+def test_a_run_that_began_with_the_old_default_of_learning_rate_is_resumed(tiny_llama, make_tokenizer, tmp_path):
+    """Without the option, as its script leaves it; to the same weights, and with the old rate in its checkpoints."""
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    straight = build(tiny_llama, make_tokenizer, tmp_path, learning_rate=1e-6, **saves)
+    straight.train()
+    resumed = build(tiny_llama, make_tokenizer, tmp_path, learning_rate=DPOConfig.learning_rate)
+    resumed.train(str(tmp_path / "checkpoint-2"))
+    expected = adapter_weights(straight)
+    assert all(torch.equal(weight, expected[name]) for name, weight in adapter_weights(resumed).items())
+    assert resumed.trajectory()["learning_rate"] == 1e-6
+    # Any other rate than the default was asked for.
+    with pytest.raises(OptionError, match=r"learning_rate: 1e-06 before, 3e-05 now"):
+        build(tiny_llama, make_tokenizer, tmp_path, learning_rate=3e-5).train(str(tmp_path / "checkpoint-2"))
 
 
 def test_the_base_of_an_objective_without_reference(tiny_llama, make_tokenizer, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from dpo_peft.forward import PackedBatch, Sample, Scores, pack, sum_by_completion
 from dpo_peft.objective import KINDS, LossOutput, TrainingObjective
-from dpo_peft.training.metrics import Mean, MetricStore, mean_of, preference_metrics
+from dpo_peft.training.metrics import Mean, MetricStore, mean_of, preference_metrics, within_noise
 
 # Rewards of three pairs: won, lost, tied.
 CHOSEN, REJECTED = [0.5, -0.25, 0.125], [-0.5, 0.75, 0.125]
@@ -173,3 +173,24 @@ def test_store_keeps_modes_apart_and_empties_when_read() -> None:
     assert store.pop("train") == {"a": 3.0, "b": 5.0}
     assert store.pop("train") == {}
     assert store.pop("eval") == {"a": 10.0}
+
+
+# ---- Margins within noise -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("margin", "beta", "kl", "reward", "expected"),
+    [
+        (0.0099, 0.1, 1e-4, "log_ratio", True),  # 0.099 nats
+        (0.0101, 0.1, 1e-4, "log_ratio", False),
+        (-0.0099, 0.1, None, "log_ratio", True),  # a cache of sums gives no kl
+        (0.0, 0.1, 0.11, "log_ratio", False),  # far apart, without a preference: an accuracy of 0.5 that means it
+        (0.05, 2.0, 0.0, "log_ratio", True),  # 0.025 nats, though half a percent of a pair's weight
+        (0.05, 0.01, 0.0, "log_ratio", False),  # five nats
+        (0.05, None, None, "log_ratio", True),  # an objective without beta counts nats
+        (0.0, 2.0, None, "mean_logp", False),
+        (None, 0.1, 1.0, "log_ratio", False),
+    ],
+)
+def test_within_noise(margin, beta, kl, reward, expected) -> None:
+    assert within_noise(margin, beta, kl, reward) is expected
