@@ -22,7 +22,7 @@ from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantiza
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import AnyDataset, autocast_dtype, check_dtype, check_fits, data_source
+from .arguments import AnyDataset, autocast_dtype, check_collator, check_dtype, check_fits, data_source
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,12 @@ class Preparation:
         self._training = self(rows, "train")
         return self._training
 
-    def fit(self, model: PreTrainedModel | PeftModel) -> None:
-        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later."""
+    def fit(self, model: PreTrainedModel | PeftModel, collate: Collate | None = None) -> None:
+        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later; and a
+        given collator that is not made for prepared rows."""
         self._model = model
+        if collate is not None:
+            check_collator(collate, next(iter(self._training)))
         for name, rows in {"train": self._training, **self.evaluated}.items():
             check_fits(model, self.tokenizer, rows, self.reports[name])
 
