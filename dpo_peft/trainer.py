@@ -35,16 +35,9 @@ from .model.loading import storage_report
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training.accumulation import OptimizerStep
-from .training.arguments import AnyDataset, autocast_dtype, check_constructor, check_optimizer
+from .training.arguments import AnyDataset, autocast_dtype, check_callbacks, check_constructor, check_optimizer
 from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
-from .training.callbacks import (
-    EarlyStop,
-    StopOnNonFinite,
-    StopOnSignal,
-    SyncReference,
-    check_callbacks,
-    check_reported,
-)
+from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore, preference_metrics
 from .training.resume import RunState, load_best, save_adapter, trajectory

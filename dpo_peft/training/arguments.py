@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..config import DPOConfig, objective_options
 from ..distributed import check_launch
@@ -179,6 +179,16 @@ def check_collator(collate: Callable[[Sequence[Any]], dict[str, Any]], row: dict
             f"of PackedBatch ({type(error).__name__}: {error}). Leave it out, or wrap dpo_peft.data.collator's "
             "PreferenceCollator."
         ) from error
+
+
+def check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
+    """Refuses TRL's callback that reads the texts of prompts from the evaluation dataset."""
+    for callback in callbacks:
+        if type(callback).__name__ == "LogCompletionsCallback":
+            raise OptionError(
+                "LogCompletionsCallback reads prompts as text from the evaluation dataset, which holds tokens here: "
+                "leave it out, and set sample_prompts to see completions at every evaluation."
+            )
 
 
 def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Any, of: Any) -> None:

@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -196,16 +196,6 @@ class EarlyStop(TrainerCallback):
                 best,
                 self.waited,
                 self.threshold,
-            )
-
-
-def check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
-    """Refuses TRL's callback that reads the texts of prompts from the evaluation dataset."""
-    for callback in callbacks:
-        if type(callback).__name__ == "LogCompletionsCallback":
-            raise OptionError(
-                "LogCompletionsCallback reads prompts as text from the evaluation dataset, which holds tokens here: "
-                "leave it out, and set sample_prompts to see completions at every evaluation."
             )
 
 
