@@ -172,7 +172,8 @@ class DPOConfig(TrainingArguments):
     discopop_tau: float = number(0.05, "Temperature of the discopop loss.", above=0)
     ipo_length_normalize: bool = flag(False, "ipo: log-ratios per token, as TRL has them, instead of their sums.")
     simpo_gamma: float = number(1.0, "simpo: target margin of the rewards.", minimum=0)
-    cpo_alpha: float = number(1.0, "cpo: weight of its SFT term.", minimum=0)
+    alphapo_alpha: float = number(0.0, "simpo: AlphaPO's alpha, the shape of its rewards; 0 is SimPO.")
+    cpo_alpha: float = number(1.0, "cpo, cpo_hinge, cpo_ipo: weight of the SFT term.", minimum=0)
     desirable_weight: float = number(1.0, "kto: weight of desirable completions.", above=0)
     undesirable_weight: float = number(1.0, "kto: weight of undesirable completions.", above=0)
     discount_gamma: float = number(

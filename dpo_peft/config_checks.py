@@ -26,7 +26,8 @@ NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Options of older versions of TRL and of its other trainers: what does the same here.
 SUCCESSORS = {
-    "alpha": "For an alpha divergence set f_divergence_type='alpha_divergence' and f_alpha_divergence_coef.",
+    "alpha": "For AlphaPO set loss_type='simpo' and alphapo_alpha; for an alpha divergence "
+    "f_divergence_type='alpha_divergence' and f_alpha_divergence_coef.",
     "rpo_alpha": "Set loss_type=['sigmoid', 'sft'] and loss_weights=[1.0, rpo_alpha].",
     "max_prompt_length": "Set max_length, and truncation_mode='trim_prompt' to shorten the prompt first.",
     "max_completion_length": "Set max_length, and truncation_mode='trim_prompt' to shorten the prompt first.",
@@ -47,8 +48,8 @@ SUCCESSORS = {
 }
 # Options that only TRL's other configs have: there, names of losses mean others than here.
 _CPO = (
-    "It is an option of trl.CPOConfig, whose losses are others: its 'sigmoid' is loss_type='cpo', its 'simpo' "
-    "loss_type=['simpo', 'sft'] with loss_weights=[1.0, cpo_alpha], and its 'hinge' and 'ipo' are not offered."
+    "It is an option of trl.CPOConfig, whose losses are others: its 'sigmoid', 'hinge' and 'ipo' are loss_type='cpo', "
+    "'cpo_hinge' and 'cpo_ipo', its 'simpo' is loss_type=['simpo', 'sft'] with loss_weights=[1.0, cpo_alpha]."
 )
 _KTO = "It is an option of trl.KTOConfig: set loss_type='kto'."
 OF_OTHER_CONFIGS = dict.fromkeys(("cpo_alpha", "simpo_gamma"), _CPO) | dict.fromkeys(

@@ -35,7 +35,7 @@ from .model.training_record import record_training
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training.accumulation import OptimizerStep
-from .training.arguments import AnyDataset, autocast_dtype, check_constructor, check_optimizer
+from .training.arguments import AnyDataset, autocast_dtype, check_callbacks, check_constructor, check_optimizer
 from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
 from .training.callbacks import CountStream, EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
@@ -101,7 +101,7 @@ class DPOTrainer(Trainer):
         set_seed(args.seed)  # the adapter's start is drawn at random
         needs_reference = self.objective.needs_reference
         model, held, as_given = build_model(model, args, quantization_config, peft_config, needs_reference)
-        self.prepare.fit(model)
+        self.prepare.fit(model, data_collator)
         super().__init__(
             model=model,
             args=args,
@@ -117,7 +117,7 @@ class DPOTrainer(Trainer):
         self._signature_columns = PREPARED_COLUMNS
         self._weights = self.model.num_parameters(exclude_embeddings=True)
         check_optimizer(self.optimizer, self.model)
-        self.model.add_model_tags(self._tag_names)
+        self.model.add_model_tags([*self._tag_names, *{"kto", "orpo", "cpo"}.intersection(args.loss_type)])
         self.policy_adapter = self.model.active_adapters[0]
         copy_from_first(self.model.parameters())
         check_same("train_dataset", self.prepare.told_by)
@@ -239,6 +239,7 @@ class DPOTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _prepare_run(self) -> None:
+        check_callbacks(self.callback_handler.callbacks)
         # What was added to the model since it was probed is heeded.
         plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:

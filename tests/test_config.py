@@ -147,7 +147,7 @@ WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
     ),
     "plain arguments": (lambda m, t, f: {"args": TrainingArguments(f)}, r"args is a TrainingArguments.*dpo_peft\.DPO"),
     "config as dict": (lambda m, t, f: {"args": {"beta": 0.1}}, r"args is a dict"),
-    "no rows": (lambda m, t, f: {"train_dataset": None}, r"train_dataset is missing: pass a datasets\.Dataset"),
+    "no rows": (lambda m, t, f: {"train_dataset": None}, r"`train_dataset` is required: pass a datasets\.Dataset"),
     "rows as list": (
         lambda m, t, f: {"train_dataset": list(id_pairs(4))},
         r"train_dataset is a list.*datasets\.Dataset",

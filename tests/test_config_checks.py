@@ -26,6 +26,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "discopop_tau": {"discopop_tau": 0.1},
     "ipo_length_normalize": {"ipo_length_normalize": True},
     "simpo_gamma": {"simpo_gamma": 0.3},
+    "alphapo_alpha": {"alphapo_alpha": 0.5},
     "cpo_alpha": {"cpo_alpha": 0.5},
     "desirable_weight": {"desirable_weight": 2.0},
     "undesirable_weight": {"undesirable_weight": 2.0},
@@ -47,7 +48,7 @@ def test_every_option_is_covered() -> None:
 @pytest.mark.parametrize("option", OBJECTIVE_OPTIONS)
 @pytest.mark.parametrize("loss", REGISTRY)
 def test_an_option_is_read_or_refused(loss: str, option: str) -> None:
-    """The whole table: 14 options by every loss."""
+    """The whole table: 15 options by every loss."""
     given = {"loss_type": loss, **({"label_smoothing": 0.1} if loss == "exo_pair" else {}), **CHANGED[option]}
     readers = [name for name, entry in REGISTRY.items() if option in entry.options]
     if loss in readers:
@@ -142,12 +143,18 @@ def test_malformed_option(name: str) -> None:
 
 # As TRL's other configs are made, with the class changed: what the message must name.
 OF_TRL: dict[str, tuple[dict[str, Any], str]] = {
-    "cpo": ({"loss_type": "sigmoid", "cpo_alpha": 1.0}, r"'sigmoid' is loss_type='cpo'"),
-    "cpo without a loss": ({"cpo_alpha": 1.0}, r"'sigmoid' is loss_type='cpo'"),
-    "cpo's hinge": ({"loss_type": "hinge", "cpo_alpha": 1.0, "max_length": 512}, r"'hinge' and 'ipo' are not offered"),
-    "cpo's ipo": ({"loss_type": ["ipo"], "simpo_gamma": 1.0}, r"'hinge' and 'ipo' are not offered"),
+    "cpo": (
+        {"loss_type": "sigmoid", "cpo_alpha": 1.0},
+        r"'sigmoid', 'hinge' and 'ipo' are loss_type='cpo',",
+    ),
+    "cpo without a loss": ({"cpo_alpha": 1.0}, r"'sigmoid', 'hinge' and 'ipo' are loss_type='cpo',"),
+    "cpo's hinge": ({"loss_type": "hinge", "cpo_alpha": 1.0, "max_length": 512}, r"'cpo', 'cpo_hinge' and 'cpo_ipo'"),
+    "cpo's ipo": ({"loss_type": ["ipo"], "simpo_gamma": 1.0}, r"'cpo', 'cpo_hinge' and 'cpo_ipo'"),
     "cpo's simpo": ({"loss_type": "simpo", "cpo_alpha": 1.0, "simpo_gamma": 0.5}, r"\['simpo', 'sft'\]"),
-    "cpo, another value": ({"loss_type": "sigmoid", "cpo_alpha": 0.3}, r"'sigmoid' is loss_type='cpo'"),
+    "cpo, another value": (
+        {"loss_type": "sigmoid", "cpo_alpha": 0.3},
+        r"'sigmoid', 'hinge' and 'ipo' are loss_type='cpo',",
+    ),
     "kto": ({"desirable_weight": 1.0, "undesirable_weight": 1.0}, r"set loss_type='kto'"),
     "kto, another value": ({"undesirable_weight": 2.0}, r"set loss_type='kto'"),
 }
@@ -162,7 +169,8 @@ def test_a_config_of_another_trainer_of_trl(name: str) -> None:
 
 def test_options_of_other_trainers_where_they_are_read_or_not_given_by_hand() -> None:
     assert config(loss_type=["simpo", "sft"], loss_weights=[1.0, 1.0], simpo_gamma=1.0).simpo_gamma == 1.0
-    assert config(loss_type=["cpo"], cpo_alpha=1.0).cpo_alpha == 1.0
+    for name in ("cpo", "cpo_hinge", "cpo_ipo"):
+        assert config(loss_type=[name], cpo_alpha=1.0).cpo_alpha == 1.0
     assert config(loss_type="kto", desirable_weight=1.0, undesirable_weight=1.0).desirable_weight == 1.0
     (parsed,) = HfArgumentParser(DPOConfig).parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu"])
     assert parsed.loss_type == ["sigmoid"] and parsed.cpo_alpha == 1.0

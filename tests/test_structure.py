@@ -29,17 +29,17 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 400,
+    "trainer": 405,
     "config": 290,
     "config_checks": 350,
     "objective": 450,
     "distributed": 275,
-    "losses": 1040,
+    "losses": 1100,
     "data": 3245,
     "forward": 1390,
     "reference": 1550,
-    "model": 1415,
-    "training": 2330,
+    "model": 1455,
+    "training": 2365,
     "evaluation": 740,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1520,
     "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 24_930
+MAX_PACKAGE_LINES = 25_060
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

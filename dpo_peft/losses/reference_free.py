@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .pairwise import smoothed_logistic
 from .registry import register
+from .scores import shape_scores
 
 
 @register(
@@ -44,6 +45,7 @@ def simpo_loss(
     *,
     beta: float = 2.0,
     simpo_gamma: float = 1.0,
+    alphapo_alpha: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """SimPO: -log sigmoid(beta * (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma).
@@ -51,12 +53,17 @@ def simpo_loss(
     By hand: log-probs -10 and -15 over 5 tokens each, beta 2, simpo_gamma 1: 2 * (-2 + 3) - 1 = 1,
     log(1 + exp(-1)) = 0.3133.
 
-    `margin_B` is taken off beside gamma, in the same unit.
+    `margin_B` is taken off beside gamma, in the same unit. AlphaPO has (1 - exp(-a u)) / a in the place of a mean u,
+    with a = `alphapo_alpha`; 0 is SimPO. By hand, a = 0.5 (beta 2, simpo_gamma 1, the log-probs above): rewards
+    -3.4366 and -6.9634, 2 * 3.5268 - 1 = 6.0536, log(1 + exp(-6.0536)) = 0.0023.
 
-    Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6 (note eq. 52).
+    Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6 (note eq. 52); alpha: Gupta et al. 2025, AlphaPO,
+    arXiv:2501.03884.
     """
-    means_B = chosen_logps_B / chosen_lengths_B - rejected_logps_B / rejected_lengths_B
-    return smoothed_logistic(beta * means_B - simpo_gamma - margin_B, label_smoothing)
+    means = chosen_logps_B / chosen_lengths_B, rejected_logps_B / rejected_lengths_B
+    # Alike as functions: AlphaPO's of a mean, and the alpha divergence's of a score.
+    chosen_B, rejected_B = (shape_scores(mean_B, beta, "alpha_divergence", 1 - alphapo_alpha) for mean_B in means)
+    return smoothed_logistic(beta * (chosen_B - rejected_B) - simpo_gamma - margin_B, label_smoothing)
 
 
 def log_odds(mean_logps_B: Tensor) -> Tensor:
@@ -121,3 +128,54 @@ def cpo_loss(
     """
     h_B = beta * (chosen_logps_B - rejected_logps_B) - margin_B
     return smoothed_logistic(h_B, label_smoothing) + cpo_alpha * sft_loss(chosen_nll_B, mean_chosen_length)
+
+
+@register(
+    "max(0, 1 - beta * (logp_w - logp_l)) - alpha * log pi(y_w) per token",
+    use_when="As cpo, where pairs that are told apart well enough should stop pulling.",
+)
+def cpo_hinge_loss(
+    chosen_logps_B: Tensor,
+    rejected_logps_B: Tensor,
+    chosen_nll_B: Tensor,
+    mean_chosen_length: Tensor | float,
+    margin_B: Tensor | float = 0.0,
+    *,
+    beta: float = 0.1,
+    cpo_alpha: float = 1.0,
+) -> Tensor:
+    """SLiC-HF: max(0, 1 - beta * (log pi(y_w) - log pi(y_l))) + alpha * cross-entropy per token of the chosen one.
+
+    It is "hinge" of TRL's CPO. By hand (beta 0.1, cpo_alpha 1): log-probs -10 and -15, 5 chosen tokens:
+    1 - 0.5 + 10 / 5 = 2.5.
+
+    Source: Zhao et al. 2023, SLiC-HF, arXiv:2305.10425, its calibration term (delta = 1 / beta) and regularizer.
+    """
+    hinge_B = torch.relu(1 - (beta * (chosen_logps_B - rejected_logps_B) - margin_B))
+    return hinge_B + cpo_alpha * sft_loss(chosen_nll_B, mean_chosen_length)
+
+
+@register(
+    "(logp_w / |y_w| - logp_l / |y_l| - 1 / (2 beta))^2 - alpha * log pi(y_w) per token",
+    use_when="As cpo, where the log-probs per token should come to lie a set distance apart and no further.",
+)
+def cpo_ipo_loss(
+    chosen_logps_B: Tensor,
+    rejected_logps_B: Tensor,
+    chosen_lengths_B: Tensor,
+    rejected_lengths_B: Tensor,
+    chosen_nll_B: Tensor,
+    mean_chosen_length: Tensor | float,
+    *,
+    beta: float = 0.1,
+    cpo_alpha: float = 1.0,
+) -> Tensor:
+    """IPO without a reference: (difference of log-probs per token - 1 / (2 beta))^2 + alpha * cross-entropy per token.
+
+    It is "ipo" of TRL's CPO. By hand (beta 0.1, cpo_alpha 1): log-probs -10 and -15 over 5 tokens each:
+    (1 - 5)^2 + 10 / 5 = 18.0.
+
+    Source: Azar et al. 2023, IPO, arXiv:2310.12036, eq. 17, of a uniform reference and per token.
+    """
+    means_B = chosen_logps_B / chosen_lengths_B - rejected_logps_B / rejected_lengths_B
+    return (means_B - 1 / (2 * beta)) ** 2 + cpo_alpha * sft_loss(chosen_nll_B, mean_chosen_length)

@@ -4,6 +4,7 @@ PEFT only warns of tensors that an adapter's file lacks, and keeps quiet about t
 Here every tensor is accounted for.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -46,6 +47,16 @@ def check_adapter(config: PeftConfig) -> None:
             "trainable_token_indices) is supported, since the reference is the same model with the adapter off or "
             "exchanged. Use peft.LoraConfig."
         )
+    if config.peft_type != PeftType.LORA:  # a subclass: AdaLoRA
+        raise OptionError(
+            f"peft_config is a {type(config).__name__}, which needs a schedule of its own in every step: without it "
+            "the adapter would be trained as a LoRA of the rank that it starts with. Use peft.LoraConfig."
+        )
+    if config.monteclora_config:
+        raise OptionError(
+            "peft_config.monteclora_config is not supported: it needs a loss of its own, and its noise in training "
+            "would enter the policy's log-probs alone. Leave it out."
+        )
     if config.bias != "none":
         raise OptionError(
             f"peft_config.bias={config.bias!r} trains the base model's own biases, and switching the adapter off does "
@@ -56,6 +67,23 @@ def check_adapter(config: PeftConfig) -> None:
             "peft_config.alora_invocation_tokens is not supported: an activated LoRA acts only after its invocation "
             "tokens, which packed prompts don't keep track of. Leave it out."
         )
+
+
+def leave_out_read_weights(config: LoraConfig, model: nn.Module) -> None:
+    """Excludes from "all-linear" the layers whose weights a state-space mixer (Mamba) reads itself, in its scan: an
+    adapter's forward would never run there."""
+    if config.target_modules != "all-linear" or isinstance(config.exclude_modules, str):
+        return
+    mixers = {type(module): module for module in model.modules() if hasattr(module, "A_log")}
+    read = {
+        name
+        for kind, mixer in mixers.items()
+        for name, child in mixer.named_children()
+        if isinstance(child, nn.Linear) and f"self.{name}.weight" in inspect.getsource(kind)
+    }
+    if read:
+        config.exclude_modules = sorted(read.union(config.exclude_modules or ()))
+        logger.info("No adapter on %s: the model reads their weights past it.", ", ".join(sorted(read)))
 
 
 def moved_base(config: LoraConfig) -> str | None:

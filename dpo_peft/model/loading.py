@@ -22,7 +22,16 @@ from ..forward.score import eval_mode
 from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
-from .adapters import check_adapter, check_loaded, load_frozen, misfits_refused, moved_base, named_place, read_config
+from .adapters import (
+    check_adapter,
+    check_loaded,
+    leave_out_read_weights,
+    load_frozen,
+    misfits_refused,
+    moved_base,
+    named_place,
+    read_config,
+)
 from .rebuilding import keep_weights, loader, resize_as_saved
 from .training_record import UNRECORDED, read_training
 
@@ -218,6 +227,7 @@ def attach_adapter(
         if peft_config is None:
             peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         check_adapter(peft_config)
+        leave_out_read_weights(peft_config, model)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
     for name, parameter in model.named_parameters():

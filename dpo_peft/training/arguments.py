@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,13 +15,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..config import DPOConfig, objective_options
 from ..credentials import find_secret
 from ..data import DataReport
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
+from ..forward import PackedBatch
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
@@ -112,15 +113,14 @@ def _check_datasets(args: DPOConfig, train_dataset: object, eval_dataset: object
     streamed = any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated))
     refuse(
         {
-            "train_dataset is missing: pass a datasets.Dataset with preference rows.": train_dataset is None,
+            "`train_dataset` is required: pass a datasets.Dataset with preference rows.": train_dataset is None,
             f"train_dataset is a {type(train_dataset).__name__}; pass a datasets.Dataset or IterableDataset, such as "
             "datasets.load_dataset(..., split='train').": not isinstance(train_dataset, AnyDataset),
             "A streaming train_dataset has no length: set max_steps.": (
                 isinstance(train_dataset, IterableDataset) and args.max_steps <= 0
             ),
-            "precompute_ref_log_probs can't read a stream ahead: set cache_ref_log_probs instead.": (
-                streamed and args.precompute_ref_log_probs
-            ),
+            "precompute_ref_log_probs is not supported with IterableDataset, as a stream can't be read ahead: set "
+            "cache_ref_log_probs instead.": (streamed and args.precompute_ref_log_probs),
             f"eval_strategy={args.eval_strategy.value!r} needs an eval_dataset: pass one or set 'no'.": (
                 args.eval_strategy != "no" and eval_dataset is None
             ),
@@ -176,6 +176,28 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
             f"optimizers: the optimizer lacks {len(missing)} of the adapter's weights (such as {missing[0]}), which "
             "would not be trained. Build it over the trainable weights of a PeftModel and pass that as model."
         )
+
+
+def check_collator(collate: Callable[[Sequence[Any]], dict[str, Any]], row: dict[str, Any]) -> None:
+    """Refuses a collator that can't lay out a prepared row, or makes something else of it."""
+    try:
+        PackedBatch(**collate([row]))
+    except (KeyError, TypeError) as error:
+        raise OptionError(
+            f"data_collator={type(collate).__name__} does not turn prepared rows ({', '.join(row)}) into the fields "
+            f"of PackedBatch ({type(error).__name__}: {error}). Leave it out, or wrap dpo_peft.data.collator's "
+            "PreferenceCollator."
+        ) from error
+
+
+def check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
+    """Refuses TRL's callback that reads the texts of prompts from the evaluation dataset."""
+    for callback in callbacks:
+        if type(callback).__name__ == "LogCompletionsCallback":
+            raise OptionError(
+                "LogCompletionsCallback reads prompts as text from the evaluation dataset, which holds tokens here: "
+                "leave it out, and set sample_prompts to see completions at every evaluation."
+            )
 
 
 def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Any, of: Any) -> None:

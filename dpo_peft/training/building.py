@@ -26,7 +26,15 @@ from ..model.training_record import TrainedWith
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
-from .arguments import AnyDataset, autocast_dtype, check_dtype, check_fits, data_source, fix_rope_by_rows
+from .arguments import (
+    AnyDataset,
+    autocast_dtype,
+    check_collator,
+    check_dtype,
+    check_fits,
+    data_source,
+    fix_rope_by_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +95,13 @@ class Preparation:
         self._training = self(rows, "train")
         return self._training
 
-    def fit(self, model: PreTrainedModel | PeftModel) -> None:
-        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later. Where
-        the longest row of a batch would decide the rotary frequencies, the longest of all does."""
+    def fit(self, model: PreTrainedModel | PeftModel, collate: Collate | None = None) -> None:
+        """Refuses rows that the model has no embeddings or positions for, now and in datasets that come later; and a
+        given collator that is not made for prepared rows. Where the longest row of a batch would decide the rotary
+        frequencies, the longest of all does."""
         self._model = model
+        if collate is not None:
+            check_collator(collate, next(iter(self._training)))
         fix_rope_by_rows(model, [(rows, self.reports[name]) for name, rows in self._prepared()])
         for name, rows in self._prepared():
             check_fits(model, self.tokenizer, rows, self.reports[name])

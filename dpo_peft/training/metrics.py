@@ -169,10 +169,13 @@ class MetricStore:
         return means if balanced is None else {**means, BALANCED: balanced}
 
     def of_log(self, logs: Mapping[str, float]) -> dict[str, float]:
-        """Returns what a training log gets: the means since the last one. At the end it is the loss over the steps of
-        the whole run, those before an interruption included."""
-        found = self.pop("train") if "loss" in logs else {}
+        """Returns what a training log gets: the means since the last one. The log at the end gets those of the steps
+        after the last one too, and the loss over the steps of the whole run, those before an interruption included."""
+        if not {"loss", "train_loss"} & logs.keys():
+            return {}
+        found = self.pop("train")
         if "train_loss" in logs:
+            found.pop("loss", None)  # no further training log
             found["train_loss"] = self.pop("run").get("loss", float("nan"))
         return found
 

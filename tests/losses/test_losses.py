@@ -38,7 +38,14 @@ from dpo_peft.losses.pairwise import (
     sigmoid_norm_loss,
     trajectory_loss,
 )
-from dpo_peft.losses.reference_free import cpo_loss, orpo_loss, sft_loss, simpo_loss
+from dpo_peft.losses.reference_free import (
+    cpo_hinge_loss,
+    cpo_ipo_loss,
+    cpo_loss,
+    orpo_loss,
+    sft_loss,
+    simpo_loss,
+)
 from dpo_peft.losses.unpaired import apo_zero_unpaired_loss, kto_loss
 from dpo_peft.objective import Scored, Totals, TrainingObjective
 
@@ -72,8 +79,11 @@ HAND: list[tuple[Callable[..., Any], list[Any], dict[str, Any], list[str]]] = [
     (aot_unpaired_loss, [[3, 1], [-2, 1]], {}, ["0.5544", "0.5981"]),
     (sft_loss, [[6, 2], 2.0], {}, ["3.0", "1.0"]),
     (simpo_loss, [[-10], [-15], [5], [5]], {"beta": 2.0, "simpo_gamma": 1.0}, ["0.3133"]),
+    (simpo_loss, [[-10], [-15], [5], [5]], {"beta": 2.0, "simpo_gamma": 1.0, "alphapo_alpha": 0.5}, ["0.0023"]),
     (orpo_loss, [[2 * LOG_HALF], [LOG_FIFTH], [2], [1], [-2 * LOG_HALF], 2.0], {}, ["0.7155"]),
     (cpo_loss, [[-10], [-15], [10], 5.0], {}, ["2.4741"]),
+    (cpo_hinge_loss, [[-10], [-15], [10], 5.0], {}, ["2.5"]),
+    (cpo_ipo_loss, [[-10], [-15], [5], [5], [10], 5.0], {}, ["18.0"]),
     (multi_negative_loss, [[2, -1, 0, 1], [1, 0, 0, 0], torch.tensor([0] * 4), 1], {"beta": 0.5}, ["0.7873"]),
     (plackett_luce_loss, [[2, 1, -1], [3, 2, 1], torch.tensor([0] * 3), 1], {"beta": 0.5}, ["0.9174"]),
     (kto_loss, [[2, -1], [1, 0], [0.5, 1.5]], {}, ["0.4750", "0.4502"]),

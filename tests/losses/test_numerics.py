@@ -66,8 +66,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "discopop": [{"discopop_tau": 0.5}],
     "aot": [{"label_smoothing": 0.2}],
     "aot_unpaired": [{"label_smoothing": 0.2}],
-    "simpo": [{"label_smoothing": 0.2, "simpo_gamma": 0.4}],
+    "simpo": [{"label_smoothing": 0.2, "simpo_gamma": 0.4}, {"alphapo_alpha": 0.3}],
     "cpo": [{"label_smoothing": 0.2, "cpo_alpha": 0.3}],
+    "cpo_hinge": [{"cpo_alpha": 0.3}],
+    "cpo_ipo": [{"cpo_alpha": 0.3}],
     "kto": [{"desirable_weight": 1.3, "undesirable_weight": 0.6}],
     "apo_zero_unpaired": [{"desirable_weight": 1.3, "undesirable_weight": 0.6}],
 }

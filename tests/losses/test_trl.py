@@ -19,6 +19,7 @@ Where the objectives differ on purpose:
 | orpo at probability 1         | nan gradient                     | finite                            |
 | orpo's cross-entropy          | over prompt and completion       | over the completion               |
 | simpo                         | plus cpo_alpha * cross-entropy   | without; a mix with sft has it    |
+| rewards of alphapo            | of the transformed means         | of the means                      |
 """
 
 import contextlib
@@ -344,7 +345,7 @@ def trl_reference_free(trainer_class: type, case: Case, **options: Any) -> Tenso
     """The batch's loss by `get_batch_loss_metrics`, on the log-probs that the trainer's own forward would return."""
     pairs = len(case.lengths) // 2
     logps = (case.tokens * case.mask).sum(1)
-    if trainer_class is ORPOTrainer or options["loss_type"] == "simpo":
+    if trainer_class is ORPOTrainer or options["loss_type"] in ("simpo", "ipo"):
         logps = logps / case.lengths
     nll = -case.tokens[:pairs][case.mask[:pairs]].mean()  # the mean over all chosen tokens of the batch
     zeros = torch.zeros(pairs, 2)
@@ -386,6 +387,36 @@ def test_simpo(gamma: float, label_smoothing: float) -> None:
         lambda: trl_reference_free(CPOTrainer, case, cpo_alpha=1.0, **theirs),
     )
     assert max(*simpo, *mix) < 1e-12
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["hinge", "ipo"])
+def test_cpos_other_losses(name: str, alpha: float) -> None:
+    case = Case(12)
+    theirs = dict(loss_type=name, alpha=0.0, cpo_alpha=alpha, label_smoothing=0.0)
+    mine = f"cpo_{name}"
+    difference = gap(
+        case, lambda: ours(case, mine, cpo_alpha=alpha), lambda: trl_reference_free(CPOTrainer, case, **theirs)
+    )
+    assert max(difference) < 1e-12
+    # Negative control: sums in the place of means, or the other way round.
+    other = {**theirs, "loss_type": {"hinge": "ipo", "ipo": "hinge"}[name]}
+    assert (ours(case, mine, cpo_alpha=alpha) - trl_reference_free(CPOTrainer, case, **other)).abs() > 1e-2
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("alpha", [-0.4, 0.5, 2.0])
+def test_alphapo(alpha: float, label_smoothing: float) -> None:
+    case = Case(12)
+    options = {"simpo_gamma": 0.5, "label_smoothing": label_smoothing}
+    theirs = dict(loss_type="simpo", alpha=alpha, cpo_alpha=0.0, **options)
+    difference = gap(
+        case,
+        lambda: ours(case, "simpo", alphapo_alpha=alpha, **options),
+        lambda: trl_reference_free(CPOTrainer, case, **theirs),
+    )
+    assert max(difference) < 1e-12
+    assert (ours(case, "simpo", **options) - trl_reference_free(CPOTrainer, case, **theirs)).abs() > 1e-3
 
 
 def test_orpo() -> None:

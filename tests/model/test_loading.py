@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig
 from torch import nn
 from trainer_helpers import lora
 from transformers import (
@@ -124,6 +126,59 @@ def test_everything_but_the_adapter_is_frozen(tiny_llama):
     assert trained == {name for name, _ in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in trained if "lora_A" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # not the head
+
+
+SIZES = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+SCAN = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, mamba_expand=2, mamba_d_conv=4)
+SCANS: dict[str, tuple[str, dict, set[str]]] = {
+    "mamba": ("Mamba", dict(state_size=4, num_hidden_layers=2), {"dt_proj", "out_proj", "x_proj"}),
+    "mamba2": ("Mamba2", dict(num_heads=4, head_dim=8, state_size=4, n_groups=1, num_hidden_layers=2), {"out_proj"}),
+    "bamba": ("Bamba", dict(intermediate_size=32, attn_layer_indices=[1], **SCAN), {"out_proj"}),
+    "jamba": (
+        "Jamba",
+        dict(intermediate_size=32, mamba_d_state=4, attn_layer_period=2, attn_layer_offset=1),
+        {"dt_proj"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SCANS)
+def test_no_adapter_where_a_scan_reads_the_weights_itself(family):
+    """Mamba's layers, of which PEFT refuses some and wraps others without effect; the rest is adapted as ever."""
+    name, sizes, left_out = SCANS[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **sizes})
+    model, _ = attach_adapter(getattr(transformers, f"{name}ForCausalLM")(config))
+    own = {module for module in model.modules() if hasattr(module, "A_log")}
+    layers = {name for mixer in own for name, child in mixer.named_children() if hasattr(child, "weight")}
+    adapted = {name for mixer in own for name, child in mixer.named_children() if hasattr(child, "lora_A")}
+    assert left_out <= layers and adapted == layers - left_out - {"conv1d"} - {n for n in layers if "norm" in n}
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    idle = [n for n, p in model.named_parameters() if ".lora_B." in n and (p.grad is None or not p.grad.any())]
+    assert not [name for name in idle if "expert" not in name]
+
+
+def test_an_adapter_on_such_a_layer_would_have_no_gradient():
+    """Negative control of the test above."""
+    config = transformers.MambaConfig(**{**SIZES, "state_size": 4})
+    model = get_peft_model(transformers.MambaForCausalLM(config), lora(target_modules=["dt_proj", "in_proj"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    moved = {n for n, p in model.named_parameters() if ".lora_B." in n and p.grad is not None and p.grad.any()}
+    assert moved and not [name for name in moved if "dt_proj" in name]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdaLoraConfig(total_step=10, target_modules=["q_proj"]), "AdaLoraConfig, which needs a schedule"),
+        (lora(monteclora_config=MontecloraConfig()), "monteclora_config.*a loss of its own"),
+    ],
+    ids=["adalora", "monteclora"],
+)
+def test_methods_with_steps_or_losses_of_their_own_are_refused(config, message, tiny_llama):
+    with pytest.raises(OptionError, match=message):
+        attach_adapter(tiny_llama(), config)
+    with pytest.raises(OptionError, match=message):
+        attach_adapter(get_peft_model(tiny_llama(), config))
 
 
 def test_several_active_adapters_are_refused(tiny_llama):

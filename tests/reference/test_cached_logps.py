@@ -225,7 +225,7 @@ def test_a_stream_can_not_be_precomputed(tiny_llama, make_tokenizer, tmp_path, s
     rows = {"train": id_pairs(4), "eval": id_pairs(4)}
     rows[streamed] = rows[streamed].to_iterable_dataset()
     options = {"precompute_ref_log_probs": True, "max_steps": 2, "eval_dataset": {"far": rows["eval"]}}
-    with pytest.raises(OptionError, match="can't read a stream ahead: set cache_ref_log_probs"):
+    with pytest.raises(OptionError, match="a stream can't be read ahead: set cache_ref_log_probs"):
         ours(tiny_llama(), rows["train"], make_tokenizer(), tmp_path, **options)
 
 

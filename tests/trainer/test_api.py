@@ -23,6 +23,8 @@ from trainer_helpers import (
     text_pairs,
 )
 from transformers import BitsAndBytesConfig, TrainerCallback, set_seed
+from trl import LogCompletionsCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_peft import DPOConfig, DPOTrainer, OptionError
 from dpo_peft.data.collator import PreferenceCollator
@@ -225,6 +227,47 @@ def test_custom_collator(tiny_llama, make_tokenizer, tmp_path):
     assert largest_difference(expected, collated) == 0.0
     assert largest_difference(packed, padded) < 1e-5
     assert largest_difference(packed, collated) > 1e-3
+
+
+def test_a_collator_that_is_not_made_for_prepared_rows_is_refused(tiny_llama, make_tokenizer, tmp_path):
+    wrong = {
+        "KeyError: 'chosen_ids'": DataCollatorForPreference(pad_token_id=0),
+        "unexpected keyword argument 'labels'": lambda rows: {"labels": torch.zeros(len(rows))},
+        "missing .* required": lambda rows: {},
+    }
+    for reason, collate in wrong.items():
+        with pytest.raises(OptionError, match=rf"data_collator=.*{reason}.*Leave it out"):
+            ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, data_collator=collate)
+
+
+def test_trls_callback_for_completions_is_refused(tiny_llama, make_tokenizer, tmp_path):
+    trainer = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, eval_dataset=id_pairs(4))
+    trainer.add_callback(LogCompletionsCallback(trainer, num_prompts=1, freq=1))
+    with pytest.raises(OptionError, match="LogCompletionsCallback reads prompts as text.*set sample_prompts"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_the_steps_after_the_last_log_are_in_the_log_at_the_end(tiny_llama, make_tokenizer, tmp_path):
+    """5 steps, logged after 3: the log at the end has the means of steps 4 and 5, and the loss of all."""
+    runs = []
+    for every in (1, 3, 5):
+        trainer = ours(tiny_llama(), id_pairs(8), make_tokenizer(), tmp_path, max_steps=5, logging_steps=every)
+        trainer.train()
+        runs.append(trainer.state.log_history)
+    single, threes, fives = runs
+    for name in ("rewards/margins", "logps/chosen", "kl", "rewards/accuracies"):
+        assert threes[-1][name] == pytest.approx(sum(log[name] for log in single[3:5]) / 2, rel=1e-6)
+        assert name not in single[-1] and name not in fives[-1]
+    for log in runs:
+        assert log[-1]["train_loss"] == pytest.approx(sum(log["loss"] for log in single[:5]) / 5, rel=1e-6)
+        assert "loss" not in log[-1]
+
+
+@pytest.mark.parametrize(("loss_type", "tags"), [("orpo", {"orpo"}), (["cpo", "sft"], {"cpo"}), ("ipo", set())])
+def test_tags_name_the_trainers_of_trl_that_this_one_stands_for(tiny_llama, make_tokenizer, tmp_path, loss_type, tags):
+    trainer = ours(tiny_llama(), id_pairs(4), make_tokenizer(), tmp_path, loss_type=loss_type)
+    assert set(trainer.model.model_tags) == {"dpo", "lora", "dpo-peft", "trl"} | tags
 
 
 def test_sharing_off_trains_alike(tiny_llama, make_tokenizer, tmp_path):
