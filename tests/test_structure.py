@@ -35,11 +35,11 @@ BUDGETS = {
     "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 2985,
+    "data": 3005,
     "forward": 1225,
-    "reference": 1490,
+    "reference": 1495,
     "model": 1325,
-    "training": 2165,
+    "training": 2255,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1485,
     "rowfiles": 260,
 }
-MAX_PACKAGE_LINES = 23_780
+MAX_PACKAGE_LINES = 23_900
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
