@@ -69,6 +69,7 @@ class Preparation:
                 discount_unit=args.discount_unit,
                 single_best=objective.single_best,
                 unneeded_columns=args.unneeded_columns or (),
+                unpair=args.unpair_preferences,
             )
         self.reports[name] = report
         logger.info("%s", report)
