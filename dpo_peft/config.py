@@ -118,6 +118,9 @@ class DPOConfig(TrainingArguments):
     unneeded_columns: list[str] | None = free(
         None, "Columns with text that may stay unread; any other stops the run before it starts."
     )
+    unpair_preferences: bool = flag(
+        False, "kto, apo_zero_unpaired: a row of several completions becomes a row for each, as TRL counts them."
+    )
 
     # Speed and memory; docs/performance.md
     max_tokens_per_microbatch: int | str | None = whole(

@@ -330,8 +330,8 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         "reference='base' is the bare model and can't follow the policy: leave sync_ref_model out.": (
             o.sync_ref_model and o.reference == "base"
         ),
-        f"loss_type {mix} compares with mismatched completions that every batch draws anew: a cache would never hold "
-        "them. Leave precompute_ref_log_probs and cache_ref_log_probs out.": o.caches_reference and mismatched,
+        f"unpair_preferences has no effect on loss_type {mix}, which doesn't learn from single completions: leave it "
+        "out.": o.unpair_preferences and losses[0].data != "singles",
         f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": layered,
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,

@@ -35,6 +35,7 @@ from .model.training_record import record_training
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
 from .training.accumulation import OptimizerStep
+from .training.ahead import rows_ahead
 from .training.arguments import AnyDataset, autocast_dtype, check_callbacks, check_constructor, check_optimizer
 from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
 from .training.callbacks import CountStream, EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
@@ -251,8 +252,7 @@ class DPOTrainer(Trainer):
         with self.compute_loss_context_manager():
             self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
             if self.args.precompute_ref_log_probs:
-                datasets = {"train": self.train_dataset, **self.prepare.evaluated}
-                self.reference.precompute(datasets, self.collate)
+                self.reference.precompute(rows_ahead(self, self.prepare.evaluated, self.step), self.collate)
         self.accelerator.wait_for_everyone()
 
     def hyperparameter_search(self, *args: object, **kwargs: object) -> Any:
@@ -309,8 +309,8 @@ class DPOTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs; a training log gets the metrics since the last one, and the cache's hits."""
-        logs |= self.reference.counts() if "loss" in logs else {}
+        """Logs; a training log gets the metrics since the last one, and counts of the cache and of cuts."""
+        logs |= {**self.reference.counts(), **self.step.counts()} if "loss" in logs else {}
         logs |= self.metric_store.of_log(logs)  # in place: at the end, transformers returns them
         super().log(logs, start_time)
 

@@ -129,6 +129,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         {"loss_type": "aot", "disable_dropout": False, "gradient_accumulation_steps": 2},
         r"disable_dropout=False with loss_type aot needs gradient_accumulation_steps=1",
     ),
+    "unpaired pairs": ({"unpair_preferences": True}, r"unpair_preferences has no effect on loss_type sigmoid"),
     "desirable weight zero": ({"loss_type": "kto", "desirable_weight": 0}, r"desirable_weight=0 must be .* above 0"),
 }
 

@@ -30,16 +30,16 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 405,
-    "config": 290,
+    "config": 295,
     "config_checks": 350,
     "objective": 450,
     "distributed": 275,
     "losses": 1100,
-    "data": 3245,
+    "data": 3310,
     "forward": 1390,
-    "reference": 1550,
+    "reference": 1555,
     "model": 1455,
-    "training": 2365,
+    "training": 2455,
     "evaluation": 740,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1520,
     "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 25_060
+MAX_PACKAGE_LINES = 25_220
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -4,12 +4,16 @@ Rows come from `prepare_dataset`: `prompt_ids`, `completion_ids` (K lists), `row
 reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 from ..forward.layout import PackedBatch, Sample, content_keys, pack, pad_rows
 from .fields import Row, Values
 from .worker import EXTRAS, IDS
+
+T = TypeVar("T")
 
 PREPARED_COLUMNS = [*IDS, *EXTRAS]  # all that a prepared row may hold
 
@@ -75,15 +79,32 @@ class KeepRows:
         return {"kept": Rows(list(rows))}
 
 
-def mismatch(rows: Sequence[Values], before: Sequence[Values] = ()) -> list[Values]:
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields `size` items at a time; the last ones may be fewer."""
+    left = iter(items)
+    while part := list(islice(left, size)):
+        yield part
+
+
+def mismatch(
+    rows: Sequence[Values], before: Sequence[Values] = (), max_length: int | None = None
+) -> tuple[list[Values], int]:
     """Gives each row the completions of the row before it, the first row those of the last, as `mismatched_ids`.
 
     KTO estimates its reference point on such pairs of a prompt with the completion of another (Ethayarajh et al. 2024,
     section 4.1): the mismatched completions of a batch are its own, each once. A single row takes those of
-    the last one of `before`, the batch before it; without any it gets none.
+    the last one of `before`, the batch before it; without any it gets none. Each is cut, at its end, to what its new
+    prompt leaves of `max_length`, the most tokens of both (None: no limit).
+
+    Returns:
+        The rows, and how many completions were cut.
     """
     others = before if len(rows) == 1 else rows
     if not others:
-        return list(rows)
-    sources = [others[-1], *rows[:-1]]
-    return [{**row, "mismatched_ids": source["completion_ids"]} for row, source in zip(rows, sources, strict=True)]
+        return list(rows), 0
+    found, cut = [], 0
+    for row, source in zip(rows, [others[-1], *rows[:-1]], strict=True):
+        room = None if max_length is None else max_length - len(row["prompt_ids"])
+        found.append({**row, "mismatched_ids": [ids[:room] for ids in source["completion_ids"]]})
+        cut += sum(len(ids) > room for ids in source["completion_ids"]) if room is not None else 0
+    return found, cut

@@ -86,12 +86,15 @@ class Wanted:
     label_columns: tuple[str, ...] = ()
     discount_unit: str = "turn"
     single_best: bool = False
+    unpair: bool = False
 
     def __post_init__(self) -> None:
         if self.data not in DATA_KINDS:
             raise OptionError(f"data={self.data!r} is unknown. Use one of {', '.join(DATA_KINDS)}.")
         if self.discount_unit not in DISCOUNT_UNITS:
             raise OptionError(f"discount_unit={self.discount_unit!r} is unknown. Use one of 'turn' and 'token'.")
+        if self.unpair and self.data != "singles":
+            raise OptionError(f"unpair=True has no effect on data={self.data!r}: leave it out, or use 'singles'.")
         if not isinstance(self.label_columns, tuple) or not set(self.label_columns) <= set(LABEL_COLUMNS):
             raise OptionError(f"label_columns={self.label_columns!r} must hold nothing but {LABEL_COLUMNS}.")
 

@@ -33,6 +33,7 @@ from .worker import COUNTERS, RowWorker, rows_of
 # Raise it whenever the same inputs give other records.
 SCHEMA_VERSION = 4
 PROBLEMS_NAMED = 3
+UNPAIRED_ROWS = 1000  # that TRL unpairs at a time
 STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
 
 
@@ -51,6 +52,7 @@ def prepare_dataset(
     discount_unit: str = "turn",
     single_best: bool = False,
     unneeded_columns: Sequence[str] = (),
+    unpair: bool = False,
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
     """Tokenizes a preference dataset.
 
@@ -72,6 +74,8 @@ def prepare_dataset(
         discount_unit: What a step of a trajectory is, an assistant "turn" or a "token" of one.
         single_best: For lists: a row whose best grade is shared is unusable.
         unneeded_columns: Columns with text that may stay unread; others are refused (`unread.py`).
+        unpair: For singles: a row of several completions becomes one row for each, in the order of
+            `trl.unpair_preference_dataset`: of every 1000 rows all chosen ones, then all rejected ones.
 
     Returns:
         The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
@@ -94,7 +98,7 @@ def prepare_dataset(
     check_truncation(max_length, truncation_mode)
     _check_options(on_unusable, max_unusable_share, num_proc)
     check_tokenizer(tokenizer, need_eos=False)
-    wanted = Wanted(data, tuple(label_columns), discount_unit, single_best)
+    wanted = Wanted(data, tuple(label_columns), discount_unit, single_best, unpair)
     columns, first = _first_row(dataset, name)
     row_format = find_format(name, columns, first, wanted, len(tokenizer))
     wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
@@ -117,7 +121,13 @@ def prepare_dataset(
     summary.check_share(max_share)
     summary.warn()
     prepared = records.select_columns(worker.prepared_columns)
-    return prepared.select(_rows_where(records, "drop", empty=True)) if summary.dropped else prepared, summary
+    if not summary.dropped and not unpair:
+        return prepared, summary
+    kept = _rows_where(records, "drop", empty=True)
+    if unpair:
+        found = set(kept)
+        kept = [place for place in _unpaired_order(records["row"][:]) if place in found]
+    return prepared.select(kept), summary
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -196,13 +206,29 @@ def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
     return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
 
 
+def _unpaired_order(rows: Sequence[int]) -> list[int]:
+    """Returns where completions stand in the order of TRL: of every 1000 rows the first ones, then the second ones.
+
+    `rows` are the numbers of their rows, ascending.
+    """
+    first: dict[int, int] = {}
+    places = [(row // UNPAIRED_ROWS, place - first.setdefault(row, place)) for place, row in enumerate(rows)]
+    return sorted(range(len(places)), key=places.__getitem__)
+
+
 def _prepare_stream(
     dataset: IterableDataset, worker: RowWorker, summary: DataSummary, max_share: float | None, columns: list[str]
 ) -> IterableDataset:
     if worker.wanted.data == "unlabeled":  # a row may become several
         raise OptionError("data='unlabeled' needs a datasets.Dataset, not a stream.")
-    record = partial(_stream_record, worker, summary, max_share)
-    records = _plain(dataset).map(record, with_indices=True, remove_columns=columns, features=worker.features)
+    records = _plain(dataset).map(
+        partial(_stream_records, worker, summary, max_share),
+        with_indices=True,
+        batched=True,
+        batch_size=UNPAIRED_ROWS if worker.wanted.unpair else 1,
+        remove_columns=columns,
+        features=worker.features,
+    )
     prepared = records.filter(_is_kept).select_columns(worker.prepared_columns)
     if next(iter(prepared), None) is None:
         summary.check_share(1.0)
@@ -211,17 +237,23 @@ def _prepare_stream(
     return prepared
 
 
-def _stream_record(worker: RowWorker, summary: DataSummary, max_share: float | None, row: Row, index: int) -> Values:
-    """Prepares one row of a stream and counts it; row 0 starts a new pass. In a worker process shares of dropped rows
-    are not judged: it reads a part."""
-    if index == 0:
-        summary.reset()
-    (record,) = worker.records(row, index, check=True)
-    summary.add(record)
-    summary.tell()
-    if max_share is None or (summary.source_rows >= STREAM_PATIENCE and get_worker_info() is None):
-        summary.check_share(max_share)
-    return record
+def _stream_records(
+    worker: RowWorker, summary: DataSummary, max_share: float | None, batch: Values, indices: list[int]
+) -> Values:
+    """Prepares the next rows of a stream and counts them; row 0 starts a new pass. In a worker process shares of
+    dropped rows are not judged: it reads a part."""
+    made: list[Values] = []
+    for row, index in zip(rows_of(batch), indices, strict=True):
+        if index == 0:
+            summary.reset()
+        for record in worker.records(row, index, check=True):
+            summary.add(record)
+            made.append(record)
+        summary.tell()
+        if max_share is None or (summary.source_rows >= STREAM_PATIENCE and get_worker_info() is None):
+            summary.check_share(max_share)
+    made = [made[place] for place in _unpaired_order([record["row"] for record in made])]
+    return {column: [record[column] for record in made] for column in worker.features}
 
 
 def _is_kept(record: Row) -> bool:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 from datasets import Features, Sequence, Value
@@ -121,6 +122,8 @@ class RowWorker:
             check_size(row)
         found = self.format.read(row)
         labels = {column: READ_LABEL[column](row) for column in self.wanted.label_columns}
+        if self.wanted.unpair and isinstance(found, Example):
+            found = _unpaired(found)
         return found if isinstance(found, list) else [found], labels
 
     def _check(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
@@ -248,6 +251,15 @@ def graded_apart(completion_ids: list[list[int]], grades: list[float] | None) ->
         return False
     found: dict[tuple[int, ...], float] = {}
     return any(found.setdefault(tuple(ids), grade) != grade for ids, grade in zip(completion_ids, grades, strict=True))
+
+
+def _unpaired(example: Example) -> list[Parsed]:
+    """Returns an example for each completion; or why all of them teach nothing, which one alone doesn't show."""
+    grades = example.grades or []
+    each = list(zip(example.completions, example.fields, grades, strict=True))
+    if any(one == other and grade != least for (one, _, grade), (other, _, least) in combinations(each, 2)):
+        return [IDENTICAL if all_same(example.completions) else SAME_TEXT]
+    return [replace(example, completions=[one], fields=(field,), grades=[grade]) for one, field, grade in each]
 
 
 def _foreign_turns(example: Example) -> int:

@@ -7,7 +7,7 @@ Shape suffixes: C completions, N predicted tokens.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict
 from functools import cached_property
 from hashlib import blake2b
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..config import DPOConfig
+from ..data.collator import chunks
 from ..distributed import rank, world_size
 from ..errors import ReferenceMismatchError
 from ..forward import ForwardPlan, PackedBatch, Scores
@@ -180,24 +181,25 @@ class ReferencePolicy:
         self.store.put(batch.keys, entries)
         return dict(zip(batch.keys[::-1], entries[::-1], strict=True))  # of the same key twice the first counts
 
-    def precompute(self, datasets: Mapping[str, Rows], collate: Collate) -> None:
-        """Fills the store for prepared datasets, by name. What is there already is kept: after a kill it continues."""
+    def precompute(self, datasets: Mapping[str, Iterable[Row]], collate: Collate) -> None:
+        """Fills the store for prepared rows, by dataset. What is there already is kept: after a kill it continues."""
         assert self.store is not None  # the option that asks for it also turns the cache on
         for name, dataset in datasets.items():
             # Batches are cut from all rows, not from the missing ones: their shapes, and so the last bits of the
             # values, do not depend on when a run was interrupted.
-            computed = total = 0
-            with tqdm(total=len(dataset), desc=f"reference of {name}", disable=self.args.disable_tqdm) as bar:
+            computed = total = number = 0
+            known = len(dataset) if isinstance(dataset, Sized) else None
+            with tqdm(total=known, desc=f"reference of {name}", disable=self.args.disable_tqdm) as bar:
                 for rows in _by_length(dataset, self.args.precompute_ref_tokens):
                     if total % world_size() == rank():
                         batch = PackedBatch(**collate(rows))
                         if None in self.store.peek(batch.keys):
                             self.fill(batch.to(self.args.device))
                             computed += 1
-                    total += 1
+                    total, number = total + 1, number + len(rows)
                     bar.update(len(rows))
             message = "Reference of %s (%d rows): %d of %d batches computed, the rest was in %s."
-            logger.info(message, name, len(dataset), computed, total, self.store.file.path)
+            logger.info(message, name, number, computed, total, self.store.file.path)
 
     def check_start(self, rows: Rows, collate: Collate) -> None:
         """Checks once, on a few rows before the first step, that policy and reference start equal, and that the store
@@ -307,14 +309,13 @@ def _restore_base(model: PeftModel, file: Path) -> bool:
     return found
 
 
-def _by_length(dataset: Rows, max_tokens: int) -> Iterator[list[Row]]:
+def _by_length(dataset: Iterable[Row], max_tokens: int) -> Iterator[list[Row]]:
     """Yields rows of about equal length, as many as fit into a forward pass; a longer row gets one of its own."""
 
     def tokens(row: Row) -> int:
         return len(row["prompt_ids"]) + sum(map(len, row["completion_ids"]))
 
-    for start in range(0, len(dataset), CHUNK_ROWS):
-        rows = [dataset[i] for i in range(start, min(start + CHUNK_ROWS, len(dataset)))]
+    for rows in chunks(dataset, CHUNK_ROWS):
         batch: list[Row] = []
         held = 0
         for row in sorted(rows, key=tokens, reverse=True):

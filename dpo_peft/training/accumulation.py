@@ -25,6 +25,7 @@ from ..data.collator import mismatch
 from ..distributed import gather_over_processes, interleave, rank, sum_gradients, sum_over_processes, world_size
 from ..forward import PackedBatch, Scores, halves
 from ..objective import LossOutput, Scored, Totals, TrainingObjective
+from .arguments import longest_allowed
 from .memory_budget import MemoryBudget
 from .metrics import Mean, MetricStore
 from .packing import Entry, MicroBatch, Row, as_entry, describe, hang, pack_rows, size_of, to_device
@@ -49,6 +50,8 @@ class OptimizerStep:
 
     Attributes:
         halvings: how often each micro-batch is cut in two, since it did not fit.
+        max_length: the most tokens that the options or the model's learned positions allow; None: any number.
+        mismatched_cut: how many mismatched completions were cut to it so far.
         evaluated: the last row of the evaluation batch before; none at the start of an evaluation.
         finite: the micro-batches so far, each with whether the loss of each of its items is finite.
     """
@@ -68,7 +71,8 @@ class OptimizerStep:
         self.model, self.args, self.objective, self.budget, self.metrics = model, args, objective, budget, metrics
         self.collate, self._policy, self._reference, self._autocast = collate, policy, reference, autocast
         self._rank, self._processes = rank(), world_size()
-        self.halvings = 0
+        self.max_length = longest_allowed(model, args.max_length)
+        self.halvings = self.mismatched_cut = 0
         self.evaluated: list[Row] = []
         self.finite: list[tuple[PackedBatch, Tensor]] = []
         self._entries: list[Entry] = []
@@ -88,6 +92,10 @@ class OptimizerStep:
     def load_state_dict(self, state: Mapping[str, Any], folder: Path) -> None:
         """Takes up a run's state."""
         self.halvings = state["halvings"]
+
+    def counts(self) -> dict[str, float]:
+        """Returns how many mismatched completions were cut so far, for the log; nothing if none was."""
+        return {"mismatched_cut": self.mismatched_cut} if self.mismatched_cut else {}
 
     # ---- Forward and backward ------------------------------------------------------------------------------------
 
@@ -184,8 +192,9 @@ class OptimizerStep:
         kept = [entry["kept"].rows for entry in entries]
         if self.objective.needs_mismatched:
             flat = [row for part in kept for row in part]
-            rows = iter(mismatch(flat, self.evaluated))
-            self.evaluated = [] if self.model.training else flat[-1:]
+            found, cut = mismatch(flat, self.evaluated, self.max_length)
+            self.mismatched_cut += cut
+            self.evaluated, rows = [] if self.model.training else flat[-1:], iter(found)
             kept = [list(itertools.islice(rows, len(part))) for part in kept]
         # The rows that `ShareCollator` would keep, so that predictions find their places again.
         kept = [part[self._rank :: self._processes] for part in kept]

@@ -82,6 +82,13 @@ def check_constructor(
             "use_auth_token for one): load it with token=... instead."
         )
     objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
+    drawn = args.train_sampling_strategy == "random" and not args.accelerator_config.use_seedable_sampler
+    if args.precompute_ref_log_probs and objective.needs_mismatched and drawn:
+        raise OptionError(
+            "accelerator_config: use_seedable_sampler=False draws an order of the rows that can't be told ahead, and "
+            f"precompute_ref_log_probs needs it for loss_type {', '.join(args.loss_type)}: leave it out, or set "
+            "train_sampling_strategy='sequential'."
+        )
     if args.metric_for_best_model is not None and args.eval_strategy != "no" and not own_metrics:
         _check_best_metric(args, args.metric_for_best_model, eval_dataset, objective)
     return name, args, tokenizer, objective
@@ -281,6 +288,12 @@ def positions(model: PreTrainedModel | PeftModel) -> tuple[int | None, bool]:
     return made_for, any(
         _POSITIONS.search(name) and table.ndim == 2 and 0 <= len(table) - made_for <= 8 for name, table in tables
     )
+
+
+def longest_allowed(model: PreTrainedModel | PeftModel, max_length: int | None) -> int | None:
+    """Returns the smaller one of `max_length` and the number of positions that a model has learned; None: any."""
+    made_for, learned = positions(model)
+    return min((one for one in (max_length, made_for if learned else None) if one is not None), default=None)
 
 
 def check_dtype(model: PreTrainedModel | PeftModel, args: DPOConfig) -> None:

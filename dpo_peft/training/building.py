@@ -81,6 +81,7 @@ class Preparation:
                 discount_unit=args.discount_unit,
                 single_best=objective.single_best,
                 unneeded_columns=args.unneeded_columns or (),
+                unpair=args.unpair_preferences,
             )
         self.reports[name] = report
         streamed = f"{name}: a stream in {report.format} format, whose rows are counted as they are read."

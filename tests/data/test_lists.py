@@ -1,6 +1,7 @@
 """Lists of graded answers and single judged completions: every format by hand, the order, rows without signal."""
 
 import pytest
+import trl
 from data_helpers import answer, turns, word_tokenizer
 from datasets import Dataset, IterableDataset
 
@@ -146,6 +147,46 @@ def test_by_hand(data, case, stream):
     assert report.unshared_tokens == len(prompt_ids) * len(grades) + sum(map(len, completion_ids))
     counts = (grades.count(1.0), grades.count(0.0)) if data == "singles" else (0, 0)
     assert (report.desirable, report.undesirable) == counts
+
+
+@pytest.mark.parametrize("case", SINGLES)
+@pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+def test_unpaired_by_hand(case, stream):
+    row, prompt_ids, completion_ids, grades = SINGLES[case]
+    dataset = as_dataset([row, row]) if stream else Dataset.from_list([row, row])
+    prepared, report = prepare_dataset(dataset, word_tokenizer(), data="singles", unpair=True)
+    assert list(prepared) == [
+        {"prompt_ids": prompt_ids, "completion_ids": [ids], "row": number, "grades": [grade]}
+        for ids, grade in zip(completion_ids, grades, strict=True)
+        for number in (0, 1)
+    ]
+    assert (report.kept_rows, report.completions) == (2 * len(grades), 2 * len(grades))
+    assert (report.desirable, report.undesirable) == (2 * grades.count(1.0), 2 * grades.count(0.0))
+
+
+@pytest.mark.parametrize("kind", ["text", "implicit", "chat"])
+def test_unpaired_in_the_order_of_trl(kind):
+    """1003 pairs, of which one teaches nothing: TRL takes 1000 at a time, all chosen ones first."""
+    words, ones = "abcd", range(1003)
+    texts = [(words[i % 4], words[(i + 1) % 4] * (1 + i % 3), words[(i + 2) % 4]) for i in ones]
+    columns = [("prompt", "chosen", "rejected")[i] for i in range(3)]
+    rows = [dict(zip(columns, [a, f" {' '.join(b)}", f" {c}"], strict=True)) for a, b, c in texts]
+    if kind == "implicit":
+        rows = [{side: f"{row['prompt']} d{row[side]}" for side in columns[1:]} for row in rows]
+    if kind == "chat":
+        rows = [{"prompt": turns(a), "chosen": answer(" ".join(b)), "rejected": answer(c)} for a, b, c in texts]
+    paired = Dataset.from_list(rows) if kind != "implicit" else Dataset.from_list(rows).map(trl.extract_prompt)
+    expected, _ = prepare_dataset(trl.unpair_preference_dataset(paired), word_tokenizer(), data="singles")
+    same = {**rows[0], "rejected": rows[0]["chosen"]}
+    prepared, report = prepare_dataset(Dataset.from_list([*rows, same]), word_tokenizer(), data="singles", unpair=True)
+    for column in ("prompt_ids", "completion_ids", "grades"):
+        assert prepared[column][:] == expected[column][:]
+    assert report.dropped_rows == {"identical_completions": [1003]} and len(prepared) == 2006
+
+
+def test_unpaired_singles_alone():
+    with pytest.raises(OptionError, match="unpair=True has no effect on data='pairs'"):
+        prepare_dataset(Dataset.from_list([TEXT]), word_tokenizer(), unpair=True)
 
 
 def ranked(completions, ranks):

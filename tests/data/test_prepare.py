@@ -132,8 +132,9 @@ def test_readable_labels_that_the_dataset_lacks_do_not_miss_the_cache(tmp_path, 
         (SOFT, {"label_columns": ("preference",), "data": "trajectories", "discount_unit": "token"}),
         (TIED, {"data": "lists", "single_best": True}),
         (ROWS, {"data": "singles"}),
+        (ROWS[:40], {"data": "singles", "unpair": True}),
     ],
-    ids=["soft pairs", "trajectories", "lists", "singles"],
+    ids=["soft pairs", "trajectories", "lists", "singles", "unpaired"],
 )
 def test_streams_and_worker_processes_give_the_same_of_every_kind(make_tokenizer, rows, options):
     options = {"max_length": 50, **options}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from objective_rows import rows_for
 from peft import PeftModel, get_peft_model
 from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
 
@@ -18,6 +19,7 @@ from dpo_peft import OptionError, ReferenceMismatchError
 from dpo_peft.model.loading import nf4_config
 from dpo_peft.reference.cache import Entry, summary
 from dpo_peft.reference.policy import ReferencePolicy
+from dpo_peft.training import ahead
 
 ROWS = 10
 
@@ -234,3 +236,78 @@ def test_evaluation_rows_are_precomputed_too(tiny_llama, make_tokenizer, tmp_pat
     both = {"near": id_pairs(3, seed=4), "far": id_pairs(2, seed=5)}
     trainer = run(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", eval_dataset=both, **options)
     assert sum(computed) == 2 * (ROWS + 5) and trainer.reference.store.misses == 0
+
+
+# ---- KTO: completions that meet other prompts -----------------------------------------------------------------------
+
+KTO: dict[str, Any] = {"loss_type": "kto", "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+KTO |= {"eval_strategy": "epoch", "per_device_eval_batch_size": 3, "gradient_accumulation_steps": 2}
+
+
+def kto(model: Any, make_tokenizer: Any, folder: Path, cache: Path | None, **changed: Any) -> Any:
+    """13 rows by 4, so that the last optimizer batch is a single row; 7 held-out ones by 3."""
+    rows = {"data": rows_for("kto", 13), "eval_dataset": rows_for("kto", 7, seed=1)}
+    return run(model, make_tokenizer, folder, cache, **{**KTO, **rows, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "scored"),
+    [
+        # Own completions once; mismatched ones in each epoch, where all but the last row have one.
+        ({}, 13 + 7 + 3 * 12 + 7),
+        ({"train_sampling_strategy": "sequential"}, 13 + 7 + 12 + 7),
+        ({"max_steps": 5, "num_train_epochs": 9}, 13 + 7 + 12 + 4 + 7),
+        ({"max_tokens_per_microbatch": 60, "data_seed": 5}, 13 + 7 + 3 * 12 + 7),
+    ],
+)
+def test_mismatched_completions_are_precomputed(tiny_llama, make_tokenizer, tmp_path, computed, changed, scored):
+    """Which completion meets which prompt is told ahead: training computes none, and takes the same steps."""
+    changed = {"num_train_epochs": 3, **changed}
+    expected = kto(tiny_llama(), make_tokenizer, tmp_path / "plain", None, **changed)
+    options = {"precompute_ref_log_probs": True, **changed}
+    trainer = kto(tiny_llama(), make_tokenizer, tmp_path / "cached", tmp_path / "store", **options)
+    assert (sum(computed), trainer.reference.store.misses) == (scored, 0)
+    for mine, plain in zip(trainer.state.log_history, expected.state.log_history, strict=True):
+        names = [name for name in plain if name.endswith(("loss", "z_ref", "rewards/chosen"))]
+        assert [mine[name] for name in names] == pytest.approx([plain[name] for name in names], abs=2e-6)
+    assert max(abs(log.get("z_ref", 0.0)) for log in step_logs(trainer)) > 0.01
+
+
+def test_another_order_is_computed_as_it_comes(tiny_llama, make_tokenizer, tmp_path, computed, monkeypatch):
+    """Negative control: what was told wrong is missed, and no wrong value takes its place."""
+    expected = kto(tiny_llama(), make_tokenizer, tmp_path / "plain", None)
+    told = ahead.mismatch
+    with monkeypatch.context() as wrong:
+        wrong.setattr(ahead, "mismatch", lambda rows, *rest: told(rows[::-1], *rest))
+        options = {"precompute_ref_log_probs": True}
+        trainer = kto(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", **options)
+    assert trainer.reference.store.misses > 10
+    assert losses(trainer) == pytest.approx(losses(expected), abs=2e-6)
+
+
+def test_a_resumed_run_meets_the_same_completions(tiny_llama, make_tokenizer, tmp_path, computed):
+    options = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
+    straight = kto(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", **options)
+    computed.clear()
+    options["resume_from_checkpoint"] = str(tmp_path / "a" / "checkpoint-6")
+    again = kto(tiny_llama(), make_tokenizer, tmp_path / "a", tmp_path / "store", **options)
+    assert not computed and again.reference.store.misses == 0 and again.reference.store.hits > 0
+    assert losses(again) == losses(straight)
+    assert all(torch.equal(w, adapter_weights(straight)[n]) for n, w in adapter_weights(again).items())
+
+
+def test_a_stream_of_single_completions_is_cached_as_it_is_read(tiny_llama, make_tokenizer, tmp_path, computed):
+    """The remedy that a refused stream is told; a second run with the same order computes nothing."""
+    rows = {"data": rows_for("kto", 12).to_iterable_dataset(), "max_steps": 6, "eval_strategy": "no"}
+    for folder in ("a", "b"):
+        trainer = kto(tiny_llama(), make_tokenizer, tmp_path / folder, tmp_path / "store", **rows)
+    assert trainer.reference.store.misses == 0 and sum(computed) == 24
+
+
+def test_an_order_that_can_not_be_told_is_refused(tiny_llama, make_tokenizer, tmp_path):
+    options = {**KTO, "precompute_ref_log_probs": True, "accelerator_config": {"use_seedable_sampler": False}}
+    options |= {"eval_strategy": "no"}
+    with pytest.raises(OptionError, match="use_seedable_sampler=False.*loss_type kto: leave it out, or set train_sa"):
+        ours(tiny_llama(), rows_for("kto", 4), make_tokenizer(), tmp_path, **options)
+    options["train_sampling_strategy"] = "sequential"  # the remedy
+    ours(tiny_llama(), rows_for("kto", 4), make_tokenizer(), tmp_path, **options)

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from objective_rows import rows_for
 from trainer_helpers import adapter_weights, id_pairs, largest_difference, ours, step_logs
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_peft.forward import Sample, Scores, pack, sum_by_completion
 from dpo_peft.losses import REGISTRY
@@ -300,6 +301,28 @@ def test_a_last_batch_of_one_row_has_no_mismatched_answer(
     )
     assert "z_ref" in step_logs(kto)[0] and "z_ref" not in step_logs(kto)[1]
     assert largest_difference(kto, apo, ["loss"]) < 1e-7
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["max_length", "positions"])
+def test_mismatched_completions_keep_within_the_longest_row(
+    learned: bool, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """A completion of 17 tokens meets a prompt of 10: cut to 10, and another one from 4 to 2."""
+    lengths, longest = [(18, 2), (3, 17), (10, 4)], 20
+    rows = [{"prompt_ids": [5 + i] * n, "completion_ids": [*range(20, 20 + k)]} for i, (n, k) in enumerate(lengths)]
+    rows = [{**row, "label": i != 1} for i, row in enumerate(rows)]
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=longest)
+    model = GPT2LMHeadModel(config) if learned else tiny_llama()
+    options = {"loss_type": "kto", "max_length": None if learned else longest, "train_sampling_strategy": "sequential"}
+    options |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3, "max_steps": 3}
+    trainer = trained(model, Dataset.from_list(rows), make_tokenizer(), tmp_path, learning_rate=1e-2, **options)
+    assert [log.get("mismatched_cut") for log in step_logs(trainer)] == [2, 4, 6]
+    others = [rows[2]["completion_ids"][:2], rows[0]["completion_ids"], rows[1]["completion_ids"][:10]]
+    crossed = [{**row, "completion_ids": ids} for row, ids in zip(rows, others, strict=True)]
+    expected = float(trainer.predict(Dataset.from_list(crossed)).predictions.mean())
+    assert trainer.evaluate(Dataset.from_list(rows))["eval_z_ref"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected) > 1e-4
 
 
 # ---- What is left behind --------------------------------------------------------------------------------------------

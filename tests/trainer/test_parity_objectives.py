@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from objective_rows import rows_for
-from trainer_helpers import id_pairs, largest_difference, lora, options, ours, step_logs, theirs
+from trainer_helpers import id_pairs, largest_difference, lora, options, ours, step_logs, text_pairs, theirs
 from trl import KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -86,12 +86,18 @@ class IdsKTOTrainer(KTOTrainer):
         return dataset.map(shift, batched=True, batch_size=args.per_device_train_batch_size)
 
 
-@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
-def test_kto_trainer(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    rows, tokenizer = rows_for("kto", 24), make_tokenizer()
+@pytest.mark.parametrize(("loss", "longest"), [("kto", None), ("kto", 12), ("apo_zero_unpaired", None)])
+def test_kto_trainer(loss: str, longest: int | None, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    """With a `max_length` that the rows keep, but not each prompt with the completion of another one."""
+    rows, tokenizer = rows_for("kto", 24 if longest is None else 60), make_tokenizer()
+    if longest is not None:
+        fits = [len(row["prompt_ids"]) + len(row["completion_ids"]) <= longest for row in rows]
+        rows = rows.select([i for i, one in enumerate(fits) if one][:24])
     changed = {**STEPS, "loss_type": loss, "train_sampling_strategy": "sequential", "beta": 0.1}
     changed |= {"desirable_weight": 1.3, "undesirable_weight": 0.8, "per_device_train_batch_size": 6}
+    changed["max_length"] = longest
     mine = run(ours(tiny_llama(), rows, tokenizer, tmp_path, **changed))
+    assert (step_logs(mine)[-1].get("mismatched_cut", 0) > 20) == (longest is not None)
     args = KTOConfig(**options(tmp_path, **{**changed, "loss_type": loss}))
     trl = IdsKTOTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
     assert_same_path(mine, run(trl), ["loss"])
@@ -99,6 +105,30 @@ def test_kto_trainer(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: 
         assert max(log["z_ref"] for log in step_logs(mine)) > 0.01
         for a, b in zip(step_logs(mine), step_logs(trl), strict=True):
             assert max(a["z_ref"], 0.0) == pytest.approx(0.1 * b["kl"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("loss", "streamed"), [("kto", False), ("kto", True), ("apo_zero_unpaired", False)])
+def test_unpaired_rows_count_as_in_trl(
+    loss: str, streamed: bool, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
+) -> None:
+    """12 pairs by 2: 12 steps, all chosen completions first; without the option 6, of two pairs each."""
+    pairs, tokenizer = text_pairs(12), make_tokenizer()
+    rows = pairs.to_iterable_dataset() if streamed else pairs
+    changed = {"loss_type": loss, "train_sampling_strategy": "sequential", "learning_rate": 3e-3}
+    changed |= {"per_device_train_batch_size": 2, "max_steps": 12 if streamed else -1, "num_train_epochs": 1}
+    ahead = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path)} if not streamed else {}
+    mine = ours(tiny_llama(), rows, tokenizer, tmp_path, unpair_preferences=True, **changed, **ahead)
+    mine.train()
+    args = KTOConfig(**options(tmp_path, **changed))
+    trl = KTOTrainer(tiny_llama(), args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=lora())
+    trl.train()
+    assert mine.state.global_step == trl.state.global_step == 12
+    assert largest_difference(mine, trl, ["loss"]) < TOLERANCE
+    assert abs(step_logs(mine)[-1]["loss"] - 0.5) > 1e-3
+    if not streamed:
+        paired = ours(tiny_llama(), pairs, tokenizer, tmp_path, **changed)
+        paired.train()
+        assert paired.state.global_step == 6 and step_logs(paired)[0]["rewards/rejected"] == 0.0
 
 
 def ids_row(self: Any, row: dict[str, Any], model: Any = None) -> dict[str, list[int]]:

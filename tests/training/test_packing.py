@@ -142,7 +142,7 @@ def prepared(loss: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
         if loss == "trajectory":
             rows[-1] |= {"prompt_ids": ids() if index % 2 else [], "completion_ids": [[1, *a] for a in answers]}
             rows[-1]["steps"] = [[-1, *[draw.choice([-1, 0]) for _ in a[1:]], 1] for a in answers]
-    return mismatch(rows) if loss == "kto" else rows
+    return mismatch(rows)[0] if loss == "kto" else rows
 
 
 @pytest.mark.parametrize("shared", [True, False])
