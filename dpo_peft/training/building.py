@@ -16,6 +16,8 @@ from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..distributed import ShareCollator, world_size
+from ..errors import OptionError
+from ..forward import has_routers
 from ..model.adapter_source import TrainedWith, plain_fingerprint
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantization_options
@@ -180,6 +182,31 @@ def build_model(
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model, reference, as_given
+
+
+def router_coef(model: PeftModel, args: DPOConfig) -> float:
+    """Returns the weight of the routers' auxiliary loss: the option's, or the one in the model's config; 0 for a model
+    without routers.
+
+    Raises:
+        OptionError: the option can't have an effect.
+    """
+    given, name = args.router_aux_loss_coef, type(model.get_base_model()).__name__
+    coef = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if given is None else given
+    if not coef or (given is None and not has_routers(model)):
+        return 0.0
+    if not has_routers(model):
+        raise OptionError(
+            f"router_aux_loss_coef={coef}: {name} is not a mixture of experts that gives its routers' logits, so it "
+            "has no auxiliary loss. Leave the option out."
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise OptionError(
+            "gradient_checkpointing_kwargs: with use_reentrant=True the routers' auxiliary loss has no gradient. "
+            "Leave it out, or set router_aux_loss_coef=0.0."
+        )
+    logger.info("The routers' auxiliary loss is added to the loss, times %g (router_aux_loss_coef).", coef)
+    return float(coef)
 
 
 def trained_with(
