@@ -66,10 +66,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "padded"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe", "glm4-moe"])
 def test_a_batch_has_the_loss_and_the_gradient_of_its_rows(name: str, shared: bool) -> None:
-    """The adapter's share of the last layer's value path reaches no router but that layer's: its gradient is there too.
-
-    The control: a prompt that counts once, whatever the number of its completions, gives another loss.
-    """
+    """The control: a prompt that counts once, whatever the number of its completions, gives another loss."""
     model = routed(name)
     assert has_routers(model)
     batch = pack(samples()) if shared else pad_rows(samples())

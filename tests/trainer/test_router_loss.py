@@ -80,7 +80,7 @@ def test_no_split_changes_the_step(loss_type: str, make_tokenizer: Any, tmp_path
     cut = trained("cut")
     assert cut.step._cuts == 1
     for one in (packed, cut):
-        assert step_logs(one)[0]["aux_loss"] == pytest.approx(step_logs(whole)[0]["aux_loss"], abs=1e-9)
+        assert step_logs(one)[0]["aux_loss"] == pytest.approx(step_logs(whole)[0]["aux_loss"], abs=1e-6)
         assert step_logs(one)[0]["loss"] == pytest.approx(step_logs(whole)[0]["loss"], abs=1e-6)
         for name, weight in adapter_weights(whole).items():
             torch.testing.assert_close(adapter_weights(one)[name], weight, rtol=1e-5, atol=1e-7)
