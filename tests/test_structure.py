@@ -30,16 +30,16 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 280,
+    "config": 285,
     "config_checks": 335,
-    "objective": 450,
+    "objective": 490,
     "distributed": 275,
     "losses": 1040,
     "data": 2985,
-    "forward": 1225,
+    "forward": 1340,
     "reference": 1490,
-    "model": 1325,
-    "training": 2165,
+    "model": 1330,
+    "training": 2225,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1485,
     "rowfiles": 260,
 }
-MAX_PACKAGE_LINES = 23_780
+MAX_PACKAGE_LINES = 23_990
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
