@@ -46,26 +46,29 @@ def read_routing(logits: Sequence[Tensor], batch: PackedBatch, chosen: int) -> R
     return Routing(probs_EX, counts_EX, len(logits) * tokens_E)
 
 
-def slopes(routings: Sequence[Routing], groups: Sequence[Sequence[int]], weights: Sequence[Tensor]) -> list[Tensor]:
+def slopes(
+    routings: Sequence[Routing], weights: Sequence[Tensor], groups: Sequence[Sequence[int]] | None = None
+) -> list[Tensor]:
     """Returns the gradient of the weighted sum of some groups' losses with respect to each part's `probs_EX`.
 
     The loss itself is the sum over the parts of gradient times `probs_EX`.
 
     Args:
         routings: of the parts.
-        groups: for each part the group of each sample.
         weights: for each part (E,) what each sample adds to the weight of its group's loss.
+        groups: for each part the group of each sample, from 0; None: there is one.
     """
     counts_EX = torch.cat([routing.counts_EX for routing in routings])
     tokens_E = torch.cat([routing.tokens_E for routing in routings])
-    numbers = [number for part in groups for number in part]
-    group_E = torch.tensor(numbers, device=tokens_E.device)
-    of_group = counts_EX.new_zeros(max(numbers) + 1, counts_EX.shape[1]).index_add(0, group_E, counts_EX)
-    tokens_G, weight_G = (
-        tokens_E.new_zeros(len(of_group)).index_add(0, group_E, x_E) for x_E in (tokens_E, torch.cat(list(weights)))
-    )
-    scale_G = counts_EX.shape[1] * weight_G / tokens_G**2
-    return list((scale_G[:, None] * of_group)[group_E].split([len(part) for part in groups]))
+    numbers = [number for part in groups or () for number in part]
+    group_E = torch.tensor(numbers, device=tokens_E.device) if numbers else torch.zeros_like(tokens_E).long()
+
+    def of_group(x_E: Tensor) -> Tensor:
+        return x_E.new_zeros(max(numbers, default=0) + 1, *x_E.shape[1:]).index_add(0, group_E, x_E)
+
+    scale_G = counts_EX.shape[1] * of_group(torch.cat(list(weights))) / of_group(tokens_E) ** 2
+    slopes_EX = (scale_G[:, None] * of_group(counts_EX))[group_E]
+    return list(slopes_EX.split([len(routing.tokens_E) for routing in routings]))
 
 
 def _uses(batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -142,16 +142,19 @@ class TrainingObjective:
         output = LossOutput(losses_I.detach(), self.rewards(scored), scored)
         if policy.routing is None:
             return loss, output
-        slopes_EX = self.slopes([batch], [policy], [[0] * len(batch.rows)])[0]
-        aux = ((slopes_EX if batch.router_slopes is None else batch.router_slopes) * policy.routing.probs_EX).sum()
+        slopes_EX = self.slopes([batch], [policy])[0] if batch.router_slopes is None else batch.router_slopes
+        aux = (slopes_EX * policy.routing.probs_EX).sum()
         return loss + self.router_coef * aux / totals.items, output._replace(aux=aux.detach())
 
     def slopes(
-        self, batches: Sequence[PackedBatch], policies: Sequence[Scores], groups: Sequence[Sequence[int]]
+        self,
+        batches: Sequence[PackedBatch],
+        policies: Sequence[Scores],
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> list[Tensor]:
-        """Returns `routing.slopes` of micro-batches, with the items as weights; `groups` has a number per sample."""
+        """Returns `routing.slopes` of micro-batches, with the items as weights."""
         routings = [policy.routing for policy in policies if policy.routing is not None]
-        return slopes(routings, groups, [self.kind.items_of_samples(batch) for batch in batches])
+        return slopes(routings, [self.kind.items_of_samples(batch) for batch in batches], groups)
 
     def _losses_of(self, part: Objective, scored: Scored, totals: Totals) -> Tensor:
         inputs = self._inputs(part, scored, totals)

@@ -239,8 +239,8 @@ class OptimizerStep:
                 batch["router_slopes"] = slopes_EX
         if not coupled:
             return
-        coupled = self.objective.couple(packed, policies, refs, totals, self._scores_elsewhere)
-        for batch, part in zip(batches, coupled, strict=True):
+        shares = self.objective.couple(packed, policies, refs, totals, self._scores_elsewhere)
+        for batch, part in zip(batches, shares, strict=True):
             batch["coupled"] = part
 
     def _scores_elsewhere(self, own: Scored | None) -> tuple[list[Scored], list[Scored]]:

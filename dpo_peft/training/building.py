@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -193,9 +194,12 @@ def router_coef(model: PeftModel, args: DPOConfig) -> float:
     """
     given, name = args.router_aux_loss_coef, type(model.get_base_model()).__name__
     coef = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if given is None else given
-    if not coef or (given is None and not has_routers(model)):
+    dtype = autocast_dtype(args)
+    with torch.autocast(args.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        routed = bool(coef) and has_routers(model)
+    if not coef or (given is None and not routed):
         return 0.0
-    if not has_routers(model):
+    if not routed:
         raise OptionError(
             f"router_aux_loss_coef={coef}: {name} is not a mixture of experts that gives its routers' logits, so it "
             "has no auxiliary loss. Leave the option out."

@@ -47,7 +47,7 @@ def row_by_row(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 def loss_of(routing: Routing) -> Tensor:
     number = len(routing.tokens_E)
-    (slopes_EX,) = slopes([routing], [[0] * number], [torch.full((number,), 1 / number, dtype=torch.float64)])
+    (slopes_EX,) = slopes([routing], [torch.full((number,), 1 / number, dtype=torch.float64)])
     return (slopes_EX * routing.probs_EX).sum()
 
 
@@ -115,7 +115,7 @@ def test_parts_have_the_loss_of_their_groups() -> None:
     group, weight = [0, 1, 0, 1, 1], torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0], dtype=torch.float64)
     cut = [slice(0, 2), slice(2, 3), slice(3, 5)]
     parts = [Routing(*(x[one] for x in whole)) for one in cut]
-    found = slopes(parts, [group[one] for one in cut], [weight[one] for one in cut])
+    found = slopes(parts, [weight[one] for one in cut], [group[one] for one in cut])
     expected = 0.0
     for number in (0, 1):
         rows = [i for i, one in enumerate(group) if one == number]
