@@ -39,7 +39,7 @@ BUDGETS = {
     "forward": 1340,
     "reference": 1490,
     "model": 1330,
-    "training": 2225,
+    "training": 2230,
     "evaluation": 675,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1485,
     "rowfiles": 260,
 }
-MAX_PACKAGE_LINES = 23_990
+MAX_PACKAGE_LINES = 24_000
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
