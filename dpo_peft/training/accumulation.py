@@ -232,8 +232,8 @@ class OptimizerStep:
             return
         packed = [PackedBatch(**batch) for batch in batches]
         with torch.no_grad(), self._autocast():
-            policies = [self._policy(batch) for batch in packed]
             refs = [self._reference(batch) for batch in packed] if coupled else []
+            policies = [self._policy(batch) for batch in packed]
         if routed:
             for batch, slopes_EX in zip(batches, self.objective.slopes(packed, policies, groups), strict=True):
                 batch["router_slopes"] = slopes_EX
