@@ -115,7 +115,7 @@ def has_routers(model: nn.Module) -> bool:
         return False
     batch = pad_rows([Sample([0], [[1]])]).to(causal_lm.get_input_embeddings().weight.device)
     with torch.no_grad(), eval_mode(model):
-        logits = getattr(_run(causal_lm, batch, "dense", routing=True), "router_logits", None)
+        logits: Any = getattr(_run(causal_lm, batch, "dense", routing=True), "router_logits", None)
     return bool(logits) and all(layer.shape == (2, logits[0].shape[-1]) for layer in logits)
 
 
