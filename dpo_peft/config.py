@@ -171,6 +171,9 @@ class DPOConfig(TrainingArguments):
     ld_alpha: float | None = number(
         None, "Weight of the tokens by which a completion is longer than its partner (LD-DPO).", minimum=0, maximum=1
     )
+    router_aux_loss_coef: float | None = number(
+        None, "Weight of the auxiliary loss of a mixture of experts. Default: as its config says. 0: none.", minimum=0
+    )
     use_weighting: bool = flag(False, "Weight pairs by how likely the policy is to write them (WPO).")
     discopop_tau: float = number(0.05, "Temperature of the discopop loss.", above=0)
     ipo_length_normalize: bool = flag(False, "ipo: log-ratios per token, as TRL has them, instead of their sums.")

@@ -21,7 +21,6 @@ NOT_OFFERED: dict[str, tuple[tuple[Any, ...], str]] = {
     "padding_free": ((False,), "Batches never hold padding here; leave it out."),
     "pad_to_multiple_of": (("auto", None), "Batches are packed without padding; leave it out."),
     "precompute_ref_batch_size": ((None,), "Set precompute_ref_tokens, the tokens of a forward pass."),
-    "router_aux_loss_coef": ((None, 0.0), "The router's auxiliary loss is not available yet."),
     "pad_token": ((None,), "Set tokenizer.pad_token and pass the tokenizer as processing_class."),
 }
 # Options of older versions of TRL and of its other trainers: what does the same here.

@@ -37,7 +37,7 @@ from .reference.policy import ReferencePolicy
 from .training.accumulation import OptimizerStep
 from .training.ahead import rows_ahead
 from .training.arguments import AnyDataset, autocast_dtype, check_callbacks, check_constructor, check_optimizer
-from .training.building import NoEvaluation, Preparation, build_model, collators, trained_with
+from .training.building import NoEvaluation, Preparation, build_model, collators, router_coef, trained_with
 from .training.callbacks import CountStream, EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore, preference_metrics
@@ -73,7 +73,6 @@ class DPOTrainer(Trainer):
     """
 
     _tag_names = ["dpo", "lora", "dpo-peft", "trl"]
-    ref_model, aux_loss_enabled = None, False  # scripts for TRL's trainer read these
 
     def __init__(
         self,
@@ -138,6 +137,8 @@ class DPOTrainer(Trainer):
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
         args, model, tokenizer = self.args, self.model, self.processing_class
         self.beta, self.loss_types, self.loss_weights = args.beta, args.loss_type, self.objective.weights
+        self.router_aux_loss_coef = self.objective.router_coef = router_coef(model, args)
+        self.ref_model, self.aux_loss_enabled = None, self.router_aux_loss_coef > 0  # TRL's scripts read these
         collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
         self.collate, self.data_collator = collators(args, self.objective, collate)
         self.metric_store, autocast = MetricStore(), self.compute_loss_context_manager
@@ -195,7 +196,7 @@ class DPOTrainer(Trainer):
 
     def policy_logps(self, batch: PackedBatch) -> Scores:
         """Returns the log-probs of a batch under the policy."""
-        return completion_logps(self.model, batch, self.forward_plan.scorer, log_sum_sq=self.objective.log_sum_sq)
+        return completion_logps(self.model, batch, self.forward_plan.scorer, **self.objective.reads)
 
     def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
@@ -342,7 +343,7 @@ class DPOTrainer(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self.evaluation.finish(prefix, self.state.global_step)
-        metrics = self.objective.kind.of_evaluation(self.metric_store.pop("eval"))
+        metrics = self.objective.of_evaluation(self.metric_store.pop("eval"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
 

@@ -32,14 +32,14 @@ BUDGETS = {
     "trainer": 405,
     "config": 295,
     "config_checks": 350,
-    "objective": 450,
+    "objective": 490,
     "distributed": 275,
     "losses": 1100,
     "data": 3310,
-    "forward": 1390,
+    "forward": 1505,
     "reference": 1555,
-    "model": 1455,
-    "training": 2455,
+    "model": 1460,
+    "training": 2515,
     "evaluation": 740,
     "fused": 1795,
     "planning": 1080,
@@ -53,7 +53,7 @@ BUDGETS = {
     "cli": 1520,
     "rowfiles": 280,
 }
-MAX_PACKAGE_LINES = 25_220
+MAX_PACKAGE_LINES = 25_440
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -5,7 +5,7 @@ Nothing here knows dataset formats, losses or configs.
 
 from .layout import PackedBatch, Sample, content_keys, halves, pack, pad_rows
 from .probe import ForwardPlan, plan_forward, recheck
-from .score import Decoder, Scores, completion_logps, sequence_logps, sum_by_completion
+from .score import Decoder, Scores, completion_logps, has_routers, sequence_logps, sum_by_completion
 
 __all__ = [
     "Decoder",
@@ -16,6 +16,7 @@ __all__ = [
     "completion_logps",
     "content_keys",
     "halves",
+    "has_routers",
     "pack",
     "pad_rows",
     "plan_forward",

@@ -33,7 +33,8 @@ Made = TypeVar("Made")
 IMPLEMENTATION = "dpo_peft_prefix_shared"
 # What reaches the attention function without changing it. Anything else that a model passes (softcap, s_aux,
 # position_bias, the indices of sparse attention, ...) means something that the layout does not know.
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
+_HARMLESS = set("position_ids use_cache cache_position return_dict".split())
+_HARMLESS |= {f"output_{what}" for what in ("attentions", "hidden_states", "router_logits")}
 
 
 class CannotShareError(RuntimeError):

@@ -95,6 +95,7 @@ class PackedBatch:
     num_own: int = 0  # completions that are not mismatched
     segments: Sequence[tuple[int, int]] | None = None  # (S,) length, and index of the segment that is its context
     keys: Any = None  # (C,) bytes, from `content_keys`
+    router_slopes: Tensor | None = None  # (E, X), from `routing.slopes`, where more micro-batches belong together
     samples: Samples | None = None  # what was laid out, on the host
 
     @cached_property

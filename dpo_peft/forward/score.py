@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import AttentionPlan, layout_marker
-from .layout import PackedBatch
+from .layout import PackedBatch, Sample, pad_rows
 from .logprobs import CHUNK_ROWS, read_head, token_logps
+from .routing import Routing, read_routing
 
 
 class NotRecognizedError(Exception):
@@ -48,6 +49,7 @@ class Scores:
     token_logps_N: Tensor  # log-prob of every predicted token, float32; empty where a cache kept the sums only
     logps_C: Tensor  # their sum per completion (note eq. 49), float64
     log_sum_sq_N: Tensor | None = None  # log of the sum over the vocabulary of squared probabilities, float32
+    routing: Routing | None = None  # of a mixture of experts
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -73,6 +75,7 @@ def completion_logps(
     backend: Backend = "dense",
     chunk_rows: int = CHUNK_ROWS,
     log_sum_sq: bool = False,
+    routing: bool = False,
 ) -> Scores:
     """Returns log-probs of every completion of a batch under `model`, in whatever state its adapter is.
 
@@ -84,6 +87,7 @@ def completion_logps(
             one that was added (or a plan already made for this batch), or by a `Decoder` made of `model`.
         chunk_rows: rows of logits that exist at a time.
         log_sum_sq: whether to fill `Scores.log_sum_sq_N`, which WPO's weights read.
+        routing: whether to fill `Scores.routing`, which the routers' auxiliary loss reads; not with a `Decoder`.
 
     Raises:
         CannotShareError: the model's attention can't read a shared batch.
@@ -91,12 +95,28 @@ def completion_logps(
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
     if isinstance(backend, Decoder) and batch.shared:
-        hidden_NH = backend.hidden_states(batch)
+        hidden_NH, routed = backend.hidden_states(batch), None
     else:
-        hidden_NH = _hidden_states(causal_lm, batch, backend).flatten(0, 1).index_select(0, batch.pred_pos)
+        outputs = _run(causal_lm, batch, backend, routing)
+        hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.pred_pos)
+        chosen = causal_lm.config.get_text_config().num_experts_per_tok if routing else 0
+        routed = read_routing(outputs.router_logits, batch, chosen) if routing else None
     log_sum_sq_N = torch.empty_like(batch.target, dtype=torch.float32) if log_sum_sq else None
     token_logps_N = token_logps(hidden_NH, batch.target, head, chunk_rows, log_sum_sq_N)
-    return Scores(token_logps_N, sum_by_completion(token_logps_N, batch), log_sum_sq_N)
+    return Scores(token_logps_N, sum_by_completion(token_logps_N, batch), log_sum_sq_N, routed)
+
+
+def has_routers(model: nn.Module) -> bool:
+    """Returns whether a causal LM is a mixture of experts whose forward gives what its routers computed."""
+    causal_lm = unwrap(model)
+    config = causal_lm.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if not hasattr(config, "output_router_logits") or not isinstance(chosen, int):
+        return False
+    batch = pad_rows([Sample([0], [[1]])]).to(causal_lm.get_input_embeddings().weight.device)
+    with torch.no_grad(), eval_mode(model):
+        logits: Any = getattr(_run(causal_lm, batch, "dense", routing=True), "router_logits", None)
+    return bool(logits) and all(layer.shape == (2, logits[0].shape[-1]) for layer in logits)
 
 
 def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
@@ -108,8 +128,10 @@ def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
     return zeros_C.index_add(0, batch.completion_of, x_N.double())
 
 
-def _hidden_states(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend) -> Tensor:
+def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routing: bool) -> Any:
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if routing or getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
+        kwargs["output_router_logits"] = routing  # the reference needs none, whatever the config says
     if batch.shared:
         kwargs["attention_mask"] = layout_marker(batch.input_ids.device)
         kwargs["position_ids"] = batch.position_ids
@@ -119,7 +141,7 @@ def _hidden_states(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Back
     backbone = causal_lm.base_model
     if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
         backbone = causal_lm.model
-    return backbone(**kwargs).last_hidden_state
+    return backbone(**kwargs)
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

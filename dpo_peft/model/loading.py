@@ -254,6 +254,11 @@ def _check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
     """Returns `base` with a fresh adapter, and whether that starts at the base."""
     before = _sample_logits(base)
+    linear = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
+    routers = {name.rpartition(".")[2] for name, layer in linear if type(layer).__name__.endswith("Router")}
+    if routers and peft_config.target_modules == "all-linear" and not peft_config.exclude_modules:
+        peft_config.exclude_modules = routers  # a linear layer with several outputs can't be wrapped
+        logger.info("The routers (%s) get no adapter.", ", ".join(routers))
     init = peft_config.init_lora_weights
     remedy = (
         "If the initialization needs preparation, do it as PEFT's documentation says and pass the PeftModel; "

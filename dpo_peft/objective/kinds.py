@@ -115,6 +115,10 @@ class Kind:
         """Returns I, the number of items."""
         return scored.num_samples
 
+    def items_of_samples(self, batch: PackedBatch) -> Tensor:
+        """Returns (E,) the number of items of each sample, float64."""
+        return torch.ones_like(batch.rows, dtype=torch.float64)
+
     def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
         """Returns every input that a loss may name.
 
@@ -168,6 +172,12 @@ class SingleKind(Kind):
     def items(self, scored: Scored) -> int:
         """As in `Kind`."""
         return len(scored.own(scored.lengths_C))
+
+    def items_of_samples(self, batch: PackedBatch) -> Tensor:
+        """As in `Kind`."""
+        own_C = torch.ones_like(batch.sample_of) if batch.mismatched is None else ~batch.mismatched
+        zeros_E = torch.zeros_like(batch.rows, dtype=torch.float64)
+        return zeros_E.index_add(0, batch.sample_of, own_C.double())
 
     def inputs(self, scored: Scored, scores_C: Tensor | None, logps_C: Tensor, totals: Totals) -> dict[str, Any]:
         """As in `Kind`."""

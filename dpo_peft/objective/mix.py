@@ -2,7 +2,8 @@
 
 `score` gathers what the losses may read about each completion, `losses` calls them. What couples the samples of an
 optimizer batch (a sort, a mean over mismatched completions) reaches the policy through its log-probs only, so `couple`
-takes the gradient with respect to them on the whole batch, and each micro-batch back-propagates its own part.
+takes the gradient with respect to them on the whole batch, and each micro-batch back-propagates its own part. So does
+the auxiliary loss of a mixture of experts, through `slopes`.
 
 Shape suffixes: N predicted tokens, C completions, E samples, B pairs, M mismatched completions, I items (what a loss
 averages over: pairs, lists, or single completions).
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..forward import PackedBatch, Scores, sum_by_completion
+from ..forward.routing import slopes
 from ..losses import Objective, discounts, find_objective, length_desensitized_weights, shape_scores, wpo_weights
 from ..losses.registry import SHAPES, shown_name
 from .kinds import KINDS, Scored, Totals
@@ -40,6 +42,7 @@ class LossOutput(NamedTuple):
     losses_I: Tensor  # loss of every item of the micro-batch
     rewards_C: Tensor  # implicit rewards: beta * log(policy / reference), or what the objective has in its place
     scored: Scored  # what the losses read
+    aux: Tensor | None = None  # auxiliary loss of a mixture of experts, times the items
 
 
 class TrainingObjective:
@@ -73,6 +76,7 @@ class TrainingObjective:
         self.log_sum_sq = "log_sum_sq" in extras and bool(options.get("use_weighting"))
         self.reads_reference_tokens = options.get("ld_alpha") is not None or options.get("discount_gamma", 1.0) != 1.0
         self.single_best = "multi_negative" in loss_type
+        self.router_coef = 0.0  # weight of the routers' auxiliary loss; the model says
         # A soft label concerns every loss of a mix, a margin only those that compare two rewards.
         soft = all(part.soft_labels for part in self.parts)
         margin = any("margin_B" in part.inputs for part in self.parts)
@@ -105,6 +109,11 @@ class TrainingObjective:
             num_samples=len(batch.rows),
         )
 
+    @property
+    def reads(self) -> dict[str, bool]:
+        """Returns what `completion_logps` is asked for of the policy, beside the log-probs."""
+        return {"log_sum_sq": self.log_sum_sq, "routing": self.router_coef > 0}
+
     def _token_weights(self, batch: PackedBatch) -> Tensor | None:
         gamma, ld_alpha = self.options.get("discount_gamma", 1.0), self.options.get("ld_alpha")
         if batch.step is not None and gamma != 1.0:
@@ -130,7 +139,22 @@ class TrainingObjective:
         scored = self.score(policy, ref, batch)
         losses_I = coupled.losses_I if coupled else self.losses(scored, totals)
         loss = coupled.loss(policy.token_logps_N, totals.items) if coupled else losses_I.sum() / totals.items
-        return loss, LossOutput(losses_I.detach(), self.rewards(scored), scored)
+        output = LossOutput(losses_I.detach(), self.rewards(scored), scored)
+        if policy.routing is None:
+            return loss, output
+        slopes_EX = self.slopes([batch], [policy])[0] if batch.router_slopes is None else batch.router_slopes
+        aux = (slopes_EX * policy.routing.probs_EX).sum()
+        return loss + self.router_coef * aux / totals.items, output._replace(aux=aux.detach())
+
+    def slopes(
+        self,
+        batches: Sequence[PackedBatch],
+        policies: Sequence[Scores],
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> list[Tensor]:
+        """Returns `routing.slopes` of micro-batches, with the items as weights."""
+        routings = [policy.routing for policy in policies if policy.routing is not None]
+        return slopes(routings, [self.kind.items_of_samples(batch) for batch in batches], groups)
 
     def _losses_of(self, part: Objective, scored: Scored, totals: Totals) -> Tensor:
         inputs = self._inputs(part, scored, totals)
@@ -162,6 +186,12 @@ class TrainingObjective:
         else:
             rewards_C = scored.logps_C if kind == "logp" else scored.logps_C / scored.lengths_C
         return (1.0 if beta is None else beta) * rewards_C.detach()
+
+    def of_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns the metrics of an evaluation, of which some follow from others."""
+        if "aux_loss" in metrics:
+            metrics["loss"] += self.router_coef * metrics["aux_loss"]
+        return self.kind.of_evaluation(metrics)
 
     # ---- Losses that couple the batch ----------------------------------------------------------------------------
 

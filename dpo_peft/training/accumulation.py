@@ -107,7 +107,7 @@ class OptimizerStep:
         """
         self.model.train()
         self._entries, self._cuts = self.lay_out(entries), 0
-        self._totals = self.totals(self._micro_batches())
+        self._totals = self.totals(_micro_batches(self._entries))
         self._metrics_before = self.metrics.snapshot()
         self._start_over()
         return self._entries, self._totals
@@ -199,14 +199,15 @@ class OptimizerStep:
         # The rows that `ShareCollator` would keep, so that predictions find their places again.
         kept = [part[self._rank :: self._processes] for part in kept]
         if self.args.max_tokens_per_microbatch is not None:
-            return self._pack([row for part in kept for row in part], len(entries))
+            return self._pack(kept)
         batches = [self.collate(part) if part else {"empty": True} for part in kept]
         return [as_entry(to_device(batch, self.args.device)) for batch in batches]
 
-    def _pack(self, rows: list[Row], entries: int) -> list[Entry]:
-        """Packs this process's rows of a step into micro-batches within the budget, hung on so many entries."""
+    def _pack(self, parts: list[list[Row]]) -> list[Entry]:
+        """Packs this process's rows of a step into micro-batches within the budget, hung on as many entries."""
+        rows, part_of = [row for part in parts for row in part], [i for i, part in enumerate(parts) for _ in part]
         if not rows:
-            return hang([], [], entries)
+            return hang([], [], len(parts))
         if self._pads is None:
             self._pads = self.collate(rows[:1]).get("attention_mask") is not None
         budget = self.budget.microbatch_tokens([size_of(row, not self._pads) for row in rows])
@@ -215,7 +216,8 @@ class OptimizerStep:
         if self.model.training and not self._packing_logged:
             self._packing_logged = True
             logger.info("The first optimizer step is packed: %s", describe(packs, budget))
-        return hang(packs, bins, entries)
+        entries = hang(packs, bins, len(parts))
+        return [{**entry, "parts": [part_of[i] for i in entry["order"]]} for entry in entries]
 
     def totals(self, batches: Sequence[MicroBatch]) -> Totals:
         """Returns the totals of an optimizer step's micro-batches, all processes' together."""
@@ -225,16 +227,29 @@ class OptimizerStep:
         items, chosen = sum_over_processes([own.items, float(own.mean_chosen_length) * own.items])
         return Totals(int(items), chosen / items)
 
-    def couple(self, batches: Sequence[MicroBatch], totals: Totals) -> None:
-        """Takes the loss over all of an objective's coupled batch, if it couples; each micro-batch gets its part."""
-        if not self.objective.batch_coupled or (len(batches) < 2 and self._processes == 1):
+    def couple(self, entries: Sequence[Entry], totals: Totals) -> None:
+        """Takes the loss over all of an objective's coupled batch, if it couples; each micro-batch gets its part.
+
+        The routers' auxiliary loss couples the rows that came as one batch, if these are in several micro-batches.
+        """
+        batches = _micro_batches(entries)
+        coupled = self.objective.batch_coupled and (len(batches) > 1 or self._processes > 1)
+        groups = _groups(entries)
+        cut = len({i for group in groups for i in group}) < len(groups) or any(len(set(group)) > 1 for group in groups)
+        routed = cut and self.objective.router_coef > 0
+        if not (coupled or routed):
             return
         packed = [PackedBatch(**batch) for batch in batches]
         with torch.no_grad(), self._autocast():
-            refs = [self._reference(batch) for batch in packed]
+            refs = [self._reference(batch) for batch in packed] if coupled else []
             policies = [self._policy(batch) for batch in packed]
-        coupled = self.objective.couple(packed, policies, refs, totals, self._scores_elsewhere)
-        for batch, part in zip(batches, coupled, strict=True):
+        if routed:
+            for batch, slopes_EX in zip(batches, self.objective.slopes(packed, policies, groups), strict=True):
+                batch["router_slopes"] = slopes_EX
+        if not coupled:
+            return
+        shares = self.objective.couple(packed, policies, refs, totals, self._scores_elsewhere)
+        for batch, part in zip(batches, shares, strict=True):
             batch["coupled"] = part
 
     def _scores_elsewhere(self, own: Scored | None) -> tuple[list[Scored], list[Scored]]:
@@ -253,7 +268,7 @@ class OptimizerStep:
         """
         (entry,) = self.lay_out([entry])
         totals = self.totals(entry["packs"])
-        self.couple(entry["packs"], totals)
+        self.couple([entry], totals)
         loss, rows = torch.zeros((), device=self.args.device), []
         for batch in entry["packs"]:
             with torch.no_grad(), self._autocast():
@@ -301,7 +316,7 @@ class OptimizerStep:
         self._until_it_fits(self._split)
 
     def _halve(self, message: str) -> None:
-        rows = max((len(batch["rows"]) for batch in self._micro_batches()), default=1)
+        rows = max((len(batch["rows"]) for batch in _micro_batches(self._entries)), default=1)
         packed = self.args.max_tokens_per_microbatch is not None
         lower = "max_tokens_per_microbatch" if packed else "per_device_train_batch_size"
         if rows < 2:
@@ -326,18 +341,31 @@ class OptimizerStep:
         )
 
     def _split(self) -> None:
-        for batch in self._micro_batches():
+        for batch in _micro_batches(self._entries):
             batch.pop("coupled", None)
+            batch.pop("router_slopes", None)
         for _ in range(self.halvings - self._cuts):
             cut = [[half for batch in entry["packs"] for half in _halves(batch)] for entry in self._entries]
             for entry, packs in zip(self._entries, cut, strict=True):
                 entry["packs"] = packs
             self._cuts += 1
-        self.couple(self._micro_batches(), self._totals)
+        self.couple(self._entries, self._totals)
 
-    def _micro_batches(self) -> list[MicroBatch]:
-        return [batch for entry in self._entries for batch in entry["packs"]]
+
+def _micro_batches(entries: Sequence[Entry]) -> list[MicroBatch]:
+    return [batch for entry in entries for batch in entry["packs"]]
+
+
+def _size(batch: MicroBatch) -> int:
+    return len(batch["rows"])
+
+
+def _groups(entries: Sequence[Entry]) -> list[list[int]]:
+    """Returns for each micro-batch in which batch of the data loader its rows came."""
+    came = [entry.get("parts", [i] * sum(map(_size, entry["packs"]))) for i, entry in enumerate(entries)]
+    numbers = itertools.chain(*came)
+    return [list(itertools.islice(numbers, _size(batch))) for batch in _micro_batches(entries)]
 
 
 def _halves(batch: MicroBatch) -> list[MicroBatch]:
-    return [batch] if len(batch["rows"]) < 2 else [half.as_dict() for half in halves(PackedBatch(**batch))]
+    return [batch] if _size(batch) < 2 else [half.as_dict() for half in halves(PackedBatch(**batch))]

@@ -46,7 +46,7 @@ def _optimizer_batches(trainer: Trainer) -> Iterator[list[Row]]:
     epochs, *_, steps = trainer.set_initial_training_values(args, loader)
 
     def of_epoch(epoch: int) -> Iterator[list[Row]]:
-        loader.set_epoch(epoch)  # type: ignore[attr-defined]  # of accelerate's loaders
+        loader.set_epoch(epoch)  # of accelerate's loaders
         for part in chunks(loader.batch_sampler, args.gradient_accumulation_steps):
             yield [row for indices in part for row in loader.dataset.__getitems__(indices)]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -18,6 +19,8 @@ from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..data.prepare import STREAM_PATIENCE
 from ..distributed import ShareCollator, world_size
+from ..errors import OptionError
+from ..forward import has_routers
 from ..forward.rotary import fixed_rope_length
 from ..model.adapter_source import plain_fingerprint
 from ..model.loading import attach_adapter, disable_dropout, load_model
@@ -217,6 +220,34 @@ def build_model(
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model, reference, as_given
+
+
+def router_coef(model: PeftModel, args: DPOConfig) -> float:
+    """Returns the weight of the routers' auxiliary loss: the option's, or the one in the model's config; 0 for a model
+    without routers.
+
+    Raises:
+        OptionError: the option can't have an effect.
+    """
+    given, name = args.router_aux_loss_coef, type(model.get_base_model()).__name__
+    coef = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if given is None else given
+    dtype = autocast_dtype(args)
+    with torch.autocast(args.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        routed = bool(coef) and has_routers(model)
+    if not coef or (given is None and not routed):
+        return 0.0
+    if not routed:
+        raise OptionError(
+            f"router_aux_loss_coef={coef}: {name} is not a mixture of experts that gives its routers' logits, so it "
+            "has no auxiliary loss. Leave the option out."
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise OptionError(
+            "gradient_checkpointing_kwargs: with use_reentrant=True the routers' auxiliary loss has no gradient. "
+            "Leave it out, or set router_aux_loss_coef=0.0."
+        )
+    logger.info("The routers' auxiliary loss is added to the loss, times %g (router_aux_loss_coef).", coef)
+    return float(coef)
 
 
 def trained_with(

@@ -54,7 +54,8 @@ def preference_metrics(
       completion is the longer one, and where it is the shorter one. A reward that follows length is right on the first
       and wrong on the second.
 
-    - `loss` (of held-out rows).
+    - `aux_loss` (with `router_aux_loss_coef`): the routers' auxiliary loss, a mean over the micro-batches' items.
+    - `loss` (of held-out rows), without the auxiliary loss.
 
     Args:
         kind: of the data.
@@ -86,6 +87,8 @@ def preference_metrics(
         kl_N = torch.expm1(log_ratio_N) - log_ratio_N
         own_C = torch.ones_like(best_C) if scored.own_C is None else scored.own_C
         metrics["kl"] = Mean((kl_N * own_C[batch.completion_of]).sum().double(), own_C.sum().double())
+    if output.aux is not None:
+        metrics["aux_loss"] = Mean(output.aux, torch.tensor(float(len(output.losses_I)), device=output.aux.device))
     if scored.own_C is not None:
         metrics["z_ref"] = _mean_where(rewards_C, ~scored.own_C)
     if held_out:

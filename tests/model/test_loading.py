@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from forward_models import FALLING_BACK, build
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.config import MontecloraConfig
 from torch import nn
@@ -258,3 +259,14 @@ def test_dropout_of_every_kind_is_turned_off(name, attention):
     with torch.no_grad():
         assert torch.equal(model.train()(IDS).logits, model.eval()(IDS).logits)
     assert disable_dropout(model) == []
+
+
+@pytest.mark.parametrize("given", [None, {"target_modules": "all-linear", "r": 2}], ids=["default", "all-linear"])
+@pytest.mark.parametrize(("class_name", "options"), [FALLING_BACK["llama4 (chunks)"][:2], ("Phimoe", {})])
+def test_a_router_that_is_a_linear_layer_gets_no_adapter(class_name, options, given):
+    """It gives more than one tensor, so PEFT's layer around it fails in the first forward pass."""
+    config = None if given is None else LoraConfig(**given)
+    model, _ = attach_adapter(build(class_name, options), config, None, True)
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert any(name.endswith("q_proj") for name in adapted) and not any(name.endswith("router") for name in adapted)
+    model(input_ids=IDS).logits.sum().backward()

@@ -183,7 +183,7 @@ OPTIONS: dict[str, Tried] = {
     # DPO's own
     "model_init_kwargs": own("of a model given by name; beside a loaded model it is refused"),
     "trust_remote_code": same(True),
-    "router_aux_loss_coef": refused("the auxiliary loss of mixtures of experts is not available yet", 0.001),
+    "router_aux_loss_coef": own("same losses on mixtures of experts; refused for other models, but for 0"),
     "disable_dropout": same(False),
     "dataset_num_proc": same(2),
     "max_length": as_trl(40),
