@@ -40,7 +40,8 @@ from .training.building import NoEvaluation, Preparation, build_model, collators
 from .training.callbacks import EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore, preference_metrics
-from .training.resume import RunState, load_best, save_adapter, trajectory
+from .training.results import checkpoints_kept, load_best, save_result
+from .training.resume import RunState, save_adapter, trajectory
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -156,9 +157,8 @@ class DPOTrainer(Trainer):
         evaluation, callbacks = NoEvaluation if found is None else found.Evaluation, self.callback_handler.callbacks
         self.evaluation = evaluation(model, tokenizer, args, self.objective, self.prepare, autocast, callbacks)
         self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
-        parts = [self.step, self.reference, *watching]
-        self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
-        for callback in (self.signal, *watching, StopOnNonFinite(self.step)):
+        self.run_state = RunState(args, self.metric_store, [self.step, self.reference, *watching], self.trajectory)
+        for callback in (self.signal, *watching, StopOnNonFinite(self.step), self.run_state.best):
             self.add_callback(callback)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
@@ -217,25 +217,25 @@ class DPOTrainer(Trainer):
 
         Raises:
             CheckpointError: the checkpoint is not whole, or one could not be written.
-            OptionError: an option differs from the checkpoint's, and the optimizer's state would overrule it.
+            OptionError: an option differs from that in the optimizer's state; or `output_dir` is another run's.
             ReferenceMismatchError: policy and reference differ at the start, or the checkpoint has another reference.
             NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
             TrainingInterrupted: after a signal; a `SystemExit` with the signal's exit status.
         """
-        self._prepare_run()
-        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        folder = self.run_state.find(resume)
-        if folder is not None:
-            if self.reference.restore(Path(folder)):
-                self._record()
-            self.reference.check_resumable(Path(folder))
-            self.run_state.compare(Path(folder))
-        with self.step.running(), self.signal.listening():
-            output = super().train(folder, *args, **kwargs)
-        if self.signal.agree():
-            if self.run_state.saved_step != self.state.global_step:  # it came after the last step
-                self._save_checkpoint(self.model, None)
-            self.signal.leave(self.state.global_step, resumable=not self.args.save_only_model)
+        with self.run_state.writing():
+            folder = self.run_state.find(resume_from_checkpoint)
+            self._prepare_run()
+            if folder is not None:
+                if self.reference.restore(Path(folder)):
+                    self._record()
+                self.reference.check_resumable(Path(folder))
+                self.run_state.compare(Path(folder))
+            with self.step.running(), self.signal.listening():
+                output = super().train(folder, *args, **kwargs)
+            if self.signal.agree():
+                if self.run_state.saved_step != self.state.global_step:  # it came after the last step
+                    self._save_checkpoint(self.model, None)
+                self.signal.leave(self.state.global_step, resumable=not self.args.save_only_model)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _prepare_run(self) -> None:
@@ -345,6 +345,10 @@ class DPOTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.run_state.save_checkpoint(self)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with checkpoints_kept(self.args):
+            return super()._finalize_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.run_state.load(Path(resume_from_checkpoint))
@@ -364,25 +368,22 @@ class DPOTrainer(Trainer):
             save_adapter(self, self.policy_adapter, Path(output_dir or self.args.output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter and the tokenizer; called by a user also the files of `dpo_peft.artifacts`, and publishes
-        with `push_to_hub`. A `PublishError` leaves what is saved."""
+        """Saves the adapter and the tokenizer; called by a user also the files of `dpo_peft.artifacts`, whole or not
+        at all, and publishes with `push_to_hub`. A `PublishError` leaves what is saved."""
         folder = output_dir or self.args.output_dir
-        self._save(folder)
-        if not _internal_call:
-            self._save_results(folder)
-            if self.args.push_to_hub:
-                self._publisher().publish(folder, "Model save")
-
-    def _save_results(self, folder: str, **of_card: Any) -> None:
-        if self.args.should_save and (artifacts := wing("artifacts")) is not None:
-            artifacts.SaveResults(self, **of_card).save(folder)
+        if _internal_call:
+            self._save(folder)
+            return
+        save_result(self, folder)
+        if self.args.push_to_hub:
+            self._publisher().publish(folder, "Model save")
 
     def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
         """Writes the model card with the run's figures, and the files that belong to it, into the output folder.
 
         `model_name` is its title, `dataset_name` one or several Hub ids or paths of the data, `tags` are further ones.
         """
-        self._save_results(self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
+        save_result(self, self.args.output_dir, False, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _publisher(self) -> Any:
         return required("hub", "push_to_hub").HubPublisher(self)

@@ -17,8 +17,8 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors imports moved wings losses forward data rowfiles files distributed objective config_checks config "
-    "reference model training trainer"
+    "errors imports moved wings disk manifests losses forward data rowfiles files distributed objective config_checks "
+    "config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
@@ -30,7 +30,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 280,
+    "config": 285,
     "config_checks": 335,
     "objective": 450,
     "distributed": 275,
@@ -38,22 +38,24 @@ BUDGETS = {
     "data": 2985,
     "forward": 1225,
     "reference": 1490,
-    "model": 1325,
-    "training": 2165,
-    "evaluation": 675,
+    "model": 1350,
+    "training": 2245,
+    "evaluation": 690,
     "fused": 1795,
     "planning": 1080,
     "artifacts": 1130,
     "reward": 870,
-    "merge": 605,
+    "merge": 615,
     "hub": 830,
-    "pairs": 1140,
-    "report": 1100,
+    "pairs": 1160,
+    "report": 1105,
     "quickstart": 460,
-    "cli": 1485,
+    "cli": 1545,
     "rowfiles": 260,
+    "disk": 180,
+    "manifests": 220,
 }
-MAX_PACKAGE_LINES = 23_780
+MAX_PACKAGE_LINES = 24_380
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -282,8 +282,8 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if not path.is_file():
         raise OptionError(f"--config {path}: there is no such file.")
     try:
-        options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        options = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OptionError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config {path} must hold `option: value` lines.")

@@ -22,6 +22,7 @@ from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
 from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
 from ..errors import OptionError
+from ..manifests import check_one_run
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -113,6 +114,7 @@ def _adapter_folder(folder: Path) -> Path:
     """Returns the folder itself, or, of an adapter that has a name, the one of that name inside it."""
     if not folder.is_dir():
         raise OptionError(f"adapter {str(folder)!r}: there is no such folder.")
+    check_one_run(folder)
     if (folder / CONFIG).is_file():
         return folder
     named = [path.parent for path in folder.glob(f"*/{CONFIG}") if not path.parent.name.startswith("checkpoint-")]

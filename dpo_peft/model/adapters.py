@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..manifests import check_one_run
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, holds_adapter, same_values, unused_name
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def moved_base(config: LoraConfig) -> str | None:
 
 def read_config(source: str, **from_hub: Any) -> PeftConfig:
     """Returns the PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision. Raises an
-    OptionError if there is none, or it can't be read."""
+    OptionError if there is none, it can't be read, or its files are not those of one run."""
+    check_one_run(source)
     try:
         return PeftConfig.from_pretrained(source, **from_hub)
     except (OSError, ValueError, KeyError, TypeError) as error:

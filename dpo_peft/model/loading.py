@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.score import eval_mode
+from ..manifests import settle
 from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts, read_entry
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
@@ -160,6 +162,7 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
 
 def is_adapter(name: str, **from_hub: object) -> bool:
     """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
+    settle(Path(name))
     try:
         return find_adapter_config_file(name, **from_hub) is not None
     except (OSError, ValueError):  # no such repository: `load_base` says so

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..config import DPOConfig, objective_options
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
+from ..manifests import settle
 from ..objective import TrainingObjective
 from .metrics import metric_names
 
@@ -140,6 +141,7 @@ def _check_best_metric(args: DPOConfig, chosen: str, eval_dataset: object, objec
 
 def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that comes with a model; with an adapter's folder, its own or that of its base."""
+    settle(Path(name))
     config = Path(name, "adapter_config.json")
     if config.is_file() and not Path(name, "tokenizer_config.json").is_file():
         name = json.loads(config.read_text()).get("base_model_name_or_path") or name

@@ -8,34 +8,37 @@ the data; `run_state.json` adds the sums of metrics since the last log, the opti
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerState
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..config import DPOConfig
+from ..disk import one_writer, write_atomically
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
 from ..model.adapter_source import read_training
 from . import checkpoints
 from .metrics import MetricStore
+from .results import BestCheckpoint, asks_to_resume, check_new_run, no_false_alarm
 
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
-
 # Options that the optimizer's saved state holds: another value would be overwritten by it.
 _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
 # Options that do not change what is learned, by how their names start.
 _HARMLESS = (
-    "output_dir run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub hub_ load_best "
-    "metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num dataloader_pin "
-    "dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
+    "output_dir overwrite_output run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub "
+    "hub_ load_best metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num "
+    "dataloader_pin dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
     "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib "
     "max_unusable_share on_unusable restore_callback jit_mode"
@@ -81,13 +84,19 @@ class RunState:
 
     Attributes:
         saved_step: the step of the newest checkpoint that this run has written.
+        resumed: the checkpoint that it was resumed from.
+        best: a callback for the trainer.
     """
 
     def __init__(
-        self, run_dir: str, metrics: MetricStore, parts: Sequence[Part], trajectory: Callable[[], dict[str, Any]]
+        self, args: DPOConfig, metrics: MetricStore, parts: Sequence[Part], trajectory: Callable[[], dict[str, Any]]
     ):
-        self.run_dir, self.metrics, self.parts, self.trajectory = Path(run_dir), metrics, parts, trajectory
+        self.args, self.run_dir = args, Path(str(args.output_dir))
+        self.metrics, self.parts, self.trajectory = metrics, parts, trajectory
         self.saved_step: int | None = None
+        self.resumed: Path | None = None
+        self.best = BestCheckpoint(lambda: self.resumed)
+        self._begun = False  # what is in the folder is this trainer's own
 
     # ---- Finding a checkpoint ------------------------------------------------------------------------------------
 
@@ -99,13 +108,26 @@ class RunState:
 
         Raises:
             CheckpointError: the checkpoint is not whole, or there is none.
+            OptionError: the folder holds another run's result, see `check_new_run`.
         """
         self.saved_step = None
         self.metrics.restore({})
-        return gather_over_processes(self._find(resume) if rank() == 0 else None)[0]
+        resume = self.args.resume_from_checkpoint if resume is None else resume
+        found = gather_over_processes(self._find(resume) if rank() == 0 else None)[0]
+        self.resumed, self._begun = None if found is None else Path(found), True
+        return found
 
     def _find(self, resume: str | bool | None) -> str | None:
-        if not resume or str(resume).lower() == "false":
+        for sentence in checkpoints.recover(self.run_dir):
+            logger.info("%s", sentence)
+        found = self._chosen(resume)
+        elsewhere = found is None or Path(found).resolve().parent != self.run_dir.resolve()
+        if elsewhere and not self._begun:
+            check_new_run(self.args)
+        return found
+
+    def _chosen(self, resume: str | bool | None) -> str | None:
+        if not asks_to_resume(resume):
             if list(self.run_dir.glob("checkpoint-*")):
                 logger.warning(
                     "%s holds checkpoints of an earlier run, and this run starts from scratch: they are mistaken for "
@@ -115,10 +137,8 @@ class RunState:
             return None
         if str(resume).lower() not in ("true", "latest"):
             if problem := checkpoints.problem_with(str(resume)):
-                raise CheckpointError(f"resume_from_checkpoint={str(resume)!r} {problem}. {self._remedy()}")
+                raise CheckpointError(f"resume_from_checkpoint={str(resume)!r} {problem}. {self.remedy()}")
             return str(resume)
-        for sentence in checkpoints.recover(self.run_dir):
-            logger.info("%s", sentence)
         found, passed_over = checkpoints.newest_whole(self.run_dir)
         for path, problem in passed_over:
             logger.warning("%s is passed over: it %s.", path.name, problem)
@@ -131,7 +151,8 @@ class RunState:
         logger.info("%s", f"Resuming from {found}." if found else f"No checkpoint in {self.run_dir} yet: a new start.")
         return None if found is None else str(found)
 
-    def _remedy(self) -> str:
+    def remedy(self) -> str:
+        """Returns a sentence on what there is to resume."""
         found, _ = checkpoints.newest_whole(self.run_dir)
         return f"The newest whole checkpoint is {found}." if found else "There is no whole one in output_dir."
 
@@ -160,6 +181,13 @@ class RunState:
                 f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
                 "a new run from its adapter (model=<checkpoint folder>, reference=...)."
             )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other runs out of the folder. Raises an OptionError if one is there."""
+        lock = one_writer("output_dir", self.run_dir, inside=True) if rank() == 0 else nullcontext()
+        with lock, no_false_alarm():
+            yield
 
     # ---- Reading and writing -------------------------------------------------------------------------------------
 
@@ -198,7 +226,7 @@ class RunState:
         except (OSError, RuntimeError, SafetensorError) as error:
             checkpoints.discard(run_dir, step)
             raise CheckpointError(
-                f"checkpoint-{step} can't be written: {error}. {self._remedy()} Free some space or mend the folder, "
+                f"checkpoint-{step} can't be written: {error}. {self.remedy()} Free some space or mend the folder, "
                 "then resume."
             ) from error
         if args.push_to_hub:
@@ -221,10 +249,13 @@ class RunState:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         trainer.state.stateful_callbacks = {name: of[0] if len(of) == 1 else of for name, of in states.items()}
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint
+        trainer.state.best_model_checkpoint = best and Path(best).name  # the folder may be moved
+        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        trainer.state.best_model_checkpoint = best
         extra = {name: value for part in self.parts for name, value in part.state_dict(folder).items()}
         state = {"trajectory": self.trajectory(), "metrics": metrics, "extra": extra}
-        (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n")
+        write_atomically(folder / RUN_STATE, json.dumps(state, indent=1) + "\n")
 
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
@@ -241,15 +272,6 @@ def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
     args = copy.copy(trainer.args)
     args.hub_token = None  # a pickle is no place for it
     torch.save(args, folder / "training_args.bin")
-
-
-def load_best(model: PeftModel, adapter: str, state: TrainerState, reference: Part) -> None:
-    """Loads the best adapter, whatever its name, and the reference that it had if that moves."""
-    best = Path(str(state.best_model_checkpoint))
-    folder = best if adapter == "default" else best / adapter
-    model.load_adapter(str(folder), adapter, is_trainable=True, torch_device=str(model.device))
-    reference.load_state_dict({}, best)
-    logger.info("The best adapter is loaded: %s (%s).", best, state.best_metric)
 
 
 def _read(folder: Path) -> dict[str, Any]:
