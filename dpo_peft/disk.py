@@ -100,7 +100,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def one_writer(option: str, place: str | Path, inside: bool = False) -> Iterator[None]:
+def one_writer(option: str, place: str | Path, inside: bool = False, wait: float = 0.0) -> Iterator[None]:
     """Keeps other processes from writing to the same place. The lock dies with its process.
 
     A second `with` in the same process passes. The place's folder is made, and goes again if nothing is in it.
@@ -109,6 +109,7 @@ def one_writer(option: str, place: str | Path, inside: bool = False) -> Iterator
         option: what names the place, for messages.
         place: a file or a folder.
         inside: the lock lies in the folder and moves with it, instead of beside the place.
+        wait: seconds for another process to end.
 
     Raises:
         OptionError: another process writes there, which is named; or it can't be written to.
@@ -122,7 +123,7 @@ def one_writer(option: str, place: str | Path, inside: bool = False) -> Iterator
         return
     made = not mark.parent.exists()
     try:
-        _acquire(lock, holder, f"{option}={str(place)!r}")
+        _acquire(lock, holder, f"{option}={str(place)!r}", wait)
         _held.add(key)
         yield
     finally:
@@ -136,12 +137,12 @@ def one_writer(option: str, place: str | Path, inside: bool = False) -> Iterator
                 mark.parent.rmdir()
 
 
-def _acquire(lock: FileLock, holder: Path, what: str) -> None:
+def _acquire(lock: FileLock, holder: Path, what: str, wait: float) -> None:
     facts = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
     try:
         holder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait)
         except Timeout:
             raise OptionError(
                 f"{what}: {_who(holder)} is writing there. Wait until it has ended, or give another place."

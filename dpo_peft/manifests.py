@@ -162,7 +162,9 @@ def settle(folder: Path) -> str | None:
     saved = folder / SAVED
     if not saved.is_dir():
         return None
-    with one_writer("output_dir", folder, inside=True):
+    with one_writer("output_dir", folder, inside=True, wait=10):  # the processes of a job come here together
+        if not saved.is_dir():
+            return None
         for staged in saved.iterdir():  # one; none if the kill came after the last file
             names = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
             if (staged / MANIFEST).is_file():

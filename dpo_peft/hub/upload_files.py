@@ -22,7 +22,7 @@ from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
 from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
 from ..errors import OptionError
-from ..manifests import check_one_run
+from ..manifests import MANIFEST, check_one_run, settle
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -39,6 +39,7 @@ LEFT_OUT = {
     "training_args.bin": f"{PICKLE}, and it can hold a token",
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl"), PICKLE),
     "checkpoint-*": "a checkpoint: optimizer state and pickles, to resume from here",
+    MANIFEST: "digests of the files as they are here",
     "eval_examples.jsonl": "figures of single held-out rows; add it by include",
     "*": "no part of an adapter; add it by include",
 }
@@ -104,6 +105,7 @@ def collect(
         if path.name not in published and path != adapter and not path.name.startswith("."):
             upload.left_out[path.name] = next(why for name, why in LEFT_OUT.items() if fnmatch(path.name, name))
     _check_paths(upload, (folder, Path(old_base), Path.home(), Path.cwd()))
+    check_one_run(folder)
     return upload
 
 
@@ -114,7 +116,7 @@ def _adapter_folder(folder: Path) -> Path:
     """Returns the folder itself, or, of an adapter that has a name, the one of that name inside it."""
     if not folder.is_dir():
         raise OptionError(f"adapter {str(folder)!r}: there is no such folder.")
-    check_one_run(folder)
+    settle(folder)
     if (folder / CONFIG).is_file():
         return folder
     named = [path.parent for path in folder.glob(f"*/{CONFIG}") if not path.parent.name.startswith("checkpoint-")]

@@ -316,7 +316,7 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
             f"{adapter!r} was trained against a frozen adapter ({recorded and recorded.adapter}), which can't be "
             "found: give its folder as reference."
         )
-    found = ""
+    expected, found = recorded and recorded.adapter_fingerprint, ""
     for place in places:
         try:
             name = load_frozen(model, place)
@@ -325,11 +325,11 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
                 raise
             continue
         found = adapter_fingerprint(model, name)
-        if recorded is None or recorded.adapter_fingerprint == found:
+        if recorded is None or expected == found:
             return Reference("adapter", name, place, chosen=True)
         model.delete_adapter(name)
     raise ReferenceMismatchError(
-        f"{adapter!r} was trained against the reference {recorded.adapter_fingerprint or 'without adapter'}, and "
+        f"{adapter!r} was trained against the reference {expected or 'without adapter'}, and "
         f"{places[-1]!r} is {found}: give the adapter that the training began with."
     )
 

@@ -73,7 +73,7 @@ def save_result(trainer: Trainer, folder: str | Path, adapter: bool = True, **of
         ) from error
 
 
-# ---- The best checkpoint -----------------------------------------------------------------------------------------
+# ---- The best checkpoint --------------------------------------------------------------------------------------------
 
 
 class BestCheckpoint(TrainerCallback):
@@ -96,8 +96,9 @@ class BestCheckpoint(TrainerCallback):
         if recorded is None:
             return
         name = Path(recorded).name
-        places = dict.fromkeys([Path(args.output_dir) / name, resumed.parent / name, Path(recorded)])
-        problems = {str(place): _problem_with_best(place, state) for place in places}
+        beside = [str(Path(args.output_dir) / name), str(resumed.parent / name)]
+        places = dict.fromkeys([*beside, recorded] if recorded != name else beside)
+        problems = {place: _problem_with_best(Path(place), state) for place in places}
         state.best_model_checkpoint = next((place for place, problem in problems.items() if problem is None), None)
         if state.best_model_checkpoint is None:
             why = "; ".join(f"{place} {problem}" for place, problem in problems.items())

@@ -77,7 +77,7 @@ class RunState:
     """The state of a run beyond what `transformers.Trainer` saves.
 
     Args:
-        run_dir: where checkpoints lie.
+        args: the options; checkpoints lie in `output_dir`.
         metrics: sums since the last log; each process has its own.
         parts: what else is saved and restored.
         trajectory: gives what decides how the run continues (see `trajectory`).

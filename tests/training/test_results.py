@@ -11,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_kills import died, in_child
 from peft import PeftModel
 from safetensors.torch import load_file
 from trainer_helpers import StopAt, adapter_weights, id_pairs, lora, ours, text_pairs
 
 import dpo_peft.trainer
 from dpo_peft.cli import main
+from dpo_peft.disk import one_writer
 from dpo_peft.errors import CheckpointError, OptionError
 from dpo_peft.evaluation.samples import KeptRows
 from dpo_peft.manifests import check_one_run
 from dpo_peft.model.adapter_source import load_trained
+from dpo_peft.training.checkpoints import recover
 
 
 def build(tiny_llama: Any, make_tokenizer: Any, folder: Path, **changed: Any) -> Any:
@@ -38,13 +41,16 @@ def test_a_finished_run_is_replaced_only_if_asked(tiny_llama, make_tokenizer, tm
     first = build(tiny_llama, make_tokenizer, tmp_path, save_strategy="steps", save_steps=1)
     first.train()
     first.save_model()
+    first.model.save_pretrained(tmp_path)  # as scripts do it once more; the same bytes
+    first.processing_class.save_pretrained(tmp_path)
+    check_one_run(tmp_path)
     before = contents(tmp_path)
     assert not [name for name in before if name.startswith(".")]
     with pytest.raises(OptionError, match="holds adapter_config.json, metrics.json.*overwrite_output_dir=True"):
         build(tiny_llama, make_tokenizer, tmp_path).train()
     elsewhere = build(tiny_llama, make_tokenizer, tmp_path / "other")
     with pytest.raises(OptionError, match="holds README.md"):  # a file of the user's is no less
-        (tmp_path / "other").mkdir()
+        (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "README.md").write_text("mine")
         elsewhere.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert contents(tmp_path) == {**before, "other/README.md": b"mine"}
@@ -113,7 +119,6 @@ def test_a_moved_run_finds_its_own_best_checkpoint(tiny_llama, make_tokenizer, t
         assert torch.equal(weight, best[name.replace(".default", "")])
     assert "does not exist anymore" not in caplog.text
 
-    # Written with paths, as by an earlier version: the path is another run's by now.
     without = tmp_path / "without"
     shutil.rmtree(without / "checkpoint-1")
     with pytest.raises(CheckpointError, match="checkpoint-1, can't be used: .*does not exist.*Put it beside"):
@@ -133,7 +138,7 @@ def test_a_limit_of_one_leaves_other_programs_checkpoints(tiny_llama, make_token
     trainer = build(tiny_llama, make_tokenizer, tmp_path, **options)
     trainer.train()
     assert trainer.args.save_total_limit == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
+    assert [path.name for path in sorted(tmp_path.glob("*-*"))] == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
 
 
 def test_a_moved_reference_is_found_by_its_fingerprint(base_folder, tmp_path) -> None:
@@ -191,4 +196,25 @@ def test_a_full_disk_at_the_end_loses_nothing(base_folder, tmp_path, monkeypatch
     (rescued,) = temporary.glob("dpo-peft-*/adapter_config.json")
     assert "No space left on device" in said and f"Meanwhile it is in {rescued.parent}." in said
     check_one_run(rescued.parent)
-    assert not list((tmp_path / "run").iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "temporary"]  # nothing was written, the folder went again
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_final_save_leaves_one_run(tiny_llama, make_tokenizer, tmp_path) -> None:
+    """A trainer's own save over an earlier run's, dying before every seventh file operation."""
+    saved = []
+    for number, options in enumerate(({"peft_config": lora(lora_alpha=8)}, {"peft_config": lora(lora_alpha=64)})):
+        trainer = build(tiny_llama, make_tokenizer, tmp_path / str(number) / "run", beta=0.1 + number, **options)
+        trainer.train()
+        trainer.save_model()
+        saved.append(contents(tmp_path / str(number) / "run"))
+    ended, moment, found = False, 0, []
+    while not ended:
+        folder = shutil.copytree(tmp_path / "0" / "run", tmp_path / str(moment) / "again" / "run")
+        ended = not died(in_child(lambda folder=folder: trainer.save_model(str(folder)), moment))
+        check_one_run(folder)
+        with one_writer("output_dir", folder, inside=True):
+            recover(folder)
+        found.append(saved.index(contents(folder)))  # a mixture is in neither place
+        moment += 7
+    assert found == sorted(found) and set(found) == {0, 1} and len(found) > 10
