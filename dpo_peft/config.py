@@ -212,6 +212,10 @@ class DPOConfig(TrainingArguments):
         needs="early_stopping_patience",
     )
 
+    overwrite_output_dir: bool = flag(
+        False, "Begin a new run in a folder that holds a finished one, which is replaced at the end."
+    )
+
     # Options of TrainingArguments with another default, or fewer values
     train_sampling_strategy: str = choice("random", ("random", "sequential"), "Order of the rows.")
     learning_rate: float = number(2e-5, "The initial learning rate.", minimum=0)

@@ -4,11 +4,11 @@ import glob
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .disk import write_atomically
 from .errors import DataError, OptionError
 from .rowfiles import READERS, ending, find_files, read_files
 
@@ -127,17 +127,29 @@ def _split_trees(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
 
 
-def check_output(option: str, path: str | Path) -> Path:
+def check_output(option: str, path: str | Path, inputs: Iterable[str] = (), overwrite: bool = True) -> Path:
     """Returns the file that rows are to be written to, before any long work starts.
 
+    Args:
+        option: what names it, for messages.
+        path: the file.
+        inputs: names of what is read, as `read_rows` takes them. No option lets one of them be written over.
+        overwrite: whether another file that is there may be.
+
     Raises:
-        OptionError: its ending is none of `WRITERS`, or it is a folder.
+        OptionError: its ending is none of `WRITERS`, it is a folder, an input, or there already.
     """
     path = Path(path)
     if path.suffix not in WRITERS:
         raise OptionError(f"{option}={str(path)!r}: the file must end in {' or '.join(WRITERS)}.")
     if path.is_dir():
         raise OptionError(f"{option}={str(path)!r} is a folder: give a file.")
+    if path.exists():
+        read = {one.resolve() for name in inputs if name for one in [Path(name), *find_files(name)]}
+        if read & {path.resolve(), *path.resolve().parents}:
+            raise OptionError(f"{option}={str(path)!r} is what is read: give the output another name.")
+        if not overwrite:
+            raise OptionError(f"{option}={str(path)!r} is there already: give another name, or --overwrite.")
     return path
 
 
@@ -155,26 +167,6 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
         Dataset.from_list([dict(row) for row in rows]).to_parquet(table)
         return write_atomically(path, table.getvalue(), private=True)
     return write_atomically(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), private=True)
-
-
-def write_atomically(path: str | Path, content: str | bytes | Iterable[str], private: bool = False) -> Path:
-    """Writes a file that appears once it is whole and on the disk; a reader, or a kill, never meets a part of it.
-
-    The folder is made if there is none. An iterable is written piece by piece. Text is UTF-8. One that is `private`,
-    as it holds rows, can't be read by other users of the machine; its group can by umask.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    pieces = [content] if isinstance(content, str | bytes) else content
-    unfinished.unlink(missing_ok=True)  # what a kill left, or a link that somebody put there
-    mode = 0o660 if private else 0o666
-    with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.writelines(piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    return path
 
 
 def strict(value: Any) -> Any:

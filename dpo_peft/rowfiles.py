@@ -24,6 +24,7 @@ from datasets import Dataset, Features, IterableDataset, config
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 
+from .disk import pieces
 from .errors import DataError, OptionError
 
 Row = dict[str, Any]
@@ -71,10 +72,9 @@ def read_files(paths: Sequence[Path], streaming: bool = False) -> Dataset | Iter
 def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(b"rows of files, 1", digest_size=16)
     for path in paths:
-        with open(path, "rb") as file:
-            digest.update(f"{ending(path)} {path.stat().st_size} ".encode())
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+        digest.update(f"{ending(path)} {path.stat().st_size} ".encode())
+        for piece in pieces(path):
+            digest.update(piece)
     return digest.hexdigest()
 
 

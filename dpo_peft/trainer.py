@@ -41,7 +41,8 @@ from .training.building import NoEvaluation, Preparation, build_model, collators
 from .training.callbacks import CountStream, EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore, preference_metrics
-from .training.resume import RunState, load_best, place_in_data, save_adapter, trajectory
+from .training.results import checkpoints_kept, load_best, save_result
+from .training.resume import RunState, place_in_data, save_adapter, trajectory
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -97,10 +98,9 @@ class DPOTrainer(Trainer):
         self.prepare = Preparation(args, self.objective, tokenizer)
         self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
         train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
-
         set_seed(args.seed)  # the adapter's start is drawn at random
-        needs_reference = self.objective.needs_reference
-        model, held, as_given = build_model(model, args, quantization_config, peft_config, needs_reference)
+        compared = self.objective.needs_reference
+        model, held, as_given = build_model(model, args, quantization_config, peft_config, compared)
         self.prepare.fit(model, data_collator)
         super().__init__(
             model=model,
@@ -123,9 +123,8 @@ class DPOTrainer(Trainer):
         check_same("train_dataset", self.prepare.told_by)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
-        self.reference = ReferencePolicy(
-            self.model, held, self.policy_adapter, args, self.forward_plan, self.objective
-        )
+        plan, objective = self.forward_plan, self.objective
+        self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self._build_parts(data_collator)
         self._record = lambda: record_training(
             self.model, self.policy_adapter, trained_with(self.model, args, self.objective, as_given)
@@ -157,17 +156,16 @@ class DPOTrainer(Trainer):
         evaluation, callbacks = NoEvaluation if found is None else found.Evaluation, self.callback_handler.callbacks
         self.evaluation = evaluation(model, tokenizer, args, self.objective, self.prepare, autocast, callbacks)
         self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
-        parts = [self.step, self.reference, *watching]
-        self.run_state = RunState(args.output_dir, self.metric_store, parts, self.trajectory)
+        self.run_state = RunState(args, self.metric_store, [self.step, self.reference, *watching], self.trajectory)
         counting = [CountStream(self.prepare.count)] * isinstance(self.train_dataset, IterableDataset)
-        for callback in (self.signal, *watching, StopOnNonFinite(self.step), *counting):
+        for callback in (self.signal, *watching, StopOnNonFinite(self.step), self.run_state.best, *counting):
             self.add_callback(callback)
         if args.sync_ref_model:
             self.add_callback(SyncReference(self.reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps))
 
     def _plan_memory(self) -> MemoryBudget:
-        frozen, compared = self.reference.adapter, self.objective.needs_reference
-        return plan_memory(self.model, self.args, self.forward_plan, frozen, compared)
+        of_reference = self.reference.adapter, self.objective.needs_reference
+        return plan_memory(self.model, self.args, self.forward_plan, *of_reference)
 
     # ---- The method ---------------------------------------------------------------------------------------------
 
@@ -219,25 +217,25 @@ class DPOTrainer(Trainer):
 
         Raises:
             CheckpointError: the checkpoint is not whole, or one could not be written.
-            OptionError: an option differs from the checkpoint's, and the optimizer's state would overrule it.
+            OptionError: an option differs from that in the optimizer's state; or `output_dir` is another run's.
             ReferenceMismatchError: policy and reference differ at the start, or the checkpoint has another reference.
             NonFiniteError: a loss or gradient became NaN or infinite; the optimizer has not stepped on it.
             TrainingInterrupted: after a signal; a `SystemExit` with the signal's exit status.
         """
-        self._prepare_run()
-        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        folder = self.run_state.find(resume)
-        if folder is not None:
-            if self.reference.restore(Path(folder)):
-                self._record()
-            self.reference.check_resumable(Path(folder))
-            self.run_state.compare(Path(folder), self.args)
-        with self.step.running(), self.signal.listening():
-            output = super().train(folder, *args, **kwargs)
-        if self.signal.agree():
-            if self.run_state.saved_step != self.state.global_step:  # it came after the last step
-                self._save_checkpoint(self.model, None)
-            self.signal.leave(self.state.global_step, resumable=not self.args.save_only_model)
+        with self.run_state.writing():
+            folder = self.run_state.find(resume_from_checkpoint)
+            self._prepare_run()
+            if folder is not None:
+                if self.reference.restore(Path(folder)):
+                    self._record()
+                self.reference.check_resumable(Path(folder))
+                self.run_state.compare(Path(folder))
+            with self.step.running(), self.signal.listening():
+                output = super().train(folder, *args, **kwargs)
+            if self.signal.agree():
+                if self.run_state.saved_step != self.state.global_step:  # it came after the last step
+                    self._save_checkpoint(self.model, None)
+                self.signal.leave(self.state.global_step, resumable=not self.args.save_only_model)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _prepare_run(self) -> None:
@@ -316,8 +314,7 @@ class DPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        own = [self.train_dataset, *self.prepare.evaluated.values()]
-        if not any(dataset is one for one in own):  # given to `evaluate` or `predict`
+        if not any(dataset is one for one in (self.train_dataset, *self.prepare.evaluated.values())):
             dataset = self.prepare(dataset, "test" if description == "test" else "eval")
         loader = super()._get_dataloader(dataset, description, batch_size * world_size(), *args, **kwargs)
         unshard(loader, dataset)
@@ -347,8 +344,12 @@ class DPOTrainer(Trainer):
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, *_: Any) -> None:
         self.run_state.save_checkpoint(self)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with checkpoints_kept(self.args):
+            return super()._finalize_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -369,23 +370,20 @@ class DPOTrainer(Trainer):
             save_adapter(self, self.policy_adapter, Path(output_dir or self.args.output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter and the tokenizer; called by a user also the files of `dpo_peft.artifacts`, and publishes
-        with `push_to_hub`. A `PublishError` leaves what is saved."""
+        """Saves the adapter and the tokenizer; called by a user also the files of `dpo_peft.artifacts`, whole or not
+        at all, and publishes with `push_to_hub`. A `PublishError` leaves what is saved."""
         folder = output_dir or self.args.output_dir
-        self._save(folder)
-        if not _internal_call:
-            self._save_results(folder)
-            if self.args.push_to_hub:
-                self._publisher().publish(folder, "Model save")
-
-    def _save_results(self, folder: str, **of_card: Any) -> None:
-        if self.args.should_save and (artifacts := wing("artifacts")) is not None:
-            artifacts.SaveResults(self, **of_card).save(folder)
+        if _internal_call:
+            self._save(folder)
+            return
+        save_result(self, folder)
+        if self.args.push_to_hub:
+            self._publisher().publish(folder, "Model save")
 
     def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
         """Writes the model card and what belongs to it into the output folder. `model_name` is its title,
         `dataset_name` one or several Hub ids or paths of the data, `tags` are further ones."""
-        self._save_results(self.args.output_dir, model_name=model_name, dataset_name=dataset_name, tags=tags)
+        save_result(self, self.args.output_dir, False, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _publisher(self) -> Any:
         return required("hub", "push_to_hub").HubPublisher(self)

@@ -17,8 +17,8 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors credentials imports moved wings losses forward data rowfiles files distributed objective config_checks "
-    "config reference model training trainer"
+    "errors credentials imports moved wings disk manifests losses forward data rowfiles files distributed objective "
+    "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
@@ -29,8 +29,8 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 405,
-    "config": 295,
+    "trainer": 400,
+    "config": 300,
     "config_checks": 350,
     "objective": 490,
     "distributed": 275,
@@ -38,22 +38,24 @@ BUDGETS = {
     "data": 3310,
     "forward": 1505,
     "reference": 1555,
-    "model": 1460,
-    "training": 2515,
-    "evaluation": 740,
+    "model": 1490,
+    "training": 2590,
+    "evaluation": 750,
     "fused": 1795,
     "planning": 1080,
     "artifacts": 1165,
     "reward": 910,
-    "merge": 620,
+    "merge": 625,
     "hub": 915,
-    "pairs": 1160,
-    "report": 1110,
+    "pairs": 1180,
+    "report": 1115,
     "quickstart": 460,
-    "cli": 1520,
+    "cli": 1580,
     "rowfiles": 280,
+    "disk": 175,
+    "manifests": 225,
 }
-MAX_PACKAGE_LINES = 25_440
+MAX_PACKAGE_LINES = 26_040
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

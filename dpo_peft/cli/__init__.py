@@ -3,7 +3,9 @@
 A command raises the package's own errors, each with its remedy; `main` prints them and makes them exit codes.
 """
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -51,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
         return 2
     show_progress()
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if before is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _stop)  # what is half written is taken away
         # A command's module is loaded when the command is called: `help` should wait for nothing.
         getattr(import_module(f".{command}", __package__), command)(rest)
     except (*WRONG_INPUT, *REFUSED) as error:
@@ -60,7 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
         print("dpo-peft: stopped.", file=sys.stderr)
         return 130
+    except OSError as error:
+        print(f"dpo-peft: {error}. Mend that, then give the same command again.", file=sys.stderr)
+        return 3
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _version() -> str:

@@ -22,6 +22,7 @@ class ReportArguments:
 
     runs: list[str] = field(default_factory=list, metadata={"help": "Output folders of runs, finished or not."})
     output: str | None = option(None, "The page. Default: report.html, in the run's folder, or here for several runs.")
+    overwrite: bool = option(False, "Replace output where it is no report, too.")
     title: str = option("", "Title of the page. Default: the names of the runs.")
     json: bool = option(False, "Print one JSON object instead of text.")
 
@@ -36,7 +37,7 @@ def report(argv: Sequence[str]) -> None:
     required(options, "runs")
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
     output = options.output or folder / "report.html"
-    result = save_report(options.runs, output, options.title)
+    result = save_report(options.runs, output, options.title, options.overwrite)
     show(result, as_text(result), options.json)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..disk import one_writer
 from ..errors import OptionError
-from ..files import check_output, write_rows
+from ..files import as_list, check_output, write_rows
 from ..model.options import AdapterOptions
 from .options import RowOptions, load_rows, option, parse_options, required, show
 
@@ -30,6 +31,7 @@ class ScoreOptions(RowOptions, AdapterOptions):
     category_column: str | None = option(None, "Column to report accuracy by.")
     unneeded_columns: list[str] | None = option(None, "Columns with text that may stay unread.")
     output: str | None = option(None, "File for the scores of each row: .jsonl or .parquet.")
+    overwrite: bool = option(False, "Replace output.")
     worst: int = option(10, "How many of the rows that are most wrong to show.")
     json: bool = option(False, "Print the result as JSON.")
     beta: float | None = option(None, "Replaces the beta of the training.")
@@ -46,11 +48,14 @@ def score(argv: Sequence[str]) -> None:
     )
     options = parse_options(argv, ScoreOptions, "score", about, EXAMPLES)
     required(options, "adapter", "dataset_name")
-    if options.output is not None:
-        check_output("output", options.output)
     if options.worst < 0:
         raise OptionError(f"worst={options.worst} must be 0 or more.")
-    result = run(options)
+    if options.output is None:
+        result = run(options)
+    else:
+        check_output("output", options.output, as_list(options.dataset_name), options.overwrite)
+        with one_writer("output", options.output):
+            result = run(options)
     show(result, describe(result), options.json)
 
 

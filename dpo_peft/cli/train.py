@@ -5,15 +5,18 @@ A YAML file holds any of the options; the command line overrides it. Each option
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OptionError
+from ..disk import one_writer
+from ..errors import CheckpointError, OptionError
 from ..files import as_list
 from .mixture import DataArguments, load_datasets
 from .options import made, option, parse_groups, required, show
@@ -85,12 +88,15 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
     """
     data, args, model, output = _parse(argv)
     # The logs of transformers.Trainer go to stdout.
-    with redirect_stdout(sys.stderr) if output.json else nullcontext():
+    with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
         seconds = trainer.train().metrics["train_runtime"]
         if trainer.eval_dataset is not None:
             trainer.evaluate()
-        trainer.save_model()
+        try:
+            trainer.save_model()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {_rescued(trainer)}") from error
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         result = {"output_dir": str(folder), "steps": trainer.state.global_step, "seconds": seconds}
@@ -112,6 +118,37 @@ def last_figures(folder: Path) -> str:
     from .report import headline
 
     return headline(summary(Run(folder)))
+
+
+@contextmanager
+def _claimed(args: "DPOConfig") -> Iterator[None]:
+    """Keeps the output folder to this job, from before data and model are loaded to the end.
+
+    Raises:
+        OptionError: it can't be written to, another process writes there, or it holds a finished run.
+    """
+    from ..training.results import asks_to_resume, check_new_run
+
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder = Path(str(args.output_dir))
+    with one_writer("output_dir", folder, inside=True):
+        if not asks_to_resume(args.resume_from_checkpoint) or not any(folder.glob("checkpoint-*")):
+            check_new_run(args)
+        yield
+
+
+def _rescued(trainer: "DPOTrainer") -> str:
+    """Saves the adapter among the temporary files, as it would end with the process. Returns a sentence on that."""
+    from ..training.results import save_result
+
+    folder = tempfile.mkdtemp(prefix="dpo-peft-")
+    try:
+        save_result(trainer, folder)
+    except CheckpointError:
+        return f"It could not be saved in {folder} either."
+    return f"Meanwhile it is in {folder}."
 
 
 def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> "DPOTrainer":

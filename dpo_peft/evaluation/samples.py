@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
+from ..disk import part_of
 from ..distributed import rank
+from ..errors import OptionError
 from ..files import write_rows
 from ..model.generation import end_tokens, sample_completions
 
@@ -39,10 +41,14 @@ class KeptRows(TrainerCallback):
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Begins the run's file anew: what is there is an earlier run's, or of steps that are taken again."""
+        path = self.run_dir / self.name
         if state.global_step == 0:
             self.rows = []
         if rank() == 0:
-            (self.run_dir / self.name).unlink(missing_ok=True)
+            if path.is_file() and not _of_a_run(path):
+                raise OptionError(f"{path} is in the way, and no run wrote it: move it, or give another output_dir.")
+            for left in (path, part_of(path)):
+                left.unlink(missing_ok=True)
             self.state_dict(self.run_dir)
 
     def state_dict(self, folder: Path) -> dict[str, object]:
@@ -56,6 +62,13 @@ class KeptRows(TrainerCallback):
         path = folder / self.name
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         self.rows = [json.loads(line) for line in lines]
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a file begins as those do that runs write."""
+    with open(path, "rb") as file, suppress(ValueError, TypeError):
+        return b"" == (line := file.readline()) or "step" in json.loads(line)
+    return False
 
 
 class Samples(KeptRows):

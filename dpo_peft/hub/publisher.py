@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 
 from ..artifacts.card import is_hub_id
 from ..artifacts.recipe import public
-from ..artifacts.run_files import SaveResults
 from ..errors import OptionError, PublishError
+from ..training.results import save_result
 from .client import Hub
 from .publishing import PublishResult, publish
 
@@ -110,9 +110,7 @@ class HubPublisher:
     ) -> PublishResult | None:
         trainer, folder = self.trainer, self.args.output_dir
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-        trainer.save_model(_internal_call=True)
-        if self.args.should_save:
-            SaveResults(trainer, **card).save(folder)
+        save_result(trainer, folder, **card)
         return self.publish(folder, commit_message, **given)
 
     def publish(self, folder: str | Path, commit_message: str | None, **given: Any) -> PublishResult | None:

@@ -23,6 +23,7 @@ from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
 from ..credentials import find_secret
 from ..errors import OptionError
+from ..manifests import MANIFEST, check_one_run, settle
 from ..model.training_record import RECORD as TRAINING_RECORD
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
 from .pickles import PICKLE, pickled
@@ -41,6 +42,7 @@ LEFT_OUT = {
     "training_args.json": "options with paths of this machine; recipe.yaml has them for others",
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl"), PICKLE),
     "checkpoint-*": "a checkpoint: optimizer state and pickles, to resume from here",
+    MANIFEST: "digests of the files as they are here",
     "eval_examples.jsonl": "figures of single held-out rows; add it by include",
     "*": "no part of an adapter; add it by include",
 }
@@ -109,6 +111,7 @@ def collect(
             why = next(why for name, why in LEFT_OUT.items() if fnmatch(path.name, name))
             upload.left_out[path.name] = LINK if path.is_symlink() else why
     _check_contents(upload, (folder, Path(old_base), Path.home(), Path.cwd()))
+    check_one_run(folder)
     return upload
 
 
@@ -119,6 +122,7 @@ def _adapter_folder(folder: Path) -> Path:
     """Returns the folder itself, or, of an adapter that has a name, the one of that name inside it."""
     if not folder.is_dir():
         raise OptionError(f"adapter {str(folder)!r}: there is no such folder.")
+    settle(folder)
     if (folder / CONFIG).is_file():
         return folder
     named = [path.parent for path in folder.glob(f"*/{CONFIG}") if not path.parent.name.startswith("checkpoint-")]

@@ -16,7 +16,6 @@ than one full copy of the weights in memory.
 import gc
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,11 +26,12 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..artifacts.card import cell, is_hub_id, link, shown_name
+from ..disk import one_writer, remove, sync, write_atomically
 from ..errors import DriftError, OptionError
-from ..files import write_atomically
 from ..forward.rotary import fix_rope
 from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, rope_length_of
 from ..model.adapters import moved_base
@@ -103,26 +103,26 @@ def merge_adapter(
         DriftError: the merged model is too far from the adapter's; nothing is left behind.
     """
     output = _check(output_dir, onto, dtype, max_drift, max_shard_size)
-    source = AdapterSource(adapter, **made)
-    if source.reference is not None and dataset is None:
-        raise OptionError("reference has no effect without a dataset: leave it out.")
-    # Rows come before the model: a bad row is found in seconds, not after minutes of loading.
-    rows = None
-    if dataset is not None:
-        setup = source.read() or UNRECORDED
-        rows = pair_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
-    loaded = source.load(device, with_reference=dataset is not None)
-    onto, dtype, config = _plan(loaded, onto, dtype)
-    seen = observe_adapter(loaded, rows)
-    bare = _take_base(loaded) if onto != "base16" else None
-    del loaded  # its 4-bit base is unpacked by now, or makes room for the original
-    gc.collect()
-    if bare is None:
-        bare = original_base(source)
-    merged = merge_into(bare, adapter, config, getattr(torch, dtype), source.from_hub)
-    del bare
-    limit = MAX_DRIFT[_coarsest(dtype, seen)] if max_drift is None else max_drift
     with _unfinished(output) as folder:
+        source = AdapterSource(adapter, **made)
+        if source.reference is not None and dataset is None:
+            raise OptionError("reference has no effect without a dataset: leave it out.")
+        # Rows come before the model: a bad row is found in seconds, not after minutes of loading.
+        rows = None
+        if dataset is not None:
+            setup = source.read() or UNRECORDED
+            rows = pair_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
+        loaded = source.load(device, with_reference=dataset is not None)
+        onto, dtype, config = _plan(loaded, onto, dtype)
+        seen = observe_adapter(loaded, rows)
+        bare = _take_base(loaded) if onto != "base16" else None
+        del loaded  # its 4-bit base is unpacked by now, or makes room for the original
+        gc.collect()
+        if bare is None:
+            bare = original_base(source)
+        merged = merge_into(bare, adapter, config, getattr(torch, dtype), source.from_hub)
+        del bare
+        limit = MAX_DRIFT[_coarsest(dtype, seen)] if max_drift is None else max_drift
         tied = is_tied(merged.config)
         with quiet():
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -231,15 +231,23 @@ def original_base(source: AdapterSource) -> PreTrainedModel:
 
 @contextmanager
 def _unfinished(output: Path) -> Iterator[Path]:
-    """Yields a folder that takes the place of `output` at the end, and is gone if anything goes wrong."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
-        folder = Path(beside) / output.name
-        folder.mkdir()
-        yield folder
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
+    """Yields a folder that takes the place of `output` at the end, and is gone if anything goes wrong. What a killed
+    merge left there is deleted."""
+    beside = output.with_name(f".{output.name}.unfinished")
+    folder = beside / output.name
+    with one_writer("output_dir", output):
+        remove(beside)
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            if output.is_dir():
+                output.rmdir()
+            folder.rename(output)
+            sync(output.parent)
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(f"{output} can't be written: {error}") from error
+        finally:
+            remove(beside)
 
 
 def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:

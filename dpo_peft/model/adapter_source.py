@@ -6,8 +6,10 @@ needed into the adapter's config (`training_record`), and `load_trained` reads i
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +97,9 @@ class AdapterSource(AdapterOptions):
         name = self.base or named_place(self.adapter, "base", self.config.base_model_name_or_path)
         if not name:
             raise OptionError(f"The adapter {self.adapter!r} does not say which base it belongs to: give base.")
+        if self.base is None and Path(name).is_absolute() and not Path(name).exists() and self.read() is not None:
+            moved = (place for place in beside(self.adapter, name) if Path(place, "config.json").is_file())
+            return next(moved, name)  # its fingerprint is compared
         return name
 
     def read(self) -> TrainedWith | None:
@@ -263,19 +268,41 @@ def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftMode
 
 def _find_reference(model: PeftModel, recorded: Identity | None, given: str | None, adapter: str) -> Reference:
     """Returns the recorded reference: the adapter off, or a frozen adapter beside it."""
-    if given is None:
-        if recorded is None or recorded.adapter is None:
-            return Reference("base", None)
-        given = named_place(adapter, "reference", recorded.adapter)
-        if not is_adapter(given):
-            raise OptionError(
-                f"{adapter!r} was trained against a frozen adapter ({given}), which can't be found: give its folder "
-                "as reference."
-            )
-    name = load_frozen(model, given)
-    if recorded is not None and recorded.adapter_fingerprint != (found := adapter_fingerprint(model, name)):
-        raise ReferenceMismatchError(
-            f"{adapter!r} was trained against the reference {recorded.adapter_fingerprint or 'without adapter'}, and "
-            f"{given!r} is {found}: give the adapter that the training began with."
+    if given is not None:
+        places = [given]
+    elif recorded is None or recorded.adapter is None:
+        return Reference("base", None)
+    else:
+        named = named_place(adapter, "reference", recorded.adapter)
+        places = [name for name in [*beside(adapter, named), named] if is_adapter(name)]
+    if not places:
+        raise OptionError(
+            f"{adapter!r} was trained against a frozen adapter ({recorded and recorded.adapter}), which can't be "
+            "found: give its folder as reference."
         )
-    return Reference("adapter", name, given, chosen=True)
+    expected, found = recorded and recorded.adapter_fingerprint, ""
+    for place in places:
+        try:
+            name = load_frozen(model, place)
+        except OptionError:  # another one of that name
+            if place == places[-1]:
+                raise
+            continue
+        found = adapter_fingerprint(model, name)
+        if recorded is None or expected == found:
+            return Reference("adapter", name, place, chosen=True)
+        model.delete_adapter(name)
+    raise ReferenceMismatchError(
+        f"{adapter!r} was trained against the reference {expected or 'without adapter'}, and "
+        f"{places[-1]!r} is {found}: give the adapter that the training began with."
+    )
+
+
+def beside(adapter: str, recorded: str) -> Iterator[str]:
+    """Yields the folders where something lies that was recorded under a path, if it was moved together with an
+    adapter: the ends of that path, below the adapter's folder and those above it; the nearest first."""
+    parts = Path(recorded).parts
+    for above in [Path(adapter).resolve(), *Path(adapter).resolve().parents]:
+        for end in range(1, len(parts) + 1):
+            if not Path(*parts[-end:]).is_absolute() and (place := above.joinpath(*parts[-end:])).is_dir():
+                yield str(place)

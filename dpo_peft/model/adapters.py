@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..manifests import check_one_run
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, holds_adapter, same_values, unused_name
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,10 @@ def check_adapter(config: PeftConfig) -> None:
         )
 
 
-def leave_out_read_weights(config: LoraConfig, model: nn.Module) -> None:
-    """Excludes from "all-linear" the layers whose weights a state-space mixer (Mamba) reads itself, in its scan: an
-    adapter's forward would never run there."""
+def leave_out_unfit_layers(config: LoraConfig, model: nn.Module) -> None:
+    """Excludes from "all-linear" the layers whose weights a state-space mixer (Mamba) reads itself, in its scan, as an
+    adapter's forward would never run there, and routers that are linear layers of several outputs, as PEFT can't wrap
+    them."""
     if config.target_modules != "all-linear" or isinstance(config.exclude_modules, str):
         return
     mixers = {type(module): module for module in model.modules() if hasattr(module, "A_log")}
@@ -81,9 +83,12 @@ def leave_out_read_weights(config: LoraConfig, model: nn.Module) -> None:
         for name, child in mixer.named_children()
         if isinstance(child, nn.Linear) and f"self.{name}.weight" in inspect.getsource(kind)
     }
-    if read:
-        config.exclude_modules = sorted(read.union(config.exclude_modules or ()))
-        logger.info("No adapter on %s: the model reads their weights past it.", ", ".join(sorted(read)))
+    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    routers = {name.rpartition(".")[2] for name, layer in linear if type(layer).__name__.endswith("Router")}
+    for found, why in ((read, "the model reads their weights past it"), (routers, "they are routers")):
+        if found:
+            config.exclude_modules = sorted(found.union(config.exclude_modules or ()))
+            logger.info("No adapter on %s: %s.", ", ".join(sorted(found)), why)
 
 
 def moved_base(config: LoraConfig) -> str | None:
@@ -95,7 +100,8 @@ def moved_base(config: LoraConfig) -> str | None:
 
 def read_config(source: str, **from_hub: Any) -> PeftConfig:
     """Returns the PEFT config of an adapter's folder or Hub id; `from_hub` is passed on, such as a revision. Raises an
-    OptionError if there is none, or it can't be read."""
+    OptionError if there is none, it can't be read, or its files are not those of one run."""
+    check_one_run(source)
     try:
         return PeftConfig.from_pretrained(source, **from_hub)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.score import eval_mode
+from ..manifests import settle
 from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
 from .adapters import (
     check_adapter,
     check_loaded,
-    leave_out_read_weights,
+    leave_out_unfit_layers,
     load_frozen,
     misfits_refused,
     moved_base,
@@ -95,11 +97,10 @@ def load_base(
                 f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. Then it is "
                 "taken as it is."
             ) from error
-        if "Unrecognized configuration class" in str(error):  # followed by a list of all classes
-            raise OptionError(
-                f"model={name!r} is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
-            ) from error
-        raise OptionError(f"model={name!r} can't be loaded: {error}") from error
+        why = f"can't be loaded: {error}"
+        if "Unrecognized configuration class" in why:  # followed by a list of all classes
+            why = "is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
+        raise OptionError(f"model={name!r} {why}") from error
 
 
 def _read_dtype(dtype: object) -> torch.dtype | str:
@@ -176,6 +177,7 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
 
 def is_adapter(name: str, **from_hub: object) -> bool:
     """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
+    settle(Path(name))
     try:
         return find_adapter_config_file(name, **from_hub) is not None
     except (OSError, ValueError):  # no such repository: `load_base` says so
@@ -227,7 +229,7 @@ def attach_adapter(
         if peft_config is None:
             peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         check_adapter(peft_config)
-        leave_out_read_weights(peft_config, model)
+        leave_out_unfit_layers(peft_config, model)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
     for name, parameter in model.named_parameters():
@@ -254,11 +256,6 @@ def _check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
     """Returns `base` with a fresh adapter, and whether that starts at the base."""
     before = _sample_logits(base)
-    linear = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
-    routers = {name.rpartition(".")[2] for name, layer in linear if type(layer).__name__.endswith("Router")}
-    if routers and peft_config.target_modules == "all-linear" and not peft_config.exclude_modules:
-        peft_config.exclude_modules = routers  # a linear layer with several outputs can't be wrapped
-        logger.info("The routers (%s) get no adapter.", ", ".join(routers))
     init = peft_config.init_lora_weights
     remedy = (
         "If the initialization needs preparation, do it as PEFT's documentation says and pass the PeftModel; "

@@ -1,5 +1,8 @@
 """Preference pairs from completions of a model: sample, judge, pair."""
 
+from contextlib import ExitStack
+
+from ..disk import one_writer
 from .options import PairsOptions
 
 __all__ = ["PairsOptions", "make_pairs"]
@@ -17,6 +20,9 @@ def make_pairs(options: PairsOptions) -> dict[str, object]:
         KeyboardInterrupt: stopped by Ctrl-C; the message says what is kept.
     """
     options.check()
-    from .run import PairRun  # now: a wrong option should not wait for the slowest imports
+    with ExitStack() as locks:
+        for name, path in options.outputs.items():
+            locks.enter_context(one_writer(name, path))
+        from .run import PairRun  # now: a wrong option should not wait for the slowest imports
 
-    return PairRun(options).run()
+        return PairRun(options).run()

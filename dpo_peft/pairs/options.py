@@ -121,6 +121,8 @@ class PairsOptions:
             if not getattr(self, name):
                 raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
         outputs = self.outputs
+        for name, path in outputs.items():
+            check_output(name, path, [self.prompts or ""])
         if len({path.resolve() for path in outputs.values()}) < len(outputs):
             raise OptionError(f"{', '.join(outputs)} name the same file: give each its own.")
         resumes = unfinished(outputs["output"]).is_file()

@@ -48,6 +48,8 @@ class PairRun:
         self.prompts, self.skipped = read_prompts(rows, self.name, options.score_column, options.as_chat)
         if options.as_chat and not isinstance(rows[0].get("prompt"), str):
             raise OptionError("as_chat has no effect: the prompts are messages. Leave it out.")
+        # Their keys: what they are, and which row, as the same prompt is answered by other seeds in another row.
+        self.by_key = {_digest([p.number, p.fields, p.completions, p.scores]): p for p in self.prompts}
         self.source = None  # the rows have completions
         if options.model is not None:
             self.source = ModelSource(options.model, **{name: getattr(options, name) for name in LOADING})
@@ -66,15 +68,15 @@ class PairRun:
                 path.unlink(missing_ok=True)
             judge = load_judge(self.options)
             encoded = None if self.source is None else self._encode(self.source)
-            log = WorkLog(path, self._header(judge))
-            resumed = log.done
+            log = WorkLog(path, self._header(judge), list(self.by_key))
+            resumed = len(log.done)
             if resumed < len(self.prompts):
                 self._complete_all(log, judge, encoded)
             summary = self._summary(log)
             self._write(log)
             log.delete()
         except KeyboardInterrupt:
-            done = 0 if log is None else log.done
+            done = 0 if log is None else len(log.done)
             kept = f"{done:,} of {len(self.prompts):,} prompts are in {path}. The same command resumes there."
             raise KeyboardInterrupt(kept) from None
         files = {name: str(path) for name, path in self.outputs.items()}
@@ -119,12 +121,14 @@ class PairRun:
             batch_size = self.options.batch_size or (512 if self.options.engine == "vllm" else 32)
             sample = self._sampler(self.source, batch_size, encoded)
             at_once = max(1, batch_size // self.options.num_candidates)
-        with tqdm(total=len(self.prompts), initial=log.done, unit="prompt", desc="pairs") as bar:
-            while chunk := self.prompts[log.done : log.done + at_once]:
-                asked = [prompt for prompt in chunk if encoded is None or prompt.number in encoded]
+        with tqdm(total=len(self.prompts), initial=len(log.done), unit="prompt", desc="pairs") as bar:
+            left = [(key, prompt) for key, prompt in self.by_key.items() if key not in log.done]
+            for start in range(0, len(left), at_once):
+                chunk = left[start : start + at_once]
+                asked = [prompt for _, prompt in chunk if encoded is None or prompt.number in encoded]
                 samples = None if sample is None else sample(asked)
                 done = dict(zip([prompt.number for prompt in asked], self._judged(judge, asked, samples), strict=True))
-                log.append([done.get(prompt.number, {"skipped": TOO_LONG}) for prompt in chunk])
+                log.append({key: done.get(prompt.number, {"skipped": TOO_LONG}) for key, prompt in chunk})
                 bar.update(len(chunk))
 
     def _sampler(self, source: ModelSource, batch_size: int, encoded: Mapping[int, list[int]]) -> Sampler:

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..disk import one_writer, write_atomically
 from ..errors import OptionError
-from ..files import write_atomically
 from .charts import MOST_TRACES
 from .facts import data_table, duration, figures_at_end, number, plain, settings, source_name
 from .runs import Json, Run, read_runs
@@ -23,22 +23,26 @@ from .views import page_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Control characters have no place in HTML; their pictures (U+2400 and on) show that they were there.
+REPORT = b'<meta name="generator" content="dpo-peft report">'
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
-def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "") -> dict[str, Any]:
+def save_report(
+    runs: Sequence[str | Path], output: str | Path, title: str = "", overwrite: bool = False
+) -> dict[str, Any]:
     """Writes the page of one run, or the comparison of several.
 
     Args:
         runs: output folders of runs.
         output: the page's file, ending in .html; missing folders are made.
         title: of the page; by default the runs' names.
+        overwrite: replace a file that is no report, too.
 
     Returns:
         The figures of each run, `output` and its size `bytes`.
 
     Raises:
-        OptionError: no runs or too many, a folder that holds none, or another ending.
+        OptionError: no runs or too many, a folder that holds none, another ending, or a file that is no report.
         DataError: a damaged file.
     """
     output = Path(output)
@@ -46,6 +50,8 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
         raise OptionError(f"output={str(output)!r}: the page is HTML, so its name must end in .html.")
     if output.is_dir():
         raise OptionError(f"output={str(output)!r} is a folder: give a file.")
+    if output.exists() and not overwrite and REPORT not in output.read_bytes():
+        raise OptionError(f"output={str(output)!r} is there and no report: give another name, or --overwrite.")
     if not runs:
         raise OptionError("runs is empty: give the output folder of at least one run.")
     if len(runs) > MOST_TRACES:
@@ -53,7 +59,8 @@ def save_report(runs: Sequence[str | Path], output: str | Path, title: str = "")
     read = read_runs(runs)
     figures = [figures_at_end(run) for run in read]
     html = _render(title=title or ", ".join(run.name for run in read), runs=read, figures=figures, **page_of(read))
-    write_atomically(output, html, private=True)
+    with one_writer("output", output):
+        write_atomically(output, html, private=True)
     summaries = [summary(run, headline) for run, headline in zip(read, figures, strict=True)]
     return {"output": str(output), "bytes": len(html), "runs": summaries}
 

@@ -11,6 +11,7 @@ import yaml
 
 from ..artifacts.curves import Metrics, metric_series
 from ..errors import DataError, OptionError
+from ..manifests import settle
 
 Json = dict[str, Any]  # an object as json reads it
 _NUMBERS = "reward_chosen reward_rejected logp_chosen logp_rejected tokens_chosen tokens_rejected".split()
@@ -46,6 +47,7 @@ class Run:
         folder = Path(folder)
         if not folder.is_dir():
             raise OptionError(f"runs: {str(folder)!r} is not a folder. Give the output_dir of a run.")
+        settle(folder)
         self.name, self.notes = name or folder.resolve().name, list[str]()
         home, self.unfinished = folder, ""
         self.facts = state = _read_object(folder / "metrics.json")

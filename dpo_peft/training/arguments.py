@@ -24,6 +24,7 @@ from ..distributed import check_launch
 from ..errors import OptionError, refuse
 from ..forward import PackedBatch
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
+from ..manifests import settle
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
 from .metrics import metric_names
@@ -157,6 +158,7 @@ def _check_best_metric(args: DPOConfig, chosen: str, eval_dataset: object, objec
 
 def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that comes with a model; with an adapter's folder, its own or that of its base."""
+    settle(Path(name))
     config = Path(name, "adapter_config.json")
     if config.is_file() and not Path(name, "tokenizer_config.json").is_file():
         name = json.loads(config.read_text()).get("base_model_name_or_path") or name

@@ -6,27 +6,21 @@ and what is to be deleted first becomes `.deleting-0`: a folder named `checkpoin
 deleted. `recover` brings what a kill has left to one of the two ends.
 
 Everything is synced to the disk before it is relied on, so a power cut does no more harm than a kill. One process
-writes a run's folder at a time. This module knows nothing of models or trainers. A disk that fails is an `OSError`.
+writes a run's folder at a time (`disk.one_writer`). This module knows nothing of models or trainers. A disk that fails
+is an `OSError`.
 """
 
-import errno
-import hashlib
 import itertools
-import json
 import logging
 import os
-import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..disk import remove, sync
 from ..errors import CheckpointError
+from ..manifests import MANIFEST, SAVING, problem_with, seal, settle, step_of
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest
-Content = dict[str, int | str]  # a file's entry in the manifest: its bytes and their blake2b
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
@@ -61,7 +55,7 @@ def commit(run_dir: str | Path, step: int) -> Path:
         raise CheckpointError(
             f"Nothing to commit: {staged} has no files. Write it into staging_folder(run_dir, {step}) first."
         )
-    _seal(staged, step)
+    seal(staged, step)
     return _install(Path(run_dir), step)
 
 
@@ -72,24 +66,6 @@ def discard(run_dir: str | Path, step: int) -> None:
         _delete(saving)
     except OSError as error:
         logger.warning("%s can't be deleted and is left over: %s", saving, error)
-
-
-def _seal(staged: Path, step: int) -> None:
-    """Writes the manifest, and brings everything to the disk: files first, then the folders that name them."""
-
-    def fail(error: OSError) -> None:  # unlike a plain walk, which passes over what it can't read
-        raise error
-
-    walked = list(os.walk(staged, topdown=False, onerror=fail))
-    paths = [Path(folder, name) for folder, _, names in walked for name in names]
-    manifest = staged / MANIFEST  # there from an earlier attempt to commit it, perhaps
-    files = {path.relative_to(staged).as_posix(): _content(path) for path in paths if path != manifest}
-    for path in paths:
-        _sync(path)
-    manifest.write_bytes(_manifest(step, files))
-    folders = [Path(folder) for folder, _, _ in walked]
-    for path in (manifest, *folders, staged.parent, staged.parent.parent):
-        _sync(path)
 
 
 def _install(run_dir: Path, step: int) -> Path:
@@ -107,10 +83,10 @@ def _install(run_dir: Path, step: int) -> Path:
         if os.path.lexists(aside):
             os.rename(aside, target)
         raise
-    _sync(run_dir)
-    _sync(staged.parent)
+    sync(run_dir)
+    sync(staged.parent)
     for path in (aside, staged.parent):
-        _remove(path)
+        remove(path)
     return target
 
 
@@ -124,6 +100,11 @@ def recover(run_dir: str | Path) -> list[str]:
         What was found and done, in sentences for the log; nothing if there was nothing to do.
     """
     run_dir, said = Path(run_dir), []
+    if done := settle(run_dir):
+        said.append(done)
+    if os.path.lexists(run_dir / SAVING):
+        remove(run_dir / SAVING)
+        said.append("An attempt to save the result had been cut off: what it left is deleted.")
     for step, saving in _numbered(run_dir, ".saving"):
         if problem_with(staged_checkpoint(run_dir, step)) is None:
             _install(run_dir, step)
@@ -138,13 +119,13 @@ def recover(run_dir: str | Path) -> list[str]:
             os.rename(aside, target)
             said.append(f"The new checkpoint-{step} is not there or not whole: the old one is back in its place.")
         else:
-            _remove(aside)
+            remove(aside)
             said.append(f"A new checkpoint-{step} had taken the place of an old one: the old one is deleted.")
     for _, trash in _numbered(run_dir, ".deleting"):
-        _remove(trash)
+        remove(trash)
         said.append("A checkpoint had been deleted in part: the rest is deleted too.")
     if said:
-        _sync(run_dir)
+        sync(run_dir)
     return said
 
 
@@ -159,45 +140,6 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str
             return path, passed_over
         passed_over.append((path, problem))
     return None, passed_over
-
-
-def problem_with(folder: str | Path, hashed: bool = True) -> str | None:
-    """Returns what keeps a checkpoint from being whole, as the rest of a sentence about it; None if it is whole.
-
-    Args:
-        folder: the checkpoint. Files that its manifest does not name are no problem.
-        hashed: read every byte and compare digests; otherwise names and sizes only.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return "is not a folder" if os.path.lexists(folder) else "does not exist"
-    try:
-        written = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(written)
-        version, step, files = manifest["format"], manifest["step"], manifest["files"]
-    except FileNotFoundError:
-        return "has no manifest: it was not written to its end, or by another program"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"is damaged: {MANIFEST} can't be read ({type(error).__name__}: {error})"
-    if version != FORMAT:
-        return f"has a {MANIFEST} of format {version}, and this version of the package reads format {FORMAT}"
-    if written != _manifest(step, files):
-        return f"is damaged: {MANIFEST} was changed (its seal differs)"
-    if _step_of(folder, "checkpoint") not in (None, step):
-        return f"is not what its name says: it was written as checkpoint-{step}"
-    name = ""
-    try:
-        for name, content in files.items():  # all names and sizes before the first digest
-            if not (folder / name).is_file():
-                return f"is damaged: {name} is missing"
-            if (size := (folder / name).stat().st_size) != content["bytes"]:
-                return f"is damaged: {name} has {size} of {content['bytes']} bytes"
-        for name, content in files.items() if hashed else ():
-            if _content(folder / name) != content:
-                return f"is damaged: {name} was changed (its digest differs)"
-    except OSError as error:
-        return f"is damaged: {name} can't be read ({error})"
-    return None
 
 
 # ---- Deleting -------------------------------------------------------------------------------------------------------
@@ -248,66 +190,18 @@ def _delete(path: Path) -> None:
         names = (path.with_name(f".deleting-{number}") for number in itertools.count())
         trash = next(name for name in names if not os.path.lexists(name))
         os.rename(path, trash)
-        _remove(trash)
+        remove(trash)
 
 
-def _remove(path: Path) -> None:
-    """Deletes something that has a hidden name, if it is there. Trouble is logged: the next `recover` tries again."""
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("%s can't be deleted and is left over: %s", path, error)
-
-
-# ---- Names, files and digests ---------------------------------------------------------------------------------------
-
-
-def _step_of(path: Path, kind: str) -> int | None:
-    """Returns 7 for `<kind>-7`; None for any other name."""
-    found = re.fullmatch(rf"{re.escape(kind)}-(\d+)", path.name, re.ASCII)
-    return int(found[1]) if found else None
+# ---- Names ----------------------------------------------------------------------------------------------------------
 
 
 def _numbered(run_dir: str | Path, kind: str) -> list[tuple[int, Path]]:
     """Returns step and path of everything in a run's folder that is named `<kind>-<step>`, lowest step first."""
-    found = ((_step_of(path, kind), path) for path in Path(run_dir).glob(f"{kind}-*"))
+    found = ((step_of(path, kind), path) for path in Path(run_dir).glob(f"{kind}-*"))
     return sorted((step, path) for step, path in found if step is not None)
 
 
 def _checkpoints(run_dir: str | Path) -> list[Path]:
     """Returns the folders named like a checkpoint, oldest first."""
     return [path for _, path in _numbered(run_dir, "checkpoint") if path.is_dir()]
-
-
-def _content(path: Path) -> Content:
-    """Returns a file's entry in the manifest: its size and digest."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-        return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
-
-
-def _manifest(step: int, files: Mapping[str, Content]) -> bytes:
-    """Returns the manifest's bytes. They end with a digest of the rest, so that damage to them is seen as such."""
-    content = {"format": FORMAT, "step": step, "files": files}
-    seal = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return (json.dumps({**content, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's list of names, are on the disk."""
-    if os.name == "nt":  # syncs neither folders nor what is open for reading
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems can't sync a folder. A file that can't be synced is not written.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)

@@ -7,12 +7,13 @@ the data; `run_state.json` adds the sums of metrics since the last log, the opti
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,25 +22,26 @@ from transformers.trainer_callback import ExportableState
 from ..config import DPOConfig
 from ..credentials import SECRET
 from ..data.clock import KEY as DATE
+from ..disk import one_writer, write_atomically
 from ..distributed import gather_over_processes, rank, world_size
 from ..errors import CheckpointError, OptionError
 from ..model.training_record import read_training
 from . import checkpoints
 from .metrics import MetricStore
+from .results import BestCheckpoint, asks_to_resume, check_new_run, no_false_alarm
 
 logger = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"
-
 # Options that the optimizer's saved state holds: another value would be overwritten by it.
 _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args")
 _OF_THE_MODEL = ("base model", "rotary", "peft_config.")
 OLD_LEARNING_RATE = 1e-6  # the default up to 0.1
 # Options that do not change what is learned, by how their names start.
 _HARMLESS = (
-    "output_dir run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub hub_ load_best "
-    "metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num dataloader_pin "
-    "dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
+    "output_dir overwrite_output run_name logging_ log_ report_to project trackio_ save_ do_ disable_tqdm push_to_hub "
+    "hub_ load_best metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num "
+    "dataloader_pin dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
     "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib "
     "max_unusable_share on_unusable restore_callback jit_mode"
@@ -79,20 +81,26 @@ class RunState:
     """The state of a run beyond what `transformers.Trainer` saves.
 
     Args:
-        run_dir: where checkpoints lie.
+        args: the options; checkpoints lie in `output_dir`.
         metrics: sums since the last log; each process has its own.
         parts: what else is saved and restored.
         trajectory: gives what decides how the run continues (see `trajectory`).
 
     Attributes:
         saved_step: the step of the newest checkpoint that this run has written.
+        resumed: the checkpoint that it was resumed from.
+        best: a callback for the trainer.
     """
 
     def __init__(
-        self, run_dir: str, metrics: MetricStore, parts: Sequence[Part], trajectory: Callable[[], dict[str, Any]]
+        self, args: DPOConfig, metrics: MetricStore, parts: Sequence[Part], trajectory: Callable[[], dict[str, Any]]
     ):
-        self.run_dir, self.metrics, self.parts, self.trajectory = Path(run_dir), metrics, parts, trajectory
+        self.args, self.run_dir = args, Path(str(args.output_dir))
+        self.metrics, self.parts, self.trajectory = metrics, parts, trajectory
         self.saved_step: int | None = None
+        self.resumed: Path | None = None
+        self.best = BestCheckpoint(lambda: self.resumed)
+        self._begun = False  # what is in the folder is this trainer's own
 
     # ---- Finding a checkpoint ------------------------------------------------------------------------------------
 
@@ -104,13 +112,26 @@ class RunState:
 
         Raises:
             CheckpointError: the checkpoint is not whole, or there is none.
+            OptionError: the folder holds another run's result, see `check_new_run`.
         """
         self.saved_step = None
         self.metrics.restore({})
-        return gather_over_processes(self._find(resume) if rank() == 0 else None)[0]
+        resume = self.args.resume_from_checkpoint if resume is None else resume
+        found = gather_over_processes(self._find(resume) if rank() == 0 else None)[0]
+        self.resumed, self._begun = None if found is None else Path(found), True
+        return found
 
     def _find(self, resume: str | bool | None) -> str | None:
-        if not resume or str(resume).lower() == "false":
+        for sentence in checkpoints.recover(self.run_dir):
+            logger.info("%s", sentence)
+        found = self._chosen(resume)
+        elsewhere = found is None or Path(found).resolve().parent != self.run_dir.resolve()
+        if elsewhere and not self._begun:
+            check_new_run(self.args)
+        return found
+
+    def _chosen(self, resume: str | bool | None) -> str | None:
+        if not asks_to_resume(resume):
             if list(self.run_dir.glob("checkpoint-*")):
                 logger.warning(
                     "%s holds checkpoints of an earlier run, and this run starts from scratch: they are mistaken for "
@@ -120,10 +141,8 @@ class RunState:
             return None
         if str(resume).lower() not in ("true", "latest"):
             if problem := checkpoints.problem_with(str(resume)):
-                raise CheckpointError(f"resume_from_checkpoint={str(resume)!r} {problem}. {self._remedy()}")
+                raise CheckpointError(f"resume_from_checkpoint={str(resume)!r} {problem}. {self.remedy()}")
             return str(resume)
-        for sentence in checkpoints.recover(self.run_dir):
-            logger.info("%s", sentence)
         found, passed_over = checkpoints.newest_whole(self.run_dir)
         for path, problem in passed_over:
             logger.warning("%s is passed over: it %s.", path.name, problem)
@@ -136,11 +155,12 @@ class RunState:
         logger.info("%s", f"Resuming from {found}." if found else f"No checkpoint in {self.run_dir} yet: a new start.")
         return None if found is None else str(found)
 
-    def _remedy(self) -> str:
+    def remedy(self) -> str:
+        """Returns a sentence on what there is to resume."""
         found, _ = checkpoints.newest_whole(self.run_dir)
         return f"The newest whole checkpoint is {found}." if found else "There is no whole one in output_dir."
 
-    def compare(self, folder: Path, args: DPOConfig) -> None:
+    def compare(self, folder: Path) -> None:
         """Says in what the run's `trajectory` differs from a checkpoint's. A run that began with what used to be the
         default of `learning_rate` keeps it, in `args` too, where the option is left out.
 
@@ -148,7 +168,7 @@ class RunState:
             OptionError: one that the checkpoint's tensors would overrule.
             CheckpointError: it was saved without the optimizer and can't be resumed.
         """
-        before = _read(folder)["trajectory"]
+        before, args = _read(folder)["trajectory"], self.args
         if (before.get("learning_rate"), args.learning_rate) == (OLD_LEARNING_RATE, DPOConfig.learning_rate):
             args.learning_rate = OLD_LEARNING_RATE
             logger.info("learning_rate stays %g: the default when the run began.", OLD_LEARNING_RATE)
@@ -175,6 +195,13 @@ class RunState:
                 f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
                 "a new run from its adapter (model=<checkpoint folder>, reference=...)."
             )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other runs out of the folder. Raises an OptionError if one is there."""
+        lock = one_writer("output_dir", self.run_dir, inside=True) if rank() == 0 else nullcontext()
+        with lock, no_false_alarm():
+            yield
 
     # ---- Reading and writing -------------------------------------------------------------------------------------
 
@@ -213,7 +240,7 @@ class RunState:
         except (OSError, RuntimeError, SafetensorError) as error:
             checkpoints.discard(run_dir, step)
             raise CheckpointError(
-                f"checkpoint-{step} can't be written: {error}. {self._remedy()} Free some space or mend the folder, "
+                f"checkpoint-{step} can't be written: {error}. {self.remedy()} Free some space or mend the folder, "
                 "then resume."
             ) from error
         if args.push_to_hub:
@@ -236,10 +263,13 @@ class RunState:
             if isinstance(callback, ExportableState):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         trainer.state.stateful_callbacks = {name: of[0] if len(of) == 1 else of for name, of in states.items()}
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint
+        trainer.state.best_model_checkpoint = best and Path(best).name  # the folder may be moved
+        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        trainer.state.best_model_checkpoint = best
         extra = {name: value for part in self.parts for name, value in part.state_dict(folder).items()}
         state = {"trajectory": self.trajectory(), "metrics": metrics, "extra": extra}
-        (folder / RUN_STATE).write_text(json.dumps(state, indent=1) + "\n")
+        write_atomically(folder / RUN_STATE, json.dumps(state, indent=1) + "\n")
 
 
 def place_in_data(trainer: Trainer, counted: tuple[int, int], folder: str | None) -> tuple[int, int]:
@@ -277,15 +307,6 @@ def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
     options = json.dumps(trainer.args.to_dict(), indent=1, default=str)
     (folder / "training_args.json").write_text(options + "\n")
     (folder / "training_args.bin").unlink(missing_ok=True)  # an earlier version's: a pickle, perhaps with a token
-
-
-def load_best(model: PeftModel, adapter: str, state: TrainerState, reference: Part) -> None:
-    """Loads the best adapter, whatever its name, and the reference that it had if that moves."""
-    best = Path(str(state.best_model_checkpoint))
-    folder = best if adapter == "default" else best / adapter
-    model.load_adapter(str(folder), adapter, is_trainable=True, torch_device=str(model.device))
-    reference.load_state_dict({}, best)
-    logger.info("The best adapter is loaded: %s (%s).", best, state.best_metric)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -263,7 +263,8 @@ def test_json_is_all_of_stdout(run_folder: Path, capsys: pytest.CaptureFixture) 
     for name in ("first", "last", "eval_first", "eval_last"):
         assert result[name] == metrics[name]
     assert "train_runtime" in error
-    assert cli.main(["train", "--config", str(run_folder / "run.yaml"), "--max_steps", "1"]) == 0
+    again = ["--max_steps", "1", "--overwrite_output_dir"]
+    assert cli.main(["train", "--config", str(run_folder / "run.yaml"), *again]) == 0
     out, error = capsys.readouterr()
     assert "train_runtime" in out and f"are in {run_folder / 'out'}" in out  # without it stdout is for people
     assert cli.main(["report", str(run_folder / "out")]) == 0

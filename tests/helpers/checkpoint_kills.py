@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpo_peft import manifests
+from dpo_peft.disk import one_writer
 from dpo_peft.training import checkpoints
 from dpo_peft.training.checkpoints import MANIFEST, commit, newest_whole, recover, rotate, staging_folder
 
@@ -55,7 +57,7 @@ def save(run_dir: Path, step: int, generation: int) -> Path:
 def save_in_place(run_dir: Path, step: int, generation: int) -> Path:
     """The naive way: the files of the last generation are overwritten one by one, then sealed."""
     write(run_dir / f"checkpoint-{step}", generation)
-    checkpoints._seal(run_dir / f"checkpoint-{step}", step)
+    checkpoints.seal(run_dir / f"checkpoint-{step}", step)
     return run_dir / f"checkpoint-{step}"
 
 
@@ -182,6 +184,73 @@ def sweep_recovery(folder: Path) -> dict[str, Any]:
     return {"starts": len(starts), "moments": moments, "losses": losses}
 
 
+# ---- The result of a run, in a folder that holds other things too ---------------------------------------------------
+
+
+def result_names(generation: int) -> list[str]:
+    """The first run draws curves; the second has none, and an adapter with a name."""
+    names = ["adapter_model.safetensors", "adapter_config.json", "README.md", "metrics.json"]
+    return [*names, "curves.png" if generation == 1 else "policy/adapter_config.json"]
+
+
+def save_result(run_dir: Path, generation: int) -> None:
+    with manifests.whole_result(run_dir) as staged:
+        for name in result_names(generation):
+            (staged / name).parent.mkdir(exist_ok=True)
+            (staged / name).write_bytes(content(generation, name))
+
+
+def save_result_in_place(run_dir: Path, generation: int) -> None:
+    """The naive way, with a manifest at the end."""
+    for name in result_names(generation):
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).write_bytes(content(generation, name))
+    manifests.seal(run_dir, None)
+
+
+def result_loss(run_dir: Path) -> list[str]:
+    """What is wrong after a kill: a reader takes a mixture for an adapter, or a new start finds one."""
+    try:
+        manifests.check_one_run(run_dir)
+        with one_writer("output_dir", run_dir, inside=True):
+            recover(run_dir)
+        found = {str(p.relative_to(run_dir)): p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+        assert found.pop("notes.txt") == b"mine" and found.pop(MANIFEST)
+        generation = int.from_bytes(found["metrics.json"][:4], "big")
+        assert found == {n: content(generation, n) for n in result_names(generation)}, f"a mixture: {sorted(found)}"
+    except (AssertionError, OSError, ValueError) as error:
+        return [f"{type(error).__name__}: {error}"]
+    return []
+
+
+def sweep_result(folder: Path, writer: str, every: str) -> dict[str, Any]:
+    """Replace a result, dying before every file operation in turn; then, from every so many-th list of files that
+    this leaves, die again in bringing it to an end."""
+    os.fsync = do_not_sync
+    save_result(folder / "first", 1)
+    (folder / "first" / "notes.txt").write_text("mine")
+    starts: dict[str, Path] = {}
+    losses, moments, ended = [], 0, False
+    while not ended:
+        run_dir = Path(shutil.copytree(folder / "first", folder / str(moments)))
+        ended = not died(in_child(lambda run_dir=run_dir: RESULT_WRITERS[writer](run_dir, 2), moments))
+        starts.setdefault(" ".join(sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*"))), run_dir)
+        moments += 1
+    for start in list(starts.values())[:: int(every)]:
+        ended, moment = not (start / manifests.SAVED).exists(), 0  # only then there is something to bring to an end
+        while True:
+            run_dir = Path(shutil.copytree(start, folder / "again"))
+            if not ended:
+                ended = not died(in_child(lambda run_dir=run_dir: manifests.check_one_run(run_dir), moment))
+            losses += [f"{start.name}, {moment}: {text}" for text in result_loss(run_dir)]
+            shutil.rmtree(run_dir)
+            moment += 1
+            if ended:
+                break
+        moments += moment
+    return {"starts": len(starts), "moments": moments, "losses": losses}
+
+
 def torture(run_dir: Path, writer: str, kills: str) -> dict[str, Any]:
     """Kill a process at random moments that saves generation after generation, each step twice; until a loss.
 
@@ -217,7 +286,10 @@ def torture(run_dir: Path, writer: str, kills: str) -> dict[str, Any]:
 
 
 WRITERS: dict[str, Writer] = {f.__name__: f for f in (save, save_in_place, save_after_deleting)}
-EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {f.__name__: f for f in (sweep, sweep_recovery, torture)}
+RESULT_WRITERS = {f.__name__: f for f in (save_result, save_result_in_place)}
+EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    f.__name__: f for f in (sweep, sweep_recovery, sweep_result, torture)
+}
 
 if __name__ == "__main__":
     print(json.dumps(EXPERIMENTS[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])))

@@ -59,7 +59,7 @@ def test_a_new_repository_holds_what_belongs_to_the_adapter(hub: HubServer, fold
     assert result.commit == hub.repos[REPO].branches["main"][-1].sha and result.url == f"{hub.url}/{REPO}"
     large = {name for name, blob in hub.repos[REPO].files.items() if blob.lfs}
     assert large == {"adapter_model.safetensors", "curves.png"} and hub.count("^PUT /storage") == 2
-    assert set(result.left_out) == {"training_args.json", "eval_examples.jsonl"}
+    assert set(result.left_out) == {"training_args.json", "eval_examples.jsonl", "manifest.json"}
     weights = "adapter_model.safetensors"
     assert hub.repos[REPO].files[weights].content == (folder / weights).read_bytes()
 
@@ -118,6 +118,7 @@ def test_the_local_base_is_replaced_in_all_that_is_published(hub: HubServer, fol
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = config["auto_mapping"]["dpo_peft_reference"]["base"] = local
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()  # the config was changed on purpose
     card = (folder / "README.md").read_text()
     here = card.replace(f"[{BASE}](https://huggingface.co/{BASE})", "`base`, a model in a local folder")
     (folder / "README.md").write_text(here)
@@ -143,6 +144,7 @@ def test_a_frozen_reference_is_named_and_not_published(hub: HubServer, folder: P
     config = json.loads((folder / "adapter_config.json").read_text())
     config["auto_mapping"]["dpo_peft_reference"]["adapter"] = str(folder.parent / "sft")
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()  # the config was changed on purpose
     result = publish(folder, REPO)
     assert json.loads(text(hub, "adapter_config.json"))["auto_mapping"]["dpo_peft_reference"]["adapter"] == "sft"
     assert any("a frozen adapter (sft)" in note for note in result.notes)
@@ -152,6 +154,7 @@ def test_an_adapter_with_a_name_lies_in_a_folder_of_its_own(hub: HubServer, fold
     (folder / "mine").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).rename(folder / "mine" / name)
+    (folder / "manifest.json").unlink()
     publish(folder, REPO)
     assert names(hub) == PUBLISHED
 
@@ -196,6 +199,9 @@ def test_new_weights_are_sent_alone(hub: HubServer, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     tensors = {name: tensor * 2 for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(OptionError, match="may be of two runs.*delete its manifest.json"):
+        publish(folder, REPO)
+    (folder / "manifest.json").unlink()
     assert set(publish(folder, REPO).uploaded) == {"adapter_model.safetensors"}
     assert hub.count("^PUT /storage") == 3 and hub.repos[REPO].files[path.name].content == path.read_bytes()
 
@@ -530,7 +536,7 @@ def test_more_files_by_name_and_never_a_pickle(hub: HubServer, folder: Path) -> 
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"x")
     result = publish(folder, REPO, include=["*.html", "eval_examples.jsonl"])
     assert names(hub) == PUBLISHED | {"report.html", "eval_examples.jsonl"}
-    assert set(result.left_out) == {"training_args.json", "training_args.bin", "checkpoint-2"}
+    assert set(result.left_out) == {"training_args.json", "training_args.bin", "checkpoint-2", "manifest.json"}
     for include, message in (
         ("training_args.bin", "a pickle"),
         ("checkpoint-2/*", "a pickle"),

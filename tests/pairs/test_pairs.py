@@ -361,14 +361,17 @@ def test_pairs_from_python(tmp_path: Path) -> None:
 HEADER = {"model": "m", "temperature": 1.0, "reward": None}
 
 
-def chunk(*numbers: int) -> list[dict[str, Any]]:
-    return [{"n": number, "text": "ä\n" * number} for number in numbers]
+KEYS = [f"item {number}" for number in range(5)]
+
+
+def chunk(*numbers: int) -> dict[str, dict[str, Any]]:
+    return {KEYS[number]: {"n": number, "text": "ä\n" * number} for number in numbers}
 
 
 def test_work_goes_on_from_any_byte_of_the_file(tmp_path: Path) -> None:
     """The file cut anywhere, as a kill or a power cut leaves it: whole chunks are kept, the rest is done again."""
     path = tmp_path / "work"
-    log = WorkLog(path, HEADER)
+    log = WorkLog(path, HEADER, KEYS)
     ends = [path.stat().st_size]
     for numbers in ((0, 1), (2, 3), (4,)):
         log.append(chunk(*numbers))
@@ -376,37 +379,65 @@ def test_work_goes_on_from_any_byte_of_the_file(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in sorted({*range(0, len(whole), 7), *(end + more for end in ends for more in (-1, 0))}):
         path.write_bytes(whole[:size])
-        log = WorkLog(path, HEADER)
+        log = WorkLog(path, HEADER, KEYS)
         chunks = sum(size >= end for end in ends[1:])
-        assert log.done == (0, 2, 4, 5)[chunks]
+        assert len(log.done) == (0, 2, 4, 5)[chunks]
         for numbers in ((0, 1), (2, 3), (4,))[chunks:]:
             log.append(chunk(*numbers))
-        assert path.read_bytes() == whole and list(log.records()) == chunk(0, 1, 2, 3, 4)
+        assert path.read_bytes() == whole
+        assert [(record["key"], record["n"]) for record in log.records()] == list(zip(KEYS, range(5), strict=True))
+
+
+def test_a_record_belongs_to_the_item_that_it_names(tmp_path: Path) -> None:
+    """Whatever the order of the chunks, and where two processes wrote the same one: places don't count."""
+    path = tmp_path / "work"
+    log = WorkLog(path, HEADER, KEYS)
+    for numbers in ((3, 4), (0, 1), (3, 4), (2,)):
+        log.append(chunk(*numbers))
+    for again in (log, WorkLog(path, HEADER, KEYS)):
+        assert [record["n"] for record in again.records()] == [0, 1, 2, 3, 4]
+    with pytest.raises(OptionError, match="line 2 is of an item that isn't there.*delete it to begin anew"):
+        WorkLog(path, HEADER, KEYS[:3])
+
+
+def test_records_of_older_files_are_those_of_the_first_items(tmp_path: Path) -> None:
+    path = tmp_path / "work"
+    lines = [json.dumps(HEADER), *(json.dumps([*chunk(*numbers).values()]) for numbers in ((0, 1), (2,)))]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    log = WorkLog(path, HEADER, KEYS)
+    assert list(log.done) == KEYS[:3]
+    log.append(chunk(3, 4))
+    assert [record["n"] for record in WorkLog(path, HEADER, KEYS).records()] == [0, 1, 2, 3, 4]
+    with pytest.raises(
+        OptionError, match="line 4 is of an item that isn't there"
+    ):  # more records than items: two runs wrote there
+        path.write_text("".join(f"{line}\n" for line in [*lines, lines[1]]))
+        WorkLog(path, HEADER, KEYS[:3])
 
 
 def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "work"
-    WorkLog(path, HEADER).append(chunk(0))
+    WorkLog(path, HEADER, KEYS).append(chunk(0))
     for changed, message in (
         ({"temperature": 0.5}, r"1 chunk of .* temperature = 1.0, and now it is 0.5"),
         ({"seed": 3}, "seed = None, and now it is 3"),
     ):
         with pytest.raises(OptionError, match=message):
-            WorkLog(path, {**HEADER, **changed})
+            WorkLog(path, {**HEADER, **changed}, KEYS)
     with pytest.raises(OptionError, match="temperature"):
-        WorkLog(path, {"model": "m", "reward": None})
-    assert WorkLog(path, HEADER).done == 1
+        WorkLog(path, {"model": "m", "reward": None}, KEYS)
+    assert len(WorkLog(path, HEADER, KEYS).done) == 1
 
 
 def test_damage_above_the_last_line_is_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "work"
-    log = WorkLog(path, HEADER)
+    log = WorkLog(path, HEADER, KEYS)
     log.append(chunk(0))
     log.append(chunk(1))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\0\0\0\n" + lines[2])
     with pytest.raises(OptionError, match="line 2 is damaged"):
-        WorkLog(path, HEADER)
+        WorkLog(path, HEADER, KEYS)
     path.write_bytes(b"something else\n")
     with pytest.raises(OptionError, match="no work file"):
-        WorkLog(path, HEADER)
+        WorkLog(path, HEADER, KEYS)

@@ -18,6 +18,7 @@ import pytest
 from checkpoint_kills import NAMES, content, generation_in, save, save_in_place, survivor, write
 from paths import REPO
 
+from dpo_peft import manifests
 from dpo_peft.errors import CheckpointError
 from dpo_peft.training import checkpoints
 from dpo_peft.training.checkpoints import (
@@ -220,7 +221,7 @@ def test_other_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder, tmp_path / "best")  # any other name may be given to a copy
     (tmp_path / "best" / "notes.txt").write_text("a file of the user's")
     assert problem_with(str(tmp_path / "best")) is None
-    monkeypatch.setattr(checkpoints, "FORMAT", 2)
+    monkeypatch.setattr(manifests, "FORMAT", 2)
     assert problem_with(folder) == ("has a manifest.json of format 1, and this version of the package reads format 2")
 
 
@@ -347,7 +348,7 @@ def test_recovery_says_what_it_did(tmp_path: Path) -> None:
         staged = staging_folder(tmp_path, step) / f"checkpoint-{step}"
         write(staged, 10 * step)
         if sealed:
-            checkpoints._seal(staged, step)
+            checkpoints.seal(staged, step)
     flip(tmp_path / ".saving-2" / "checkpoint-2" / NAMES[0])
     (tmp_path / ".deleting-0").mkdir()
     (tmp_path / ".saving-x").mkdir()  # not ours
@@ -425,6 +426,17 @@ def test_a_kill_during_recovery_loses_nothing(tmp_path: Path) -> None:
     found = killed("sweep_recovery", tmp_path)
     assert found["starts"] > 15 and found["moments"] > 100
     assert found["losses"] == []
+
+
+def test_a_kill_at_any_file_operation_of_the_final_save_leaves_one_run(tmp_path: Path) -> None:
+    """And a second kill at any one of what brings it to an end: old or new, never both; nothing of the user's goes."""
+    found = killed("sweep_result", tmp_path, "save_result", 4)
+    assert found["starts"] > 50 and found["moments"] > 250
+    assert found["losses"] == []
+
+
+def test_the_sweep_finds_a_result_written_in_place(tmp_path: Path) -> None:
+    assert len(killed("sweep_result", tmp_path, "save_result_in_place", 1)["losses"]) >= 3
 
 
 @pytest.mark.slow
