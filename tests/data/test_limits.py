@@ -92,7 +92,6 @@ def nested(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("tools", [nested(150)], "nested more than 100 levels"),
         ("tools", json.dumps([nested(150)]), "nested more than 100 levels"),
         ("tools", "[" * 50_000 + "]" * 50_000, "no valid JSON"),
         ("chat_template_kwargs", json.dumps({"x": nested(150)}), "nested more than 100 levels"),
@@ -109,11 +108,17 @@ def test_size_and_depth_are_bounded(
     if message == "too large":
         monkeypatch.setattr(limits, "MOST_CHARACTERS", 1_000)
         monkeypatch.setattr(limits, "MOST_VALUES", 3_000)
-    rows = [chat_pair(), {**chat_pair(), field: value}]
-    # Rows of a stream may differ in their types. Values in each other by the hundred are too deep to be streamed.
-    streamed = IterableDataset.from_generator(lambda: iter(rows)) if not isinstance(value, list) else None
+    rows: Any = [chat_pair(), {**chat_pair(), field: value}]
     with pytest.raises(DataError, match=rf"row 1, field '{field}.*({message})"):
-        list(prepare_dataset(streamed or Dataset.from_list(rows), make_tokenizer())[0])
+        list(prepare_dataset(IterableDataset.from_generator(lambda: iter(rows)), make_tokenizer())[0])
+
+
+def test_values_in_each_other_are_bounded(make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Arrow holds them, to 64 levels by itself."""
+    monkeypatch.setattr(limits, "DEEPEST", 20)
+    rows = Dataset.from_list([{**chat_pair(), "tools": [nested(30)]}])
+    with pytest.raises(DataError, match="row 0, field 'tools': is nested more than 20 levels deep"):
+        prepare_dataset(rows, make_tokenizer())
 
 
 def test_a_number_beyond_all_bounds(make_tokenizer: Any) -> None:
