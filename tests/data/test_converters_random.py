@@ -47,7 +47,7 @@ def test_broken_rows_are_converted_or_refused(name: str) -> None:
         row: Any = copy.deepcopy(WHOLE[name])
         for _ in range(random_.randint(0, 2)):
             holder, key = random_.choice(places(row))
-            holder[key] = random_.choice(JUNK)
+            holder[key] = copy.deepcopy(random_.choice(JUNK))
         if random_.random() < 0.05:
             row = random_.choice(JUNK)
         try:

@@ -61,21 +61,13 @@ class Unprintable:
         raise RuntimeError("no text")
 
 
-def nested(depth: int) -> list[Any]:
-    """A list in a list in a list."""
-    made: list[Any] = []
-    for _ in range(depth):
-        made = [made]
-    return made
-
-
 JUNK: list[Any] = [
     None, True, False, 0, -1, 7, 10**30, 0.5, -0.0, math.nan, math.inf, "", " ", "a", " b", "\n", "a\x00b", "\ud800",
     "\u202e", "7", "null", "[]", "{}", '[{"role": "user", "content": "a"}]', "a b " * 40, [], {}, [None], [[]], [""],
     [0], ["a", "b"], [5, 4], [10**9], {"a": None}, {"role": "user", "content": "a"}, {"from": "human", "value": "a"},
     [{"role": "user"}], [{"role": "assistant", "content": "b"}], [{"role": "user", "content": [{"type": "image"}]}],
     [{"role": "assistant", "content": None, "tool_calls": [CALL]}], turns("a", "b", "c"), b"a", (1, 2), object,
-    10**400, -(10**5000), Unprintable(), nested(30_000), [{"role": "user", "content": nested(30_000)}],
+    10**400, -(10**5000), Unprintable(),
 ]  # fmt: skip
 NAMES = ("prompt", "chosen", "rejected", "completions", "label", "margin", "tools", "chat_template_kwargs", "extra")
 
