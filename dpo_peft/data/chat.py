@@ -50,7 +50,11 @@ class Chat:
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
         if self.borders is not None and self.borders.tokens:
-            return self._tokenize(self.text(messages, field, **changes))
+            text = self.text(messages, field, **changes)
+            try:
+                return self._tokenize(text)
+            except Exception as error:  # as where a role holds half a character
+                raise self._refused(messages, field, error) from error
         options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}, **changes}
         return list(self._render(messages, field, options)["input_ids"])
 
@@ -74,12 +78,15 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise RowProblem(
-                field,
-                f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
-                "reorder, merge or remove the messages, or use another chat template",
-            ) from error
+            raise self._refused(messages, field, error) from error
+
+    def _refused(self, messages: Messages, field: str, error: Exception) -> RowProblem:
+        roles = ", ".join(message["role"] for message in messages)
+        return RowProblem(
+            field,
+            f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
+            "reorder, merge or remove the messages, or use another chat template",
+        )
 
     def text_behind(self, start: Messages, opens: dict[str, bool], messages: Messages, field: str) -> str | None:
         """Returns the text of messages that follows that of their start; None where they begin otherwise."""
