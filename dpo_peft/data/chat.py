@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .clock import CLOCK, template_clock
+from .clock import dated_template
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
 from .tokenize import Borders, Encoded, ids_behind, plain_ids
@@ -73,8 +73,7 @@ class Chat:
 
     def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
-        if clock := template_clock(self.tokenizer):
-            given[CLOCK] = clock
+        given["chat_template"] = dated_template(self.tokenizer, given["tools"])
         try:
             return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything

@@ -149,7 +149,7 @@ def test_broken_rows_are_kept_counted_or_refused_by_name(seed: int) -> None:
     assert min(fates.values()) > 20, fates  # the generator makes all kinds
 
 
-# ---- Rows of public formats ------------------------------------------------------------------------------------------
+# ---- Rows of public formats ----------------------------------------------------------------------------------------
 
 TREE = {"role": "prompter", "text": "q", "replies": [
     {"role": "assistant", "text": "a", "rank": 0, "replies": [{"role": "prompter", "text": "w", "replies": []}]},
