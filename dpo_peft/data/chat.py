@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .clock import CLOCK, template_clock
+from .clock import dated_template
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
 from .limits import TEMPLATE_SECONDS, limited_time
@@ -51,7 +51,11 @@ class Chat:
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
         if self.borders is not None and self.borders.tokens:
-            return self._tokenize(self.text(messages, field, **changes))
+            text = self.text(messages, field, **changes)
+            try:
+                return self._tokenize(text)
+            except Exception as error:  # as where a role holds half a character
+                raise self._refused(messages, field, error) from error
         options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}, **changes}
         return list(self._render(messages, field, options)["input_ids"])
 
@@ -70,18 +74,20 @@ class Chat:
 
     def _render(self, messages: Messages, field: str, options: dict[str, object]) -> Any:
         given = {"tools": self.example.tools, **self.example.template_kwargs, **options}
-        if clock := template_clock(self.tokenizer):
-            given[CLOCK] = clock
+        given["chat_template"] = dated_template(self.tokenizer, given["tools"])
         try:
             with limited_time(TEMPLATE_SECONDS):
                 return self.tokenizer.apply_chat_template(messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise RowProblem(
-                field,
-                f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
-                "reorder, merge or remove the messages, or use another chat template",
-            ) from error
+            raise self._refused(messages, field, error) from error
+
+    def _refused(self, messages: Messages, field: str, error: Exception) -> RowProblem:
+        roles = ", ".join(message["role"] for message in messages)
+        return RowProblem(
+            field,
+            f"the chat template refuses this conversation ({roles}): {type(error).__name__}: {error}",
+            "reorder, merge or remove the messages, or use another chat template",
+        )
 
     def text_behind(self, start: Messages, opens: dict[str, bool], messages: Messages, field: str) -> str | None:
         """Returns the text of messages that follows that of their start; None where they begin otherwise."""

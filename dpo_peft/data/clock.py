@@ -5,33 +5,39 @@ tokenizer scores under the date of its training, and a cache of rows is that of 
 """
 
 import json
-from collections.abc import Callable
+import re
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 KEY = "chat_template_date"  # in the tokenizer's options, and so in tokenizer_config.json
-CLOCK = "strftime_now"  # the function that templates call
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Returns the date (ISO) that this tokenizer's template writes; None for a template that reads no clock."""
-    if CLOCK not in str(tokenizer.chat_template):
+    if not CLOCK.search(str(tokenizer.chat_template)):
         return None
     return str(tokenizer.init_kwargs.setdefault(KEY, date.today().isoformat()))
 
 
-def template_clock(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str] | None:
-    """Returns what the template is to call as `strftime_now`: its date in any format; None for one without a clock."""
+def dated_template(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, object]] | None) -> str | None:
+    """Returns the template with its date in place of the clock's; None for one that reads no clock."""
     day = template_date(tokenizer)
-    return None if day is None else date.fromisoformat(day).strftime
+    return None if day is None else _with_date(tokenizer.get_chat_template(tools=tools), day)
+
+
+@lru_cache(maxsize=8)
+def _with_date(template: str, day: str) -> str:
+    return CLOCK.sub(lambda call: json.dumps(date.fromisoformat(day).strftime(call[2])), template)
 
 
 def keep_date(tokenizer: PreTrainedTokenizerBase, output_dir: str, checkpoint: str | bool | None) -> None:
     """Takes over the date of a run that is resumed: of its checkpoint, or of those in its folder. A damaged file is
     passed over: whether a checkpoint is whole is asked where the run is resumed."""
-    if CLOCK not in str(tokenizer.chat_template):
+    if not CLOCK.search(str(tokenizer.chat_template)):
         return
     named = [Path(checkpoint)] if isinstance(checkpoint, str) else []
     for folder in [*named, *sorted(Path(output_dir).glob("checkpoint-*"))]:

@@ -67,7 +67,7 @@ def read_ids(row: Row, column: str, vocab_size: int) -> list[int]:
         if not 0 <= token < vocab_size:
             raise RowProblem(
                 column,
-                f"position {position} holds id {token}, outside the vocabulary of {vocab_size} tokens",
+                f"position {position} holds id {shown(token, 40)}, outside the vocabulary of {vocab_size} tokens",
                 "tokenize with the tokenizer that is passed to the trainer",
             )
     return ids

@@ -45,9 +45,6 @@ def prompt_of(rows, tokenizer):
         ("{{ strftime_now('%d %b %Y') }}", "01 Mar 2026"),
         ('{{ "Date: " + strftime_now( "%Y-%m-%d" ) }}', "Date: 2026-03-01"),
         ("{{ strftime_now('%A é') + strftime_now('%H') }}", "Sunday é00"),
-        ("{% set f = '%d.%m.' %}{{ strftime_now(f) }}", "01.03."),
-        ("{{ strftime_now(date_format | default('%Y')) }}", "2026"),
-        ("{% macro day(f) %}{{ strftime_now(f ~ ' %b') }}{% endmacro %}{{ day('%d') }}", "01 Mar"),
     ],
 )
 def test_the_date_of_the_first_use_stays(make_tokenizer, today, written, first):

@@ -19,12 +19,13 @@ from dpo_peft.errors import DataError
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
 TAIL = "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-# What is shown depends on the turn before, on a later turn, on the number of turns.
+# What is shown depends on the turn before, on a later turn, on an earlier one.
 TEMPLATES = {
     "the turn before": "{% if loop.first or messages[loop.index0 - 1].role == 'tool' %}{{ m.name }}{% endif %}",
     "a later turn": "{% if messages[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list %}{{ m.name }}"
     "{% endif %}",
-    "the length": "{% if messages | length < 6 %}{{ m.name }}{% endif %}",
+    "an earlier turn": "{% if messages[: loop.index0] | selectattr('role', 'equalto', 'tool') | list %}{{ m.name }}"
+    "{% endif %}",
     "nothing": "",
 }
 
@@ -84,7 +85,9 @@ def test_an_order_of_roles_that_was_not_seen_costs_no_renderings_of_its_own(
         type(tokenizer), "apply_chat_template", lambda *args, **given: calls.append(0) or original(*args, **given)
     )
     prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=None)
-    assert len(calls) < 200 * 3 + 60 * 15  # prompt and both sides of each, and the places that are new
+    assert (
+        len(calls) < 200 * 10
+    )  # prompt and both sides of each, and the rows with a new place; every row by itself: 18
 
 
 WORDS = ["a", "the", " ", "\n", "\n\n", "7", "é", "😀", "<|im_end|>", "<|im_start|>", "</s>", "it's", "  x"]
