@@ -35,7 +35,7 @@ BUDGETS = {
     "objective": 490,
     "distributed": 275,
     "losses": 1100,
-    "data": 3310,
+    "data": 3325,
     "forward": 1505,
     "reference": 1555,
     "model": 1490,
@@ -53,9 +53,9 @@ BUDGETS = {
     "cli": 1580,
     "rowfiles": 280,
     "disk": 175,
-    "manifests": 225,
+    "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_040
+MAX_PACKAGE_LINES = 26_050
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
