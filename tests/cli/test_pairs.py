@@ -184,6 +184,7 @@ def test_sampling_does_not_need_the_reference(adapter: str, tmp_path: Path) -> N
     config = json.loads((tmp_path / "copy" / "adapter_config.json").read_text())
     config["auto_mapping"]["dpo_peft_reference"] |= {"adapter": "gone", "adapter_fingerprint": "0" * 32}
     (tmp_path / "copy" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(OptionError, match="can't be found"):
         ImplicitReward(str(tmp_path / "copy"))
     gone, there = (TransformersEngine.load(ModelSource(str(f)), Sampling(6), 1) for f in (tmp_path / "copy", adapter))
