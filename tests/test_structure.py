@@ -35,7 +35,7 @@ BUDGETS = {
     "objective": 450,
     "distributed": 275,
     "losses": 1040,
-    "data": 3140,
+    "data": 3150,
     "forward": 1225,
     "reference": 1490,
     "model": 1330,
