@@ -252,7 +252,7 @@ class _Part(NamedTuple):
 
     show: Show
     messages: Messages
-    index: int
+    number: int  # of the completion
     start: int
     completion: int
 
