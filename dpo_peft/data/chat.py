@@ -254,7 +254,11 @@ class _Part(NamedTuple):
 
     show: Show
     messages: Messages
+<<<<<<< HEAD
     place: int
+=======
+    number: int  # of the completion
+>>>>>>> h-cases
     start: int
     completion: int
 
