@@ -254,11 +254,7 @@ class _Part(NamedTuple):
 
     show: Show
     messages: Messages
-<<<<<<< HEAD
-    place: int
-=======
     number: int  # of the completion
->>>>>>> h-cases
     start: int
     completion: int
 
