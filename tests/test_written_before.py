@@ -117,7 +117,7 @@ def test_recipe_repeats_the_run(folder: Path, command: Command, name: str) -> No
     again, before = (json.loads(Path(run, "metrics.json").read_text("utf-8")) for run in ("again", name))
     assert losses(again["log_history"]) == near(numbers(EXPECTED[name]["loss"]))
     assert again["eval_last"]["loss"] == near(numbers(EXPECTED[name]["eval_loss"]))
-    assert again.keys() == before.keys()
+    assert again.keys() >= before.keys()  # newer versions say more
     assert again["adapter"] == before["adapter"]
     for dataset, counts in before["data"].items():  # newer versions count more
         assert {name: again["data"][dataset][name] for name in counts} == counts
@@ -160,7 +160,8 @@ def test_unfinished_pairs_are_finished(folder: Path, command: Command) -> None:
 
 def test_scores_are_written_as_they_were(folder: Path, command: Command) -> None:
     words = "score adapter --dataset_name rows.jsonl --output again.jsonl --worst 1"
-    assert_near({**command(*words.split()), "output": "scores.jsonl"}, EXPECTED["score"])
+    found = {**command(*words.split()), "output": "scores.jsonl"}
+    assert_near({name: found[name] for name in EXPECTED["score"]}, EXPECTED["score"])  # newer versions say more
     assert_near(lines_of("again.jsonl"), lines_of("scores.jsonl"))
 
 

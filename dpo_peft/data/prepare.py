@@ -243,7 +243,8 @@ def _stream_records(
     """Prepares the next rows of a stream and counts them; row 0 starts a new pass. In a worker process shares of
     dropped rows are not judged: it reads a part."""
     made: list[Values] = []
-    for row, index in zip(rows_of(batch), indices, strict=True):
+    rows = rows_of(batch) or [{}] * len(indices)  # a batch of rows without any column has no length
+    for row, index in zip(rows, indices, strict=True):
         if index == 0:
             summary.reset()
         for record in worker.records(row, index, check=True):

@@ -108,7 +108,7 @@ def test_resuming_under_another_date_says_how_to_keep_it(make_tokenizer, today, 
     (tmp_path / "optimizer.pt").touch()
     (tmp_path / "run_state.json").write_text(json.dumps({"trajectory": trajectories[0]}))
     with caplog.at_level("WARNING"):
-        RunState(str(tmp_path), None, [], lambda: trajectories[1]).compare(tmp_path)
+        RunState(args, None, [], lambda: trajectories[1]).compare(tmp_path)
     said = "give it as DPOConfig(resume_from_checkpoint=...), and its date is used again" in caplog.text
     assert said is (days[0] != days[1]) and ("'2026-03-01' before, '2026-03-02' now" in caplog.text) is said
 

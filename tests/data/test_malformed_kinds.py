@@ -270,7 +270,7 @@ REPLY = {"role": "assistant", "text": "b"}
             {"id": 3, "preference": "c-is-better"},
             "row with id 3, field 'preference': 'c-is-better' is none",
         ),
-        (from_tulu, {"preference": None}, "field 'preference': None is none of a-is-better"),
+        (from_tulu, {"preference": None}, "field 'preference': expected str, found NoneType"),
         (from_tulu, {"preference": "tie", "prompt": 1}, "field 'prompt': expected str, found int"),
         (from_oasst_tree, {"prompt": "a"}, "field 'prompt': expected Mapping, found str"),
         (from_oasst_tree, {"prompt": {"role": "cat", "text": "a"}}, "unknown role 'cat'. Use one of prompter"),

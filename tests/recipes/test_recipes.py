@@ -263,7 +263,9 @@ def test_the_sft_adapter_is_the_reference(base_folder: str, sft_adapter: str, da
     cli.train(config)
     found = load_trained(str(tmp_path))
     assert found.reference is not None and found.reference.source == sft_adapter
-    against_base = cli.train([*config, "--reference", "base"]).state.log_history[0]["loss"]
+    against_base = cli.train([*config, "--reference", "base", "--overwrite_output_dir", "true"]).state.log_history[0][
+        "loss"
+    ]
     assert abs(against_base - math.log(2)) > 0.01
 
 

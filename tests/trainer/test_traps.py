@@ -254,11 +254,11 @@ def test_t15_an_adapter_of_any_name(tiny_llama, make_tokenizer, tmp_path):
 
 
 def test_t15_an_adapter_loaded_for_inference(tiny_llama, make_tokenizer, tmp_path):
-    get_peft_model(tiny_llama(), lora()).save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    get_peft_model(tiny_llama(), lora()).save_pretrained(tmp_path / "given")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "given")
     with pytest.raises(OptionError, match="no trainable weights.*is_trainable=True"):
         ours(model, id_pairs(8), make_tokenizer(), tmp_path)
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "given", is_trainable=True)
     ours(model, id_pairs(8), make_tokenizer(), tmp_path, max_steps=1).train()
 
 

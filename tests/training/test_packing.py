@@ -347,7 +347,7 @@ def test_a_collator_of_the_users_own_lays_out_each_pack(
     packed = trained(
         tiny_llama(), rows, tokenizer, tmp_path, data_collator=collate, max_tokens_per_microbatch=150, **SPLIT
     )
-    assert [batch.rows.tolist() for batch in passes] == laid_out[1:]  # the first shows how it lays out
+    assert [batch.rows.tolist() for batch in passes] == laid_out[2:]  # the first are tried, and show how it lays out
     assert max(batch.input_ids.numel() for batch in passes if batch.num_samples > 1) <= 150
     plain = trained(tiny_llama(), rows, tokenizer, tmp_path, **WHOLE)
     assert furthest(packed, plain)[0] < 2e-6
