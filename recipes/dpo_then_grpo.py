@@ -82,6 +82,7 @@ def train_dpo(folder: str, steps: int) -> str:
     print("\n== DPO ==")
     args = DPOConfig(
         output_dir=folder,
+        overwrite_output_dir=True,
         max_steps=steps,
         beta=0.5,
         learning_rate=3e-4,

@@ -119,6 +119,7 @@ def train(policy: str, output: Path, pairs: Path, args: argparse.Namespace) -> N
     """DPO from `policy`, a model or the adapter of the round before."""
     config = DPOConfig(
         output_dir=str(output),
+        overwrite_output_dir=True,
         model_init_kwargs={"dtype": "float32"},
         reference=args.reference,
         beta=args.beta,

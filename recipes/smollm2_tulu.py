@@ -44,6 +44,7 @@ PARTS = 5
 # 5e-5 (0.635), 1e-4 (0.627) and 2e-4 (0.635).
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/smollm2-135m-tulu",
+    "overwrite_output_dir": True,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 5,
