@@ -321,10 +321,10 @@ def disable_dropout(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Dropout) and module.p > 0:
             found.add("lora_dropout" if "lora_dropout" in name else name.rsplit(".", 1)[-1])
             module.p = 0.0
-        reads_mode = type(module).__name__.endswith("Router") and "train" not in vars(module)
-        if reads_mode and "self.training" in inspect.getsource(type(module).forward):
+        router = type(module).__name__.endswith("Router") and "train" not in vars(module)
+        if router and "training" in inspect.unwrap(type(module).forward).__code__.co_names:
             found.add("sampling of experts")
-            vars(module.eval())["train"] = lambda mode=True, router=module: router
+            vars(module.eval())["train"] = lambda mode=True, kept=module: kept
         config = getattr(module, "config", None)  # some models read it at run time
         for holder in (module, config) if isinstance(config, PretrainedConfig) else (module,):
             for attribute, value in list(vars(holder).items()):
