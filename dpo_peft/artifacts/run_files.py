@@ -17,7 +17,8 @@ from peft import LoraConfig
 
 from ..config import objective_options
 from ..files import as_list, strict, write_atomically
-from ..model.loading import is_adapter, storage_report
+from ..model.adapters import is_adapter
+from ..model.loading import storage_report
 from ..model.training_record import read_training
 from .card import (
     BUNDLED,

@@ -235,7 +235,7 @@ def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None"
     """
     from peft import LoraConfig
 
-    from ..model.loading import is_adapter
+    from ..model.adapters import is_adapter
 
     if model.use_peft is False:
         raise OptionError(

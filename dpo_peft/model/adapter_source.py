@@ -28,8 +28,8 @@ from ..reference.fingerprint import (
     read_record,
     tensor_fingerprint,
 )
-from .adapters import check_adapter, load_frozen, named_place, read_config
-from .loading import is_adapter, load_on_base
+from .adapters import check_adapter, is_adapter, load_frozen, named_place, read_config
+from .loading import load_on_base
 from .options import AdapterOptions
 from .training_record import UNRECORDED, TrainedWith, read_training
 
@@ -109,7 +109,8 @@ class AdapterSource(AdapterOptions):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the adapter's own tokenizer, or its base's. Raises an OptionError if there is neither."""
         base = self.base or named_place(self.adapter, "base", self.config.base_model_name_or_path) or self.adapter
-        for name, where in ((self.adapter, self.from_hub), (base, {})):
+        of_base = {"revision": self.config.revision} if self.config.revision and self.base is None else {}
+        for name, where in ((self.adapter, self.from_hub), (base, of_base)):
             try:
                 return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
             except (OSError, ValueError) as error:

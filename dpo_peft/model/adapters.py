@@ -16,9 +16,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import OptionError
-from ..manifests import check_one_run
+from ..manifests import check_one_run, settle
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, holds_adapter, same_values, unused_name
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,15 @@ def moved_base(config: LoraConfig) -> str | None:
     init = config.init_lora_weights
     key = init.lower().split("_niter")[0] if isinstance(init, str) else init
     return f"init_lora_weights={init!r} {_MOVED_BASE[key]}" if key in _MOVED_BASE else None
+
+
+def is_adapter(name: str, **from_hub: object) -> bool:
+    """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
+    settle(Path(name))
+    try:
+        return find_adapter_config_file(name, **from_hub) is not None
+    except (OSError, ValueError):  # no such repository: `load_base` says so
+        return False
 
 
 def read_config(source: str, **from_hub: Any) -> PeftConfig:

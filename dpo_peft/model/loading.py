@@ -4,29 +4,28 @@ This trainer never trains the base. Trainable weights are float32 masters, whate
 most updates at DPO's learning rates round to nothing.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.score import eval_mode
-from ..manifests import settle
 from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy
 from .adapters import (
     check_adapter,
     check_loaded,
+    is_adapter,
     leave_out_unfit_layers,
     load_frozen,
     misfits_refused,
@@ -39,6 +38,7 @@ from .training_record import UNRECORDED, read_training
 
 logger = logging.getLogger(__name__)
 
+FROM_HUB = ("revision", "token", "cache_dir")  # of `model_init_kwargs`: they hold for all files of the model's name
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Layer drop and the noise on a router's input act in training only, as dropout does.
 _DROPOUT = re.compile(r".*dropout.*|.*(_pdrop|layerdrop)|(input_)?jitter_noise")
@@ -127,7 +127,7 @@ def load_model(
         OptionError: as `load_base`; the base is not named or not found, or the adapter does not fit it.
     """
     kwargs = dict(init_kwargs or {})
-    from_hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key) is not None}
+    from_hub = {key: kwargs[key] for key in FROM_HUB if kwargs.get(key) is not None}
     if not is_adapter(name, **from_hub):
         return load_base(name, quantization_config, quantize, init_kwargs, trust_remote_code, device)
     config = read_config(name, **from_hub)
@@ -173,15 +173,6 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
         result = adapted.load_adapter(adapter, adapted.active_adapters[0], is_trainable=True, **from_hub)
     check_loaded(result, adapted.active_adapters[0], adapter)
     return adapted
-
-
-def is_adapter(name: str, **from_hub: object) -> bool:
-    """Whether a folder or Hub id is that of an adapter; `from_hub` is passed on, such as a revision."""
-    settle(Path(name))
-    try:
-        return find_adapter_config_file(name, **from_hub) is not None
-    except (OSError, ValueError):  # no such repository: `load_base` says so
-        return False
 
 
 def attach_adapter(
@@ -322,13 +313,18 @@ def _check_peft_model(model: PeftModel) -> None:
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
-    """Turns every kind of dropout off: modules, and the rates that modules and configs keep as plain numbers. Returns
-    the distinct names of what was on, for the log."""
+    """Turns every kind of dropout off: modules, the rates that modules and configs keep as plain numbers, and routers
+    that draw their experts at random in training (Phi-MoE), which stay in evaluation mode. Returns the distinct names
+    of what was on, for the log."""
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             found.add("lora_dropout" if "lora_dropout" in name else name.rsplit(".", 1)[-1])
             module.p = 0.0
+        router = type(module).__name__.endswith("Router") and "train" not in vars(module)
+        if router and "training" in inspect.unwrap(type(module).forward).__code__.co_names:
+            found.add("sampling of experts")
+            vars(module.eval())["train"] = lambda mode=True, kept=module: kept
         config = getattr(module, "config", None)  # some models read it at run time
         for holder in (module, config) if isinstance(config, PretrainedConfig) else (module,):
             for attribute, value in list(vars(holder).items()):

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from ..errors import OptionError
 from ..forward.rotary import fix_rope, rope_length
 from ..model.adapter_source import AdapterSource
+from ..model.adapters import is_adapter
 from ..model.generation import end_tokens, sample_completions
-from ..model.loading import is_adapter, keep_weights, load_base
+from ..model.loading import keep_weights, load_base
 from ..model.serving import VLLM_RANKS, max_lora_rank
 
 

@@ -11,8 +11,7 @@ from ..config import DPOConfig
 from ..config_checks import Rule, check_option_names, free, number, whole
 from ..errors import OptionError
 from ..losses import find_objective
-from ..model.adapters import check_adapter, read_config
-from ..model.loading import is_adapter
+from ..model.adapters import check_adapter, is_adapter, read_config
 from .gpus import Gpu, is_hopper, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
 from .shapes import PRESETS, Lora, Shape

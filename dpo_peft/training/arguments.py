@@ -25,6 +25,7 @@ from ..errors import OptionError, refuse
 from ..forward import PackedBatch
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..manifests import settle
+from ..model.loading import FROM_HUB
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
 from .metrics import metric_names
@@ -157,16 +158,19 @@ def _check_best_metric(args: DPOConfig, chosen: str, eval_dataset: object, objec
 
 
 def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer that comes with a model; with an adapter's folder, its own or that of its base."""
+    """Returns the tokenizer that comes with a model; with an adapter, its own or that of its base. It is looked for
+    where `model_init_kwargs` says that the model is."""
     settle(Path(name))
+    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    where = {key: given[key] for key in FROM_HUB if given.get(key) is not None}
     config = Path(name, "adapter_config.json")
     if config.is_file() and not Path(name, "tokenizer_config.json").is_file():
-        name = json.loads(config.read_text()).get("base_model_name_or_path") or name
-    init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        adapter = json.loads(config.read_text())
+        name = adapter.get("base_model_name_or_path") or name
+        where = {key: value for key, value in where.items() if key != "revision"}  # which is the adapter's
+        where |= {"revision": adapter["revision"]} if adapter.get("revision") else {}
     try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=init_kwargs.get("revision", "main"), trust_remote_code=args.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **where)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "

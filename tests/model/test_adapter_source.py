@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from trainer_helpers import lora, options
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_peft import DPOConfig, DPOTrainer, ImplicitReward, OptionError, ReferenceMismatchError, quickstart
 from dpo_peft.forward import sequence_logps
@@ -200,3 +200,36 @@ def test_a_source_reads_before_it_loads(first: Path, tmp_path: Path, monkeypatch
         ImplicitReward(source, reference="base")
     prompts, texts = ["Write a review."], ["The room was clean."]
     assert ImplicitReward(source)(prompts, texts) == ImplicitReward(str(first))(prompts, texts)
+
+
+@pytest.mark.parametrize("made", ["base", "adapter with its tokenizer", "adapter", "adapter at a revision"])
+def test_where_the_tokenizer_is_looked_for(made: str, first: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The token that opens a private base opens its tokenizer too; `revision` is that of the name given."""
+    folder, base = tmp_path / "adapter", "company/base"
+    given = {"token": "a token", "cache_dir": "/cache", "revision": "v2"}
+    name, where = base, given
+    if made != "base":
+        config = json.loads((first / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+        config |= {"revision": "v1"} if made == "adapter at a revision" else {}
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        where = {key: value for key, value in given.items() if key != "revision"}
+        where |= {"revision": "v1"} if made == "adapter at a revision" else {}
+    if made == "adapter with its tokenizer":
+        (folder / "tokenizer_config.json").write_text("{}")
+        name, where = str(folder), given
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def loads(name: str, trust_remote_code: bool = False, **where: Any) -> Any:
+        calls.append((name, where))
+        raise OSError("not here")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loads)
+    args = DPOConfig(**options(tmp_path, model_init_kwargs=given))
+    with pytest.raises(OptionError, match="No tokenizer can be loaded"):
+        DPOTrainer(base if made == "base" else str(folder), args, train_dataset=rows(1))
+    assert calls == [(name, where)]
+    if made != "base":  # to score with it: its base's revision is in its record
+        with pytest.raises(OptionError, match="No tokenizer can be loaded"):
+            AdapterSource(str(folder)).tokenizer()
+        assert calls[-1] == (base, {"revision": "v1"} if made == "adapter at a revision" else {})

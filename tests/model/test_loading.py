@@ -21,6 +21,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from dpo_peft import OptionError
 from dpo_peft.model.loading import attach_adapter, disable_dropout, keep_weights, load_base
@@ -258,6 +259,44 @@ def test_dropout_of_every_kind_is_turned_off(name, attention):
     assert spread() == 0.0
     with torch.no_grad():
         assert torch.equal(model.train()(IDS).logits, model.eval()(IDS).logits)
+    assert disable_dropout(model) == []
+
+
+class NoisyRouter(MixtralTopKRouter):
+    def forward(self, hidden_states):
+        if self.training:
+            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(0.7, 1.3)
+        return super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("class_name", ["Phimoe", "Mixtral"])
+def test_routers_that_draw_at_random_in_training(class_name, checkpointing):
+    """They would act on the policy alone, and on no two of its passes alike; the gradients are those of the function
+    that evaluation computes, which central differences tell."""
+    near = dict(router_jitter_noise=0.4)  # among experts of about this share of the best score Phi-MoE draws
+    model = build(class_name, dict(num_local_experts=4, num_experts_per_tok=2, **near), dropout=True).double()
+    if class_name == "Mixtral":  # this one multiplies by noise
+        for layer in model.model.layers:
+            layer.mlp.gate.__class__ = NoisyRouter
+    model.set_experts_implementation("eager")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+
+    def value() -> torch.Tensor:
+        return model.train()(IDS).logits.log_softmax(-1)[..., 0].sum()
+
+    with torch.no_grad():
+        assert len({float(value()) for _ in range(4)}) > 1
+    assert disable_dropout(model)[-1] == "sampling of experts"
+    weight = model.get_input_embeddings().weight
+    (gradient,) = torch.autograd.grad(value(), weight)
+    direction, step = torch.randn_like(weight), 1e-7
+    with torch.no_grad():
+        assert value() == model.eval()(IDS).logits.log_softmax(-1)[..., 0].sum()
+        up = (weight.add_(step * direction), value())[1]
+        down = (weight.sub_(2 * step * direction), value())[1]
+    assert float((gradient * direction).sum()) == pytest.approx(float(up - down) / (2 * step), rel=1e-4)
     assert disable_dropout(model) == []
 
 
