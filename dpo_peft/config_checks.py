@@ -296,7 +296,7 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
     of_reference = ("reference", "sync_ref_model", "precompute_ref_log_probs", "cache_ref_log_probs")
     referring = ", ".join(name for name in of_reference if getattr(o, name))
     compared = any(loss.needs_reference for loss in losses)
-    split = o.gradient_accumulation_steps > 1 or o.max_tokens_per_microbatch is not None
+    split = o.gradient_accumulation_steps > 1 or o.max_tokens_per_microbatch is not None or o.full_determinism
     single = o.per_device_train_batch_size * o.gradient_accumulation_steps < 2
     mismatched = any("mismatched_scores_M" in loss.inputs for loss in losses)
     tokens = o.ld_alpha is not None or o.discount_gamma != 1.0
@@ -335,8 +335,8 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,
         f"disable_dropout=False with loss_type {coupled} needs gradient_accumulation_steps=1 and no "
-        "max_tokens_per_microbatch: this loss couples micro-batches through a pass of its own, which would draw other "
-        "dropout masks.": coupled and not o.disable_dropout and split,
+        "max_tokens_per_microbatch or full_determinism: this loss couples micro-batches through a pass of its own, "
+        "which would draw other dropout masks.": coupled and not o.disable_dropout and split,
         f"loss_type {coupled} compares the samples of a batch with each other: set per_device_train_batch_size or "
         "gradient_accumulation_steps to at least 2.": coupled and single,
         f"per_device_eval_batch_size={o.per_device_eval_batch_size}: loss_type {mix} takes its reference point from "

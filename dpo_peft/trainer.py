@@ -23,7 +23,7 @@ import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .config import DPOConfig
 from .data.collator import PREPARED_COLUMNS, PreferenceCollator
@@ -98,7 +98,6 @@ class DPOTrainer(Trainer):
         self.prepare = Preparation(args, self.objective, tokenizer)
         self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
         train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
-        set_seed(args.seed)  # the adapter's start is drawn at random
         compared = self.objective.needs_reference
         model, held, as_given = build_model(model, args, quantization_config, peft_config, compared)
         self.prepare.fit(model, data_collator)

@@ -39,7 +39,7 @@ BUDGETS = {
     "forward": 1505,
     "reference": 1555,
     "model": 1495,
-    "training": 2590,
+    "training": 2605,
     "evaluation": 750,
     "fused": 1795,
     "planning": 1080,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_065
+MAX_PACKAGE_LINES = 26_080
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

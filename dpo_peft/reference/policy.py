@@ -123,6 +123,8 @@ class ReferencePolicy:
         how = f"{precision} autocast on {args.device.type}, {plan.scorer}, {layout}"
         if (length := fixed_rope_length(self.model)) is not None:
             how += f", rotary frequencies of rows of {length} tokens"
+        if args.full_determinism:  # a value's last bits depend on the rows beside it
+            how += ", one row at a time"
         computed = f"{identity.key()} {identity.quantization} {identity.dtype} {how}"
         return ReferenceCache(
             args.ref_cache_dir or default_folder(),
@@ -184,13 +186,14 @@ class ReferencePolicy:
     def precompute(self, datasets: Mapping[str, Iterable[Row]], collate: Collate) -> None:
         """Fills the store for prepared rows, by dataset. What is there already is kept: after a kill it continues."""
         assert self.store is not None  # the option that asks for it also turns the cache on
+        tokens = 1 if self.args.full_determinism else self.args.precompute_ref_tokens  # 1: each row by itself
         for name, dataset in datasets.items():
             # Batches are cut from all rows, not from the missing ones: their shapes, and so the last bits of the
             # values, do not depend on when a run was interrupted.
             computed = total = number = 0
             known = len(dataset) if isinstance(dataset, Sized) else None
             with tqdm(total=known, desc=f"reference of {name}", disable=self.args.disable_tqdm) as bar:
-                for rows in _by_length(dataset, self.args.precompute_ref_tokens):
+                for rows in _by_length(dataset, tokens):
                     if total % world_size() == rank():
                         batch = PackedBatch(**collate(rows))
                         if None in self.store.peek(batch.keys):

@@ -198,25 +198,32 @@ class OptimizerStep:
             kept = [list(itertools.islice(rows, len(part))) for part in kept]
         # The rows that `ShareCollator` would keep, so that predictions find their places again.
         kept = [part[self._rank :: self._processes] for part in kept]
-        if self.args.max_tokens_per_microbatch is not None:
+        if self.args.max_tokens_per_microbatch is not None or self.args.full_determinism:
             return self._pack(kept)
         batches = [self.collate(part) if part else {"empty": True} for part in kept]
         return [as_entry(to_device(batch, self.args.device)) for batch in batches]
 
     def _pack(self, parts: list[list[Row]]) -> list[Entry]:
-        """Packs this process's rows of a step into micro-batches within the budget, hung on as many entries."""
+        """Packs this process's rows of a step into micro-batches within the budget, hung on as many entries.
+
+        With `full_determinism` each row is one, in their order, and the last entry has all: whatever the number of
+        entries, the same numbers are added in the same order.
+        """
         rows, part_of = [row for part in parts for row in part], [i for i, part in enumerate(parts) for _ in part]
         if not rows:
             return hang([], [], len(parts))
-        if self._pads is None:
-            self._pads = self.collate(rows[:1]).get("attention_mask") is not None
-        budget = self.budget.microbatch_tokens([size_of(row, not self._pads) for row in rows])
-        bins = pack_rows(rows, budget, shared=not self._pads)
+        if self.args.full_determinism:
+            budget, idle, bins = None, len(parts) - 1, [[i] for i in range(len(rows))]
+        else:
+            if self._pads is None:
+                self._pads = self.collate(rows[:1]).get("attention_mask") is not None
+            budget = self.budget.microbatch_tokens([size_of(row, not self._pads) for row in rows])
+            idle, bins = 0, pack_rows(rows, budget, shared=not self._pads)
         packs = [to_device(self.collate([rows[i] for i in one]), self.args.device) for one in bins]
-        if self.model.training and not self._packing_logged:
+        if budget is not None and self.model.training and not self._packing_logged:
             self._packing_logged = True
             logger.info("The first optimizer step is packed: %s", describe(packs, budget))
-        entries = hang(packs, bins, len(parts))
+        entries = [*hang([], [], 1) * idle, *hang(packs, bins, len(parts) - idle)]
         return [{**entry, "parts": [part_of[i] for i in entry["order"]]} for entry in entries]
 
     def totals(self, batches: Sequence[MicroBatch]) -> Totals:

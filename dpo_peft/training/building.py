@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, enable_full_determinism, set_seed
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import DPOConfig
@@ -166,8 +166,10 @@ def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -
     if args.caches_reference:
         collate = KeyedCollator(collate)
     # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
-    # out when all are there.
-    if objective.needs_mismatched or args.max_tokens_per_microbatch is not None:
+    # out when all are there. So are single rows, which `full_determinism` takes whatever the batch options say.
+    if args.full_determinism:
+        logger.info("full_determinism: each row is a micro-batch of its own, whatever the batch options (slower).")
+    if objective.needs_mismatched or args.max_tokens_per_microbatch is not None or args.full_determinism:
         return collate, KeepRows()
     return collate, collate if world_size() == 1 else ShareCollator(collate)
 
@@ -195,6 +197,8 @@ def build_model(
 ) -> tuple[PeftModel, Reference, BaseAsGiven]:
     """Returns the PEFT model to train, loaded if it is given by name, the reference inside it, and in what its base
     differs from what its name gives."""
+    # The adapter's start is drawn at random; and cuBLAS reads how it should work when it is first used.
+    (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     name = model if isinstance(model, str) else None
     if isinstance(model, str):
         quantize = args.quantize_base is not False

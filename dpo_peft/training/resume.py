@@ -68,6 +68,10 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: Mapping[str, str], ba
     # Drawing an evaluation's order moves the random numbers that dropout reads.
     harmless = (*_HARMLESS, "eval_") if args.disable_dropout else tuple(_HARMLESS)
     kept = {name: value for name, value in options.items() if not name.startswith(harmless)}
+    if args.full_determinism:  # the split is not part of it
+        batch = kept.pop("per_device_train_batch_size") * kept.pop("gradient_accumulation_steps")
+        kept["rows of an optimizer batch, per process"] = batch
+        kept.pop("max_tokens_per_microbatch")
     config = adapter.to_dict()
     for name in _ADAPTER_SHAPE:
         value = config[name]

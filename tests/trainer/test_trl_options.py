@@ -83,7 +83,7 @@ OPTIONS: dict[str, Tried] = {
     "average_tokens_across_devices": same(False),
     "seed": as_trl(11),
     "data_seed": as_trl(11),
-    "full_determinism": same(True),
+    "full_determinism": as_trl(True),
     "train_sampling_strategy": as_trl("sequential"),
     "length_column_name": same("size"),
     "bf16": as_trl(False),
