@@ -68,34 +68,35 @@ def attacked(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-def cases(kind: str) -> Any:
-    """Each command; all but the quickest in the slow tier."""
-    marks = {name: [] if name == "report" else [pytest.mark.slow] for name in WORDS}
-    return pytest.mark.parametrize("command", [pytest.param(name, marks=marks[name]) for name in WORDS], ids=None)
+every_command = pytest.mark.parametrize("command", WORDS)
 
 
 @pytest.mark.attack("killed while writing")
-@cases("killed")
+@pytest.mark.slow
+@every_command
 def test_killed_before_any_file_operation(attacked: Any, command: str) -> None:
     tries, through = attacked(command)["killed"]
     assert tries > 5 and not through
 
 
 @pytest.mark.attack("full disk")
-@cases("full")
+@pytest.mark.slow
+@every_command
 def test_no_room_from_any_file_operation_on(attacked: Any, command: str) -> None:
     tries, through = attacked(command)["full"]
     assert tries > 5 and not through
 
 
 @pytest.mark.attack("full disk")
-@cases("limit")
+@pytest.mark.slow
+@every_command
 def test_the_system_lets_no_file_grow(attacked: Any, command: str) -> None:
     assert attacked(command)["limit"] == [2, []]
 
 
 @pytest.mark.attack("read-only folder")
-@cases("read-only")
+@pytest.mark.slow
+@every_command
 def test_nothing_can_be_written(attacked: Any, command: str) -> None:
     assert attacked(command)["read-only"] == [1, []] and attacked(command)["straight"] == [1, []]
 
@@ -177,7 +178,10 @@ def test_a_name_is_a_name(kind: str, tmp_path: Path, monkeypatch, capsys) -> Non
 
 
 @pytest.mark.attack("hostile names")
-@pytest.mark.parametrize("kinds", ["newline quotes", "markup formats yaml", "pattern emoji blanks"])
+@pytest.mark.parametrize(
+    "kinds",
+    ["newline quotes markup", *(pytest.param(k, marks=pytest.mark.slow) for k in ("formats yaml", "pattern emoji"))],
+)
 def test_a_run_and_its_data_called_so(kinds: str, base_folder: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """It is trained, its card holds no key that the name made up, and it is scored."""
     name = "".join(NAMES[kind] for kind in kinds.split())
@@ -242,11 +246,13 @@ def test_a_moved_run_is_scored_as_before(moved: tuple[Path, bytes]) -> None:
 
 
 @pytest.mark.attack("moved folder")
+@pytest.mark.slow
 def test_a_moved_run_is_merged(moved: tuple[Path, bytes], tmp_path: Path) -> None:
     assert main(["merge", str(moved[0] / "run"), "--output_dir", str(tmp_path / "merged"), "--max_drift", "9"]) == 0
 
 
 @pytest.mark.attack("moved folder")
+@pytest.mark.slow
 def test_a_moved_run_is_resumed_as_a_straight_one(moved: tuple[Path, bytes]) -> None:
     folder = Path(shutil.copytree(moved[0], moved[0].with_name("third")))
     assert main(training(folder, "--max_steps=2", "--resume_from_checkpoint=latest")) == 0
