@@ -436,6 +436,7 @@ def test_round_trip_of_the_saved_arguments() -> None:
     assert json.loads(json.dumps(given))["max_length"] is None
 
 
+@pytest.mark.attack("planted secrets")
 @pytest.mark.parametrize("kind", SECRETS)
 def test_no_secret_is_in_what_trackers_and_files_get(kind: str) -> None:
     """By the name of what holds it, or by its form, however deep it stands; the config itself keeps all of it."""

@@ -44,6 +44,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.attack("two writers")
 def test_a_second_process_is_refused_by_name_and_a_dead_one_is_not(other, tmp_path: Path, caplog) -> None:
     who = rf"output='.*run': process {other.pid} on {socket.gethostname()} \(since 20.*\) is writing there"
     with pytest.raises(OptionError, match=who), one_writer("output", tmp_path / "run", inside=True):
@@ -69,6 +70,7 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_not(other, tmp_pa
     assert os.listdir(tmp_path / "run") == []
 
 
+@pytest.mark.attack("read-only folder")
 def test_what_can_not_be_written_to_is_said_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file" / "pairs.jsonl", tmp_path / "file"):
@@ -79,6 +81,7 @@ def test_what_can_not_be_written_to_is_said_and_nothing_is_left(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.attack("links")
 def test_a_file_is_not_written_through_a_link_and_leaves_no_half(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     part_of(tmp_path / "scores.jsonl").symlink_to(tmp_path / "precious")
@@ -95,6 +98,7 @@ def test_a_file_is_not_written_through_a_link_and_leaves_no_half(tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["precious", "scores.jsonl"]
 
 
+@pytest.mark.attack("input as output")
 @pytest.mark.parametrize("name", ["rows.jsonl", "row?.jsonl", ".", "link.jsonl"])
 def test_an_input_is_never_written_over(tmp_path: Path, monkeypatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -122,6 +126,7 @@ def result(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_what_belongs_together_is_told_from_what_may_be_edited(result: Path, tmp_path: Path) -> None:
     (result / "README.md").write_text("my card")
     (result / "metrics.json").unlink()
@@ -148,6 +153,7 @@ def test_what_belongs_together_is_told_from_what_may_be_edited(result: Path, tmp
     check_one_run("org/adapter")
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_an_adapter_in_a_checkpoint_or_under_a_name(result: Path, tmp_path: Path) -> None:
     checkpoint = result / "checkpoint-7"
     shutil.copytree(result, checkpoint, ignore=shutil.ignore_patterns(MANIFEST, "checkpoint-7"))
@@ -167,6 +173,7 @@ def test_an_adapter_in_a_checkpoint_or_under_a_name(result: Path, tmp_path: Path
         check_one_run(tmp_path / "named" / "policy")
 
 
+@pytest.mark.attack("full disk")
 def test_a_result_that_fails_changes_nothing(result: Path) -> None:
     before = {path: path.read_bytes() for path in result.iterdir()}
     with pytest.raises(OSError, match="No space"), whole_result(result) as staged:
@@ -178,12 +185,14 @@ def test_a_result_that_fails_changes_nothing(result: Path) -> None:
 # ---- Commands -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("two writers")
 def test_a_second_training_is_refused_before_anything_is_read(other, tmp_path: Path, capsys) -> None:
     words = ["--model_name_or_path", "no model", "--dataset_name", "no rows.jsonl", "--use_cpu", "true"]
     assert main(["train", "--output_dir", str(tmp_path / "run"), *words]) == 2
     assert f"process {other.pid}" in capsys.readouterr().err
 
 
+@pytest.mark.attack("input as output")
 @pytest.mark.parametrize(
     "words",
     [
@@ -207,6 +216,7 @@ def test_no_command_writes_over_its_input_or_over_others_files(tmp_path: Path, m
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.attack("killed while writing")
 def test_sigterm_takes_half_written_things_away(tmp_path: Path, monkeypatch, capsys) -> None:
     """And what a kill left of a merge goes at the next one's start."""
     left = tmp_path / ".merged.unfinished" / "merged"
@@ -227,6 +237,7 @@ def test_sigterm_takes_half_written_things_away(tmp_path: Path, monkeypatch, cap
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.attack("full disk")
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "s.jsonl"), OSError(28, "No space left")])
 def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys, error: OSError) -> None:
     def report(argv: list[str]) -> None:
@@ -238,6 +249,7 @@ def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys, error: OSEr
     assert said.count("\n") == 1 and str(error) in said and "Traceback" not in said
 
 
+@pytest.mark.attack("hostile config")
 def test_a_config_that_is_not_utf_8(tmp_path: Path, capsys) -> None:
     (tmp_path / "c.yaml").write_bytes("title: é".encode("latin-1"))
     assert main(["report", "--config", str(tmp_path / "c.yaml")]) == 2

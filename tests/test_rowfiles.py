@@ -53,6 +53,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.parquet"])
 def test_ten_thousand_random_texts_come_back_as_they_are(name: str, tmp_path: Path) -> None:
     """Also where a whole stretch of them looks like numbers, or like dates."""
@@ -71,6 +72,7 @@ def test_ten_thousand_random_texts_come_back_as_they_are(name: str, tmp_path: Pa
     assert list(read_rows(path, streaming=True)) == rows
 
 
+@pytest.mark.attack("hostile names")
 @pytest.mark.parametrize("name", ["pairs[1].jsonl", "run*.jsonl", "run?.csv", "a[!b]{c}.parquet", "~x%20 é.json"])
 def test_a_name_that_looks_like_a_pattern_is_a_file(name: str, tmp_path: Path) -> None:
     mine, others = [{"prompt": "mine"}], [{"prompt": "another's"}]
@@ -149,6 +151,7 @@ def test_zst_files(streaming: bool, tmp_path: Path) -> None:
     assert list(read_rows(str(tmp_path / "t.csv.zst"), streaming=streaming)) == [{"prompt": "007", "chosen": "NA"}]
 
 
+@pytest.mark.attack("stale caches")
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
 def test_a_file_written_again_is_read_again_whatever_its_time_says(name: str, tmp_path: Path) -> None:
     for text in ("old", "new"):  # of one length
@@ -251,6 +254,7 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {  # file, its bytes, what the me
 }
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_read_is_named_by_file_and_line(case: str, tmp_path: Path) -> None:
     name, content, words = BAD[case]

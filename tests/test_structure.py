@@ -50,12 +50,12 @@ BUDGETS = {
     "pairs": 1180,
     "report": 1115,
     "quickstart": 460,
-    "cli": 1580,
+    "cli": 1595,
     "rowfiles": 280,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_080
+MAX_PACKAGE_LINES = 26_100
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

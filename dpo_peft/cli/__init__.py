@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import errors
-from .options import show_progress
+from .options import printable, show_progress
 
 __all__ = ["main"]
 
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A command's module is loaded when the command is called: `help` should wait for nothing.
         getattr(import_module(f".{command}", __package__), command)(rest)
     except (*WRONG_INPUT, *REFUSED) as error:
-        print(f"dpo-peft: {error}", file=sys.stderr)
+        print(printable(f"dpo-peft: {error}"), file=sys.stderr)
         return 3 if isinstance(error, REFUSED) else 2
     except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
         print("dpo-peft: stopped.", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"dpo-peft: {error}. Mend that, then give the same command again.", file=sys.stderr)
+        print(printable(f"dpo-peft: {error}. Mend that, then give the same command again."), file=sys.stderr)
         return 3
     finally:
         if signal.getsignal(signal.SIGTERM) is _stop:

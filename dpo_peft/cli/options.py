@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ EXIT_CODES = """exit codes:
   3    refused or not finished: the message says why, and what to do
   130, 143  stopped by Ctrl-C or SIGTERM"""
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and the ends of lines
 Options = TypeVar("Options")
 
 
@@ -40,7 +42,7 @@ class _Lines(logging.Handler):
     """Plain lines on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def show_progress() -> None:
@@ -295,6 +297,8 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         raise OptionError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config {path} must hold `option: value` lines.")
+    if any("\0" in value for value in options.values() if isinstance(value, str)):
+        raise OptionError(f"--config {path} holds a NUL character, which no name can. Take it out.")
     if "env" in options:
         raise OptionError(
             f"--config {path}: env would set environment variables, which a file from elsewhere must not. Take it "
@@ -316,4 +320,14 @@ def required(options: object, *names: str) -> None:
 
 def show(result: Mapping[str, object], text: str, as_json: bool) -> None:
     """Prints a command's result: `text` for people, or `result` as one JSON object, NaN and infinity as null."""
-    print(json.dumps(strict(result), indent=2, ensure_ascii=False) if as_json else text)
+    print(unpaired(json.dumps(strict(result), indent=2, ensure_ascii=False)) if as_json else printable(text))
+
+
+def printable(text: str) -> str:
+    """Returns a text with what a terminal would obey, or UTF-8 can't hold, spelled: names and rows are others'."""
+    return unpaired(CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+
+
+def unpaired(text: str) -> str:
+    """Returns a text with the bytes of file names that are no UTF-8 spelled."""
+    return text.encode("utf-8", "backslashreplace").decode()

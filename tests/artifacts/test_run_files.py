@@ -65,6 +65,7 @@ def test_metrics_say_what_was_run(quick: Any) -> None:
     assert "warnings" not in found or found["warnings"] == trainer.warnings_raised
 
 
+@pytest.mark.attack("planted secrets")
 def test_nothing_of_the_machine_and_no_token_gets_out(quick: Any) -> None:
     trainer, _ = quick
     folder = Path(trainer.args.output_dir)
@@ -148,6 +149,7 @@ def test_a_run_from_python_says_what_it_knows(tiny_llama: Any, make_tokenizer: A
     assert (parsed.lora_r, parsed.use_rslora, parsed.lora_target_modules) == (6, True, ["q_proj", "v_proj"])
 
 
+@pytest.mark.attack("planted secrets")
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
@@ -213,6 +215,7 @@ def summary(**changes: Any) -> str:
     return str(model_card(RunSummary(**{"name": "a/x", "base_model": "a/b", "beta": 0.1, "versions": {}, **changes})))
 
 
+@pytest.mark.attack("hostile rows")
 def test_samples_can_not_break_out_of_their_blocks() -> None:
     """Whatever a model writes, headings, fences and HTML included, stays text."""
     wild = "```\n# Heading\n<script>alert(1)</script>\n````\n| a |"
@@ -272,6 +275,7 @@ def test_first_and_last_step_of_the_samples(tmp_path: Path) -> None:
 HOSTILE = "x`](https://evil.example)<script>alert(1)</script>|\n# y"
 
 
+@pytest.mark.attack("hostile names")
 def test_names_of_others_are_no_markup() -> None:
     """A data set, a base, an adapter, a reference and a warning that are called so."""
     summary = RunSummary(

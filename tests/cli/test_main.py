@@ -66,6 +66,7 @@ def test_the_command_line_overrides_the_file(run_folder: Path) -> None:
     assert cli_train.parse([f"--config={run_folder / 'run.yaml'}"])[1].beta == 0.3
 
 
+@pytest.mark.attack("hostile config")
 def test_a_file_may_hold_null_but_sets_no_environment_variables(run_folder: Path) -> None:
     path, before = run_folder / "run.yaml", dict(os.environ)
     options = path.read_text() + "max_length: null\n"
@@ -78,6 +79,7 @@ def test_a_file_may_hold_null_but_sets_no_environment_variables(run_folder: Path
     assert dict(os.environ) == before
 
 
+@pytest.mark.attack("hostile config")
 @pytest.mark.parametrize(
     ("text", "message"),
     [

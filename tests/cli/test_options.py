@@ -110,6 +110,7 @@ def test_rows_come_back(tmp_path: Path, name: str) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
 
 
+@pytest.mark.attack("killed while writing")
 def test_a_file_appears_once_it_is_whole(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"a": 1}])
 
@@ -152,6 +153,7 @@ def test_news_are_plain_lines_on_stderr_once_per_job(rank: str, expected: str) -
     assert (done.stdout, done.stderr) == ("", expected)
 
 
+@pytest.mark.attack("killed while writing")
 def test_a_broken_write_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     assert write_atomically(path, "ä\n").read_bytes() == "ä\n".encode()

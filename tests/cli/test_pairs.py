@@ -252,6 +252,7 @@ def test_prompts_beyond_the_models_context_are_counted(work: Path, base_folder: 
 # ---- Killed, stopped, resumed ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.slow
 def test_a_kill_loses_no_finished_prompt(work: Path, adapter: str, capsys: Any) -> None:
     """A process killed by SIGKILL in the middle; the same command then does the rest and ends with the same file."""

@@ -34,6 +34,7 @@ def endless(make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make_tokenizer(chat_template=ENDLESS)
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("workers", [None, 2])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_template_cannot_hang_a_run(endless: Any, workers: int | None, streaming: bool) -> None:
@@ -46,6 +47,7 @@ def test_a_template_cannot_hang_a_run(endless: Any, workers: int | None, streami
     assert len(prepare_dataset(Dataset.from_list(rows[:1]), endless)[0]) == 1  # the control
 
 
+@pytest.mark.attack("hostile rows")
 def test_scoring_and_sampling_are_limited_too(endless: Any) -> None:
     prompts, _ = read_prompts(Dataset.from_list([{"prompt": LOOPS}]), "prompts")
     with pytest.raises(DataError, match="prompts row 0, .*may never end"):
@@ -54,6 +56,7 @@ def test_scoring_and_sampling_are_limited_too(endless: Any) -> None:
         encode_completions(endless, [{"prompt": LOOPS, "completion": [{"role": "assistant", "content": "x"}]}])
 
 
+@pytest.mark.attack("hostile rows")
 def test_the_limit_is_of_computing_and_ends_with_what_it_limits() -> None:
     with limits.limited_time(0.05):
         time.sleep(0.2)  # waiting for others costs nothing
@@ -89,6 +92,7 @@ def nested(depth: int) -> Any:
     return json.loads('{"a":' * depth + "1" + "}" * depth)
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -113,6 +117,7 @@ def test_size_and_depth_are_bounded(
         list(prepare_dataset(IterableDataset.from_generator(lambda: iter(rows)), make_tokenizer())[0])
 
 
+@pytest.mark.attack("hostile rows")
 def test_values_in_each_other_are_bounded(make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Arrow holds them, to 64 levels by itself."""
     monkeypatch.setattr(limits, "DEEPEST", 20)
@@ -121,6 +126,7 @@ def test_values_in_each_other_are_bounded(make_tokenizer: Any, monkeypatch: pyte
         prepare_dataset(rows, make_tokenizer())
 
 
+@pytest.mark.attack("hostile rows")
 def test_a_number_beyond_all_bounds(make_tokenizer: Any) -> None:
     rows = [{"prompt": "a", "chosen": " b", "rejected": " c", "margin": value} for value in (1.0, 10**400)]
     stream, _ = prepare_dataset(
@@ -130,6 +136,7 @@ def test_a_number_beyond_all_bounds(make_tokenizer: Any) -> None:
         list(stream)
 
 
+@pytest.mark.attack("hostile rows")
 def test_a_line_without_an_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rowfiles, "LONGEST_LINE", 1_000)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "' + "x" * 2_000)
@@ -144,6 +151,7 @@ RENDERING = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).p
 }
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("name", [*sorted(RENDERING), "eos_token", "image_token", "strftime_now", "raise_exception"])
 def test_no_argument_of_rendering_comes_from_a_row(make_tokenizer: Any, name: str) -> None:
     """All that the installed transformers has, but the documents, which are data."""

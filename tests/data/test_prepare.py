@@ -71,6 +71,7 @@ def added_token(tokenizer):
     tokenizer.add_tokens([AddedToken("Question", normalized=False)])
 
 
+@pytest.mark.attack("stale caches")
 @pytest.mark.parametrize("change", [other_template, other_special_token, added_token])
 def test_a_changed_tokenizer_misses_the_cache(tmp_path, make_tokenizer, calls, change):  # as T6
     prepare_dataset(from_disk(tmp_path / "d", ROWS), make_tokenizer())
@@ -108,6 +109,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.attack("stale caches")
 @pytest.mark.parametrize("case", CHANGES)
 def test_what_the_objective_learns_from_is_part_of_the_cache_key(tmp_path, make_tokenizer, calls, case):
     rows, first, second = CHANGES[case]
@@ -150,6 +152,7 @@ def test_streams_and_worker_processes_give_the_same_of_every_kind(make_tokenizer
         assert list(stream) == list(alone) and stream_report == report
 
 
+@pytest.mark.attack("stale caches")
 def test_changed_rows_miss_the_cache(tmp_path, make_tokenizer, calls):
     dataset = from_disk(tmp_path / "d", ROWS)
     prepare_dataset(dataset, make_tokenizer())

@@ -131,6 +131,7 @@ def judge(rows: list[dict[str, Any]], data: str) -> tuple[int, int, list[str]]:
         return len(kept), summary.dropped_total, refused
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_broken_rows_are_kept_counted_or_refused_by_name(seed: int) -> None:
     random_ = random.Random(seed)
@@ -180,6 +181,7 @@ def slots(value: Any) -> list[tuple[Any, Any]]:
     return [place for key, item in inner for place in ((value, key), *slots(item))]
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_broken_rows_are_converted_or_refused(name: str) -> None:
     random_, convert, fates = random.Random(3), getattr(converters, name), {"made": 0, "refused": 0}

@@ -293,6 +293,7 @@ def test_what_fails_for_good_is_not_tried_again(hub: HubServer, folder: Path) ->
     assert hub.count("^POST .*/commit/") == 1 and names(hub) == set()
 
 
+@pytest.mark.attack("input as output")
 def test_someone_elses_commit_in_between_is_not_overwritten(hub: HubServer, folder: Path) -> None:
     publish(folder, REPO)
     (folder / "samples.jsonl").unlink()
@@ -416,6 +417,7 @@ def test_a_gated_repository_asks_before_it_gives(hub: HubServer, folder: Path, g
 # What is there already
 
 
+@pytest.mark.attack("input as output")
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -451,6 +453,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_an_adapter_that_is_not_whole(hub: HubServer, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     content = path.read_bytes()
@@ -476,6 +479,7 @@ def test_an_adapter_that_is_not_whole(hub: HubServer, folder: Path) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.attack("planted secrets")
 @pytest.mark.parametrize(
     ("where", "what", "message"),
     [
@@ -529,6 +533,7 @@ def test_without_a_card_a_short_one_is_made(hub: HubServer, folder: Path, card: 
     assert yaml.safe_load(text(hub, "README.md").split("---")[1])["base_model"] == BASE
 
 
+@pytest.mark.attack("pickles")
 def test_more_files_by_name_and_never_a_pickle(hub: HubServer, folder: Path) -> None:
     (folder / "report.html").write_text("<html></html>")
     (folder / "training_args.bin").write_bytes(b"an earlier version's")

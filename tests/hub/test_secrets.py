@@ -46,6 +46,7 @@ def plant(path: Path, secret: str) -> None:
     path.write_text(text, "utf-16" if path.name == "wide.txt" else "utf-8")
 
 
+@pytest.mark.attack("planted secrets")
 @pytest.mark.parametrize("place", PLACES)
 def test_no_secret_gets_out(folder: Path, place: str) -> None:
     """Each of 26 kinds, in each place; without it the same folder passes."""
@@ -123,6 +124,7 @@ PICKLES = {
 }
 
 
+@pytest.mark.attack("pickles")
 @pytest.mark.parametrize("kind", PICKLES)
 def test_no_pickle_gets_out_under_any_name(folder: Path, kind: str) -> None:
     for name in ("state.pickle", "model.ckpt", "weights", "notes.txt", "curves.png", "spiece.model"):
@@ -151,6 +153,7 @@ def test_what_is_no_pickle(content: bytes) -> None:
     assert pickled(content) is None
 
 
+@pytest.mark.attack("links")
 @pytest.mark.parametrize("name", ["curves.png", "samples.jsonl", "tokenizer_config.json"])
 def test_a_link_is_left_out_by_name(folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.txt").write_text("top secret")
@@ -160,6 +163,7 @@ def test_a_link_is_left_out_by_name(folder: Path, tmp_path: Path, name: str) -> 
     assert name not in upload.files and "symbolic link" in upload.left_out[name]
 
 
+@pytest.mark.attack("links")
 def test_no_link_is_followed(folder: Path, tmp_path: Path) -> None:
     """A file, or a folder on the way to one; weights and config are needed, so the command stops."""
     outside = tmp_path / "outside"
@@ -179,6 +183,7 @@ def test_no_link_is_followed(folder: Path, tmp_path: Path) -> None:
         gather(folder)
 
 
+@pytest.mark.attack("planted secrets")
 def test_this_machines_folders_are_found_in_rows_too(folder: Path) -> None:
     """A sample may speak of any path, but hardly of the run's own folder."""
     line = {"step": 0, "prompt_number": 9, "prompt": "ls /home" + "/anybody", "completion": "ok"}

@@ -364,6 +364,7 @@ def test_embeddings_that_were_not_parted_are_refused(trained, tmp_path, monkeypa
     refused(trained("embeddings", tied=True), tmp_path, max_drift=0.05)
 
 
+@pytest.mark.attack("weights not finite")
 def test_nan_is_refused(trained, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(merging, "compare", lambda *a: SimpleNamespace(**dict.fromkeys(FIELDS, math.nan), rows="x"))
     refused(trained("lora"), tmp_path, max_drift=1e9)
@@ -372,6 +373,7 @@ def test_nan_is_refused(trained, tmp_path, monkeypatch) -> None:
 FIELDS = ("mean_token", "adapter_token", "tokens")
 
 
+@pytest.mark.attack("killed while writing")
 def test_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch) -> None:
     def stop(*args: Any) -> None:
         assert any(path.name.startswith(".out.") for path in tmp_path.iterdir())
@@ -401,6 +403,7 @@ def test_wrong_options_are_found_before_loading(trained, tmp_path, monkeypatch, 
         merge_adapter(trained("lora"), tmp_path / "out", **options)
 
 
+@pytest.mark.attack("input as output")
 def test_folder_with_files_is_refused_before_loading(trained, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(AdapterSource, "load", None)
     (tmp_path / "keep.txt").write_text("mine")

@@ -24,6 +24,7 @@ def read(record: Any) -> TrainedWith | None:
     return read_training(LoraConfig(auto_mapping={RECORD: record}))
 
 
+@pytest.mark.attack("hostile adapter")
 @pytest.mark.parametrize(
     "changed",
     [
@@ -49,6 +50,7 @@ def test_a_value_of_the_wrong_kind(changed: dict[str, Any]) -> None:
         read({**asdict(GOOD), **changed})
 
 
+@pytest.mark.attack("hostile adapter")
 @pytest.mark.parametrize("record", [3, "x", [1], {}, {"beta": 0.1}], ids=str)
 def test_what_is_no_record(record: Any) -> None:
     with pytest.raises(ReferenceMismatchError, match="damaged"):
@@ -61,6 +63,7 @@ def test_a_good_record_passes() -> None:
     assert read(older).base_class is None and read(None) is None
 
 
+@pytest.mark.attack("hostile adapter")
 @pytest.mark.parametrize(
     "name", ["/etc", "../base", "./base", "~/base", "a/b/c", "C:\\base", "\\\\there\\share", "a/.."]
 )

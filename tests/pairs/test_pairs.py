@@ -368,6 +368,7 @@ def chunk(*numbers: int) -> dict[str, dict[str, Any]]:
     return {KEYS[number]: {"n": number, "text": "ä\n" * number} for number in numbers}
 
 
+@pytest.mark.attack("killed while writing")
 def test_work_goes_on_from_any_byte_of_the_file(tmp_path: Path) -> None:
     """The file cut anywhere, as a kill or a power cut leaves it: whole chunks are kept, the rest is done again."""
     path = tmp_path / "work"
@@ -388,6 +389,7 @@ def test_work_goes_on_from_any_byte_of_the_file(tmp_path: Path) -> None:
         assert [(record["key"], record["n"]) for record in log.records()] == list(zip(KEYS, range(5), strict=True))
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_a_record_belongs_to_the_item_that_it_names(tmp_path: Path) -> None:
     """Whatever the order of the chunks, and where two processes wrote the same one: places don't count."""
     path = tmp_path / "work"
@@ -429,6 +431,7 @@ def test_other_options_are_refused_by_name(tmp_path: Path) -> None:
     assert len(WorkLog(path, HEADER, KEYS).done) == 1
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_damage_above_the_last_line_is_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "work"
     log = WorkLog(path, HEADER, KEYS)

@@ -225,6 +225,7 @@ def fill_shuffled(folder: Path, seed: int, n: int, start: Any) -> tuple[int, int
         return cache.stored, bad
 
 
+@pytest.mark.attack("two writers")
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_fill_one_store_at_once(tmp_path: Path, processes: int) -> None:
     n, start = 600, FORK.Barrier(processes)
@@ -235,6 +236,7 @@ def test_processes_fill_one_store_at_once(tmp_path: Path, processes: int) -> Non
         assert missed(cache, range(n)) == 0 and wrong(cache, range(n)) == []
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_processes_meet_a_damaged_file_at_once(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"no database" * 1000)
     n, start = 300, FORK.Barrier(4)
@@ -253,6 +255,7 @@ def open_and_fill(folder: Path, rounds: int, start: Any) -> None:
             fill(cache, range(3))
 
 
+@pytest.mark.attack("two writers")
 def test_processes_make_one_file_at_once(tmp_path: Path) -> None:
     start = FORK.Barrier(4)
     in_processes(open_and_fill, [(tmp_path, 25, start)] * 4)
@@ -317,6 +320,7 @@ def put_until_killed(folder: Path, first: int, pipe: Any) -> None:
         pipe.send(at + 8)
 
 
+@pytest.mark.attack("killed while writing")
 def test_kill_at_any_moment_loses_nothing_that_was_stored(tmp_path: Path) -> None:
     rng, first = random.Random(0), 0
     for round_ in range(25):
@@ -382,6 +386,7 @@ def suffer(folder: Path, content: bytes) -> str:
     return "moved" if moved(folder) else "corrupt" if cache.corrupt else "miss" if misses else "unnoticed"
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.usefixtures("no_sync")
 def test_no_flipped_byte_gives_a_wrong_value(tmp_path: Path, whole_file: bytes) -> None:
     rng = random.Random(1)
@@ -394,11 +399,13 @@ def test_no_flipped_byte_gives_a_wrong_value(tmp_path: Path, whole_file: bytes) 
     assert len(places) > 600 and min(shown.values()) > 0, shown  # empty space and other references go unnoticed
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.parametrize("value", [3, 255])
 def test_header_that_forbids_writing_is_damage(tmp_path: Path, whole_file: bytes, value: int) -> None:
     assert suffer(tmp_path / "store", whole_file[:18] + bytes([value]) + whole_file[19:]) == "moved"
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.usefixtures("no_sync")
 def test_flips_in_every_part_of_an_entry_are_detected(tmp_path: Path, whole_file: bytes) -> None:
     tokens = entry(7).token_logps
@@ -413,6 +420,7 @@ def test_flips_in_every_part_of_an_entry_are_detected(tmp_path: Path, whole_file
             assert suffer(tmp_path / "store", bytes(flipped)) != "unnoticed"
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.usefixtures("no_sync")
 def test_garbage_truncation_and_mixed_up_pages_give_no_wrong_value(tmp_path: Path, whole_file: bytes) -> None:
     rng, pages = random.Random(2), len(whole_file) // PAGE
@@ -441,6 +449,7 @@ def test_without_its_checksum_a_flipped_value_is_served(
         assert wrong(cache, range(N)) == [6]
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.parametrize(
     "mix_up",
     [
@@ -478,6 +487,7 @@ def test_put_replaces_a_damaged_entry_that_no_one_has_read(tmp_path: Path) -> No
         assert cache.stored == 5 and wrong(cache, range(4)) == [] and cache.hits == 4
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.parametrize("statement", ["PRAGMA user_version = 99", "PRAGMA user_version = 0"])
 def test_file_of_another_version_is_moved_aside(
     tmp_path: Path, whole_file: bytes, statement: str, caplog: pytest.LogCaptureFixture
@@ -542,6 +552,7 @@ def test_full_store_refuses_and_says_so_once(tmp_path: Path, caplog: pytest.LogC
     assert len(caplog.records) == 1 and "--clear" in caplog.text and "100,000" in caplog.text
 
 
+@pytest.mark.attack("full disk")
 def test_full_disk_stops_storing_and_serving_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), closing(ReferenceCache(tmp_path, REF)) as cache:
         fill(cache, range(100))
@@ -604,6 +615,7 @@ HOLD_OPEN = (
 )
 
 
+@pytest.mark.attack("read-only folder")
 @pytest.mark.parametrize("leftover", ["", "lock", "log", "lock and log"])
 def test_read_only_folder_is_read(public_folder: Path, leftover: str, caplog: pytest.LogCaptureFixture) -> None:
     cache = ReferenceCache(public_folder, REF)
@@ -633,6 +645,7 @@ def test_read_only_folder_is_read(public_folder: Path, leftover: str, caplog: py
     holder.communicate()
 
 
+@pytest.mark.attack("read-only folder")
 def test_folder_that_cannot_be_made_means_misses(public_folder: Path) -> None:
     os.chmod(public_folder, 0o555)
 

@@ -138,6 +138,7 @@ def trained_adapter(tiny_llama: Any, seed: int) -> PeftModel:
     return model
 
 
+@pytest.mark.attack("stale caches")
 @pytest.mark.slow
 def test_what_changes_the_reference_misses(tiny_llama, make_tokenizer, tmp_path, base_folder):
     def count(model: Any, **changed: Any) -> int:
@@ -183,6 +184,7 @@ def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
         trainer.train()
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_flipped_bytes_are_computed_again(tiny_llama, make_tokenizer, tmp_path, computed, caplog):
     store = tmp_path / "store"
     expected = run(tiny_llama(), make_tokenizer, tmp_path / "a", store).train_dataset
@@ -204,6 +206,7 @@ def test_flipped_bytes_are_computed_again(tiny_llama, make_tokenizer, tmp_path, 
 # ---- Precomputing ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("killed while writing")
 def test_precomputing_goes_on_after_a_kill(tiny_llama, make_tokenizer, tmp_path, computed, monkeypatch):
     """With the same values, to the bit, as without the kill."""
     options = {"precompute_ref_log_probs": True, "precompute_ref_tokens": 40, "data": id_pairs(20)}

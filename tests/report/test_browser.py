@@ -205,6 +205,7 @@ def test_print_is_light_and_whole(browser: Browser, one: Path) -> None:
     assert page.run("document.querySelector('nav').checkVisibility()") is False
 
 
+@pytest.mark.attack("hostile rows")
 def test_hostile_text_does_nothing(browser: Browser, one: Path, tmp_path: Path) -> None:
     page = browser.page().open(one)
     assert page.run("typeof hacked") == "undefined"
@@ -216,6 +217,7 @@ def test_hostile_text_does_nothing(browser: Browser, one: Path, tmp_path: Path) 
     assert browser.page().open(naked).run("typeof hacked") == "number"
 
 
+@pytest.mark.attack("hostile rows")
 def test_the_policy_stops_what_escaping_let_through(browser: Browser, one: Path, tmp_path: Path) -> None:
     """And requests and complaints are seen: the silence that the other tests ask for is not deafness."""
     injected = tmp_path / "injected.html"

@@ -321,6 +321,7 @@ def check_harmless(page: Any) -> None:
             assert name == "content" or element.tag == "svg" or "url(" not in value or HOSTILE in value
 
 
+@pytest.mark.attack("hostile rows")
 def test_hostile_text_is_only_text(hostile: Path, tmp_path: Path) -> None:
     page, _ = page_of(hostile, output=tmp_path / "page.html")
     check_harmless(page)
@@ -341,6 +342,7 @@ def test_the_check_sees_what_is_harmful() -> None:
             check_harmless(read_page((head + bad).encode()))
 
 
+@pytest.mark.attack("hostile rows")
 def test_text_that_utf8_cannot_hold(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "samples.jsonl").write_text(
@@ -473,6 +475,7 @@ def test_an_unfinished_run_is_read_from_its_newest_whole_checkpoint(tmp_path: Pa
         Run(folder)
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_a_half_written_last_line_is_noted_and_any_other_is_an_error(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     whole = (folder / "samples.jsonl").read_text()
@@ -484,6 +487,7 @@ def test_a_half_written_last_line_is_noted_and_any_other_is_an_error(tmp_path: P
         Run(folder)
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

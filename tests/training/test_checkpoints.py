@@ -109,6 +109,7 @@ def failing(when: Callable[[Path], bool]) -> Callable[..., None]:
     return wrapped
 
 
+@pytest.mark.attack("full disk")
 def test_a_disk_error_propagates_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 7, 1)
     write(staging_folder(tmp_path, 7) / "checkpoint-7", 2)
@@ -157,6 +158,7 @@ def files_of(folder: Path) -> list[str]:
     return [*NAMES, MANIFEST] if (folder / MANIFEST).exists() else NAMES
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_every_flipped_bit_is_found_in_its_file(tmp_path: Path) -> None:
     folder, draw = save(tmp_path, 7, 1), random.Random(0)
     for name in files_of(folder):
@@ -175,6 +177,7 @@ def test_every_flipped_bit_is_found_in_its_file(tmp_path: Path) -> None:
     assert problem_with(folder) is None
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_every_cut_file_is_found(tmp_path: Path) -> None:
     folder = save(tmp_path, 7, 1)
     for name in files_of(folder):
@@ -189,6 +192,7 @@ def test_every_cut_file_is_found(tmp_path: Path) -> None:
         (folder / name).write_bytes(whole)
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_every_missing_file_is_found(tmp_path: Path) -> None:
     folder = save(tmp_path, 7, 1)
     for name in files_of(folder):
@@ -203,6 +207,7 @@ def test_every_missing_file_is_found(tmp_path: Path) -> None:
     assert problem_with(folder) == f"is damaged: {NAMES[3]} is missing"
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "7", '{"format": 1}', '{"format": 1, "step": 7, "files": 3}', "\0" * 9]
 )
@@ -225,6 +230,7 @@ def test_other_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem_with(folder) == ("has a manifest.json of format 1, and this version of the package reads format 2")
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_newest_whole_passes_over_the_broken_ones_by_step(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) == newest_whole(tmp_path / "no such run") == (None, [])
     for step in (9, 10, 100, 20):  # not in the order of their names
@@ -279,6 +285,7 @@ def test_rotation_deletes_the_oldest(tmp_path: Path, limit: int | None, keep: li
     assert deleted == [link / f"checkpoint-{step}" for step in (5, 9, 10, 11) if step not in left]
 
 
+@pytest.mark.attack("input as output")
 def test_rotation_never_deletes_the_newest_whole_one(tmp_path: Path, caplog) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step, step)
@@ -290,6 +297,7 @@ def test_rotation_never_deletes_the_newest_whole_one(tmp_path: Path, caplog) -> 
     assert "checkpoint-3 is deleted: it " in caplog.text and "checkpoint-1 is deleted" not in caplog.text
 
 
+@pytest.mark.attack("input as output")
 def test_rotation_leaves_other_programs_checkpoints_alone(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step, step)
@@ -372,6 +380,7 @@ def test_the_old_one_comes_back_for_a_damaged_replacement(tmp_path: Path) -> Non
     assert survivor(tmp_path) == 1
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.parametrize("damaged", ["checkpoint-7", ".replaced-7"])
 def test_committing_over_an_unrecovered_kill_keeps_a_whole_one_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
@@ -400,6 +409,7 @@ def killed(experiment: str, *arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.attack("killed while writing")
 def test_a_kill_before_any_file_operation_loses_nothing(tmp_path: Path) -> None:
     found = killed("sweep", tmp_path, "save")
     assert found["moments"] > 100
@@ -422,12 +432,14 @@ def test_the_sweep_finds_a_naive_writer(tmp_path: Path, writer: str) -> None:
     assert len(killed("sweep", tmp_path, writer)["losses"]) >= 3
 
 
+@pytest.mark.attack("killed while writing")
 def test_a_kill_during_recovery_loses_nothing(tmp_path: Path) -> None:
     found = killed("sweep_recovery", tmp_path)
     assert found["starts"] > 15 and found["moments"] > 100
     assert found["losses"] == []
 
 
+@pytest.mark.attack("killed while writing")
 def test_a_kill_at_any_file_operation_of_the_final_save_leaves_one_run(tmp_path: Path) -> None:
     """And a second kill at any one of what brings it to an end: old or new, never both; nothing of the user's goes."""
     found = killed("sweep_result", tmp_path, "save_result", 4)
@@ -439,6 +451,7 @@ def test_the_sweep_finds_a_result_written_in_place(tmp_path: Path) -> None:
     assert len(killed("sweep_result", tmp_path, "save_result_in_place", 1)["losses"]) >= 3
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     found = killed("torture", tmp_path, "save", 300)

@@ -156,6 +156,7 @@ def test_halving_is_remembered_by_a_checkpoint(tiny_llama, make_tokenizer, tmp_p
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("weights not finite")
 def test_a_row_that_gives_nan(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
     forward = trainer.completion_logps
 
@@ -189,6 +190,7 @@ class Breaks(torch.optim.SGD):
                 self.param_groups[0]["params"][3][0, 0] = self.value
 
 
+@pytest.mark.attack("weights not finite")
 @pytest.mark.parametrize(("value", "steps"), [(math.nan, 2), (math.inf, 2), (math.nan, 9), (1e30, 2)])
 def test_a_step_that_breaks_the_weights(tiny_llama, make_tokenizer, tmp_path, value: float, steps: int) -> None:
     """The loss and the gradients before it were fine; nothing of it is saved, at the last step neither. Numbers that
@@ -222,6 +224,7 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(tiny_llama, make_tokenizer, tmp_path, caplog, number):
     options = {"gradient_accumulation_steps": 2, "rows": 16, "max_steps": 5}
@@ -263,6 +266,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tiny_llama, make_tokenizer, tm
     assert problem_with(tmp_path / "checkpoint-4") is None
 
 
+@pytest.mark.attack("killed while writing")
 def test_a_second_signal_acts_at_once(tiny_llama, make_tokenizer, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of pytest-xdist ignores Ctrl-C
 
@@ -284,6 +288,7 @@ def test_a_second_signal_acts_at_once(tiny_llama, make_tokenizer, tmp_path):
 # ---- Disks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("full disk")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "run_state.json"])
 def test_a_disk_that_fills_up(tiny_llama, make_tokenizer, tmp_path, monkeypatch, name):
@@ -368,6 +373,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.attack("damaged or mixed files")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(tiny_llama, make_tokenizer, saved, tmp_path, caplog, damage):
     change, name, message = DAMAGES[damage]

@@ -51,6 +51,7 @@ def assert_identical(run: Run) -> None:
     assert same, told(run)
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.parametrize("name", SHORT)
 def test_killed_equals_straight(torturer, name):
     assert torturer(name).straight["step"] == STEPS
@@ -59,6 +60,7 @@ def test_killed_equals_straight(torturer, name):
     assert len(run.killed) == 2 and run.attempts[-1].resumed_at >= 3, told(run)
 
 
+@pytest.mark.attack("damaged or mixed files")
 def test_damaged_checkpoint_is_passed_over(torturer):
     run = torturer("float32").torture(1, [Kill(Phase.SAVING, 3, 0.5), Kill(Phase.SAVING, 2, 0.0)], damage=1.0)
     assert_identical(run)
@@ -66,6 +68,7 @@ def test_damaged_checkpoint_is_passed_over(torturer):
     assert first.damaged and second.expected == 3 and second.resumed_at == 3, told(run)
 
 
+@pytest.mark.attack("killed while writing")
 def test_killed_after_the_last_step(torturer):
     run = torturer("float32").torture(2, [Kill(Phase.ENDING, 1, 0.0)])
     assert_identical(run)

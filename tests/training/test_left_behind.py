@@ -52,6 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.attack("planted secrets")
 def test_no_secret_is_in_any_file(run: Path) -> None:
     assert mentions(run, "chosen")  # the search finds what is there
     for secret in (*(SECRETS["Hub"] + end for end in "XYZ"), SECRETS["OpenAI"], "0123456789" * 4):
@@ -62,6 +63,7 @@ def test_no_secret_is_in_any_file(run: Path) -> None:
     assert state["trajectory"]["model_init_kwargs"] == {"dtype": "float32"}
 
 
+@pytest.mark.attack("planted secrets")
 def test_a_tokenizer_keeps_no_secret(make_tokenizer: Any, tiny_llama: Any, tmp_path: Path) -> None:
     """What it was loaded with is in its own files; and transformers takes use_auth_token for a special token."""
     tokenizer = make_tokenizer()
@@ -76,6 +78,7 @@ def test_a_tokenizer_keeps_no_secret(make_tokenizer: Any, tiny_llama: Any, tmp_p
         ours(tiny_llama(), text_pairs(4), tokenizer, tmp_path / "again")
 
 
+@pytest.mark.attack("pickles")
 def test_no_pickle_but_torchs_own(run: Path) -> None:
     found = {path.name for path in run.rglob("*") if path.is_file() and pickled(path.read_bytes())}
     assert found == OF_TORCH
@@ -83,12 +86,14 @@ def test_no_pickle_but_torchs_own(run: Path) -> None:
         torch.load(path, weights_only=True)
 
 
+@pytest.mark.attack("other users")
 def test_other_users_cannot_read_rows(run: Path) -> None:
     others = {path.name for path in run.rglob("*") if path.is_file() and path.stat().st_mode & stat.S_IROTH}
     assert not others & {"samples.jsonl", "eval_examples.jsonl"} and (run / "samples.jsonl").is_file()
     assert {"README.md", "metrics.json", "adapter_config.json"} <= others  # what has no rows is as by umask
 
 
+@pytest.mark.attack("other users")
 def test_a_file_of_rows_is_closed_whatever_lay_there(tmp_path: Path) -> None:
     """An unfinished file that anybody may read, or a link that somebody put there, isn't written through."""
     target = tmp_path / "target"

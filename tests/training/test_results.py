@@ -37,6 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- A finished run -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("input as output")
 def test_a_finished_run_is_replaced_only_if_asked(tiny_llama, make_tokenizer, tmp_path) -> None:
     first = build(tiny_llama, make_tokenizer, tmp_path, save_strategy="steps", save_steps=1)
     first.train()
@@ -63,6 +64,7 @@ def test_a_finished_run_is_replaced_only_if_asked(tiny_llama, make_tokenizer, tm
     assert contents(tmp_path)["adapter_model.safetensors"] != before["adapter_model.safetensors"]
 
 
+@pytest.mark.attack("input as output")
 def test_rows_of_the_user_are_not_taken_for_samples(tmp_path) -> None:
     class Start:
         global_step = 0
@@ -97,6 +99,7 @@ def interrupted(tiny_llama: Any, make_tokenizer: Any, folder: Path, **changed: A
     build(tiny_llama, make_tokenizer, folder, **options).train()
 
 
+@pytest.mark.attack("moved folder")
 def test_a_moved_run_finds_its_own_best_checkpoint(tiny_llama, make_tokenizer, tmp_path, caplog) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     interrupted(tiny_llama, make_tokenizer, old)
@@ -131,6 +134,7 @@ def test_a_moved_run_finds_its_own_best_checkpoint(tiny_llama, make_tokenizer, t
     assert "is another run's (its log differs). It is forgotten." in " ".join(caplog.text.split())
 
 
+@pytest.mark.attack("input as output")
 def test_a_limit_of_one_leaves_other_programs_checkpoints(tiny_llama, make_tokenizer, tmp_path) -> None:
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / "checkpoint-9" / "model.safetensors").write_text("TRL's")
@@ -141,6 +145,7 @@ def test_a_limit_of_one_leaves_other_programs_checkpoints(tiny_llama, make_token
     assert [path.name for path in sorted(tmp_path.glob("*-*"))] == ["checkpoint-1", "checkpoint-2", "checkpoint-9"]
 
 
+@pytest.mark.attack("moved folder")
 def test_a_moved_reference_is_found_by_its_fingerprint(base_folder, tmp_path) -> None:
     """Recorded as an absolute path, and moved with the run; one of the same name that lies nearer is another."""
     first = tmp_path / "first"
@@ -176,6 +181,7 @@ FLOAT32: dict[str, Any] = {
 # ---- A disk that fails at the end -----------------------------------------------------------------------------------
 
 
+@pytest.mark.attack("full disk")
 def test_a_full_disk_at_the_end_loses_nothing(base_folder, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_pairs(8)))
     words = "--use_cpu true --bf16 false --dtype float32 --quantize_base false --max_steps 1 --save_strategy no"
@@ -199,6 +205,7 @@ def test_a_full_disk_at_the_end_loses_nothing(base_folder, tmp_path, monkeypatch
     assert sorted(os.listdir(tmp_path)) == ["rows.jsonl", "temporary"]  # nothing was written, the folder went again
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.slow
 def test_a_kill_in_the_final_save_leaves_one_run(tiny_llama, make_tokenizer, tmp_path) -> None:
     """A trainer's own save over an earlier run's, dying before every seventh file operation."""

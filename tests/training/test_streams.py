@@ -44,6 +44,7 @@ def run(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> Any:
     return train
 
 
+@pytest.mark.attack("killed while writing")
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] if name != "shuffled" else []) for name in CASES]
 )
@@ -74,6 +75,7 @@ def some_empty(good: int, bad: int) -> Dataset:
     return Dataset.from_list([rows[first], *(rows[number] for number in order if number != first)])
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_stream_drops_is_counted(run: Any, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     """In the workers too: 3 passes over 12 rows of which 4 are empty; the numbers are of the last pass."""
@@ -87,6 +89,7 @@ def test_what_a_stream_drops_is_counted(run: Any, workers: int, caplog: pytest.L
     assert "train: 8 of 12 rows kept" in caplog.text and "0 of 0" not in caplog.text
 
 
+@pytest.mark.attack("hostile rows")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_share_holds_for_a_short_stream(run: Any, workers: int) -> None:
     """Too short to be judged on its way, it is judged when the first pass is over."""
@@ -96,6 +99,7 @@ def test_the_share_holds_for_a_short_stream(run: Any, workers: int) -> None:
     assert run("allowed", **options, max_unusable_share=0.9, max_steps=3).state.global_step == 3
 
 
+@pytest.mark.attack("hostile rows")
 def test_the_share_holds_on_the_way(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what worker processes have counted, by the main one."""
     monkeypatch.setattr(building, "STREAM_PATIENCE", 20)
