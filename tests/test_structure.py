@@ -37,7 +37,7 @@ BUDGETS = {
     "losses": 1100,
     "data": 3325,
     "forward": 1505,
-    "reference": 1555,
+    "reference": 1562,
     "model": 1490,
     "training": 2590,
     "evaluation": 750,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_050
+MAX_PACKAGE_LINES = 26_057
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
