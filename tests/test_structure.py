@@ -37,7 +37,7 @@ BUDGETS = {
     "losses": 1100,
     "data": 3325,
     "forward": 1505,
-    "reference": 1555,
+    "reference": 1560,
     "model": 1495,
     "training": 2605,
     "evaluation": 750,

@@ -3,7 +3,7 @@
 `adapter_off.py` scores under a reference and `fingerprint.py` says which one it is. Here a run makes sure that it is
 the one that was meant: before the first step, when a trained adapter is trained again, and when a run is resumed.
 
-Shape suffixes: C completions, N predicted tokens.
+Shape suffixes: C completions, E samples, N predicted tokens.
 """
 
 import logging
@@ -26,7 +26,7 @@ from ..config import DPOConfig
 from ..data.collator import chunks
 from ..distributed import rank, world_size
 from ..errors import ReferenceMismatchError
-from ..forward import ForwardPlan, PackedBatch, Scores
+from ..forward import ForwardPlan, PackedBatch, Sample, Scores, pad_rows
 from ..forward.rotary import fixed_rope_length
 from ..objective import TrainingObjective
 from .adapter_off import (
@@ -230,8 +230,14 @@ class ReferencePolicy:
                 f"{cause} A cached reference would not be that of the policy's batches. Leave cache_ref_log_probs and "
                 "precompute_ref_log_probs out: then it is computed beside the same rows as the policy."
             )
-        # The stored values come from batches of a third shape.
-        floor = 4 * noise_floor(computed_C, apart_C, rounding)
+        # The stored values come from batches of a third shape. In 16 bits a few short rows may agree to the last bit
+        # in two shapes, and yet not beside a longer row: how far the plain layout moves them counts as well.
+        assert whole.samples is not None  # the store's keys are made of them
+        firsts = [Sample(s.prompt, s.completions[:1], steps=s.steps and s.steps[:1]) for s in whole.samples.kept]
+        first_E = torch.searchsorted(whole.sample_of, torch.arange(len(firsts), device=whole.sample_of.device))
+        plain_E = self.compute(pad_rows(firsts).to(self.args.device)).logps_C
+        shapes = (computed_C, apart_C), (computed_C[first_E], plain_E)
+        floor = 4 * max(noise_floor(*two, rounding) for two in shapes)
         stored = zip(self.store.peek(whole.keys), computed_C.tolist(), strict=True)
         difference = max((abs(entry.logp - logp) for entry, logp in stored if entry is not None), default=0.0)
         if difference > floor:

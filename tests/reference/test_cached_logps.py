@@ -4,6 +4,7 @@ Traps T6 (a cache that outlives its tokens) and T6b (one that is thrown away wit
 """
 
 import logging
+import random
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,21 @@ def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
     trainer.reference.store.put(batch["keys"], [Entry(-3.0, None)] * 8)
     with pytest.raises(ReferenceMismatchError, match="cached reference is not this one.*dpo-peft cache --clear"):
         trainer.train()
+
+
+@pytest.mark.parametrize("objective", ["kto", "sigmoid"])
+def test_a_second_run_in_bfloat16_keeps_its_store(tiny_llama, make_tokenizer, tmp_path, objective):
+    """The first rows are short: in any batches of them alone their values are the same to the last bit. The stored
+    values were computed beside longer rows."""
+    draw = random.Random(1)
+    sizes = [(2, 2), (3, 2), (2, 3), (3, 3), *[(20 + 5 * i, 30) for i in range(6)]]
+    ids = [[[draw.randrange(5, 270) for _ in range(n)] for n in (own, *2 * [answer])] for own, answer in sizes]
+    rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in ids]
+    options = {"loss_type": objective, "bf16": True, "precompute_ref_log_probs": True, "max_steps": 1}
+    for name in "ab":
+        model = tiny_llama().to(torch.bfloat16)
+        trainer = run(model, make_tokenizer, tmp_path / name, tmp_path, data=Dataset.from_list(rows), **options)
+    assert trainer.reference.store.misses == 0
 
 
 @pytest.mark.attack("damaged or mixed files")
