@@ -70,7 +70,7 @@ class Runs:
         return ours(model, rows, None if nf4 else self.tokenizer, self.folder / name, **given)
 
     def train(self, name: str, case: dict[str, Any], resume: Any = None, **changed: Any) -> tuple[bytes, Any]:
-        """Returns the bytes of the saved adapter, and the log without what counts batches, or from a resumed run's start."""
+        """Returns the bytes of the saved adapter, and the log without counts that a split or a resume moves."""
         trainer = self.trainer(name, case, **changed)
         trainer.train(resume)
         trainer.save_model(str(self.folder / name / "saved"))
