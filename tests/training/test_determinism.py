@@ -70,11 +70,13 @@ class Runs:
         return ours(model, rows, None if nf4 else self.tokenizer, self.folder / name, **given)
 
     def train(self, name: str, case: dict[str, Any], resume: Any = None, **changed: Any) -> tuple[bytes, Any]:
-        """Returns the bytes of the saved adapter, and the log without what counts batches or time."""
+        """Returns the bytes of the saved adapter, and the log without counts that a split or a resume moves."""
         trainer = self.trainer(name, case, **changed)
         trainer.train(resume)
         trainer.save_model(str(self.folder / name / "saved"))
-        logs = [{k: v for k, v in log.items() if k != "epoch"} for log in step_logs(trainer)]
+        logs = [
+            {k: v for k, v in log.items() if not k.startswith(("epoch", "ref_cache/"))} for log in step_logs(trainer)
+        ]
         return (self.folder / name / "saved" / "adapter_model.safetensors").read_bytes(), logs
 
     def interrupted(self, name: str, case: dict[str, Any]) -> tuple[bytes, Any]:
@@ -117,6 +119,7 @@ def test_another_optimizer_batch_is_told(runs: Runs, caplog: Any) -> None:
     assert "rows of an optimizer batch, per process: 8 before, 4 now" in caplog.text
 
 
+@pytest.mark.slow
 def test_values_of_other_batches_are_not_read(runs: Runs) -> None:
     """A cache that a run without the option has filled does not change the bytes; the control: it is read without."""
     case = {"loss_type": "sigmoid", "precompute_ref_log_probs": True, "max_steps": 1}
