@@ -137,6 +137,14 @@ def judged(
     return "; ".join(problems)
 
 
+def in_place(path: Path, html: bytes, private: bool) -> None:
+    """A naive writer, which the attacks must find."""
+    with open(path, "wb", buffering=0) as file:
+        file.write(html[:100])
+        os.fsync(file.fileno())
+        file.write(html[100:])
+
+
 def attacks(folder: Path, command: str, every: int) -> dict[str, Any]:
     words = WORDS[command][0]
     before = contents(folder)
@@ -177,4 +185,6 @@ if __name__ == "__main__":
     from dpo_peft.report import page  # noqa: F401
     from dpo_peft.reward import judgments  # noqa: F401
 
+    if sys.argv[4:] == ["naive"]:
+        page.write_atomically = in_place  # type: ignore[assignment]
     print(json.dumps(attacks(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
