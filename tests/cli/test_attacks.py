@@ -51,13 +51,13 @@ def attacked(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`attacked(command)`: tries and what got through, by kind; each command is attacked once."""
 
     @cache
-    def run(command: str) -> dict[str, tuple[int, list[str]]]:
+    def run(command: str, *more: str) -> dict[str, tuple[int, list[str]]]:
         scratch = tmp_path_factory.mktemp(command)
         folder = shutil.copytree(made, scratch / "work")
         (scratch / "tmp").mkdir()
         every = {"merge": 3, "train": 7}.get(command, 1)
         done = subprocess.run(
-            [sys.executable, command_attacks.__file__, str(folder), command, str(every)],
+            [sys.executable, command_attacks.__file__, str(folder), command, str(every), *more],
             env={**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(scratch / "tmp")},
             capture_output=True,
             text=True,
@@ -99,6 +99,12 @@ def test_the_system_lets_no_file_grow(attacked: Any, command: str) -> None:
 @every_command
 def test_nothing_can_be_written(attacked: Any, command: str) -> None:
     assert attacked(command)["read-only"] == [1, []] and attacked(command)["straight"] == [1, []]
+
+
+@pytest.mark.slow
+def test_the_attacks_find_a_naive_writer(attacked: Any) -> None:
+    found = attacked("report", "naive")
+    assert "half" in str(found["killed"]) and "half" in str(found["full"]) and "half" in str(found["limit"])
 
 
 # ---- Two writers ----------------------------------------------------------------------------------------------------

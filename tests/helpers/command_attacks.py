@@ -54,14 +54,16 @@ def attempt(words: list[str], folder: Path, attack: Callable[[bool], None] | Non
     """Runs a command in a fork; its exit status (9 for one that was killed, 0 to 3 by itself) and what it said."""
     from dpo_peft.cli import main
 
-    log = folder.parent / "log"
+    reader, writer = os.pipe()
     if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text("utf-8", "replace")
+        os.close(writer)
+        with os.fdopen(reader, "rb") as told:
+            said = told.read().decode("utf-8", "replace")
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
     code = 1
     try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
         os.chdir(folder)
         if attack is not None:
             sync, place = os.fsync, str(folder)
@@ -135,6 +137,14 @@ def judged(
     return "; ".join(problems)
 
 
+def in_place(path: Path, html: bytes, private: bool) -> None:
+    """A naive writer, which the attacks must find."""
+    with open(path, "wb", buffering=0) as file:
+        file.write(html[:100])
+        os.fsync(file.fileno())
+        file.write(html[100:])
+
+
 def attacks(folder: Path, command: str, every: int) -> dict[str, Any]:
     words = WORDS[command][0]
     before = contents(folder)
@@ -157,7 +167,7 @@ def attacks(folder: Path, command: str, every: int) -> dict[str, Any]:
     for later in range(0, moment, every):
         tried("full", at(later, fail(errno.ENOSPC), False), allowed=(0, 2, 3))
     tried("read-only", at(0, fail(errno.EROFS), False), allowed=(2, 3))
-    for limit in (0, 100):
+    for limit in (0, 50):
 
         def limited(needs_room: bool, limit: int = limit) -> None:
             no_larger_than(limit)
@@ -175,4 +185,6 @@ if __name__ == "__main__":
     from dpo_peft.report import page  # noqa: F401
     from dpo_peft.reward import judgments  # noqa: F401
 
+    if sys.argv[4:] == ["naive"]:
+        page.write_atomically = in_place  # type: ignore[assignment]
     print(json.dumps(attacks(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
