@@ -39,12 +39,12 @@ BUDGETS = {
     "forward": 1505,
     "reference": 1555,
     "model": 1490,
-    "training": 2590,
+    "training": 2700,
     "evaluation": 750,
     "fused": 1795,
     "planning": 1080,
     "artifacts": 1165,
-    "reward": 910,
+    "reward": 850,
     "merge": 625,
     "hub": 915,
     "pairs": 1180,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_050
+MAX_PACKAGE_LINES = 26_095
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
