@@ -40,7 +40,7 @@ from .training.arguments import AnyDataset, autocast_dtype, check_callbacks, che
 from .training.building import NoEvaluation, Preparation, build_model, collators, router_coef, trained_with
 from .training.callbacks import CountStream, EarlyStop, StopOnNonFinite, StopOnSignal, SyncReference, check_reported
 from .training.memory_budget import MemoryBudget, plan_memory
-from .training.metrics import MetricStore, preference_metrics
+from .training.metrics import MetricStore
 from .training.results import checkpoints_kept, load_best, save_result
 from .training.resume import RunState, place_in_data, save_adapter, trajectory
 from .wings import required, wing
@@ -198,8 +198,7 @@ class DPOTrainer(Trainer):
     def record(self, batch: PackedBatch, output: LossOutput, policy: Scores, ref: Scores | None) -> None:
         """Adds a micro-batch's metrics to those of the log or of the evaluation under way."""
         held_out = not self.model.training
-        metrics = preference_metrics(self.objective.kind, output, policy, ref, batch, held_out)
-        self.metric_store.add("eval" if held_out else "train", metrics)
+        self.metric_store.record(self.objective.kind, output, policy, ref, batch, held_out)
         if not held_out:
             self.step.finite.append((batch, torch.isfinite(output.losses_I)))
         elif self.objective.kind.paired:

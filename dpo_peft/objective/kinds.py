@@ -102,6 +102,7 @@ class Kind:
     """
 
     paired = False  # two completions per sample: chosen at even, rejected at odd places
+    across_rows = False  # completions of different rows are compared
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
         """Returns the totals of the micro-batches of one optimizer step, given as fields of `PackedBatch`."""
@@ -145,10 +146,6 @@ class Kind:
         sizes = sample_of_C.bincount(minlength=scored.num_samples).tolist()
         return list(zip(scored.own(rewards_C).split(sizes), labels_C2.split(sizes), strict=True))
 
-    def of_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Returns the metrics of an evaluation, of which some may follow from others."""
-        return metrics
-
     def compare(self, scored: Scored, rewards_C: Tensor) -> Comparisons:
         """Compares each completion with each other one of its sample."""
         same_CC = scored.sample_of_C[:, None] == scored.sample_of_C
@@ -160,6 +157,8 @@ class Kind:
 
 class SingleKind(Kind):
     """Completions judged one by one, beside completions to other prompts if the loss reads those."""
+
+    across_rows = True
 
     def totals(self, batches: Sequence[Mapping[str, Any]]) -> Totals:
         """As in `Kind`; an item is a completion."""
@@ -184,13 +183,6 @@ class SingleKind(Kind):
         found = {"logps_C": logps_C, "lengths_C": scored.lengths_C, "grades_C": scored.grade_C, "scores_C": scores_C}
         own = {name: x_C if x_C is None else scored.own(x_C) for name, x_C in found.items()}
         return {**own, "mismatched_scores_M": None if scores_C is None else scored.mismatched(scores_C).detach()}
-
-    def of_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
-        """As in `Kind`; the mean margin of all good completions against all bad ones, also those of other batches."""
-        chosen, rejected = metrics.get("rewards/chosen"), metrics.get("rewards/rejected")
-        if chosen is None or rejected is None:
-            return metrics
-        return {**metrics, "rewards/margins": chosen - rejected}
 
     def compare(self, scored: Scored, rewards_C: Tensor) -> Comparisons:
         """Compares every good completion with every bad one, whatever their prompts; the best are the good ones."""

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.fields import read_grades
 from ..data.formats import GRADE_COLUMNS
 from ..model.adapter_source import UNRECORDED, AdapterSource
-from .agreement import Agreement, Estimate, Judged, Tally, agreement, tally_rows, tally_singles, win
+from ..training.tally import Tally, tally_singles
+from .agreement import Agreement, Estimate, Judged, agreement, tally_rows, win
 from .implicit import CompletionScore, ImplicitReward
 from .rows import RowsToScore, prepare_rows
 

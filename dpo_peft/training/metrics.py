@@ -9,12 +9,14 @@ Shape suffixes: N predicted tokens, C completions, P comparisons of two completi
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..distributed import gather_over_processes
 from ..forward import PackedBatch, Scores
 from ..objective import Kind, LossOutput
+from . import tally
 
 LONGER, SHORTER, BALANCED = (f"accuracies/{how}" for how in ("chosen_longer", "chosen_shorter", "length_balanced"))
 NOISE = 0.1  # nats: a pair's margin in bfloat16 depends on its batch by as much, see docs/diagnostics.md
@@ -35,7 +37,8 @@ def preference_metrics(
     """Returns the metrics of one batch.
 
     "Better" and "worse" are two completions whose order is known: those of a pair (unless it ties), any two of a list
-    that are ranked apart, any desirable and any undesirable completion of the batch.
+    that are ranked apart, any desirable and any undesirable completion of the batch (of all held-out rows, once
+    `MetricStore.pop` gives the figures of an evaluation).
 
     - `rewards/chosen`, `rewards/rejected`: implicit rewards, nats times beta, of the best completions (pairs: chosen;
       lists: the top; single completions: desirable) and of the rest.
@@ -147,6 +150,20 @@ class MetricStore:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Mean]] = {}
+        self._judged: dict[str, list[Tensor]] = {}  # rewards, lengths and grades of a micro-batch, (3, C), on the CPU
+
+    def record(
+        self, kind: Kind, output: LossOutput, policy: Scores, ref: Scores | None, batch: PackedBatch, held_out: bool
+    ) -> None:
+        """Adds a micro-batch's metrics to those of the log, or of the evaluation under way (see `preference_metrics`).
+
+        Completions that are compared across rows are kept until the evaluation is over, 24 bytes each."""
+        mode, scored = "eval" if held_out else "train", output.scored
+        self.add(mode, preference_metrics(kind, output, policy, ref, batch, held_out))
+        if held_out and kind.across_rows:
+            columns = output.rewards_C, scored.lengths_C, scored.grade_C
+            judged_3C = torch.stack([scored.own(x_C).double() for x_C in columns]).cpu()
+            self._judged.setdefault(mode, []).append(judged_3C)
 
     def add(self, mode: str, metrics: dict[str, Mean]) -> None:
         """Adds one batch's metrics."""
@@ -162,10 +179,14 @@ class MetricStore:
         Among them, where it is known, `accuracies/length_balanced`.
         """
         sums: dict[str, tuple[float, float]] = {}
-        for process in gather_over_processes(_read(self._sums.pop(mode, {}))):
+        parts = gather_over_processes((_read(self._sums.pop(mode, {})), self._judged.pop(mode, [])))
+        for process, _ in parts:
             for name, (total, number) in process.items():
                 old_total, old_number = sums.get(name, (0.0, 0.0))
                 sums[name] = (old_total + total, old_number + number)
+        judged = [judged_3C for _, part in parts for judged_3C in part]
+        if judged:  # what each batch compared says less
+            sums |= _over_all(torch.cat(judged, 1).numpy())
         # Nothing to average over: a batch of ties has no accuracy, one of desirable completions no rejected reward.
         means = {name: total / number for name, (total, number) in sums.items() if number}
         balanced = length_balanced(means.get(LONGER), means.get(SHORTER))
@@ -185,6 +206,7 @@ class MetricStore:
     def clear(self, mode: str) -> None:
         """Forgets a mode's sums."""
         self._sums.pop(mode, None)
+        self._judged.pop(mode, None)
 
     def snapshot(self) -> dict[str, dict[str, Mean]]:
         """Returns what `restore` takes back."""
@@ -210,3 +232,20 @@ def _read(sums: Mapping[str, Mean]) -> dict[str, tuple[float, float]]:
         return {}
     totals, numbers = torch.stack([torch.stack(tuple(mean)) for mean in sums.values()]).T.tolist()
     return dict(zip(sums, zip(totals, numbers, strict=True), strict=True))
+
+
+def _over_all(judged_3C: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Compares every desirable with every undesirable completion. Returns each figure as a sum and a count."""
+    rewards_C, lengths_C, grades_C = judged_3C
+    counted = tally.tally_singles(rewards_C, lengths_C.astype(int), grades_C > 0)
+    wins_S, number_S = counted.wins_RS.sum(0), counted.number_RS.sum(0)  # each comparison twice, in both
+    if np.isnan(rewards_C).any():
+        wins_S[:] = np.nan
+    found = {
+        "rewards/margins": (counted.margin_R.sum(), number_S.sum()),
+        "rewards/accuracies": (wins_S.sum(), number_S.sum()),
+        "accuracies/length_only": (number_S @ tally.LENGTH_WINS_S, number_S.sum()),
+        LONGER: (wins_S[tally.LONGER], number_S[tally.LONGER]),
+        SHORTER: (wins_S[tally.SHORTER], number_S[tally.SHORTER]),
+    }
+    return {name: (float(total), float(number)) for name, (total, number) in found.items()}

@@ -43,10 +43,10 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, str
 
 
 def without_comparisons(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without the metrics that compare each good completion of a micro-batch with each bad one: of single
-    completions each process has fewer to compare, as any finer split into micro-batches has."""
+    """A result without the training metrics that compare each good completion of a micro-batch with each bad one: of
+    single completions each process has fewer to compare, as any finer split into micro-batches has."""
 
     def kept(logs: dict[str, float]) -> dict[str, float]:
         return {name: figure for name, figure in logs.items() if not name.endswith(ACROSS_ROWS)}
 
-    return {**result, "logs": [kept(logs) for logs in result["logs"]], "eval": kept(result["eval"])}
+    return {**result, "logs": [kept(logs) for logs in result["logs"]]}

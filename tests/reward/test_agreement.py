@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dpo_peft.reward.agreement import Agreement, Estimate, Judged, agreement, tally_rows, tally_singles, wilson
+from dpo_peft.reward.agreement import Agreement, Estimate, Judged, agreement, tally_rows, wilson
+from dpo_peft.training.tally import tally_singles
 
 
 def pair(won: float, better_length: int = 1, worse_length: int = 1) -> Judged:

@@ -1,5 +1,6 @@
 """Objectives in training: what each computes, what it leaves out, and the labels that rows may carry."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,47 @@ def test_held_out_margins_of_single_completions_are_over_all_rows(
         float(rewards[good].mean() - rewards[~good].mean()), rel=1e-5
     )
     assert margins[0] == pytest.approx(margins[1], abs=1e-6) and margins[0] == pytest.approx(margins[2], abs=1e-6)
+
+
+def accuracies_by_hand(rewards: list[float], lengths: list[int], good: list[bool]) -> dict[str, float]:
+    """Every good completion against every bad one, one by one."""
+    won: dict[str, list[float]] = {"accuracies/chosen_longer": [], "accuracies/chosen_shorter": [], "equal": []}
+    for a, b in itertools.product(range(len(good)), repeat=2):
+        if good[a] and not good[b]:
+            stratum = 0 if lengths[a] > lengths[b] else 1 if lengths[a] < lengths[b] else 2
+            won[list(won)[stratum]].append(
+                1.0 if rewards[a] > rewards[b] else 0.5 if rewards[a] == rewards[b] else 0.0
+            )
+    longer, shorter, equal = won.values()
+    found = {name: sum(wins) / len(wins) for name, wins in won.items() if name != "equal"}
+    found["accuracies/length_balanced"] = sum(found.values()) / 2
+    number = len(longer) + len(shorter) + len(equal)
+    found["accuracies/length_only"] = (len(longer) + len(equal) / 2) / number
+    return {**found, "rewards/accuracies": sum(longer + shorter + equal) / number}
+
+
+@pytest.mark.parametrize(("loss", "paired"), [("kto", False), ("apo_zero_unpaired", False), ("kto", True)])
+def test_held_out_accuracies_of_single_completions_are_over_all_rows(
+    loss: str, paired: bool, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Whatever the batches and the order of the rows; the control compares within each batch."""
+    rows, held_out = (id_pairs(n, seed=n) if paired else rows_for(loss, n, seed=n) for n in (12, 11))
+    trainer = trained(tiny_llama(), rows, make_tokenizer(), tmp_path, loss_type=loss, learning_rate=1e-2)
+    predicted = trainer.predict(held_out)
+    sides = ("chosen_ids", "rejected_ids") if paired else ("completion_ids",)
+    lengths = [len(row[side]) for row in held_out for side in sides]
+    expected = accuracies_by_hand(predicted.predictions.tolist(), lengths, (predicted.label_ids[:, 0] > 0).tolist())
+    backward = held_out.select(range(10, -1, -1)) if paired else held_out.sort("label")
+
+    def figures(size: int, dataset: Any) -> dict[str, float]:
+        trainer.args.per_device_eval_batch_size = size
+        found = trainer.evaluate(dataset)
+        return {name: found[f"eval_{name}"] for name in expected if f"eval_{name}" in found}
+
+    for size in (2, 4, 7, 12):
+        assert figures(size, held_out) == figures(size, backward) == pytest.approx(expected, abs=1e-12)
+    monkeypatch.setattr(type(trainer.objective.kind), "across_rows", False)
+    assert figures(2, backward) != pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -144,6 +144,41 @@ def test_single_answers_by_hand() -> None:
     assert found["kl"] == pytest.approx(4 * (math.e - 2) / 3)  # four own tokens, each one nat up, in three answers
 
 
+def held_out_singles(*batches: list[tuple[float, int, float]]) -> dict[str, float]:
+    """The figures of an evaluation of batches of (reward, length, grade)."""
+    store = MetricStore()
+    for rows in batches:
+        batch = pack([Sample([1], [[1] * length], i, grades=[grade]) for i, (_, length, grade) in enumerate(rows)])
+        tokens = -torch.ones(sum(length for _, length, _ in rows))
+        policy = Scores(tokens, sum_by_completion(tokens, batch))
+        scored = TrainingObjective(["sigmoid"]).score(policy, None, batch)
+        rewards = torch.tensor([reward for reward, _, _ in rows], dtype=torch.float64)
+        output = LossOutput(torch.zeros(len(rows)), rewards, scored)
+        store.record(KINDS["singles"], output, policy, None, batch, held_out=True)
+    return store.pop("eval")
+
+
+def test_held_out_single_answers_meet_those_of_other_batches() -> None:
+    """Good ones 2.0 (3 tokens) and 1.0 (1), bad ones 1.0 (2) and 3.0 (1): won 1, lost 2, one tie."""
+    good, bad = [(2.0, 3, 1.0), (1.0, 1, 1.0)], [(1.0, 2, 0.0), (3.0, 1, 0.0)]
+    found = held_out_singles(good, bad)
+    assert found["rewards/accuracies"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
+    assert found["rewards/margins"] == pytest.approx(1.5 - 2.0)
+    assert found["accuracies/length_only"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert found["accuracies/chosen_longer"] == pytest.approx((1 + 0) / 2)
+    assert found["accuracies/chosen_shorter"] == pytest.approx(0.5)
+    assert found["accuracies/length_balanced"] == pytest.approx(0.5)
+    assert held_out_singles(bad + good) == held_out_singles(good[:1], bad, good[1:]) == found
+
+
+def test_held_out_single_answers_that_tell_nothing() -> None:
+    """Of one kind alone there is no accuracy; a reward that is not a number makes none that looks like one."""
+    one_kind = held_out_singles([(2.0, 3, 1.0)], [(1.0, 1, 1.0)])
+    assert not [name for name in one_kind if "accuracies" in name or "margins" in name]
+    broken = held_out_singles([(2.0, 3, 1.0)], [(math.nan, 1, 1.0), (0.0, 2, 0.0)])
+    assert math.isnan(broken["rewards/accuracies"]) and broken["accuracies/length_only"] == 0.5
+
+
 def test_what_a_batch_does_not_have_is_left_out() -> None:
     """A batch of desirable completions alone has no rejected reward: its sum over nothing is not a zero."""
     store = MetricStore()
