@@ -227,7 +227,7 @@ def test_where_the_tokenizer_is_looked_for(made: str, first: Path, tmp_path: Pat
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", loads)
     args = DPOConfig(**options(tmp_path, model_init_kwargs=given))
     with pytest.raises(OptionError, match="No tokenizer can be loaded"):
-        DPOTrainer(base if made == "base" else str(folder), args, train_dataset=rows(1))
+        DPOTrainer(base if made == "base" else str(folder), args=args, train_dataset=rows(1))
     assert calls == [(name, where)]
     if made != "base":  # to score with it: its base's revision is in its record
         with pytest.raises(OptionError, match="No tokenizer can be loaded"):
