@@ -1,10 +1,10 @@
 """Runs the tests that attack what docs/reliability.md promises, and writes its table: what was tried, what held.
 
-    python benchmarks/attacks.py [--write]
+    python benchmarks/attacks.py [--write] [--junit FILE ...]
 
 A test that attacks has the mark `attack("kind")`; each case of a parametrized test is one try. The promise held when
-the test passes: the right thing happened, or a refusal by name. Without --write the table is printed only. Exits with
-1 if an attack got through.
+the test passes: the right thing happened, or a refusal by name. Without --write the table is printed only. With
+--junit the results are those of test runs that are over (pytest --junitxml=FILE). Exits with 1 if an attack got through.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -34,10 +35,23 @@ class Tally:
                 self.kinds[item.nodeid] = mark.args[0]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        kind = self.kinds.get(report.nodeid)
-        if kind and not report.skipped and (report.when == "call" or report.failed):
+        if not report.skipped and (report.when == "call" or report.failed):
+            self.count(report.nodeid, report.passed)
+
+    def count(self, test: str, passed: bool) -> None:
+        """Counts a test, if it is one of the marked."""
+        if kind := self.kinds.get(test):
             self.tried[kind] += 1
-            self.held[kind] += report.passed
+            self.held[kind] += passed
+
+    def read(self, file: Path) -> None:
+        """Counts the tests of a JUnit file, which calls `tests/a/test_b.py::test_c` "tests.a.test_b" and "test_c"."""
+        named = {test.replace("/", ".").replace(".py::", ".", 1).replace("::", "."): test for test in self.kinds}
+        for case in ElementTree.parse(file).iter("testcase"):
+            outcome = {child.tag for child in case}
+            test = named.get(f"{case.get('classname')}.{case.get('name')}")
+            if test and "skipped" not in outcome:
+                self.count(test, not outcome & {"failure", "error"})
 
     def table(self) -> str:
         rows = [(kind, self.tried[kind], self.held[kind]) for kind in sorted(self.tried)]
@@ -49,10 +63,14 @@ class Tally:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    parser.add_argument("--junit", type=Path, nargs="+", help="results of runs that are over")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tally = Tally()
-    pytest.main(["-q", "-m", "attack", str(REPO / "tests")], plugins=[tally])
+    only = ["--collect-only"] if args.junit else []
+    pytest.main(["-q", "-m", "attack", *only, str(REPO / "tests")], plugins=[tally])
+    for file in args.junit or ():
+        tally.read(file)
     print(tally.table())
     if args.write:
         before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
