@@ -4,7 +4,8 @@
 
 A test that attacks has the mark `attack("kind")`; each case of a parametrized test is one try. The promise held when
 the test passes: the right thing happened, or a refusal by name. Without --write the table is printed only. With
---junit the results are those of test runs that are over (pytest --junitxml=FILE). Exits with 1 if an attack got through.
+--junit the results are those of test runs that are over (pytest --junitxml=FILE). Exits with 1 if an attack got
+through.
 """
 
 import argparse
@@ -46,7 +47,10 @@ class Tally:
 
     def read(self, file: Path) -> None:
         """Counts the tests of a JUnit file, which calls `tests/a/test_b.py::test_c` "tests.a.test_b" and "test_c"."""
-        named = {test.replace("/", ".").replace(".py::", ".", 1).replace("::", "."): test for test in self.kinds}
+        named = {}
+        for test in self.kinds:
+            path, _, name = test.partition(".py::")
+            named[f"{path.replace('/', '.')}.{name.replace('::', '.')}"] = test
         for case in ElementTree.parse(file).iter("testcase"):
             outcome = {child.tag for child in case}
             test = named.get(f"{case.get('classname')}.{case.get('name')}")
