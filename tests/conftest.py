@@ -160,3 +160,15 @@ def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
     tiny_llama().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the cases that `sampled(n)` leaves out into the slow tier; the first case stays."""
+    cases: dict[str, int] = {}
+    for item in items:
+        if mark := item.get_closest_marker("sampled"):
+            test = item.nodeid.partition("[")[0]
+            cases[test] = cases.get(test, -1) + 1
+            if cases[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)

@@ -77,7 +77,14 @@ def test_nothing_of_the_machine_and_no_token_gets_out(quick: Any) -> None:
 def test_the_recipe_repeats_the_run(quick: Any) -> None:
     """Parsed by `dpo-peft train`, it gives the options of the run itself, apart from paths and the token."""
     trainer, argv = quick
-    paths = {"model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir", "hub_token"}
+    paths = {
+        "model_name_or_path",
+        "dataset_name",
+        "eval_dataset_name",
+        "output_dir",
+        "overwrite_output_dir",
+        "hub_token",
+    }
     recipe = str(Path(trainer.args.output_dir, "recipe.yaml"))
     for first, again in zip(cli.parse(argv), cli.parse(["--config", recipe]), strict=True):
         names = {f.name for f in fields(first)} - paths

@@ -15,6 +15,7 @@ import command_attacks
 import pytest
 import yaml
 from command_attacks import TRAIN, WORDS
+from markdown_it import MarkdownIt
 from paths import REPO
 from report_helpers import make_run, read_page
 from trainer_helpers import text_pairs
@@ -199,7 +200,8 @@ def test_a_run_and_its_data_called_so(kinds: str, base_folder: str, tmp_path: Pa
     card = (tmp_path / name / "README.md").read_text("utf-8")
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert metadata["library_name"] == "peft" and "license" not in metadata
-    assert "<script" not in card and "\n# b" not in card
+    shown = MarkdownIt().render(card.split("---\n", 2)[2])  # raw HTML stays as it is; the curves are an image
+    assert "<script" not in shown and shown.count("<img") == 1 and "\n# b" not in card
     assert yaml.safe_load((tmp_path / name / "recipe.yaml").read_text("utf-8"))
     assert main(["score", f"--adapter={name}", f"--dataset_name={name}.jsonl", "--output=s.jsonl"]) == 0
     assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 8

@@ -48,6 +48,7 @@ def head_and_title(card: str) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(card.split("---")[1]), re.search(r"^# (.+)$", card, flags=re.M)[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("given", "datasets", "title", "tags"),
     [

@@ -155,6 +155,7 @@ QUANTIZED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_base_comes_back(name: str, untied: str, tmp_path: Path) -> None:
     given = BitsAndBytesConfig(**QUANTIZED[name])

@@ -78,6 +78,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["lazy", "precomputed"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cached_equals_computed(tiny_llama, make_tokenizer, tmp_path, computed, objective, mode):
@@ -269,6 +270,7 @@ def kto(model: Any, make_tokenizer: Any, folder: Path, cache: Path | None, **cha
     return run(model, make_tokenizer, folder, cache, **{**KTO, **rows, **changed})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("changed", "scored"),
     [

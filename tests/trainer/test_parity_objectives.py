@@ -54,6 +54,7 @@ def assert_same_path(mine: Any, trl: Any, names: list[str], least: float = TOLER
     assert max(losses) - min(losses) > 100 * least
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", DPO_RUNS)
 def test_dpo_trainer(name: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     changed, trls = DPO_RUNS[name]

@@ -52,6 +52,7 @@ KEEPING = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", KEEPING)
 def test_t1_the_reference_is_the_starting_model(tiny_llama, make_tokenizer, tmp_path, name):
     expected = base_logps(tiny_llama())

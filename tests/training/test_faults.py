@@ -57,6 +57,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     return sizes
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto", "aot", "sft"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_out_of_memory_halves_and_repeats(

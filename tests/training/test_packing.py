@@ -497,6 +497,7 @@ def test_a_resumed_run_is_the_straight_one(kind: str, tiny_llama: Any, make_toke
 # ---- Memory and numbers ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["sigmoid", "kto", "aot", "multi_negative"])
 def test_packs_that_do_not_fit_are_halved(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
