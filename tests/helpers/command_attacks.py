@@ -23,7 +23,7 @@ from typing import Any
 
 ROOM = {"open", "os.rename", "os.mkdir"}
 OPERATIONS = ROOM | {"os.remove", "os.rmdir", "os.truncate"}
-TIMED = {"README.md", "metrics.json", "manifest.json", "merge_report.json", "recipe.yaml", "curves.png"}
+TIMED = set("README.md metrics.json manifest.json merge_report.json recipe.yaml curves.png training_args.json".split())
 TRAIN = (
     "train --model_name_or_path base --dataset_name rows.jsonl --use_cpu true --bf16 false --dtype float32 "
     "--quantize_base false --max_steps 1 --save_strategy no --report_to none --logging_steps 1"
