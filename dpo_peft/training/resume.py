@@ -289,8 +289,9 @@ def place_in_data(trainer: Trainer, counted: tuple[int, int], folder: str | None
         return counted
     state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
     passes, part = divmod(state.epoch or 0.0, 1)
-    steps = state.max_steps * _read(Path(folder))["trajectory"]["gradient_accumulation_steps"]
-    return int(passes), 0 if trainer.args.ignore_data_skip else round(part * steps)
+    before = _read(Path(folder))["trajectory"]  # under full_determinism it names no split: the new one counts
+    batches = before.get("gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+    return int(passes), 0 if trainer.args.ignore_data_skip else round(part * state.max_steps * batches)
 
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
