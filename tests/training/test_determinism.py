@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from objective_rows import rows_for
-from trainer_helpers import StopAt, lora, ours, step_logs
+from trainer_helpers import StopAt, adapter_weights, lora, ours, step_logs, text_pairs
 
 from dpo_peft import DPOConfig, OptionError
 
@@ -159,3 +159,21 @@ def test_any_split_ends_in_the_same_bytes_on_a_gpu(name: str, runs: Runs) -> Non
     assert {split: weights == whole for split, weights in again.items()} == dict.fromkeys(again, True)
     off = [runs.train(f"off {i}", case, full_determinism=False, **SPLITS[i])[0] for i in (0, 3)]
     assert off[0] != off[1]
+
+
+def test_a_stream_is_resumed_with_another_split(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
+    """In its second pass: 8 rows are 2 steps of 4."""
+
+    def weights(name: str, batch: int, entries: int, stop: int = 0, resume: bool = False) -> dict[str, torch.Tensor]:
+        options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+        options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": entries}
+        given = {"full_determinism": True, "callbacks": [StopAt(stop)] if stop else None}
+        rows = text_pairs(8).to_iterable_dataset()
+        trainer = ours(tiny_llama(), rows, make_tokenizer(), tmp_path / name, **options, **given)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return adapter_weights(trainer)
+
+    straight = weights("straight", 4, 1)
+    weights("stopped", 4, 1, stop=3)
+    resumed = weights("stopped", 2, 2, resume=True)
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
