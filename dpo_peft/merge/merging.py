@@ -35,7 +35,7 @@ from ..errors import DriftError, OptionError
 from ..forward.rotary import fix_rope
 from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, rope_length_of
 from ..model.adapters import moved_base
-from ..model.loading import load_base
+from ..model.base import load_base
 from ..model.rebuilding import quantization_options, resize_as_saved
 from ..model.serving import serving_problems
 from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows

@@ -12,8 +12,9 @@ from ..errors import OptionError
 from ..forward.rotary import fix_rope, rope_length
 from ..model.adapter_source import AdapterSource
 from ..model.adapters import is_adapter
+from ..model.base import load_base
 from ..model.generation import end_tokens, sample_completions
-from ..model.loading import keep_weights, load_base
+from ..model.rebuilding import keep_weights
 from ..model.serving import VLLM_RANKS, max_lora_rank
 
 

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from ..files import write_rows
-from ..model.loading import keep_weights, load_base
+from ..model.base import load_base
+from ..model.rebuilding import keep_weights
 from .reward import true_reward
 from .sampling import sample_answers
 

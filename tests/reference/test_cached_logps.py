@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
 
 from dpo_peft import OptionError, ReferenceMismatchError
-from dpo_peft.model.loading import nf4_config
+from dpo_peft.model.base import nf4_config
 from dpo_peft.reference.cache import Entry, summary
 from dpo_peft.reference.policy import ReferencePolicy
 from dpo_peft.training import ahead
