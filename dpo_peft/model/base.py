@@ -111,8 +111,9 @@ def class_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
 
 
 def _fit_quantization(kwargs: dict[str, Any], config: PretrainedConfig, kind: Any) -> None:
-    """Keeps layers out of a bitsandbytes config whose weights the model reads itself, where it would find packed bytes,
-    and takes in those that transformers overlooks. The config then lists what it leaves out: so it is recorded."""
+    """Keeps layers out of a bitsandbytes config whose weights the model reads itself, where it would find packed
+    bytes, and takes in those that transformers overlooks. The config then lists what it leaves out: so it is recorded.
+    """
     quantization = kwargs.get("quantization_config")
     if not isinstance(quantization, BitsAndBytesConfig) or not quantization.is_quantizable():
         return
