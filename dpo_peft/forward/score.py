@@ -140,7 +140,7 @@ def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routi
         kwargs["attention_mask"] = batch.attention_mask
     backbone = causal_lm.base_model
     if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
-        backbone = causal_lm.model
+        backbone = causal_lm.get_decoder().model
     return backbone(**kwargs)
 
 

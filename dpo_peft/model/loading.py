@@ -75,10 +75,11 @@ def load_model(
     kwargs.pop("revision", None)
     if config.revision:
         kwargs["revision"] = config.revision
-    trained = read_training(config) or UNRECORDED
+    record = read_training(config)
+    trained = record or UNRECORDED
     if quantize and quantization_config is None:
         quantization_config = trained.quantization_config()
-    how = quantization_config, quantize, kwargs, trust_remote_code, device, trained.base_class
+    how = quantization_config, quantize, kwargs, trust_remote_code, device, record and record.class_name
     return load_on_base(name, base, remedy, from_hub, *how)
 
 
