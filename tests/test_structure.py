@@ -36,10 +36,10 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 3325,
-    "forward": 1950,
+    "forward": 1970,
     "reference": 1560,
-    "model": 1510,
-    "training": 2715,
+    "model": 1670,
+    "training": 2720,
     "evaluation": 750,
     "fused": 1795,
     "planning": 1080,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_610
+MAX_PACKAGE_LINES = 26_790
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
