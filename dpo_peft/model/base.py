@@ -1,13 +1,14 @@
 """A base model by name: its class, its dtype, and its linear layers in 4 bits."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
+from .checkpoint_formats import Checkpoint
 from .rebuilding import loader
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -50,22 +51,24 @@ def load_base(
     dtype = _read_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
     if quantization_config is not None and "quantization_config" in kwargs:
         raise OptionError("quantization_config is given to the trainer and in model_init_kwargs: give one of them.")
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    elif quantize and "quantization_config" not in kwargs:
-        kwargs["quantization_config"] = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype)
+    given = kwargs.pop("quantization_config", quantization_config)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     if device is not None and device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
+    with unloadable_refused(name):
+        checkpoint = Checkpoint(name, given, quantize, kwargs)
+        default = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype)
+        return checkpoint.load(loader(class_name), dtype, default, **kwargs)
+
+
+@contextmanager
+def unloadable_refused(name: str) -> Iterator[None]:
+    """Turns what transformers raises inside about a model that it can't load into an OptionError."""
     try:
-        return loader(class_name).from_pretrained(name, dtype=dtype, **kwargs)
+        yield
+    except OptionError:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        if quantized := re.search(r"quantized with (\w+) but you are passing a BitsAndBytesConfig", str(error)):
-            out = "" if quantization_config is None else "leave quantization_config out and "
-            raise OptionError(
-                f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. Then it is "
-                "taken as it is."
-            ) from error
         why = f"can't be loaded: {error}"
         if "Unrecognized configuration class" in why:  # followed by a list of all classes
             why = "is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
