@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3325,
     "forward": 1970,
     "reference": 1560,
-    "model": 1670,
+    "model": 2055,
     "training": 2720,
     "evaluation": 750,
     "fused": 1795,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_790
+MAX_PACKAGE_LINES = 27_180
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

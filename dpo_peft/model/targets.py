@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-# A layer's weight in its parent's code: not its dtype or the like, and not a slice of it (Bloom's, where a flag is on).
+# A layer's weight in its parent's code: not its dtype or the like, nor a slice of it (Bloom's, where a flag is on).
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b|\[|, torch\.Tensor)")
 
 
