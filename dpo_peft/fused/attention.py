@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..forward.attention import AttentionBackend, AttentionPlan, BySample, HeadShape, attend_dense, by_sample
 from ..forward.layout import PackedBatch
-from .elementwise import Places
+from .heads import Places
 
 MAX_HEAD, MAX_GROUP = 256, 16
 _LOG2_E = math.log2(math.e)
