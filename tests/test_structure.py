@@ -36,7 +36,7 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 3325,
-    "forward": 1505,
+    "forward": 1960,
     "reference": 1560,
     "model": 1510,
     "training": 2715,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 26_900
+MAX_PACKAGE_LINES = 27_500
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from ..forward.attention import AttentionBackend, AttentionPlan
 from ..forward.layout import PackedBatch
 from ..forward.score import Decoder
-from .attention import Attention, bind
+from .attention import Attention, Kind, bind
 from .elementwise import Norm, RMSNorm
 from .heads import Angles, Heads, queries_keys_values
 from .lora import Projection, ProjectionPass, prepare
@@ -55,6 +55,12 @@ class SelfAttention:
     window: int | None  # of sliding attention
     out: Projection
     rope: str | None = "all"  # which of the model's kinds of angles turn its heads; None: no positions
+    extra: dict[str, Any] = field(default_factory=dict)  # keywords of `AttentionBackend.takes`
+
+    @property
+    def kind(self) -> Kind:
+        """Returns what `bind` is to make for it."""
+        return self.window, tuple(self.extra)
 
 
 @dataclass
@@ -127,7 +133,7 @@ class LayerPass:
         """Returns what attention makes of q, k and v, (T, N) to (T, A * D)."""
         assert self.attention is not None
         q, k, v, *gate = queries_keys_values(qkv, mixer.heads, *self.angles, self.attention.places)
-        out = self.attention.attend(q, k, v, mixer.scaling, mixer.window)
+        out = self.attention.attend(q, k, v, mixer.scaling, mixer.window, **mixer.extra)
         for gate_TAD in gate:
             out = out * torch.sigmoid(gate_TAD)
         return out.flatten(1)
@@ -271,14 +277,14 @@ class FusedModel(Decoder):
             prepare([p for layer in layers for p in layer.projections], x_TH.dtype, x_TH.device, self._only)
         )
         mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
-        attention = bind(self.backend, batch, {mixer.window for mixer in mixers if mixer})
+        attention = bind(around.plan, {mixer.kind for mixer in mixers if mixer})
         kinds = {mixer.rope for mixer in mixers if mixer and mixer.rope}
         angles = {kind: self.parts.angles(x_TH[None], batch.position_ids, kind) for kind in sorted(kinds)}
         checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else 0
         for i, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
             parts = [next(prepared) for _ in layer.projections]
             turned = angles[mixer.rope] if mixer and mixer.rope else (None, None)
-            one = LayerPass(layer, parts, attention[mixer.window] if mixer else None, turned, around)
+            one = LayerPass(layer, parts, attention[mixer.kind] if mixer else None, turned, around)
             if i < checkpointed:
                 # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
                 with save_on_cpu(pin_memory=x_TH.is_cuda) if self.offload else nullcontext():

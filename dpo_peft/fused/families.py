@@ -44,6 +44,8 @@ class Family:
     pairs: bool = False  # a rotation turns neighbors, not the two halves of a head
     spread: Callable[[Tensor], Tensor] | None = None  # from cosines of the rotary module to those of each number
     rope_by_type: bool = False  # the rotary module has angles for each kind in `layer_types`
+    softcap: str | None = None  # name in the config: scores s become softcap * tanh(s / softcap)
+    sinks: str | None = None  # name in the attention module: scores of one more key without a value
     rotates: Callable[[Any, Any], bool] = lambda attention, config: True  # whether a layer has positions at all
     query_factor: Callable[[Any, Tensor], Tensor] | None = None  # of the config and positions (T,): (T,)
 
@@ -154,7 +156,7 @@ FAMILIES = {
     "hunyuan_v1_dense": Family(head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"), late_norms=True),
     "arcee": Family(gate_up=("mlp.up_proj",)),
     "gemma": _GEMMA,
-    "gemma2": _GEMMA2,
+    "gemma2": replace(_GEMMA2, softcap="attn_logit_softcapping"),
     "gemma3_text": _GEMMA3,
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
@@ -182,6 +184,6 @@ FAMILIES = {
     "qwen3_vl_moe_text": replace(_QWEN3, experts=_block),
     "qwen3_5_moe_text": replace(_QWEN3_5, experts=_block),
     "glm4_moe": replace(_QWEN3, experts=_block),
-    "gpt_oss": Family(norm_kind="wide", spread=_twice, experts=_block),
+    "gpt_oss": Family(norm_kind="wide", spread=_twice, sinks="sinks", experts=_block),
 }
 MODEL_TYPES = FAMILIES.keys()

@@ -168,7 +168,13 @@ class _Reader:
         norms = [self.norm(layer, name) for name in family.head_norms or () if _has(layer, name)]
         if family.value_norm:
             norms.append(norms[1]._replace(weight=torch.ones_like(norms[1].weight)))
-        rope = kind if family.rope_by_type else "all"
+        rope, extra = kind if family.rope_by_type else "all", {}
+        if family.softcap and getattr(config, family.softcap):
+            extra["softcap"] = getattr(config, family.softcap)
+        if family.sinks:
+            extra["sinks"] = getattr(attention, family.sinks)
+            if extra["sinks"].requires_grad:
+                raise NotRecognizedError(f"{family.sinks} is trained")
         return SelfAttention(
             qkv=qkv,
             heads=Heads(
@@ -179,6 +185,7 @@ class _Reader:
             window=getattr(config, "sliding_window", None) if kind == "sliding_attention" else None,
             out=self.projection(layer, family.out),
             rope=rope if family.rotates(attention, config) else None,
+            extra=extra,
         )  # fmt: skip
 
     def feed_forward(self, layer: nn.Module) -> FeedForward:
@@ -192,7 +199,7 @@ class _Reader:
         if name is None or not _has(layer, name):
             raise NotRecognizedError(f"a layer has no {self.family.attention}")
         module = layer.get_submodule(name)
-        return Own(nn.ModuleList([module]), lambda plan, normed, residual: module(normed))
+        return Own(nn.ModuleList([module]), lambda plan, normed, residual: module(normed, prefix_layout=plan))
 
     def own_experts(self, layer: nn.Module) -> Own:
         family = self.family

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from forward_models import FALLING_BACK, build
+from forward_models import SHARING, build
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.config import MontecloraConfig
 from torch import nn
@@ -296,7 +296,7 @@ def test_routers_that_draw_at_random_in_training(class_name, checkpointing):
 
 
 @pytest.mark.parametrize("given", [None, {"target_modules": "all-linear", "r": 2}], ids=["default", "all-linear"])
-@pytest.mark.parametrize(("class_name", "options"), [FALLING_BACK["llama4 (chunks)"][:2], ("Phimoe", {})])
+@pytest.mark.parametrize(("class_name", "options"), [SHARING["llama4"], ("Phimoe", {})])
 def test_a_router_that_is_a_linear_layer_gets_no_adapter(class_name, options, given):
     """It gives more than one tensor, so PEFT's layer around it fails in the first forward pass."""
     config = None if given is None else LoraConfig(**given)
