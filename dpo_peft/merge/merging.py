@@ -218,7 +218,7 @@ def original_base(source: AdapterSource) -> PreTrainedModel:
     revision = source.config.revision
     kwargs = {"dtype": "auto", **({"revision": revision} if revision else {})}
     trained = source.read()
-    class_name = trained and trained.class_name
+    class_name = trained.class_name if trained else None
     base = load_base(source.base_name, None, False, kwargs, source.trust_remote_code, None, class_name)
     if getattr(base, "hf_quantizer", None) is not None:
         raise OptionError(

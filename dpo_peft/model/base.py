@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
+from .checkpoint_formats import Checkpoint
 from .rebuilding import loader
 from .targets import computes_linear, read_past
 
@@ -67,36 +67,39 @@ def load_base(
     dtype = _read_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
     if quantization_config is not None and "quantization_config" in kwargs:
         raise OptionError("quantization_config is given to the trainer and in model_init_kwargs: give one of them.")
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    elif quantize and "quantization_config" not in kwargs:
-        kwargs["quantization_config"] = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype)
+    given = kwargs.pop("quantization_config", quantization_config)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     if device is not None and device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
-    try:
+    with unloadable_refused(name):
+        checkpoint = Checkpoint(name, given, quantize, kwargs)
+        quantization = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype) if quantize else None
+        quantization = quantization if given is None else given
         kind = loader(class_name)
         if class_name is None:
-            files = {key: kwargs[key] for key in _FILES if key in kwargs}
-            config = AutoConfig.from_pretrained(name, **files)
+            config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _FILES if key in kwargs})
             kind = class_of(config, bool(kwargs["trust_remote_code"]))
-            _fit_quantization(kwargs, config, kind)
-        with _all_linear_quantized(kwargs.get("quantization_config")):
-            kwargs.update(output_loading_info=True, ignore_mismatched_sizes=True)
-            model, info = kind.from_pretrained(name, dtype=dtype, **kwargs)
+            if not checkpoint.is_kept:
+                quantization = _fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))
+        with _all_linear_quantized(quantization):
+            loading = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+            model, info = checkpoint.load(kind, dtype, quantization, **loading)
+    _check_complete(name, model, info)
+    return model
+
+
+@contextmanager
+def unloadable_refused(name: str) -> Iterator[None]:
+    """Turns what transformers raises inside about a model that it can't load into an OptionError."""
+    try:
+        yield
+    except OptionError:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        if quantized := re.search(r"quantized with (\w+) but you are passing a BitsAndBytesConfig", str(error)):
-            out = "" if quantization_config is None else "leave quantization_config out and "
-            raise OptionError(
-                f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. Then it is "
-                "taken as it is."
-            ) from error
         why = f"can't be loaded: {error}"
         if "Unrecognized configuration class" in why:  # followed by a list of all classes
             why = "is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
         raise OptionError(f"model={name!r} {why}") from error
-    _check_complete(name, model, info)
-    return model
 
 
 def class_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
@@ -110,31 +113,30 @@ def class_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
     return kind if kind.config_class is type(config) else AutoModelForCausalLM
 
 
-def _fit_quantization(kwargs: dict[str, Any], config: PretrainedConfig, kind: Any) -> None:
-    """Keeps layers out of a bitsandbytes config whose weights the model reads itself, where it would find packed
-    bytes, and takes in those that transformers overlooks. The config then lists what it leaves out: so it is recorded.
-    """
-    quantization = kwargs.get("quantization_config")
+def _fitted(quantization: Any, config: PretrainedConfig, kind: Any, trust_remote_code: bool) -> Any:
+    """Returns a bitsandbytes config that leaves out layers whose weights the model reads itself, where it would find
+    packed bytes, and takes in those that transformers overlooks. It lists what it leaves out: so it is recorded."""
     if not isinstance(quantization, BitsAndBytesConfig) or not quantization.is_quantizable():
-        return
+        return quantization
     with torch.device("meta"):
         if kind is AutoModelForCausalLM:
-            empty = kind.from_config(copy.deepcopy(config), trust_remote_code=kwargs["trust_remote_code"])
+            empty = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         else:
             empty = kind(copy.deepcopy(config))
     kept = read_past(empty)
     overlooked = {type(layer) for layer in empty.modules() if _is_overlooked(type(layer))}
     if not kept and not overlooked:
-        return
-    quantization = kwargs["quantization_config"] = copy.deepcopy(quantization)
+        return quantization
+    quantization = copy.deepcopy(quantization)
     default = quantization.llm_int8_skip_modules or get_keys_to_not_convert(empty)
     ends = {".".join(name.split(".")[-2:]) for name in kept}
     quantization.llm_int8_skip_modules = sorted({*default, *ends})
     if kept:
         logger.info("Not quantized: %s, as the model reads their weights itself.", ", ".join(sorted(ends)))
+    return quantization
 
 
-def _is_overlooked(kind: type) -> bool:
+def _is_overlooked(kind: Any) -> bool:
     ours = kind.__module__.startswith("transformers.models.")
     return ours and issubclass(kind, nn.Linear) and computes_linear(kind)
 
