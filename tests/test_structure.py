@@ -36,7 +36,7 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 3325,
-    "forward": 1975,
+    "forward": 1985,
     "reference": 1560,
     "model": 2330,
     "training": 2720,
