@@ -63,23 +63,31 @@ def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tup
     composite = model.config.get_text_config() is not model.config
     inside = next((f"{name}." for name, part in model.named_modules() if composite and name and part is decoder), "")
     for name, layer in layers.items():
-        parent, _, own = name.rpartition(".")
-        beside = (child for child, _ in model.get_submodule(parent).named_children())
-        routes = own in _ROUTERS or own.endswith("expert_gate")
         if layer is head:
             yield name, "it is the head"
         elif not name.startswith(inside):
             yield name, "it is outside the language model"
-        elif "router" in name or (routes and any("expert" in child for child in beside if child != own)):
+        elif "router" in name or _beside_experts(model, name):
             yield name, "it is a router"
         elif "indexer" in name:
             yield name, "it is an indexer"
-        elif re.search(r"(^|\.)experts\.\d+\.", name):
+        elif re.search(r"(^|\.)experts\.\d+(\.|$)", name):
             yield name, "it is an expert"
         elif name in read:
             yield name, "the model reads its weight itself"
         elif not computes_linear(type(layer)):
             yield name, "it is no plain linear layer"
+
+
+def _beside_experts(model: nn.Module, name: str) -> bool:
+    """Whether a layer, or a module that it is in, is called like a router and stands beside experts."""
+    parts = name.split(".")
+    for at, own in enumerate(parts):
+        if own in _ROUTERS or own.endswith("expert_gate"):
+            beside = {child for child, _ in model.get_submodule(".".join(parts[:at])).named_children()} - {own}
+            if any("expert" in child for child in beside):
+                return True
+    return False
 
 
 def _lost(model: PreTrainedModel, config: LoraConfig, layers: Iterable[str]) -> list[str]:
@@ -244,7 +252,7 @@ def read_past(model: nn.Module) -> list[str]:
     for name, parent in model.named_modules():
         read = _weights_read(type(parent))
         layers = parent.named_children() if read else ()
-        found += [f"{name}.{child}" for child, layer in layers if child in read and is_linear(layer)]
+        found += [f"{name}.{child}".lstrip(".") for child, layer in layers if child in read and is_linear(layer)]
     return found
 
 
