@@ -1,8 +1,8 @@
 """Which layers of a model an adapter goes on, and which weights can't be quantized or adapted.
 
 "all-linear" is the linear layers of the language model, without its head, routers and indexers, without layers whose
-weight the model reads itself, and without those whose output no text's log-probs depend on: an adapter there would
-have no gradient. Experts that are one tensor for all are no layers.
+weight the model reads itself, and without those whose output does not move the log-probs of a short text: an adapter
+there would have no gradient. Experts that are one tensor for all are no layers.
 """
 
 import inspect
@@ -50,7 +50,7 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]
     left_out |= _unfit(model, layers)
     fit = {name: layer for name, layer in layers.items() if name not in left_out}
     reached = _reached(model, fit)
-    left_out |= {name: "no text's log-probs depend on it" for name in fit if name not in reached}
+    left_out |= {name: "the log-probs of a short text do not depend on it" for name in fit if name not in reached}
     others = {name for name, _ in model.named_modules()} - reached
     in_layers = config.layers_to_transform is not None or bool(_renamed(model))  # PEFT reads patterns otherwise there
     config.target_modules = reached if in_layers else _shortest(reached, others)
@@ -102,32 +102,35 @@ def _lost(model: PreTrainedModel, config: LoraConfig, layers: Iterable[str]) -> 
 def _reached(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
     """Returns which layers' outputs move the log-probs of a short text."""
     reached: set[str] = set()
-    embedded: list[Tensor] = []
+    starts: list[Tensor] = []
 
-    def embed(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+    def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        starts.append(output.detach().requires_grad_())
+        return starts[-1].clone()  # which may be changed in place
 
     def watch(name: str) -> Any:
         def note(gradient: Tensor) -> None:
             if gradient.any():
                 reached.add(name)
 
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(note)
+        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            output = output if output.requires_grad else start(module, args, output)  # it has an input of its own
+            output.register_hook(note)
+            return output
 
         return hook
 
     embeddings = model.get_input_embeddings()
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    hooks.append(embeddings.register_forward_hook(embed))
+    hooks.append(embeddings.register_forward_hook(start))
     rows = embeddings.weight.shape[0]
     ids = torch.arange(16, device=embeddings.weight.device)[None] * 7 % (rows // 2) + rows // 4
     try:
         with torch.enable_grad(), eval_mode(model):
             logits = model(input_ids=ids, use_cache=False).logits
-            torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), embedded[0])
+            torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), starts, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()

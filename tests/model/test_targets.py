@@ -89,7 +89,7 @@ def test_the_rule_on_layers_made_by_hand(by_hand: Any, caplog: Any) -> None:
         ("mlp.experts", "it is an expert"),
         ("mlp.read", "the model reads its weight itself"),
         ("mlp.scaled", "it is no plain linear layer"),
-        ("mlp.detached, mlp.unused", "no text's log-probs depend on it"),
+        ("mlp.detached, mlp.unused", "the log-probs of a short text do not depend on it"),
     ):
         assert f"Not on {names} ({why})." in line
 
@@ -114,6 +114,7 @@ def test_what_is_linear_and_what_is_read() -> None:
         ("gemma3n_text", ["per_layer_input_gate", "laurel.linear_left"], ["prediction_coefs", "modality_router"]),
         ("deepseek_v32", ["kv_b_proj", "mlp.up_proj"], ["indexer.wq_b", "indexer.wk", "mlp.gate"]),
         ("zamba2", ["in_proj", "o_proj"], ["mamba.out_proj"]),
+        ("qwen4_exp_text", ["ple.key_proj", "ple.value_proj"], ["shared_expert_gate", "index_qk_proj"]),
         ("gpt2", ["attn.c_attn", "mlp.c_proj"], ["lm_head"]),
     ],
 )
