@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ def plan_forward(
         _check_neighbors(probe)
         if not share_prompts:
             return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
-        original = causal_lm.config._attn_implementation
+        original = _implementations(causal_lm.config)
         try:
             _check_layer_types(probe.config)
             difference, heads = probe.shared("dense")
@@ -277,6 +278,14 @@ def _check_neighbors(probe: _Probe) -> None:
     beside_N = probe.logps(pad_rows([row, Sample(ids[: length - 1], [ids[:1]])]))[: len(alone_N)]
     if not (moved := probe.difference(alone_N, beside_N)) <= probe.tolerance:
         refuse_crossing(probe.causal_lm, length - 1, f" (by {moved:.2g} nats per token)")
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the attention implementations of a config and of those inside it, as `set_attn_implementation` reads
+    them: of a model of text and images each part may have its own."""
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    inner = {key: _implementations(part) for key, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **inner}
 
 
 def _check_layer_types(config: PreTrainedConfig) -> None:

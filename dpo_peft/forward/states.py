@@ -54,7 +54,7 @@ def read_layouts(causal_lm: PreTrainedModel) -> int:
     return found
 
 
-def read_rows(causal_lm: PreTrainedModel, attention: str) -> None:
+def read_rows(causal_lm: PreTrainedModel, attention: str | dict[str, Any]) -> None:
     """Undoes `read_layouts`: the model has its own classes, and the implementation of attention that it had."""
     causal_lm.set_attn_implementation(attention)
     for module in causal_lm.modules():

@@ -37,7 +37,7 @@ class Tried(NamedTuple):
 
     class_name: str
     refused: str = ""  # the reason, where it does not train
-    start: float = 0.0  # loss of the first step
+    start: float = 0.0  # loss of the first step, without the routers'
     shared: bool = False
     fused: bool = False
     why: str = ""  # it is not shared, or not fused
@@ -70,7 +70,7 @@ def pairs(number: int = 4 * STEPS) -> Dataset:
 
 def run_options(folder: Path, **changed: Any) -> dict[str, Any]:
     """The defaults but for a higher learning rate, float32 and short logs."""
-    steps = {"learning_rate": 1e-2, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "max_steps": STEPS}
+    steps = {"learning_rate": 5e-3, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "max_steps": STEPS}
     return options(folder, **{**steps, "gradient_checkpointing": True, "seed": 7, **changed})
 
 
@@ -92,7 +92,8 @@ def try_family(name: str, folder: Path) -> Tried:
     share = four_bit_share(trainer.model)
     trainer.train()
     plan = trainer.forward_plan
-    start = step_logs(trainer)[0]["loss"]
+    first = step_logs(trainer)[0]
+    start = first["loss"] - trainer.router_aux_loss_coef * first.get("aux_loss", 0.0)
     dead = tuple(sorted({star(n) for n, p in trainer.model.named_parameters() if "lora_B" in n and not p.any()}))
     why = plan.unfused if plan.shared else plan.reason
     found = Tried(class_name, "", start, plan.shared, plan.fused is not None, why, share, dead)
