@@ -212,7 +212,7 @@ class Unscaled(Decoder):
     def __init__(self, model: Any):
         self.model = model
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
         rope, plan = self.model.config.rope_parameters, attention.AttentionPlan(batch, "dense")
         beta, rope["llama_4_scaling_beta"] = rope["llama_4_scaling_beta"], 0.0
         given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "prefix_layout": plan}
