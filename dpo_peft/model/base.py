@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
+from .experts import experts_in_4_bits, warn_of_whole_experts
 from .rebuilding import loader
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -31,8 +32,9 @@ def load_base(
     trust_remote_code: bool = False,
     device: torch.device | None = None,
     class_name: str | None = None,
+    experts: bool = True,
 ) -> PreTrainedModel:
-    """Loads a causal LM by name or folder: bfloat16, its linear layers in NF4, unless told otherwise.
+    """Loads a causal LM by name or folder: bfloat16, its linear layers and experts in NF4, unless told otherwise.
 
     Args:
         name: Hub id or local folder.
@@ -42,6 +44,7 @@ def load_base(
         trust_remote_code: run code that ships with the model.
         device: where the model goes; the CPU if None.
         class_name: its class in transformers, if it is not what AutoModelForCausalLM loads.
+        experts: False leaves the experts of a mixture in 16 bits, as versions before 16 did.
 
     Raises:
         OptionError: contradictory options, or a folder without a model.
@@ -58,7 +61,8 @@ def load_base(
     if device is not None and device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
     try:
-        return loader(class_name).from_pretrained(name, dtype=dtype, **kwargs)
+        with experts_in_4_bits(experts):
+            model = loader(class_name).from_pretrained(name, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         if quantized := re.search(r"quantized with (\w+) but you are passing a BitsAndBytesConfig", str(error)):
             out = "" if quantization_config is None else "leave quantization_config out and "
@@ -70,6 +74,8 @@ def load_base(
         if "Unrecognized configuration class" in why:  # followed by a list of all classes
             why = "is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
         raise OptionError(f"model={name!r} {why}") from error
+    warn_of_whole_experts(model)
+    return model
 
 
 def _read_dtype(dtype: object) -> torch.dtype | str:
