@@ -1,7 +1,8 @@
 """Attention over a packed batch, plugged into transformers by its public hooks. No model file is patched.
 
 A model whose attention implementation is `IMPLEMENTATION` works as before under plain calls (generation, evaluation by
-others): they go to SDPA with the masks that SDPA gets. A call that carries `prefix_layout` reads that layout instead.
+others): they go to SDPA with the masks that SDPA gets, and where it can't do what the model wants (soft-capped scores,
+sinks) to the model's own function. A call that carries `prefix_layout` reads that layout instead.
 Such a call also passes `layout_marker()` as its 4-D attention mask, which transformers hands through to the attention
 function unchanged; a model that builds masks of its own is caught by that.
 
@@ -14,7 +15,8 @@ sample in tokens.
 """
 
 import inspect
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -31,8 +34,8 @@ from .layout import PackedBatch, visible
 Made = TypeVar("Made")
 
 IMPLEMENTATION = "dpo_peft_prefix_shared"
-# What reaches the attention function without changing it. Anything else that a model passes (softcap, s_aux,
-# position_bias, the indices of sparse attention, ...) means something that the layout does not know.
+# What reaches the attention function without changing it. Anything else that a model passes (position_bias, the
+# indices of sparse attention, ...) means something that the layout does not know.
 _HARMLESS = set("position_ids use_cache cache_position return_dict".split())
 _HARMLESS |= {f"output_{what}" for what in ("attentions", "hidden_states", "router_logits")}
 
@@ -54,8 +57,10 @@ class AttentionBackend:
     """One way to compute attention over a packed batch.
 
     `supports(device, dtype, heads)` says whether it runs there. `attend(plan, q, k, v, scaling, window)` gives
-    (T, H, D) from q (T, H, D), k and v (T, G, D), or (S, G, D) if `gathers`; if it does `dropout`, it takes that as a
-    keyword too. A call with a window or dropout that a backend does not do goes to the one named `otherwise`.
+    (T, H, D) from q (T, H, D), k and v (T, G, D), or (S, G, D) if `gathers`. What it `takes` beyond that reaches it as
+    keywords, if a call has it: "dropout", "softcap" (scores s become softcap * tanh(s / softcap)), "sinks" ((H,)
+    scores of one more key without a value), "chunk" (as in `visible`). A call with a window or with keywords that a
+    backend does not do goes to the one named `otherwise`.
     """
 
     name: str
@@ -63,7 +68,7 @@ class AttentionBackend:
     attend: Callable[..., Tensor]
     gathers: bool = False  # its keys and values are those of `kv_index`: [prompt; own tokens] for each segment
     windows: bool = True
-    dropout: bool = False
+    takes: frozenset[str] = frozenset()
     otherwise: str = "dense"
 
 
@@ -79,12 +84,13 @@ class AttentionPlan:
         self.batch = batch
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self.trace: list[tuple[int | None, HeadShape]] | None = None  # for the probe: window and heads of each call
+        self.mixed: list[str] | None = None  # for the probe: the class of each mixer of `states.py` that was called
         self._made: dict[Hashable, Any] = {}
 
-    def backend_for(self, window: int | None, dropout: float = 0.0) -> AttentionBackend:
-        """Returns the backend that takes a call: the plan's, or the one that does what it can't."""
+    def backend_for(self, window: int | None, extra: Collection[str] = ()) -> AttentionBackend:
+        """Returns the backend that takes a call with such keywords: the plan's, or the one that does what it can't."""
         backend = self.backend
-        while (window is not None and not backend.windows) or (dropout and not backend.dropout):
+        while (window is not None and not backend.windows) or not backend.takes.issuperset(extra):
             backend = backend_named(backend.otherwise)
         return backend
 
@@ -103,13 +109,13 @@ class BySample(NamedTuple):
     mask_EBB: Tensor  # who sees whom. Padding queries see position 0, so no row is empty
 
 
-def by_sample(batch: PackedBatch, window: int | None) -> BySample:
+def by_sample(batch: PackedBatch, window: int | None, chunk: int | None = None) -> BySample:
     """Cuts a packed batch into its samples, and applies the mask predicate to each one's own tokens."""
     assert batch.sample_index is not None and batch.segment is not None and batch.context is not None
     filled_EB, index_EB = batch.sample_index >= 0, batch.sample_index.clamp(min=0)
     segment, context, pos = batch.segment[index_EB], batch.context[index_EB], batch.position_ids[0][index_EB]
     mask_EBB = visible(
-        segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window
+        segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window, chunk
     )
     mask_EBB &= filled_EB[:, None]
     mask_EBB[:, :, 0] |= ~filled_EB
@@ -131,8 +137,10 @@ def prefix_shared_attention(
     dropout: float = 0.0,
     prefix_layout: AttentionPlan | None = None,
     sliding_window: int | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Attends as transformers' functions do; registered as `IMPLEMENTATION`.
 
     Args:
@@ -145,20 +153,54 @@ def prefix_shared_attention(
         CannotShareError: the model asks for something that the layout can't express.
     """
     if prefix_layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _own_attention(module, query, key, value, attention_mask, softcap=softcap, **kwargs)
     _refuse_unknown(attention_mask, kwargs)
+    query = _retuned(module, query, prefix_layout)
     if prefix_layout.trace is not None:
         prefix_layout.trace.append((sliding_window, HeadShape(query.shape[1], key.shape[1], query.shape[3])))
-    backend = prefix_layout.backend_for(sliding_window, dropout)
+    extra = {"dropout": dropout or None, "softcap": softcap, "sinks": s_aux, "chunk": _chunk_of(module)}
+    extra = {name: value for name, value in extra.items() if value is not None}
+    backend = prefix_layout.backend_for(sliding_window, extra)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if backend.gathers:
         index = prefix_layout.batch.kv_index
         assert index is not None
         k, v = k.index_select(0, index), v.index_select(0, index)
-    extra = {"dropout": dropout} if dropout else {}
     return backend.attend(prefix_layout, q, k, v, scaling, sliding_window, **extra)[None], None
+
+
+def _own_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Calls the function that the module's model has for "eager", which wants its mask added to the scores."""
+    if attention_mask is None:  # what SDPA would be told by `is_causal`
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        attention_mask = (seen.tril() if q.shape[2] > 1 else seen)[None, None]
+    added = torch.zeros(attention_mask.shape, dtype=q.dtype, device=q.device)
+    added = added.masked_fill(~attention_mask, torch.finfo(q.dtype).min)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, q, k, v, added, **kwargs)
+
+
+def _chunk_of(module: Any) -> int | None:
+    """Returns the length of the chunks that a layer's attention is confined to; Llama 4 says it by the mask alone."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    return module.config.attention_chunk_size if kinds and kinds[module.layer_idx] == "chunked_attention" else None
+
+
+def _retuned(module: Any, q_1HTD: Tensor, plan: AttentionPlan) -> Tensor:
+    """Returns the queries as Llama 4 scales them at their positions; it scaled them at their places in the row."""
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return q_1HTD
+
+    def scale(position_T: Tensor) -> Tensor:
+        return (torch.floor((position_T.float() + 1) / module.floor_scale)).log1p() * module.attn_scale + 1
+
+    position_T = plan.batch.position_ids[0]
+    right_T = scale(position_T) / scale(torch.arange(len(position_T), device=position_T.device))
+    return (q_1HTD * right_T[:, None]).to(q_1HTD.dtype)
 
 
 def _refuse_unknown(attention_mask: Tensor | None, kwargs: dict[str, object]) -> None:
@@ -178,21 +220,49 @@ def attend_dense(
     v_TGD: Tensor,
     scaling: float | None,
     window: int | None,
+    *,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Attends sample by sample under the mask predicate; (T, H, D)."""
-    samples = plan.once(("by sample", window), lambda: by_sample(plan.batch, window))
+    samples = plan.once(("by sample", window, chunk), lambda: by_sample(plan.batch, window, chunk))
     groups = q_THD.shape[1] // k_TGD.shape[1]
     q_EHBD, k_EGBD, v_EGBD = (x[samples.index_EB].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
-    out_EHBD = F.scaled_dot_product_attention(
-        q_EHBD,
-        k_EGBD.repeat_interleave(groups, 1),
-        v_EGBD.repeat_interleave(groups, 1),
-        attn_mask=samples.mask_EBB[:, None],
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    k_EHBD, v_EHBD = (x.repeat_interleave(groups, 1) for x in (k_EGBD, v_EGBD))
+    mask_E1BB = samples.mask_EBB[:, None]
+    if sinks is not None:
+        scaling = scaling or q_THD.shape[2] ** -0.5
+        q_EHBD, k_EHBD, v_EHBD = _with_sinks(q_EHBD, k_EHBD, v_EHBD, sinks / scaling)
+        mask_E1BB = F.pad(mask_E1BB, (0, 1), value=True)
+    given = (q_EHBD, k_EHBD, v_EHBD, mask_E1BB)
+    if softcap is None:
+        out_EHBD = F.scaled_dot_product_attention(*given, dropout_p=dropout, scale=scaling)
+    else:  # recomputed in the backward pass, so that one layer's scores exist at a time
+        scaling = scaling or q_EHBD.shape[3] ** -0.5
+        out_EHBD = checkpoint(_attend_capped, *given, scaling, softcap, dropout, use_reentrant=False)
     return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, samples.filled_T)
+
+
+def _with_sinks(q_EHBD: Tensor, k_EHBD: Tensor, v_EHBD: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the sinks as the last key: it meets ones that the queries get in a further dimension, and has no value.
+
+    There are eight of these dimensions, since kernels on a GPU want a multiple of it.
+    """
+    size = k_EHBD.shape[3]
+    q_EHBD = torch.cat([q_EHBD, q_EHBD.new_ones(*q_EHBD.shape[:3], 1), q_EHBD.new_zeros(*q_EHBD.shape[:3], 7)], 3)
+    sink_H = F.pad(sinks_H.to(k_EHBD.dtype)[:, None], (size, 7))
+    sink_EH1D = sink_H[None, :, None].expand(len(k_EHBD), -1, -1, -1)
+    return q_EHBD, torch.cat([F.pad(k_EHBD, (0, 8)), sink_EH1D], 2), F.pad(v_EHBD, (0, 0, 0, 1))
+
+
+def _attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float, dropout: float
+) -> Tensor:
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
 
 
 def attend_varlen(
@@ -243,10 +313,11 @@ def _varlen_runs(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> 
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+DENSE_TAKES = frozenset({"dropout", "softcap", "sinks", "chunk"})
 # The first that supports a model is taken.
 BACKENDS = [
     AttentionBackend("varlen", _varlen_runs, attend_varlen, gathers=True),
-    AttentionBackend("dense", lambda device, dtype, heads: True, attend_dense, dropout=True),
+    AttentionBackend("dense", lambda device, dtype, heads: True, attend_dense, takes=DENSE_TAKES),
 ]
 
 

@@ -125,15 +125,24 @@ class PackedBatch:
 
 
 def visible(
-    segment_q: Tensor, context_q: Tensor, pos_q: Tensor, segment_k: Tensor, pos_k: Tensor, window: int | None = None
+    segment_q: Tensor,
+    context_q: Tensor,
+    pos_q: Tensor,
+    segment_k: Tensor,
+    pos_k: Tensor,
+    window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Returns the mask predicate: True where a query may see a key.
 
     A token sees its own segment and its prompt, up to its own position; under a sliding window only keys whose
-    position is less than `window` behind. Arguments broadcast against each other; the result is boolean.
+    position is less than `window` behind, with chunks only keys of its own `chunk` positions. Arguments broadcast
+    against each other; the result is boolean.
     """
     same_or_prompt = (segment_k == segment_q) | (segment_k == context_q)
     mask = same_or_prompt & (pos_k <= pos_q)
+    if chunk is not None:
+        mask &= pos_k // chunk == pos_q // chunk
     return mask if window is None else mask & (pos_k > pos_q - window)
 
 

@@ -8,7 +8,9 @@ trained, adapted or quantized goes through its own module, chunk by chunk, each 
 Shape suffixes: N predicted tokens, H hidden size, V vocabulary, K one chunk of N.
 """
 
+import inspect
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -65,13 +67,24 @@ def read_head(model: nn.Module) -> Head:
     the model's own logits.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    multipliers = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
-    scale = next((m for m in multipliers if m is not None), None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1.0 / config.logits_scaling
+    whole = config is model.config
+
+    def declared(*names: str) -> Any:
+        values = (getattr(config, name, None) for name in names if whole or name in _source(type(model)))
+        return next((value for value in values if value is not None), None)
+
+    scale = declared("logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is None and (scaling := declared("logits_scaling")) is not None:
+        scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
     module = model.get_output_embeddings()  # type: ignore[operator]
-    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
-    return Head(module, 1.0 if scale is None else float(scale), next((c for c in caps if c is not None), None))
+    return Head(module, 1.0 if scale is None else float(scale), declared("final_logit_softcapping", "logits_soft_cap"))
+
+
+@cache
+def _source(kind: type) -> str:
+    """Returns a class's code. That of a model of text and images says which transforms of its text config it applies:
+    some leave them out that their text model has."""
+    return inspect.getsource(kind)
 
 
 def token_logps(

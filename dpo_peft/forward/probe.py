@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from ..errors import NonFiniteError, OptionError
 from ..wings import wing
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, HeadShape, choose_backend
 from .layout import PackedBatch, Sample, pack, pad_rows
+from .lengths import ATTENDING, CARRYING, FarText, kinds_of, random_ids, short_chunks
 from .rotary import beyond_reach, refuse_crossing
 from .score import Backend, Decoder, NotRecognizedError, completion_logps, eval_mode, unwrap
+from .states import read_layouts, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -108,15 +111,15 @@ def plan_forward(
         _check_neighbors(probe)
         if not share_prompts:
             return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
-        original = causal_lm.config._attn_implementation
+        original = _implementations(causal_lm.config)
         try:
             _check_layer_types(probe.config)
             difference, heads = probe.shared("dense")
         except Exception as error:  # a model's forward may fail in any way; each means that it can't share
-            causal_lm.set_attn_implementation(original)
+            read_rows(causal_lm, original)
             logger.debug("The packed probe failed.", exc_info=True)
             return ForwardPlan(False, "own", rows_difference, f"this model can't share prompts ({_short(error)})")
-        backend = choose_backend(probe.device, probe.dtype, heads)
+        backend = choose_backend(probe.device, probe.dtype, heads) if heads else "dense"
         if backend != "dense":
             try:
                 difference, _ = probe.shared(backend)
@@ -138,6 +141,8 @@ def _with_fused(plan: ForwardPlan, probe: "_Probe", required: bool) -> ForwardPl
         difference = probe.difference(probe.logps(batch, decoder), probe.logps(batch, plan.backend))
         if not difference <= probe.tolerance:
             raise NotRecognizedError(f"fused log-probs differ by {difference:.2g}, more than {probe.tolerance:.1g}")
+        if problem := probe.far_problem(decoder):
+            raise NotRecognizedError(f"fused {problem}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may lack anything that recognized ones have; a kernel may refuse this GPU
@@ -176,7 +181,7 @@ class _Probe:
         self.causal_lm = unwrap(model)
         self.config = self.causal_lm.config.get_text_config()
         self.samples = _probe_samples(self.config.vocab_size)
-        self.own_N = self._own_logps(self.samples)
+        self.own_N = self.own_logps(pad_rows(self.samples))
         if not torch.isfinite(self.own_N).all():
             raise NonFiniteError(
                 f"The log-probs of {type(self.causal_lm).__name__} are not finite: a weight is NaN or infinite, or "
@@ -184,13 +189,21 @@ class _Probe:
             )
         # In batches of other shapes, each completion alone: what moves, as far as rounding explains it, is the noise.
         alone = [sample._replace(completions=[ids]) for sample in self.samples for ids in sample.completions]
-        alone_N = torch.cat([self._own_logps([sample]) for sample in alone])
-        self.tolerance = _TOLERANCE[dtype] + 4 * min(self.difference(alone_N, self.own_N), token_rounding(model))
+        self.tolerance = self.allowed([pad_rows([sample]) for sample in alone], self.own_N)
+        self.windows: set[int] = set()  # of attention, as it was told
 
-    def _own_logps(self, samples: Sequence[Sample]) -> Tensor:
-        """Returns (N,) log-probs of the completion tokens from the model's own logits."""
-        batch = pad_rows(samples).to(self.device)
-        logits = self.causal_lm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    def allowed(self, others: Sequence[PackedBatch], own_N: Tensor) -> float:
+        """Returns by how much a token's log-prob may be off, from the same completions in batches of other shapes."""
+        alone_N = torch.cat([self.own_logps(batch) for batch in others])
+        return _TOLERANCE[self.dtype] + 4 * min(self.difference(alone_N, own_N), token_rounding(self.model))
+
+    def own_logps(self, batch: PackedBatch) -> Tensor:
+        """Returns (N,) log-probs of the completion tokens from the model's own logits on padded rows."""
+        batch = batch.to(self.device)
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        if batch.position_ids[:, 0].any():
+            given["position_ids"] = batch.position_ids
+        logits = self.causal_lm(**given).logits
         logps = logits.flatten(0, 1).index_select(0, batch.pred_pos).float().log_softmax(-1)
         return logps.gather(1, batch.target[:, None])[:, 0]
 
@@ -202,20 +215,44 @@ class _Probe:
         """Returns the largest difference among the share of the tokens that must agree; NaN if any is."""
         return float((a_N - b_N).abs().quantile(_SHARE[self.dtype]))
 
-    def shared(self, backend: str) -> tuple[float, HeadShape]:
+    @cached_property
+    def _far(self) -> tuple[FarText | None, Tensor, float]:
+        """Returns a text beyond which nothing changes, its own log-probs, and how far others may be from these."""
+        if (text := FarText.of(self.config, self.windows)) is None:
+            return None, self.own_N, 0.0
+        own_N = self.own_logps(text.rows())
+        return text, own_N, self.allowed(text.alone(), own_N)
+
+    def far_problem(self, backend: Backend) -> str | None:
+        """Says what is wrong with a backend's log-probs where a config says that a model changes its behavior."""
+        with short_chunks(self.config):
+            text, own_N, allowed = self._far
+            if text is None:
+                return None
+            difference = self.difference(self.logps(text.packed(), backend), own_N)
+        if difference <= allowed:
+            return None
+        return f"log-probs differ by {difference:.2g}, more than {allowed:.1g}, up to position {text.farthest}"
+
+    def shared(self, backend: str) -> tuple[float, HeadShape | None]:
         """Returns the difference that sharing prompts makes, and the largest heads that the attention function saw.
 
         Raises:
             CannotShareError: the model can't, or not with this backend.
         """
-        self.causal_lm.set_attn_implementation(IMPLEMENTATION)
+        mixers, carrying = read_layouts(self.causal_lm), sum(kind in CARRYING for kind in kinds_of(self.config))
+        if mixers < carrying:
+            raise CannotShareError(f"{carrying - mixers} of its layers carry a state that can't be handed on")
         if self.causal_lm.config._attn_implementation != IMPLEMENTATION:
             raise CannotShareError("it does not use transformers' attention interface")
         batch = pack(self.samples).to(self.device)
         plan = AttentionPlan(batch, backend)
-        plan.trace = []
+        plan.trace, plan.mixed = [], []
         logps_N = self.logps(batch, plan)
         _check_trace(plan.trace, self.config)
+        if len(plan.mixed) != carrying:
+            raise CannotShareError(f"{len(plan.mixed)} of its {carrying} layers with a state were told the layout")
+        self.windows = {window for window, _ in plan.trace if window is not None}
         difference = self.difference(logps_N, self.own_N)
         if not difference <= self.tolerance:
             raise CannotShareError(f"shared log-probs differ by {difference:.2g}, more than {self.tolerance:.1g}")
@@ -225,7 +262,9 @@ class _Probe:
         moved = self.difference(edited_N[mine], logps_N[mine])
         if self.difference(edited_N[~mine], logps_N[~mine]) > 0.02 * moved:
             raise CannotShareError("a completion sees its neighbor")
-        return difference, max((heads for _, heads in plan.trace), key=lambda heads: heads.size)
+        if problem := self.far_problem(backend):
+            raise CannotShareError(f"shared {problem}")
+        return difference, max((heads for _, heads in plan.trace), key=lambda heads: heads.size, default=None)
 
 
 def _check_neighbors(probe: _Probe) -> None:
@@ -241,31 +280,34 @@ def _check_neighbors(probe: _Probe) -> None:
         refuse_crossing(probe.causal_lm, length - 1, f" (by {moved:.2g} nats per token)")
 
 
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the attention implementations of a config and of those inside it, as `set_attn_implementation` reads
+    them: of a model of text and images each part may have its own."""
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    inner = {key: _implementations(part) for key, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **inner}
+
+
 def _check_layer_types(config: PreTrainedConfig) -> None:
-    """Refuses layers whose difference to plain attention may show only on longer texts than the probe's."""
-    for kind in getattr(config, "layer_types", None) or []:
-        if kind not in ("full_attention", "sliding_attention"):
+    """Refuses layers whose difference to known ones may show only on longer texts than the probe's."""
+    for kind in kinds_of(config):
+        if kind not in ATTENDING | CARRYING | {"moe", "mlp"}:
             raise CannotShareError(f"it has layers of the kind {kind}")
 
 
 def _check_trace(trace: list[tuple[int | None, HeadShape]], config: PreTrainedConfig) -> None:
-    """Wants one call per layer, with the sliding window that the config declares (longer than the probe's samples)."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    if len(trace) != layers:
-        raise CannotShareError(f"{len(trace)} of its {layers} layers are plain attention")
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    declared = [window if kind == "sliding_attention" else None for kind in kinds]
+    """Wants one call per layer that attends, with the sliding window that the config declares (it may be longer than
+    the probe's samples)."""
+    kinds, window = kinds_of(config), getattr(config, "sliding_window", None)
+    declared = [window if "sliding" in kind else None for kind in kinds if kind in ATTENDING]
+    if len(trace) != len(declared):
+        raise CannotShareError(f"{len(trace)} of its {len(declared)} layers are plain attention")
     if [seen for seen, _ in trace] != declared:
         raise CannotShareError("its attention is not told the sliding window that its config declares")
 
 
 def _probe_samples(vocab_size: int) -> list[Sample]:
-    generator = torch.Generator().manual_seed(0)
-    low, high = vocab_size // 4, max(vocab_size // 2, vocab_size // 4 + 2)
-
-    def ids(n: int) -> list[int]:
-        return torch.randint(low, high, (n,), generator=generator).tolist()
-
+    ids = random_ids(vocab_size)
     return [Sample(ids(9), [ids(4), ids(7)]), Sample(ids(5), [ids(6), ids(2)])]
 
 

@@ -31,8 +31,11 @@ class Decoder(ABC):
     offload: bool  # keep those inputs in the CPU's memory
 
     @abstractmethod
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Returns the normed hidden states that predict, (N, H), for a shared batch on the model's device."""
+    def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
+        """Returns the normed hidden states that predict, (N, H), for a shared batch on the model's device.
+
+        What each router computes, (T, X), is added to `router_logits`.
+        """
 
     @abstractmethod
     def reference(self, adapter: str | None) -> "Decoder":
@@ -87,20 +90,22 @@ def completion_logps(
             one that was added (or a plan already made for this batch), or by a `Decoder` made of `model`.
         chunk_rows: rows of logits that exist at a time.
         log_sum_sq: whether to fill `Scores.log_sum_sq_N`, which WPO's weights read.
-        routing: whether to fill `Scores.routing`, which the routers' auxiliary loss reads; not with a `Decoder`.
+        routing: whether to fill `Scores.routing`, which the routers' auxiliary loss reads.
 
     Raises:
         CannotShareError: the model's attention can't read a shared batch.
     """
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
+    logits: list[Tensor] = []
     if isinstance(backend, Decoder) and batch.shared:
-        hidden_NH, routed = backend.hidden_states(batch), None
+        hidden_NH = backend.hidden_states(batch, logits)
     else:
         outputs = _run(causal_lm, batch, backend, routing)
         hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.pred_pos)
-        chosen = causal_lm.config.get_text_config().num_experts_per_tok if routing else 0
-        routed = read_routing(outputs.router_logits, batch, chosen) if routing else None
+        logits = outputs.router_logits if routing else []
+    chosen = causal_lm.config.get_text_config().num_experts_per_tok if routing else 0
+    routed = read_routing(logits, batch, chosen) if routing else None
     log_sum_sq_N = torch.empty_like(batch.target, dtype=torch.float32) if log_sum_sq else None
     token_logps_N = token_logps(hidden_NH, batch.target, head, chunk_rows, log_sum_sq_N)
     return Scores(token_logps_N, sum_by_completion(token_logps_N, batch), log_sum_sq_N, routed)
@@ -140,7 +145,7 @@ def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routi
         kwargs["attention_mask"] = batch.attention_mask
     backbone = causal_lm.base_model
     if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
-        backbone = causal_lm.model
+        backbone = causal_lm.get_decoder().model
     return backbone(**kwargs)
 
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..forward.attention import AttentionBackend, AttentionPlan, BySample, HeadShape, attend_dense, by_sample
-from ..forward.layout import PackedBatch
-from .elementwise import Places
+from .heads import Places
 
 MAX_HEAD, MAX_GROUP = 256, 16
 _LOG2_E = math.log2(math.e)
@@ -230,22 +229,27 @@ PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, othe
 class Attention(NamedTuple):
     """Attention of one pass over the model, for its layers with the same window."""
 
-    attend: Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]  # q, k, v, scaling, window to (T, A, D)
+    attend: Callable[..., Tensor]  # q, k, v, scaling, window, and the keywords that it was bound for, to (T, A, D)
     places: Places | None = None  # where it wants keys and values gathered from
 
 
-def bind(backend: AttentionBackend, batch: PackedBatch, windows: Iterable[int | None]) -> dict[int | None, Attention]:
-    """Returns attention over a batch for each window; what its layers share is made here."""
-    if backend.attend is attend_dense:
-        samples = {window: by_sample(batch, window) for window in windows}
-        return dict.fromkeys(samples, Attention(partial(attend_by_sample, samples)))
-    plan, bound = AttentionPlan(batch, backend), {}
-    for window in windows:
-        taken, places = plan.backend_for(window), None
+Kind = tuple[int | None, tuple[str, ...]]  # the window of some layers, and the keywords of their attention
+
+
+def bind(plan: AttentionPlan, kinds: Iterable[Kind]) -> dict[Kind, Attention]:
+    """Returns attention over a batch for each kind; what its layers share is made here."""
+    batch, bound, samples = plan.batch, {}, {}
+    for kind in kinds:
+        window, extra = kind
+        taken, places = plan.backend_for(window, extra), None
+        if taken.attend is attend_dense and not extra:
+            samples[window] = by_sample(batch, window)
+            bound[kind] = Attention(partial(attend_by_sample, samples))
+            continue
         if taken.gathers:  # in the same pass that turns the heads by their positions
             assert batch.kv_index is not None and batch.kv_copies is not None
             places = Places(batch.kv_index, batch.kv_copies)
-        bound[window] = Attention(partial(taken.attend, plan), places)
+        bound[kind] = Attention(partial(taken.attend, plan), places)
     return bound
 
 

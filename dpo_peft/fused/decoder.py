@@ -1,15 +1,16 @@
-"""The decoder of Llama-like models with LoRA, written out: transformers' function in fewer passes over memory.
+"""The decoder of a model with LoRA, written out: transformers' function in fewer passes over memory.
 
-A layer is four projections (`lora.py`) with element-wise kernels between them (`elementwise.py`):
+A layer is four projections (`lora.py`) with element-wise kernels between them (`elementwise.py`, `heads.py`). Llama's:
 
     [q, k, v] = P1(norm(x));  o = attention(...);  h = x + P2(o);  [gate, up] = P3(norm(h));  out = h + P4(swiglu)
 
-Each piece is an autograd function that keeps what only it has and recomputes what is cheap: norms and SwiGLU are never
-kept. A checkpointed layer keeps its input alone. Its recomputation stops before the last product, whose result the
-backward pass doesn't need: a quarter of the layer's weights less.
+`DecoderLayer` says in what others differ. Where a half of a layer is nothing of the kind (experts, states), the
+model's own modules run in its place. A checkpointed layer keeps its input alone. Its recomputation stops before the
+last product where nothing follows it, whose result the backward pass doesn't need: a quarter of the layer's weights
+less.
 
 `FusedModel` reads the loaded model's own weights and adapters at every call, in whatever state they are; it holds no
-copy. `recognition.py` says which models it is right for.
+copy of them. `recognition.py` says which models it is right for.
 
 Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention heads, D head size.
 """
@@ -17,7 +18,7 @@ Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention 
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,41 +27,80 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
-from ..forward.attention import AttentionBackend
+from ..forward.attention import AttentionBackend, AttentionPlan
 from ..forward.layout import PackedBatch
 from ..forward.score import Decoder
-from .attention import Attention, bind
-from .elementwise import (
-    Heads,
-    Norm,
-    RMSNorm,
-    queries_keys_values,
-    rms_norm,
-    rms_norm_backward,
-    swiglu,
-    swiglu_backward_,
-)
+from .attention import Attention, Kind, bind
+from .elementwise import Norm, RMSNorm
+from .heads import Angles, Heads, queries_keys_values
 from .lora import Projection, ProjectionPass, prepare
+from .own import Own, Surroundings
+from .products import (
+    ActivateProjectAdd,
+    NormAdd,
+    NormProject,
+    ProjectAdd,
+    activate_project_add,
+    activate_project_backward,
+)
 
 
 @dataclass
-class DecoderLayer:
-    """What one layer is made of."""
+class SelfAttention:
+    """What the attention of a layer is made of."""
 
-    norm: Norm
     qkv: Projection
     heads: Heads
     scaling: float
     window: int | None  # of sliding attention
     out: Projection
-    mlp_norm: Norm
-    gate_up: Projection
-    down: Projection
+    rope: str | None = "all"  # which of the model's kinds of angles turn its heads; None: no positions
+    extra: dict[str, Any] = field(default_factory=dict)  # keywords of `AttentionBackend.takes`
 
     @property
-    def projections(self) -> tuple[Projection, ...]:
+    def kind(self) -> Kind:
+        """Returns what `bind` is to make for it."""
+        return self.window, tuple(self.extra)
+
+
+@dataclass
+class FeedForward:
+    """What the dense half of a layer is made of."""
+
+    gate_up: Projection
+    down: Projection
+    activation: str = "silu"
+
+
+@dataclass
+class DecoderLayer:
+    """What one layer is made of: x + post(mixer(norm(x))), and to that the same with the second half."""
+
+    norm: Norm | None
+    mixer: SelfAttention | Own
+    mlp_norm: Norm | None
+    mlp: FeedForward | Own
+    post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+    times: float = 1.0  # factor of what both halves add
+    scalar: Tensor | None = None  # factor of the layer's output
+    parallel: bool = False  # both halves read norm(x)
+
+    @property
+    def projections(self) -> list[Projection]:
         """Returns them in the order of `LayerPass`."""
-        return self.qkv, self.out, self.gate_up, self.down
+        mixer = [self.mixer.qkv, self.mixer.out] if isinstance(self.mixer, SelfAttention) else []
+        return mixer + ([self.mlp.gate_up, self.mlp.down] if isinstance(self.mlp, FeedForward) else [])
+
+    @property
+    def own(self) -> list[Own]:
+        """Returns the halves that the model's own modules compute."""
+        return [half for half in (self.mixer, self.mlp) if isinstance(half, Own)]
+
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether nothing follows the last product but the sum with the residual stream."""
+        return isinstance(self.mlp, FeedForward) and self.mlp_post_norm is None and self.scalar is None
 
 
 @dataclass
@@ -68,156 +108,126 @@ class LayerPass:
     """A layer in one pass over the model: its adapters as they are now, and the batch's layout."""
 
     layer: DecoderLayer
-    qkv: ProjectionPass
-    out: ProjectionPass
-    gate_up: ProjectionPass
-    down: ProjectionPass
-    attention: Attention
-    angles: tuple[Tensor, Tensor]  # cos and sin, (T, D)
+    parts: list[ProjectionPass]  # as `DecoderLayer.projections`
+    attention: Attention | None
+    angles: tuple[Angles | None, Angles | None]  # of queries and of keys
+    around: Surroundings
+    parameters: tuple[Tensor, ...] = field(init=False)  # the adapters' masters, those of the last projection last
 
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """Returns the adapters' float32 masters, those of `down` last."""
-        return tuple(p for part in (self.qkv, self.out, self.gate_up, self.down) for p in part.parameters)
+    def __post_init__(self) -> None:
+        own = [p for half in self.layer.own for p in half.trained()]
+        self.parameters = (*own, *(p for part in self.parts for p in part.parameters))
+
+    def mix(self, x_TH: Tensor) -> Tensor:
+        """Returns the residual stream after the layer's first half."""
+        layer, mixer = self.layer, self.layer.mixer
+        if isinstance(mixer, Own):
+            (y_TH,) = mixer(self.around, _norm(x_TH, layer.norm), x_TH)
+            return self._add(x_TH, y_TH, layer.post_norm)
+        qkv, x_TH = NormProject.apply(x_TH, layer.norm, self.parts[0], *self.parts[0].parameters)
+        residual_TH, times = (x_TH, layer.times) if layer.post_norm is None else (None, 1.0)
+        y_TH = ProjectAdd.apply(residual_TH, self.attend(mixer, qkv), self.parts[1], times, *self.parts[1].parameters)
+        return y_TH if layer.post_norm is None else self._add(x_TH, y_TH, layer.post_norm)
+
+    def attend(self, mixer: SelfAttention, qkv: Tensor) -> Tensor:
+        """Returns what attention makes of q, k and v, (T, N) to (T, A * D)."""
+        assert self.attention is not None
+        q, k, v, *gate = queries_keys_values(qkv, mixer.heads, *self.angles, self.attention.places)
+        out = self.attention.attend(q, k, v, mixer.scaling, mixer.window, **mixer.extra)
+        for gate_TAD in gate:
+            out = out * torch.sigmoid(gate_TAD)
+        return out.flatten(1)
 
     def until_down(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the residual stream after attention, and [gate, up]."""
-        qkv, x_TH = _NormProject.apply(x_TH, self.layer.norm, self.qkv, *self.qkv.parameters)
-        x_TH = _ProjectAdd.apply(x_TH, self.attend(qkv), self.out, *self.out.parameters)
-        gate_up, x_TH = _NormProject.apply(x_TH, self.layer.mlp_norm, self.gate_up, *self.gate_up.parameters)
+        """Returns the residual stream after the first half, and [gate, up]."""
+        part, norm = self.parts[-2], self.layer.mlp_norm
+        if self.layer.parallel:
+            gate_up, x_TH = NormProject.apply(x_TH, norm, part, *part.parameters)
+            return self.mix(x_TH), gate_up
+        gate_up, x_TH = NormProject.apply(self.mix(x_TH), norm, part, *part.parameters)
         return x_TH, gate_up
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Returns what attention makes of q, k and v, (T, N) to (T, A * D)."""
-        layer = self.layer
-        q, k, v = queries_keys_values(qkv, layer.heads, *self.angles, self.attention.places)
-        return self.attention.attend(q, k, v, layer.scaling, layer.window).flatten(1)
+    def __call__(self, x_TH: Tensor) -> tuple[Tensor, ...]:
+        """Returns the layer's output, and what its routers gave; everything that the backward pass needs is kept."""
+        layer, mlp, logits = self.layer, self.layer.mlp, []
+        if isinstance(mlp, Own):
+            x_TH = self.mix(x_TH)
+            y_TH, *logits = mlp(self.around, _norm(x_TH, layer.mlp_norm), x_TH)
+            x_TH = self._add(x_TH, y_TH, layer.mlp_post_norm)
+        else:
+            x_TH, gate_up = self.until_down(x_TH)
+            residual_TH, times = (x_TH, layer.times) if layer.mlp_post_norm is None else (None, 1.0)
+            down = self.parts[-1]
+            y_TH = ActivateProjectAdd.apply(residual_TH, gate_up, down, mlp.activation, times, *down.parameters)
+            x_TH = y_TH if layer.mlp_post_norm is None else self._add(x_TH, y_TH, layer.mlp_post_norm)
+        return x_TH if layer.scalar is None else x_TH * layer.scalar, *logits
 
-    def __call__(self, x_TH: Tensor) -> Tensor:
-        """Returns the layer's output; everything that the backward pass needs is kept."""
-        residual_TH, gate_up = self.until_down(x_TH)
-        return _SwigluProjectAdd.apply(residual_TH, gate_up, self.down, *self.down.parameters)
-
-
-# ---- The pieces -----------------------------------------------------------------------------------------------------
-
-
-def _normed_input(x_TH: Tensor, norm: Norm, part: ProjectionPass) -> Tensor:
-    extended = part.empty_input(x_TH)
-    rms_norm(x_TH, norm, extended[:, : part.inputs])
-    return part.fill_ranks(extended)
-
-
-class _NormProject(torch.autograd.Function):
-    """P(norm(x)), and x itself: the gradient of the residual stream comes back here, to be added in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, norm: Norm, part: ProjectionPass, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x_TH)
-        ctx.norm, ctx.part = norm, part
-        return part.forward(_normed_input(x_TH, norm, part)), x_TH
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TN, grad_residual_TH = grad_outputs
-        (x_TH,), part = ctx.saved_tensors, ctx.part
-        grad_extended = part.backward(grad_TN)
-        extended = _normed_input(x_TH, ctx.norm, part)
-        grads = part.parameter_grads(extended, grad_TN, grad_extended[:, part.inputs :])
-        del extended
-        grad_x_TH = None
-        if ctx.needs_input_grad[0]:
-            grad_x_TH = rms_norm_backward(x_TH, ctx.norm, part.add_ranks(grad_extended), grad_residual_TH)
-        return grad_x_TH, None, None, *grads
+    def _add(self, residual_TH: Tensor, y_TH: Tensor, norm: Norm | None) -> Tensor:
+        if norm is not None:
+            return NormAdd.apply(residual_TH, y_TH, norm)
+        return torch.add(residual_TH, y_TH, alpha=self.layer.times)
 
 
-class _ProjectAdd(torch.autograd.Function):
-    """residual + P(x)."""
-
-    @staticmethod
-    def forward(ctx: Any, residual_TH: Tensor, x: Tensor, part: ProjectionPass, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.part = part
-        return part.add_to(residual_TH, part.extend(x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TH,), (x,), part = grad_outputs, ctx.saved_tensors, ctx.part
-        grad_extended = part.backward(grad_TH)
-        grads = part.parameter_grads(part.extend(x), grad_TH, grad_extended[:, part.inputs :])
-        return grad_TH, part.add_ranks(grad_extended), None, *grads
-
-
-class _SwigluProjectAdd(torch.autograd.Function):
-    """residual + P(silu(gate) * up)."""
-
-    @staticmethod
-    def forward(ctx: Any, residual_TH: Tensor, gate_up: Tensor, part: ProjectionPass, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.part = part
-        return _swiglu_project_add(residual_TH, gate_up, part)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.part is None:
-            raise RuntimeError("The layer's activations were used up by a first backward pass: run forward again.")
-        grad_TH, (gate_up,) = grad_outputs[0], ctx.saved_tensors
-        grad_gate_up, grads = _swiglu_project_backward(grad_TH, gate_up, ctx.part)
-        ctx.part = None
-        return grad_TH, grad_gate_up, None, *grads
-
-
-def _swiglu_project_add(residual_TH: Tensor, gate_up: Tensor, part: ProjectionPass, in_place: bool = False) -> Tensor:
-    extended = part.empty_input(gate_up)
-    swiglu(gate_up, extended[:, : part.inputs])
-    return part.add_to(residual_TH, part.fill_ranks(extended), in_place)
-
-
-def _swiglu_project_backward(
-    grad_TH: Tensor, gate_up: Tensor, part: ProjectionPass
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Returns the gradients to [gate, up], which is overwritten by it, and to the adapter."""
-    grad_extended = part.backward(grad_TH)
-    grad_TR = grad_extended[:, part.inputs :].clone()
-    swiglu_backward_(gate_up, part.add_ranks(grad_extended))
-    # The buffer holds the product now, in the place of its gradient.
-    return gate_up, part.parameter_grads(part.fill_ranks(grad_extended), grad_TH, grad_TR)
+def _norm(x_TH: Tensor, norm: Norm | None) -> Tensor:
+    return x_TH if norm is None else RMSNorm.apply(x_TH, norm)
 
 
 class _Checkpointed(torch.autograd.Function):
-    """A layer that keeps its input alone (Chen et al. 2016), and whose recomputation ends before P4."""
+    """A layer that keeps its input alone (Chen et al. 2016), and whose recomputation ends before its last product."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TH)
         ctx.layer = layer
         return _without_keeping(layer, x_TH)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        layer, part = ctx.layer, ctx.layer.down
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        layer: LayerPass = ctx.layer
         x_TH = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
+        inputs, down_grads, mlp = [x_TH, *layer.parameters], [], layer.layer.mlp
         with torch.enable_grad():
-            outputs = layer.until_down(x_TH)
-        grad_gate_up, down_grads = _swiglu_project_backward(grad_outputs[0], outputs[1].detach(), part)
-        inputs = [x_TH, *layer.parameters[: len(layer.parameters) - len(part.parameters)]]
+            if layer.layer.ends_in_product and isinstance(mlp, FeedForward) and grad_outputs[0] is not None:
+                outputs: tuple[Tensor, ...] = layer.until_down(x_TH)
+                part = layer.parts[-1]
+                grad_gate_up, down_grads = activate_project_backward(
+                    grad_outputs[0], outputs[1].detach(), part, mlp.activation, layer.layer.times
+                )
+                grad_outputs = (grad_outputs[0], grad_gate_up)
+                inputs = inputs[: len(inputs) - len(part.parameters)]
+            else:
+                outputs = layer(x_TH)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, [grad_outputs[0], grad_gate_up]) if wanted else ())
+        given = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if y.requires_grad and g is not None]
+        ys, gs = zip(*given, strict=True) if given else ((), ())
+        found = iter(torch.autograd.grad(ys, wanted, gs, allow_unused=True) if wanted else ())
         grad_x_TH, *grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
         return grad_x_TH, None, *grads, *down_grads
 
 
-def _without_keeping(layer: LayerPass, x_TH: Tensor) -> Tensor:
+def _without_keeping(layer: LayerPass, x_TH: Tensor) -> tuple[Tensor, ...]:
+    mlp = layer.layer.mlp
     with torch.no_grad():
+        if not layer.layer.ends_in_product or not isinstance(mlp, FeedForward):
+            return layer(x_TH)
         residual_TH, gate_up = layer.until_down(x_TH)
-        return _swiglu_project_add(residual_TH, gate_up, layer.down, in_place=True)
+        times = layer.layer.times
+        return (activate_project_add(residual_TH, gate_up, layer.parts[-1], mlp.activation, times, in_place=True),)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Parts:
+    """What a recognized model's decoder is made of."""
+
+    layers: list[DecoderLayer]
+    norm: Norm
+    embedding: float  # factor of what is embedded
+    # Of hidden states (1, T, H), positions (1, T) and the name of a kind: the angles of its queries and of its keys.
+    angles: Callable[[Tensor, Tensor, str], tuple[Angles, Angles]]
 
 
 class FusedModel(Decoder):
@@ -225,16 +235,15 @@ class FusedModel(Decoder):
 
     Args:
         causal_lm: the transformers model inside the PEFT model.
-        layers: from `recognize`.
+        parts: from `recognize`.
         backend: of attention.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, layers: list[DecoderLayer], backend: AttentionBackend):
-        self.backbone = causal_lm.base_model
-        self.layers = layers
+    def __init__(self, causal_lm: PreTrainedModel, parts: Parts, backend: AttentionBackend):
+        self.embed_tokens = causal_lm.get_input_embeddings()
+        self.parts = parts
         self.backend = backend
         self.attention = backend.name
-        self.norm = Norm(self.backbone.norm.weight, self.backbone.norm.variance_epsilon)
         # The last layers' activations are freed first, so the first ones are checkpointed.
         self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
         self.offload = False
@@ -249,29 +258,41 @@ class FusedModel(Decoder):
         other._only = () if adapter is None else (adapter,)
         return other
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Returns the normed hidden states that predict, (N, H), for a shared batch on the model's device."""
+    def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
+        """See the base class."""
         # Frozen, also where a hook for plain checkpointing asks for its gradient.
-        x_TH = self.backbone.embed_tokens(batch.input_ids[0]).detach()
+        x_TH = self.embed_tokens(batch.input_ids[0]).detach()
+        around = Surroundings.now(x_TH.device.type, AttentionPlan(batch, self.backend), self._only)
         with torch.autocast(x_TH.device.type, enabled=False):
-            cos, sin = self.backbone.rotary_emb(x_TH[None], position_ids=batch.position_ids)
-            x_TH = self._decode(x_TH, batch, (cos[0], sin[0]))
-            return RMSNorm.apply(x_TH.index_select(0, batch.pred_pos), self.norm)
+            if self.parts.embedding != 1:
+                x_TH = x_TH * self.parts.embedding
+            x_TH = self._decode(x_TH, batch, around, router_logits)
+            return RMSNorm.apply(x_TH.index_select(0, batch.pred_pos), self.parts.norm)
 
-    def _decode(self, x_TH: Tensor, batch: PackedBatch, angles: tuple[Tensor, Tensor]) -> Tensor:
-        projections = [p for layer in self.layers for p in layer.projections]
-        parts = prepare(projections, x_TH.dtype, x_TH.device, self._only)
-        attention = bind(self.backend, batch, {layer.window for layer in self.layers})
+    def _decode(
+        self, x_TH: Tensor, batch: PackedBatch, around: Surroundings, router_logits: list[Tensor] | None
+    ) -> Tensor:
+        layers = self.parts.layers
+        prepared = iter(
+            prepare([p for layer in layers for p in layer.projections], x_TH.dtype, x_TH.device, self._only)
+        )
+        mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
+        attention = bind(around.plan, {mixer.kind for mixer in mixers if mixer})
+        kinds = {mixer.rope for mixer in mixers if mixer and mixer.rope}
+        angles = {kind: self.parts.angles(x_TH[None], batch.position_ids, kind) for kind in sorted(kinds)}
         checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else 0
-        for i, layer in enumerate(self.layers):
-            qkv, out, gate_up, down = parts[4 * i : 4 * i + 4]
-            one = LayerPass(layer, qkv, out, gate_up, down, attention[layer.window], angles)
+        for i, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
+            parts = [next(prepared) for _ in layer.projections]
+            turned = angles[mixer.rope] if mixer and mixer.rope else (None, None)
+            one = LayerPass(layer, parts, attention[mixer.kind] if mixer else None, turned, around)
             if i < checkpointed:
                 # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
                 with save_on_cpu(pin_memory=x_TH.is_cuda) if self.offload else nullcontext():
-                    x_TH = _Checkpointed.apply(x_TH, one, *one.parameters)
+                    x_TH, *logits = _Checkpointed.apply(x_TH, one, *one.parameters)
             elif torch.is_grad_enabled():
-                x_TH = one(x_TH)
+                x_TH, *logits = one(x_TH)
             else:
-                x_TH = _without_keeping(one, x_TH)
+                x_TH, *logits = _without_keeping(one, x_TH)
+            if router_logits is not None:
+                router_logits += logits
         return x_TH

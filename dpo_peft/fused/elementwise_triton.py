@@ -11,22 +11,36 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm(x_ptr, weight_ptr, out_ptr, x_stride, out_stride, H, eps, BLOCK: tl.constexpr):
+def rms_norm(
+    x_ptr, weight_ptr, residual_ptr, out_ptr, x_stride, out_stride, residual_stride, H, eps, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, CENTERED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < H
     x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0)
     x32 = x.to(tl.float32)
-    normed = x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / H + eps)
+    if CENTERED:
+        x32 = tl.where(inside, x32 - tl.sum(x32, 0) / H, 0.0)
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    normed = normed.to(x.dtype).to(tl.float32) * weight
-    tl.store(out_ptr + row * out_stride + cols, normed.to(x.dtype), mask=inside)
+    out = _weighted(x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / H + eps), weight, x.dtype, WIDE)
+    if ADD:
+        out += tl.load(residual_ptr + row * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + cols, out.to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _weighted(normed, weight, dtype: tl.constexpr, WIDE: tl.constexpr):
+    """Normed values times weights, rounded to `dtype` after it and, unless it is WIDE, before it; float32."""
+    if not WIDE:
+        normed = normed.to(dtype).to(tl.float32)
+    return (normed * weight).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def rms_norm_backward(
     x_ptr, weight_ptr, grad_ptr, residual_ptr, out_ptr, x_stride, grad_stride, H, eps, BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
+    CENTERED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -34,9 +48,14 @@ def rms_norm_backward(
     x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * grad_stride + cols, mask=inside, other=0.0).to(tl.float32)
     grad *= tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        x = tl.where(inside, x - tl.sum(x, 0) / H, 0.0)
     scale = tl.rsqrt(tl.sum(x * x, 0) / H + eps)
     normed = x * scale
-    result = scale * (grad - normed * (tl.sum(grad * normed, 0) / H))
+    result = grad - normed * (tl.sum(grad * normed, 0) / H)
+    if CENTERED:
+        result -= tl.sum(grad, 0) / H
+    result = scale * result
     if ADD:
         result += tl.load(residual_ptr + row * H + cols, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * H + cols, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -44,93 +63,136 @@ def rms_norm_backward(
 
 @triton.jit
 def rotate(
-    x_ptr, index_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, x_stride, heads, eps, D: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr,
+    x_ptr, index_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, x_stride, x_head, heads, eps, D: tl.constexpr,
+    TURNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, GATHER: tl.constexpr,
+    ROTATE: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Row i of the output: row `index[i]` of the input, its heads normalized (Qwen 3) and rotated."""
+    """Row i of the output: row `index[i]` of the input, its heads normalized, their first TURNED numbers rotated."""
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(index_ptr + row) if GATHER else row
     half = tl.arange(0, HALF)[None, :]
     head = tl.arange(0, HEADS)[:, None]
-    inside = (half < D // 2) & (head < heads)
-    left = head * D + half
-    x1 = tl.load(x_ptr + source * x_stride + left, mask=inside, other=0.0)
-    x2 = tl.load(x_ptr + source * x_stride + left + D // 2, mask=inside, other=0.0)
+    first, second = _turned(half, TURNED, PAIRS)
+    turned = half < TURNED // 2
+    inside = turned & (head < heads)
+    x = x_ptr + source * x_stride + head * x_head
+    out = out_ptr + (row * heads + head) * D
+    x1 = tl.load(x + first, mask=inside, other=0.0)
+    x2 = tl.load(x + second, mask=inside, other=0.0)
     a1, a2 = x1.to(tl.float32), x2.to(tl.float32)
+    square = tl.sum(a1 * a1, 1) + tl.sum(a2 * a2, 1)
+    if REST > 0:  # numbers that are not turned
+        third = TURNED + tl.arange(0, REST)[None, :]
+        left = (third < D) & (head < heads)
+        a3 = tl.load(x + third, mask=left, other=0.0).to(tl.float32)
+        square += tl.sum(a3 * a3, 1)
     if NORM:
-        scale = tl.rsqrt((tl.sum(a1 * a1, 1) + tl.sum(a2 * a2, 1)) / D + eps)[:, None]
-        w1 = tl.load(weight_ptr + half, mask=half < D // 2, other=0.0).to(tl.float32)
-        w2 = tl.load(weight_ptr + half + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
-        a1 = ((a1 * scale).to(x1.dtype).to(tl.float32) * w1).to(x1.dtype).to(tl.float32)
-        a2 = ((a2 * scale).to(x1.dtype).to(tl.float32) * w2).to(x1.dtype).to(tl.float32)
-    angle = source * D + half
-    c1 = tl.load(cos_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
-    s1 = tl.load(sin_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
-    out = out_ptr + row * heads * D + left
-    tl.store(out, (a1 * c1 - a2 * s1).to(x1.dtype), mask=inside)
-    tl.store(out + D // 2, (a2 * c2 + a1 * s2).to(x1.dtype), mask=inside)
+        scale = tl.rsqrt(square / D + eps)[:, None]
+        a1 = _weighted(a1 * scale, tl.load(weight_ptr + first, mask=turned, other=0.0).to(tl.float32), x1.dtype, WIDE)
+        a2 = _weighted(a2 * scale, tl.load(weight_ptr + second, mask=turned, other=0.0).to(tl.float32), x1.dtype, WIDE)
+        if REST > 0:
+            weight = tl.load(weight_ptr + third, mask=third < D, other=0.0).to(tl.float32)
+            a3 = _weighted(a3 * scale, weight, x1.dtype, WIDE)
+    if ROTATE:
+        c1 = tl.load(cos_ptr + source * TURNED + first, mask=turned, other=0.0).to(tl.float32)
+        s1 = tl.load(sin_ptr + source * TURNED + first, mask=turned, other=0.0).to(tl.float32)
+        c2 = tl.load(cos_ptr + source * TURNED + second, mask=turned, other=0.0).to(tl.float32)
+        s2 = tl.load(sin_ptr + source * TURNED + second, mask=turned, other=0.0).to(tl.float32)
+        a1, a2 = a1 * c1 - a2 * s1, a2 * c2 + a1 * s2
+    tl.store(out + first, a1.to(x1.dtype), mask=inside)
+    tl.store(out + second, a2.to(x1.dtype), mask=inside)
+    if REST > 0:
+        tl.store(out + third, a3.to(x1.dtype), mask=left)
+
+
+@triton.jit
+def _turned(half, TURNED: tl.constexpr, PAIRS: tl.constexpr):
+    """The places of the two numbers that are turned together: neighbors, or in the two halves."""
+    if PAIRS:
+        return 2 * half, 2 * half + 1
+    return half, half + TURNED // 2
 
 
 @triton.jit
 def rotate_backward(
-    grad_ptr, copies_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, grad_stride, x_stride, out_stride, heads, eps,
-    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, COPIES: tl.constexpr, ROTATE: tl.constexpr,
-    NORM: tl.constexpr,
+    grad_ptr, copies_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, grad_stride, x_stride, x_head, out_stride,
+    out_head, heads, eps, D: tl.constexpr, TURNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, COPIES: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Row t of the output: the gradients of all rows that `rotate` made of row t, added up and turned back."""
     row = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HALF)[None, :]
     head = tl.arange(0, HEADS)[:, None]
-    inside = (half < D // 2) & (head < heads)
-    left = head * D + half
+    first, second = _turned(half, TURNED, PAIRS)
+    turned = half < TURNED // 2
+    inside = turned & (head < heads)
+    x = x_ptr + row * x_stride + head * x_head
+    out = out_ptr + row * out_stride + head * out_head
     g1 = tl.zeros((HEADS, HALF), tl.float32)
     g2 = tl.zeros((HEADS, HALF), tl.float32)
+    if REST > 0:
+        third = TURNED + tl.arange(0, REST)[None, :]
+        left = (third < D) & (head < heads)
+        g3 = tl.zeros((HEADS, REST), tl.float32)
     for copy in tl.static_range(max(COPIES, 1)):
         place = row
-        here = inside
         if COPIES > 0:
             place = tl.load(copies_ptr + row * COPIES + copy)
-            here = inside & (left * 0 + place >= 0)
-        grad = grad_ptr + place * grad_stride + left
-        g1 += tl.load(grad, mask=here, other=0.0).to(tl.float32)
-        g2 += tl.load(grad + D // 2, mask=here, other=0.0).to(tl.float32)
+        grad = grad_ptr + place * grad_stride + head * D
+        g1 += tl.load(grad + first, mask=inside & (first + place >= first), other=0.0).to(tl.float32)
+        g2 += tl.load(grad + second, mask=inside & (first + place >= first), other=0.0).to(tl.float32)
+        if REST > 0:
+            g3 += tl.load(grad + third, mask=left & (third + place >= third), other=0.0).to(tl.float32)
     if ROTATE:
-        angle = row * D + half
-        c1 = tl.load(cos_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
-        s1 = tl.load(sin_ptr + angle, mask=half < D // 2, other=0.0).to(tl.float32)
-        c2 = tl.load(cos_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
-        s2 = tl.load(sin_ptr + angle + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
+        c1 = tl.load(cos_ptr + row * TURNED + first, mask=turned, other=0.0).to(tl.float32)
+        s1 = tl.load(sin_ptr + row * TURNED + first, mask=turned, other=0.0).to(tl.float32)
+        c2 = tl.load(cos_ptr + row * TURNED + second, mask=turned, other=0.0).to(tl.float32)
+        s2 = tl.load(sin_ptr + row * TURNED + second, mask=turned, other=0.0).to(tl.float32)
         g1, g2 = g1 * c1 + g2 * s2, g2 * c2 - g1 * s1
     if NORM:
-        x1 = tl.load(x_ptr + row * x_stride + left, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + row * x_stride + left + D // 2, mask=inside, other=0.0).to(tl.float32)
-        g1 *= tl.load(weight_ptr + half, mask=half < D // 2, other=0.0).to(tl.float32)
-        g2 *= tl.load(weight_ptr + half + D // 2, mask=half < D // 2, other=0.0).to(tl.float32)
-        scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
+        x1 = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x + second, mask=inside, other=0.0).to(tl.float32)
+        g1 *= tl.load(weight_ptr + first, mask=turned, other=0.0).to(tl.float32)
+        g2 *= tl.load(weight_ptr + second, mask=turned, other=0.0).to(tl.float32)
+        square = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+        if REST > 0:
+            x3 = tl.load(x + third, mask=left, other=0.0).to(tl.float32)
+            g3 *= tl.load(weight_ptr + third, mask=third < D, other=0.0).to(tl.float32)
+            square += tl.sum(x3 * x3, 1)
+        scale = tl.rsqrt(square / D + eps)[:, None]
         n1, n2 = x1 * scale, x2 * scale
-        mean = ((tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)) / D)[:, None]
+        product = tl.sum(g1 * n1, 1) + tl.sum(g2 * n2, 1)
+        if REST > 0:
+            n3 = x3 * scale
+            product += tl.sum(g3 * n3, 1)
+        mean = (product / D)[:, None]
         g1, g2 = scale * (g1 - n1 * mean), scale * (g2 - n2 * mean)
-    out = out_ptr + row * out_stride + left
-    tl.store(out, g1.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out + D // 2, g2.to(out_ptr.dtype.element_ty), mask=inside)
+        if REST > 0:
+            g3 = scale * (g3 - n3 * mean)
+    tl.store(out + first, g1.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out + second, g2.to(out_ptr.dtype.element_ty), mask=inside)
+    if REST > 0:
+        tl.store(out + third, g3.to(out_ptr.dtype.element_ty), mask=left)
 
 
 @triton.jit
-def swiglu(gate_up_ptr, out_ptr, gate_up_stride, out_stride, F, BLOCK: tl.constexpr):
+def activate(gate_up_ptr, out_ptr, gate_up_stride, out_stride, F, BLOCK: tl.constexpr, KIND: tl.constexpr,
+             GATED: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < F
     gate = tl.load(gate_up_ptr + row * gate_up_stride + cols, mask=inside, other=0.0)
-    up = tl.load(gate_up_ptr + row * gate_up_stride + F + cols, mask=inside, other=0.0)
-    gate32 = gate.to(tl.float32)
-    silu = (gate32 * tl.sigmoid(gate32)).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + row * out_stride + cols, (silu * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    value, slope = _activation(gate.to(tl.float32), KIND)
+    value = value.to(gate.dtype).to(tl.float32)
+    if GATED:
+        up = tl.load(gate_up_ptr + row * gate_up_stride + F + cols, mask=inside, other=0.0)
+        value *= up.to(tl.float32)
+    tl.store(out_ptr + row * out_stride + cols, value.to(gate.dtype), mask=inside)
 
 
 @triton.jit
-def swiglu_backward(gate_up_ptr, grad_ptr, gate_up_stride, grad_stride, F, BLOCK: tl.constexpr):
+def activate_backward(gate_up_ptr, grad_ptr, gate_up_stride, grad_stride, F, BLOCK: tl.constexpr, KIND: tl.constexpr,
+                      GATED: tl.constexpr):  # fmt: skip
     """In place: gate and up become their gradients, the gradient of the product becomes the product."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -138,16 +200,33 @@ def swiglu_backward(gate_up_ptr, grad_ptr, gate_up_stride, grad_stride, F, BLOCK
     gate_place = gate_up_ptr + row * gate_up_stride + cols
     grad_place = grad_ptr + row * grad_stride + cols
     gate = tl.load(gate_place, mask=inside, other=0.0)
-    up = tl.load(gate_place + F, mask=inside, other=0.0)
     grad = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
-    gate32 = gate.to(tl.float32)
-    sigmoid = tl.sigmoid(gate32)
-    silu = (gate32 * sigmoid).to(gate.dtype).to(tl.float32)
-    up = up.to(tl.float32)
-    grad_gate = grad * up * sigmoid * (1.0 + gate32 * (1.0 - sigmoid))
-    tl.store(gate_place, grad_gate.to(gate.dtype), mask=inside)
-    tl.store(gate_place + F, (grad * silu).to(gate.dtype), mask=inside)
-    tl.store(grad_place, (silu * up).to(gate.dtype), mask=inside)
+    value, slope = _activation(gate.to(tl.float32), KIND)
+    value = value.to(gate.dtype).to(tl.float32)
+    if GATED:
+        up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
+        tl.store(gate_place + F, (grad * value).to(gate.dtype), mask=inside)
+        grad, value = grad * up, value * up
+    tl.store(gate_place, (grad * slope).to(gate.dtype), mask=inside)
+    tl.store(grad_place, value.to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _activation(x, KIND: tl.constexpr):
+    """An activation and its derivative."""
+    if KIND == "silu":
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif KIND == "relu2":
+        positive = tl.maximum(x, 0.0)
+        return positive * positive, 2.0 * positive
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:  # gelu_pytorch_tanh; (1 + tanh(y)) / 2 = sigmoid(2 y)
+        share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        return x * share, share + x * share * (1.0 - share) * slope
 
 
 @triton.jit

@@ -115,12 +115,17 @@ class ProjectionPass:
             return extended @ weight.T
         return torch.addmm(bias_N.to(extended.dtype), extended, weight.T)
 
-    def add_to(self, residual_TN: Tensor, extended: Tensor, in_place: bool = False) -> Tensor:
-        """Returns residual + y, added inside the product."""
+    def add_to(
+        self, residual_TN: Tensor | None, extended: Tensor, in_place: bool = False, times: float = 1.0
+    ) -> Tensor:
+        """Returns residual + y times a number, added inside the product; or y times the number."""
+        if residual_TN is None:
+            y_TN = self.forward(extended)
+            return y_TN if times == 1 else y_TN.mul_(times)
         weight, bias_N = self.weight(extended), self.projection.bias_N
         add = residual_TN.addmm_ if in_place else residual_TN.addmm
-        out = add(extended, weight.T)
-        return out if bias_N is None else out.add_(bias_N)
+        out = add(extended, weight.T, alpha=times)
+        return out if bias_N is None else out.add_(bias_N, alpha=times)
 
     def backward(self, grad_TN: Tensor) -> Tensor:
         """Returns [dx, du], (T, K + R), of y's gradient. The adapter's share of dx comes by `add_ranks`."""

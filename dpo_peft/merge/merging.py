@@ -192,9 +192,7 @@ def measure_drift(folder: Path, dtype: str, seen: AdapterObserved, trust_remote_
     log-probs by ten times what rounding the merged weights to bfloat16 does.
     """
     wider = torch.promote_types(getattr(torch, dtype), seen.dtype)
-    model = load_base(
-        str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device, seen.setup.base_class
-    )
+    model = load_base(str(folder), None, False, {"dtype": wider}, trust_remote_code, seen.device)
     fix_rope(model, rope_length_of(model, seen.setup, seen.setup.max_length))
     merged = observe(model.eval(), seen.tokenizer, seen.rows, seen.setup.precision, "merged model")
     return compare(seen, merged)
@@ -219,7 +217,8 @@ def original_base(source: AdapterSource) -> PreTrainedModel:
     """Returns the base as it is published."""
     revision = source.config.revision
     kwargs = {"dtype": "auto", **({"revision": revision} if revision else {})}
-    class_name = (source.read() or UNRECORDED).base_class
+    trained = source.read()
+    class_name = trained.class_name if trained else None
     base = load_base(source.base_name, None, False, kwargs, source.trust_remote_code, None, class_name)
     if getattr(base, "hf_quantizer", None) is not None:
         raise OptionError(

@@ -1,16 +1,30 @@
 """A base model by name: its class, its dtype, and its linear layers in 4 bits."""
 
-import re
-from collections.abc import Mapping
+import copy
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
+from .checkpoint_formats import Checkpoint
 from .experts import experts_in_4_bits, warn_of_whole_experts
 from .rebuilding import loader
+from .targets import computes_linear, read_past
 
+logger = logging.getLogger(__name__)
+
+# Of `model_init_kwargs`: where the model's files are found.
+_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "code_revision", "trust_remote_code")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -36,6 +50,9 @@ def load_base(
 ) -> PreTrainedModel:
     """Loads a causal LM by name or folder: bfloat16, its linear layers and experts in NF4, unless told otherwise.
 
+    Its class is the one that its files name, so that an adapter fits what people serve: of a model of text and images
+    the whole, even where AutoModelForCausalLM has a class for its text alone.
+
     Args:
         name: Hub id or local folder.
         quantization_config: replaces the default NF4 configuration.
@@ -43,39 +60,130 @@ def load_base(
         init_kwargs: for `from_pretrained`; `dtype` may be a string such as "float32".
         trust_remote_code: run code that ships with the model.
         device: where the model goes; the CPU if None.
-        class_name: its class in transformers, if it is not what AutoModelForCausalLM loads.
-        experts: False leaves the experts of a mixture in 16 bits, as versions before 16 did.
+        class_name: its class in transformers, where that and the quantization are known from a training.
+        experts: False leaves the experts of a mixture in 16 bits, as an older version did.
 
     Raises:
-        OptionError: contradictory options, or a folder without a model.
+        OptionError: contradictory options, a folder without a model, or one with a weight too few.
     """
     kwargs = dict(init_kwargs or {})
     dtype = _read_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
     if quantization_config is not None and "quantization_config" in kwargs:
         raise OptionError("quantization_config is given to the trainer and in model_init_kwargs: give one of them.")
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    elif quantize and "quantization_config" not in kwargs:
-        kwargs["quantization_config"] = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype)
+    given = kwargs.pop("quantization_config", quantization_config)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     if device is not None and device.type != "cpu":
         kwargs.setdefault("device_map", {"": device})
+    with unloadable_refused(name):
+        checkpoint = Checkpoint(name, given, quantize, kwargs)
+        quantization = nf4_config(torch.bfloat16 if isinstance(dtype, str) else dtype) if quantize else None
+        quantization = quantization if given is None else given
+        kind = loader(class_name)
+        if class_name is None:
+            config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _FILES if key in kwargs})
+            kind = class_of(config, bool(kwargs["trust_remote_code"]))
+            if not checkpoint.is_kept:
+                quantization = _fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))
+        with _all_linear_quantized(quantization), experts_in_4_bits(experts):
+            loading = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+            model, info = checkpoint.load(kind, dtype, quantization, **loading)
+    _check_complete(name, model, info)
+    warn_of_whole_experts(model)
+    return model
+
+
+@contextmanager
+def unloadable_refused(name: str) -> Iterator[None]:
+    """Turns what transformers raises inside about a model that it can't load into an OptionError."""
     try:
-        with experts_in_4_bits(experts):
-            model = loader(class_name).from_pretrained(name, dtype=dtype, **kwargs)
+        yield
+    except OptionError:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        if quantized := re.search(r"quantized with (\w+) but you are passing a BitsAndBytesConfig", str(error)):
-            out = "" if quantization_config is None else "leave quantization_config out and "
-            raise OptionError(
-                f"model={name!r} is quantized already ({quantized[1]}): {out}set quantize_base=False. Then it is "
-                "taken as it is."
-            ) from error
         why = f"can't be loaded: {error}"
         if "Unrecognized configuration class" in why:  # followed by a list of all classes
             why = "is nothing that AutoModelForCausalLM loads. Load it by its own class and pass it."
         raise OptionError(f"model={name!r} {why}") from error
-    warn_of_whole_experts(model)
-    return model
+
+
+def class_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """Returns the class that loads a model: the one of transformers that its config names, where that is a language
+    model's, or AutoModelForCausalLM, which also finds code beside the model."""
+    usual = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    kind = getattr(transformers, (config.architectures or [""])[0], usual)
+    beside = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind is usual or beside or config.is_encoder_decoder or not issubclass(kind, GenerationMixin):
+        return AutoModelForCausalLM
+    return kind if kind.config_class is type(config) else AutoModelForCausalLM
+
+
+def _fitted(quantization: Any, config: PretrainedConfig, kind: Any, trust_remote_code: bool) -> Any:
+    """Returns a bitsandbytes config that leaves out layers whose weights the model reads itself, where it would find
+    packed bytes, and takes in those that transformers overlooks. It lists what it leaves out: so it is recorded."""
+    if not isinstance(quantization, BitsAndBytesConfig) or not quantization.is_quantizable():
+        return quantization
+    with torch.device("meta"):
+        if kind is AutoModelForCausalLM:
+            empty = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        else:
+            empty = kind(copy.deepcopy(config))
+    kept = read_past(empty)
+    overlooked = {type(layer) for layer in empty.modules() if _is_overlooked(type(layer))}
+    if not kept and not overlooked:
+        return quantization
+    quantization = copy.deepcopy(quantization)
+    default = quantization.llm_int8_skip_modules or get_keys_to_not_convert(empty)
+    ends = {".".join(name.split(".")[-2:]) for name in kept}
+    quantization.llm_int8_skip_modules = sorted({*default, *ends})
+    if kept:
+        logger.info("Not quantized: %s, as the model reads their weights itself.", ", ".join(sorted(ends)))
+    return quantization
+
+
+def _is_overlooked(kind: Any) -> bool:
+    ours = kind.__module__.startswith("transformers.models.")
+    return ours and issubclass(kind, nn.Linear) and computes_linear(kind)
+
+
+@contextmanager
+def _all_linear_quantized(quantization: object) -> Iterator[None]:
+    """Inside, models are built with nn.Linear in the place of subclasses that compute the same, as bitsandbytes takes
+    no others; if their quantization says what it leaves out."""
+    found = []
+    if getattr(quantization, "llm_int8_skip_modules", None) is not None:
+        modules = [module for name, module in [*sys.modules.items()] if name.startswith("transformers.models.")]
+        found = [
+            (module, name, kind)
+            for module in modules
+            for name, kind in vars(module).items()
+            if isinstance(kind, type) and kind.__module__ == module.__name__ and _is_overlooked(kind)
+        ]
+    for module, name, _ in found:
+        setattr(module, name, nn.Linear)
+    try:
+        yield
+    finally:
+        for module, name, kind in found:
+            setattr(module, name, kind)
+
+
+def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuses a model some of whose weights are not in its files: they would be random. Those that its files hold
+    beyond it are counted."""
+    parameters = dict(model.named_parameters())
+    missing = sorted(key for key in info["missing_keys"] if key in parameters)
+    shapes = [f"{key} is {[*its]} there and {[*own]} in the model" for key, its, own in info["mismatched_keys"]]
+    if missing or shapes:
+        what = sorted(shapes)[0] if shapes else f"they lack {len(missing)} weights, such as {missing[0]}"
+        raise OptionError(
+            f"model={name!r}: its files don't fit {type(model).__name__}: {what}. These weights would be random. "
+            "Download the model again, or save it whole."
+        )
+    if surplus := sorted(info["unexpected_keys"]):
+        logger.info(
+            "%d weights in the files of %r have no place in %s and are left out, such as %s.",
+            *(len(surplus), name, type(model).__name__, surplus[0]),
+        )
 
 
 def _read_dtype(dtype: object) -> torch.dtype | str:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ from .adapters import (
     named_place,
     read_config,
 )
-from .base import load_base
+from .base import load_base, unloadable_refused
+from .checkpoint_formats import Checkpoint
 from .experts import group_adapters, target_experts
 from .rebuilding import keep_weights, resize_as_saved
 from .training_record import UNRECORDED, read_training
@@ -76,12 +78,37 @@ def load_model(
     kwargs.pop("revision", None)
     if config.revision:
         kwargs["revision"] = config.revision
-    trained = read_training(config) or UNRECORDED
+    record = read_training(config)
+    trained = record or UNRECORDED
     if quantize and quantization_config is None:
         quantization_config = trained.quantization_config()
-    experts = trained is UNRECORDED or trained.experts_quantized
-    how = quantization_config, quantize, kwargs, trust_remote_code, device, trained.base_class, experts
+    class_name, experts = record and record.class_name, record is None or trained.experts_quantized
+    how = quantization_config, quantize, kwargs, trust_remote_code, device, class_name, experts
     return load_on_base(name, base, remedy, from_hub, *how)
+
+
+def check_checkpoint(
+    name: str,
+    quantization_config: QuantizationConfigMixin | None,
+    quantize: bool,
+    init_kwargs: Mapping[str, object] | None,
+) -> None:
+    """Refuses a base that is stored in a way that can't be trained on, by its config alone: before long work begins.
+
+    Arguments as for `load_model`. An adapter's base that isn't found is left to it.
+
+    Raises:
+        OptionError: such a base, or no model.
+    """
+    kwargs: dict[str, object] = dict(init_kwargs or {})
+    from_hub = {key: kwargs[key] for key in FROM_HUB if kwargs.get(key) is not None}
+    given: Any = kwargs.get("quantization_config", quantization_config)
+    if not is_adapter(name, **from_hub):
+        with unloadable_refused(name):
+            Checkpoint(name, given, quantize, kwargs)
+    elif (base := (config := read_config(name, **from_hub)).base_model_name_or_path) is not None:
+        with suppress(OSError):
+            Checkpoint(base, given, quantize, {**kwargs, "revision": config.revision})
 
 
 def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, object], *how: Any) -> PeftModel:

@@ -39,6 +39,11 @@ class TrainedWith:
     experts_quantized: bool = False  # experts of a mixture too
     rope_length: int | None = None  # of rows for which rotary frequencies were fixed; None: they do not depend on it
 
+    @property
+    def class_name(self) -> str:
+        """The class that loads the base again, whatever its files name."""
+        return self.base_class or "AutoModelForCausalLM"
+
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """Returns how the base was loaded for the training."""
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None

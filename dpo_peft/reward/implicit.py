@@ -37,6 +37,7 @@ from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
 from ..forward.rotary import fixed_rope, rope_length
 from ..forward.score import unwrap
+from ..forward.states import read_layouts, read_rows
 from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, rope_length_of, trained_in
 from ..model.loading import disable_dropout
 from ..reference.adapter_off import reference_logps
@@ -365,8 +366,8 @@ def _attention(model: nn.Module, shared: bool = False) -> Iterator[None]:
     before = causal_lm.config._attn_implementation
     try:
         if shared and before != IMPLEMENTATION:
-            causal_lm.set_attn_implementation(IMPLEMENTATION)
+            read_layouts(causal_lm)
         yield
     finally:
         if causal_lm.config._attn_implementation != before:
-            causal_lm.set_attn_implementation(before)
+            read_rows(causal_lm, before)

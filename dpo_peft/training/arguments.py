@@ -25,7 +25,7 @@ from ..errors import OptionError, refuse
 from ..forward import PackedBatch
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..manifests import settle
-from ..model.loading import FROM_HUB
+from ..model.loading import FROM_HUB, check_checkpoint
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
 from .metrics import metric_names
@@ -83,6 +83,9 @@ def check_constructor(
             "processing_class has a secret among its special tokens, which would be saved (transformers takes "
             "use_auth_token for one): load it with token=... instead."
         )
+    if isinstance(model, str):
+        init_kwargs: Any = args.model_init_kwargs
+        check_checkpoint(model, quantization_config, args.quantize_base is not False, init_kwargs)
     objective = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args))
     drawn = args.train_sampling_strategy == "random" and not args.accelerator_config.use_seedable_sampler
     if args.precompute_ref_log_probs and objective.needs_mismatched and drawn:

@@ -25,7 +25,7 @@ from ..forward.rotary import fixed_rope_length
 from ..model.adapter_source import plain_fingerprint
 from ..model.experts import has_packed_experts
 from ..model.loading import attach_adapter, disable_dropout, load_model
-from ..model.rebuilding import BaseAsGiven, base_as_given, check_class, quantization_options
+from ..model.rebuilding import BaseAsGiven, base_as_given, base_class, check_class, quantization_options
 from ..model.training_record import TrainedWith
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
@@ -206,7 +206,8 @@ def build_model(
         init_kwargs = loading_options(args, quantize or quantization_config is not None)
         model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
     check_class(model)
-    as_given = BaseAsGiven() if name and not isinstance(model, PeftModel) else base_as_given(model)
+    by_name = name is not None and not isinstance(model, PeftModel)
+    as_given = BaseAsGiven(base_class(model)) if by_name else base_as_given(model)
     if as_given.base_changed:
         logger.warning(
             "The model is not what the files of %r hold: %s differ. The adapter will fit the changed model alone, and "

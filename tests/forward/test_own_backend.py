@@ -39,7 +39,7 @@ class WrittenOut:
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "apertus"])
 @pytest.mark.parametrize("fused", [None, False])
 def test_the_first_that_supports_a_model_is_taken(name: str, fused: bool | None, monkeypatch: Any) -> None:
     """By the model's own layers and by fused ones alike."""
@@ -48,7 +48,7 @@ def test_the_first_that_supports_a_model_is_taken(name: str, fused: bool | None,
     model = add_lora(build(*SHARING[name]))
     plan = plan_forward(model, fused=fused)
     assert plan.shared and plan.backend == "written out" and "'written out'" in str(plan)
-    assert (plan.fused is None) == (fused is False or name == "qwen3-moe")
+    assert (plan.fused is None) == (fused is False or name == "apertus")
     results = []
     for backend in (plan.scorer, "written out", "dense"):
         before = mine.calls

@@ -47,7 +47,7 @@ KINDS = {
     "llama longrope": ("Llama", flat, LONGROPE, PLAIN, LINEAR, 256),
     "qwen3 dynamic": ("Qwen3", flat, DYNAMIC, PLAIN, STRETCHED, LIMIT),
     "gemma3 longrope": ("Gemma3", by_layer, LONGROPE, PLAIN, LINEAR, 256),
-    "gpt-oss dynamic (padded rows)": ("GptOss", flat, DYNAMIC, PLAIN, STRETCHED, LIMIT),
+    "gpt-oss dynamic": ("GptOss", flat, DYNAMIC, PLAIN, STRETCHED, LIMIT),
 }
 
 
@@ -65,9 +65,8 @@ def test_a_row_has_the_same_log_probs_in_every_batch(kind, far):
         moved = float((torch.cat(own_token_logps(model, [SHORT, LONG])[:2]) - expected[:10]).abs().max())
         fix_rope(model, length)
         plan = plan_forward(model)
-        assert plan.shared == (name != "GptOss")
-        lay = pack if plan.shared else pad_rows
-        for batch in (lay(samples), pad_rows(samples)):
+        assert plan.shared
+        for batch in (pack(samples), pad_rows(samples)):
             found = completion_logps(model, batch, plan.scorer).token_logps_N
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
         # Beside a longer row, and after it.

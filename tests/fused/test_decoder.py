@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dpo_peft.errors import OptionError
 from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
 from dpo_peft.forward.attention import backend_named
-from dpo_peft.fused import decoder as fused
-from dpo_peft.fused import recognition
+from dpo_peft.fused import decoder, products, recognition
 from dpo_peft.fused.decoder import FusedModel
+from dpo_peft.fused.heads import queries_keys_values
 from dpo_peft.model.loading import keep_weights
 from dpo_peft.reference.adapter_off import reference_logps, reference_mode
 
@@ -258,35 +258,32 @@ def test_adapters_of_another_kind_keep_the_models_own_layers(options: dict[str, 
 
 
 def test_other_models_keep_their_own_layers() -> None:
-    for kind in ("Gemma", "Olmo2", "Granite", "Phi3"):
+    for kind in ("Apertus", "GPTNeoX", "Starcoder2", "Olmoe"):
         plan = plan_forward(adapted(build(kind, {})))
         assert plan.shared and plan.fused is None and "model type" in plan.unfused
     assert plan_forward(adapted(build("Llama", {})), fused=False).unfused == "fused_layers=False"
 
 
+def backwards(qkv: Tensor, heads: Any, queries: Any, keys: Any, places: Any) -> Any:
+    """Turned by the opposite angles."""
+    queries, keys = (angles._replace(sin_TR=-angles.sin_TR) for angles in (queries, keys))
+    return queries_keys_values(qkv, heads, queries, keys, places)
+
+
 def test_the_probe_refuses_layers_that_are_wrong(monkeypatch: Any) -> None:
     """Negative control: each piece of a layer broken on purpose is noticed at start."""
     model = adapted(build("Qwen3", WINDOWED))
-    right = {name: getattr(fused, name) for name in ("rms_norm", "swiglu", "queries_keys_values")}
-    dense = backend_named("dense")
-
-    def scaled(norm: Any) -> Any:
-        return lambda x, n, *out: norm(x, n._replace(eps=n.eps + 0.1), *out)
-
-    wrong = {
-        "rms_norm": scaled(right["rms_norm"]),
-        "swiglu": lambda gate_up, out: right["swiglu"](gate_up.roll(out.shape[1], 1), out),
-        "queries_keys_values": lambda qkv, heads, cos, sin, places: right["queries_keys_values"](
-            qkv, heads, cos, -sin, places
-        ),
-        "dense": replace(dense, attend=lambda *args: dense.attend(*args[:-1], None)),  # without its window
+    dense, norm, activate = backend_named("dense"), products.rms_norm, products.activate
+    wrong: dict[str, tuple[Any, Any]] = {
+        "rms_norm": (products, lambda x, n, *out: norm(x, n._replace(eps=n.eps + 0.1), *out)),
+        "activate": (products, lambda gate_up, out, kind: activate(gate_up.roll(out.shape[1], 1), out, kind)),
+        "queries_keys_values": (decoder, backwards),
+        # without its window
+        "backend_named": (recognition, lambda name: replace(dense, attend=lambda *x: dense.attend(*x[:-1], None))),
     }
-    for name, function in wrong.items():
+    for name, (module, function) in wrong.items():
         with monkeypatch.context() as patch:
-            if name == "dense":
-                patch.setattr(recognition, "backend_named", lambda name: wrong["dense"])
-            else:
-                patch.setattr(fused, name, function)
+            patch.setattr(module, name, function)
             plan = plan_forward(model)
             assert plan.fused is None and "fused log-probs differ by" in plan.unfused, name
     fused_plan(model)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dpo_peft.forward import Sample, pack
 from dpo_peft.fused import elementwise as kernels
-from dpo_peft.fused.elementwise import Heads, Norm, Places
+from dpo_peft.fused import heads as head_kernels
+from dpo_peft.fused.elementwise import ACTIVATIONS, Norm
+from dpo_peft.fused.heads import Angles, Heads, Places, queries_keys_values
 
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter truncates to bfloat16 instead of rounding
 ROUNDING = 1e-3 if INTERPRETED else 5e-3  # one rounding more or less, relative
@@ -29,7 +31,8 @@ def both(monkeypatch: Any, compute: Callable[[], Any]) -> list[tuple[Tensor, Ten
     """Each result of the kernels beside that of the torch expressions."""
     results = []
     for used in (True, False):
-        monkeypatch.setattr(kernels, "uses_kernels", lambda x, used=used: used)
+        for module in (kernels, head_kernels):
+            monkeypatch.setattr(module, "uses_kernels", lambda x, used=used: used)
         found = compute()
         results.append(found if isinstance(found, (list, tuple)) else [found])
     return list(zip(*results, strict=True))
@@ -40,42 +43,74 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+NORMS = {"plain": {}, "wide": dict(wide=True), "layer": dict(wide=True, centered=True)}
+
+
 @here
 @pytest.mark.parametrize("width", [80, 4096])
 @pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm(width: int, residual: bool, monkeypatch: Any) -> None:
-    x, norm, grad = random(7, width), Norm(random(width), 1e-5), random(7, width + 16)[:, :width]
+@pytest.mark.parametrize("kind", NORMS)
+def test_rms_norm(width: int, residual: bool, kind: str, monkeypatch: Any) -> None:
+    x, grad = random(7, width) + 0.5, random(7, width + 16)[:, :width]
+    norm = Norm(random(width), 1e-5, **NORMS[kind])
     past = random(7, width) if residual else None
 
     def compute() -> list[Tensor]:
         wide = torch.full((7, width + 8), 5.0, device=DEVICE, dtype=DTYPE)
-        kernels.rms_norm(x, norm, wide[:, :width])
+        kernels.rms_norm(x, norm, wide[:, :width], past)
         return [wide, kernels.rms_norm_backward(x, norm, grad, past)]
 
     for kernel, expression in both(monkeypatch, compute):
         assert distance(kernel, expression) < ROUNDING
 
 
+# How heads are normalized and turned: options of Heads, norms (queries, keys, values), numbers turned of 24.
+HEADS: dict[str, tuple[dict[str, Any], tuple[bool, bool, bool], int]] = {
+    "plain": ({}, (False, False, False), 24),
+    "normed": ({}, (True, True, False), 24),
+    "values too": ({}, (True, True, True), 24),
+    "a part": ({}, (False, False, False), 8),
+    "a part, normed and gated": (dict(gated=True), (True, True, False), 6),
+    "pairs": (dict(pairs=True), (False, False, False), 24),
+    "pairs of a part": (dict(pairs=True), (True, True, False), 16),
+    "no positions": (dict(gated=True), (True, True, False), 0),
+    "all heads together": (dict(whole=True), (True, True, False), 24),
+    "late": (dict(late=True), (True, True, False), 24),
+}
+
+
+def heads_of(kind: str, size: int = 24) -> tuple[Heads, Angles | None, int]:
+    """Head numbers that are no power of 2; the width of [q; k; v]."""
+    options, normed, turned = HEADS[kind]
+    widths = [6 * size, 3 * size, size] if options.get("whole") else [size] * 3
+    norms = [
+        Norm(random(n), 1e-6, wide=i > 0) if used else None
+        for i, (n, used) in enumerate(zip(widths, normed, strict=True))
+    ]
+    heads = Heads(6, 3, size, *norms, **options)
+    return heads, None if not turned else Angles(random(9, turned), random(9, turned)), (12 + 6 * heads.gated) * size
+
+
 @here
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("gathered", [False, True])
-def test_queries_keys_values(normed: bool, gathered: bool, monkeypatch: Any) -> None:
-    """Head numbers that are no power of 2, prompts with two and three answers: rows with one to four copies."""
+def test_queries_keys_values(kind: str, gathered: bool, monkeypatch: Any) -> None:
+    """Prompts with two and three answers: rows with one to four copies."""
     batch = pack([Sample([1, 2, 3], [[4, 5], [6, 7, 8]]), Sample([1, 2], [[4], [6, 7, 8], [9]])]).to(DEVICE)
-    tokens, size = batch.input_ids.shape[1], 16
-    norms = (Norm(random(size), 1e-6), Norm(random(size), 1e-6)) if normed else ()
-    heads, qkv = Heads(6, 3, size, *norms), random(tokens, 12 * size)
-    angle = torch.randn(tokens, size // 2, device=DEVICE).repeat(1, 2)
-    cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
+    tokens = batch.input_ids.shape[1]
+    heads, angles, width = heads_of(kind)
+    if angles is not None:
+        angles = Angles(*(x.repeat(2, 1)[:tokens] for x in angles))
+    qkv = random(tokens, width)
     assert batch.kv_index is not None and batch.kv_copies is not None
     places = Places(batch.kv_index, batch.kv_copies) if gathered else None
     rows = len(batch.kv_index) if gathered else tokens
-    grads = [random(tokens, 6, size), random(rows, 3, size), random(rows, 3, size)]
+    grads = [random(tokens, 6, 24), random(rows, 3, 24), random(rows, 3, 24), random(tokens, 6, 24)]
 
     def compute() -> list[Tensor]:
         leaf = qkv.clone().requires_grad_()
-        out = kernels.queries_keys_values(leaf, heads, cos, sin, places)
-        return [*(x.detach() for x in out), *torch.autograd.grad(out, leaf, grads)]
+        out = queries_keys_values(leaf, heads, angles, angles, places)
+        return [*(x.detach() for x in out), *torch.autograd.grad(out, leaf, grads[: len(out)])]
 
     for kernel, expression in both(monkeypatch, compute):
         assert distance(kernel, expression) < ROUNDING
@@ -83,14 +118,16 @@ def test_queries_keys_values(normed: bool, gathered: bool, monkeypatch: Any) -> 
 
 @here
 @pytest.mark.parametrize("width", [64, 2100])
-def test_swiglu(width: int, monkeypatch: Any) -> None:
-    gate_up, grad = random(5, 2 * width), random(5, width + 16)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations(width: int, kind: str, gated: bool, monkeypatch: Any) -> None:
+    gate_up, grad = random(5, (1 + gated) * width), random(5, width + 16)
 
     def compute() -> list[Tensor]:
         out = torch.zeros(5, width + 16, device=DEVICE, dtype=DTYPE)
-        kernels.swiglu(gate_up, out[:, :width])
+        kernels.activate(gate_up, out[:, :width], kind)
         mine, given = gate_up.clone(), grad.clone()
-        kernels.swiglu_backward_(mine, given[:, :width])
+        kernels.activate_backward_(mine, given[:, :width], kind)
         return [out, mine, given]
 
     for kernel, expression in both(monkeypatch, compute):

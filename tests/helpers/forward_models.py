@@ -117,20 +117,12 @@ SHARING: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", dict(ffn_dim=96, word_embed_proj_dim=32, init_std=0.15)),
     "deepseek-v3": ("DeepseekV3", MLA),
     "nanochat": ("NanoChat", dict(final_logit_softcapping=3.0)),
-}
-
-# Architectures that can't share a prompt -> the same, and what the plan's reason must say.
-FALLING_BACK: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma2 (soft-capped scores)": ("Gemma2", SLIDING, "softcap"),
-    "gpt-oss (attention sinks)": ("GptOss", SLIDING, "s_aux"),
-    "mamba2 (state space)": ("Mamba2", dict(head_dim=16, num_heads=8, state_size=8, n_groups=2), "linear_attention"),
-    "jamba (hybrid)": ("Jamba", dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False), "linear"),
-    "recurrent-gemma (hybrid)": (
-        "RecurrentGemma",
-        dict(num_hidden_layers=3, lru_width=64, attention_window_size=8, logits_soft_cap=3.0),
-        "layers",
-    ),
-    "qwen3-next (linear attention)": (
+    "gemma2": ("Gemma2", SLIDING),  # soft-capped scores
+    "gpt-oss": ("GptOss", SLIDING),  # sinks
+    "llama4": ("Llama4", dict(attention_chunk_size=WINDOW, intermediate_size_mlp=96, moe_layers=[1])),
+    "mamba2": ("Mamba2", dict(head_dim=16, num_heads=8, state_size=8, n_groups=2)),
+    "lfm2": ("Lfm2", dict(layer_types=["conv", "full_attention"])),
+    "qwen3-next": (
         "Qwen3Next",
         dict(
             layer_types=["linear_attention", "full_attention"],
@@ -140,13 +132,20 @@ FALLING_BACK: dict[str, tuple[str, dict[str, Any], str]] = {
             linear_value_head_dim=16,
             shared_expert_intermediate_size=32,
         ),
-        "linear_attention",
     ),
-    "lfm2 (convolutions)": ("Lfm2", dict(layer_types=["conv", "full_attention"]), "conv"),
-    "llama4 (chunks)": (
-        "Llama4",
-        dict(attention_chunk_size=64, intermediate_size_mlp=96, moe_layers=[1]),
-        "chunked_attention",
+}
+
+# Architectures that can't share a prompt -> the same, and what the plan's reason must say.
+FALLING_BACK: dict[str, tuple[str, dict[str, Any], str]] = {
+    "jamba (hybrid)": (
+        "Jamba",
+        dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
+        "1 of its layers carry a state that can't be handed on",
+    ),
+    "recurrent-gemma (hybrid)": (
+        "RecurrentGemma",
+        dict(num_hidden_layers=3, lru_width=64, attention_window_size=8, logits_soft_cap=3.0),
+        "layers",
     ),
     "deepseek-v3.2 (sparse)": (
         "DeepseekV32",

@@ -11,7 +11,7 @@ import torch
 from trainer_helpers import id_pairs, ours, step_logs
 
 from dpo_peft import DPOTrainer
-from dpo_peft.fused import decoder as fused
+from dpo_peft.fused import products as fused
 
 STEPS = 30
 COMPARED = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "grad_norm")

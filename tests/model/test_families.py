@@ -1,0 +1,30 @@
+"""Every family that people train today, tiny, by name from disk with the defaults: what docs/models.md says of it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import zoo
+from family_matrix import row, try_family, written
+
+# A step of a float32 run, of which the first is at most 5 nats; rounding, and not more, may part it from TRL's.
+ROUNDING = 2e-6
+
+
+@pytest.mark.sampled(22)
+@pytest.mark.parametrize("name", zoo.ALL)
+def test_a_family_trains_as_the_table_says(name: str, tmp_path: Path) -> None:
+    tried = try_family(name, tmp_path)
+    assert row(name, tried) == written()[name], "python tests/helpers/family_matrix.py writes the table anew"
+    if tried.refused:
+        return
+    assert tried.start == pytest.approx(math.log(2), abs=1e-6)
+    assert tried.dead == ()
+    assert tried.off_trl <= ROUNDING
+    assert tried.effect > 100 * tried.off_served and tried.off_served <= 1e-6
+
+
+def test_few_families_are_refused() -> None:
+    rows = written()
+    assert rows.keys() == {*zoo.ALL}
+    assert sum("| refused |" in line for line in rows.values()) <= 6
