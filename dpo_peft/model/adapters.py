@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..errors import OptionError
 from ..manifests import check_one_run, settle
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, holds_adapter, same_values, unused_name
+from .experts import group_adapters
 from .targets import targets_as_named
 
 logger = logging.getLogger(__name__)
@@ -146,11 +147,10 @@ def load_frozen(model: PeftModel, folder: str) -> str:
     config.inference_mode = True
     remedy = "Choose an adapter of the same base; where PEFT can't wrap the same module in both, one of other targets."
     with misfits_refused(f"reference={folder!r} does not fit the model or its trained adapter: ", remedy):
-        with (
-            torch.random.fork_rng(devices=[]),
-            targets_as_named(),
-        ):  # the run's random numbers don't depend on what its reference is
+        # The run's random numbers don't depend on what its reference is.
+        with torch.random.fork_rng(devices=[]), targets_as_named():
             model.add_adapter(name, config)
+        group_adapters(model)
         weights = _adapter_weights(model, load_peft_weights(folder, device="cpu"), folder)
         with _only_its_wrappers(model, name):
             result = set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
 from .checkpoint_formats import Checkpoint
+from .experts import experts_in_4_bits, warn_of_whole_experts
 from .rebuilding import loader
 from .targets import computes_linear, read_past
 
@@ -45,8 +46,9 @@ def load_base(
     trust_remote_code: bool = False,
     device: torch.device | None = None,
     class_name: str | None = None,
+    experts: bool = True,
 ) -> PreTrainedModel:
-    """Loads a causal LM by name or folder: bfloat16, its linear layers in NF4, unless told otherwise.
+    """Loads a causal LM by name or folder: bfloat16, its linear layers and experts in NF4, unless told otherwise.
 
     Its class is the one that its files name, so that an adapter fits what people serve: of a model of text and images
     the whole, even where AutoModelForCausalLM has a class for its text alone.
@@ -59,6 +61,7 @@ def load_base(
         trust_remote_code: run code that ships with the model.
         device: where the model goes; the CPU if None.
         class_name: its class in transformers, where that and the quantization are known from a training.
+        experts: False leaves the experts of a mixture in 16 bits, as an older version did.
 
     Raises:
         OptionError: contradictory options, a folder without a model, or one with a weight too few.
@@ -81,10 +84,11 @@ def load_base(
             kind = class_of(config, bool(kwargs["trust_remote_code"]))
             if not checkpoint.is_kept:
                 quantization = _fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))
-        with _all_linear_quantized(quantization):
+        with _all_linear_quantized(quantization), experts_in_4_bits(experts):
             loading = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
             model, info = checkpoint.load(kind, dtype, quantization, **loading)
     _check_complete(name, model, info)
+    warn_of_whole_experts(model)
     return model
 
 

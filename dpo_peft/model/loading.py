@@ -35,6 +35,7 @@ from .adapters import (
 )
 from .base import load_base, unloadable_refused
 from .checkpoint_formats import Checkpoint
+from .experts import group_adapters, target_experts
 from .rebuilding import keep_weights, resize_as_saved
 from .targets import choose_targets, log_targets, save_as_parameters, targets_as_named
 from .training_record import UNRECORDED, read_training
@@ -81,7 +82,8 @@ def load_model(
     trained = record or UNRECORDED
     if quantize and quantization_config is None:
         quantization_config = trained.quantization_config()
-    how = quantization_config, quantize, kwargs, trust_remote_code, device, record and record.class_name
+    class_name, experts = record and record.class_name, record is None or trained.experts_quantized
+    how = quantization_config, quantize, kwargs, trust_remote_code, device, class_name, experts
     return load_on_base(name, base, remedy, from_hub, *how)
 
 
@@ -136,6 +138,7 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
         # This one says which tensors are missing or surplus: it reads the file once more.
         result = adapted.load_adapter(adapter, adapted.active_adapters[0], is_trainable=True, **from_hub)
     check_loaded(result, adapted.active_adapters[0], adapter)
+    group_adapters(adapted)
     return adapted
 
 
@@ -144,6 +147,7 @@ def attach_adapter(
     peft_config: LoraConfig | None = None,
     reference: str | None = None,
     needs_reference: bool = True,
+    lora_experts: bool = False,
 ) -> tuple[PeftModel, Reference]:
     """Returns the PEFT model to train, `model` itself if it has an adapter and else with a new one, and its reference.
 
@@ -156,6 +160,7 @@ def attach_adapter(
             changes nothing yet, else a frozen copy of it. Or the folder or Hub id of another adapter on the same base
             ("./base" is a folder).
         needs_reference: False makes no copy, for objectives without a reference.
+        lora_experts: put the new adapter on the experts of a mixture too.
 
     Raises:
         OptionError: an adapter that can't be trained here (see `check_adapter`), a `peft_config` for a model that has
@@ -171,6 +176,8 @@ def attach_adapter(
                 "model is a PeftModel and peft_config is given too: pass the PeftModel alone to train its adapter, or "
                 "the base model with peft_config."
             )
+        if lora_experts:
+            raise OptionError("lora_experts=True: the model has an adapter already. Leave it out.")
         _check_peft_model(model)
         config = model.peft_config[model.active_adapters[0]]
         _check_reference(config, reference, fresh=False)
@@ -183,9 +190,12 @@ def attach_adapter(
     else:
         if peft_config is None:
             peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora_experts:
+            peft_config = target_experts(peft_config, model)
         check_adapter(peft_config)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
+    group_adapters(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             logger.info("%s is trained: cast from %s to float32.", name, parameter.dtype)
