@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3325,
     "forward": 2195,
     "reference": 1565,
-    "model": 2540,
+    "model": 2560,
     "training": 2725,
     "evaluation": 750,
     "fused": 2530,

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import transformers_weight_conversion as conversion
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tup
     composite = model.config.get_text_config() is not model.config
     inside = next((f"{name}." for name, part in model.named_modules() if composite and name and part is decoder), "")
     for name, layer in layers.items():
+        kind: Any = type(layer)
         if layer is head:
             yield name, "it is the head"
         elif not name.startswith(inside):
@@ -75,7 +77,7 @@ def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tup
             yield name, "it is an expert"
         elif name in read:
             yield name, "the model reads its weight itself"
-        elif not computes_linear(type(layer)):
+        elif not computes_linear(kind):
             yield name, "it is no plain linear layer"
 
 
@@ -162,7 +164,7 @@ def _kind(name: str) -> str:
 # ---- How the targets are saved --------------------------------------------------------------------------------------
 
 
-def _renamed(model: nn.Module) -> Iterable[str]:
+def _renamed(model: PreTrainedModel) -> Iterable[str]:
     """Returns the names of layers that PEFT takes for experts in a model of this type."""
     table = conversion._MODEL_TO_CONVERSION_PATTERN
     return conversion._MOE_TARGET_MODULE_MAPPING.get(table.get(model.config.model_type, ""), {})
@@ -184,12 +186,13 @@ def targets_as_named(new: bool = False) -> Iterator[None]:
     saved: list[tuple[LoraConfig, Any, Any]] = []
 
     def convert(config: LoraConfig, model: nn.Module, conversions: Any) -> None:
-        ends = [name for name in config.target_parameters or () if name.endswith(".weight")]
+        named = () if isinstance(config.target_modules, str) else config.target_parameters or ()
+        ends = [name for name in named if name.endswith(".weight")]
         names = [name for name, layer in model.named_modules() if is_linear(layer)]
         ends = [end for end in ends if any(_ends(f"{name}.weight", end) for name in names)]
         if ends:
             saved.append((config, config.target_modules, config.target_parameters))
-            config.target_modules = {*config.target_modules, *(end.removesuffix(".weight") for end in ends)}
+            config.target_modules = {*(config.target_modules or ()), *(end.removesuffix(".weight") for end in ends)}
             config.target_parameters = [name for name in config.target_parameters if name not in ends] or None
         elif not new:
             original(config, model=model, conversions=conversions)
@@ -206,16 +209,22 @@ def targets_as_named(new: bool = False) -> Iterator[None]:
 def save_as_parameters(model: PeftModel, config: LoraConfig) -> None:
     """Changes a new adapter's config to what PEFT makes the same layers of, see `targets_as_named`."""
     base = model.get_base_model()
-    wrapped = {
-        name.removeprefix("base_model.model.") for name, layer in adapter_layers(model) if hasattr(layer, "lora_A")
-    }
+    wrapped = {name for name, is_layer in _adapted(model) if is_layer}
     taken = {name for name in wrapped if name.rpartition(".")[2] in _renamed(base)}
     if not taken:
         return
     others = {name for name, _ in base.named_modules() if ".lora_" not in name and not name.endswith("base_layer")}
     ends = _find_minimal_target_modules(taken, others - taken)
     config.target_parameters = sorted({*(config.target_parameters or ()), *(f"{end}.weight" for end in ends)})
-    config.target_modules = _find_minimal_target_modules(wrapped - taken, others - wrapped)
+    config.target_modules = _find_minimal_target_modules(wrapped - taken, others - wrapped) if wrapped > taken else []
+
+
+def _adapted(model: PeftModel) -> Iterator[tuple[str, bool]]:
+    """Yields the names of layers with an adapter, and of parameters with one (experts), and which of both it is."""
+    for name, layer in adapter_layers(model):
+        if hasattr(layer, "lora_A"):
+            is_layer, name = not isinstance(layer, ParamWrapper), name.removeprefix("base_model.model.")
+            yield name if is_layer else f"{name.replace('.base_layer', '')}.{layer.parameter_name}", is_layer
 
 
 def _ends(name: str, end: str) -> bool:
@@ -225,9 +234,7 @@ def _ends(name: str, end: str) -> bool:
 def log_targets(model: PeftModel, given: object, left_out: dict[str, str]) -> None:
     """Says in one line what got an adapter, and what did not and why."""
     (adapter,) = model.active_adapters
-    names = [
-        name.removeprefix("base_model.model.") for name, layer in adapter_layers(model) if hasattr(layer, "lora_A")
-    ]
+    names = [name for name, _ in _adapted(model)]
     weights = sum(tensor.numel() for tensor in adapter_tensors(model, adapter).values())
     why: dict[str, set[str]] = defaultdict(set)
     for name, reason in left_out.items():
@@ -253,7 +260,8 @@ def read_past(model: nn.Module) -> list[str]:
     (Mamba) in its scan, Gemma 3n to clamp it. What an adapter adds would be missed there, and 4 bits can't be read."""
     found = []
     for name, parent in model.named_modules():
-        read = _weights_read(type(parent))
+        kind: Any = type(parent)
+        read = _weights_read(kind)
         layers = parent.named_children() if read else ()
         found += [f"{name}.{child}".lstrip(".") for child, layer in layers if child in read and is_linear(layer)]
     return found
