@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..forward.experts import Experts, restore
 from ..model.adapters import moved_base
+from ..model.targets import targets_as_named
 from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
@@ -64,7 +65,7 @@ def merge_into(
     untie(base)
     if moved_base(config) and config.init_lora_weights is not False:
         config.init_lora_weights = True  # the base was moved when the adapter was loaded for the first time
-    with quiet():
+    with quiet(), targets_as_named():
         model = PeftModel.from_pretrained(base, adapter, config=config, **from_hub)
         # PEFT rounds whole modules that were trained to the base's dtype: once more, into float32.
         policy = model.active_adapters[0]

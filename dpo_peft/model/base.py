@@ -172,7 +172,12 @@ def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     beyond it are counted."""
     parameters = dict(model.named_parameters())
     missing = sorted(key for key in info["missing_keys"] if key in parameters)
-    shapes = [f"{key} is {[*its]} there and {[*own]} in the model" for key, its, own in info["mismatched_keys"]]
+    differing = list(info["mismatched_keys"])
+    for key, layer in model.named_modules():  # transformers does not compare a shape that it quantizes
+        if isinstance(layer, nn.Linear) and (state := getattr(layer.weight, "quant_state", None)) is not None:
+            own = layer.out_features, layer.in_features
+            differing += [(f"{key}.weight", state.shape, own)] if tuple(state.shape) != own else []
+    shapes = [f"{key} is {[*its]} there and {[*own]} in the model" for key, its, own in differing]
     if missing or shapes:
         what = sorted(shapes)[0] if shapes else f"they lack {len(missing)} weights, such as {missing[0]}"
         raise OptionError(

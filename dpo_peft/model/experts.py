@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
@@ -152,8 +151,12 @@ class Experts4Bit(Bnb4BitHfQuantizer):
 @contextmanager
 def experts_in_4_bits(wanted: bool = True) -> Iterator[None]:
     """Has `from_pretrained` quantize experts too, where it quantizes to 4 bits."""
-    with patch.dict(AUTO_QUANTIZER_MAPPING, {"bitsandbytes_4bit": Experts4Bit} if wanted else {}):
+    usual = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Experts4Bit if wanted else usual
+    try:
         yield
+    finally:
+        AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = usual
 
 
 def has_packed_experts(model: nn.Module) -> bool:

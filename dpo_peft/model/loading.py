@@ -27,7 +27,6 @@ from .adapters import (
     check_adapter,
     check_loaded,
     is_adapter,
-    leave_out_unfit_layers,
     load_frozen,
     misfits_refused,
     moved_base,
@@ -38,6 +37,7 @@ from .base import load_base, unloadable_refused
 from .checkpoint_formats import Checkpoint
 from .experts import group_adapters, target_experts
 from .rebuilding import keep_weights, resize_as_saved
+from .targets import choose_targets, log_targets, save_as_parameters, targets_as_named
 from .training_record import UNRECORDED, read_training
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,10 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
         ) from error
     keep_weights(model)
     resize_as_saved(model, adapter, from_hub)
-    with misfits_refused(f"The adapter {adapter!r} does not fit its base {base!r}, loaded like this: "):
+    with (
+        misfits_refused(f"The adapter {adapter!r} does not fit its base {base!r}, loaded like this: "),
+        targets_as_named(),
+    ):
         adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, **from_hub)
         # This one says which tensors are missing or surplus: it reads the file once more.
         result = adapted.load_adapter(adapter, adapted.active_adapters[0], is_trainable=True, **from_hub)
@@ -190,7 +193,6 @@ def attach_adapter(
         if lora_experts:
             peft_config = target_experts(peft_config, model)
         check_adapter(peft_config)
-        leave_out_unfit_layers(peft_config, model)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
     group_adapters(model)
@@ -217,14 +219,21 @@ def _check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> 
 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
     """Returns `base` with a fresh adapter, and whether that starts at the base."""
+    base.requires_grad_(False)  # as PEFT does; some kernels round otherwise for weights that are trained
     before = _sample_logits(base)
-    init = peft_config.init_lora_weights
+    init, given = peft_config.init_lora_weights, peft_config.target_modules
+    left_out = choose_targets(peft_config, base)
     remedy = (
         "If the initialization needs preparation, do it as PEFT's documentation says and pass the PeftModel; "
         "init_lora_weights=True needs none."
     )
-    with misfits_refused(f"peft_config can't be attached to this model (init_lora_weights={init!r}): ", remedy):
+    with (
+        misfits_refused(f"peft_config can't be attached to this model (init_lora_weights={init!r}): ", remedy),
+        targets_as_named(new=True),
+    ):
         model = get_peft_model(base, peft_config)
+    save_as_parameters(model, peft_config)
+    log_targets(model, given, left_out)
     with reference_mode(base):
         after = _sample_logits(base)
     same_base = torch.equal(before.nan_to_num(), after.nan_to_num())
