@@ -36,7 +36,7 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 3325,
-    "forward": 2195,
+    "forward": 2220,
     "reference": 1565,
     "model": 2555,
     "training": 2725,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 28_650
+MAX_PACKAGE_LINES = 28_670
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
