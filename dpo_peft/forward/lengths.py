@@ -1,8 +1,8 @@
 """At which lengths a model changes its behavior, by its config, and a text that the probe takes there.
 
 Windows, and states with their convolutions, are crossed by a text that is long enough, if few tokens are; attention
-within chunks by making them short; positions from which queries or angles are scaled otherwise by a short text that
-begins there. A longer window is known from what the attention function is told.
+within chunks by making them short; positions from which queries or angles are scaled otherwise by short texts there
+and far behind. A longer window is known from what the attention function is told.
 """
 
 import math
@@ -46,7 +46,10 @@ class FarText:
             lengths += [_STATE] * (kind in CARRYING) + [_CHUNK] * (kind == "chunked_attention")
         longest = max((length for length in [*lengths, *turns] if length <= min(_FEW, last - 90)), default=None)
         found = [] if longest is None else [(Sample(ids(longest + 12), [ids(67), ids(9)]), 0)]
-        found += [(Sample(ids(9), [ids(7), ids(11)]), turn - 12) for turn in turns if _FEW < turn <= last - 8]
+        starts = [turn - 12 for turn in turns if _FEW < turn <= last - 8]
+        if turns:  # what grows with the position shows far behind it
+            starts.append(int(min(last, 64 * max(turns))) - 20)
+        found += [(Sample(ids(9), [ids(7), ids(11)]), start) for start in starts]
         return cls(*map(list, zip(*found, strict=True))) if found else None
 
     def rows(self) -> PackedBatch:
@@ -68,7 +71,8 @@ class FarText:
     @property
     def farthest(self) -> int:
         """The last position."""
-        return int(self.rows().position_ids.max())
+        of_each = zip(self.samples, self.starts, strict=True)
+        return max(at + len(sample.prompt) + max(map(len, sample.completions)) - 1 for sample, at in of_each)
 
 
 def _rows(samples: Sequence[Sample], starts: Sequence[int]) -> PackedBatch:

@@ -284,7 +284,8 @@ def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
     """Returns the attention implementations of a config and of those inside it, as `set_attn_implementation` reads
     them: of a model of text and images each part may have its own."""
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
-    inner = {key: _implementations(part) for key, part in parts.items() if part is not None}
+    # A part without attention of its own has none.
+    inner = {key: _implementations(part) for key, part in parts.items() if part and part._attn_implementation}
     return {"": config._attn_implementation, **inner}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..forward.attention import AttentionPlan
 from ..reference.adapter_off import reference_mode
-from ..reference.frozen_adapter import holds_adapter
+from ..reference.frozen_adapter import adapter_layers, holds_adapter
 
 
 class Surroundings(NamedTuple):
@@ -73,6 +73,8 @@ def _recorder(logits: list[Tensor], index: int) -> Callable[..., None]:
 @contextmanager
 def _exchanged(modules: nn.ModuleList, only: tuple[str, ...]) -> Iterator[None]:
     """Inside, the adapter `only` is on in the place of the active one, or none, where they hold none of it."""
-    adapter = next((name for name in only if any(holds_adapter(module, name) for module in modules.modules())), None)
+    adapter = next(
+        (name for name in only if any(holds_adapter(layer, name) for _, layer in adapter_layers(modules))), None
+    )
     with reference_mode(modules, adapter):
         yield

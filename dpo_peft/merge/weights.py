@@ -15,14 +15,16 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..forward.experts import Experts, restore
 from ..model.adapters import moved_base
+from ..model.targets import targets_as_named
 from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replaces every 4- or 8-bit linear layer, in place, by a plain one on the CPU with the values that its forward
-    uses.
+    """Replaces every 4- or 8-bit linear layer and the experts of mixtures, in place, by plain ones on the CPU with the
+    values that their forward uses.
 
     A 4-bit layer unpacks its weight into the dtype that it was quantized from and casts that to its input's: the same
     call gives the same values here. (In 8 bits a GPU rounds activations too, which no plain weight can do.)
@@ -30,6 +32,9 @@ def dequantize(model: PreTrainedModel) -> None:
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            restore(module)
+            continue
         if isinstance(module, bnb.nn.Linear4bit):
             weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).cpu()
         elif isinstance(module, bnb.nn.Linear8bitLt):
@@ -60,7 +65,7 @@ def merge_into(
     untie(base)
     if moved_base(config) and config.init_lora_weights is not False:
         config.init_lora_weights = True  # the base was moved when the adapter was loaded for the first time
-    with quiet():
+    with quiet(), targets_as_named():
         model = PeftModel.from_pretrained(base, adapter, config=config, **from_hub)
         # PEFT rounds whole modules that were trained to the base's dtype: once more, into float32.
         policy = model.active_adapters[0]

@@ -137,7 +137,8 @@ class AdapterSource(AdapterOptions):
         if self.config.revision and self.base is None:
             kwargs["revision"] = self.config.revision
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        how = quantization, quantize, kwargs, self.trust_remote_code, device, trained and trained.class_name
+        experts = quantization is None or trained is None or trained.experts_quantized
+        how = quantization, quantize, kwargs, self.trust_remote_code, device, trained and trained.class_name, experts
         model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
         model.requires_grad_(False).eval()
         setup = trained or UNRECORDED

@@ -4,7 +4,6 @@ PEFT only warns of tensors that an adapter's file lacks, and keeps quiet about t
 Here every tensor is accounted for.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..errors import OptionError
 from ..manifests import check_one_run, settle
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, holds_adapter, same_values, unused_name
+from .experts import group_adapters
+from .targets import targets_as_named
 
 logger = logging.getLogger(__name__)
 
@@ -69,27 +70,6 @@ def check_adapter(config: PeftConfig) -> None:
             "peft_config.alora_invocation_tokens is not supported: an activated LoRA acts only after its invocation "
             "tokens, which packed prompts don't keep track of. Leave it out."
         )
-
-
-def leave_out_unfit_layers(config: LoraConfig, model: nn.Module) -> None:
-    """Excludes from "all-linear" the layers whose weights a state-space mixer (Mamba) reads itself, in its scan, as an
-    adapter's forward would never run there, and routers that are linear layers of several outputs, as PEFT can't wrap
-    them."""
-    if config.target_modules != "all-linear" or isinstance(config.exclude_modules, str):
-        return
-    mixers = {type(module): module for module in model.modules() if hasattr(module, "A_log")}
-    read = {
-        name
-        for kind, mixer in mixers.items()
-        for name, child in mixer.named_children()
-        if isinstance(child, nn.Linear) and f"self.{name}.weight" in inspect.getsource(kind)
-    }
-    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    routers = {name.rpartition(".")[2] for name, layer in linear if type(layer).__name__.endswith("Router")}
-    for found, why in ((read, "the model reads their weights past it"), (routers, "they are routers")):
-        if found:
-            config.exclude_modules = sorted(found.union(config.exclude_modules or ()))
-            logger.info("No adapter on %s: %s.", ", ".join(sorted(found)), why)
 
 
 def moved_base(config: LoraConfig) -> str | None:
@@ -167,8 +147,10 @@ def load_frozen(model: PeftModel, folder: str) -> str:
     config.inference_mode = True
     remedy = "Choose an adapter of the same base; where PEFT can't wrap the same module in both, one of other targets."
     with misfits_refused(f"reference={folder!r} does not fit the model or its trained adapter: ", remedy):
-        with torch.random.fork_rng(devices=[]):  # the run's random numbers don't depend on what its reference is
+        # The run's random numbers don't depend on what its reference is.
+        with torch.random.fork_rng(devices=[]), targets_as_named():
             model.add_adapter(name, config)
+        group_adapters(model)
         weights = _adapter_weights(model, load_peft_weights(folder, device="cpu"), folder)
         with _only_its_wrappers(model, name):
             result = set_peft_model_state_dict(model, weights, adapter_name=name)

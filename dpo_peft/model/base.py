@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
 from .checkpoint_formats import Checkpoint
+from .experts import experts_in_4_bits, warn_of_whole_experts
 from .rebuilding import loader
 from .targets import computes_linear, read_past
 
@@ -45,8 +46,9 @@ def load_base(
     trust_remote_code: bool = False,
     device: torch.device | None = None,
     class_name: str | None = None,
+    experts: bool = True,
 ) -> PreTrainedModel:
-    """Loads a causal LM by name or folder: bfloat16, its linear layers in NF4, unless told otherwise.
+    """Loads a causal LM by name or folder: bfloat16, its linear layers and experts in NF4, unless told otherwise.
 
     Its class is the one that its files name, so that an adapter fits what people serve: of a model of text and images
     the whole, even where AutoModelForCausalLM has a class for its text alone.
@@ -59,6 +61,7 @@ def load_base(
         trust_remote_code: run code that ships with the model.
         device: where the model goes; the CPU if None.
         class_name: its class in transformers, where that and the quantization are known from a training.
+        experts: False leaves the experts of a mixture in 16 bits, as an older version did.
 
     Raises:
         OptionError: contradictory options, a folder without a model, or one with a weight too few.
@@ -81,10 +84,11 @@ def load_base(
             kind = class_of(config, bool(kwargs["trust_remote_code"]))
             if not checkpoint.is_kept:
                 quantization = fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))
-        with all_linear_quantized(quantization):
+        with all_linear_quantized(quantization), experts_in_4_bits(experts):
             loading = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
             model, info = checkpoint.load(kind, dtype, quantization, **loading)
     _check_complete(name, model, info)
+    warn_of_whole_experts(model)
     return model
 
 
@@ -168,7 +172,12 @@ def _check_complete(name: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     beyond it are counted."""
     parameters = dict(model.named_parameters())
     missing = sorted(key for key in info["missing_keys"] if key in parameters)
-    shapes = [f"{key} is {[*its]} there and {[*own]} in the model" for key, its, own in info["mismatched_keys"]]
+    differing = list(info["mismatched_keys"])
+    for key, layer in model.named_modules():  # transformers does not compare a shape that it quantizes
+        if isinstance(layer, nn.Linear) and (state := getattr(layer.weight, "quant_state", None)) is not None:
+            own = layer.out_features, layer.in_features
+            differing += [(f"{key}.weight", state.shape, own)] if tuple(state.shape) != own else []
+    shapes = [f"{key} is {[*its]} there and {[*own]} in the model" for key, its, own in differing]
     if missing or shapes:
         what = sorted(shapes)[0] if shapes else f"they lack {len(missing)} weights, such as {missing[0]}"
         raise OptionError(

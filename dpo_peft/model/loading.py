@@ -27,7 +27,6 @@ from .adapters import (
     check_adapter,
     check_loaded,
     is_adapter,
-    leave_out_unfit_layers,
     load_frozen,
     misfits_refused,
     moved_base,
@@ -36,7 +35,9 @@ from .adapters import (
 )
 from .base import load_base, unloadable_refused
 from .checkpoint_formats import Checkpoint
+from .experts import group_adapters, target_experts
 from .rebuilding import keep_weights, resize_as_saved
+from .targets import choose_targets, log_targets, save_as_parameters, targets_as_named
 from .training_record import UNRECORDED, read_training
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def load_model(
     trained = record or UNRECORDED
     if quantize and quantization_config is None:
         quantization_config = trained.quantization_config()
-    how = quantization_config, quantize, kwargs, trust_remote_code, device, record and record.class_name
+    class_name, experts = record and record.class_name, record is None or trained.experts_quantized
+    how = quantization_config, quantize, kwargs, trust_remote_code, device, class_name, experts
     return load_on_base(name, base, remedy, from_hub, *how)
 
 
@@ -128,11 +130,15 @@ def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, ob
         ) from error
     keep_weights(model)
     resize_as_saved(model, adapter, from_hub)
-    with misfits_refused(f"The adapter {adapter!r} does not fit its base {base!r}, loaded like this: "):
+    with (
+        misfits_refused(f"The adapter {adapter!r} does not fit its base {base!r}, loaded like this: "),
+        targets_as_named(),
+    ):
         adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, **from_hub)
         # This one says which tensors are missing or surplus: it reads the file once more.
         result = adapted.load_adapter(adapter, adapted.active_adapters[0], is_trainable=True, **from_hub)
     check_loaded(result, adapted.active_adapters[0], adapter)
+    group_adapters(adapted)
     return adapted
 
 
@@ -141,6 +147,7 @@ def attach_adapter(
     peft_config: LoraConfig | None = None,
     reference: str | None = None,
     needs_reference: bool = True,
+    lora_experts: bool = False,
 ) -> tuple[PeftModel, Reference]:
     """Returns the PEFT model to train, `model` itself if it has an adapter and else with a new one, and its reference.
 
@@ -153,6 +160,7 @@ def attach_adapter(
             changes nothing yet, else a frozen copy of it. Or the folder or Hub id of another adapter on the same base
             ("./base" is a folder).
         needs_reference: False makes no copy, for objectives without a reference.
+        lora_experts: put the new adapter on the experts of a mixture too.
 
     Raises:
         OptionError: an adapter that can't be trained here (see `check_adapter`), a `peft_config` for a model that has
@@ -168,6 +176,8 @@ def attach_adapter(
                 "model is a PeftModel and peft_config is given too: pass the PeftModel alone to train its adapter, or "
                 "the base model with peft_config."
             )
+        if lora_experts:
+            raise OptionError("lora_experts=True: the model has an adapter already. Leave it out.")
         _check_peft_model(model)
         config = model.peft_config[model.active_adapters[0]]
         _check_reference(config, reference, fresh=False)
@@ -180,10 +190,12 @@ def attach_adapter(
     else:
         if peft_config is None:
             peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora_experts:
+            peft_config = target_experts(peft_config, model)
         check_adapter(peft_config)
-        leave_out_unfit_layers(peft_config, model)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference)
+    group_adapters(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             logger.info("%s is trained: cast from %s to float32.", name, parameter.dtype)
@@ -207,14 +219,21 @@ def _check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> 
 
 def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
     """Returns `base` with a fresh adapter, and whether that starts at the base."""
+    base.requires_grad_(False)  # as PEFT does; some kernels round otherwise for weights that are trained
     before = _sample_logits(base)
-    init = peft_config.init_lora_weights
+    init, given = peft_config.init_lora_weights, peft_config.target_modules
+    left_out = choose_targets(peft_config, base)
     remedy = (
         "If the initialization needs preparation, do it as PEFT's documentation says and pass the PeftModel; "
         "init_lora_weights=True needs none."
     )
-    with misfits_refused(f"peft_config can't be attached to this model (init_lora_weights={init!r}): ", remedy):
+    with (
+        misfits_refused(f"peft_config can't be attached to this model (init_lora_weights={init!r}): ", remedy),
+        targets_as_named(new=True),
+    ):
         model = get_peft_model(base, peft_config)
+    save_as_parameters(model, peft_config)
+    log_targets(model, given, left_out)
     with reference_mode(base):
         after = _sample_logits(base)
     same_base = torch.equal(before.nan_to_num(), after.nan_to_num())

@@ -1,16 +1,253 @@
-"""Which layers of a model an adapter goes on, and which weights can't be quantized or adapted."""
+"""Which layers of a model an adapter goes on, and which weights can't be quantized or adapted.
+
+"all-linear" is the linear layers of the language model, without its head, routers and indexers, without layers whose
+weight the model reads itself, and without those whose output no text's log-probs depend on: an adapter there would
+have no gradient. Experts that are one tensor for all are no layers.
+"""
 
 import inspect
+import logging
 import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import _find_minimal_target_modules
+from peft.utils import transformers_weight_conversion as conversion
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from ..forward.score import eval_mode
+from ..reference.frozen_adapter import adapter_layers, adapter_tensors
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+_ROUTERS = ("gate", "classifier")  # of experts beside them; what has "router" in its name is one anywhere
+_LIBRARIES = ("torch.", "transformers.integrations.", "transformers.pytorch_utils", "bitsandbytes.", "torchao.")
 
 # A layer's weight in its parent's code: not its dtype or the like, nor a slice of it (Bloom's, where a flag is on).
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b|\[|, torch\.Tensor)")
+
+
+def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]:
+    """Puts the layers that "all-linear" means into an adapter's config; other targets stay as they are.
+
+    Returns:
+        The linear layers that are left out, name to reason; empty for other targets.
+    """
+    if config.target_modules != ALL_LINEAR:
+        return {}
+    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
+    left_out = unfit_layers(config, model, layers)
+    fit = {name: layer for name, layer in layers.items() if name not in left_out}
+    reached = _reached(model, fit)
+    left_out |= {name: "no text's log-probs depend on it" for name in fit if name not in reached}
+    others = {name for name, _ in model.named_modules()} - reached
+    in_layers = config.layers_to_transform is not None or bool(_renamed(model))  # PEFT reads patterns otherwise there
+    config.target_modules = reached if in_layers else _shortest(reached, others)
+    return left_out
+
+
+def unfit_layers(config: LoraConfig, model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Returns the linear layers that an adapter can't or should not go on, and why; `model` may be without numbers."""
+    left_out = dict.fromkeys(_lost(model, config, layers), "PEFT would not find it again in the adapter's file")
+    return left_out | dict(_unfit(model, layers))
+
+
+def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Yields the linear layers that an adapter can't or should not go on, and why."""
+    head, read, decoder = model.get_output_embeddings(), set(read_past(model)), model.get_decoder()
+    composite = model.config.get_text_config() is not model.config
+    inside = next((f"{name}." for name, part in model.named_modules() if composite and name and part is decoder), "")
+    for name, layer in layers.items():
+        if layer is head:
+            yield name, "it is the head"
+        elif not name.startswith(inside):
+            yield name, "it is outside the language model"
+        elif "router" in name or _beside_experts(model, name):
+            yield name, "it is a router"
+        elif "indexer" in name:
+            yield name, "it is an indexer"
+        elif re.search(r"(^|\.)experts\.\d+(\.|$)", name):
+            yield name, "it is an expert"
+        elif name in read:
+            yield name, "the model reads its weight itself"
+        elif not computes_linear(type(layer)):
+            yield name, "it is no plain linear layer"
+
+
+def _beside_experts(model: nn.Module, name: str) -> bool:
+    """Whether a layer, or a module that it is in, is called like a router and stands beside experts."""
+    parts = name.split(".")
+    for at, own in enumerate(parts):
+        if own in _ROUTERS or own.endswith("expert_gate"):
+            beside = {child for child, _ in model.get_submodule(".".join(parts[:at])).named_children()} - {own}
+            if any("expert" in child for child in beside):
+                return True
+    return False
+
+
+def _lost(model: PreTrainedModel, config: LoraConfig, layers: Iterable[str]) -> list[str]:
+    """Returns the layers whose tensors PEFT loads under another name (0.21: the shared experts of Laguna)."""
+    loader = SimpleNamespace(config=model.config, base_model_prefix="base_model", get_base_model=lambda: model)
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in layers}
+    empty = {key: torch.empty(0) for key in keys}
+    found = conversion.convert_peft_adapter_state_dict_for_transformers(loader, config, empty)
+    return [name for key, name in keys.items() if key not in found]
+
+
+def _reached(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
+    """Returns which layers' outputs move the log-probs of a short text."""
+    reached: set[str] = set()
+    embedded: list[Tensor] = []
+
+    def embed(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    def watch(name: str) -> Any:
+        def note(gradient: Tensor) -> None:
+            if gradient.any():
+                reached.add(name)
+
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(note)
+
+        return hook
+
+    embeddings = model.get_input_embeddings()
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    hooks.append(embeddings.register_forward_hook(embed))
+    rows = embeddings.weight.shape[0]
+    ids = torch.arange(16, device=embeddings.weight.device)[None] * 7 % (rows // 2) + rows // 4
+    try:
+        with torch.enable_grad(), eval_mode(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+            torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), embedded[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reached
+
+
+def _shortest(targets: set[str], others: Iterable[str]) -> set[str] | str:
+    """Returns the targets as PEFT finds them again: their names, which it shortens to common ends, or where these
+    would not tell them from others (of a vision tower), one pattern."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for name in targets:
+        kinds[_kind(name)].add(name)
+    if len(_find_minimal_target_modules(targets, others)) <= len(kinds):
+        return targets
+    alike: dict[str, set[str]] = defaultdict(set)
+    for name in others:
+        alike[_kind(name)].add(name)
+    parts = []
+    for kind, names in sorted(kinds.items()):
+        whole = re.escape(kind).replace(r"\*", r"\d+")
+        parts.append("|".join(map(re.escape, sorted(names))) if alike[kind] else whole)
+    return "|".join(parts)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+# ---- How the targets are saved --------------------------------------------------------------------------------------
+
+
+def _renamed(model: nn.Module) -> Iterable[str]:
+    """Returns the names of layers that PEFT takes for experts in a model of this type."""
+    table = conversion._MODEL_TO_CONVERSION_PATTERN
+    return conversion._MOE_TARGET_MODULE_MAPPING.get(table.get(model.config.model_type, ""), {})
+
+
+@contextmanager
+def targets_as_named(new: bool = False) -> Iterator[None]:
+    """Inside, PEFT puts an adapter on the layers that its config names.
+
+    In some mixtures of experts PEFT 0.21 takes `gate_proj`, `up_proj` and `down_proj` for the names of experts, as
+    they were in transformers 4, and leaves dense layers of these names out. An adapter on such layers is saved with
+    their weights as `target_parameters`, which PEFT takes as they are: with the same tensors, to the same effect. Here
+    they are layers again.
+
+    Args:
+        new: the adapter is not one from elsewhere, which may be on experts of transformers 4.
+    """
+    original = conversion.convert_peft_config_for_transformers
+    saved: list[tuple[LoraConfig, Any, Any]] = []
+
+    def convert(config: LoraConfig, model: nn.Module, conversions: Any) -> None:
+        ends = [name for name in config.target_parameters or () if name.endswith(".weight")]
+        names = [name for name, layer in model.named_modules() if is_linear(layer)]
+        ends = [end for end in ends if any(_ends(f"{name}.weight", end) for name in names)]
+        if ends:
+            saved.append((config, config.target_modules, config.target_parameters))
+            config.target_modules = {*config.target_modules, *(end.removesuffix(".weight") for end in ends)}
+            config.target_parameters = [name for name in config.target_parameters if name not in ends] or None
+        elif not new:
+            original(config, model=model, conversions=conversions)
+
+    conversion.convert_peft_config_for_transformers = convert
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = original
+        for config, modules, parameters in saved:
+            config.target_modules, config.target_parameters = modules, parameters
+
+
+def save_as_parameters(model: PeftModel, config: LoraConfig) -> None:
+    """Changes a new adapter's config to what PEFT makes the same layers of, see `targets_as_named`."""
+    base = model.get_base_model()
+    wrapped = {
+        name.removeprefix("base_model.model.") for name, layer in adapter_layers(model) if hasattr(layer, "lora_A")
+    }
+    taken = {name for name in wrapped if name.rpartition(".")[2] in _renamed(base)}
+    if not taken:
+        return
+    others = {name for name, _ in base.named_modules() if ".lora_" not in name and not name.endswith("base_layer")}
+    ends = _find_minimal_target_modules(taken, others - taken)
+    config.target_parameters = sorted({*(config.target_parameters or ()), *(f"{end}.weight" for end in ends)})
+    config.target_modules = _find_minimal_target_modules(wrapped - taken, others - wrapped)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def log_targets(model: PeftModel, given: object, left_out: dict[str, str]) -> None:
+    """Says in one line what got an adapter, and what did not and why."""
+    (adapter,) = model.active_adapters
+    names = [
+        name.removeprefix("base_model.model.") for name, layer in adapter_layers(model) if hasattr(layer, "lora_A")
+    ]
+    weights = sum(tensor.numel() for tensor in adapter_tensors(model, adapter).values())
+    why: dict[str, set[str]] = defaultdict(set)
+    for name, reason in left_out.items():
+        why[reason].add(_short(name))
+    text = "".join(f" Not on {', '.join(sorted(layers))} ({reason})." for reason, layers in why.items())
+    if isinstance(given, list | set | tuple):
+        unknown = sorted(end for end in given if not any(_ends(name, end) for name in names))
+        text += f" No layer is called {', '.join(unknown)}." if unknown else ""
+    kinds = ", ".join(dict.fromkeys(map(_short, names)))
+    logger.info("LoRA on %d layers, %s weights: %s.%s", len(names), f"{weights:,}", kinds, text)
+
+
+def _short(name: str) -> str:
+    """Returns the last two parts of a layer's name that are no numbers."""
+    return ".".join([part for part in name.split(".") if not part.isdigit()][-2:])
+
+
+# ---- Layers ---------------------------------------------------------------------------------------------------------
 
 
 def read_past(model: nn.Module) -> list[str]:
@@ -20,7 +257,7 @@ def read_past(model: nn.Module) -> list[str]:
     for name, parent in model.named_modules():
         read = _weights_read(type(parent))
         layers = parent.named_children() if read else ()
-        found += [f"{name}.{child}" for child, layer in layers if child in read and is_linear(layer)]
+        found += [f"{name}.{child}".lstrip(".") for child, layer in layers if child in read and is_linear(layer)]
     return found
 
 
@@ -38,7 +275,7 @@ def is_linear(layer: nn.Module) -> bool:
 @cache
 def computes_linear(kind: type[nn.Linear]) -> bool:
     """Whether a kind of linear layer computes what nn.Linear does (Falcon's), which routers and grouped ones don't."""
-    if kind.forward is nn.Linear.forward:
+    if f"{kind.__module__}.".startswith(_LIBRARIES) or kind.forward is nn.Linear.forward:
         return True
     try:
         with torch.random.fork_rng(devices=[]):

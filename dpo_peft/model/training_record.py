@@ -36,6 +36,7 @@ class TrainedWith:
     base_class: str | None = None  # these three as in `BaseAsGiven`
     vocabulary: int | None = None
     base_changed: str | None = None
+    experts_quantized: bool = False  # experts of a mixture too
     rope_length: int | None = None  # of rows for which rotary frequencies were fixed; None: they do not depend on it
 
     @property
@@ -55,7 +56,14 @@ _CHOICES = {
     "precision": ("no", "bfloat16", "float16"),
     "dtype": ("bfloat16", "float16", "float32", "float64"),
 }
-_LATER = ("discount_gamma", "ld_alpha", "plain_fingerprint", "rope_length", *BaseAsGiven.__dataclass_fields__)
+_LATER = (
+    "discount_gamma",
+    "ld_alpha",
+    "plain_fingerprint",
+    "experts_quantized",
+    "rope_length",
+    *BaseAsGiven.__dataclass_fields__,
+)
 
 
 def record_training(model: PeftModel, adapter: str, trained: TrainedWith) -> None:

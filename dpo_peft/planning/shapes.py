@@ -28,6 +28,7 @@ _MLP = {
     "down": {"down_proj", "fc2", "c_proj", "dense_4h_to_h"},
 }
 
+
 class Linear(NamedTuple):
     """A linear layer of each decoder layer; its weight is (outputs, inputs)."""
 

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..errors import OptionError
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
+from ..model.experts import experts_in_4_bits
 from ..model.targets import is_linear, targets_as_named, unfit_layers
 
 ROW = 512  # tokens of a row on fake tensors: attention that keeps its probabilities keeps so many per token and head
@@ -122,13 +123,13 @@ class Sketch:
     def quantized(self) -> dict[str, tuple[int, int]]:
         """Which weights are in 4 bits by default: how many experts are in each, 1 in a linear layer, of which size."""
         quantization = fitted(nf4_config(torch.bfloat16), self.config, self.kind, self.trust)
-        with all_linear_quantized(quantization):
+        with all_linear_quantized(quantization), experts_in_4_bits():
             model = self._build()
-        quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+            quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model, device_map=None)
         names = dict(self.base.named_parameters())
-        small = {name: (1, w.numel()) for name, w in names.items() if quantizer.param_needs_quantization(model, name)}
-        return small | {name: (w.shape[0], w[0].numel()) for name, w in expert_weights(self.base).items()}
+        small = [(name, w) for name, w in names.items() if quantizer.param_needs_quantization(model, name)]
+        return {name: (w.shape[0], w[0].numel()) if w.ndim == 3 else (1, w.numel()) for name, w in small}
 
     def stored(self, quantize: bool, nested: bool, weight_bytes: int) -> tuple[int, int]:
         """Returns the bytes of weights in 4 bits and of the others; tied ones count once."""
@@ -149,7 +150,7 @@ class Sketch:
         config, model = copy.deepcopy(self.lora), self._build()
         if config.target_modules == "all-linear":
             layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-            config.target_modules = set(layers).difference(name for name, _ in unfit_layers(model, layers))
+            config.target_modules = layers.keys() - unfit_layers(config, model, layers).keys()
         elif not isinstance(config.target_modules, str):
             names = {part for path, layer in model.named_modules() if is_linear(layer) for part in _ends(path)}
             names |= {"embed_tokens", *(part for path, _ in model.named_parameters() for part in _ends(path))}
@@ -182,7 +183,7 @@ class Sketch:
         needed = max(kinds.index(kind) for kind in kinds) + 1  # the first layers, with one of each kind among them
         config = base.config.get_text_config(decoder=True)
         if config.num_hidden_layers == len(layers) and not getattr(config, "hidden_size_per_layer_input", None):
-            _keep_first(base.get_decoder(), layers, needed)
+            _keep_first(_decoder(base), layers, needed)
             config.num_hidden_layers = needed
         try:
             runs = [_run(self.adapted, kinds[:needed], *size) for size in ((1, ROW), (2, ROW), (1, 2 * ROW))]
@@ -240,7 +241,7 @@ class _Sizes:
 def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
     """Runs layers forward and backward on rows of fake tokens."""
     base: Any = model.get_base_model()
-    decoder, layers, live = base.get_decoder(), _decoder_layers(base), _Live()
+    decoder, layers, live = _decoder(base), _decoder_layers(base), _Live()
     saved: dict[int, int] = {}
     before: list[tuple[int, int]] = []
     inputs, kept, keys, backward = ([0.0] * len(kinds) for _ in range(4))
@@ -331,16 +332,15 @@ def _keep_first(decoder: nn.Module, layers: nn.ModuleList, number: int) -> None:
                 setattr(module, name, layers[:number])
 
 
-def expert_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of experts by name: 3-D parameters of modules that are no layers of torch."""
-    named = [(name, w) for name, w in model.named_parameters() if w.ndim == 3 and min(w.shape[1:]) > 1]
-    kinds = {name: type(model.get_submodule(name.rpartition(".")[0])) for name, _ in named}
-    return {name: weight for name, weight in named if not kinds[name].__module__.startswith("torch.nn.")}
+def _decoder(model: Any) -> Any:
+    """Returns the text decoder of a model; Llama 4's gives a model with a head."""
+    decoder = model.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:
     """Returns the list of a language model's layers."""
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in _decoder(model).modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
 
 
@@ -353,6 +353,11 @@ def _kind_of_layer(layer: nn.Module) -> str:
         sizes = [(own, tuple(p.shape)) for own, p in module.named_parameters(recurse=False)]
         parts.append(f"{name} {type(module).__name__} {sizes} {sorted(switches.items())}")
     return "\n".join(parts)
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-number:]) for number in range(1, len(parts) + 1)]
 
 
 def _kind_of_name(name: str) -> str:

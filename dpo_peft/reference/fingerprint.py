@@ -140,7 +140,8 @@ def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
     own = [*module._parameters, *(key for key in module._buffers if key not in module._non_persistent_buffers_set)]
     with align_module_device(module):  # brings in weights that accelerate keeps off the device
         for key in own:
-            if (tensor := getattr(module, key)) is not None:
+            # Not as an attribute: experts in 4 bits read there as if they were not.
+            if (tensor := {**module._parameters, **module._buffers}[key]) is not None:
                 # 4-bit layers rewrite their bias in the dtype of their input: what acts is its value in this dtype.
                 acts = getattr(module, "compute_dtype", None) if key == "bias" else None
                 yield prefix + key, tensor if acts is None else tensor.to(acts)

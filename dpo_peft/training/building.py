@@ -23,6 +23,7 @@ from ..errors import OptionError
 from ..forward import has_routers
 from ..forward.rotary import fixed_rope_length
 from ..model.adapter_source import plain_fingerprint
+from ..model.experts import has_packed_experts
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..model.rebuilding import BaseAsGiven, base_as_given, base_class, check_class, quantization_options
 from ..model.training_record import TrainedWith
@@ -215,7 +216,7 @@ def build_model(
         )
     check_dtype(model, args)
     continued = isinstance(model, PeftModel)
-    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference)
+    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference, args.lora_experts)
     if continued and reference.choice == "initial" and reference.adapter is not None:
         reference = replace(reference, source=name)  # where the adapter came from, so that it is found again
     if args.sync_ref_model and reference.adapter is None:
@@ -272,6 +273,7 @@ def trained_with(
         discount_gamma=args.discount_gamma,
         ld_alpha=args.ld_alpha,
         plain_fingerprint=plain_fingerprint(model),
+        experts_quantized=has_packed_experts(base),
         rope_length=fixed_rope_length(model),
         **vars(as_given),
     )
