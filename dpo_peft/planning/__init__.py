@@ -11,16 +11,5 @@ from .shapes import PRESETS, Lora, Shape
 from .sketch import Sketch
 from .steps import plan_step
 
-__all__ = [
-    "GIB",
-    "PRESETS",
-    "RESERVE",
-    "Lora",
-    "MemoryModel",
-    "Plan",
-    "PlanOptions",
-    "Shape",
-    "Sketch",
-    "plan",
-    "plan_step",
-]
+__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "Sketch"]
+__all__ += ["plan", "plan_step"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from .shapes import GROUPS, Lora, NotPlainError, Shape
-from .sketch import ROW, LayerCost, Sketch, nf4_bytes
+from .sketch import LayerCost, Sketch, nf4_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,7 +77,7 @@ class MemoryModel:
     packed: bool = False  # attention reads the packed row as it is; else keys and values are gathered
     offload: bool = False  # the inputs of checkpointed layers are in the CPU's memory
     chunk_rows: int = CHUNK_ROWS
-    row: float = ROW  # tokens of a row: attention that keeps its probabilities keeps more of long ones
+    row: float | None = None  # tokens of a row, by which attention that keeps its probabilities keeps more; a sketch's
 
     @classmethod
     def of_sketch(
@@ -271,7 +271,7 @@ class MemoryModel:
     def _scratch(self) -> float:
         """The bytes of the largest weights that are dequantized for one product."""
         if isinstance(self.shape, Sketch):  # one linear layer, or expert, at a time
-            return self.element * self.shape.largest if self.quantized else 0
+            return self.shape.unpacked(self.element) if self.quantized else 0
         groups = self.shape.groups.items()
         return self.element * max((inputs + self._ranks[name]) * outputs for name, (inputs, outputs) in groups)
 
@@ -311,7 +311,7 @@ class MemoryModel:
         return attention + e * T * (2 * H + shape.groups["up"].outputs + (Q + 2 * G) * shape.qk_norm)
 
     def phases(self, T: float, S: float) -> dict[str, float]:
-        """Returns the bytes that a fused layer's backward needs beside what is kept, phase by phase; the largest counts."""
+        """Returns the bytes that a fused layer's backward needs beside what is kept, by phase; the largest counts."""
         assert isinstance(self.shape, Shape)
         shape, e = self.shape, self.element
         H, Q, G = shape.hidden, shape.q, shape.kv

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import OptionError
+from ..forward.experts import GROUP_BYTES
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import experts_in_4_bits
@@ -48,15 +49,17 @@ def nf4_bytes(weights: int, nested: bool = True, experts: int = 1) -> int:
 
 
 class Line(NamedTuple):
-    """Bytes that grow with tokens, and with the tokens of a row beyond ROW."""
+    """Bytes that grow with tokens, and with how many of them are in a row."""
 
     fixed: float
     per_token: float
     per_pair: float  # of tokens in a row
+    row: float  # tokens of a row for which `per_token` holds
 
-    def at(self, tokens: float, row: float = ROW) -> float:
-        """Returns the bytes of so many tokens in rows of so many."""
-        return self.fixed + tokens * (self.per_token + self.per_pair * max(row - ROW, 0.0))
+    def at(self, tokens: float, row: float | None = None) -> float:
+        """Returns the bytes of so many tokens, in rows of so many."""
+        more = 0.0 if row is None else max(row - self.row, 0.0)
+        return self.fixed + tokens * (self.per_token + self.per_pair * more)
 
 
 class LayerCost(NamedTuple):
@@ -83,12 +86,14 @@ class Sketch:
         config: the base's.
         lora: the adapter's options; "all-linear" means what it means in training.
         trust_remote_code: run code that ships with the model.
+        row: tokens of a row in the run on fake tensors.
 
     Raises:
         OptionError: a model that can't be built, or an adapter that does not fit it.
     """
 
-    def __init__(self, config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False):
+    def __init__(self, config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False, row: int = ROW):
+        self.row = row
         self.config, self.lora, self.trust = copy.deepcopy(config), copy.deepcopy(lora), trust_remote_code
         for part in (self.config, self.config.get_text_config(decoder=True)):
             vars(part).pop("quantization_config", None)
@@ -107,7 +112,8 @@ class Sketch:
         self.vocab, self.hidden = head.weight.shape
         self.tied = head.weight is embedding.weight
         text = self.config.get_text_config(decoder=True)
-        self.head_dim = getattr(text, "head_dim", None) or self.hidden // getattr(text, "num_attention_heads", 1)
+        per_head = vars(text).get("head_dim") or vars(text).get("global_head_dim")
+        self.head_dim = per_head or self.hidden // (vars(text).get("num_attention_heads") or 1)
         self.weights = sum(parameter.numel() for parameter in self.base.parameters())
 
     def _build(self) -> PreTrainedModel:
@@ -137,10 +143,10 @@ class Sketch:
         rest = self.weights - sum(number * size for number, size in small.values())
         return sum(nf4_bytes(size, nested, number) for number, size in small.values()), weight_bytes * rest
 
-    @cached_property
-    def largest(self) -> int:
-        """Numbers of the largest weight, or expert, that is unpacked at a time."""
-        return max((size for _, size in self.quantized.values()), default=0)
+    def unpacked(self, element: int) -> int:
+        """Returns the bytes of the largest weight, or group of experts, that is unpacked at a time."""
+        experts = any(number > 1 for number, _ in self.quantized.values())
+        return max([element * size for _, size in self.quantized.values()] + [GROUP_BYTES] * experts, default=0)
 
     # ---- The adapter ----
 
@@ -186,7 +192,9 @@ class Sketch:
             _keep_first(_decoder(base), layers, needed)
             config.num_hidden_layers = needed
         try:
-            runs = [_run(self.adapted, kinds[:needed], *size) for size in ((1, ROW), (2, ROW), (1, 2 * ROW))]
+            runs = [
+                _run(self.adapted, kinds[:needed], *size) for size in ((1, self.row), (2, self.row), (1, 2 * self.row))
+            ]
         except Exception as error:  # what depends on numbers can't be run without them
             first = str(error).strip().partition("\n")[0][:200]
             raise OptionError(
@@ -194,11 +202,14 @@ class Sketch:
                 f"numbers ({type(error).__name__}: {first}). For an estimate, give `dpo-peft plan` a --shape that is "
                 "near in size."
             ) from error
-        of = {kind: LayerCost(*map(_line, *(run.of[kind] for run in runs))) for kind in kinds}
+        of = {
+            kind: LayerCost(*(_line(self.row, *sizes) for sizes in zip(*(run.of[kind] for run in runs), strict=True)))
+            for kind in kinds
+        }
         names = {_kind_of_name(name): False for name, p in self.adapted.named_parameters() if p.requires_grad}
         names |= {_kind_of_name(name): True for name, p in self.adapted.named_parameters() if p.grad is not None}
         idle = frozenset(name for name, reached in names.items() if not reached)
-        return Costs(tuple(of[kind] for kind in kinds), _line(*(run.rest for run in runs)), idle)
+        return Costs(tuple(of[kind] for kind in kinds), _line(self.row, *(run.rest for run in runs)), idle)
 
 
 # ---- A run on fake tensors ------------------------------------------------------------------------------------------
@@ -319,10 +330,10 @@ def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> None:
                 tensors[name] = made[id(tensor)]
 
 
-def _line(short: float, twice: float, long: float) -> Line:
+def _line(row: int, short: float, twice: float, long: float) -> Line:
     """Returns how a size grows, from those of one row, of two, and of one that is twice as long; never less."""
-    slope = max(twice - short, 0.0) / ROW
-    return Line(max(short - slope * ROW, 0.0), slope, max(long - twice, 0.0) / (2 * ROW * ROW))
+    slope = max(twice - short, 0.0) / row
+    return Line(max(short - slope * row, 0.0), slope, max(long - twice, 0.0) / (2 * row * row), row)
 
 
 def _keep_first(decoder: nn.Module, layers: nn.ModuleList, number: int) -> None:
