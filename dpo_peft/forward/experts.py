@@ -140,7 +140,8 @@ def _reads_unpacked(name: str) -> property:
 
 @lru_cache
 def _class_of(own: Any, names: tuple[str, ...]) -> type:
-    return type(own.__name__, (Experts, own), {name: _reads_unpacked(name) for name in names})
+    reads = {name: _reads_unpacked(name) for name in names}
+    return type(own.__name__, (Experts, own), {**reads, "__module__": own.__module__})
 
 
 def convert(module: nn.Module, names: Sequence[str]) -> None:
