@@ -48,6 +48,7 @@ OPTIMIZERS = {
 CHUNK_ROWS = 1024  # rows of logits that the head has at a time
 # Bytes per logit beside these in e bytes: fused kernels compute in place; else float32 logits and their exponentials.
 HEAD_PLAIN = 8
+MARGIN = 1.03  # on what the model's own layers keep: kernels differ a little from those that fake tensors run
 
 # ---- One micro-batch ------------------------------------------------------------------------------------------------
 
@@ -168,6 +169,13 @@ class MemoryModel:
         """How many decoder layers there are."""
         return self.shape.layers
 
+    @property
+    def ranks(self) -> list[int]:
+        """Which ranks layers have."""
+        if isinstance(self.shape, Sketch):
+            return sorted({self.shape.lora.r, *self.shape.lora.rank_pattern.values()})
+        return sorted(set(self.lora.ranks.values()))
+
     @cached_property
     def fixed(self) -> dict[str, float]:
         """Bytes that are there whatever the micro-batch.
@@ -286,11 +294,12 @@ class MemoryModel:
         costs, scale = self.shape.costs, self.element / 2
         held = 0.0 if self.offload else sum(one.inputs.at(T) for one in costs.layers[:checkpoint_layers])
         whole = [self._own(one, T, S) for one in costs.layers]
-        return scale * (held + max(sum(whole[checkpoint_layers:]), *whole) + costs.rest.at(T))
+        return MARGIN * scale * (held + max(sum(whole[checkpoint_layers:]), *whole) + costs.rest.at(T))
 
     def _own(self, layer: LayerCost, T: float, S: float) -> float:
         """Returns what one of the model's own layers keeps, with keys and values gathered."""
-        return layer.kept.at(T, self.row) + layer.keys.per_token * max(S - T, 0)
+        unpacked = layer.unpacked if self.quantized else 0
+        return layer.kept.at(T, self.row) + layer.keys.per_token * max(S - T, 0) + unpacked
 
     def _backward(self, T: float, S: float) -> float:
         """Returns the bytes that a layer's backward needs beside what is kept."""

@@ -13,6 +13,7 @@ from ..config_checks import Rule, check_option_names, free, number, whole
 from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
+from ..model.checkpoint_formats import FORMATS
 from .gpus import Gpu, is_hopper, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
 from .shapes import PRESETS, Lora, NotPlainError, Shape
@@ -255,15 +256,16 @@ def _base_of(o: SimpleNamespace) -> tuple[str, PeftConfig | None]:
 
 
 def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
-    """How a base that is stored in 4 bits is quantized; empty for one that isn't."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return {}
+    """How a base that is stored in 4 bits is quantized; empty for one that isn't, or that is dequantized first."""
+    stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method", "unknown")
+    if not stored or (method in FORMATS and FORMATS[method].is_read):
+        return {}
     if not stored.get("load_in_4bit"):
         raise OptionError(
-            f"The weights of {name!r} are stored quantized ({stored.get('quant_method', 'unknown')}): their size is "
-            "not known to the planner. Give the model that they were made from."
+            f"The weights of {name!r} are stored quantized ({method}): their size is not known to the planner. Give "
+            "the model that they were made from."
         )
     return {"quantize": True, "nested": bool(stored.get("bnb_4bit_use_double_quant"))}
 

@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import OptionError
 from ..forward.experts import GROUP_BYTES
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
-from ..model.experts import experts_in_4_bits
+from ..model.experts import expert_weights, experts_in_4_bits
 from ..model.targets import is_linear, targets_as_named, unfit_layers
 
 ROW = 512  # tokens of a row on fake tensors: attention that keeps its probabilities keeps so many per token and head
@@ -69,6 +70,7 @@ class LayerCost(NamedTuple):
     kept: Line  # what it keeps if not
     backward: Line  # what its backward pass needs beside that
     keys: Line  # of `kept`, keys and values
+    unpacked: int = 0  # bytes of experts that are unpacked as a whole, if they are in 4 bits, and kept
 
 
 class Costs(NamedTuple):
@@ -120,8 +122,14 @@ class Sketch:
         config = copy.deepcopy(self.config)  # building a model writes into it
         with torch.device("meta"):
             if hasattr(self.kind, "from_config"):
-                return self.kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=self.trust)
-            return self.kind._from_config(config, dtype=torch.bfloat16)
+                model = self.kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=self.trust)
+            else:
+                model = self.kind._from_config(config, dtype=torch.bfloat16)
+        if whole := model._get_dtype_plan(torch.bfloat16):  # weights that stay in float32
+            named = build_glob_alternation(list(whole))[0]
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                tensor.data = tensor.data.float() if named.search(name) else tensor.data
+        return model
 
     # ---- What is stored ----
 
@@ -140,8 +148,9 @@ class Sketch:
     def stored(self, quantize: bool, nested: bool, weight_bytes: int) -> tuple[int, int]:
         """Returns the bytes of weights in 4 bits and of the others; tied ones count once."""
         small = self.quantized if quantize else {}
-        rest = self.weights - sum(number * size for number, size in small.values())
-        return sum(nf4_bytes(size, nested, number) for number, size in small.values()), weight_bytes * rest
+        rest = [w for name, w in self.base.named_parameters() if name not in small]
+        of_rest = sum(w.numel() * (4 if w.dtype == torch.float32 else weight_bytes) for w in rest)
+        return sum(nf4_bytes(size, nested, number) for number, size in small.values()), of_rest
 
     def unpacked(self, element: int) -> int:
         """Returns the bytes of the largest weight, or group of experts, that is unpacked at a time."""
@@ -172,7 +181,7 @@ class Sketch:
         """How many weights the adapter has, without those of layers that no gradient reaches where it is on all."""
         weights = {name: p.numel() for name, p in self.adapted.named_parameters() if p.requires_grad}
         idle = self.costs.idle if self.lora.target_modules == "all-linear" else ()
-        return sum(number for name, number in weights.items() if _kind_of_name(name) not in idle)
+        return sum(n for name, n in weights.items() if "lora_" not in name or _kind_of_name(name) not in idle)
 
     # ---- What layers keep ----
 
@@ -192,9 +201,8 @@ class Sketch:
             _keep_first(_decoder(base), layers, needed)
             config.num_hidden_layers = needed
         try:
-            runs = [
-                _run(self.adapted, kinds[:needed], *size) for size in ((1, self.row), (2, self.row), (1, 2 * self.row))
-            ]
+            sizes = (1, self.row), (2, self.row), (1, 2 * self.row)
+            runs = [_run(self.adapted, kinds[:needed], *size) for size in sizes]
         except Exception as error:  # what depends on numbers can't be run without them
             first = str(error).strip().partition("\n")[0][:200]
             raise OptionError(
@@ -202,10 +210,9 @@ class Sketch:
                 f"numbers ({type(error).__name__}: {first}). For an estimate, give `dpo-peft plan` a --shape that is "
                 "near in size."
             ) from error
-        of = {
-            kind: LayerCost(*(_line(self.row, *sizes) for sizes in zip(*(run.of[kind] for run in runs), strict=True)))
-            for kind in kinds
-        }
+        found = {kind: zip(*(run.of[kind] for run in runs), strict=True) for kind in kinds}
+        lines = {kind: [_line(self.row, *bytes_of) for bytes_of in parts] for kind, parts in found.items()}
+        of = {kind: LayerCost(*lines[kind], _unpacked(layers[kinds.index(kind)])) for kind in lines}
         names = {_kind_of_name(name): False for name, p in self.adapted.named_parameters() if p.requires_grad}
         names |= {_kind_of_name(name): True for name, p in self.adapted.named_parameters() if p.grad is not None}
         idle = frozenset(name for name, reached in names.items() if not reached)
@@ -334,6 +341,13 @@ def _line(row: int, short: float, twice: float, long: float) -> Line:
     """Returns how a size grows, from those of one row, of two, and of one that is twice as long; never less."""
     slope = max(twice - short, 0.0) / row
     return Line(max(short - slope * row, 0.0), slope, max(long - twice, 0.0) / (2 * row * row), row)
+
+
+def _unpacked(layer: nn.Module) -> int:
+    """Returns the bytes of experts whose family computes by the whole weights, not by groups (see `Experts`)."""
+    modules = [module for module in layer.modules() if not hasattr(module, "has_gate")]
+    whole = {id(weight) for module in modules for weight in module.parameters(recurse=False)}
+    return sum(2 * weight.numel() for weight in expert_weights(layer).values() if id(weight) in whole)
 
 
 def _keep_first(decoder: nn.Module, layers: nn.ModuleList, number: int) -> None:

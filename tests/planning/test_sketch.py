@@ -14,8 +14,12 @@ from dpo_peft.model.loading import attach_adapter, load_base, storage_report
 from dpo_peft.planning import MemoryModel, Sketch
 
 ROW = 64
-# Their layers can't be run without numbers: which tokens an indexer takes decides sizes.
-BY_NUMBERS = {"qwen4_exp_text", "qwen4_exp-vl"}
+# Their layers can't be run without numbers: which tokens a router or an indexer takes decides sizes.
+BY_NUMBERS = {"longcat_flash", "qwen4_exp_text", "qwen4_exp-vl"}
+# Some of their layers have a gradient that is zero, as short texts don't reach them: an adapter leaves them out.
+UNREACHED = {"deepseek_v4", "mllama-vl"}
+# A few small layers of their vision towers are taken for ones that stay in 16 bits.
+ROUGHLY = {"gemma4-vl", "gemma4_moe-vl", "gemma4_e2b-vl", "gemma4_unified-vl"}
 FAMILIES = [*zoo.TEXT, *(f"{name}-vl" for name in zoo.COMPOSITES)]
 
 
@@ -60,8 +64,70 @@ def test_a_sketch_has_the_bytes_of_the_loaded_model(name: str, tmp_path: Path) -
     real = storage_report(model)
     sketch = Sketch(config, lora(), row=ROW)
     predicted = MemoryModel.of_sketch(sketch, fused=False)
-    assert (predicted.quantized, predicted.unquantized) == (real.quantized, real.unquantized)
-    assert predicted.trained == real.trainable_count
+    if name in ROUGHLY:
+        whole = real.quantized + real.unquantized
+        assert whole <= predicted.quantized + predicted.unquantized <= 1.1 * whole
+    else:
+        assert (predicted.quantized, predicted.unquantized) == (real.quantized, real.unquantized)
+    assert predicted.trained >= real.trainable_count
+    assert name in UNREACHED or predicted.trained == real.trainable_count
     for rows in (2, 3):
         kept = bytes_kept(model, rows)
         assert kept <= predicted.components(rows * ROW, rows * ROW, 1, 0)["saved_activations"] <= 1.3 * kept
+
+
+def test_a_prediction_from_other_lengths_would_show(tmp_path: Path) -> None:
+    """Negative control: without what it keeps per pair of tokens in a row, gpt-oss is predicted too small."""
+    config, model = loaded("gpt_oss", tmp_path)
+    short = Sketch(config, lora(), row=ROW // 4)
+    kept, sizes = bytes_kept(model, 2), (2 * ROW, 2 * ROW, 1, 0)
+    assert MemoryModel.of_sketch(short, fused=False).components(*sizes)["saved_activations"] < kept
+    longer = MemoryModel.of_sketch(short, fused=False, row=ROW).components(*sizes)["saved_activations"]
+    assert kept <= longer <= 1.3 * kept
+
+
+@pytest.mark.parametrize("name", sorted(BY_NUMBERS))
+def test_what_cannot_be_run_without_numbers_is_refused(name: str, tmp_path: Path) -> None:
+    zoo.build(name).save_pretrained(tmp_path)
+    sketch = Sketch(AutoConfig.from_pretrained(tmp_path), lora())
+    with pytest.raises(OptionError, match="can't be predicted: its layers can't be run without numbers.*--shape"):
+        _ = sketch.costs
+
+
+def test_experts_in_4_bits_by_hand() -> None:
+    """3 experts of 600 numbers: 300 bytes, 10 scales, one scale of these and an offset each; two tables for all."""
+    assert nf4_bytes(600, experts=3) == 3 * (300 + 10 + 4 + 4) + 64 + 1024
+    assert nf4_bytes(600, nested=False, experts=3) == 3 * (300 + 40) + 64
+
+
+def test_mixtures_as_published_fit_their_cards() -> None:
+    """Weights, adapter, gradients and optimizer: Qwen3-30B-A3B and gpt-oss-20b with the default adapter."""
+    qwen = Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        vocab_size=151936,
+    )
+    oss = GptOssConfig(
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_local_experts=32,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=201088,
+    )
+    for config, billions, most in ((qwen, 30.53, 20), (oss, 20.91, 14)):
+        sketch = Sketch(config, lora(r=16))
+        assert round(sketch.weights / 1e9, 2) == billions
+        memory = MemoryModel.of_sketch(sketch)
+        assert sum(memory.fixed.values()) <= most * GIB
+        assert memory.quantized > 0.5 * sketch.weights
+        assert memory.largest_tokens(most * GIB + 3 * GIB, sketch.layers) > 4000
