@@ -152,8 +152,11 @@ class MemoryModel:
             shape = Shape.of(model.config)
         except NotPlainError:
             adapter = copy.copy(model.peft_config[model.active_adapters[0]])
+            adapter.target_parameters = None
             adapter.target_modules = {
-                name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")
+                name.removeprefix("base_model.model.")
+                for name, module in model.named_modules()
+                if hasattr(module, "lora_A") and not hasattr(module, "parameter_name")  # of experts
             }
             return cls(Sketch(model.config, adapter), Lora({}), *stored_bytes, **options)
         ranks = {linear.name: 0 for linear in shape.linears}

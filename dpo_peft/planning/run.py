@@ -220,7 +220,7 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
     known = fused and shape is not None and (ours := Lora.read(shape, lora)) is not None
     if known and (reference is None or (its := Lora.read(shape, reference)) is not None):
         return name, MemoryModel.of_shape(shape, ours, reference=its if reference else None, **options)
-    sketch = Sketch(config, lora, o.trust_remote_code)
+    sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens
     return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options)

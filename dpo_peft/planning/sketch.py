@@ -89,13 +89,21 @@ class Sketch:
         lora: the adapter's options; "all-linear" means what it means in training.
         trust_remote_code: run code that ships with the model.
         row: tokens of a row in the run on fake tensors.
+        experts: whether the adapter is on experts too. Its weights count, not what it keeps.
 
     Raises:
         OptionError: a model that can't be built, or an adapter that does not fit it.
     """
 
-    def __init__(self, config: PretrainedConfig, lora: LoraConfig, trust_remote_code: bool = False, row: int = ROW):
-        self.row = row
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        lora: LoraConfig,
+        trust_remote_code: bool = False,
+        row: int = ROW,
+        experts: bool = False,
+    ):
+        self.row, self.experts = row, experts
         self.config, self.lora, self.trust = copy.deepcopy(config), copy.deepcopy(lora), trust_remote_code
         for part in (self.config, self.config.get_text_config(decoder=True)):
             vars(part).pop("quantization_config", None)
@@ -181,7 +189,10 @@ class Sketch:
         """How many weights the adapter has, without those of layers that no gradient reaches where it is on all."""
         weights = {name: p.numel() for name, p in self.adapted.named_parameters() if p.requires_grad}
         idle = self.costs.idle if self.lora.target_modules == "all-linear" else ()
-        return sum(n for name, n in weights.items() if "lora_" not in name or _kind_of_name(name) not in idle)
+        shapes = [weight.shape for weight in expert_weights(self.base).values()] if self.experts else []
+        on_experts = sum(self.lora.r * shape[0] * (shape[1] + shape[2]) for shape in shapes)
+        kept = (n for name, n in weights.items() if "lora_" not in name or _kind_of_name(name) not in idle)
+        return on_experts + sum(kept)
 
     # ---- What layers keep ----
 
@@ -296,23 +307,21 @@ def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
         if window[0] >= 0:
             backward[window[0]] = max(backward[window[0]], live.most - window[1])
 
-    handles = []
-    for number, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
-        handles.append(layer.register_forward_hook(leave(number)))
+    handles = [layer.register_forward_pre_hook(enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    handles += [layer.register_forward_hook(leave(i)) for i, layer in enumerate(layers)]
     model.train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _without_numbers(model, fake)
         own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
         ids = torch.zeros(rows, row, dtype=torch.long)
-        embedded = base.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
+        handles.append(base.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_()))
         with live, torch.autocast("cpu", torch.bfloat16):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             total = sum(saved.values())
             states.backward(torch.ones_like(states))
             close()
-    for handle in [*handles, embedded]:
+    for handle in handles:
         handle.remove()
     costs = _Sizes()
     for kind, *cost in zip(kinds, inputs, kept, backward, keys, strict=True):

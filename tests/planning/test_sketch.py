@@ -8,10 +8,12 @@ import pytest
 import torch
 import zoo
 from peft import LoraConfig
-from transformers import AutoConfig
+from transformers import AutoConfig, GptOssConfig, Qwen3MoeConfig
 
+from dpo_peft import OptionError
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.planning import MemoryModel, Sketch
+from dpo_peft.planning import GIB, MemoryModel, Sketch
+from dpo_peft.planning.sketch import nf4_bytes
 
 ROW = 64
 # Their layers can't be run without numbers: which tokens a router or an indexer takes decides sizes.
@@ -19,7 +21,7 @@ BY_NUMBERS = {"longcat_flash", "qwen4_exp_text", "qwen4_exp-vl"}
 # Some of their layers have a gradient that is zero, as short texts don't reach them: an adapter leaves them out.
 UNREACHED = {"deepseek_v4", "mllama-vl"}
 # A few small layers of their vision towers are taken for ones that stay in 16 bits.
-ROUGHLY = {"gemma4-vl", "gemma4_moe-vl", "gemma4_e2b-vl", "gemma4_unified-vl"}
+ROUGHLY = {"gemma4-vl", "gemma4_moe-vl", "gemma4_unified-vl"}
 FAMILIES = [*zoo.TEXT, *(f"{name}-vl" for name in zoo.COMPOSITES)]
 
 
@@ -131,3 +133,12 @@ def test_mixtures_as_published_fit_their_cards() -> None:
         assert sum(memory.fixed.values()) <= most * GIB
         assert memory.quantized > 0.5 * sketch.weights
         assert memory.largest_tokens(most * GIB + 3 * GIB, sketch.layers) > 4000
+
+
+def test_adapters_on_experts_are_counted(tmp_path: Path) -> None:
+    """The factors of rank 4 for each of 4 experts: 64 x 64 (gate and up of 32 each) and 32 x 64, in 2 layers."""
+    config, model = loaded("qwen3_moe", tmp_path)
+    both = [Sketch(config, lora(), experts=on).trained for on in (False, True)]
+    assert both[1] - both[0] == 2 * 4 * 4 * ((64 + 64) + (32 + 64))
+    own = MemoryModel.of_model(model, storage_report(model), fused=False)
+    assert own.peak(100, 100, 50, 0) > own.peak(100, 100, 50, 2)
