@@ -47,8 +47,7 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]
     if config.target_modules != ALL_LINEAR:
         return {}
     layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-    left_out = dict.fromkeys(_lost(model, config, layers), "PEFT would not find it again in the adapter's file")
-    left_out |= _unfit(model, layers)
+    left_out = unfit_layers(config, model, layers)
     fit = {name: layer for name, layer in layers.items() if name not in left_out}
     reached = _reached(model, fit)
     left_out |= {name: "the log-probs of a short text do not depend on it" for name in fit if name not in reached}
@@ -56,6 +55,12 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]
     in_layers = config.layers_to_transform is not None or bool(_renamed(model))  # PEFT reads patterns otherwise there
     config.target_modules = reached if in_layers else _shortest(reached, others)
     return left_out
+
+
+def unfit_layers(config: LoraConfig, model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Returns the linear layers that an adapter can't or should not go on, and why; `model` may be without numbers."""
+    left_out = dict.fromkeys(_lost(model, config, layers), "PEFT would not find it again in the adapter's file")
+    return left_out | dict(_unfit(model, layers))
 
 
 def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
