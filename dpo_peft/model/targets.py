@@ -46,7 +46,9 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]
     """
     if config.target_modules != ALL_LINEAR:
         return {}
-    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
+    # A model that had an adapter before has its layers one step further inside.
+    own = ((name, layer) for name, layer in model.named_modules() if is_linear(layer) and ".lora_" not in name)
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in own}
     left_out = unfit_layers(config, model, layers)
     fit = {name: layer for name, layer in layers.items() if name not in left_out}
     reached = _reached(model, fit)
