@@ -36,7 +36,7 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 3325,
-    "forward": 2195,
+    "forward": 2220,
     "reference": 1565,
     "model": 2540,
     "training": 2725,
