@@ -74,7 +74,7 @@ def read_head(model: nn.Module) -> Head:
         return next((value for value in values if value is not None), None)
 
     scale = declared("logit_scale", "output_multiplier", "lm_head_multiplier")
-    if scale is None and (scaling := declared("logits_scaling")) is not None:
+    if scale is None and (scaling := declared("logits_scaling", "logits_mup_width_multiplier")) is not None:
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
     module = model.get_output_embeddings()  # type: ignore[operator]
     return Head(module, 1.0 if scale is None else float(scale), declared("final_logit_softcapping", "logits_soft_cap"))
