@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3325,
     "forward": 2195,
     "reference": 1565,
-    "model": 2540,
+    "model": 2585,
     "training": 2725,
     "evaluation": 750,
     "fused": 2530,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 28_630
+MAX_PACKAGE_LINES = 28_680
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
