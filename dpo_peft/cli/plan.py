@@ -89,7 +89,7 @@ def render(plan: Plan) -> str:
 def _about(plan: Plan) -> str:
     shape, model = plan.model.shape, plan.model
     layers = "fused layers" if model.fused else "the model's own layers"
-    ranks = ", ".join(map(str, sorted(set(model.lora.ranks.values())))) or "none"
+    ranks = ", ".join(map(str, model.ranks)) or "none"
     return (
         f"{plan.figures['model']}: {shape.weights / 1e9:,.2f} billion weights, {shape.layers} layers, "
         f"{'NF4' if model.quantized else 'not quantized'}. LoRA of rank {ranks}: {model.trained:,} trained weights, "

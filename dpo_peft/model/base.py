@@ -83,8 +83,8 @@ def load_base(
             config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _FILES if key in kwargs})
             kind = class_of(config, bool(kwargs["trust_remote_code"]))
             if not checkpoint.is_kept:
-                quantization = _fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))
-        with _all_linear_quantized(quantization), experts_in_4_bits(experts):
+                quantization = fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))
+        with all_linear_quantized(quantization), experts_in_4_bits(experts):
             loading = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
             model, info = checkpoint.load(kind, dtype, quantization, **loading)
     _check_complete(name, model, info)
@@ -117,7 +117,7 @@ def class_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
     return kind if kind.config_class is type(config) else AutoModelForCausalLM
 
 
-def _fitted(quantization: Any, config: PretrainedConfig, kind: Any, trust_remote_code: bool) -> Any:
+def fitted(quantization: Any, config: PretrainedConfig, kind: Any, trust_remote_code: bool) -> Any:
     """Returns a bitsandbytes config that leaves out layers whose weights the model reads itself, where it would find
     packed bytes, and takes in those that transformers overlooks. It lists what it leaves out: so it is recorded."""
     if not isinstance(quantization, BitsAndBytesConfig) or not quantization.is_quantizable():
@@ -146,7 +146,7 @@ def _is_overlooked(kind: Any) -> bool:
 
 
 @contextmanager
-def _all_linear_quantized(quantization: object) -> Iterator[None]:
+def all_linear_quantized(quantization: object) -> Iterator[None]:
     """Inside, models are built with nn.Linear in the place of subclasses that compute the same, as bitsandbytes takes
     no others; if their quantization says what it leaves out."""
     found = []

@@ -31,6 +31,11 @@ class Format:
     packages: Mapping[str, str] | None = None  # that these layers need: the module's name to what pip installs
     refused: str = ""  # why it can't be trained on, a clause; neither: it is read as 16-bit weights
 
+    @property
+    def is_read(self) -> bool:
+        """Whether its weights are dequantized."""
+        return not self.kept and not self.refused
+
 
 _NO_GRADIENT = "its layers have no backward pass in transformers"
 _UNREAD = "transformers can't read it"
@@ -110,7 +115,7 @@ class Checkpoint:
     def in_16_bits(self) -> bool:
         """Whether its files are read as the 16-bit weights that they stand for."""
         own = self.given is not None and not isinstance(self.given, BitsAndBytesConfig)
-        return self.format is not None and not self.format.kept and not own
+        return self.format is not None and self.format.is_read and not own
 
     def load(
         self, kind: Any, dtype: torch.dtype | str, quantization: QuantizationConfigMixin | None, **kwargs: Any

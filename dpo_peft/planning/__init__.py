@@ -8,6 +8,8 @@ plan(shape="8b", gpu="24GB", lora_r=64).figures["peak"]  # bytes
 from .memory import GIB, RESERVE, MemoryModel
 from .run import Plan, PlanOptions, plan
 from .shapes import PRESETS, Lora, Shape
+from .sketch import Sketch
 from .steps import plan_step
 
-__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "plan", "plan_step"]
+__all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "Sketch"]
+__all__ += ["plan", "plan_step"]

@@ -7,14 +7,16 @@ tokens, H hidden size, F width of the MLP, Q and G widths of all query and all k
 group of linear layers together, e bytes of an element that is computed with.
 """
 
+import copy
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from .shapes import GROUPS, Lora, Shape, nf4_bytes
+from .shapes import GROUPS, Lora, NotPlainError, Shape
+from .sketch import LayerCost, Sketch, nf4_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,11 +48,7 @@ OPTIMIZERS = {
 CHUNK_ROWS = 1024  # rows of logits that the head has at a time
 # Bytes per logit beside these in e bytes: fused kernels compute in place; else float32 logits and their exponentials.
 HEAD_PLAIN = 8
-
-# Widths of the MLP that the backward of a plain one has at a time: gradients of the product, of its factors and of the
-# activation's input, and one more for the adapter's share. An approximation; the fused layers' are counted.
-PLAIN_MLP_GRADIENTS = 5
-
+MARGIN = 1.03  # on what the model's own layers keep: kernels differ a little from those that fake tensors run
 
 # ---- One micro-batch ------------------------------------------------------------------------------------------------
 
@@ -63,11 +61,13 @@ HEAD_PHASE = ("head",)
 class MemoryModel:
     """Predicts bytes of GPU memory: fixed ones, and those of a micro-batch.
 
-    `fused` layers are those of the folder `fused`; others are those of transformers with PEFT under autocast.
+    `fused` layers are those of the folder `fused`; others are those of transformers with PEFT under autocast. Plain
+    fused ones are counted by their `Shape`; all others, and fused ones of other kinds, which keep less, by what the
+    model's own layers keep in a `Sketch`.
     """
 
-    shape: Shape
-    lora: Lora
+    shape: Shape | Sketch
+    lora: Lora  # of a `Shape`
     quantized: float  # bytes of weights in 4 bits
     unquantized: float  # bytes of the base's other weights
     trained: int  # trained weights; their masters are float32
@@ -78,6 +78,25 @@ class MemoryModel:
     packed: bool = False  # attention reads the packed row as it is; else keys and values are gathered
     offload: bool = False  # the inputs of checkpointed layers are in the CPU's memory
     chunk_rows: int = CHUNK_ROWS
+    row: float | None = None  # tokens of a row, by which attention that keeps its probabilities keeps more; a sketch's
+
+    @classmethod
+    def of_sketch(
+        cls,
+        sketch: Sketch,
+        *,
+        quantize: bool = True,
+        nested: bool = True,
+        weight_bytes: int = 2,
+        reference: int = 0,
+        **options: Any,
+    ) -> "MemoryModel":
+        """Predicts for a model that isn't loaded, of any family; `reference` is the weights of a frozen adapter.
+
+        Others are as for `of_shape`.
+        """
+        small, rest = sketch.stored(quantize, nested, weight_bytes)
+        return cls(sketch, Lora({}), small, rest, sketch.trained, 4 * reference, **options)
 
     @classmethod
     def of_shape(
@@ -91,7 +110,7 @@ class MemoryModel:
         reference: Lora | None = None,
         **options: Any,
     ) -> "MemoryModel":
-        """Predicts for a model that isn't loaded.
+        """Predicts for a model that isn't loaded, with fused layers.
 
         Args:
             shape: of the base.
@@ -100,7 +119,7 @@ class MemoryModel:
             nested: whether with double quantization.
             weight_bytes: of a weight that isn't quantized.
             reference: a frozen adapter beside the trained one.
-            options: the fields `optimizer`, `element`, `fused`, `packed`, `offload`, `chunk_rows`.
+            options: the fields `optimizer`, `element`, `fused`, `packed`, `offload`, `chunk_rows`, `row`.
         """
         lora = lora or Lora.of(shape)
         small = shape.layers * sum(nf4_bytes(linear.weights, nested) for linear in shape.linears)
@@ -124,28 +143,41 @@ class MemoryModel:
             options: as for `of_shape`.
 
         Raises:
-            OptionError: not a plain decoder.
+            OptionError: a model whose memory can't be predicted.
         """
-        shape = Shape.of(model.config)
+        stored_bytes = stored.quantized, stored.unquantized, stored.trainable_count, stored.reference_adapter
+        try:
+            if not options.get("fused", True):
+                raise NotPlainError("its own layers run")
+            shape = Shape.of(model.config)
+        except NotPlainError:
+            adapter = copy.copy(model.peft_config[model.active_adapters[0]])
+            adapter.target_parameters = None
+            adapter.target_modules = {
+                name.removeprefix("base_model.model.")
+                for name, module in model.named_modules()
+                if hasattr(module, "lora_A") and not hasattr(module, "parameter_name")  # of experts
+            }
+            return cls(Sketch(model.config, adapter), Lora({}), *stored_bytes, **options)
         ranks = {linear.name: 0 for linear in shape.linears}
         for path, module in model.named_modules():
             if hasattr(module, "lora_A") and (name := path.rsplit(".", 1)[-1]) in ranks:
                 ranks[name] = max([ranks[name], *(module.r.get(adapter, 0) for adapter in module.active_adapters)])
         lora = Lora({name: rank for name, rank in ranks.items() if rank})
-        return cls(
-            shape,
-            Lora(lora.ranks, stored.trainable_count - lora.weights(shape)),
-            quantized=stored.quantized,
-            unquantized=stored.unquantized,
-            trained=stored.trainable_count,
-            reference=stored.reference_adapter,
-            **options,
-        )
+        lora = Lora(lora.ranks, stored.trainable_count - lora.weights(shape))
+        return cls(shape, lora, *stored_bytes, **options)
 
     @property
     def layers(self) -> int:
         """How many decoder layers there are."""
         return self.shape.layers
+
+    @property
+    def ranks(self) -> list[int]:
+        """Which ranks layers have."""
+        if isinstance(self.shape, Sketch):
+            return sorted({self.shape.lora.r, *self.shape.lora.rank_pattern.values()})
+        return sorted(set(self.lora.ranks.values()))
 
     @cached_property
     def fixed(self) -> dict[str, float]:
@@ -180,8 +212,8 @@ class MemoryModel:
         states = 3 * e * P * shape.hidden  # before and after the final norm, and the gradient
         return {
             **self.fixed,
-            "saved_activations": self._saved(T, self._kept(T, S), checkpoint_layers),
-            "layer_backward": max(self.phases(T, S).values()),
+            "saved_activations": self._saved(T, S, checkpoint_layers),
+            "layer_backward": self._backward(T, S),
             "dequantized_weights": self._scratch,
             "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
             # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
@@ -200,11 +232,10 @@ class MemoryModel:
 
         Layers that aren't fused are checkpointed all or none, as transformers does it.
         """
-        kept = self._kept(tokens, keys)
-        others = self.peak(tokens, keys, predicted, 0) - self._saved(tokens, kept, 0)
+        others = self.peak(tokens, keys, predicted, 0) - self._saved(tokens, keys, 0)
 
         def fits(layers: int) -> bool:
-            return others + self._saved(tokens, kept, layers) <= limit
+            return others + self._saved(tokens, keys, layers) <= limit
 
         if not self.fused:
             return 0 if fits(0) else self.layers
@@ -222,8 +253,9 @@ class MemoryModel:
         however prompt and completions share it."""
 
         def fits(n: int) -> bool:
-            all_completion = self.peak(answers * n, answers * n, answers * n, checkpoint_layers)
-            all_prompt = self.peak(n, (answers + 1) * n, answers, checkpoint_layers)
+            of_this_row = replace(self, row=n)
+            all_completion = of_this_row.peak(answers * n, answers * n, answers * n, checkpoint_layers)
+            all_prompt = of_this_row.peak(n, (answers + 1) * n, answers, checkpoint_layers)
             return max(all_completion, all_prompt) <= limit
 
         return _largest(fits)
@@ -233,13 +265,14 @@ class MemoryModel:
     @cached_property
     def _ranks(self) -> dict[str, int]:
         """R by group, as the fused layers round it up: to a multiple of 8."""
+        assert isinstance(self.shape, Shape)
         ranks = dict.fromkeys(GROUPS, 0)
         for linear in self.shape.linears:
             ranks[linear.group] += self.lora.ranks.get(linear.name, 0)
         return {name: -(-rank // 8) * 8 for name, rank in ranks.items()}
 
     def _working_copy(self) -> float:
-        if not self.fused:  # autocast casts every trained weight once a pass
+        if isinstance(self.shape, Sketch):  # autocast casts every trained weight once a pass
             return self.element * self.trained if self.element < 4 else 0
         # A of a group stacked, (R, inputs), and its Bs block by block, (outputs, R).
         sizes = (self._ranks[name] * (inputs + outputs) for name, (inputs, outputs) in self.shape.groups.items())
@@ -248,63 +281,65 @@ class MemoryModel:
     @cached_property
     def _scratch(self) -> float:
         """The bytes of the largest weights that are dequantized for one product."""
-        if not self.quantized and not self.fused:
-            return 0
-        if not self.fused:  # one linear layer at a time
-            return self.element * max(linear.weights for linear in self.shape.linears)
+        if isinstance(self.shape, Sketch):  # one linear layer, or expert, at a time
+            return self.shape.unpacked(self.element) if self.quantized else 0
         groups = self.shape.groups.items()
         return self.element * max((inputs + self._ranks[name]) * outputs for name, (inputs, outputs) in groups)
 
-    def _saved(self, T: float, kept: float, checkpoint_layers: int) -> float:
-        """Returns the bytes of saved activations, of which a layer that isn't checkpointed has `kept`."""
-        inputs = self.element * T * self.shape.hidden
-        others = self.shape.layers - checkpoint_layers
+    def _saved(self, T: float, S: float, checkpoint_layers: int) -> float:
+        """Returns the bytes of saved activations."""
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
-        held = 0.0 if self.offload else inputs
-        saved = checkpoint_layers * held + max(others * kept, kept - held)
-        if not self.fused:  # transformers' final norm keeps its input in float32 and its output
-            saved += (4 + self.element) * T * self.shape.hidden
-        return saved
+        if isinstance(self.shape, Shape):
+            inputs, kept = self.element * T * self.shape.hidden, self._kept(T, S)
+            held, others = 0.0 if self.offload else inputs, self.shape.layers - checkpoint_layers
+            return checkpoint_layers * held + max(others * kept, kept - held)
+        costs, scale = self.shape.costs, self.element / 2
+        held = 0.0 if self.offload else sum(one.inputs.at(T) for one in costs.layers[:checkpoint_layers])
+        whole = [self._own(one, T, S) for one in costs.layers]
+        return MARGIN * scale * (held + max(sum(whole[checkpoint_layers:]), *whole) + costs.rest.at(T))
+
+    def _own(self, layer: LayerCost, T: float, S: float) -> float:
+        """Returns what one of the model's own layers keeps, with keys and values gathered."""
+        unpacked = layer.unpacked if self.quantized else 0
+        return layer.kept.at(T, self.row) + layer.keys.per_token * max(S - T, 0) + unpacked
+
+    def _backward(self, T: float, S: float) -> float:
+        """Returns the bytes that a layer's backward needs beside what is kept."""
+        if isinstance(self.shape, Shape):
+            return max(self.phases(T, S).values())
+        more = max(S - T, 0)
+        layers = set(self.shape.costs.layers)
+        return self.element / 2 * max(one.backward.at(T, self.row) + one.keys.per_token * more for one in layers)
 
     def _kept(self, T: float, S: float) -> float:
-        """Returns the bytes that a layer keeps for its backward if it isn't checkpointed."""
+        """Returns the bytes that a fused layer keeps for its backward if it isn't checkpointed."""
+        assert isinstance(self.shape, Shape)
         shape, e = self.shape, self.element
-        H, Q, G, F = shape.hidden, shape.q, shape.kv, shape.intermediate
+        H, Q, G = shape.hidden, shape.q, shape.kv
         # q, attention's output and its float32 log-sum-exp; k and v gathered.
         attention = T * (2 * e * Q + 4 * shape.heads) + 2 * e * (T if self.packed else S) * G
-        if self.fused:
-            # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
-            return attention + e * T * (2 * H + shape.groups["up"].outputs + (Q + 2 * G) * shape.qk_norm)
-        # Norms keep their input in float32. The activation keeps its inputs, and if gated (they are wider than F) also
-        # its output. Each adapter keeps its input and what its A makes of it, in a copy of its own.
-        adapters = sum(one.inputs + self.lora.ranks[one.name] for one in shape.linears if one.name in self.lora.ranks)
-        return attention + T * (2 * 4 * H + e * (2 * shape.groups["up"].outputs - F + adapters))
+        # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
+        return attention + e * T * (2 * H + shape.groups["up"].outputs + (Q + 2 * G) * shape.qk_norm)
 
     def phases(self, T: float, S: float) -> dict[str, float]:
-        """Returns the bytes that a layer's backward needs beside what is kept, phase by phase; the largest counts."""
+        """Returns the bytes that a fused layer's backward needs beside what is kept, by phase; the largest counts."""
+        assert isinstance(self.shape, Shape)
         shape, e = self.shape, self.element
-        H, Q, G, F = shape.hidden, shape.q, shape.kv, shape.intermediate
+        H, Q, G = shape.hidden, shape.q, shape.kv
         N = Q + 2 * G
         gradient = e * T * 2 * H  # of the layer's output and of the residual stream
         # The flash kernel: gradients of output and of q, the latter also in float32; of k and v for every query head.
         flash = T * (e * 2 * Q + 4 * Q) + 2 * e * S * (Q + (G if G < Q else 0))
         if self.packed:  # gradients of output, q, k and v, and a float32 number per query
             flash = T * (e * (2 * Q + 2 * G) + 4 * shape.heads)
-        if self.fused:
-            extended = {name: e * T * (one.inputs + self._ranks[name]) for name, one in shape.groups.items()}
-            return {
-                "down": gradient + extended["down"],  # gradient of [activation, ranks], the activation after that
-                "up": gradient + 2 * extended["up"],  # normed input and its gradient, with ranks
-                "o": gradient + 2 * extended["o"],
-                "attention": gradient + flash,
-                "qkv": gradient + 2 * extended["qkv"] + e * T * N,
-            }
+        extended = {name: e * T * (one.inputs + self._ranks[name]) for name, one in shape.groups.items()}
         return {
-            "mlp": gradient + e * T * PLAIN_MLP_GRADIENTS * F,
-            "norm": gradient + 4 * T * 2 * H,  # float32 inside
+            "down": gradient + extended["down"],  # gradient of [activation, ranks], the activation after that
+            "up": gradient + 2 * extended["up"],  # normed input and its gradient, with ranks
+            "o": gradient + 2 * extended["o"],
             "attention": gradient + flash,
-            "qkv": gradient + e * T * (N + 3 * H),
+            "qkv": gradient + 2 * extended["qkv"] + e * T * N,
         }
 
 

@@ -1,10 +1,11 @@
 """What a run takes of a GPU, from its options: `plan` does what `dpo-peft plan` prints."""
 
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from ..config import DPOConfig
@@ -12,9 +13,11 @@ from ..config_checks import Rule, check_option_names, free, number, whole
 from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
+from ..model.checkpoint_formats import FORMATS
 from .gpus import Gpu, is_hopper, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
-from .shapes import PRESETS, Lora, Shape
+from .shapes import PRESETS, Lora, NotPlainError, Shape
+from .sketch import Sketch
 from .steps import plan_step
 
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes
@@ -174,7 +177,7 @@ def _needs_reference(o: SimpleNamespace) -> bool:
 
 def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
     """The base's name, and the model's memory."""
-    adapter = None
+    adapter, shape, config = None, None, None
     stored = {"quantize": o.quantize_base is not False}
     if o.shape is not None:
         if o.model_name_or_path:
@@ -182,7 +185,7 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
         if o.shape.lower() not in PRESETS:
             raise OptionError(f"shape={o.shape!r} is not one of {', '.join(PRESETS)}.")
         name, shape = PRESETS[o.shape.lower()]
-        recognized = True
+        config, recognized = shape.config(), True
     else:
         from ..fused.recognition import MODEL_TYPES
 
@@ -192,32 +195,47 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=o.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
-        shape = Shape.of(config, o.trust_remote_code)
-        recognized = config.model_type in MODEL_TYPES and getattr(config, "hidden_act", None) == "silu"
+        recognized = config.get_text_config(decoder=True).model_type in MODEL_TYPES
         stored |= _stored(config, name)
-    if adapter is None:
-        lora = Lora.of(shape, o.lora_r, o.lora_target_modules, o.use_dora, o.lora_modules_to_save or ())
-    else:
-        lora = _lora_of(shape, adapter, o.model_name_or_path)
+        with suppress(NotPlainError):
+            shape = Shape.of(config, o.trust_remote_code)
+    lora = _lora_config(o) if adapter is None else adapter
     reference = None
     if _needs_reference(o) and o.reference not in (None, "initial", "base"):
-        reference = _lora_of(shape, read_config(o.reference), o.reference)
+        reference = read_config(o.reference)
     elif _needs_reference(o) and o.reference != "base" and (adapter is not None or o.sync_ref_model):
         reference = lora  # a frozen copy; else it is the adapter switched off
     element = 2 if o.bf16 is not False or o.fp16 else ELEMENT[o.dtype]
-    plain = o.use_dora or lora.others or element != ELEMENT[o.dtype] or not o.share_prompts
+    plain = o.use_dora or o.lora_modules_to_save or element != ELEMENT[o.dtype] or not o.share_prompts
     fused = recognized and not plain and o.fused_layers is not False
-    return name, MemoryModel.of_shape(
-        shape,
-        lora,
+    options = {
+        "weight_bytes": ELEMENT[o.dtype],
+        "optimizer": str(getattr(o.optim, "value", o.optim)),
+        "element": element,
+        "fused": fused,
+        "packed": fused and is_hopper(o.gpu),
+        "offload": o.activation_offloading,
         **stored,
-        weight_bytes=ELEMENT[o.dtype],
-        reference=reference,
-        optimizer=str(getattr(o.optim, "value", o.optim)),
-        element=element,
-        fused=fused,
-        packed=fused and is_hopper(o.gpu),
-        offload=o.activation_offloading,
+    }
+    known = fused and shape is not None and (ours := Lora.read(shape, lora)) is not None
+    if known and (reference is None or (its := Lora.read(shape, reference)) is not None):
+        return name, MemoryModel.of_shape(shape, ours, reference=its if reference else None, **options)
+    sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts)
+    frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
+    row = o.prompt_tokens + o.answer_tokens
+    return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options)
+
+
+def _lora_config(o: SimpleNamespace) -> LoraConfig:
+    """The adapter that the options describe."""
+    if o.lora_r < 1:
+        raise OptionError(f"lora_r={o.lora_r} must be at least 1.")
+    return LoraConfig(
+        r=o.lora_r,
+        target_modules=list(o.lora_target_modules) if o.lora_target_modules else "all-linear",
+        use_dora=o.use_dora,
+        modules_to_save=list(o.lora_modules_to_save) if o.lora_modules_to_save else None,
+        task_type="CAUSAL_LM",
     )
 
 
@@ -238,27 +256,18 @@ def _base_of(o: SimpleNamespace) -> tuple[str, PeftConfig | None]:
 
 
 def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
-    """How a base that is stored in 4 bits is quantized; empty for one that isn't."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return {}
+    """How a base that is stored in 4 bits is quantized; empty for one that isn't, or that is dequantized first."""
+    stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method", "unknown")
+    if not stored or (method in FORMATS and FORMATS[method].is_read):
+        return {}
     if not stored.get("load_in_4bit"):
         raise OptionError(
-            f"The weights of {name!r} are stored quantized ({stored.get('quant_method', 'unknown')}): their size is "
-            "not known to the planner. Give the model that they were made from."
+            f"The weights of {name!r} are stored quantized ({method}): their size is not known to the planner. Give "
+            "the model that they were made from."
         )
     return {"quantize": True, "nested": bool(stored.get("bnb_4bit_use_double_quant"))}
-
-
-def _lora_of(shape: Shape, config: PeftConfig, folder: str) -> Lora:
-    targets = config.target_modules
-    if config.rank_pattern or isinstance(targets, str) or config.trainable_token_indices:
-        raise OptionError(
-            f"The adapter {folder!r} has a rank_pattern, a regular expression for targets, or trained tokens: its "
-            "size is not known to the planner. Give its base, with lora_r and lora_target_modules near to it."
-        )
-    return Lora.of(shape, config.r, sorted(targets), config.use_dora, config.modules_to_save or ())
 
 
 # ---- Other methods --------------------------------------------------------------------------------------------------

@@ -5,16 +5,15 @@ adapters), and how many weights there are beside them.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-from ..errors import OptionError
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 GROUPS = ("qkv", "o", "up", "down")  # linear layers with one input: they are dequantized and multiplied together
 
@@ -28,10 +27,6 @@ _MLP = {
     "up": {"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"},
     "down": {"down_proj", "fc2", "c_proj", "dense_4h_to_h"},
 }
-
-# bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
-NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
-NF4_TABLES = 4 * 16 + 4 * 256 + 4  # the 16 values, the 256 of the scales, the offset
 
 
 class Linear(NamedTuple):
@@ -107,7 +102,7 @@ class Shape:
             trust_remote_code: run code that ships with the model.
 
         Raises:
-            OptionError: no causal LM, or not a plain decoder (experts, layers that differ, other kinds of layers).
+            NotPlainError: no causal LM, or not a plain decoder (experts, layers that differ, other kinds of layers).
         """
         # Building a model writes into its config.
         config = copy.deepcopy(config.get_text_config(decoder=True))
@@ -147,13 +142,19 @@ class Shape:
         """All weights; tied ones count once."""
         return self.layers * sum(linear.weights for linear in self.linears) + self.unquantized_weights
 
-
-def nf4_bytes(weights: int, nested: bool = True) -> int:
-    """Returns the bytes of a linear layer's weights in NF4 with its constants; `nested` is double quantization."""
-    blocks = -(-weights // NF4_BLOCK)
-    if not nested:
-        return -(-weights // 2) + 4 * blocks + 4 * 16
-    return -(-weights // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK) + NF4_TABLES
+    def config(self) -> PretrainedConfig:
+        """Returns the config of a Llama, or with norms on heads of a Qwen 3, of these sizes."""
+        kind = Qwen3Config if self.qk_norm else LlamaConfig
+        return kind(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab,
+            tie_word_embeddings=self.tied,
+        )
 
 
 # ---- Reading a model on the meta device ----------------------------------------------------------------------------
@@ -221,12 +222,12 @@ def _check_sizes(shape: Shape, config: PretrainedConfig) -> None:
         raise _refusal(config, "its MLP is not a plain one")
 
 
-def _refusal(config: PretrainedConfig, reason: str) -> OptionError:
-    return OptionError(
-        f"The memory of a {config.model_type} model can't be predicted: {reason}. The planner knows decoders whose "
-        "layers are all alike, an attention and an MLP each. For an estimate, give `dpo-peft plan` a --shape that is "
-        "near in size."
-    )
+class NotPlainError(ValueError):
+    """A model whose layers are not all alike, a plain attention and a plain MLP each."""
+
+
+def _refusal(config: PretrainedConfig, reason: str) -> NotPlainError:
+    return NotPlainError(f"{config.model_type}: {reason}")
 
 
 # ---- The adapter ----------------------------------------------------------------------------------------------------
@@ -240,40 +241,19 @@ class Lora:
     others: int = 0  # trained weights beside the factors on linear layers, over the whole model
 
     @classmethod
-    def of(
-        cls,
-        shape: Shape,
-        rank: int = 16,
-        targets: Sequence[str] | None = None,
-        dora: bool = False,
-        saved: Sequence[str] = (),
-    ) -> "Lora":
-        """Makes one with the same rank everywhere.
+    def of(cls, shape: Shape, rank: int = 16) -> "Lora":
+        """Makes one with the same rank on every linear layer but the head."""
+        return cls({linear.name: rank for linear in shape.linears})
 
-        Args:
-            shape: of the base.
-            rank: at least 1.
-            targets: names of linear layers, "embed_tokens" and "lm_head"; None: every linear layer but the head.
-            dora: whether each adapter has a magnitude per output.
-            saved: "embed_tokens" or "lm_head", trained in full.
-
-        Raises:
-            OptionError: a rank below 1, or a name that isn't one of those.
-        """
-        if rank < 1:
-            raise OptionError(f"lora_r={rank} must be at least 1.")
-        known = [linear.name for linear in shape.linears]
-        targets = known if targets is None or list(targets) == ["all-linear"] else list(targets)
-        outside = ["embed_tokens", "lm_head"]
-        named = {"lora_target_modules": (targets, known + outside), "lora_modules_to_save": (saved, outside)}
-        for option, (names, allowed) in named.items():
-            if wrong := [name for name in names if name not in allowed]:
-                raise OptionError(f"{option}: {wrong[0]!r} is not one of {', '.join(allowed)}.")
-        ranks = {name: rank for name in known if name in targets}
-        magnitudes = shape.layers * sum(linear.outputs for linear in shape.linears if linear.name in ranks)
-        others = magnitudes * dora + len(set(saved)) * shape.vocab * shape.hidden
-        others += sum(rank * (shape.vocab + shape.hidden) for name in outside if name in targets)
-        return cls(ranks, others)
+    @classmethod
+    def read(cls, shape: Shape, config: LoraConfig) -> "Lora | None":
+        """Reads PEFT's config; None if it trains something else too, or not the same in all layers."""
+        known, targets = [linear.name for linear in shape.linears], config.target_modules
+        targets = known if targets == "all-linear" else targets
+        more = config.rank_pattern, config.use_dora, config.modules_to_save, config.trainable_token_indices
+        if any(more) or isinstance(targets, str) or not {*(targets or ())} <= {*known} or config.target_parameters:
+            return None
+        return cls({name: config.r for name in known if name in (targets or ())})
 
     def weights(self, shape: Shape) -> int:
         """Returns how many weights are trained."""

@@ -189,6 +189,8 @@ def plan_memory(
             packed=fused is not None and fused.attention == "packed",
             offload=args.activation_offloading,
         )
+        if fused is not None or args.max_tokens_per_microbatch == "auto":
+            found.peak(1, 1, 1, 0)  # what its layers keep is found out when it is needed
         memory = found if found.fixed else None
     except OptionError as error:  # not a model that the planner knows, or not an optimizer
         logger.info("Memory can't be predicted: %s", error)

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from trainer_helpers import lora as lora_config
 from transformers import (
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -28,9 +29,10 @@ from transformers import (
 from dpo_peft import OptionError
 from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, plan_step
-from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE
-from dpo_peft.planning.shapes import nf4_bytes
+from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, plan_step
+from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE, MARGIN
+from dpo_peft.planning.shapes import NotPlainError
+from dpo_peft.planning.sketch import nf4_bytes
 
 TINY = Shape.llama(hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, vocab=32)
 SMALL = dict(
@@ -89,26 +91,12 @@ def test_components_by_hand() -> None:
 
 
 def test_other_settings_by_hand() -> None:
-    """The same model. The plain path keeps, beside attention (624): two norms' inputs in float32 2*4*10*8 = 640; gate,
-    its activation and up 3*2*10*16 = 960; each adapter's own input 2*10*(8*6 + 16) = 1280, and ranks 2*10*7*2 = 280.
-    Its head: 6*32*(4+4+2) + 288. Its final norm: (4+2)*10*8 = 480.
-    """
+    """The same model. 768 weights are three blocks of 256 with two float32 scales each in 8-bit AdamW."""
     adapter = Lora.of(TINY, rank=2)
-    plain = MemoryModel.of_shape(TINY, adapter, fused=False)
-    kept = 624 + 640 + 960 + 1280 + 280
-    parts = plain.components(10, 14, 6, 0)
-    assert parts["saved_activations"] == 3 * kept + 480
-    assert parts["head"] == 6 * 32 * 10 + 288
-    assert parts["adapter_working_copy"] == 2 * 768
-    assert parts["dequantized_weights"] == 2 * 128
-    assert MemoryModel.of_shape(TINY, adapter, fused=False, quantize=False).components(1, 1, 1, 0) | {} == {
-        **plain.components(1, 1, 1, 0),
-        "quantized_weights": 0,
-        "unquantized_weights": 2 * (568 + 3 * 576),
-        "dequantized_weights": 0,
-    }
+    plain = MemoryModel.of_shape(TINY, adapter, quantize=False)
+    assert (plain.quantized, plain.unquantized) == (0, 2 * (568 + 3 * 576))
     eight_bit = MemoryModel.of_shape(TINY, adapter, optimizer="paged_adamw_8bit")
-    assert eight_bit.fixed["optimizer_state"] == 768 * 2 + 2 * 4 * 3  # 768 / 256 blocks, two float32 scales each
+    assert eight_bit.fixed["optimizer_state"] == 768 * 2 + 2 * 4 * 3
     with_copy = MemoryModel.of_shape(TINY, adapter, reference=Lora.of(TINY, rank=1))
     assert with_copy.fixed["reference_adapter"] == 4 * 384
     chunked = MemoryModel.of_shape(TINY, adapter, chunk_rows=4)
@@ -172,35 +160,40 @@ def test_bytes_are_those_of_the_loaded_model(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "ours"),
+    "options",
     [
-        ({"target_modules": ["q_proj", "down_proj"], "r": 3}, {"rank": 3, "targets": ["q_proj", "down_proj"]}),
-        ({"target_modules": ["up_proj", "lm_head"]}, {"targets": ["up_proj", "lm_head"]}),
-        ({"target_modules": ["v_proj", "embed_tokens"]}, {"targets": ["v_proj", "embed_tokens"]}),
-        ({"use_dora": True}, {"dora": True}),
-        ({"modules_to_save": ["lm_head", "embed_tokens"]}, {"saved": ["lm_head", "embed_tokens"]}),
+        {"target_modules": ["q_proj", "down_proj"], "r": 3},
+        {"target_modules": ["up_proj", "lm_head"]},
+        {"target_modules": ["v_proj", "embed_tokens"]},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 9}},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
     ],
 )
-def test_adapters_of_other_kinds(tmp_path: Any, options: dict[str, Any], ours: dict[str, Any]) -> None:
+def test_adapters_of_other_kinds(tmp_path: Any, options: dict[str, Any]) -> None:
     config = LlamaConfig(**SMALL, tie_word_embeddings=False)
     real = storage_report(load(config, tmp_path, **options))
-    shape = Shape.of(config)
-    lora = Lora.of(shape, **{"rank": 4, **ours})
-    assert lora.weights(shape) == real.trainable_count
-    assert 4 * lora.weights(shape) == real.trainable
+    sketch = Sketch(config, lora_config(**options))
+    assert sketch.trained == real.trainable_count
+    plain = Lora.read(Shape.of(config), lora_config(**options))
+    assert (plain is not None) is (options.keys() <= {"target_modules", "r"} and "down_proj" in str(options))
+    if plain is not None:
+        assert plain.weights(Shape.of(config)) == real.trainable_count
 
 
 def test_of_model_reads_ranks_and_the_reference(tmp_path: Any) -> None:
     config = LlamaConfig(**SMALL, tie_word_embeddings=False)
     model = load(config, tmp_path, rank_pattern={"up_proj": 6}, target_modules=["up_proj", "o_proj"])
-    memory = MemoryModel.of_model(model, storage_report(model), optimizer="sgd", fused=False)
+    memory = MemoryModel.of_model(model, storage_report(model), optimizer="sgd")
     assert memory.lora == Lora({"o_proj": 4, "up_proj": 6})
-    assert (memory.optimizer, memory.fused) == ("sgd", False)
+    assert memory.optimizer == "sgd"
     model.add_adapter("frozen", lora_config(target_modules=["up_proj", "o_proj"]))
     stored = storage_report(model, reference="frozen")
-    assert MemoryModel.of_model(model, stored).reference == 4 * Lora.of(
-        memory.shape, 4, ["o_proj", "up_proj"]
-    ).weights(memory.shape)
+    assert MemoryModel.of_model(model, stored).reference == 4 * Lora({"o_proj": 4, "up_proj": 4}).weights(memory.shape)
+    own = MemoryModel.of_model(model, stored, fused=False)
+    assert (own.ranks, own.trained) == ([4, 6], memory.trained)
+    assert own.shape.trained == memory.trained
 
 
 def test_presets_are_the_shapes_of_their_configs() -> None:
@@ -238,14 +231,19 @@ def test_presets_are_the_shapes_of_their_configs() -> None:
         (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "no linear layer"),
         (MixtralConfig(**SMALL, num_local_experts=2), "its layers hold"),
         (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64), "its layers hold"),
-        (T5Config(d_model=32, num_layers=1, vocab_size=64), "can't be built from its config"),
-        (PretrainedConfig(), "can't be built from its config"),
     ],
-    ids=["gpt2", "mixtral", "mamba", "t5", "none"],
+    ids=["gpt2", "mixtral", "mamba"],
 )
-def test_what_is_no_plain_decoder_is_refused(config: Any, reason: str) -> None:
-    with pytest.raises(OptionError, match=f"can't be predicted: .*{reason}.*--shape"):
+def test_what_is_no_plain_decoder_is_sketched(config: Any, reason: str) -> None:
+    with pytest.raises(NotPlainError, match=reason):
         Shape.of(config)
+    assert MemoryModel.of_sketch(Sketch(config, lora_config())).peak(100, 150, 70, 0) > 0
+
+
+@pytest.mark.parametrize("config", [T5Config(d_model=32, num_layers=1, vocab_size=64), PretrainedConfig()])
+def test_what_is_no_causal_lm_is_refused(config: Any) -> None:
+    with pytest.raises(OptionError, match="can't be predicted: it can't be built from its config.*--shape"):
+        Sketch(config, lora_config())
 
 
 def test_a_shape_leaves_its_config_alone() -> None:
@@ -255,17 +253,10 @@ def test_a_shape_leaves_its_config_alone() -> None:
     assert config.to_dict() == before
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "lora_r=0"),
-        ({"targets": ["q_proj", "w1"]}, "lora_target_modules: 'w1' is not one of q_proj, "),
-        ({"saved": ["q_proj"]}, "lora_modules_to_save: 'q_proj' is not one of embed_tokens, lm_head"),
-    ],
-)
-def test_impossible_adapters(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        Lora.of(TINY, **options)
+def test_a_name_that_no_layer_has_is_refused() -> None:
+    config = LlamaConfig(**SMALL)
+    with pytest.raises(OptionError, match="lora_target_modules: 'w1' is not one of .*q_proj"):
+        _ = Sketch(config, lora_config(target_modules=["q_proj", "w1"])).trained
 
 
 # ---- Against the tensors that autograd really saves -----------------------------------------------------------------
@@ -304,7 +295,9 @@ def bytes_per_layer(tmp_path: Any, fused: bool, checkpointed: bool = False) -> t
             backend.checkpointed = lambda batch, layers=layers: layers
         sizes.append(bytes_saved(model, backend, batch))
     shape = Shape.of(config)
-    return sizes[1] - sizes[0], MemoryModel.of_shape(shape, Lora.of(shape, rank=16), fused=fused)
+    if not fused:
+        return sizes[1] - sizes[0], MemoryModel.of_sketch(Sketch(config, lora_config(r=16), row=240), fused=False)
+    return sizes[1] - sizes[0], MemoryModel.of_shape(shape, Lora.of(shape, rank=16))
 
 
 def test_fused_layers_keep_what_is_predicted(tmp_path: Any) -> None:
@@ -318,12 +311,11 @@ def test_fused_layers_keep_what_is_predicted(tmp_path: Any) -> None:
 
 
 def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
-    """Beside that, the mask of the CPU's attention, the scale of each norm's rows, and casts of the adapter."""
+    """Beside that, the mask of the CPU's attention. The prediction has a margin of 3 %."""
     measured, model = bytes_per_layer(tmp_path, fused=False)
     parts = [model.components(240, 240, 140, checkpoint)["saved_activations"] for checkpoint in (0, 1)]
-    kept = parts[0] - parts[1] + 2 * 240 * 128
-    casts = 2 * model.trained / 3
-    assert measured == pytest.approx(kept + 2 * 240 * 240 + 2 * 4 * 240 + casts, rel=0.01)
+    kept = (parts[0] - parts[1]) / MARGIN + 2 * 240 * 128
+    assert measured == pytest.approx(kept + 2 * 240 * 240, rel=0.12)
 
 
 # ---- Against what was measured on GPUs ------------------------------------------------------------------------------
@@ -342,7 +334,9 @@ def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
 def test_peaks_of_the_prototype(tokens: int, layers: int, fused: bool, measured: float) -> None:
     """GiB that a prototype with other element-wise kernels took: only the size is to agree."""
     shape = PRESETS["70b" if layers == 80 else "8b"][1]
-    peak = MemoryModel.of_shape(shape, fused=fused).peak(tokens, 1.5 * tokens, 0.75 * tokens, layers)
+    plain = Sketch(shape.config(), lora_config(r=16))
+    model = MemoryModel.of_shape(shape) if fused else MemoryModel.of_sketch(plain, fused=False)
+    peak = model.peak(tokens, 1.5 * tokens, 0.75 * tokens, layers)
     assert peak / GIB == pytest.approx(measured, rel=0.15)
 
 
@@ -374,7 +368,7 @@ def draws(number: int, seed: int = 0) -> list[tuple[MemoryModel, int, int, int, 
     found = []
     for _ in range(number):
         shape = PRESETS[draw.choice(["1b", "8b", "14b"])][1]
-        model = MemoryModel.of_shape(shape, Lora.of(shape, draw.choice([4, 16, 64])), fused=draw.random() < 0.5)
+        model = MemoryModel.of_shape(shape, Lora.of(shape, draw.choice([4, 16, 64])))
         prompt, answers = draw.randint(1, 8000), draw.randint(2, 8000)
         size = (prompt + answers, 3 * prompt + answers, answers)
         low, high = model.peak(*size, shape.layers), model.peak(*size, 0)
@@ -384,7 +378,23 @@ def draws(number: int, seed: int = 0) -> list[tuple[MemoryModel, int, int, int, 
 
 @pytest.mark.parametrize("case", draws(60), ids=lambda case: "")
 def test_the_fewest_layers_that_fit(case: tuple) -> None:
-    model, *size, limit = case
+    fits_as_predicted(*case)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_fewest_layers_that_fit_of_another_family(fused: bool) -> None:
+    """Layers that differ: the fused ones of such a family are checkpointed one by one too, its own all or none."""
+    config = Gemma3TextConfig(**SMALL, head_dim=16, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    model = MemoryModel.of_sketch(Sketch(config, lora_config()), fused=fused)
+    for prompt, completions, share in [(100, 200, 0.5), (2000, 60, -0.2), (30, 4000, 1.2), (5, 9, 0.9)]:
+        size = prompt + completions, 3 * prompt + completions, completions
+        low, high = model.peak(*size, 3), model.peak(*size, 0)
+        fits_as_predicted(model, *size, low + (high - low) * share)
+
+
+def fits_as_predicted(model: MemoryModel, *case: float) -> None:
+    """Checks how many layers are checkpointed, and the most tokens, against the peaks of all choices."""
+    *size, limit = case
     layers = model.checkpoint_layers_for(*size, limit)
     peaks = [model.peak(*size, n) for n in range(model.shape.layers + 1)]
     assert peaks == sorted(peaks, reverse=True)
