@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  # its own memory is not the layer's
 import psutil
 import torch
 from peft import LoraConfig, get_peft_model

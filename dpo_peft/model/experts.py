@@ -96,6 +96,38 @@ class _Quantize(Bnb4bitQuantize):
         return result
 
 
+class _Unpack(ConversionOps):
+    """Makes weights of single experts, which a checkpoint holds in 4 bits, those that its next operations join."""
+
+    def __init__(self, hf_quantizer: "Experts4Bit"):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any) -> Any:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        dtype = model.get_parameter(full_layer_name).dtype
+        result = {}
+        for pattern in [one for one in input_dict if one.endswith(".weight")]:
+            beside = {key: input_dict[key] for key in input_dict if key.startswith(f"{pattern}.")}
+            result[pattern] = input_dict[pattern]
+            for number, codes in enumerate(input_dict[pattern] if beside else ()):
+                state = QuantState.from_dict({key: parts[number] for key, parts in beside.items()}, codes.device)
+                shape, state.shape = state.shape, torch.Size([state.shape.numel()])  # see `unpack`
+                result[pattern][number] = dequantize_4bit(codes, state).view(shape).to(dtype)
+        return result
+
+
+class _Pack(ConversionOps):
+    def __init__(self, hf_quantizer: "Experts4Bit"):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any) -> Any:
+        ((pattern, value),) = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        weight = weight.to(model.get_parameter(full_layer_name).dtype)
+        return {pattern: self.hf_quantizer.pack(full_layer_name, weight)}
+
+
 class Experts4Bit(Bnb4BitHfQuantizer):
     """bitsandbytes' 4 bits for linear layers and for experts."""
 
@@ -104,11 +136,10 @@ class Experts4Bit(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, device_map=device_map, **kwargs)
         self.device_map = device_map or {"": "cpu"}
-        if not self.pre_quantized:
-            out = self.modules_to_not_convert
-            self.experts = frozenset(
-                name for name in expert_weights(model) if should_convert_module(name.rpartition(".")[0], out)
-            )
+        out = self.modules_to_not_convert
+        self.experts = frozenset(
+            name for name in expert_weights(model) if should_convert_module(name.rpartition(".")[0], out)
+        )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.experts or super().param_needs_quantization(model, param_name, **kwargs)
@@ -117,15 +148,25 @@ class Experts4Bit(Bnb4BitHfQuantizer):
         return _Quantize(self)
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """Has the weights of experts read on the host."""
-        found = super().update_weight_conversions(weight_conversions, *model)
-        if hasattr(WeightConverter, "force_cpu"):  # transformers 5.20 or so
-            names = {".".join(name.split(".")[-2:]) for name in self.experts}
-            found += [WeightConverter([name], [name], [_AsItIs()]) for name in sorted(names)]
-            for one in found:
-                if isinstance(one, WeightConverter) and any(
-                    target in name for target in one.target_patterns for name in self.experts
-                ):
+        """Has the weights of experts read on the host; in a checkpoint in 4 bits they become so here, where each
+        expert is a linear layer by itself, or none is quantized."""
+        names = sorted({".".join(name.split(".")[-2:]) for name in self.experts})
+        whole = [WeightConverter([name], [name], [_AsItIs()]) for name in names]
+        found = [*super().update_weight_conversions(weight_conversions, *model), *whole]
+        for at, one in enumerate(found):
+            if isinstance(one, WeightConverter) and any(
+                t in name for t in one.target_patterns for name in self.experts
+            ):
+                if self.pre_quantized:
+                    kinds = [kind.removeprefix("weight") for kind in self.serialized_names["weight"]]
+                    apart = [
+                        p + kind for p in one._original_source_patterns if p.endswith(".weight") for kind in kinds
+                    ]
+                    operations = [*([_Unpack(self)] if apart else []), *one.operations, _Pack(self)]
+                    one = found[at] = one.copy(
+                        apart or one._original_source_patterns, one._original_target_patterns, operations=operations
+                    )
+                if hasattr(WeightConverter, "force_cpu"):  # of transformers 5.20 or so
                     one.force_cpu = True
         return found
 

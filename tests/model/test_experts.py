@@ -1,6 +1,8 @@
 """Experts in 4 bits: against a table look-up and the families' own eager code in float64; the life of such a model."""
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trainer_helpers import id_pairs, largest_difference, ours, step_logs, theirs
 from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM, PreTrainedModel
@@ -280,6 +283,37 @@ def test_experts_are_read_on_the_host_and_quantized_one_by_one(bases: Any, monke
             "experts.down_proj",
         }
     assert max(len(shape) for shape in shapes) == 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_checkpoint_in_4_bits(bases: Any, family: str, tmp_path: Path) -> None:
+    """As transformers 4 saved them: each expert is a linear layer by itself, or (gpt-oss) experts are in 16 bits."""
+    import bitsandbytes as bnb
+
+    folder, stored, meant = Path(bases(family)), {}, {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        stored[key] = tensor
+        if re.fullmatch(r".*proj\.weight", key):
+            how: Any = {"quant_type": "nf4", "compress_statistics": True}
+            one: Any = bnb.nn.Params4bit(tensor, requires_grad=False, **how).to("cpu")
+            stored[key] = one.data
+            stored |= {f"{key}.{name}": part for name, part in one.quant_state.as_dict(packed=True).items()}
+            meant[key] = unpack(pack(tensor[None], *HOW))[0]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": json.loads(nf4_config(torch.float32).to_json_string(use_diff=False))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = expert_weights(load_base(str(tmp_path), init_kwargs=WHOLE))
+    plain = expert_weights(load_base(str(folder), init_kwargs=WHOLE, experts=False))
+    for name, weight in weights.items():
+        want = plain[name].detach()
+        if family == "qwen3_moe":
+            kinds = ["gate_proj", "up_proj"] if name.endswith("gate_up_proj") else ["down_proj"]
+            stem = name.rpartition(".")[0]
+            want = torch.stack([torch.cat([meant[f"{stem}.{e}.{k}.weight"] for k in kinds]) for e in range(4)])
+        # What was in 4 bits changes by no more than the second rounding of its scales.
+        bound = 0.01 if family == "qwen3_moe" else 0.2
+        assert hasattr(weight, "quant_state") and (unpack(weight) - want).abs().max() < bound * want.abs().max()
 
 
 def test_16_bits_are_said(bases: Any, caplog: pytest.LogCaptureFixture) -> None:
