@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3325,
     "forward": 2220,
     "reference": 1565,
-    "model": 2610,
+    "model": 2605,
     "training": 2725,
     "evaluation": 750,
     "fused": 2535,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_165
+MAX_PACKAGE_LINES = 29_160
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
