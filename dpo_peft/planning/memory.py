@@ -294,10 +294,15 @@ class MemoryModel:
             inputs, kept = self.element * T * self.shape.hidden, self._kept(T, S)
             held, others = 0.0 if self.offload else inputs, self.shape.layers - checkpoint_layers
             return checkpoint_layers * held + max(others * kept, kept - held)
-        costs, scale = self.shape.costs, self.element / 2
-        held = 0.0 if self.offload else sum(one.inputs.at(T) for one in costs.layers[:checkpoint_layers])
+        costs = self.shape.costs
         whole = [self._own(one, T, S) for one in costs.layers]
-        return MARGIN * scale * (held + max(sum(whole[checkpoint_layers:]), *whole) + costs.rest.at(T))
+        inputs = [
+            0.0 if self.offload else min(one.inputs.at(T), kept) for one, kept in zip(costs.layers, whole, strict=True)
+        ]
+        first = checkpoint_layers
+        # Before the backward pass; and when a checkpointed layer is recomputed and those after it are done.
+        moments = [sum(inputs[:first]) + sum(whole[first:]), *(sum(inputs[:i]) + whole[i] for i in range(first))]
+        return MARGIN * self.element / 2 * (max(moments) + costs.rest.at(T))
 
     def _own(self, layer: LayerCost, T: float, S: float) -> float:
         """Returns what one of the model's own layers keeps, with keys and values gathered."""

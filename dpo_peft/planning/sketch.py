@@ -28,7 +28,7 @@ from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import expert_weights, experts_in_4_bits
 from ..model.targets import is_linear, targets_as_named, unfit_layers
 
-ROW = 512  # tokens of a row on fake tensors: attention that keeps its probabilities keeps so many per token and head
+ROW = 64  # tokens of a row on fake tensors, some of whose layers take them one by one
 # bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 NF4_CODES, NF4_NESTED_CODES = 4 * 16, 4 * 256

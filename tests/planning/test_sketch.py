@@ -131,7 +131,7 @@ def test_mixtures_as_published_fit_their_cards() -> None:
         assert round(sketch.weights / 1e9, 2) == billions
         memory = MemoryModel.of_sketch(sketch)
         assert sum(memory.fixed.values()) <= most * GIB
-        assert memory.quantized > 0.5 * sketch.weights
+        assert memory.quantized > 0.4 * sketch.weights
         assert memory.largest_tokens(most * GIB + 3 * GIB, sketch.layers) > 4000
 
 
