@@ -221,9 +221,12 @@ class Sketch:
                 f"numbers ({type(error).__name__}: {first}). For an estimate, give `dpo-peft plan` a --shape that is "
                 "near in size."
             ) from error
-        found = {kind: zip(*(run.of[kind] for run in runs), strict=True) for kind in kinds}
-        lines = {kind: [_line(self.row, *bytes_of) for bytes_of in parts] for kind, parts in found.items()}
-        of = {kind: LayerCost(*lines[kind], _unpacked(layers[kinds.index(kind)])) for kind in lines}
+        of = {}
+        for kind, layer in zip(kinds, layers, strict=True):
+            inputs, kept, backward, keys = (
+                _line(self.row, *sizes) for sizes in zip(*(run.of[kind] for run in runs), strict=True)
+            )
+            of[kind] = LayerCost(inputs, kept, backward, keys, _unpacked(layer))
         names = {_kind_of_name(name): False for name, p in self.adapted.named_parameters() if p.requires_grad}
         names |= {_kind_of_name(name): True for name, p in self.adapted.named_parameters() if p.grad is not None}
         idle = frozenset(name for name, reached in names.items() if not reached)
@@ -334,7 +337,8 @@ def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> None:
     """Puts fake tensors of the CPU in the place of all that are on the meta device."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is None or tensor.device.type == "cpu" and id(tensor) in made:
                     continue
