@@ -262,12 +262,11 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-class _Sizes:
+class _Sizes(NamedTuple):
     """Bytes of a run: of each kind of layer its input, what it keeps, its backward pass, keys; and of the rest."""
 
-    def __init__(self) -> None:
-        self.of: dict[str, tuple[float, float, float, float]] = {}
-        self.rest = 0.0
+    of: dict[str, list[float]]
+    rest: float
 
 
 def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
@@ -326,11 +325,10 @@ def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
             close()
     for handle in handles:
         handle.remove()
-    costs = _Sizes()
+    of: dict[str, list[float]] = {}
     for kind, *cost in zip(kinds, inputs, kept, backward, keys, strict=True):
-        costs.of[kind] = tuple(map(max, zip(cost, costs.of.get(kind, cost), strict=True)))  # type: ignore[assignment]
-    costs.rest = total - sum(kept)
-    return costs
+        of[kind] = [*map(max, cost, of.get(kind, cost))]
+    return _Sizes(of, total - sum(kept))
 
 
 def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> None:

@@ -325,8 +325,8 @@ def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
     ("tokens", "layers", "fused", "measured"),
     [
         (6300, 32, False, 12.0),  # 8 pairs, packed with shared prompts, the model's own layers, H100
-        (6300, 16, False, 29.6),
-        (6300, 0, False, 47.1),
+        pytest.param(6300, 16, False, 29.6, marks=pytest.mark.slow),
+        pytest.param(6300, 0, False, 47.1, marks=pytest.mark.slow),
         (12400, 80, True, 59.6),  # 70B
         (20000, 80, True, 73.7),
     ],
