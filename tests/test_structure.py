@@ -36,12 +36,12 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 3325,
-    "forward": 2195,
+    "forward": 2220,
     "reference": 1565,
-    "model": 2555,
+    "model": 2565,
     "training": 2725,
     "evaluation": 750,
-    "fused": 2530,
+    "fused": 2535,
     "planning": 1510,
     "artifacts": 1165,
     "reward": 850,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_080
+MAX_PACKAGE_LINES = 29_120
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -50,6 +50,7 @@ LOCAL_NOTE = (
 # LoraConfig's names, and what a reader calls them.
 ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 ADAPTER_OPTIONS |= {"target_modules": "target modules", "modules_to_save": "modules to save"}
+ADAPTER_OPTIONS |= {"target_parameters": "target parameters"}
 ADAPTER_OPTIONS |= {name: name for name in ("use_rslora", "use_dora")}
 SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Of unpacked weights at a time on a GPU, where few large products are faster; a CPU unpacks one expert.
-GROUP_BYTES = 1 << 27
+# Of unpacked weights at a time, at least one expert: decides speed and memory only.
+GROUP_BYTES = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 class LowRank(NamedTuple):
@@ -88,7 +88,7 @@ class _Frozen(torch.autograd.Function):
 def _product(x: Tensor, weight: Any, counts: Sequence[int], transposed: bool) -> Tensor:
     """Returns (N, O) in the dtype of `x`; `transposed` weights are (X, I, O)."""
     shape = weight.quant_state.shape if hasattr(weight, "quant_state") else weight.shape
-    most = max(1, GROUP_BYTES // (shape[1:].numel() * x.element_size())) if x.is_cuda else 1
+    most = max(1, GROUP_BYTES.get(x.device.type, 1 << 27) // (shape[1:].numel() * x.element_size()))
     out, start = x.new_empty(len(x), shape[2 if transposed else 1]), 0
     for first in range(0, shape[0], most):
         own = counts[first : first + most]

@@ -67,10 +67,10 @@ def read_head(model: nn.Module) -> Head:
     the model's own logits.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    whole = config is model.config
+    whole, kind = config is model.config, cast(Any, type(model))
 
     def declared(*names: str) -> Any:
-        values = (getattr(config, name, None) for name in names if whole or name in _source(type(model)))
+        values = (getattr(config, name, None) for name in names if whole or name in _source(kind))
         return next((value for value in values if value is not None), None)
 
     scale = declared("logit_scale", "output_multiplier", "lm_head_multiplier")

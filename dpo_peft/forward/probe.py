@@ -24,7 +24,7 @@ from .layout import PackedBatch, Sample, pack, pad_rows
 from .lengths import ATTENDING, CARRYING, FarText, kinds_of, random_ids, short_chunks
 from .rotary import beyond_reach, refuse_crossing
 from .score import Backend, Decoder, NotRecognizedError, completion_logps, eval_mode, unwrap
-from .states import read_layouts, read_rows
+from .states import mixer_difference, read_layouts, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -252,6 +252,8 @@ class _Probe:
         _check_trace(plan.trace, self.config)
         if len(plan.mixed) != carrying:
             raise CannotShareError(f"{len(plan.mixed)} of its {carrying} layers with a state were told the layout")
+        if not (moved := mixer_difference(self.causal_lm, batch)) <= 0.2 * token_rounding(self.model):
+            raise CannotShareError(f"its mixers' outputs or gradients differ by {moved:.2g} from those on rows")
         self.windows = {window for window, _ in plan.trace if window is not None}
         difference = self.difference(logps_N, self.own_N)
         if not difference <= self.tolerance:

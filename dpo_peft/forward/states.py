@@ -62,6 +62,29 @@ def read_rows(causal_lm: PreTrainedModel, attention: str | dict[str, Any]) -> No
             module.__class__ = own
 
 
+def mixer_difference(causal_lm: PreTrainedModel, batch: PackedBatch) -> float:
+    """Returns by how much a mixer's outputs and gradients on a packed batch differ from those on rows, each alone.
+
+    The largest of both, relative to their size; 0 for a model without mixers. Log-probs in half precision hide what a
+    lost state does in one layer, and say nothing about a kernel's gradients.
+    """
+    mixer = next((module for module in causal_lm.modules() if _own_class(module) is not type(module)), None)
+    if mixer is None:
+        return 0.0
+    assert batch.kv_index is not None and batch.cu_seq_k is not None and batch.segments is not None
+    weight = causal_lm.get_input_embeddings().weight
+    shape = (1, batch.input_ids.shape[1], causal_lm.config.get_text_config().hidden_size)
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator).to(weight) for _ in range(2))
+    with torch.enable_grad():
+        x.requires_grad_()
+        packed = mixer(hidden_states=x, prefix_layout=AttentionPlan(batch, "dense"))
+        alone = [mixer(hidden_states=x[:, row]) for row in batch.kv_index.split(batch.cu_seq_k.diff().tolist())]
+        own = torch.cat([out[:, -length:] for out, (length, _) in zip(alone, batch.segments, strict=True)], 1)
+        pairs = [(packed, own), [torch.autograd.grad((out * upstream).sum(), x)[0] for out in (packed, own)]]
+    return max(float((a - b).detach().float().norm() / b.detach().float().norm()) for a, b in pairs)
+
+
 def _own_class(module: nn.Module) -> Any:
     return getattr(type(module), "without_states", type(module))
 

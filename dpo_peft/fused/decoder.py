@@ -186,7 +186,8 @@ class _Checkpointed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         layer: LayerPass = ctx.layer
         x_TH = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[0])
-        inputs, down_grads, mlp = [x_TH, *layer.parameters], [], layer.layer.mlp
+        inputs, mlp = [x_TH, *layer.parameters], layer.layer.mlp
+        down_grads: list[Tensor | None] = []
         with torch.enable_grad():
             if layer.layer.ends_in_product and isinstance(mlp, FeedForward) and grad_outputs[0] is not None:
                 outputs: tuple[Tensor, ...] = layer.until_down(x_TH)

@@ -102,7 +102,7 @@ def _gemma_4_experts(layer: Any, normed: Tensor, residual: Tensor) -> Tensor:
 _QK = ("self_attn.q_norm", "self_attn.k_norm")
 _LLAMA = Family()
 _QWEN3 = Family(head_norms=_QK)
-_GEMMA = Family(norm_kind="one plus", unless=("use_bidirectional_attention",))
+_GEMMA = Family(norm_kind="one plus")
 _GEMMA2 = replace(
     _GEMMA,
     post_norm="post_attention_layernorm",

@@ -42,6 +42,7 @@ class Heads(NamedTuple):
     late: bool = False  # q_norm and k_norm come after the rotation
     gated: bool = False  # behind each query head stands a gate of what it finds
     pairs: bool = False  # neighbors are turned, not the two halves
+    tied: bool = False  # there are q and k alone: values are the keys, before norm and rotation
 
     def parts(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Splits (T, N) into q (with its gates), k and v."""
@@ -63,7 +64,7 @@ def queries_keys_values(
     """Returns what attention reads: heads normalized where they are, q and k turned by positions, k and v gathered.
 
     Args:
-        qkv: (T, N).
+        qkv: (T, N); [q; k] alone where keys and values are tied.
         queries, keys: their angles; None leaves them as they are.
         places: where the keys come from; None leaves them in their rows.
 
@@ -71,6 +72,8 @@ def queries_keys_values(
         q (T, A, D), k and v (S, A, D), and the gates (T, A, D) where there are some; differentiable in `qkv`. The
         gradient adds up each row's copies in float32, without atomic operations.
     """
+    if heads.tied:
+        qkv = torch.cat([qkv, qkv[:, -heads.keys * heads.size :]], 1)
     around = heads.q_norm, heads.k_norm  # what is not within the kernel
     if heads.whole and heads.q_norm and heads.k_norm:
         q, k, v = heads.parts(qkv)
@@ -102,7 +105,8 @@ def _rotate(x_TAD: Tensor, norm: Norm | None, angles: Angles | None, pairs: bool
     x_TAR, rest = x_TAD[..., :turned], x_TAD[..., turned:]
     first, second = (x_TAR[..., ::2], x_TAR[..., 1::2]) if pairs else x_TAR.chunk(2, -1)
     across = torch.stack((-second, first), -1).flatten(-2) if pairs else torch.cat((-second, first), -1)
-    x_TAR = x_TAR * angles.cos_TR[:, None] + across * angles.sin_TR[:, None]
+    # Some models keep their angles in float32.
+    x_TAR = (x_TAR * angles.cos_TR[:, None] + across * angles.sin_TR[:, None]).to(x_TAD.dtype)
     return torch.cat((x_TAR, rest), -1) if rest.shape[-1] else x_TAR
 
 

@@ -84,7 +84,7 @@ def recognize(causal_lm: PreTrainedModel, compute_dtype: torch.dtype) -> Parts:
     )
 
 
-def _check_modules(causal_lm: nn.Module, backbone: nn.Module) -> None:
+def _check_modules(causal_lm: PreTrainedModel, backbone: nn.Module) -> None:
     """Looks at the decoder and what it stands in; beside it (a vision tower) nothing reaches a text."""
     ours = next(name for name, module in causal_lm.named_modules() if module is backbone)
     for name, module in causal_lm.named_modules():
@@ -157,18 +157,20 @@ class _Reader:
         family, config = self.family, self.config
         attention: Any = layer.get_submodule(family.attention)
         names = family.projections
-        if getattr(attention, names[-1].rpartition(".")[2], None) is None:
-            names = (*names[:-1], names[-2])  # values are keys before their norm and rotation
+        tied = getattr(attention, names[-1].rpartition(".")[2], None) is None
+        names = names[:-1] if tied else names
         qkv, size = self.projection(layer, *names), attention.head_dim
         if len(names) == 1:
             queries = config.num_attention_heads
             keys = (qkv.outputs[0] // size - queries) // 2
         else:
             queries, keys = qkv.outputs[0] // size // (1 + family.gated), qkv.outputs[1] // size
-        norms = [self.norm(layer, name) for name in family.head_norms or () if _has(layer, name)]
-        if family.value_norm:
-            norms.append(norms[1]._replace(weight=torch.ones_like(norms[1].weight)))
-        rope, extra = kind if family.rope_by_type else "all", {}
+        q_norm, k_norm = (
+            self.norm(layer, n) if n and _has(layer, n) else None for n in family.head_norms or (None,) * 2
+        )
+        v_norm = k_norm._replace(weight=torch.ones_like(k_norm.weight)) if k_norm and family.value_norm else None
+        rope = kind if family.rope_by_type else "all"
+        extra: dict[str, Any] = {}
         if family.softcap and getattr(config, family.softcap):
             extra["softcap"] = getattr(config, family.softcap)
         if family.sinks:
@@ -178,8 +180,8 @@ class _Reader:
         return SelfAttention(
             qkv=qkv,
             heads=Heads(
-                queries, keys, size, *norms, whole=family.whole_heads, late=family.late_norms, gated=family.gated,
-                pairs=family.pairs,
+                queries, keys, size, q_norm, k_norm, v_norm, family.whole_heads, family.late_norms, family.gated,
+                family.pairs, tied,
             ),
             scaling=attention.scaling,
             window=getattr(config, "sliding_window", None) if kind == "sliding_attention" else None,

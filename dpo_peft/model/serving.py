@@ -39,7 +39,8 @@ def serving_problems(config: PeftConfig | Mapping[str, object]) -> list[str]:
             "llama.cpp refuses trainable_token_indices, and vLLM needs --max-lora-trainable-tokens or refuses them "
             "too: merge the adapter."
         )
-    if options.get("target_parameters"):
+    # Those of layers are saved as a layer's adapter is.
+    if any(not name.endswith(".weight") for name in options.get("target_parameters") or ()):
         found.append(f"{both} may not know weights in target_parameters (fused experts): try it, or merge.")
     if options.get("lora_bias") or options.get("bias", "none") != "none":
         found.append(f"{both} refuse or overlook biases in an adapter: merge it.")

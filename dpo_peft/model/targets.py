@@ -1,8 +1,8 @@
 """Which layers of a model an adapter goes on, and which weights can't be quantized or adapted.
 
 "all-linear" is the linear layers of the language model, without its head, routers and indexers, without layers whose
-weight the model reads itself, and without those whose output no text's log-probs depend on: an adapter there would
-have no gradient. Experts that are one tensor for all are no layers.
+weight the model reads itself, and without those whose output does not move the log-probs of a short text: an adapter
+there would have no gradient. Experts that are one tensor for all are no layers.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import transformers_weight_conversion as conversion
 from torch import Tensor, nn
@@ -45,11 +46,13 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]
     """
     if config.target_modules != ALL_LINEAR:
         return {}
-    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
+    # A model that had an adapter before has its layers one step further inside.
+    own = ((name, layer) for name, layer in model.named_modules() if is_linear(layer) and ".lora_" not in name)
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in own}
     left_out = unfit_layers(config, model, layers)
     fit = {name: layer for name, layer in layers.items() if name not in left_out}
     reached = _reached(model, fit)
-    left_out |= {name: "no text's log-probs depend on it" for name in fit if name not in reached}
+    left_out |= {name: "the log-probs of a short text do not depend on it" for name in fit if name not in reached}
     others = {name for name, _ in model.named_modules()} - reached
     in_layers = config.layers_to_transform is not None or bool(_renamed(model))  # PEFT reads patterns otherwise there
     config.target_modules = reached if in_layers else _shortest(reached, others)
@@ -68,6 +71,7 @@ def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tup
     composite = model.config.get_text_config() is not model.config
     inside = next((f"{name}." for name, part in model.named_modules() if composite and name and part is decoder), "")
     for name, layer in layers.items():
+        kind: Any = type(layer)
         if layer is head:
             yield name, "it is the head"
         elif not name.startswith(inside):
@@ -80,7 +84,7 @@ def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tup
             yield name, "it is an expert"
         elif name in read:
             yield name, "the model reads its weight itself"
-        elif not computes_linear(type(layer)):
+        elif not computes_linear(kind):
             yield name, "it is no plain linear layer"
 
 
@@ -107,32 +111,35 @@ def _lost(model: PreTrainedModel, config: LoraConfig, layers: Iterable[str]) -> 
 def _reached(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
     """Returns which layers' outputs move the log-probs of a short text."""
     reached: set[str] = set()
-    embedded: list[Tensor] = []
+    starts: list[Tensor] = []
 
-    def embed(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+    def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        starts.append(output.detach().requires_grad_())
+        return starts[-1].clone()  # which may be changed in place
 
     def watch(name: str) -> Any:
         def note(gradient: Tensor) -> None:
             if gradient.any():
                 reached.add(name)
 
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(note)
+        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            output = output if output.requires_grad else start(module, args, output)  # it has an input of its own
+            output.register_hook(note)
+            return output
 
         return hook
 
     embeddings = model.get_input_embeddings()
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    hooks.append(embeddings.register_forward_hook(embed))
+    hooks.append(embeddings.register_forward_hook(start))
     rows = embeddings.weight.shape[0]
     ids = torch.arange(16, device=embeddings.weight.device)[None] * 7 % (rows // 2) + rows // 4
     try:
         with torch.enable_grad(), eval_mode(model):
             logits = model(input_ids=ids, use_cache=False).logits
-            torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), embedded[0])
+            torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), starts, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -164,7 +171,7 @@ def _kind(name: str) -> str:
 # ---- How the targets are saved --------------------------------------------------------------------------------------
 
 
-def _renamed(model: nn.Module) -> Iterable[str]:
+def _renamed(model: PreTrainedModel) -> Iterable[str]:
     """Returns the names of layers that PEFT takes for experts in a model of this type."""
     table = conversion._MODEL_TO_CONVERSION_PATTERN
     return conversion._MOE_TARGET_MODULE_MAPPING.get(table.get(model.config.model_type, ""), {})
@@ -186,12 +193,13 @@ def targets_as_named(new: bool = False) -> Iterator[None]:
     saved: list[tuple[LoraConfig, Any, Any]] = []
 
     def convert(config: LoraConfig, model: nn.Module, conversions: Any) -> None:
-        ends = [name for name in config.target_parameters or () if name.endswith(".weight")]
+        named = () if isinstance(config.target_modules, str) else config.target_parameters or ()
+        ends = [name for name in named if name.endswith(".weight")]
         names = [name for name, layer in model.named_modules() if is_linear(layer)]
         ends = [end for end in ends if any(_ends(f"{name}.weight", end) for name in names)]
         if ends:
             saved.append((config, config.target_modules, config.target_parameters))
-            config.target_modules = {*config.target_modules, *(end.removesuffix(".weight") for end in ends)}
+            config.target_modules = {*(config.target_modules or ()), *(end.removesuffix(".weight") for end in ends)}
             config.target_parameters = [name for name in config.target_parameters if name not in ends] or None
         elif not new:
             original(config, model=model, conversions=conversions)
@@ -208,16 +216,22 @@ def targets_as_named(new: bool = False) -> Iterator[None]:
 def save_as_parameters(model: PeftModel, config: LoraConfig) -> None:
     """Changes a new adapter's config to what PEFT makes the same layers of, see `targets_as_named`."""
     base = model.get_base_model()
-    wrapped = {
-        name.removeprefix("base_model.model.") for name, layer in adapter_layers(model) if hasattr(layer, "lora_A")
-    }
+    wrapped = {name for name, is_layer in _adapted(model) if is_layer}
     taken = {name for name in wrapped if name.rpartition(".")[2] in _renamed(base)}
     if not taken:
         return
     others = {name for name, _ in base.named_modules() if ".lora_" not in name and not name.endswith("base_layer")}
     ends = _find_minimal_target_modules(taken, others - taken)
     config.target_parameters = sorted({*(config.target_parameters or ()), *(f"{end}.weight" for end in ends)})
-    config.target_modules = _find_minimal_target_modules(wrapped - taken, others - wrapped)
+    config.target_modules = _find_minimal_target_modules(wrapped - taken, others - wrapped) if wrapped > taken else []
+
+
+def _adapted(model: PeftModel) -> Iterator[tuple[str, bool]]:
+    """Yields the names of layers with an adapter, and of parameters with one (experts), and which of both it is."""
+    for name, layer in adapter_layers(model):
+        if hasattr(layer, "lora_A"):
+            is_layer, name = not isinstance(layer, ParamWrapper), name.removeprefix("base_model.model.")
+            yield name if is_layer else f"{name.replace('.base_layer', '')}.{layer.parameter_name}", is_layer
 
 
 def _ends(name: str, end: str) -> bool:
@@ -227,9 +241,7 @@ def _ends(name: str, end: str) -> bool:
 def log_targets(model: PeftModel, given: object, left_out: dict[str, str]) -> None:
     """Says in one line what got an adapter, and what did not and why."""
     (adapter,) = model.active_adapters
-    names = [
-        name.removeprefix("base_model.model.") for name, layer in adapter_layers(model) if hasattr(layer, "lora_A")
-    ]
+    names = [name for name, _ in _adapted(model)]
     weights = sum(tensor.numel() for tensor in adapter_tensors(model, adapter).values())
     why: dict[str, set[str]] = defaultdict(set)
     for name, reason in left_out.items():
@@ -255,7 +267,8 @@ def read_past(model: nn.Module) -> list[str]:
     (Mamba) in its scan, Gemma 3n to clamp it. What an adapter adds would be missed there, and 4 bits can't be read."""
     found = []
     for name, parent in model.named_modules():
-        read = _weights_read(type(parent))
+        kind: Any = type(parent)
+        read = _weights_read(kind)
         layers = parent.named_children() if read else ()
         found += [f"{name}.{child}".lstrip(".") for child, layer in layers if child in read and is_linear(layer)]
     return found

@@ -3,6 +3,8 @@
 The oracle is the model's own logits on padded rows, one per completion, before our attention or mixers come near it.
 """
 
+import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -162,9 +164,30 @@ def test_what_is_missing_is_noticed(name: str, wrong: Any, monkeypatch: pytest.M
         wrong(monkeypatch)
         assert difference(model, samples, own_N) > 1e-3
         plan = plan_forward(model)
-    assert not plan.shared and "log-probs differ by" in plan.reason
+    assert not plan.shared and re.search("(log-probs|mixers' outputs or gradients) differ by", plan.reason)
     model.set_attn_implementation(before[1])  # it was ours when the second plan was made
     assert ([type(module) for module in model.modules()], model.config._attn_implementation) == before
+
+
+def test_a_scan_without_a_gradient_to_its_state_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel may be: its log-probs are right."""
+    model, samples = build("qwen3_5_text"), samples_of(150)
+    own_N = torch.cat(own_token_logps(model, samples)).detach()
+    code = sys.modules[type(model).__module__]
+    right = code.torch_chunk_gated_delta_rule
+
+    def without(*args: Any, initial_state: Tensor | None = None, **kwargs: Any) -> Any:
+        return right(*args, initial_state=None if initial_state is None else initial_state.detach(), **kwargs)
+
+    monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", without)
+    states._shared_class.cache_clear()
+    try:
+        plan = plan_forward(model)
+        assert not plan.shared and "gradients differ" in plan.reason
+        states.read_layouts(model)
+        assert difference(model, samples, own_N) < EXACT
+    finally:
+        states._shared_class.cache_clear()
 
 
 def test_queries_are_tuned_at_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:

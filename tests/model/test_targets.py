@@ -14,7 +14,7 @@ from trainer_helpers import lora
 from transformers import LlamaForCausalLM
 
 from dpo_peft import OptionError
-from dpo_peft.model.loading import attach_adapter
+from dpo_peft.model.loading import attach_adapter, load_on_base
 from dpo_peft.model.targets import computes_linear, read_past, targets_as_named
 
 
@@ -89,7 +89,7 @@ def test_the_rule_on_layers_made_by_hand(by_hand: Any, caplog: Any) -> None:
         ("mlp.experts", "it is an expert"),
         ("mlp.read", "the model reads its weight itself"),
         ("mlp.scaled", "it is no plain linear layer"),
-        ("mlp.detached, mlp.unused", "no text's log-probs depend on it"),
+        ("mlp.detached, mlp.unused", "the log-probs of a short text do not depend on it"),
     ):
         assert f"Not on {names} ({why})." in line
 
@@ -114,6 +114,7 @@ def test_what_is_linear_and_what_is_read() -> None:
         ("gemma3n_text", ["per_layer_input_gate", "laurel.linear_left"], ["prediction_coefs", "modality_router"]),
         ("deepseek_v32", ["kv_b_proj", "mlp.up_proj"], ["indexer.wq_b", "indexer.wk", "mlp.gate"]),
         ("zamba2", ["in_proj", "o_proj"], ["mamba.out_proj"]),
+        ("qwen4_exp_text", ["ple.key_proj", "ple.value_proj"], ["shared_expert_gate", "index_qk_proj"]),
         ("gpt2", ["attn.c_attn", "mlp.c_proj"], ["lm_head"]),
     ],
 )
@@ -162,3 +163,22 @@ def test_an_adapter_of_elsewhere_is_read_as_peft_reads_it() -> None:
 def test_names_that_only_experts_of_transformers_4_have_are_refused() -> None:
     with pytest.raises(OptionError, match="gate_proj"):
         attach_adapter(zoo.build("qwen3_moe"), lora(target_modules=["gate_proj", "up_proj"]))
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"], ["q_b_proj", "embed_tokens"]]
+)
+@pytest.mark.parametrize("experts", [False, True])
+def test_experts_and_layers_of_their_names_are_kept_apart(targets: Any, experts: bool, tmp_path: Any) -> None:
+    """Experts of DeepSeek V3 only when asked, and the same again by us."""
+    model, _ = attach_adapter(zoo.build("deepseek_v3"), lora(target_modules=targets), lora_experts=experts)
+    model.save_pretrained(tmp_path)
+    zoo.build("deepseek_v3").save_pretrained(tmp_path / "base")
+    again = load_on_base(str(tmp_path), str(tmp_path / "base"), "", {}, None, False, {"dtype": "float32"})
+    assert adapted(again) == adapted(model)
+    assert any("experts" in name and "shared" not in name for name in adapted(model)) == experts
+    assert any(name.endswith("mlp.gate_proj") for name in adapted(model)) == ("embed_tokens" not in targets)
+    assert any(name.endswith("embed_tokens") for name in adapted(model)) == ("embed_tokens" in targets)
+    first, second = (m.peft_config["default"] for m in (model, again))
+    assert {*first.target_modules} == {*second.target_modules}
+    assert {*(first.target_parameters or ())} == {*(second.target_parameters or ())}

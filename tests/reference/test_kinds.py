@@ -57,11 +57,14 @@ def test_an_adapter_goes_on_against_itself(tiny_llama, base_folder, kind):
     assert len(adapter_tensors(model, frozen_name)) == len(adapter_tensors(model, name)) <= len(incoming)
     with context:
         ref = reference_logps(model, BATCH, adapter=frozen_name).logps_C
-        assert torch.equal(policy_logps(model), ref) and torch.equal(ref, expected)
+        # The trainer computes adapters on experts in its own way, to rounding PEFT's.
+        rounding = 1e-5 if kind == "expert weights" else 0
+        assert torch.equal(policy_logps(model), ref)
+        torch.testing.assert_close(ref, expected, rtol=rounding, atol=0)
         assert (reference_logps(model, BATCH).logps_C - expected).abs().max() > 1e-2  # it is not the bare base
         train(model)
         assert (policy_logps(model) - expected).abs().max() > 1e-3
-        assert torch.equal(reference_logps(model, BATCH, adapter=frozen_name).logps_C, expected)
+        assert torch.equal(reference_logps(model, BATCH, adapter=frozen_name).logps_C, ref)
     assert same(named(model, frozen_name), incoming)
     moved = named(model, name)
     assert any(not torch.equal(moved[key], incoming[key]) for key in incoming)
