@@ -42,7 +42,7 @@ BUDGETS = {
     "training": 2725,
     "evaluation": 750,
     "fused": 2535,
-    "planning": 1500,
+    "planning": 1510,
     "artifacts": 1165,
     "reward": 850,
     "merge": 630,

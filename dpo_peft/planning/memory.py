@@ -291,13 +291,16 @@ class MemoryModel:
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
         if isinstance(self.shape, Shape):
-            inputs, kept = self.element * T * self.shape.hidden, self._kept(T, S)
-            held, others = 0.0 if self.offload else inputs, self.shape.layers - checkpoint_layers
-            return checkpoint_layers * held + max(others * kept, kept - held)
-        costs, scale = self.shape.costs, self.element / 2
-        held = 0.0 if self.offload else sum(one.inputs.at(T) for one in costs.layers[:checkpoint_layers])
+            input_of_one, kept = self.element * T * self.shape.hidden, self._kept(T, S)
+            input_of_one, others = 0.0 if self.offload else input_of_one, self.shape.layers - checkpoint_layers
+            return checkpoint_layers * input_of_one + max(others * kept, kept - input_of_one)
+        costs = self.shape.costs
         whole = [self._own(one, T, S) for one in costs.layers]
-        return MARGIN * scale * (held + max(sum(whole[checkpoint_layers:]), *whole) + costs.rest.at(T))
+        held = [0.0 if self.offload else one.inputs.at(T) for one in costs.layers]
+        first = checkpoint_layers
+        # Before the backward pass; and when a checkpointed layer is recomputed and those after it are done.
+        moments = [sum(held[:first]) + sum(whole[first:]), *(sum(held[:i]) + whole[i] for i in range(first))]
+        return MARGIN * self.element / 2 * (max(moments) + costs.rest.at(T))
 
     def _own(self, layer: LayerCost, T: float, S: float) -> float:
         """Returns what one of the model's own layers keeps, with keys and values gathered."""

@@ -217,9 +217,10 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
         "offload": o.activation_offloading,
         **stored,
     }
-    known = fused and shape is not None and (ours := Lora.read(shape, lora)) is not None
-    if known and (reference is None or (its := Lora.read(shape, reference)) is not None):
-        return name, MemoryModel.of_shape(shape, ours, reference=its if reference else None, **options)
+    if fused and shape is not None and not o.lora_experts:
+        ours, its = Lora.read(shape, lora), None if reference is None else Lora.read(shape, reference)
+        if ours is not None and (its is None) is (reference is None):
+            return name, MemoryModel.of_shape(shape, ours, reference=its, **options)
     sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens

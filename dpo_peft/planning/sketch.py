@@ -28,7 +28,7 @@ from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import expert_weights, experts_in_4_bits
 from ..model.targets import is_linear, targets_as_named, unfit_layers
 
-ROW = 512  # tokens of a row on fake tensors: attention that keeps its probabilities keeps so many per token and head
+ROW = 64  # tokens of a row on fake tensors, some of whose layers take them one by one
 # bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 NF4_CODES, NF4_NESTED_CODES = 4 * 16, 4 * 256
@@ -221,9 +221,12 @@ class Sketch:
                 f"numbers ({type(error).__name__}: {first}). For an estimate, give `dpo-peft plan` a --shape that is "
                 "near in size."
             ) from error
-        found = {kind: zip(*(run.of[kind] for run in runs), strict=True) for kind in kinds}
-        lines = {kind: [_line(self.row, *bytes_of) for bytes_of in parts] for kind, parts in found.items()}
-        of = {kind: LayerCost(*lines[kind], _unpacked(layers[kinds.index(kind)])) for kind in lines}
+        of = {}
+        for kind, layer in zip(kinds, layers, strict=True):
+            inputs, kept, backward, keys = (
+                _line(self.row, *sizes) for sizes in zip(*(run.of[kind] for run in runs), strict=True)
+            )
+            of[kind] = LayerCost(inputs, kept, backward, keys, _unpacked(layer))
         names = {_kind_of_name(name): False for name, p in self.adapted.named_parameters() if p.requires_grad}
         names |= {_kind_of_name(name): True for name, p in self.adapted.named_parameters() if p.grad is not None}
         idle = frozenset(name for name, reached in names.items() if not reached)
@@ -259,12 +262,11 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-class _Sizes:
+class _Sizes(NamedTuple):
     """Bytes of a run: of each kind of layer its input, what it keeps, its backward pass, keys; and of the rest."""
 
-    def __init__(self) -> None:
-        self.of: dict[str, tuple[float, float, float, float]] = {}
-        self.rest = 0.0
+    of: dict[str, list[float]]
+    rest: float
 
 
 def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
@@ -323,18 +325,18 @@ def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
             close()
     for handle in handles:
         handle.remove()
-    costs = _Sizes()
+    of: dict[str, list[float]] = {}
     for kind, *cost in zip(kinds, inputs, kept, backward, keys, strict=True):
-        costs.of[kind] = tuple(map(max, zip(cost, costs.of.get(kind, cost), strict=True)))  # type: ignore[assignment]
-    costs.rest = total - sum(kept)
-    return costs
+        of[kind] = [*map(max, cost, of.get(kind, cost))]
+    return _Sizes(of, total - sum(kept))
 
 
 def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> None:
     """Puts fake tensors of the CPU in the place of all that are on the meta device."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is None or tensor.device.type == "cpu" and id(tensor) in made:
                     continue

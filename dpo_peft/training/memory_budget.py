@@ -188,6 +188,7 @@ def plan_memory(
             fused=fused is not None,
             packed=fused is not None and fused.attention == "packed",
             offload=args.activation_offloading,
+            row=args.max_length,
         )
         if fused is not None or args.max_tokens_per_microbatch == "auto":
             found.peak(1, 1, 1, 0)  # what its layers keep is found out when it is needed

@@ -14,8 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
-    MambaConfig,
     MixtralConfig,
     Phi3Config,
     PhiConfig,
@@ -230,9 +230,9 @@ def test_presets_are_the_shapes_of_their_configs() -> None:
     [
         (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "no linear layer"),
         (MixtralConfig(**SMALL, num_local_experts=2), "its layers hold"),
-        (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64), "its layers hold"),
+        (Lfm2Config(**SMALL, layer_types=["conv", "conv", "full_attention"]), "its layers hold"),
     ],
-    ids=["gpt2", "mixtral", "mamba"],
+    ids=["gpt2", "mixtral", "lfm2"],
 )
 def test_what_is_no_plain_decoder_is_sketched(config: Any, reason: str) -> None:
     with pytest.raises(NotPlainError, match=reason):
@@ -325,8 +325,8 @@ def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
     ("tokens", "layers", "fused", "measured"),
     [
         (6300, 32, False, 12.0),  # 8 pairs, packed with shared prompts, the model's own layers, H100
-        (6300, 16, False, 29.6),
-        (6300, 0, False, 47.1),
+        pytest.param(6300, 16, False, 29.6, marks=pytest.mark.slow),
+        pytest.param(6300, 0, False, 47.1, marks=pytest.mark.slow),
         (12400, 80, True, 59.6),  # 70B
         (20000, 80, True, 73.7),
     ],
@@ -386,7 +386,7 @@ def test_the_fewest_layers_that_fit_of_another_family(fused: bool) -> None:
     """Layers that differ: the fused ones of such a family are checkpointed one by one too, its own all or none."""
     config = Gemma3TextConfig(**SMALL, head_dim=16, layer_types=["sliding_attention"] * 2 + ["full_attention"])
     model = MemoryModel.of_sketch(Sketch(config, lora_config()), fused=fused)
-    for prompt, completions, share in [(100, 200, 0.5), (2000, 60, -0.2), (30, 4000, 1.2), (5, 9, 0.9)]:
+    for prompt, completions, share in [(100, 200, 0.55), (2000, 60, -0.2), (30, 4000, 1.2), (5, 9, 0.9)]:
         size = prompt + completions, 3 * prompt + completions, completions
         low, high = model.peak(*size, 3), model.peak(*size, 0)
         fits_as_predicted(model, *size, low + (high - low) * share)

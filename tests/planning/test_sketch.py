@@ -59,7 +59,7 @@ def bytes_kept(model: Any, rows: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in BY_NUMBERS])
 def test_a_sketch_has_the_bytes_of_the_loaded_model(name: str, tmp_path: Path) -> None:
     config, model = loaded(name, tmp_path)
@@ -78,6 +78,7 @@ def test_a_sketch_has_the_bytes_of_the_loaded_model(name: str, tmp_path: Path) -
         assert kept <= predicted.components(rows * ROW, rows * ROW, 1, 0)["saved_activations"] <= 1.3 * kept
 
 
+@pytest.mark.slow
 def test_a_prediction_from_other_lengths_would_show(tmp_path: Path) -> None:
     """Negative control: without what it keeps per pair of tokens in a row, gpt-oss is predicted too small."""
     config, model = loaded("gpt_oss", tmp_path)
@@ -88,6 +89,7 @@ def test_a_prediction_from_other_lengths_would_show(tmp_path: Path) -> None:
     assert kept <= longer <= 1.3 * kept
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", sorted(BY_NUMBERS))
 def test_what_cannot_be_run_without_numbers_is_refused(name: str, tmp_path: Path) -> None:
     zoo.build(name).save_pretrained(tmp_path)
@@ -131,7 +133,7 @@ def test_mixtures_as_published_fit_their_cards() -> None:
         assert round(sketch.weights / 1e9, 2) == billions
         memory = MemoryModel.of_sketch(sketch)
         assert sum(memory.fixed.values()) <= most * GIB
-        assert memory.quantized > 0.5 * sketch.weights
+        assert memory.quantized > 0.4 * sketch.weights
         assert memory.largest_tokens(most * GIB + 3 * GIB, sketch.layers) > 4000
 
 
