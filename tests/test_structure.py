@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_160
+MAX_PACKAGE_LINES = 29_170
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
