@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: I001
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in speed.py, before torch is imported
+
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from speed import clean, compare, describe, write
