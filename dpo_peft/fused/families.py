@@ -163,7 +163,12 @@ FAMILIES = {
     "phi3": Family(projections=("self_attn.qkv_proj",), gate_up=_FUSED_MLP),
     "granite": _GRANITE,
     "granitemoehybrid": replace(
-        _GRANITE, gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear", unless=("num_local_experts",)
+        _GRANITE,
+        gate_up=("shared_mlp.input_linear",),
+        down="shared_mlp.output_linear",
+        rotates=lambda attention, config: config.position_embedding_type == "rope",
+        mixer="mamba",
+        experts=lambda layer, normed, residual: layer.block_sparse_moe(normed) + layer.shared_mlp(normed),
     ),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, rope_by_type=True),

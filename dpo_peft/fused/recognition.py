@@ -239,7 +239,7 @@ def _has(layer: nn.Module, name: str) -> bool:
 
 def _moe(layer: nn.Module) -> bool:
     """Whether experts stand beside a dense half."""
-    return isinstance(getattr(layer, "experts", None), nn.Module)
+    return _has(layer, "experts") or _has(layer, "block_sparse_moe")
 
 
 def _against(module: Any, compute_dtype: torch.dtype) -> Iterator[str]:

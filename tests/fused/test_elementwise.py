@@ -76,6 +76,8 @@ HEADS: dict[str, tuple[dict[str, Any], tuple[bool, bool, bool], int]] = {
     "no positions": (dict(gated=True), (True, True, False), 0),
     "all heads together": (dict(whole=True), (True, True, False), 24),
     "late": (dict(late=True), (True, True, False), 24),
+    "values are keys": (dict(tied=True), (True, True, True), 24),
+    "values are keys, a part in pairs": (dict(tied=True, pairs=True), (False, False, True), 8),
 }
 
 
@@ -88,19 +90,21 @@ def heads_of(kind: str, size: int = 24) -> tuple[Heads, Angles | None, int]:
         for i, (n, used) in enumerate(zip(widths, normed, strict=True))
     ]
     heads = Heads(6, 3, size, *norms, **options)
-    return heads, None if not turned else Angles(random(9, turned), random(9, turned)), (12 + 6 * heads.gated) * size
+    angles = Angles(random(9, turned), random(9, turned)) if turned else None
+    return heads, angles, (12 + 6 * heads.gated - 3 * heads.tied) * size
 
 
 @here
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("gathered", [False, True])
-def test_queries_keys_values(kind: str, gathered: bool, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("dtype", [DTYPE, torch.float32])  # of the angles
+def test_queries_keys_values(kind: str, gathered: bool, dtype: torch.dtype, monkeypatch: Any) -> None:
     """Prompts with two and three answers: rows with one to four copies."""
     batch = pack([Sample([1, 2, 3], [[4, 5], [6, 7, 8]]), Sample([1, 2], [[4], [6, 7, 8], [9]])]).to(DEVICE)
     tokens = batch.input_ids.shape[1]
     heads, angles, width = heads_of(kind)
     if angles is not None:
-        angles = Angles(*(x.repeat(2, 1)[:tokens] for x in angles))
+        angles = Angles(*(x.repeat(2, 1)[:tokens].to(dtype) for x in angles))
     qkv = random(tokens, width)
     assert batch.kv_index is not None and batch.kv_copies is not None
     places = Places(batch.kv_index, batch.kv_copies) if gathered else None
@@ -110,6 +114,7 @@ def test_queries_keys_values(kind: str, gathered: bool, monkeypatch: Any) -> Non
     def compute() -> list[Tensor]:
         leaf = qkv.clone().requires_grad_()
         out = queries_keys_values(leaf, heads, angles, angles, places)
+        assert all(x.dtype == DTYPE for x in out)
         return [*(x.detach() for x in out), *torch.autograd.grad(out, leaf, grads[: len(out)])]
 
     for kernel, expression in both(monkeypatch, compute):
