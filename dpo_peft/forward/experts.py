@@ -148,7 +148,8 @@ def convert(module: nn.Module, names: Sequence[str]) -> None:
     """Makes a module with the 3-D weights `names` one of `Experts`."""
     if not isinstance(module, Experts):
         module.low_rank, module.whole = {}, None  # type: ignore[assignment]
-        module.__class__ = _class_of(type(module), tuple(names))
+        own: Any = type(module)
+        module.__class__ = _class_of(own, tuple(names))
 
 
 def restore(module: nn.Module) -> None:
