@@ -10,7 +10,7 @@ Shape suffixes: N rows (a token once for each of its experts, sorted by expert),
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +138,7 @@ def _reads_unpacked(name: str) -> property:
     return property(read)
 
 
-@lru_cache
+@cache
 def _class_of(own: Any, names: tuple[str, ...]) -> type:
     reads = {name: _reads_unpacked(name) for name in names}
     return type(own.__name__, (Experts, own), {**reads, "__module__": own.__module__})
