@@ -163,7 +163,9 @@ class Sketch:
     def unpacked(self, element: int) -> int:
         """Returns the bytes of the largest weight, or group of experts, that is unpacked at a time."""
         experts = any(number > 1 for number, _ in self.quantized.values())
-        return max([element * size for _, size in self.quantized.values()] + [GROUP_BYTES] * experts, default=0)
+        return max(
+            [element * size for _, size in self.quantized.values()] + [GROUP_BYTES["cuda"]] * experts, default=0
+        )
 
     # ---- The adapter ----
 
