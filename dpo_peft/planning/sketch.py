@@ -162,10 +162,8 @@ class Sketch:
 
     def unpacked(self, element: int) -> int:
         """Returns the bytes of the largest weight, or group of experts, that is unpacked at a time."""
-        experts = any(number > 1 for number, _ in self.quantized.values())
-        return max(
-            [element * size for _, size in self.quantized.values()] + [GROUP_BYTES["cuda"]] * experts, default=0
-        )
+        group = GROUP_BYTES["cuda"] if any(number > 1 for number, _ in self.quantized.values()) else 0
+        return max(group, *(element * size for _, size in self.quantized.values()))
 
     # ---- The adapter ----
 
