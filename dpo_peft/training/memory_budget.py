@@ -89,7 +89,7 @@ class MemoryBudget:
 
     def _keep_within(self, limit: float) -> None:
         self.limit, self._unchecked = limit, 0
-        if self.memory is not None and self.layers == "auto":
+        if self.memory is not None and self.memory.fused and self.layers == "auto":
             # Tokens that fit without a checkpoint, all of them predicted: most micro-batches of pairs have fewer.
             self._unchecked = self.memory.largest_tokens(limit, 0, KEYS_OF_PAIRS, 1.0)
 
