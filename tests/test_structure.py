@@ -41,7 +41,7 @@ BUDGETS = {
     "model": 2540,
     "training": 2725,
     "evaluation": 750,
-    "fused": 2530,
+    "fused": 2560,
     "planning": 1080,
     "artifacts": 1165,
     "reward": 850,
