@@ -3,7 +3,7 @@
 name        unique; `--only` searches in it
 engine      ours, trl, trl+liger, unsloth
 work        of speed_models: uf, hh, longprompt, multi, demo, ctx16k, ctx32k
-shape       of speed_models: 8b, 70b, small, tiny, or a family's: small qwen3.5, ...
+shape       of speed_models: 8b, 70b, small, tiny
 samples     of a step; default: the work's own
 options     for the engine's config, such as {"gradient_checkpointing": false}
 dtype       bfloat16 (default) or float32, in which all engines get the same float32 adapters
@@ -97,23 +97,11 @@ def cpu() -> list[Case]:
     ]
 
 
-def cpu_families() -> list[Case]:
-    """Families whose layers aren't Llama's; prompts once, and once per completion ("ours rows")."""
-    cases = []
-    for family in ("qwen3.5", "gemma3", "qwen3-moe"):
-        one = compared(family, "float32")
-        both = one["engines"]["ours"]
-        engines = {"ours": both, "ours rows": {**both, "share_prompts": False}, "trl": both}
-        cases.append({**one, "shape": f"small {family}", "engines": engines, "steps": 2})
-    return cases
-
-
 SETS = {
     "gpu": gpu,
     "gpu-short": gpu_short,
     "gpu-more": gpu_more,
     "cpu": cpu,
-    "cpu-families": cpu_families,
     "70b": gpu_70b,
     "24gb": gpu_24gb,
 }

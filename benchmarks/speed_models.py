@@ -15,8 +15,7 @@ import bitsandbytes as bnb
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SHAPE_FIELDS = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
@@ -28,29 +27,7 @@ SHAPES = {
         "70b": (8192, 28672, 80, 64, 8, 128256),
         "small": (256, 704, 6, 4, 2, 8000),  # a TRL step on two pairs takes about 3 s on two CPU cores
         "tiny": (64, 128, 2, 4, 2, 1000),
-        "small gemma3": (256, 704, 6, 4, 2, 8000),
-        "small qwen3.5": (256, 704, 8, 4, 2, 8000),
-        "small qwen3-moe": (256, 704, 6, 4, 2, 8000),
     }.items()
-}
-# Shapes that aren't Llama's: model type, and what the config has beside the fields above. Proportions are those of
-# the published models of 4 to 30 billion weights.
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "small gemma3": ("gemma3_text", dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=128)),
-    "small qwen3.5": (
-        "qwen3_5_text",
-        dict(
-            head_dim=64,
-            linear_key_head_dim=32,
-            linear_value_head_dim=32,
-            linear_num_key_heads=6,
-            linear_num_value_heads=12,
-        ),
-    ),
-    "small qwen3-moe": (
-        "qwen3_moe",
-        dict(head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96),
-    ),
 }
 
 # Log-normal lengths of (prompt, completion): mean, coefficient of variation, longest.
@@ -149,13 +126,16 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def make_config(shape: str) -> PreTrainedConfig:
-    ids: dict[str, Any] = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    common = dict(**SHAPES[shape], **ids, max_position_embeddings=32768, tie_word_embeddings=False)
-    if shape in OTHERS:
-        model_type, options = OTHERS[shape]
-        return CONFIG_MAPPING[model_type](**common, **options)
-    return LlamaConfig(**common, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+def make_config(shape: str) -> LlamaConfig:
+    return LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -164,8 +144,6 @@ def make_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
     One layer is quantized; the others are copies of it in memory of their own.
     """
     config = make_config(shape)
-    if shape in OTHERS:
-        return _made_small(config, device, dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     torch.manual_seed(0)
@@ -184,19 +162,6 @@ def make_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
             nn.init.ones_(weight) if weight.ndim == 1 else nn.init.normal_(weight, std=0.02)
     with torch.device(device):  # its buffers are computed when it is made
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    model.is_loaded_in_4bit = True
-    model.config._name_or_path = model.name_or_path = "random"
-    return model
-
-
-def _made_small(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The same of another family, as transformers makes it; experts stay as they are."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device)
-    for layer in model.model.layers:
-        for name, linear in list(layer.named_modules()):
-            if type(linear) is nn.Linear:
-                layer.set_submodule(name, four_bit(linear, linear.weight.data))
     model.is_loaded_in_4bit = True
     model.config._name_or_path = model.name_or_path = "random"
     return model
@@ -237,14 +202,11 @@ def same_start(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def bound_flops(shape: str, sizes: list[Lengths]) -> float:
-    """6 floating-point operations per decoder weight and distinct token, and per head weight and predicted token; of a
-    Llama (0 for others).
+    """6 floating-point operations per decoder weight and distinct token, and per head weight and predicted token.
 
     That is a policy forward pass, a reference forward pass and the backward pass to the inputs, two each. Attention
     itself, LoRA and recomputation are not counted.
     """
-    if shape in OTHERS:
-        return 0.0
     c = SHAPES[shape]
     head_dim = c["hidden_size"] // c["num_attention_heads"]
     attention = 2 * c["hidden_size"] * (c["hidden_size"] + c["num_key_value_heads"] * head_dim)

@@ -96,19 +96,18 @@ def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[s
     total = warm + steps + profile
     sizes = lengths(work, samples * total)
     rows = make_rows(sizes, SHAPES[shape]["vocab_size"])
-    mine = case["engine"].startswith("ours")
-    given = rows if mine else as_pairs(rows)  # the same work, for trainers that know pairs only
+    given = rows if case["engine"] == "ours" else as_pairs(rows)  # the same work, for trainers that know pairs only
     clock = Clock(warm, steps, device, profile)
     with tempfile.TemporaryDirectory() as folder:
         set_seed(0)
         config = train_options(case, device, folder, samples * len(given) // len(rows), total)
-        build = ours if mine else {"unsloth": unsloth}.get(case["engine"], trl)
+        build = {"ours": ours, "unsloth": unsloth}.get(case["engine"], trl)
         trainer, loaded = build(case, device, config, given)
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         same_start(trainer.model, torch.float32 if case.get("dtype") == "float32" else None)
         losses = keep_losses(trainer)
-        micro_batches = keep_micro_batches(trainer, warm, warm + steps) if mine else []
+        micro_batches = keep_micro_batches(trainer, warm, warm + steps) if case["engine"] == "ours" else []
         trainer.train()
     timed = sizes[samples * warm : samples * (warm + steps)]
     seconds = clock.figures["seconds_per_step"]
@@ -123,7 +122,7 @@ def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[s
         "adapter_dtype": str(next(p.dtype for p in trainer.model.parameters() if p.requires_grad)),
     }
     found["loss"] = found["losses"][-1]
-    if mine:
+    if case["engine"] == "ours":
         found |= {"plan": str(trainer.forward_plan), "halvings": trainer.step.halvings}
         found |= {"micro_batches": len(micro_batches), "limit_gib": trainer.step.budget.limit / GIB}
         if micro_batches and trainer.step.budget.memory is not None:

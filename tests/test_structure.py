@@ -41,7 +41,7 @@ BUDGETS = {
     "model": 2605,
     "training": 2725,
     "evaluation": 750,
-    "fused": 2540,
+    "fused": 2545,
     "planning": 1510,
     "artifacts": 1165,
     "reward": 850,

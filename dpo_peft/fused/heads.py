@@ -80,7 +80,9 @@ def queries_keys_values(
         qkv = torch.cat([RMSNorm.apply(q, heads.q_norm), RMSNorm.apply(k, heads.k_norm), v], 1)
     if heads.whole or heads.late:
         heads = heads._replace(q_norm=None, k_norm=None)
-    compute = _QueriesKeysValues.apply if uses_kernels(qkv) else _by_torch
+    centered = any(norm is not None and norm.centered for norm in (heads.q_norm, heads.k_norm, heads.v_norm))
+    # The kernel knows no means.
+    compute = _QueriesKeysValues.apply if uses_kernels(qkv) and not centered else _by_torch
     q, k, *rest = compute(qkv, heads, queries, keys, places)
     if heads.late:
         q, k = (RMSNorm.apply(x.flatten(0, 1), norm).view_as(x) for x, norm in zip((q, k), around, strict=True))

@@ -79,6 +79,7 @@ HEADS: dict[str, tuple[dict[str, Any], tuple[bool, bool, bool], int]] = {
     "values are keys": (dict(tied=True), (True, True, True), 24),
     "values are keys, a part in pairs": (dict(tied=True, pairs=True), (False, False, True), 8),
 }
+HEADS["layer norms"] = HEADS["normed"]
 
 
 def heads_of(kind: str, size: int = 24) -> tuple[Heads, Angles | None, int]:
@@ -86,7 +87,7 @@ def heads_of(kind: str, size: int = 24) -> tuple[Heads, Angles | None, int]:
     options, normed, turned = HEADS[kind]
     widths = [6 * size, 3 * size, size] if options.get("whole") else [size] * 3
     norms = [
-        Norm(random(n), 1e-6, wide=i > 0) if used else None
+        Norm(random(n), 1e-6, wide=i > 0, centered=kind == "layer norms") if used else None
         for i, (n, used) in enumerate(zip(widths, normed, strict=True))
     ]
     heads = Heads(6, 3, size, *norms, **options)

@@ -4,6 +4,7 @@ The oracle is transformers' model with PEFT's layers, run on the same packed bat
 logits on padded rows is tests/forward/test_shared_families.py's.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import zoo
 from forward_models import adapter_grads, add_lora, random_samples
+from paths import REPO
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zoo import COMPOSITES, PICTURE, TEXT, config_of
@@ -85,6 +87,18 @@ def test_every_family_is_tried() -> None:
     """But those that this version of transformers doesn't have, and others' names of Llama's own class."""
     tried = {type_of(name) for name in FUSED} | {"cwm", "iquestcoder"}
     assert {model_type for model_type in FAMILIES if model_type in CONFIG_MAPPING} == tried
+
+
+def test_most_named_bases_are_fused() -> None:
+    """What docs/models.md says of them, by the type of their layers."""
+    table = (REPO / "docs" / "models.md").read_text("utf-8").partition("## Most named bases")[2]
+    rows = re.findall(r"^\| (\w+) \| (.+) \| (fused|own) \|$", table, re.M)
+    assert all((layers == "fused") == (model_type in FAMILIES) for model_type, _, layers in rows)
+    number = {
+        layers: sum(len(bases.split(", ")) for _, bases, x in rows if x == layers) for layers in ("fused", "own")
+    }
+    assert sum(number.values()) == 50 and number["fused"] >= 45
+    assert f"{number['fused']} of them run fused" in table
 
 
 @pytest.mark.parametrize("name", REFUSED)
