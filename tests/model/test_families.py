@@ -18,7 +18,8 @@ def test_a_family_trains_as_the_table_says(name: str, tmp_path: Path) -> None:
     assert row(name, tried) == written()[name], "python tests/helpers/family_matrix.py writes the table anew"
     if tried.refused:
         return
-    assert tried.start == pytest.approx(math.log(2), abs=1e-6)
+    # Inkling rounds otherwise in the policy's pass: 1e-5 in bfloat16 on 4 bits, 0 in float32.
+    assert tried.start == pytest.approx(math.log(2), abs=1e-4 if name == "inkling_text" else 1e-6)
     assert tried.dead == ()
     assert tried.off_trl <= ROUNDING
     assert tried.effect > 100 * tried.off_served and tried.off_served <= 1e-6
