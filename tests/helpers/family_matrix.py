@@ -30,7 +30,7 @@ OPEN, CLOSE = "<!-- families: begin -->", "<!-- families: end -->"
 HEAD = "| family | class | prompts | layers | 4 bits | notes |\n|---|---|---|---|---:|---|"
 # TRL 1.16's own auxiliary loss raises an error on these.
 NO_AUXILIARY_LOSS_IN_TRL = "granitemoe granitemoeshared granitemoehybrid granite4_dense phimoe deepseek_v4".split()
-# TRL 1.16's own head multiplies the first one's logits by `logit_scale` of its text, which its model does not do; leaves
+# TRL 1.16's own head multiplies the first one's logits by `logit_scale` of its text, which the model doesn't; leaves
 # out a factor of the second one's; and fails on the others, whose declared backbone is the model itself.
 NOT_IN_TRL = ("cohere2_vision-vl", "inkling_text", "llama4_text", "llama4-vl")
 
