@@ -349,7 +349,10 @@ def test_t24_experts_that_stay_unquantized_are_listed(tmp_path):
         num_experts_per_tok=2,
     )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    report = storage_report(attach_adapter(load_base(str(tmp_path)), lora(target_modules=["q_proj"]))[0])
+    packed = storage_report(attach_adapter(load_base(str(tmp_path)), lora(target_modules=["q_proj"]))[0])
+    assert "experts" not in str(packed)
+    whole = load_base(str(tmp_path), experts=False)  # as adapters of before were trained
+    report = storage_report(attach_adapter(whole, lora(target_modules=["q_proj"]))[0])
     names = [name for name, _ in report.largest_unquantized]
     experts = 2 * 4 * 3 * 64 * 64 * 2  # layers, experts, projections, weights, bytes
     assert sum(size for name, size in report.largest_unquantized if "experts" in name) == experts
