@@ -162,6 +162,7 @@ NAMES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.attack("hostile names")
 @pytest.mark.parametrize("kind", NAMES)
 def test_a_name_is_a_name(kind: str, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -430,6 +430,7 @@ def reviews(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_texts_are_those_of_the_adapter(reviews, tmp_path, dtype: str) -> None:
     report = merge_adapter(

@@ -325,6 +325,7 @@ def test_16_bits_are_said(bases: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert load_base(bases("qwen3_moe"), quantize=False) and caplog.text.count("its experts are not") == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", LIFE)
 def test_trained_as_trl_does_on_the_weights_unpacked(bases: Any, family: str, tmp_path: Path) -> None:
     rows = id_pairs(16)
@@ -361,6 +362,7 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("family", [*LIFE, "llama4_text"])
 def test_life_of_an_adapter_on_experts(bases: Any, family: str, tmp_path: Path) -> None:
     """Trained, resumed, scored, served by plain PEFT, merged."""

@@ -221,7 +221,7 @@ def on_the_machine(name: str, model: str, data: Path, folder: Path) -> dict[str,
     return {**options, "max_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs(
     name: str,

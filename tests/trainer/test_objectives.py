@@ -245,6 +245,7 @@ def test_ld_alpha_leaves_reference_free_parts_of_a_mix_alone(
 # ---- Evaluation and resuming ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "loss", ["multi_negative", "plackett_luce", "kto", "apo_zero_unpaired", "trajectory", "simpo"]
 )

@@ -60,6 +60,7 @@ class CountBytes(TrainerCallback):
         self.held = sum(size for address, size in now.items() if address not in self.before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("quantize", [True, False])
 def test_the_process_holds_one_copy_of_the_base(base_folder, make_tokenizer, tmp_path, quantize):
     count = CountBytes(storages(all_tensors()))

@@ -54,7 +54,7 @@ def assert_same_path(mine: Any, trl: Any, names: list[str], least: float = TOLER
     assert max(losses) - min(losses) > 100 * least
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", DPO_RUNS)
 def test_dpo_trainer(name: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     changed, trls = DPO_RUNS[name]
@@ -174,6 +174,7 @@ CPO_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CPO_RUNS)
 def test_cpo_trainer(name: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     mine_changed, trl_changed = CPO_RUNS[name]

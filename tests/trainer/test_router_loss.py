@@ -58,6 +58,7 @@ def test_steps_are_those_of_trl(class_name: str, make_tokenizer: Any, tmp_path: 
     assert abs(step_logs(off)[-1]["rewards/margins"] - step_logs(trl)[-1]["rewards/margins"]) > 1e-4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "kto"])
 def test_no_split_changes_the_step(loss_type: str, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Two batches of four rows: as they are, cut in two as when memory runs out, and packed within a token budget.

@@ -375,6 +375,7 @@ def test_a_stream(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     assert weights_apart(whole, stream) == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("counted", ["all", "non_padding"])
 def test_tokens_and_flops_are_counted(
