@@ -74,6 +74,7 @@ every_command = pytest.mark.parametrize("command", WORDS)
 
 @pytest.mark.attack("killed while writing")
 @pytest.mark.slow
+@pytest.mark.sampled(99, slow=2)
 @every_command
 def test_killed_before_any_file_operation(attacked: Any, command: str) -> None:
     tries, through = attacked(command)["killed"]

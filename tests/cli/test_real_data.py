@@ -79,6 +79,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(99, slow=4)
 @pytest.mark.parametrize("name", RUNS)
 def test_real_judgments(name: str, data_dir: Path, tmp_path: Path) -> None:
     path, use, held_out, options = RUNS[name]

@@ -11,7 +11,7 @@ from family_matrix import row, try_family, written
 ROUNDING = 2e-6
 
 
-@pytest.mark.sampled(33, slow=4)
+@pytest.mark.sampled(33, slow=8)
 @pytest.mark.parametrize("name", zoo.ALL)
 def test_a_family_trains_as_the_table_says(name: str, tmp_path: Path) -> None:
     tried = try_family(name, tmp_path)
