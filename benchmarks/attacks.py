@@ -72,7 +72,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tally = Tally()
     only = ["--collect-only"] if args.junit else []
-    pytest.main(["-q", "-m", "attack", *only, str(REPO / "tests")], plugins=[tally])
+    pytest.main(["-q", "--every-case", "-m", "attack", *only, str(REPO / "tests")], plugins=[tally])
     for file in args.junit or ():
         tally.read(file)
     print(tally.table())
