@@ -71,8 +71,8 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tally = Tally()
-    only = ["--collect-only"] if args.junit else []
-    pytest.main(["-q", "--every-case", "-m", "attack", *only, str(REPO / "tests")], plugins=[tally])
+    only = ["--collect-only"] if args.junit else ["--every-case"]
+    pytest.main(["-q", "-m", "attack", *only, str(REPO / "tests")], plugins=[tally])
     for file in args.junit or ():
         tally.read(file)
     print(tally.table())
