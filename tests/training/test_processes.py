@@ -123,6 +123,7 @@ def test_largest_difference_sees_every_figure() -> None:
 # ---- The same result ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(99, slow=2)
 @pytest.mark.parametrize("name", COMPARED)
 def test_two_processes_train_as_one_with_the_same_global_batch(name: str, parallel: Any, single: Any) -> None:
     ranks, alone = parallel(name), single(name)
