@@ -133,6 +133,12 @@ def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
     return zeros_C.index_add(0, batch.completion_of, x_N.double())
 
 
+def text_decoder(causal_lm: Any) -> Any:
+    """Returns the decoder of a model's text, without a head: Llama 4's `get_decoder` gives a model that has one."""
+    decoder = causal_lm.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
 def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routing: bool) -> Any:
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if routing or getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
@@ -145,7 +151,7 @@ def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routi
         kwargs["attention_mask"] = batch.attention_mask
     backbone = causal_lm.base_model
     if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
-        backbone = causal_lm.get_decoder().model
+        backbone = text_decoder(causal_lm)
     return backbone(**kwargs)
 
 

@@ -37,7 +37,7 @@ from .base import load_base, unloadable_refused
 from .checkpoint_formats import Checkpoint
 from .experts import group_adapters, target_experts
 from .rebuilding import keep_weights, resize_as_saved
-from .targets import choose_targets, log_targets, save_as_parameters, targets_as_named
+from .targets import choose_targets, log_targets, save_as_parameters, starred, targets_as_named
 from .training_record import UNRECORDED, read_training
 
 logger = logging.getLogger(__name__)
@@ -363,7 +363,7 @@ def storage_report(model: nn.Module, reference: str | None = None) -> StorageRep
             report.unquantized += size
             dtype = str(parameter.dtype).removeprefix("torch.")
             report.dtypes[dtype] = report.dtypes.get(dtype, 0) + size
-            group = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            group = starred(name)
             unquantized[group] = unquantized.get(group, 0) + size
     report.largest_unquantized = sorted(unquantized.items(), key=lambda item: -item[1])[:3]
     return report

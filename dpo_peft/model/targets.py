@@ -151,12 +151,12 @@ def _shortest(targets: set[str], others: Iterable[str]) -> set[str] | str:
     would not tell them from others (of a vision tower), one pattern."""
     kinds: dict[str, set[str]] = defaultdict(set)
     for name in targets:
-        kinds[_kind(name)].add(name)
+        kinds[starred(name)].add(name)
     if len(_find_minimal_target_modules(targets, others)) <= len(kinds):
         return targets
     alike: dict[str, set[str]] = defaultdict(set)
     for name in others:
-        alike[_kind(name)].add(name)
+        alike[starred(name)].add(name)
     parts = []
     for kind, names in sorted(kinds.items()):
         whole = re.escape(kind).replace(r"\*", r"\d+")
@@ -164,7 +164,8 @@ def _shortest(targets: set[str], others: Iterable[str]) -> set[str] | str:
     return "|".join(parts)
 
 
-def _kind(name: str) -> str:
+def starred(name: str) -> str:
+    """Returns a module's or weight's name with a star for each number, such as that of its layer."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 

@@ -6,7 +6,6 @@ on fake tensors (torch's `FakeTensorMode`) for two numbers of tokens: all sizes 
 """
 
 import copy
-import re
 import weakref
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,10 +22,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import OptionError
 from ..forward.experts import GROUP_BYTES
+from ..forward.score import text_decoder
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import expert_weights, experts_in_4_bits
-from ..model.targets import is_linear, targets_as_named, unfit_layers
+from ..model.targets import is_linear, starred, targets_as_named, unfit_layers
 
 ROW = 64  # tokens of a row on fake tensors, some of whose layers take them one by one
 # bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
@@ -112,12 +112,7 @@ class Sketch:
             self.base = self._build()
             self.layers = len(_decoder_layers(self.base))
         except Exception as error:  # of the model's own code
-            first = str(error).strip().partition("\n")[0][:200]
-            raise OptionError(
-                f"The memory of a {config.model_type} model can't be predicted: it can't be built from its config "
-                f"({type(error).__name__}: {first}). For an estimate, give `dpo-peft plan` a --shape that is near in "
-                "size."
-            ) from error
+            raise _unpredictable(config, "it can't be built from its config", error) from error
         embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
         self.vocab, self.hidden = head.weight.shape
         self.tied = head.weight is embedding.weight
@@ -191,7 +186,7 @@ class Sketch:
         idle = self.costs.idle if self.lora.target_modules == "all-linear" else ()
         shapes = [weight.shape for weight in expert_weights(self.base).values()] if self.experts else []
         on_experts = sum(self.lora.r * shape[0] * (shape[1] + shape[2]) for shape in shapes)
-        kept = (n for name, n in weights.items() if "lora_" not in name or _kind_of_name(name) not in idle)
+        kept = (n for name, n in weights.items() if "lora_" not in name or starred(name) not in idle)
         return on_experts + sum(kept)
 
     # ---- What layers keep ----
@@ -209,26 +204,21 @@ class Sketch:
         needed = max(kinds.index(kind) for kind in kinds) + 1  # the first layers, with one of each kind among them
         config = base.config.get_text_config(decoder=True)
         if config.num_hidden_layers == len(layers) and not getattr(config, "hidden_size_per_layer_input", None):
-            _keep_first(_decoder(base), layers, needed)
+            _keep_first(text_decoder(base), layers, needed)
             config.num_hidden_layers = needed
         try:
             sizes = (1, self.row), (2, self.row), (1, 2 * self.row)
             runs = [_run(self.adapted, kinds[:needed], *size) for size in sizes]
         except Exception as error:  # what depends on numbers can't be run without them
-            first = str(error).strip().partition("\n")[0][:200]
-            raise OptionError(
-                f"The memory of a {config.model_type} model can't be predicted: its layers can't be run without "
-                f"numbers ({type(error).__name__}: {first}). For an estimate, give `dpo-peft plan` a --shape that is "
-                "near in size."
-            ) from error
+            raise _unpredictable(config, "its layers can't be run without numbers", error) from error
         of = {}
         for kind, layer in zip(kinds, layers, strict=True):
             inputs, kept, backward, keys = (
                 _line(self.row, *sizes) for sizes in zip(*(run.of[kind] for run in runs), strict=True)
             )
             of[kind] = LayerCost(inputs, kept, backward, keys, _unpacked(layer))
-        names = {_kind_of_name(name): False for name, p in self.adapted.named_parameters() if p.requires_grad}
-        names |= {_kind_of_name(name): True for name, p in self.adapted.named_parameters() if p.grad is not None}
+        names = {starred(name): False for name, p in self.adapted.named_parameters() if p.requires_grad}
+        names |= {starred(name): True for name, p in self.adapted.named_parameters() if p.grad is not None}
         idle = frozenset(name for name, reached in names.items() if not reached)
         return Costs(tuple(of[kind] for kind in kinds), _line(self.row, *(run.rest for run in runs)), idle)
 
@@ -272,7 +262,7 @@ class _Sizes(NamedTuple):
 def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
     """Runs layers forward and backward on rows of fake tokens."""
     base: Any = model.get_base_model()
-    decoder, layers, live = _decoder(base), _decoder_layers(base), _Live()
+    decoder, layers, live = text_decoder(base), _decoder_layers(base), _Live()
     saved: dict[int, int] = {}
     before: list[tuple[int, int]] = []
     inputs, kept, keys, backward = ([0.0] * len(kinds) for _ in range(4))
@@ -348,6 +338,14 @@ def _without_numbers(model: nn.Module, fake: FakeTensorMode) -> None:
                 tensors[name] = made[id(tensor)]
 
 
+def _unpredictable(config: PretrainedConfig, why: str, error: Exception) -> OptionError:
+    first = str(error).strip().partition("\n")[0][:200]
+    return OptionError(
+        f"The memory of a {config.model_type} model can't be predicted: {why} ({type(error).__name__}: {first}). For "
+        "an estimate, give `dpo-peft plan` a --shape that is near in size."
+    )
+
+
 def _line(row: int, short: float, twice: float, long: float) -> Line:
     """Returns how a size grows, from those of one row, of two, and of one that is twice as long; never less."""
     slope = max(twice - short, 0.0) / row
@@ -368,15 +366,9 @@ def _keep_first(decoder: nn.Module, layers: nn.ModuleList, number: int) -> None:
                 setattr(module, name, layers[:number])
 
 
-def _decoder(model: Any) -> Any:
-    """Returns the text decoder of a model; Llama 4's gives a model with a head."""
-    decoder = model.get_decoder()
-    return decoder.model if hasattr(decoder, "lm_head") else decoder
-
-
 def _decoder_layers(model: Any) -> nn.ModuleList:
     """Returns the list of a language model's layers."""
-    lists = [module for module in _decoder(model).modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in text_decoder(model).modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
 
 
@@ -394,7 +386,3 @@ def _kind_of_layer(layer: nn.Module) -> str:
 def _ends(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[-number:]) for number in range(1, len(parts) + 1)]
-
-
-def _kind_of_name(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
