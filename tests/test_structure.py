@@ -49,13 +49,13 @@ BUDGETS = {
     "hub": 915,
     "pairs": 1180,
     "report": 1115,
-    "quickstart": 460,
-    "cli": 1595,
+    "quickstart": 465,
+    "cli": 1765,
     "rowfiles": 280,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_170
+MAX_PACKAGE_LINES = 29_345
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

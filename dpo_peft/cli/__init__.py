@@ -23,7 +23,7 @@ WRONG_INPUT = (
     errors.CheckpointError,
 )
 REFUSED = (errors.DriftError, errors.PublishError)
-COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache")
+COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache", "quickstart", "env")
 USAGE = """usage: dpo-peft COMMAND [options]
 
   plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
@@ -34,6 +34,8 @@ USAGE = """usage: dpo-peft COMMAND [options]
   merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
   push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  env     show versions and machine, for reports of faults:  dpo-peft env
+  quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
 
