@@ -50,12 +50,12 @@ BUDGETS = {
     "pairs": 1180,
     "report": 1115,
     "quickstart": 465,
-    "cli": 1765,
+    "cli": 1760,
     "rowfiles": 280,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_345
+MAX_PACKAGE_LINES = 29_340
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
