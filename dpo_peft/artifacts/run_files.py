@@ -22,6 +22,7 @@ from ..manifests import SAVING
 from ..model.adapters import is_adapter
 from ..model.loading import storage_report
 from ..model.training_record import read_training
+from ..wings import wing
 from .card import (
     BUNDLED,
     RunSummary,
@@ -95,6 +96,8 @@ class SaveResults:
         facts = self.facts()
         write_worst_pairs(folder, self.trainer.prepare.evaluated, self.trainer.processing_class)
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
+        if (evaluation := wing("evaluation")) is not None:
+            metrics["verdict"] = evaluation.verdict(metrics)._asdict()
         write_atomically(folder / "metrics.json", json.dumps(strict(metrics), indent=2, default=str) + "\n")
         write_recipe(folder / "recipe.yaml", changed_options(self.args), *self._recipe_source())
         curved = any("loss" in entry for entry in self.log_history)
