@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..artifacts.card import figures_of
 from ..artifacts.rows_kept import turns
 from ..disk import one_writer, write_atomically
 from ..errors import OptionError
@@ -78,7 +79,7 @@ def save_report(
 
 def verdict_of(run: Run) -> Verdict | None:
     """Returns the verdict on a run; None for one that isn't finished."""
-    return verdict(run.facts) if run.facts else None
+    return verdict({**figures_of(run.log), **run.facts}) if run.facts else None
 
 
 def summary(run: Run) -> Json:
