@@ -94,6 +94,17 @@ def lora_options(config: LoraConfig) -> dict[str, Any]:
     return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
 
 
+def _is_local(value: object, is_path: bool = False) -> bool:
+    """Returns whether a value names, or holds what names, a file or folder of this machine."""
+    if isinstance(value, Mapping):
+        return any(_is_local(item, key in _PATHS) for key, item in value.items())
+    if isinstance(value, list):
+        return any(_is_local(item, is_path) for item in value)
+    return isinstance(value, str) and bool(
+        os.path.isabs(value) or _LOCAL.match(value) or (is_path and os.path.exists(value))
+    )
+
+
 def write_recipe(
     path: Path, changed: Mapping[str, object], source: Mapping[str, object], notes: Sequence[str] = ()
 ) -> None:
@@ -113,10 +124,15 @@ def write_recipe(
         options["model_init_kwargs"] = {name: value for name, value in given.items() if name not in own}
         if not options["model_init_kwargs"]:
             del options["model_init_kwargs"]
-    lines = [
-        "Repeats the run:  dpo-peft train --config recipe.yaml",
-        "Local files and folders are shown by the last part of their path: put in your own.",
-        *notes,
-    ]
+    own = [name for name, value in source.items() if name != "output_dir" and _is_local(value, name in _PATHS)]
+    own += ["reference"] if options.get("reference") not in (None, "initial", "base") else []
+    command = "dpo-peft train --config recipe.yaml"
+    lines = [f"Repeats the run: {command}"]
+    if own:
+        lines = [
+            f"Repeats the run, once you have put in where these are: {', '.join(own)}.",
+            f"They are local and shown by the last part of their paths. Then: {command}",
+        ]
+    lines += notes
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
     write_atomically(path, "".join(f"# {line}\n" for line in lines) + text)

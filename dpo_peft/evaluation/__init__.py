@@ -18,6 +18,9 @@ from ..training.building import Preparation
 from .diagnostics import Warnings
 from .pair_records import PairRecords
 from .samples import Samples
+from .verdict import verdict
+
+__all__ = ["Evaluation", "verdict"]
 
 
 class Evaluation:
