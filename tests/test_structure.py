@@ -39,23 +39,23 @@ BUDGETS = {
     "forward": 2230,
     "reference": 1565,
     "model": 2610,
-    "training": 2725,
-    "evaluation": 750,
+    "training": 2745,
+    "evaluation": 995,
     "fused": 2545,
     "planning": 1495,
-    "artifacts": 1165,
-    "reward": 850,
+    "artifacts": 1325,
+    "reward": 830,
     "merge": 630,
     "hub": 915,
     "pairs": 1180,
-    "report": 1115,
+    "report": 1460,
     "quickstart": 465,
     "cli": 1760,
     "rowfiles": 280,
-    "disk": 175,
-    "manifests": 220,
+    "disk": 180,
+    "manifests": 225,
 }
-MAX_PACKAGE_LINES = 29_340
+MAX_PACKAGE_LINES = 30_100
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
