@@ -218,6 +218,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+NAMED = re.compile(r"(<mi>(?:log|exp)</mi>)(?!<mo[^>]*>(?:&#x00028;|\())")
+SIGN = re.compile(r"(<mo[^>]*>(?:&#x0003D;|&#x00028;|&#x0003E;|&#x0002C;|\(|\[)</mo>)<mo>&#x02212;</mo>")
 LIMIT = re.compile(r"<msub>(<mo>(?:max|min)</mo>.*?)</msub>", re.DOTALL)
 
 
@@ -227,6 +229,8 @@ def mathml(found: re.Match[str]) -> str:
     number = re.search(r"\\tag\{(\d+)\}", latex)
     kind = "block" if found[1] == "div" else "inline"
     made = convert(re.sub(r"\\tag\{\d+\}", "", latex).strip(), display=kind)
+    made = NAMED.sub(r'\1<mspace width="0.17em" />', made)  # a name of a function, and what it is taken of
+    made = SIGN.sub(r'\1<mo form="prefix">&#x02212;</mo>', made)  # a sign, and no difference
     if kind == "block":
         made = LIMIT.sub(r"<munder>\1</munder>", made)
     shown = f'<a class="number" href="#eq-{number[1]}">({number[1]})</a>' if number else ""
