@@ -21,7 +21,7 @@ CORE = (
     "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3325,
     "forward": 2230,
     "reference": 1565,
-    "model": 2610,
+    "model": 2880,
     "training": 2745,
     "evaluation": 995,
     "fused": 2545,
@@ -50,12 +50,12 @@ BUDGETS = {
     "pairs": 1180,
     "report": 1460,
     "quickstart": 465,
-    "cli": 1760,
+    "cli": 2225,
     "rowfiles": 280,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 30_100
+MAX_PACKAGE_LINES = 31_220
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
