@@ -89,12 +89,15 @@ class Columns:
         """Returns the line of an evaluation: under the columns of the training's, and beside them its own."""
         own = {name.removeprefix(f"{prefix}_"): value for name, value in logs.items() if name.startswith(f"{prefix}_")}
         names = [name for name in ("step", "epoch", "loss", "margin", "acc", "KL") if name in self.names]
-        shown = [name for name in names if name in METRICS]
-        cells = {"epoch": "", **{name: figure(own.get(METRICS[name]), self.widths[name]) for name in shown}}
+        shown: list[str] = [name for name in names if name in METRICS]
+        cells: dict[str, str] = {
+            "epoch": "",
+            **{name: figure(own.get(METRICS[name]), self.widths[name]) for name in shown},
+        }
         length = own.get("accuracies/length_only")
         notes = [f"length alone {length:.3f}"] if length is not None else []
         notes += [f"{own['runtime']:.1f} s" if own["runtime"] < 100 else span(own["runtime"]), f"step {step}"]
-        return f"{self._row({**cells, 'step': label_of(prefix)}, names)}{GAP}{', '.join(notes)}"
+        return f"{self._row({**cells, 'step': label_of(prefix), 'epoch': ''}, names)}{GAP}{', '.join(notes)}"
 
     def _row(self, cells: Mapping[str, str], names: Sequence[str]) -> str:
         return GAP.join(cells.get(name, "-").rjust(self.widths[name]) for name in names)
@@ -120,12 +123,12 @@ class Pace:
         self._model, self._passes, self._clock = model, passes, clock
         self.rate: float | None = None  # FLOP/s of all GPUs; None where the share of the bound is not known
         self.peak = 0  # bytes
-        self.tokens = 0.0  # since `begin`
+        self.tokens = self.seconds = 0.0  # of the steps since `begin`
 
     def begin(self, state: TrainerState) -> None:
         """Begins a run, or resumes one."""
         self._counted = self._model.num_parameters(exclude_embeddings=True)  # as `floating_point_ops` does
-        self._flops, self.tokens = state.total_flos, 0.0
+        self._flops, self.tokens, self.seconds = state.total_flos, 0.0, 0.0
         head, embedded = self._model.get_output_embeddings().weight, self._model.get_input_embeddings().weight
         self._weights = self._counted - (0 if head is embedded else head.numel())  # completions alone pass the head
         experts = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None)
@@ -156,7 +159,7 @@ class Pace:
         now = self._clock()
         seconds, self._since, self._stopped = now - self._since, now, now
         tokens, self._flops = (state.total_flos - self._flops) / (6 * self._counted), state.total_flos
-        self.tokens += tokens
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         done, cells = state.global_step - self._begun_at, {}
         if tokens and seconds > 0:
             speed = tokens / seconds
@@ -251,6 +254,10 @@ class _Shows(TrainerCallback):
             if name.endswith("_runtime") and name != "train_runtime":
                 prefix = name.removesuffix("_runtime")
                 self._show(state, self.columns.evaluation(state.global_step, prefix, logs))
+        if "train_runtime" in logs and state.is_world_process_zero:
+            self._say(
+                f"{state.global_step:,} steps in {span(logs['train_runtime'])}, mean loss {logs['train_loss']:.4f}"
+            )
 
     def _show(self, state: TrainerState, line: str) -> None:
         if not state.is_world_process_zero:
