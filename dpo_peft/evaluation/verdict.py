@@ -49,12 +49,14 @@ class HeldOut(NamedTuple):
     """Holds what one evaluation set says at the end of a run.
 
     Attributes:
+        name: prefix of its metrics.
         where: the set, for a sentence; empty if it is the only one.
         figures: of its last evaluation, names without prefix; those that are not finite are left out.
         comparisons: independent ones, 0 if unknown.
         before: accuracy at its first evaluation, if there were several.
     """
 
+    name: str
     where: str
     figures: dict[str, float]
     comparisons: int
@@ -145,6 +147,7 @@ def held_out(metrics: Metrics) -> list[HeldOut]:
             continue
         found.append(
             HeldOut(
+                name,
                 f" on {prefix.rstrip('_')!r}" if len(names) > 1 else "",
                 {key: value for key, value in own.items() if isinstance(value, float | int) and math.isfinite(value)},
                 _comparisons(data.get(name, {})),
