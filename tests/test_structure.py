@@ -30,7 +30,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 300,
+    "config": 305,
     "config_checks": 350,
     "objective": 485,
     "distributed": 275,
@@ -39,23 +39,23 @@ BUDGETS = {
     "forward": 2230,
     "reference": 1565,
     "model": 2880,
-    "training": 2745,
-    "evaluation": 995,
+    "training": 2750,
+    "evaluation": 1505,
     "fused": 2545,
     "planning": 1495,
-    "artifacts": 1325,
+    "artifacts": 1330,
     "reward": 830,
     "merge": 630,
     "hub": 915,
     "pairs": 1180,
     "report": 1460,
     "quickstart": 465,
-    "cli": 2225,
+    "cli": 2350,
     "rowfiles": 280,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 31_220
+MAX_PACKAGE_LINES = 31_870
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
