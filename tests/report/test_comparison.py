@@ -105,10 +105,9 @@ def judging(folder: Path, wrong: int, pairs: int = 60, **facts: Any) -> Path:
             entry["eval_rewards/accuracies"] = 1 - wrong / pairs
     run_of(folder, log_history=log, **facts)
     rows = examples_of((40,), pairs)
-    signed = [
-        {**row, "reward_chosen": -1.0 if i < wrong else 1.0, "reward_rejected": 0.0} for i, row in enumerate(rows)
-    ]
-    write_lines(folder / "eval_examples.jsonl", signed)
+    for i, row in enumerate(rows):
+        row |= {"reward_chosen": -1.0 if i < wrong else 1.0, "reward_rejected": 0.0}
+    write_lines(folder / "eval_examples.jsonl", rows)
     return folder
 
 

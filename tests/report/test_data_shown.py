@@ -1,4 +1,4 @@
-"""What the page of a run shows of its data: the verdict, the worst pairs, lengths; and marks that hide none another."""
+"""The page of a run: its verdict, the worst pairs, lengths of the data; and marks of which none hides another."""
 
 import math
 from pathlib import Path
@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 from report_helpers import (
     HOSTILE,
-    chart,
     examples_of,
     log_of,
     make_run,
     points_of,
     read_page,
-    table_of,
     trace_of,
     write_lines,
 )
@@ -22,6 +20,8 @@ from dpo_peft import cli
 from dpo_peft.report.charts import BOX, MARK, Trace, curve_chart
 from dpo_peft.report.facts import brief
 from dpo_peft.report.page import save_report
+from dpo_peft.report.runs import Run
+from dpo_peft.report.views import data_lengths
 
 LENGTHS = {
     "edges": [0, 10, 20, 30],
@@ -67,8 +67,8 @@ def test_the_verdict_stands_at_the_top_of_the_page(tmp_path: Path, capsys: Any) 
     assert [reason.text for reason in verdict.all("li")][0].startswith("Held-out accuracy 0.900")
     still = [{**entry, "eval_rewards/margins": 1e-4, "eval_kl": 1e-4} for entry in log_of(40)]
     other = make_run(tmp_path / "still", log_history=still)
-    assert page_of(other).one("section", id="verdict").attributes["class"] == "verdict bad"
     assert cli.main(["report", str(other)]) == 0
+    assert read_page(other / "report.html").one("section", id="verdict").attributes["class"] == "verdict bad"
     assert "still: bad, held-out accuracy 0.900" in capsys.readouterr().out
 
 
@@ -146,27 +146,21 @@ def test_a_prompt_is_shown_as_turns_without_bare_role_words(tmp_path: Path) -> N
 )
 def test_lengths_of_the_data(limit: int | None, cut: int, note: str, marked: bool, tmp_path: Path) -> None:
     data = {"train": {"kept_rows": 4, "max_length": limit, "rows_truncated": cut}}
-    figure = chart(
-        page_of(make_run(tmp_path / "run", data=data, lengths={"train": LENGTHS})), "Tokens of rows, training"
-    )
-    assert points_of(figure, "prompt") == [(5, 75), (15, 25), (25, 0)]
-    assert table_of(figure)[1:] == [
-        ["0 to 9", "3", "0", "1", "0"],
-        ["10 to 19", "1", "4", "3", "1"],
-        ["20 to 29", *"0003"],
-    ]
-    assert note in figure.text
-    lines = figure.all("g", class_="limit")
-    assert bool(lines) == marked
-    if lines:  # at 25 of 0 to 30
-        assert lines[0].one("path").attributes["d"].startswith(f"M{round(46 + 304 * 25 / 30, 1):g} ")
+    (drawn,) = data_lengths(Run(make_run(tmp_path / "run", data=data, lengths={"train": LENGTHS})))
+    page = read_page(f"<figure>{drawn.svg}</figure>".encode())
+    assert points_of(page, "prompt") == [(5, 75), (15, 25), (25, 0)]
+    assert drawn.rows == [["0 to 9", *"3010"], ["10 to 19", *"1431"], ["20 to 29", *"0003"]]
+    assert drawn.notes == [note] and bool(page.all("g", class_="limit")) == marked
+    if marked:  # at 25 of 0 to 30
+        d = page.one("g", class_="limit").one("path").attributes["d"]
+        assert d.startswith(f"M{round(46 + 304 * 25 / 30, 1):g} ")
 
 
 # ---- Marks ----------------------------------------------------------------------------------------------------------
 
 
 def test_marks_that_would_lie_over_each_other_stand_side_by_side() -> None:
-    """Three at 1.0 at step 10, two of them at step 20 with the third far below, from 10 to 20 with room at the ends."""
+    """Three at 1.0 at step 10; two at step 20, with the third far below. The axis has room at both ends."""
     series = {"a": [(10, 1.0), (20, 1.0)], "b": [(10, 1.0), (20, 0.99)], "c": [(10, 1.0), (20, 0.2)]}
     traces = [Trace(name, of, points=True, shape=i) for i, (name, of) in enumerate(series.items())]
     drawn = curve_chart("c", "Accuracy", traces, 100, limits=(0.0, 1.0))
@@ -181,6 +175,6 @@ def test_marks_that_would_lie_over_each_other_stand_side_by_side() -> None:
 
 def test_a_line_that_ends_before_the_marks_says_why(tmp_path: Path) -> None:
     log = [entry for entry in log_of(40) if "loss" not in entry or entry["step"] <= 35]
-    page = page_of(make_run(tmp_path / "run", log_history=log))
-    assert "Training was last logged at step 35." in chart(page, "Loss").text
-    assert "last logged" not in page_of(make_run(tmp_path / "whole")).text
+    figures = page_of(make_run(tmp_path / "run", log_history=log)).all("figure")
+    assert "Training was last logged at step 35." in figures[0].text
+    assert "last logged" not in figures[-1].text + figures[-2].text  # without marks
