@@ -322,6 +322,11 @@ def test_the_example_is_seen_from_where_a_relative_base_lies(tmp_path: Path, mon
         ("user\n\nHi.assistant\n\n", [("user", "Hi.")]),  # Llama 3
         ("user\nHi.\nmodel\n", [("user", "Hi.")]),  # Gemma
         ("user\nA\nassistant\nB\nuser\nC\nassistant\n", [("user", "A"), ("assistant", "B"), ("user", "C")]),
+        (
+            "system: Be kind.\nuser: Hi.\nYou?",
+            [("system", "Be kind."), ("user", "Hi.\nYou?")],
+        ),  # as it is recorded now
+        ("user: a word of an ad", [("", "user: a word of an ad")]),
         ("It was", [("", "It was")]),
         ("user manuals of an assistant", [("", "user manuals of an assistant")]),
     ],
