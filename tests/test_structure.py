@@ -40,7 +40,7 @@ BUDGETS = {
     "reference": 1565,
     "model": 2880,
     "training": 2750,
-    "evaluation": 1505,
+    "evaluation": 1510,
     "fused": 2545,
     "planning": 1495,
     "artifacts": 1335,
