@@ -21,7 +21,7 @@ CORE = (
     "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs chat conversion report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -38,7 +38,7 @@ BUDGETS = {
     "data": 3325,
     "forward": 2230,
     "reference": 1565,
-    "model": 2610,
+    "model": 2880,
     "training": 2725,
     "evaluation": 750,
     "fused": 2545,
@@ -48,14 +48,16 @@ BUDGETS = {
     "merge": 630,
     "hub": 915,
     "pairs": 1180,
+    "chat": 395,
+    "conversion": 445,
     "report": 1115,
     "quickstart": 460,
-    "cli": 1595,
+    "cli": 2060,
     "rowfiles": 280,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_170
+MAX_PACKAGE_LINES = 30_740
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
