@@ -45,6 +45,8 @@ class Made:
 
     def put(self, name: str, value: Any, origin: str) -> None:
         """Takes a value over, and says what it was made from."""
+        if name.endswith("_strategy") and value is False:  # YAML's reading of no
+            value = "no"
         self.options[name] = (value, "" if origin == name else origin)
 
     def leave(self, key: str, reason: str, value: Any = None) -> None:
@@ -96,9 +98,9 @@ class Made:
         made = {word for name, (_, origin) in self.options.items() for word in [name, *re.split(r"[,:. ]+", origin)]}
         noted = {re.split("[:.]", note)[0] for note in self.notes}
         for key in self.given.keys() - made - noted:
-            self.leave(key, "nothing to take over")
+            self.leave(key, "nothing to take over: it is off, the default, or said by another key")
         lines = [
-            f"# Made from {path}, a config of {PROGRAMS[self.program]}. Look at it: dpo-peft train --config FILE.yaml"
+            f"# Made from {path}, of {PROGRAMS[self.program]}. Look through it; dpo-peft train --config reads it."
         ]
         for name, (value, origin) in self.options.items():
             (shown,) = yaml.safe_dump([value], default_flow_style=True, width=1e9, sort_keys=False).splitlines()

@@ -165,6 +165,8 @@ def test_axolotls_file_by_hand(tmp_path: Path) -> None:
         ({"group_by_length": True}, {"train_sampling_strategy": "group_by_length"}),
         ({"gradient_checkpointing": "offload"}, {"gradient_checkpointing": True}),
         ({"use_wandb": True}, {"report_to": ["wandb"]}),
+        ({"save_strategy": False, "saves_per_epoch": None}, {"save_strategy": "no"}),
+        ({"warmup_steps": 7}, {"warmup_steps": 7}),
         ({"lora_model_dir": "out/sft"}, {"model_name_or_path": "out/sft"}),
     ],
 )
