@@ -132,8 +132,11 @@ def _part(made: Made, part: Given) -> Given:
     if (properties.get("role"), properties.get("content")) == ("from", "value"):
         dataset_format, taken = "sharegpt", taken | {"message_property_mappings"}
         columns = {old: "conversations" if new == "prompt" else new for old, new in columns.items()}
+    same = {"message_property_mappings": {"role": "role", "content": "content"}}
+    if all(theirs == [role] for role, theirs in (part.get("roles") or {}).items()):
+        taken = taken | {"roles"}
     for key in part.keys() - taken:
-        if part[key] is not None:
+        if part[key] not in (None, same.get(key)):
             made.leave(f"datasets.{key}", "not offered for one dataset", part[key])
     renamed = {old: new for old, new in columns.items() if old != new}
     split = part.get("split")

@@ -120,6 +120,8 @@ def _part(made: Made, name: str, info: tuple[Path, Given]) -> Given:
     for key in entry.keys() & {"num_samples", "script_url", "cloud_file_name", "ms_hub_url", "om_hub_url"}:
         if not (key.endswith("hub_url") and "hf_hub_url" in entry):
             made.leave(f"{name}.{key}", "not offered: give the rows as a file or a Hub id", entry[key])
+    for key in columns.keys() & {"images", "videos", "audios"}:
+        made.leave(f"{name}.{key}", "only texts are trained", columns[key])
     split = entry.get("split")
     return {
         "path": path,

@@ -97,7 +97,7 @@ class Made:
         """Returns the file. A key that nothing was made from is named, too."""
         made = {word for name, (_, origin) in self.options.items() for word in [name, *re.split(r"[,:. ]+", origin)]}
         noted = {re.split("[:.]", note)[0] for note in self.notes}
-        for key in self.given.keys() - made - noted:
+        for key in [one for one in self.given if one not in made | noted]:
             self.leave(key, "nothing to take over: it is off, the default, or said by another key")
         lines = [
             f"# Made from {path}, of {PROGRAMS[self.program]}. Look through it; dpo-peft train --config reads it."
