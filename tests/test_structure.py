@@ -50,12 +50,12 @@ BUDGETS = {
     "pairs": 1180,
     "report": 1460,
     "quickstart": 465,
-    "cli": 2350,
+    "cli": 2360,
     "rowfiles": 280,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 31_880
+MAX_PACKAGE_LINES = 32_340
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
