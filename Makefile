@@ -42,7 +42,7 @@ help:
 	@echo "make clean       remove .venv, outputs and caches"
 
 quickstart: $(VENV)/.runtime
-	$(BIN)/python recipes/quickstart.py --output_dir outputs/quickstart
+	$(BIN)/dpo-peft quickstart --output_dir outputs/quickstart
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(TESTS)

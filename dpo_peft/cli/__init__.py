@@ -23,17 +23,25 @@ WRONG_INPUT = (
     errors.CheckpointError,
 )
 REFUSED = (errors.DriftError, errors.PublishError)
-COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache")
+COMMANDS = (
+    *("quickstart", "plan", "pairs", "train", "chat", "compare", "score", "report", "merge", "export", "push"),
+    *("cache", "env"),
+)
 USAGE = """usage: dpo-peft COMMAND [options]
 
   plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
   pairs   sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
   train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
   score   score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
+  chat    talk to a trained adapter, or to its base:  dpo-peft chat ADAPTER
+  compare  show completions before and after training:  dpo-peft compare ADAPTER --prompts FILE
   report  show runs as one HTML page:  dpo-peft report RUN [RUN ...]
   merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
+  export  write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama
   push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  env     show versions and machine, for reports of faults:  dpo-peft env
+  quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
 

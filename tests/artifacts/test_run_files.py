@@ -196,13 +196,13 @@ def test_the_card_of_a_run(quick: Any) -> None:
 
 @pytest.mark.slow
 def test_the_snippet_does_as_printed_what_the_trained_model_does(quick: Any) -> None:
-    """Run by a Python of its own, offline, where the folder lies: the greedy text of the model in memory."""
+    """Run by a Python of its own, offline, in the folder, as it says: the greedy text of the model in memory."""
     trainer, _ = quick
     folder = Path(trainer.args.output_dir)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=folder.parent, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", snippet], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     model, tokenizer = trainer.model, trainer.processing_class
