@@ -18,6 +18,7 @@ from mkdocs.structure import StructureItem
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
+from parsers import parser_of
 
 REPO = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
@@ -105,27 +106,6 @@ def relink(text: str, place: str) -> str:
 
 
 # --- the command line and the public names
-
-
-class Found(BaseException):
-    """Carries a command's parser out of it, before it parses."""
-
-
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """Returns the parser of a command, as it builds it."""
-    parse = argparse.ArgumentParser.parse_known_args
-
-    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
-        raise Found(parser)
-
-    argparse.ArgumentParser.parse_known_args = stop  # type: ignore[method-assign, assignment]
-    try:
-        getattr(importlib.import_module(f"dpo_peft.cli.{command}"), command)([])
-    except Found as found:
-        return found.args[0]
-    finally:
-        argparse.ArgumentParser.parse_known_args = parse  # type: ignore[method-assign]
-    raise ValueError(f"dpo-peft {command} has no parser")
 
 
 def option_rows(group: argparse._ArgumentGroup) -> list[str]:
