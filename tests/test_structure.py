@@ -50,7 +50,7 @@ BUDGETS = {
     "pairs": 1180,
     "report": 1460,
     "quickstart": 465,
-    "cli": 2360,
+    "cli": 2350,
     "rowfiles": 280,
     "disk": 180,
     "manifests": 225,
