@@ -131,13 +131,13 @@ def write_recipe(
         options["model_init_kwargs"] = {name: value for name, value in given.items() if name not in own}
         if not options["model_init_kwargs"]:
             del options["model_init_kwargs"]
-    own = [name for name, value in source.items() if name != "output_dir" and _is_local(value, name in _PATHS)]
-    own += ["reference"] if options.get("reference") not in (None, "initial", "base") else []
+    local = [name for name, value in source.items() if name != "output_dir" and _is_local(value, name in _PATHS)]
+    local += ["reference"] if options.get("reference") not in (None, "initial", "base") else []
     command = "dpo-peft train --config recipe.yaml"
     lines = [f"Repeats the run: {command}"]
-    if own:
+    if local:
         lines = [
-            f"Repeats the run, once you have put in where these are: {', '.join(own)}.",
+            f"Repeats the run, once you have put in where these are: {', '.join(local)}.",
             f"They are local and shown by the last part of their paths. Then: {command}",
         ]
     lines += notes

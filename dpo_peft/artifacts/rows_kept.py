@@ -58,10 +58,10 @@ def length_counts(rows: object) -> dict[str, list[int]] | None:
         longest = np.maximum.reduceat(lengths, np.cumsum(number) - number)
         for name, values in {"prompt": prompt, **sides, "whole row": prompt + longest}.items():
             found.setdefault(name, []).append(values)
-    values = {name: np.concatenate(parts) for name, parts in found.items()}
-    ticks = MaxNLocator(nbins=24, integer=True, steps=[1, 2, 2.5, 5, 10]).tick_values(0, values["whole row"].max() + 1)
+    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    ticks = MaxNLocator(nbins=24, integer=True, steps=[1, 2, 2.5, 5, 10]).tick_values(0, joined["whole row"].max() + 1)
     edges = [int(tick) for tick in ticks if tick >= 0]
-    return {"edges": edges, **{name: np.histogram(of, edges)[0].tolist() for name, of in values.items()}}
+    return {"edges": edges, **{name: np.histogram(of, edges)[0].tolist() for name, of in joined.items()}}
 
 
 def write_worst_pairs(folder: Path, datasets: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> None:

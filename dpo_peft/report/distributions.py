@@ -99,8 +99,8 @@ def counts_chart(
     right = max(edges[-1], limit * 1.02) if limit and limit <= 1.5 * edges[-1] else edges[-1]
     chart = Chart(key, title, (edges[0], right), (0.0, highest * 1.08), "tokens", hover="tokens around", unit="%")
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    looks = ({"color": "c0"}, {"color": "c2", "dash": 1}, {"color": "c1", "dash": 2})
-    traces = [Trace(name, [], **look) for name, look in zip(list(shares)[:-1], looks, strict=False)]
+    looks = (("c0", 0), ("c2", 1), ("c1", 2))
+    traces = [Trace(name, [], *look) for name, look in zip(list(shares)[:-1], looks, strict=False)]
     traces = [Trace(list(shares)[-1], [], "gray", filled=True), *traces]
     for trace in traces:
         share = shares[trace.label]
