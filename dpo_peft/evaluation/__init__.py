@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..config import DPOConfig
 from ..forward import PackedBatch
 from ..objective import LossOutput, TrainingObjective
 from ..training.building import Preparation
-from .console import Pace, label_of, take_over
+from .console import Console, Pace, PlainConsole, Shows, label_of
 from .diagnostics import Warnings
 from .log_file import open_log
 from .pair_records import PairRecords
@@ -98,3 +98,21 @@ class Evaluation:
     def renew(self, step: int) -> None:
         """Samples a step again, if it was sampled: another adapter has been loaded."""
         self.samples.renew(step)
+
+
+def take_over(callbacks: list[TrainerCallback], *of_shows: Any) -> Shows | None:
+    """Puts ours in the place of the callback that transformers installs by default, and returns it; None if there is
+    another one, which stays.
+
+    Args:
+        callbacks: of the trainer.
+        of_shows: arguments of ours.
+    """
+    for i, callback in enumerate(callbacks):
+        own: Any = {ProgressCallback: Console, PrinterCallback: PlainConsole}.get(type(callback))
+        if type(callback).__name__ == "NotebookProgressCallback":
+            from .notebook import NotebookConsole as own  # imports IPython
+        if own is not None:
+            callbacks[i] = shows = own(*of_shows)
+            return shows
+    return None

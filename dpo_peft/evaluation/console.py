@@ -1,7 +1,7 @@
 """What a run shows while it trains: a line a log, a line an evaluation, in columns that fit the terminal.
 
 It takes the place of transformers' own callbacks, which print every metric. Trackers, `log_history` and metrics.json
-get all of them as ever. docs/reports.md#while-it-runs explains the columns.
+get all of them as ever. docs/diagnostics.md#while-it-runs explains the columns.
 """
 
 import math
@@ -200,7 +200,7 @@ def gpu_rate(device: torch.device) -> float | None:
 # ---- Callbacks ------------------------------------------------------------------------------------------------------
 
 
-class _Shows(TrainerCallback):
+class Shows(TrainerCallback):
     """Shows logs in columns; what it shows goes to `log_file` too.
 
     Args:
@@ -275,7 +275,7 @@ class _Shows(TrainerCallback):
         SHOWN.info("%s", line)
 
 
-class Console(_Shows, ProgressCallback):
+class Console(Shows, ProgressCallback):
     """Shows lines above progress bars; the bars only on a terminal."""
 
     prediction_bar: Any
@@ -302,27 +302,9 @@ class Console(_Shows, ProgressCallback):
         super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
 
-class PlainConsole(_Shows, PrinterCallback):
+class PlainConsole(Shows, PrinterCallback):
     """Shows lines, and no bars (`disable_tqdm`)."""
 
     def write(self, line: str) -> None:
         """Prints."""
         print(line, flush=True)
-
-
-def take_over(callbacks: list[TrainerCallback], *of_shows: Any) -> _Shows | None:
-    """Puts ours in the place of the callback that transformers installs by default, and returns it; None if there is
-    another one, which stays.
-
-    Args:
-        callbacks: of the trainer.
-        of_shows: arguments of ours.
-    """
-    for i, callback in enumerate(callbacks):
-        own: Any = {ProgressCallback: Console, PrinterCallback: PlainConsole}.get(type(callback))
-        if type(callback).__name__ == "NotebookProgressCallback":
-            from .notebook import NotebookConsole as own  # imports IPython
-        if own is not None:
-            callbacks[i] = shows = own(*of_shows)
-            return shows
-    return None

@@ -6,13 +6,13 @@ from IPython.display import HTML, display
 from transformers import TrainerControl, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
 
-from .console import METRICS, _Shows, figure, label_of
+from .console import METRICS, Shows, figure, label_of
 
 TRAINING = {"Loss": "loss", "Margin": "margin", "Accuracy": "acc", "KL": "KL"}  # heading to column
 EVALUATED = {"accuracy": "rewards/accuracies", "length alone": "accuracies/length_only", "loss": "loss"}
 
 
-class NotebookConsole(_Shows, NotebookProgressCallback):
+class NotebookConsole(Shows, NotebookProgressCallback):
     """Shows training logs and evaluations as rows of one table: transformers' has a column for every metric."""
 
     prediction_bar: Any

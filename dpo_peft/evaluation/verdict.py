@@ -189,7 +189,8 @@ def _of_set(one: HeldOut, metrics: Metrics) -> Point:
             f"{accuracy.value:.3f} says nothing: raise learning_rate, or train longer.",
         )
     alone, balanced = one.length_alone, one.balanced
-    beside = f"accuracy {accuracy}{where} on {number:,} comparisons; length alone gets {alone:.3f}"
+    side = ", taking the shorter one" if one.figures.get("accuracies/length_only", 0.5) < 0.5 else ""
+    beside = f"accuracy {accuracy}{where} on {number:,} comparisons; length alone gets {alone:.3f}{side}"
     beyond_length = accuracy.low > alone or (balanced is not None and balanced.low > 0.5)
     if number < FEWEST:
         what, remedy = f"Too few held-out rows{where}", f"Hold out at least {FEWEST}, better 200."
