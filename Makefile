@@ -1,6 +1,6 @@
 # Every target works as the only command on a machine with Python and make: the first one that needs it builds .venv.
 #   make quickstart | test | test-all | check | docs | dist | format | clean | help
-# PYTHON=…    interpreter to build .venv with (default: the first below that runs, is >= 3.10 and has venv)
+# PYTHON=…    interpreter to build .venv with (default: the first below that runs, is >= 3.11 and has venv)
 # PIP_ARGS=…  passed on to pip install
 # CONSTRAINTS=…  the versions: constraints.txt, or constraints-lowest.txt (as .ci/lowest, with a VENV of its own)
 # JOBS=…      test processes, one thread each
@@ -16,10 +16,10 @@ TESTS ?= tests
 PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 
-CANDIDATES := python3.12 python3.11 python3.10 python3 python
+CANDIDATES := python3.12 python3.11 python3 python
 # A name on the PATH is not enough: version managers leave shims that do not run.
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
-    $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
+    $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -78,7 +78,7 @@ clean:
 
 # Stamps: a changed pyproject.toml or constraints file installs again, nothing else does.
 $(VENV)/.created:
-	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 with venv found (tried: $(CANDIDATES)). Set PYTHON=/path/to/python3."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found (tried: $(CANDIDATES)). Set PYTHON=/path/to/python3."; exit 1; }
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
 	$(PYTHON) -m venv $(VENV)
 	@touch $@

@@ -1,5 +1,6 @@
 """DPO, then reinforcement learning on the reward that DPO has found (the note's section 9.2), offline.
 
+Needs:    pip install "dpo-peft[trl]"
 GPU:      none
 Peak:     1.7 GiB of the machine's memory
 Time:     about 2.5 minutes of one CPU core

@@ -17,11 +17,11 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors credentials imports moved wings disk manifests losses forward data rowfiles files distributed objective "
-    "config_checks config reference model training trainer"
+    "version errors credentials imports moved wings disk manifests losses forward data rowfiles files distributed "
+    "objective config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli __main__".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
