@@ -40,22 +40,22 @@ BUDGETS = {
     "reference": 1565,
     "model": 2880,
     "training": 2750,
-    "evaluation": 1505,
+    "evaluation": 1510,
     "fused": 2545,
     "planning": 1495,
-    "artifacts": 1330,
+    "artifacts": 1335,
     "reward": 830,
     "merge": 630,
     "hub": 915,
     "pairs": 1180,
     "report": 1460,
     "quickstart": 465,
-    "cli": 2350,
+    "cli": 2360,
     "rowfiles": 280,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 31_870
+MAX_PACKAGE_LINES = 32_340
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -20,6 +20,7 @@ WORST_PAIRS, MOST_WORST = "worst_pairs.jsonl", 10
 # A role that a chat template writes between special tokens is a word of its own line once they are stripped; Llama 3's
 # last one follows the text.
 _ROLE = re.compile(r"^(system|user|assistant|model|tool)\n+", flags=re.M)
+_NAMED = re.compile(r"^(system|user|assistant): ", flags=re.M)  # as samples are recorded now
 _BEGINS, _ENDS = re.compile(r"(system|user)\n"), re.compile(r"(assistant|model)\s*$")
 
 
@@ -27,9 +28,12 @@ def turns(prompt: str) -> list[tuple[str, str]]:
     """Returns (role, text) of the turns of a prompt. Text that is no chat, as far as that can be seen from its bare
     role words, is one turn without a role."""
     text = prompt.strip("\n")
-    if not (_BEGINS.match(text) and _ENDS.search(text)):
+    if _NAMED.match(text) and len(_NAMED.findall(text)) > 1:
+        _, *parts = _NAMED.split(text)
+    elif _BEGINS.match(text) and _ENDS.search(text):
+        _, *parts = _ROLE.split(_ENDS.sub("", text) + "\n")
+    else:
         return [("", text)]
-    _, *parts = _ROLE.split(_ENDS.sub("", text) + "\n")
     return [(role, said.strip("\n")) for role, said in zip(parts[::2], parts[1::2], strict=True)]
 
 

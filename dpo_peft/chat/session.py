@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Settings:
         base: Any = trained.model.get_base_model()
         config = copy.deepcopy(base.generation_config)
         config.max_new_tokens = self.max_new_tokens or config.max_new_tokens or MAX_NEW_TOKENS
-        config.max_length, config.use_cache = None, True
+        config.max_length, config.use_cache, config.num_beams = None, True, 1  # beams can't be shown as they grow
         config.eos_token_id = end_tokens(trained.model, trained.tokenizer)
         pad = trained.tokenizer.pad_token_id
         config.pad_token_id = config.eos_token_id[0] if pad is None and config.eos_token_id else pad
@@ -175,7 +176,7 @@ class Session:
             config.max_new_tokens = min(config.max_new_tokens, room)
         replies = []
         for on in sides:
-            replies.append(self._write(prompt_ids, config, lambda piece, on=on: show(on, piece), on, dropped))
+            replies.append(self._write(prompt_ids, config, partial(show, on), on, dropped))
             if replies[-1].stopped:
                 break
         if self.has_template and replies[0].ids:

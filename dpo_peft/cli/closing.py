@@ -57,7 +57,7 @@ def closing(trainer: "DPOTrainer", saved: Mapping[str, Any], commands: Sequence[
     for reason in verdict["reasons"]:
         lines += textwrap.wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False)
     names = [f"{what} ({name})" if what else name for name, what in FILES.items() if (folder / name).is_file()]
-    lines += ["", f"{', '.join(names)} are in {folder}"]
+    lines += ["", *textwrap.wrap(f"{', '.join(names)} are in {folder}", WIDTH, break_on_hyphens=False)]
     if trainer.state.global_step:
         lines += ["Next:", *(f"  {command}" for command in _next(trainer, folder, commands))]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """`dpo-peft compare`: completions before and after training, side by side, with the adapter's own reward of both."""
 
+import logging
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ EXAMPLES = (
     'dpo-peft compare outputs/run --prompt "Write a haiku about rain." --temperature 0.7',
     "dpo-peft compare outputs/run --prompts prompts.txt --against outputs/other --output compared.jsonl --json",
 )
+logger = logging.getLogger(__name__)
+
 WIDEST = 200  # columns; wider texts are hard to read
 
 
@@ -81,6 +84,8 @@ def compare(argv: Sequence[str]) -> None:
 def run(options: CompareOptions, texts: Sequence[str]) -> "Comparison":
     """Returns the completions of the prompts that the options name."""
     rows = _read(options, texts)
+    if not len(rows):
+        raise OptionError(f"prompts={options.prompts!r} holds no rows: give a file with a prompt.")
     from ..chat import compare_completions
     from ..data.prompts import read_prompts
     from ..model.adapter_source import AdapterSource
@@ -91,7 +96,12 @@ def run(options: CompareOptions, texts: Sequence[str]) -> "Comparison":
     check_sampling(options.max_new_tokens, options.temperature, options.top_p)
     source = AdapterSource.of(options)
     as_chat = bool(source.tokenizer().chat_template) if options.as_chat is None else options.as_chat
-    prompts, _ = read_prompts(rows, options.prompts or "prompt", as_chat=as_chat)
+    if options.as_chat is not None and not isinstance(rows[0].get("prompt"), str):
+        raise OptionError("as_chat has no effect: the prompts are no texts. Leave it out.")
+    prompts, skipped = read_prompts(rows, options.prompts or "prompt", as_chat=as_chat)
+    if skipped:
+        each = ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
+        logger.warning("%d rows without a prompt are left out: %s.", sum(skipped.values()), each)
     beta = 1.0 if options.beta is None and source.read() is None else options.beta
     how = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     reward = ImplicitReward(source, beta=beta)

@@ -51,8 +51,8 @@ def span(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f}s"
     minutes = round(seconds / 60)
-    hours = round(seconds / 3600)
-    return f"{minutes}m" if minutes < 100 else f"{minutes // 60}h{minutes % 60:02d}m" if hours < 100 else f"{hours}h"
+    hours, rest = divmod(minutes, 60)
+    return f"{minutes}m" if minutes < 100 else f"{hours}h{rest:02d}m" if hours < 100 else f"{hours}h"
 
 
 class Columns:
@@ -66,7 +66,9 @@ class Columns:
     """
 
     def __init__(self, max_steps: int, labels: Iterable[str], width: int | None, without: Iterable[str] = ()):
-        longest = max([2 * len(str(max_steps)) + 1, *(min(len(label), LONGEST_LABEL) for label in labels)])
+        longest = max(
+            [len("step"), 2 * len(str(max_steps)) + 1, *(min(len(label), LONGEST_LABEL) for label in labels)]
+        )
         self.max_steps, self.widths = max_steps, {**WIDTHS, "step": longest}
         kept = [name for name in IMPORTANCE if name not in without]
         while width is not None and sum(self.widths[name] for name in kept) + len(GAP) * (len(kept) - 1) > width:

@@ -18,7 +18,8 @@ FEWEST = 30  # held-out comparisons below which nothing is called good
 WORTH = 0.05  # an accuracy that is surely no further above length alone than this is no better
 FEW_ROWS = 200  # of the training
 BY_HEART = 0.1  # training accuracy above what the held-out one may be
-OF_WARNINGS = {"no-learning": "bad", "no-change": "bad", "reward-saturation": "good"}  # the others: unsure
+OF_WARNINGS = {"no-learning": "bad", "reward-saturation": "good"}  # the others: unsure
+HEADLINES = {"no-learning": "Nothing was learned.", "no-change": "The training has changed no sampled text."}
 
 Metrics = Mapping[str, Any]  # contents of a metrics.json
 
@@ -127,9 +128,9 @@ def _points(metrics: Metrics) -> Iterator[Point]:
         )
     for warning in metrics.get("warnings") or ():
         name = warning["name"]
-        text = f"Warning {name} at step {warning['step']}"
         remedy = REMEDIES.get(name, "See docs/diagnostics.md.")
-        yield Point(OF_WARNINGS.get(name, "unsure"), f"{text}.", f"{text}: {remedy}")
+        headline = HEADLINES.get(name, f"There is a warning: {name}.")
+        yield Point(OF_WARNINGS.get(name, "unsure"), headline, f"Warning {name} at step {warning['step']}: {remedy}")
 
 
 def held_out(metrics: Metrics) -> list[HeldOut]:

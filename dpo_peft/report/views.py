@@ -47,7 +47,7 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
         "margins": _margins(runs),
         "lengths": [length for dataset in runs[0].evaluations if (length := _length(runs[0], dataset))] if one else [],
         "differences": differences(runs),
-        "data_lengths": _data_lengths(runs[0]) if one else [],
+        "data_lengths": data_lengths(runs[0]) if one else [],
         "worst": _worst(runs[0]) if one else [],
         "frontiers": [] if one else frontiers(runs),
         "samples": cards,
@@ -169,7 +169,7 @@ def _worst(run: Run) -> list[tuple[str, int, list[tuple[Json, Json]]]]:
     return found
 
 
-def _data_lengths(run: Run) -> list[Chart]:
+def data_lengths(run: Run) -> list[Chart]:
     """Returns a chart of the tokens of each dataset's rows, and what truncation took."""
     charts = []
     for name, counts in (run.facts.get("lengths") or {}).items():

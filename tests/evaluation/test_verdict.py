@@ -91,7 +91,8 @@ CASES = {
     "one of each": (of_sets(0.9, 0.45), "unsure", "No better than length alone on 'b'"),
     "a warning": (run(warnings=warned("high-kl")), "unsure", "Warning high-kl at step 7: Raise beta"),
     "a warning that is none": (run(warnings=warned("reward-saturation")), "good", "by more than chance"),
-    "no text is changed": (run(warnings=warned("no-change")), "bad", "Warning no-change at step 7: Raise learning"),
+    "no text is changed": (run(warnings=warned("no-change")), "unsure", "Warning no-change at step 7: Raise learning"),
+    "nothing is learned": (run(warnings=warned("no-learning")), "bad", "Nothing was learned."),
     # Rewards without a reference are not 0 at the start: a good accuracy may be the untrained model's.
     "no reference, one evaluation": (run(reward="logp"), "unsure", "--eval_on_start true"),
     "of an unknown number": (run(data={}), "unsure", "(0 comparisons)"),
