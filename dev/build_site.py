@@ -108,19 +108,25 @@ def relink(text: str, place: str) -> str:
 # --- the command line and the public names
 
 
+def escaped(text: str) -> str:
+    """Returns text that Markdown leaves as it is, in a table too."""
+    return re.sub(r"([|*_])", r"\\\1", html.escape(text, quote=False))
+
+
 def option_rows(group: argparse._ArgumentGroup) -> list[str]:
-    """Returns the lines of a table: an option, its default, what it does."""
+    """Returns the lines of a table: an option, what it does, its default."""
     rows = []
     for action in group._group_actions:
         if action.help == argparse.SUPPRESS or action.dest == "help":
             continue
-        default = "" if action.default in (None, "", argparse.SUPPRESS) else f"`{action.default}`".replace("|", "\\|")
         said = " ".join((action.help or "").split()).replace("%(default)s", str(action.default)).replace("%%", "%")
+        said = "".join(part if part.startswith("`") else escaped(part) for part in re.split("(`[^`]*`)", said))
         if action.choices:
             said += " One of " + ", ".join(f"`{choice}`" for choice in action.choices) + "."
         name = f"`{action.option_strings[0]}`" if action.option_strings else action.dest.upper()
-        said = html.escape(said, quote=False).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
-        rows.append(f"| {name} | {default} | {said} |")
+        if action.default not in (None, "", argparse.SUPPRESS):
+            said += f" Default: `{action.default}`.".replace("|", "\\|")
+        rows.append(f"| {name} | {said.strip()} |")
     return rows
 
 
@@ -132,7 +138,7 @@ def command_page(command: str) -> str:
     for group in parser._action_groups:
         if rows := option_rows(group):
             title = (group.title or "options").rstrip(":")
-            parts.append("\n".join([f"## {title}", "", "| option | default | |", "|---|---|---|", *rows]))
+            parts.append("\n".join([f"## {title}", "", "| option | |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
