@@ -7,6 +7,7 @@ A page made here is under `commands/`, or is `api.md`; a file from outside docs/
 import argparse
 import html
 import importlib
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -59,6 +60,9 @@ def text_of(path: str) -> str:
     text = file.read_text("utf-8")
     if path.endswith(".md"):
         return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # a model card's metadata
+    if path.endswith(".ipynb"):
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+        return "\n\n".join(code if kind == "markdown" else f"```python\n{code}\n```" for kind, code in cells)
     return (
         f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{LANGUAGES.get(file.suffix, 'text')}\n{text}\n````\n"
     )
