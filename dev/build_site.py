@@ -113,12 +113,12 @@ def relink(text: str, place: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Returns text that Markdown leaves as it is, in a table too."""
-    return re.sub(r"([|*_])", r"\\\1", html.escape(text, quote=False))
+    """Returns text that Markdown leaves as it is."""
+    return re.sub(r"([*_])", r"\\\1", html.escape(text, quote=False))
 
 
 def option_rows(group: argparse._ArgumentGroup) -> list[str]:
-    """Returns the lines of a table: an option, what it does, its default."""
+    """Returns the entries of a list: an option, what it does, its default."""
     rows = []
     for action in group._group_actions:
         if action.help == argparse.SUPPRESS or action.dest == "help":
@@ -129,8 +129,8 @@ def option_rows(group: argparse._ArgumentGroup) -> list[str]:
             said += " One of " + ", ".join(f"`{choice}`" for choice in action.choices) + "."
         name = f"`{action.option_strings[0]}`" if action.option_strings else action.dest.upper()
         if action.default not in (None, "", argparse.SUPPRESS):
-            said += f" Default: `{action.default}`.".replace("|", "\\|")
-        rows.append(f"| {name} | {said.strip()} |")
+            said += f" Default: `{action.default}`."
+        rows.append(f"{name}\n:   {said.strip() or name}\n")
     return rows
 
 
@@ -142,7 +142,7 @@ def command_page(command: str) -> str:
     for group in parser._action_groups:
         if rows := option_rows(group):
             title = (group.title or "options").rstrip(":")
-            parts.append("\n".join([f"## {title}", "", "| option | |", "|---|---|", *rows]))
+            parts.append("\n".join([f"## {title}", "", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
