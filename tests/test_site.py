@@ -76,4 +76,4 @@ def test_llms_txt_lists_every_page_of_the_navigation(site: Path) -> None:
     links = re.findall(r"\]\((\S+)\)", text)
     assert len(links) > 30 and not [link for link in links if not (site / link).is_file()]
     named = re.findall(r"^\s+- .*: (\S+)\.md$", (REPO / "mkdocs.yml").read_text("utf-8"), flags=re.MULTILINE)
-    assert not {f"{name}.html" for name in named} - set(links)
+    assert not {f"{name.replace('README', 'index')}.html" for name in named} - set(links)
