@@ -7,6 +7,7 @@ A page made here is under `commands/`, or is `api.md`; a file from outside docs/
 import argparse
 import html
 import importlib
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -59,6 +60,9 @@ def text_of(path: str) -> str:
     text = file.read_text("utf-8")
     if path.endswith(".md"):
         return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # a model card's metadata
+    if path.endswith(".ipynb"):
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+        return "\n\n".join(code if kind == "markdown" else f"```python\n{code}\n```" for kind, code in cells)
     return (
         f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n````{LANGUAGES.get(file.suffix, 'text')}\n{text}\n````\n"
     )
@@ -108,19 +112,25 @@ def relink(text: str, place: str) -> str:
 # --- the command line and the public names
 
 
+def escaped(text: str) -> str:
+    """Returns text that Markdown leaves as it is."""
+    return re.sub(r"([*_])", r"\\\1", html.escape(text, quote=False))
+
+
 def option_rows(group: argparse._ArgumentGroup) -> list[str]:
-    """Returns the lines of a table: an option, its default, what it does."""
+    """Returns the entries of a list: an option, what it does, its default."""
     rows = []
     for action in group._group_actions:
         if action.help == argparse.SUPPRESS or action.dest == "help":
             continue
-        default = "" if action.default in (None, "", argparse.SUPPRESS) else f"`{action.default}`".replace("|", "\\|")
         said = " ".join((action.help or "").split()).replace("%(default)s", str(action.default)).replace("%%", "%")
+        said = "".join(part if part.startswith("`") else escaped(part) for part in re.split("(`[^`]*`)", said))
         if action.choices:
             said += " One of " + ", ".join(f"`{choice}`" for choice in action.choices) + "."
         name = f"`{action.option_strings[0]}`" if action.option_strings else action.dest.upper()
-        said = html.escape(said, quote=False).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
-        rows.append(f"| {name} | {default} | {said} |")
+        if action.default not in (None, "", argparse.SUPPRESS):
+            said += f" Default: `{action.default}`."
+        rows.append(f"{name}\n:   {said.strip() or name}\n")
     return rows
 
 
@@ -132,7 +142,7 @@ def command_page(command: str) -> str:
     for group in parser._action_groups:
         if rows := option_rows(group):
             title = (group.title or "options").rstrip(":")
-            parts.append("\n".join([f"## {title}", "", "| option | default | |", "|---|---|---|", *rows]))
+            parts.append("\n".join([f"## {title}", "", *rows]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -138,11 +138,11 @@ class SaveResults:
         return min(taken * args.world_size, train.kept_rows if train else 0)
 
     def _objective(self) -> str:
-        """Names, weights and sources of the losses. What the lecture note calls them helps no reader of a card."""
+        """Names, weights and sources of the losses. Where this package derives them helps no reader of a card."""
         objective, parts = self.trainer.objective, []
         for name, part, weight in zip(objective.names, objective.parts, objective.weights, strict=True):
             share = f"{weight:g} × " if len(objective.weights) > 1 else ""
-            source = re.sub(r" *\((its )?note [^)]*\)", "", part.source)
+            source = re.sub(r" *\(docs/derivations[^)]*\)", "", part.source)
             parts.append(f"{share}`{public(name)}`{f' ({source})' if source else ''}")
         return " + ".join(parts)
 
