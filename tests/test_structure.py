@@ -39,7 +39,7 @@ BUDGETS = {
     "forward": 2230,
     "reference": 1565,
     "model": 2880,
-    "training": 2770,
+    "training": 2775,
     "evaluation": 1510,
     "fused": 2545,
     "planning": 1495,
@@ -55,7 +55,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 33_380
+MAX_PACKAGE_LINES = 33_390
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
