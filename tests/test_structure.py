@@ -21,7 +21,7 @@ CORE = (
     "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs report preview quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -49,13 +49,14 @@ BUDGETS = {
     "hub": 915,
     "pairs": 1180,
     "report": 1115,
+    "preview": 720,
     "quickstart": 460,
-    "cli": 1595,
+    "cli": 1895,
     "rowfiles": 280,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_170
+MAX_PACKAGE_LINES = 30_190
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

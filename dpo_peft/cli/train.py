@@ -5,6 +5,7 @@ A YAML file holds any of the options; the command line overrides it. Each option
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # importing them takes seconds, which a help should not
 
     from ..config import DPOConfig
     from ..trainer import DPOTrainer
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = [
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
@@ -90,6 +93,7 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
     # The logs of transformers.Trainer go to stdout.
     with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
+        logger.info("The first row as it is trained on:\n%s", first_row(trainer))
         seconds = trainer.train().metrics["train_runtime"]
         if trainer.eval_dataset is not None:
             trainer.evaluate()
@@ -109,6 +113,14 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
             output.json,
         )
     return trainer
+
+
+def first_row(trainer: "DPOTrainer") -> str:
+    """Returns the first training row as `dpo-peft data` shows it, shortened."""
+    from ..preview import render_row
+
+    lines = render_row(next(iter(trainer.train_dataset)), trainer.processing_class, most_lines=4).splitlines()
+    return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
 
 
 def last_figures(folder: Path) -> str:
