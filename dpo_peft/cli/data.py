@@ -31,9 +31,8 @@ EXAMPLES = [
     "dpo-peft data --config recipes/dpo_qlora_8b.yaml --color always | less -R",
     "dpo-peft data votes.csv --dataset_format pandalm --json",
 ]
-LEGEND = "⏎ ends a line, control tokens stand in ⟦ ⟧"
 OF_STREAM = 10_000  # rows that are looked at
-MOST_LINES = 24  # of a prompt or a completion, on a terminal
+MOST_LINES = 16  # of a prompt or a completion, on a terminal
 LEVELS = {"mean": "mean", "median": "median", "p90": "90 %", "p99": "99 %", "max": "longest"}
 PREPARED = ("max_length", "truncation_mode", "discount_unit", "on_unusable")
 
@@ -97,7 +96,8 @@ def data(argv: Sequence[str]) -> None:
         show(result, "", as_json=True)
     else:
         text = printable(describe(result, columns()))
-        title = f"First rows {'as they will be trained' if result['tokenizer'] else 'as text'}: {LEGEND}"
+        tokens = "⏎ ends a line, control tokens are purple or in ⟦ ⟧"
+        title = f"First rows as they will be trained ({tokens})" if result["tokenizer"] else "First rows as text"
         print("\n\n".join([text, *([title] if shown else []), *shown, printable(_to_do(result["to_do"], columns()))]))
     if asked.strict and result["to_do"]:
         raise StrictError(f"--strict: {len(result['to_do'])} things are to be acted on.")
@@ -128,7 +128,14 @@ def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[
     color = asked.color == "always" or asked.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     most = MOST_LINES if sys.stdout.isatty() else None
     shown = looks["train"].rendered(asked.rows, columns(), color and not asked.json, most)
-    result = {"sets": {name: one.facts for name, one in looks.items()}, "files": files, "leaks": leaks, "to_do": to_do}
+    names = as_list(data.dataset_name) or [f"a mixture of {len(data.datasets or ())}"]
+    result = {
+        "dataset": ", ".join(names),
+        "sets": {name: one.facts for name, one in looks.items()},
+        "files": files,
+        "leaks": leaks,
+        "to_do": to_do,
+    }
     return {**result, "tokenizer": trained.model_name_or_path or None, "first_rows": shown}, shown
 
 
@@ -199,7 +206,7 @@ def describe(result: Mapping[str, Any], width: int) -> str:
     """Returns what was found as text."""
     sections = []
     for name, facts in result["sets"].items():
-        title = "" if name == "train" else f"{name}: "
+        title = f"{result['dataset'] if name == 'train' else name}: "
         sections.append(_rows(facts, title, width))
         if name == "train" and result["files"]:
             sections += [_rows(one, f"{one['name']}: ", width) for one in result["files"]]
@@ -218,7 +225,7 @@ def _rows(facts: Mapping[str, Any], title: str, width: int) -> str:
     lines += [f"  columns read: {read}", *([f"  not read, left aside: {unread}"] if unread else [])]
     for reason, found in facts["unusable"].items():
         lines.append(f"  {found['rows']:,} {reason}, {found['meaning']} ({named(found)})")
-    return "\n".join(line for long in lines for line in textwrap.wrap(long, width, subsequent_indent="    "))
+    return _wrapped(lines, width, "    ")
 
 
 def _lengths(facts: Mapping[str, Any], tokenizer: str | None) -> str:
@@ -273,11 +280,15 @@ def _template(template: Mapping[str, Any], width: int) -> str:
     lines.append(f"  generation stops at {', '.join(template['stops'])}")
     if number := template["completions_without_stop"]:
         lines[-1] += f": {number:,} completions do not end so"
-    return "\n".join(line for long in lines for line in textwrap.wrap(long, width, subsequent_indent="    "))
+    return _wrapped(lines, width, "    ")
 
 
 def _to_do(sentences: Sequence[str], width: int) -> str:
     if not sentences:
         return "Nothing to be acted on."
-    wrapped = (textwrap.fill(f"- {one}", width, subsequent_indent="  ") for one in sentences)
-    return "\n".join(["To be acted on", *wrapped])
+    return "To be acted on\n" + _wrapped([f"- {one}" for one in sentences], width, "  ")
+
+
+def _wrapped(lines: Sequence[str], width: int, indent: str) -> str:
+    wrap = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines))

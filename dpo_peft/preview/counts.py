@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from ..data.worker import rows_of
 from .reading import PAIRED, Item, Sized
+from .render import ENDING
 
-ENDING = 4  # tokens at a completion's end among which its end token is looked for: a line's end may follow it
 NAMED = 5  # rows that are named for each thing that is found
 Judgment = tuple[bytes | float, ...]
 

@@ -18,7 +18,8 @@ from ..data.trajectories import GIVEN
 CODES = {"prompt": "94", "good": "32", "bad": "31", "between": "33", "given": "2", "control": "1;35", "note": "2;3"}
 # Controls, marks that turn the direction of writing, other ends of lines, and halves of characters.
 HOSTILE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-LABEL = 11  # columns
+LABEL = 12  # columns
+ENDING = 4  # tokens at a completion's end among which its end token is looked for: a line's end may follow it
 NARROWEST = 40
 
 Piece = tuple[str, str]  # text, style
@@ -68,6 +69,8 @@ def render_row(
             ends = first if not number else 0, last if number == len(runs) - 1 else 0
             parts.append(Part("  given" if given else label, _around(pieces, *ends)))
             at += size
+        if not last and not any(_is_control(tokenizer, token) for token in ids[-ENDING:]):
+            parts[-1].pieces.append((" [no end token]", "note"))
     return render_parts(parts, width, color, most_lines)
 
 
@@ -103,8 +106,13 @@ def _cut(whole: Sequence[int], kept: Sequence[int]) -> tuple[int, int]:
 
 
 def _around(pieces: list[Piece], first: int, last: int) -> list[Piece]:
-    notes = [[(f"[{number:,} tokens cut]", "note")] if number else [] for number in (first, last)]
-    return [*notes[0], *pieces, *notes[1]]
+    before = [(f"[{first:,} tokens cut] ", "note")] if first else []
+    return [*before, *pieces, *([(f" [{last:,} tokens cut]", "note")] if last else [])]
+
+
+def _is_control(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and (added.special or str(added).startswith("<"))
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int], style: str) -> list[Piece]:
@@ -112,15 +120,14 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequ
     decode: Callable[[Sequence[int]], str] = lambda some: str(  # noqa: E731
         tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
-    added = tokenizer.added_tokens_decoder
-    control = [token in added and (added[token].special or str(added[token]).startswith("<")) for token in ids]
     pieces, shown, done = [], list(before), 0
-    for is_control, run in groupby(control):
+    for is_control, run in groupby(_is_control(tokenizer, token) for token in ids):
         size = len(list(run))
         for part in [[token] for token in ids[done : done + size]] if is_control else [ids[done : done + size]]:
             start, text = decode(shown), decode([*shown, *part])
             # A decoder of words takes the blank away that a text begins with: it is asked with what stands before.
             text = text[len(start) :] if text.startswith(start) else decode(part)
+            text = str(tokenizer.convert_ids_to_tokens(part[0])) if is_control else text
             pieces.append((text, "control" if is_control else style))
             shown += part
         done += size
