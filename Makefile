@@ -1,5 +1,5 @@
 # Every target works as the only command on a machine with Python and make: the first one that needs it builds .venv.
-#   make quickstart | test | test-all | check | format | clean | help
+#   make quickstart | test | test-all | check | docs | format | clean | help
 # PYTHON=…    interpreter to build .venv with (default: the first below that runs, is >= 3.10 and has venv)
 # PIP_ARGS=…  passed on to pip install
 # JOBS=…      test processes, one thread each
@@ -31,17 +31,18 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help quickstart test test-all check format clean
+.PHONY: help quickstart test test-all check docs format clean
 help:
 	@echo "make quickstart  train the embedded model in 4 bits with DPO; report and adapter in outputs/quickstart"
 	@echo "make test        run the tests                    (TESTS=tests/test_x.py, JOBS=$(JOBS))"
 	@echo "make test-all    these, then the long ones, then the known vulnerabilities of what is installed"
 	@echo "make check       lint, formatting and types"
+	@echo "make docs        the documentation as a site in outputs/site; a broken link is an error"
 	@echo "make format      apply the formatter and the lint fixes"
 	@echo "make clean       remove .venv, outputs and caches"
 
 quickstart: $(VENV)/.runtime
-	$(BIN)/python recipes/quickstart.py --output_dir outputs/quickstart
+	$(BIN)/dpo-peft quickstart --output_dir outputs/quickstart
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(TESTS)
@@ -54,6 +55,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

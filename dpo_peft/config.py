@@ -213,6 +213,9 @@ class DPOConfig(TrainingArguments):
         needs="early_stopping_patience",
     )
 
+    log_file: str | None = free(
+        None, "File that everything shown is added to as well, with the time; without bars. Default: none."
+    )
     overwrite_output_dir: bool = flag(
         False, "Begin a new run in a folder that holds a finished one, which is replaced at the end."
     )

@@ -21,7 +21,7 @@ CORE = (
     "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs report preview quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report preview quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -30,7 +30,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 300,
+    "config": 305,
     "config_checks": 350,
     "objective": 485,
     "distributed": 275,
@@ -38,25 +38,25 @@ BUDGETS = {
     "data": 3325,
     "forward": 2230,
     "reference": 1565,
-    "model": 2610,
-    "training": 2725,
-    "evaluation": 750,
+    "model": 2880,
+    "training": 2750,
+    "evaluation": 1510,
     "fused": 2545,
     "planning": 1495,
-    "artifacts": 1165,
-    "reward": 850,
+    "artifacts": 1335,
+    "reward": 830,
     "merge": 630,
     "hub": 915,
     "pairs": 1180,
-    "report": 1115,
-    "preview": 720,
-    "quickstart": 460,
-    "cli": 1895,
+    "report": 1460,
+    "preview": 925,
+    "quickstart": 465,
+    "cli": 2665,
     "rowfiles": 280,
-    "disk": 175,
-    "manifests": 220,
+    "disk": 180,
+    "manifests": 225,
 }
-MAX_PACKAGE_LINES = 30_190
+MAX_PACKAGE_LINES = 33_590
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -23,7 +23,10 @@ WRONG_INPUT = (
     errors.CheckpointError,
 )
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError)
-COMMANDS = ("data", "plan", "pairs", "train", "score", "report", "merge", "push", "cache")
+COMMANDS = (
+    *("quickstart", "data", "plan", "pairs", "train", "chat", "compare", "score", "report", "merge", "export"),
+    *("push", "cache", "env"),
+)
 USAGE = """usage: dpo-peft COMMAND [options]
 
   data    look at preference rows before training:  dpo-peft data FILE [--model_name_or_path MODEL]
@@ -31,10 +34,15 @@ USAGE = """usage: dpo-peft COMMAND [options]
   pairs   sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
   train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
   score   score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
+  chat    talk to a trained adapter, or to its base:  dpo-peft chat ADAPTER
+  compare  show completions before and after training:  dpo-peft compare ADAPTER --prompts FILE
   report  show runs as one HTML page:  dpo-peft report RUN [RUN ...]
   merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
+  export  write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama
   push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  env     show versions and machine, for reports of faults:  dpo-peft env
+  quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
 

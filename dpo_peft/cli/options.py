@@ -125,7 +125,7 @@ def parse_options(
             file that can't be read.
         SystemExit: `--help` was asked for and printed.
     """
-    names = [f.name for f in fields(options)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(options) if f.init]  # type: ignore[arg-type]
 
     def check(given: Mapping[str, object]) -> None:
         for name in given:

@@ -90,12 +90,18 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         TrainingInterrupted: after a signal, with a checkpoint saved.
     """
     data, args, model, output = _parse(argv)
+    from ..evaluation.log_file import SHOWN  # after parsing: these take seconds
+    from . import COMMANDS
+    from .closing import closing, evaluated
+
+    if args.disable_tqdm or not sys.stderr.isatty():
+        without_bars()
     # The logs of transformers.Trainer go to stdout.
     with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
         logger.info("The first row as it is trained on:\n%s", first_row(trainer))
         seconds = trainer.train().metrics["train_runtime"]
-        if trainer.eval_dataset is not None:
+        if trainer.eval_dataset is not None and not evaluated(trainer):
             trainer.evaluate()
         try:
             trainer.save_model()
@@ -106,12 +112,10 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         result = {"output_dir": str(folder), "steps": trainer.state.global_step, "seconds": seconds}
         saved = json.loads((folder / "metrics.json").read_text("utf-8"))
         result |= {name: saved[name] for name in ("first", "last", "eval_first", "eval_last")}
-        result["warnings"] = saved.get("warnings", [])
-        show(
-            result,
-            f"{last_figures(folder)}\nAdapter, model card, metrics.json and curves.png are in {folder}",
-            output.json,
-        )
+        result |= {"warnings": saved.get("warnings", []), "verdict": saved["verdict"]}
+        text = closing(trainer, saved, COMMANDS)
+        SHOWN.info("%s", text)
+        show(result, f"\n{text}", output.json)
     return trainer
 
 
@@ -123,13 +127,13 @@ def first_row(trainer: "DPOTrainer") -> str:
     return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
 
 
-def last_figures(folder: Path) -> str:
-    """Returns a saved run's figures in one line, as `dpo-peft report` prints it."""
-    from ..report.page import summary
-    from ..report.runs import Run
-    from .report import headline
+def without_bars() -> None:
+    """Turns off the bars of other libraries, such as those of loading weights and of mapping rows."""
+    import datasets
+    from transformers.utils import logging
 
-    return headline(summary(Run(folder)))
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 @contextmanager
