@@ -126,7 +126,9 @@ class DPOTrainer(Trainer):
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self._build_parts(data_collator)
         self._record = lambda: record_training(
-            self.model, self.policy_adapter, trained_with(self.model, args, self.objective, as_given)
+            self.model,
+            self.policy_adapter,
+            trained_with(self.model, args, self.objective, as_given, self.prepare.as_chat),
         )
         self._record()
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))

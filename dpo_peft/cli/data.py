@@ -34,7 +34,7 @@ EXAMPLES = [
 OF_STREAM = 10_000  # rows that are looked at
 MOST_LINES = 16  # of a prompt or a completion, on a terminal
 LEVELS = {"mean": "mean", "median": "median", "p90": "90 %", "p99": "99 %", "max": "longest"}
-PREPARED = ("max_length", "truncation_mode", "discount_unit", "on_unusable")
+PREPARED = ("max_length", "truncation_mode", "discount_unit", "on_unusable", "as_chat")
 
 
 @dataclass
@@ -66,6 +66,7 @@ class TrainedAs:
     unneeded_columns: list[str] | None = option_of(DPOConfig, "unneeded_columns")
     unpair_preferences: bool = option_of(DPOConfig, "unpair_preferences")
     discount_unit: str = option_of(DPOConfig, "discount_unit")
+    as_chat: bool | None = option_of(DPOConfig, "as_chat")
     on_unusable: str = option_of(DPOConfig, "on_unusable")
     max_unusable_share: float = option_of(DPOConfig, "max_unusable_share")
     dataset_num_proc: int | None = option_of(DPOConfig, "dataset_num_proc")
@@ -105,7 +106,7 @@ def data(argv: Sequence[str]) -> None:
 
 def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[dict[str, Any], list[str]]:
     """Returns the result of the command, and the first rows rendered."""
-    evaluate = trained.eval_strategy not in ("no", False) or bool(data.eval_dataset_name or data.test_split_size)
+    evaluate = trained.eval_strategy not in ("no", False) or bool(data.eval_dataset_name or data.held_out)
     train, evaluation = load_datasets(data, evaluate, trained.seed)
     sets: dict[str, Any] = {"train": train}
     if evaluation is not None:
@@ -152,7 +153,7 @@ def _first_of_stream(rows: Any) -> "Dataset":
 
 def _parts(data: DataArguments) -> dict[str, DataArguments]:
     """Returns the files, datasets or parts of a mixture, each to be read by itself, if there are several."""
-    alone = replace(data, eval_dataset_name=None, test_split_size=None)
+    alone = replace(data, eval_dataset_name=None, test_split_size=None, eval_share=None, dataset_weights=None)
     if data.datasets:
         each = enumerate(data.datasets, 1)
         parts = {f"part {number}, {part.get('path')}": replace(alone, datasets=[part]) for number, part in each}
@@ -167,10 +168,15 @@ def _as_objective(options: dict[str, Any], loss_type: list[str] | None, rows: "D
     """Adds what the objective reads of the rows to the options. Returns what to do where none is given and the
     default's is not what the rows suit."""
     from ..config_checks import check_loss_type
-    from ..data.formats import LISTS, SINGLES, data_of
+    from ..data.formats import LISTS, SINGLES, SUITS, find_completions
+    from ..data.reading import find_reading
     from ..objective import TrainingObjective
 
-    kind = data_of(rows.column_names, rows[0]) if loss_type is None and len(rows) else "pairs"
+    kind = "pairs"
+    if loss_type is None and len(rows):
+        _, first = find_reading("train", rows.column_names, [rows[0]])
+        suits = SUITS[find_completions(set(first), first)[1]]
+        kind = kind if kind in suits else suits[0]
     losses = as_list(loss_type) or {"lists": ["plackett_luce"], "singles": ["kto"]}.get(kind, ["sigmoid"])
     check_loss_type(losses, None)
     objective = TrainingObjective(losses)
@@ -222,6 +228,7 @@ def _rows(facts: Mapping[str, Any], title: str, width: int) -> str:
     """Returns what was read, and which rows can't be used."""
     read, unread = (", ".join(facts["columns"][name]) for name in ("read", "unread"))
     lines = [f"{title}{facts['rows']:,} rows, {facts['usable']:,} usable: {facts['data']} ({facts['format']} format)"]
+    lines += ["  texts go into the chat template as turns (as_chat)"] if facts["as_chat"] else []
     lines += [f"  columns read: {read}", *([f"  not read, left aside: {unread}"] if unread else [])]
     for reason, found in facts["unusable"].items():
         lines.append(f"  {found['rows']:,} {reason}, {found['meaning']} ({named(found)})")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # importing them takes seconds, which a help should not
     from ..trainer import DPOTrainer
 
 logger = logging.getLogger(__name__)
-
+EVAL_STEPS = 0.25  # of the run, with eval_share alone
 EXAMPLES = [
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml --beta 0.2 --output_dir outputs/beta-0.2",
@@ -209,6 +209,9 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
     required(options, *([] if options.datasets else ["dataset_name"]), "model_name_or_path")
+    if options.eval_share is not None and str(options.eval_strategy) == "no":
+        options.eval_strategy, options.eval_steps = "steps", options.eval_steps or EVAL_STEPS
+        logger.info("eval_share: evaluation is on (eval_strategy steps, eval_steps %g).", options.eval_steps)
     data, args = made(DataArguments, options), made(DPOConfig, options)
     return data, args, made(ModelArguments, options), made(OutputArguments, options)
 

@@ -87,7 +87,7 @@ def _of_template(facts: Mapping[str, Any]) -> list[str]:
     elif text and not by and template["family"] is not None:
         found.append(
             f"The prompts are plain text, and the model's chat template ({template['family']}) is not used: it would "
-            "be trained on what a chat never shows it. Give the rows as messages."
+            "be trained on what a chat never shows it. Set as_chat to true, or give the rows as messages."
         )
     return found
 

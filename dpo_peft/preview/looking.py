@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import DataSummary, prepare_dataset
 from ..data.formats import Wanted
-from ..data.parse import find_format
+from ..data.reading import find_format
 from ..data.summary import REASONS
 from ..data.unread import SAMPLED, check_unread
 from ..errors import DataError
@@ -20,7 +20,6 @@ from .render import render_parts, render_row
 from .style import compare_forms, compare_lengths, forms_of
 from .template import describe_template, family_of
 
-ANY_VOCABULARY = 2**31  # of token ids, where there is no tokenizer
 OF_LENGTH = {"identical_after_truncation", "prompt_too_long", "completion_too_long", "nothing_scored"}
 OF_SUMMARY = (
     "max_length truncation_mode rows_truncated prompts_trimmed completions_trimmed ends_lost total_tokens "
@@ -87,12 +86,12 @@ def look(
         raise DataError(f"{name}: the dataset is empty. Give it at least one row.")
     names = ("data", "label_columns", "discount_unit", "single_best", "unpair")
     wanted = Wanted(**{one: options[one] for one in names if one in options})
-    vocabulary = ANY_VOCABULARY if tokenizer is None else len(tokenizer)
-    row_format = find_format(name, rows.column_names, sampled[0], wanted, vocabulary)
+    row_format = find_format(name, rows.column_names, sampled, wanted, tokenizer, options.get("as_chat", False))
     wanted = replace(wanted, label_columns=tuple(one for one in wanted.label_columns if one in rows.column_names))
     used = {*row_format.columns, *wanted.label_columns}
     unread = [one for one in rows.column_names if one not in used]
     facts: dict[str, Any] = {"name": name, "rows": len(rows), "format": row_format.name, "data": wanted.data}
+    facts["as_chat"] = row_format.as_chat
     seen = Look(facts | {"columns": {"read": [one for one in rows.column_names if one in used], "unread": unread}})
     if row_format.kind != "ids":
         try:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.fields import RowProblem, check_size, content_text, read_preference
+from ..data.fields import NoValue, RowProblem, check_size, content_text, read_preference
 from ..data.formats import Example, RowFormat, Wanted
 from ..data.parse import Parsed, common_start
-from ..data.summary import EMPTY_COMPLETION, IDENTICAL, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT
+from ..data.summary import EMPTY_COMPLETION, IDENTICAL, MISSING_VALUE, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT
 from ..data.truncate import all_same
 from ..data.worker import TOO_DEEP, rows_of
 from .render import Part, completion_labels
@@ -58,8 +58,12 @@ def read_items(
             number += 1
             try:
                 check_size(row)
-                found = row_format.read(row)
-                preference = read_preference(row) if "preference" in wanted.label_columns else 1.0
+                ours = row_format.prepare(row)
+                found = row_format.read(ours)
+                preference = read_preference(ours) if "preference" in wanted.label_columns else 1.0
+            except NoValue:
+                yield Item(number, MISSING_VALUE)
+                continue
             except (RowProblem, RecursionError) as error:
                 problem = error if isinstance(error, RowProblem) else TOO_DEEP
                 yield Item(number, MALFORMED, problem)

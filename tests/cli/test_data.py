@@ -35,9 +35,10 @@ def file(tmp_path: Path) -> str:
 def test_it_looks_at_a_file(file: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["data", file]) == 0
     shown = capsys.readouterr().out
-    assert "4 rows, 4 usable: pairs (text format)" in shown and "Lengths in characters" in shown
+    assert "4 rows, 4 usable: pairs (text format)" in " ".join(shown.split()) and "Lengths in characters" in shown
     assert (
-        "row 0\nprompt     The walk 0?\nchosen      A treat 0.\nrejected    Awful 0." in shown and "row 2" not in shown
+        "row 0\nprompt      The walk 0?\nchosen       A treat 0.\nrejected     Awful 0." in shown
+        and "row 2" not in shown
     )
     assert "\x1b" not in shown
 
@@ -96,7 +97,7 @@ def test_the_config_of_a_run_works_as_it_is(tmp_path: Path, file: str, capsys: p
         (["FILE", "--rowz", "2"], "Did you mean 'rows'"),
         (["FILE", "--rows", "-1"], "0 or more"),
         (["FILE", "--loss_type", "sigmod"], "loss_type"),
-        (["FILE", "--loss_type", "kto"], "label"),
+        (["FILE", "--loss_type", "kto", "--column_map", "chosen:completion"], "label"),
     ],
 )
 def test_what_it_refuses(file: str, capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:

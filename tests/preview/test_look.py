@@ -163,6 +163,7 @@ def test_what_would_stop_training_does_not_stop_the_look() -> None:
     rows = [pair("p", "a", "b", system="You are a pirate, speak so."), pair("p", None, "b", system="x")]
     found = look(Dataset.from_list(rows))
     assert found.facts["usable"] == 1 and found.facts["columns"]["unread"] == ["system"]
+    assert found.facts["unusable"]["missing_value"]["first"] == [1]
     assert any("'system' holds text that is not read" in stop for stop in found.stops)
     with pytest.raises(DataError, match="empty"):
         look(Dataset.from_list([]))
@@ -185,7 +186,7 @@ def test_tokens_by_hand() -> None:
     assert facts["template"]["completions_without_stop"] == 0
     assert "row 0: 3 tokens of prompt, 2, 2 of completion" in found.rendered(1)[0]
     assert "[2 tokens cut]" in found.rendered(1)[0]
-    never = look(Dataset.from_list(rows[:2]), tokenizer, stop_tokens=[3], max_length=None)
+    never = look(Dataset.from_list(rows[:2]), tokenizer, stop_tokens=[9], max_length=None)
     assert never.facts["template"]["completions_without_stop"] == 4
     assert any("would not learn to stop" in sentence for sentence in advise(never.facts))
 
