@@ -62,14 +62,19 @@ def test_a_trajectory_shows_what_is_given(chatml: PreTrainedTokenizerBase) -> No
         "rejected": turns("Hello.", "A bus.", "And then?", "Rain."),
     }
     (row,) = prepared([whole], chatml, data="trajectories")
-    given = "  given     ⏎\n            ⟦<|im_start|>⟧user⏎\n            And then?⟦<|im_end|>⟧⏎\n"
-    given += "            ⟦<|im_start|>⟧assistant⏎\n"
+    given = (
+        "  given     ⏎\n"
+        "            ⟦<|im_start|>⟧user⏎\n"
+        "            And then?⟦<|im_end|>⟧⏎\n"
+        "            ⟦<|im_start|>⟧assistant⏎\n"
+    )
     assert render_row(row, chatml) == (
         "prompt      ⟦<|im_start|>⟧user⏎\n"
         "            Hello.⟦<|im_end|>⟧⏎\n"
         "            ⟦<|im_start|>⟧assistant⏎\n"
-        f"             A\nchosen       walk.⟦<|im_end|>⟧\n{given}chosen     A treat.⟦<|im_end|>⟧\n"
-        f"rejected      bus.⟦<|im_end|>⟧\n{given}rejected   Rain.⟦<|im_end|>⟧"
+        "            A\n"  # what both share is given
+        f"chosen       walk.⟦<|im_end|>⟧\n{given}chosen      A treat.⟦<|im_end|>⟧\n"
+        f"rejected     bus.⟦<|im_end|>⟧\n{given}rejected    Rain.⟦<|im_end|>⟧"
     )
     assert "\x1b[2mAnd then?" in render_row(row, chatml, color=True)
 
