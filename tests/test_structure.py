@@ -29,34 +29,34 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 400,
-    "config": 305,
+    "trainer": 405,
+    "config": 310,
     "config_checks": 350,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 3325,
+    "data": 4190,
     "forward": 2230,
     "reference": 1565,
     "model": 2880,
-    "training": 2750,
+    "training": 2770,
     "evaluation": 1510,
     "fused": 2545,
     "planning": 1495,
     "artifacts": 1335,
-    "reward": 830,
-    "merge": 630,
+    "reward": 835,
+    "merge": 635,
     "hub": 915,
-    "pairs": 1180,
+    "pairs": 1190,
     "report": 1460,
     "preview": 925,
     "quickstart": 465,
-    "cli": 2665,
-    "rowfiles": 280,
+    "cli": 2745,
+    "rowfiles": 290,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 33_590
+MAX_PACKAGE_LINES = 34_640
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

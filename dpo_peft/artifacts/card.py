@@ -22,6 +22,7 @@ from ..errors import OptionError
 from ..files import write_atomically
 from ..reference.adapter_off import ADAPTER_OFF
 from ..training.metrics import NOISE_NOTE, within_noise
+from ..version import __version__
 from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
 from .rows_kept import spoken
@@ -29,7 +30,7 @@ from .rows_kept import spoken
 TEMPLATE = Path(__file__).parent / "model_card.md"
 # Of an `Objective`, as a reader should see it.
 REWARDS = {"log_ratio": "β·log(π/π_ref)", "logp": "β·log π", "mean_logp": "β·log π per token"}
-PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
 BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
 # Metric of an evaluation -> its type and name in the Hub's model-index.
@@ -148,8 +149,8 @@ def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Returns the installed version of each package; one that is not installed is left out."""
-    found = {}
+    """Returns this version, and the installed one of each package; one that is not installed is left out."""
+    found = {"dpo-peft": __version__}
     for package in packages:
         with suppress(PackageNotFoundError):
             found[package] = version(package)

@@ -8,9 +8,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 from .. import errors
+from ..version import __version__
 from .options import printable, show_progress
 
 __all__ = ["main"]
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if command == "--version":
-        print(f"dpo-peft {_version()}")
+        print(f"dpo-peft {__version__}")
         return 0
     if command not in COMMANDS:
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
@@ -85,10 +85,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _version() -> str:
-    try:
-        return version("dpo-peft")
-    except PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
