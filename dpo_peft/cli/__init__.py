@@ -22,13 +22,14 @@ WRONG_INPUT = (
     errors.NonFiniteError,
     errors.CheckpointError,
 )
-REFUSED = (errors.DriftError, errors.PublishError)
+REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError)
 COMMANDS = (
-    *("quickstart", "plan", "pairs", "train", "chat", "compare", "score", "report", "merge", "export", "push"),
-    *("cache", "env"),
+    *("quickstart", "data", "plan", "pairs", "train", "chat", "compare", "score", "report", "merge", "export"),
+    *("push", "cache", "env"),
 )
 USAGE = """usage: dpo-peft COMMAND [options]
 
+  data    look at preference rows before training:  dpo-peft data FILE [--model_name_or_path MODEL]
   plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
   pairs   sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
   train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]

@@ -149,17 +149,26 @@ def parse_options(
 
 
 def parse_groups(
-    argv: Sequence[str], groups: Sequence[type], command: str, usage: str, description: str, examples: Sequence[str]
+    argv: Sequence[str],
+    groups: Sequence[type],
+    command: str,
+    usage: str,
+    description: str,
+    examples: Sequence[str],
+    unread: Sequence[type] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns the options that several dataclasses hold, `DPOConfig` among them, and those of the file alone.
 
-    Values of the file are taken as YAML has them, null included. Arguments and errors are those of `parse_options`.
+    Values of the file are taken as YAML has them, null included. A file may hold options of `unread` dataclasses too,
+    which have no effect. Other arguments, and errors, are those of `parse_options`.
     """
     from ..config_checks import check_option_names
 
     known = {f.name for group in groups for f in fields(group)}
     words, given = split_config(argv)
-    from_file = check_option_names(refuse_launcher(given), known)
+    elsewhere = {f.name for group in unread for f in fields(group)} - known
+    from_file = check_option_names(refuse_launcher(given), known | elsewhere)
+    from_file = {name: value for name, value in from_file.items() if name in known}
     own = (f for group in groups for f in fields(group) if "rule" not in f.metadata)  # `DPOConfig` checks its rules
     for f in own:  # argparse checks the choices of the command line alone
         choices, value = f.metadata.get("choices"), from_file.get(f.name)
@@ -168,6 +177,8 @@ def parse_groups(
     text = parser_text(command, usage, description, examples)
 
     def check(given: Mapping[str, str]) -> None:
+        if idle := elsewhere & given.keys():
+            raise OptionError(f"{idle.pop()} has no effect on `dpo-peft {command}`: leave it out.")
         check_option_names(refuse_launcher(given), known)
 
     return _parse(words, from_file, groups, check, text), from_file

@@ -99,6 +99,7 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
     # The logs of transformers.Trainer go to stdout.
     with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
+        logger.info("The first row as it is trained on:\n%s", first_row(trainer))
         seconds = trainer.train().metrics["train_runtime"]
         if trainer.eval_dataset is not None and not evaluated(trainer):
             trainer.evaluate()
@@ -116,6 +117,14 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         SHOWN.info("%s", text)
         show(result, f"\n{text}", output.json)
     return trainer
+
+
+def first_row(trainer: "DPOTrainer") -> str:
+    """Returns the first training row as `dpo-peft data` shows it, shortened."""
+    from ..preview import render_row
+
+    lines = render_row(next(iter(trainer.train_dataset)), trainer.processing_class, most_lines=4).splitlines()
+    return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
 
 
 def without_bars() -> None:
