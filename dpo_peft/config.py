@@ -119,6 +119,11 @@ class DPOConfig(TrainingArguments):
     unneeded_columns: list[str] | None = free(
         None, "Columns with text that may stay unread; any other stops the run before it starts."
     )
+    as_chat: bool | None = flag(
+        None,
+        "Text rows go into the chat template: prompts as the user's turn, completions as the assistant's. Default: if "
+        "the model has one, and the prompts aren't rendered already; false trains the text as it is.",
+    )
     unpair_preferences: bool = flag(
         False, "kto, apo_zero_unpaired: a row of several completions becomes a row for each, as TRL counts them."
     )
@@ -213,6 +218,9 @@ class DPOConfig(TrainingArguments):
         needs="early_stopping_patience",
     )
 
+    log_file: str | None = free(
+        None, "File that everything shown is added to as well, with the time; without bars. Default: none."
+    )
     overwrite_output_dir: bool = flag(
         False, "Begin a new run in a folder that holds a finished one, which is replaced at the end."
     )

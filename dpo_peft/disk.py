@@ -73,6 +73,12 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
+def open_by_umask(folder: Path) -> None:
+    """Lets those read the weights in a new folder who may read the folder: safetensors writes for its owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)
+
+
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's list of names, are on the disk."""
     if os.name == "nt":  # syncs neither folders nor what is open for reading

@@ -3,16 +3,19 @@
 import glob
 import io
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .data.published import PUBLISHED, convert_dataset
 from .disk import write_atomically
 from .errors import DataError, OptionError
-from .rowfiles import READERS, ending, find_files, read_files
+from .rowfiles import READERS, dataset_of, ending, find_files, first_row, read_files
 
-CONVERTERS = ("sharegpt", "alpaca", "hh", "pandalm", "tulu", "oasst_tree")
+logger = logging.getLogger(__name__)
+CONVERTERS = tuple(PUBLISHED)
 WRITERS = (".jsonl", ".parquet")
 
 
@@ -22,29 +25,35 @@ def read_rows(
     config: str | None = None,
     streaming: bool = False,
     dataset_format: str | None = None,
+    column_map: Mapping[str, str] | Sequence[str] | None = None,
     **where: object,
 ) -> Any:
     """Reads the rows of files, folders or Hub datasets as a `datasets.Dataset` (or a stream).
 
     Args:
         name: a JSON(L), CSV, TSV or Parquet file (see `rowfiles`), a pattern of such, a folder of such, a folder that
-            `save_to_disk` wrote, or a Hub id; or several of these, read one after the other.
+            `save_to_disk` wrote, or a Hub id; or several of these, read one after the other. Files of several shapes
+            are read each by its own format.
         split, config: of a Hub dataset or a folder.
         streaming: read rows as they come.
         dataset_format: one of `CONVERTERS`, to convert every row to preference rows.
+        column_map: columns, and the names that they are read by: {"question": "prompt"} or ["question:prompt"].
         where: `data_dir` or `data_files` of a Hub dataset.
 
     Raises:
         OptionError: there is no such file or dataset, or it can't be read.
         DataError: a file's line that can't be read, with the remedy.
     """
-    names = as_list(name)
+    names, parts = as_list(name), dict[str, Any]()
     found = [find_files(one) for one in names]
+    paths = [path for paths in found for path in paths]
     if names and all(found):
-        rows = read_files([path for paths in found for path in paths], streaming)
+        parts = {str(path): read_files([path], streaming) for path in paths} if _differ(paths) else {}
+        parts = parts or {", ".join(names): read_files(paths, streaming)}
     else:
-        rows = joined([_read_one(one, split, config, streaming, where) for one in names])
-    return rows if dataset_format is None else convert(rows, dataset_format)
+        parts = {one: _read_one(one, split, config, streaming, where) for one in names}
+    asked = {one: _as_asked(rows, column_map, dataset_format) for one, rows in parts.items()}
+    return joined(asked)
 
 
 def as_list(given: str | Sequence[str] | None) -> list[str]:
@@ -59,16 +68,64 @@ def without_splits(name: str | Sequence[str]) -> bool:
     )
 
 
-def joined(parts: Sequence[Any]) -> Any:
-    """Returns the rows of several datasets, one after the other.
+def _differ(paths: Sequence[Path]) -> bool:
+    """Says whether files are not all of one shape, by the first row of each."""
+    from .data.joining import shape_of
+
+    firsts = [row for path in paths if len(paths) > 1 and ending(path) in READERS and (row := first_row(path))]
+    return len({shape_of(list(row), row) for row in firsts}) > 1
+
+
+def _as_asked(rows: Any, column_map: Mapping[str, str] | Sequence[str] | None, dataset_format: str | None) -> Any:
+    """Returns a dataset with columns renamed, and converted.
 
     Raises:
-        OptionError: a column's type differs.
+        OptionError: there is no such column, or one of its new name already.
     """
-    from datasets import concatenate_datasets
+    have = list(rows.column_names or next(iter(rows), {}))
+    names = {old: new for old, new in as_mapping(column_map).items() if old in have or new not in have}
+    if missing := [old for old in names if old not in have]:
+        raise OptionError(f"column_map: there is no column {', '.join(map(repr, missing))}; the columns are {have}.")
+    if taken := [new for new in names.values() if new in have and new not in names]:
+        found = f"column_map: there is a column {taken[0]!r} already"
+        raise OptionError(f"{found}: give it another name too, {taken[0]}:other_{taken[0]}.")
+    rows = rows.rename_columns(names) if names else rows
+    return rows if dataset_format is None else convert_dataset(rows, dataset_format)
 
+
+def as_mapping(given: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """Returns the names that `column_map` gives: a mapping, or words old:new.
+
+    Raises:
+        OptionError: a word is none, or two columns get one name.
+    """
+    pairs = given.items() if isinstance(given, Mapping) else [word.rpartition(":")[::2] for word in given or ()]
+    names = {str(old): str(new) for old, new in pairs}
+    if not all(old and new for old, new in names.items()) or len(set(names.values())) < len(list(pairs)):
+        raise OptionError(f"column_map={given!r}: write old:new, each name once, such as question:prompt good:chosen.")
+    return names
+
+
+def joined(parts: Mapping[str, Any]) -> Any:
+    """Returns the rows of several datasets, by their names, one after the other.
+
+    Raises:
+        OptionError: they don't go together.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    from .data.joining import join_shapes, shape_of
+
+    sets = list(parts.values())
+    if len(sets) == 1:
+        return sets[0]
+    if all(isinstance(rows, Dataset) and len(rows) for rows in sets):
+        logger.info("Rows: %s.", ", ".join(f"{len(rows)} of {name}" for name, rows in parts.items()))
     try:
-        return parts[0] if len(parts) == 1 else concatenate_datasets(list(parts))
+        if all(isinstance(rows, Dataset) and len(rows) for rows in sets):
+            if len({shape_of(rows.column_names, rows[0]) for rows in sets}) > 1:
+                return dataset_of(*join_shapes(parts))
+        return concatenate_datasets(sets)
     except ValueError as error:
         raise OptionError(f"The datasets don't go together: {error} Bring them to one format first.") from error
 
@@ -109,22 +166,6 @@ def _read_saved(folder: Path, split: str, streaming: bool) -> Any:
             raise OptionError(f"dataset {str(folder)!r} has no split {split!r}: it has {', '.join(saved)}.")
         saved = saved[split]
     return saved.to_iterable_dataset() if streaming else saved
-
-
-def convert(rows: Any, dataset_format: str) -> Any:
-    """Returns the rows of one of the formats in `CONVERTERS` as preference rows."""
-    from . import data
-
-    if dataset_format == "oasst_tree":  # one tree holds several ranked lists
-        return rows.map(_split_trees, batched=True, remove_columns=rows.column_names)
-    return rows.map(getattr(data, f"from_{dataset_format}"), remove_columns=rows.column_names)
-
-
-def _split_trees(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    from .data import from_oasst_tree, worker
-
-    lists = [row for tree in worker.rows_of(batch) for row in from_oasst_tree(tree)]
-    return {column: [row[column] for row in lists] for column in ("prompt", "completions", "ranks")}
 
 
 def check_output(option: str, path: str | Path, inputs: Iterable[str] = (), overwrite: bool = True) -> Path:

@@ -69,6 +69,19 @@ def read_files(paths: Sequence[Path], streaming: bool = False) -> Dataset | Iter
     return Dataset.from_generator(_rows, features=features, gen_kwargs=given, fingerprint=digest)
 
 
+def dataset_of(rows: Callable[[], Iterator[Row]], digest: str) -> Dataset:
+    """Returns rows that are made as a dataset, which is kept under a digest of what they are made of."""
+    schema, path, made = None, Path("the joined rows"), ((f"row {n}", row) for n, row in enumerate(rows()))
+    while chunk := list(islice(made, CHUNK)):
+        schema = _unite(schema, _infer(chunk, path), path, f"{chunk[0][0]} and after")
+    return Dataset.from_generator(rows, features=Features.from_arrow_schema(schema), fingerprint=digest)
+
+
+def first_row(path: Path) -> Row:
+    """Returns the first row of a file; {} if there is none."""
+    return next((row for _, row in READERS[ending(path)](path)), {})
+
+
 def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(b"rows of files, 1", digest_size=16)
     for path in paths:

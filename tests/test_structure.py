@@ -21,7 +21,7 @@ CORE = (
     "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs chat conversion report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -29,35 +29,33 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 400,
-    "config": 300,
+    "trainer": 405,
+    "config": 310,
     "config_checks": 350,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 3325,
+    "data": 4190,
     "forward": 2230,
     "reference": 1565,
     "model": 2880,
-    "training": 2725,
-    "evaluation": 750,
+    "training": 2770,
+    "evaluation": 1510,
     "fused": 2545,
     "planning": 1495,
-    "artifacts": 1165,
-    "reward": 850,
-    "merge": 630,
+    "artifacts": 1335,
+    "reward": 835,
+    "merge": 635,
     "hub": 915,
-    "pairs": 1180,
-    "chat": 395,
-    "conversion": 445,
-    "report": 1115,
-    "quickstart": 460,
-    "cli": 2060,
-    "rowfiles": 280,
-    "disk": 175,
-    "manifests": 220,
+    "pairs": 1190,
+    "report": 1460,
+    "quickstart": 465,
+    "cli": 2425,
+    "rowfiles": 290,
+    "disk": 180,
+    "manifests": 225,
 }
-MAX_PACKAGE_LINES = 30_740
+MAX_PACKAGE_LINES = 33_380
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

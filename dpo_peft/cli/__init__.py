@@ -8,9 +8,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 from .. import errors
+from ..version import __version__
 from .options import printable, show_progress
 
 __all__ = ["main"]
@@ -23,7 +23,10 @@ WRONG_INPUT = (
     errors.CheckpointError,
 )
 REFUSED = (errors.DriftError, errors.PublishError)
-COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache", "chat", "compare", "export")
+COMMANDS = (
+    *("quickstart", "plan", "pairs", "train", "chat", "compare", "score", "report", "merge", "export", "push"),
+    *("cache", "env"),
+)
 USAGE = """usage: dpo-peft COMMAND [options]
 
   plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
@@ -37,6 +40,8 @@ USAGE = """usage: dpo-peft COMMAND [options]
   export  write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama
   push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  env     show versions and machine, for reports of faults:  dpo-peft env
+  quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
 
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if command == "--version":
-        print(f"dpo-peft {_version()}")
+        print(f"dpo-peft {__version__}")
         return 0
     if command not in COMMANDS:
         print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
@@ -79,10 +84,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _version() -> str:
-    try:
-        return version("dpo-peft")
-    except PackageNotFoundError:  # run from a checkout
-        return "(not installed)"

@@ -84,7 +84,12 @@ class RowOptions:
     )
     dataset_split: str | None = option(None, "Split of a Hub dataset or folder; 'test' if not given.")
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
-    dataset_format: str | None = option(None, "Convert rows first.", choices=list(CONVERTERS))
+    dataset_format: str | None = option(
+        None, "What the rows are, where their columns don't say it (docs/data.md).", choices=list(CONVERTERS)
+    )
+    column_map: list[str] | None = option(
+        None, "Columns of other names, as old:new: question:prompt good:chosen bad:rejected. In a file a mapping."
+    )
 
 
 def load_rows(options: RowOptions) -> "Dataset":
@@ -99,7 +104,7 @@ def load_rows(options: RowOptions) -> "Dataset":
             if getattr(options, option) is not None:
                 raise OptionError(f"{option} has no effect: {name} has no splits. Leave it out.")
     split = options.dataset_split or "test"
-    return read_rows(name, split, options.dataset_config, dataset_format=options.dataset_format)
+    return read_rows(name, split, options.dataset_config, False, options.dataset_format, options.column_map)
 
 
 def option_of(options: type, name: str, **metadata: object) -> Any:
@@ -261,7 +266,8 @@ def _as_words(given: Mapping[str, object]) -> list[str]:
     words = []
     for name, value in given.items():
         if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            pairs = [f"{old}:{new}" for old, new in value.items()] if isinstance(value, dict) else value
+            words += [f"--{name}", *map(str, pairs if isinstance(pairs, list) else [pairs])]
     return words
 
 

@@ -5,6 +5,7 @@ A YAML file holds any of the options; the command line overrides it. Each option
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # importing them takes seconds, which a help should not
     from ..config import DPOConfig
     from ..trainer import DPOTrainer
 
+logger = logging.getLogger(__name__)
+EVAL_STEPS = 0.25  # of the run, with eval_share alone
 EXAMPLES = [
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
     "dpo-peft train --config recipes/dpo_qlora_8b.yaml --beta 0.2 --output_dir outputs/beta-0.2",
@@ -87,11 +90,17 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         TrainingInterrupted: after a signal, with a checkpoint saved.
     """
     data, args, model, output = _parse(argv)
+    from ..evaluation.log_file import SHOWN  # after parsing: these take seconds
+    from . import COMMANDS
+    from .closing import closing, evaluated
+
+    if args.disable_tqdm or not sys.stderr.isatty():
+        without_bars()
     # The logs of transformers.Trainer go to stdout.
     with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
         seconds = trainer.train().metrics["train_runtime"]
-        if trainer.eval_dataset is not None:
+        if trainer.eval_dataset is not None and not evaluated(trainer):
             trainer.evaluate()
         try:
             trainer.save_model()
@@ -102,22 +111,20 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         result = {"output_dir": str(folder), "steps": trainer.state.global_step, "seconds": seconds}
         saved = json.loads((folder / "metrics.json").read_text("utf-8"))
         result |= {name: saved[name] for name in ("first", "last", "eval_first", "eval_last")}
-        result["warnings"] = saved.get("warnings", [])
-        show(
-            result,
-            f"{last_figures(folder)}\nAdapter, model card, metrics.json and curves.png are in {folder}",
-            output.json,
-        )
+        result |= {"warnings": saved.get("warnings", []), "verdict": saved["verdict"]}
+        text = closing(trainer, saved, COMMANDS)
+        SHOWN.info("%s", text)
+        show(result, f"\n{text}", output.json)
     return trainer
 
 
-def last_figures(folder: Path) -> str:
-    """Returns a saved run's figures in one line, as `dpo-peft report` prints it."""
-    from ..report.page import summary
-    from ..report.runs import Run
-    from .report import headline
+def without_bars() -> None:
+    """Turns off the bars of other libraries, such as those of loading weights and of mapping rows."""
+    import datasets
+    from transformers.utils import logging
 
-    return headline(summary(Run(folder)))
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 @contextmanager
@@ -193,6 +200,9 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
     required(options, *([] if options.datasets else ["dataset_name"]), "model_name_or_path")
+    if options.eval_share is not None and str(options.eval_strategy) == "no":
+        options.eval_strategy, options.eval_steps = "steps", options.eval_steps or EVAL_STEPS
+        logger.info("eval_share: evaluation is on (eval_strategy steps, eval_steps %g).", options.eval_steps)
     data, args = made(DataArguments, options), made(DPOConfig, options)
     return data, args, made(ModelArguments, options), made(OutputArguments, options)
 

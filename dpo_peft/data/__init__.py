@@ -1,27 +1,34 @@
-"""Preference data: any supported row format in, token ids of one prompt with K completions out."""
+"""Preference data: any supported row format in, token ids of one prompt with K completions out.
 
-from .converters import from_alpaca, from_hh, from_oasst_tree, from_pandalm, from_sharegpt, from_tulu, pandalm_decided
-from .encode import preprocess_dpo_sample
-from .fingerprint import rows_digest
-from .formats import DISCOUNT_UNITS
-from .prepare import prepare_dataset
-from .summary import REASONS, DataReport, DataSummary
-from .truncate import TRUNCATION_MODES
+Names are loaded on first use: a help that lists the formats doesn't wait for transformers.
+"""
 
-__all__ = [
-    "DISCOUNT_UNITS",
-    "REASONS",
-    "TRUNCATION_MODES",
-    "DataReport",
-    "DataSummary",
-    "from_alpaca",
-    "from_hh",
-    "from_oasst_tree",
-    "from_pandalm",
-    "from_sharegpt",
-    "from_tulu",
-    "pandalm_decided",
-    "prepare_dataset",
-    "preprocess_dpo_sample",
-    "rows_digest",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "DISCOUNT_UNITS": "formats",
+    "REASONS": "summary",
+    "TRUNCATION_MODES": "truncate",
+    "DataReport": "summary",
+    "DataSummary": "summary",
+    "convert_dataset": "published",
+    "from_alpaca": "converters",
+    "from_hh": "converters",
+    "from_oasst_tree": "converters",
+    "from_pandalm": "converters",
+    "from_sharegpt": "converters",
+    "from_tulu": "converters",
+    "pandalm_decided": "converters",
+    "prepare_dataset": "prepare",
+    "preprocess_dpo_sample": "encode",
+    "rows_digest": "fingerprint",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -38,6 +38,10 @@ class RowProblem(Exception):
         return DataError(f"{dataset} row {row}, field {self.field!r}: {self.problem}. Remedy: {self.remedy}.")
 
 
+class NoValue(RowProblem):
+    """A cell holds nothing. With on_unusable="drop" the row is left out and counted."""
+
+
 def check_size(row: Row) -> None:
     """Refuses a row with a column that is too large or too deep to be read."""
     for column, content in row.items():
@@ -48,10 +52,7 @@ def check_size(row: Row) -> None:
 def read_text(row: Row, column: str) -> str:
     """Returns text that can be encoded as UTF-8; may be empty."""
     value = _get(row, column)
-    if not isinstance(value, str):
-        sharegpt = isinstance(value, Mapping) and "value" in value
-        remedy = "ShareGPT rows: dataset.map(dpo_peft.data.from_sharegpt)"
-        _expect(value, str, column, "text", remedy if sharegpt else "store the completion as text, or remove the row")
+    _expect(value, str, column, "text", "store the completion as text, or remove the row")
     _check_utf8(value, column)
     return str(value)
 
@@ -88,7 +89,7 @@ def read_number(row: Row, column: str) -> float:
     """Returns a finite number."""
     value, remedy = _get(row, column), "store a number, or remove the row"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowProblem(column, f"expected a number, found {_name(value)}", remedy)
+        raise _wrong(value, column, "a number", remedy)
     if not abs(value) <= sys.float_info.max:  # math.isfinite can't take any whole number
         found = value if isinstance(value, float) else f"one of {value.bit_length()} bits"
         raise RowProblem(column, f"expected a finite number, found {found}", remedy)
@@ -111,8 +112,7 @@ def read_label(row: Row) -> float:
     """Returns 1.0 for a desirable completion, 0.0 for an undesirable one."""
     value = _get(row, "label")
     if type(value) not in (bool, int) or value not in (0, 1):
-        remedy = "store True for a desirable completion"
-        raise RowProblem("label", f"expected True or False, found {_name(value)}", remedy)
+        raise _wrong(value, "label", "True or False", "store True for a desirable completion")
     return float(value)
 
 
@@ -141,7 +141,7 @@ def read_messages(row: Row, column: str, least: int = 0) -> Messages:
 def _read_message(message: object, where: str) -> Message:
     given: Row = _expect(message, Mapping, where, "a message", 'use {"role": …, "content": …}')
     if "from" in given and "role" not in given:
-        raise RowProblem(where, "has from/value instead of role/content", "dataset.map(dpo_peft.data.from_sharegpt)")
+        raise RowProblem(where, "has from/value instead of role/content", "store every message with role and content")
     clean: Message = without_none(given)
     role, content = clean.get("role"), clean.get("content")
     if not isinstance(role, str) or not role:
@@ -223,8 +223,13 @@ def _get(row: Row, column: str) -> Any:
 def _expect(value: Any, kind: type, field: str, expected: str, remedy: str) -> Any:
     """Returns a value that is of this kind."""
     if not isinstance(value, kind):
-        raise RowProblem(field, f"expected {expected}, found {_name(value)}", remedy)
+        raise _wrong(value, field, expected, remedy)
     return value
+
+
+def _wrong(value: object, field: str, expected: str, remedy: str) -> RowProblem:
+    problem = NoValue if value is None else RowProblem
+    return problem(field, f"expected {expected}, found {_name(value)}", remedy)
 
 
 def _check_utf8(text: str, where: str) -> None:

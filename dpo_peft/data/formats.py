@@ -15,7 +15,7 @@ A format is a way to give the prompt and, after it, what is known of the complet
 |------------|---------------------------------------------------------------------------------|-----------------|
 | pair       | `chosen`, `rejected`                                                            | every objective |
 | several    | `chosen`, `rejected` as a list of completions                                   | lists, singles  |
-| ranked     | `completions` with `ranks` (lower is better) or `scores` (higher is better)     | lists           |
+| ranked     | `completions` with `ranks` (lower is better) or `scores` (higher is better)     | every objective |
 | label      | `completion` and `label`; a whole conversation in `messages` (chat_implicit)    | singles         |
 | unlabeled  | `completion`, `completions` or `messages`: nobody judged them, they are scored  | unlabeled      |
 
@@ -35,7 +35,7 @@ from .fields import Row, Values
 SUITS = {
     "pair": ("pairs", "trajectories", "lists", "singles"),
     "several": ("lists", "singles"),
-    "ranked": ("lists", "unlabeled"),
+    "ranked": ("lists", "pairs", "trajectories", "singles", "unlabeled"),  # but for lists: the best and the worst
     "label": ("singles", "unlabeled"),
     "unlabeled": ("unlabeled",),
 }
@@ -60,22 +60,6 @@ ACCEPTED = {
     "singles": f"prompt/completion/label, messages/label, or (rejected may be a list) {PAIRS}",
     "unlabeled": "prompt/completion, prompt/completions or messages",
 }
-# Columns that tell rows as others publish them, what these are, and how they are converted.
-RAW_FORMATS = (
-    ({"conversations"}, "ShareGPT rows", "dataset.map(dpo_peft.data.from_sharegpt)"),
-    (
-        {"response1", "response2"},
-        "PandaLM comparisons",
-        "dataset.filter(dpo_peft.data.pandalm_decided).map(dpo_peft.data.from_pandalm)",
-    ),
-    ({"completion_a", "completion_b"}, "Tulu human evaluation", "dataset.map(dpo_peft.data.from_tulu)"),
-    (
-        {"message_tree_id"},
-        "Open-Assistant trees",
-        "Dataset.from_list([row for tree in trees for row in from_oasst_tree(tree)])",
-    ),
-    ({"output"}, "Alpaca-like rows with a ranked list of outputs", "dataset.map(dpo_peft.data.from_alpaca)"),
-)
 
 
 @dataclass(frozen=True)
@@ -135,6 +119,8 @@ class RowFormat:
             anything; or to a list of these, where a row has several completions that nobody judged. Raises
             `RowProblem(field, problem, remedy)` for a malformed row.
         detect: whether a dataset with these columns and this first row is of this format.
+        prepare: what is done with a row before `read` and the labels of a pair read it.
+        as_chat: whether `prepare` makes turns of plain text; None: there is none.
     """
 
     name: str
@@ -142,6 +128,8 @@ class RowFormat:
     columns: tuple[str, ...]
     read: Callable[[Row], "Example | str | list[Example | str]"]
     detect: Callable[[set[str], Row], bool] = lambda columns, first: False
+    prepare: Callable[[Row], Row] = dict
+    as_chat: bool | None = None
 
 
 REGISTERED: dict[str, RowFormat] = {}
@@ -210,7 +198,7 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     Raises `DataError` when there is none, or none that the objective can learn from.
     """
     have, data = set(columns), wanted.data
-    _refuse_raw_formats(name, have, first)
+    _refuse_images(name, have)
     given, judged = find_completions(have, first, data == "lists")
     if data == "lists" and given[0].startswith("completions"):
         if len(have.intersection(GRADE_COLUMNS)) != 1:
@@ -224,8 +212,9 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     for column in LABEL_COLUMNS:
         if column in have and (wanted.graded or column not in wanted.label_columns):
             raise DataError(
-                f"{name}: column {column!r} would have no effect with this loss_type. Remove it: "
-                f"dataset.remove_columns({column!r}), or choose a loss_type that reads it."
+                f"{name}: column {column!r} would have no effect with this loss_type. Put it away: --column_map "
+                f"{column}:unused_{column} on the command line, dataset.remove_columns({column!r}) in Python; or "
+                "choose a loss_type that reads it."
             )
     judged = "unlabeled" if data == "unlabeled" else judged
     ids = given[0].endswith("_ids")
@@ -237,24 +226,19 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     if prompt == "transcript" and data == "trajectories":
         raise DataError(
             f"{name}: raw HH transcripts hold their turns as one text. Convert them first: "
-            "dataset.map(dpo_peft.data.from_hh), or dataset_format='hh' on the command line."
+            "--dataset_format hh on the command line, dataset.map(dpo_peft.data.from_hh) in Python."
         )
     return Layout(prompt, given, judged)
 
 
-def _refuse_raw_formats(name: str, have: set[str], first: Row) -> None:
-    """Refuses formats that need a converter or a vision model, before anything else is said."""
+def _refuse_images(name: str, have: set[str]) -> None:
+    """Refuses what needs a vision model, before anything else is said."""
     vision = sorted(have & {"image", "images"})
     if vision:
         raise DataError(
             f"{name}: column {vision[0]!r} holds images, and vision models are not supported. Remove the column if "
             f"the text alone is meant: dataset.remove_columns({vision!r})."
         )
-    ready = have & {"chosen", "completions", "completion", "messages"}  # converters leave the raw columns beside these
-    for columns, what, convert in RAW_FORMATS:
-        converted = "prompt" in have if "conversations" in columns else ready  # the raw one has `chosen`, too
-        if columns <= have and not converted and ("output" not in columns or isinstance(first.get("output"), list)):
-            raise DataError(f"{name}: {what}. Convert them first: {convert}, or dataset_format on the command line.")
 
 
 def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:
@@ -272,7 +256,10 @@ def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: 
         needs = "a judged completion needs a 'label' column (True for desirable)"
     else:
         return _need(name, have, (f"chosen{end}", f"rejected{end}"), data)
-    raise DataError(f"{name}: {needs}. The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
+    option = (
+        "Give --loss_type kto. " if SINGLES in needs else "Give --loss_type plackett_luce. " if LISTS in needs else ""
+    )
+    raise DataError(f"{name}: {needs}. {option}The objective that was chosen learns from {data}: {ACCEPTED[data]}.")
 
 
 def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None:
@@ -280,8 +267,34 @@ def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None
     if missing:
         raise DataError(
             f"{name}: column {', '.join(map(repr, missing))} is missing; the columns are {sorted(have)}. Accepted: "
-            f"{ACCEPTED[data]}. Rename with dataset.rename_column(old, new)."
+            f"{ACCEPTED[data]}. {_name_them(have, wanted)}"
         )
+
+
+# Names that others give to what is called so here, for messages.
+_ALIKE = {
+    "prompt": ("question", "query", "instruction", "input", "user", "user_message", "ask", "text", "problem"),
+    "chosen": ("good", "better", "preferred", "accepted", "positive", "win", "winner", "best", "response_chosen"),
+    "rejected": ("bad", "worse", "dispreferred", "negative", "lose", "loser", "worst", "response_rejected"),
+    "completion": ("answer", "response", "output", "reply", "generation"),
+    "label": ("thumb", "thumbs", "feedback", "vote", "desirable", "liked"),
+}
+
+
+def _name_them(have: set[str], wanted: Collection[str]) -> str:
+    """Returns the sentence that says how columns of other names are read: those that look alike, others to fill in."""
+    pairs = {}
+    for column in ["prompt", *wanted] if "prompt_ids" not in wanted and wanted != ("messages",) else wanted:
+        if column not in have:
+            alike = (name for name in _ALIKE.get(column, ()) if name in have and name not in pairs)
+            pairs[next(alike, f"YOUR_{column.upper()}")] = column
+    return f"If yours have other names: {renaming(pairs)}."
+
+
+def renaming(names: Mapping[str, str]) -> str:
+    """Returns how columns are renamed: on the command line, and in Python."""
+    words = " ".join(f"{old}:{new}" for old, new in names.items())
+    return f"--column_map {words} on the command line, dataset.rename_columns({dict(names)}) in Python"
 
 
 def _one_each(first: Row, given: tuple[str, ...], graded: bool) -> Values:
@@ -314,10 +327,10 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: Values, alone: 
             )
         if prompt:
             return "text"
-        if questions := sorted(have & {"instruction", "question", "query", "input"}):
+        if questions := [column for column in _ALIKE["prompt"] if column in have]:
             raise DataError(
-                f"{name}: no 'prompt' column, but {', '.join(map(repr, questions))} looks like one. Alpaca-like rows: "
-                "dataset.map(dpo_peft.data.from_alpaca); otherwise rename the column to 'prompt'."
+                f"{name}: no 'prompt' column, but {', '.join(map(repr, questions))} looks like one. If it is: "
+                f"{renaming({questions[0]: 'prompt'})}."
             )
         if alone:
             raise DataError(

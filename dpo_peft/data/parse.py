@@ -5,8 +5,7 @@ teach anything comes back as the name of the reason (see `summary.py`).
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .fields import (
@@ -29,15 +28,11 @@ from .formats import (
     ASKING_ROLES,
     ASSISTANT,
     HUMAN,
-    REGISTERED,
     Example,
     Layout,
-    RowFormat,
-    Wanted,
-    detect_layout,
     is_several,
 )
-from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NOTHING_SCORED, TRANSCRIPTS_DIFFER
+from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NO_RANKING, NOTHING_SCORED, TRANSCRIPTS_DIFFER
 
 Parsed = Example | str  # an example, or the reason why there is none
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected", "completion", "completions", "messages")
@@ -50,26 +45,19 @@ class Given(NamedTuple):
     completions: list[Any] = []
     grades: list[float] | None = None
 
+    def best_and_worst(self, data: str) -> "Given":
+        """Returns the best completion and the worst of several with grades, as a pair; none of them for a tie."""
+        grades = self.grades or [0.0]
+        if grades[0] == grades[-1]:
+            return Given()
+        pair = [self.completions[0], self.completions[-1]]
+        return Given((self.fields[0], self.fields[-1]), pair, [1.0, 0.0] if data == "singles" else None)
+
     def after(self, kind: str, prompt: Any, completions: list[Any] | None = None) -> Example:
         """Returns an example of these completions, or of what is left of them behind the prompt."""
         return Example(
             kind, prompt, self.completions if completions is None else completions, self.fields, self.grades
         )
-
-
-def find_format(name: str, columns: Collection[str], first: Row, wanted: Wanted, vocab_size: int) -> RowFormat:
-    """Returns the format of dataset `name`, ready to read its rows; `vocab_size` bounds token ids that they hold.
-
-    Raises `DataError` when there is none, or none that the objective can learn from.
-    """
-    for row_format in REGISTERED.values():
-        if row_format.detect(set(columns), first):
-            return row_format
-    as_json = json_columns(first)
-    layout = detect_layout(name, columns, with_parsed(first, as_json), wanted)
-    parse = parse_each if layout.judged == "unlabeled" else parse_row
-    read = partial(parse, layout=layout, vocab_size=vocab_size, data=wanted.data)
-    return RowFormat(layout.name, layout.kind, layout.used_columns, partial(_read_parsed, read, as_json))
 
 
 def json_columns(row: Row) -> tuple[str, ...]:
@@ -96,17 +84,18 @@ def with_parsed(row: Row, columns: Sequence[str]) -> Row:
     return {**row, **{column: from_json(row, column) for column in columns}} if columns else row
 
 
-def _read_parsed(read: Callable[[Row], Any], columns: Sequence[str], row: Row) -> Any:
-    return read(with_parsed(row, columns))
-
-
 def parse_row(row: Row, layout: Layout, vocab_size: int, data: str) -> Parsed:
     """Turns a row into an `Example`, or into the reason why it carries no signal.
 
     Raises `RowProblem` when the row is malformed. `vocab_size` bounds ids that are given; `data` is what the objective
     learns from (`Wanted`).
     """
-    return _add_prompt(row, layout, _read_completions(row, layout, vocab_size, data), vocab_size, data)
+    given = _read_completions(row, layout, vocab_size, data)
+    if layout.judged == "ranked" and data != "lists":
+        given = given.best_and_worst(data)
+        if not given.completions:
+            return NO_RANKING
+    return _add_prompt(row, layout, given, vocab_size, data)
 
 
 def parse_each(row: Row, layout: Layout, vocab_size: int, data: str) -> list[Parsed]:
@@ -116,18 +105,14 @@ def parse_each(row: Row, layout: Layout, vocab_size: int, data: str) -> list[Par
     return [_add_prompt(row, layout, Given((field,), [one]), vocab_size, data) for field, one in each]
 
 
-def read_prompt(row: Row, as_chat: bool = False) -> Example:
+def read_prompt(row: Row) -> Example:
     """Reads a row's prompt alone, text or messages, as an example without completions.
 
-    Raises `RowProblem` when it is malformed. With `as_chat` a prompt that is text becomes a user's message.
+    Raises `RowProblem` when it is malformed.
     """
-    if isinstance(row.get("prompt"), list):
-        prompt = read_messages(row, "prompt", least=1)
-    else:
-        text = read_text(row, "prompt")
-        if not as_chat:
-            return Given().after("text", text)
-        prompt = [{"role": "user", "content": text}]
+    if not isinstance(row.get("prompt"), list):
+        return Given().after("text", read_text(row, "prompt"))
+    prompt = read_messages(row, "prompt", least=1)
     return _chat(row, Given(), prompt, [], prompt[-1]["role"] == "assistant")
 
 
@@ -168,7 +153,7 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> G
         grades = {first: 1.0, **dict.fromkeys(worse, 0.0)}
     least = int(layout.implicit and first != "messages")
     completions = [_read_value(entries, field, layout.kind, vocab_size, least) for field in grades]
-    judged = data in ("lists", "singles")
+    judged = data in ("lists", "singles") or layout.judged == "ranked"
     return Given(tuple(grades), completions, list(grades.values()) if judged else None)
 
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
@@ -23,7 +22,7 @@ from .clock import template_date
 from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
-from .parse import find_format
+from .reading import find_format
 from .summary import DataSummary
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
@@ -31,7 +30,7 @@ from .unread import SAMPLED, check_unread
 from .worker import COUNTERS, RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PROBLEMS_NAMED = 3
 UNPAIRED_ROWS = 1000  # that TRL unpairs at a time
 STREAM_PATIENCE = 100  # rows of a stream before its share of unusable rows is judged
@@ -53,6 +52,7 @@ def prepare_dataset(
     single_best: bool = False,
     unneeded_columns: Sequence[str] = (),
     unpair: bool = False,
+    as_chat: bool | None = False,
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
     """Tokenizes a preference dataset.
 
@@ -63,7 +63,8 @@ def prepare_dataset(
         max_length: Most tokens of prompt + one completion; None for no limit.
         truncation_mode: One of `TRUNCATION_MODES` (`truncate.py`).
         num_proc: Worker processes; not for streams.
-        on_unusable: "drop" counts and drops well-formed rows that carry no signal, "error" refuses the first one.
+        on_unusable: "drop" counts and drops rows that carry no signal, or hold nothing in a column that is read;
+            "error" refuses the first one.
         max_unusable_share: Above this share of dropped rows the dataset is refused.
         load_from_cache_file: False tokenizes again even if the cache has the result.
         data: What the objective learns from: "pairs", "lists" (K graded completions of one prompt), "singles" (judged
@@ -76,6 +77,8 @@ def prepare_dataset(
         unneeded_columns: Columns with text that may stay unread; others are refused (`unread.py`).
         unpair: For singles: a row of several completions becomes one row for each, in the order of
             `trl.unpair_preference_dataset`: of every 1000 rows all chosen ones, then all rejected ones.
+        as_chat: Rows of text go into the chat template: the prompt as the user's turn, completions as the assistant's.
+            None: if the tokenizer has one, and most prompts aren't rendered already. `summary.as_chat` says which.
 
     Returns:
         The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
@@ -100,16 +103,18 @@ def prepare_dataset(
     check_tokenizer(tokenizer, need_eos=False)
     wanted = Wanted(data, tuple(label_columns), discount_unit, single_best, unpair)
     columns, first = _first_row(dataset, name)
-    row_format = find_format(name, columns, first, wanted, len(tokenizer))
+    rows = _sample(dataset, first)
+    row_format = find_format(name, columns, rows, wanted, tokenizer, as_chat)
     wanted = replace(wanted, label_columns=tuple(column for column in wanted.label_columns if column in columns))
     used = {*row_format.columns, *wanted.label_columns}
     unused = tuple(column for column in columns if column not in used)
     if row_format.kind != "ids":  # beside token ids stands the text that they were made from
-        rows = [first] if isinstance(dataset, IterableDataset) else [*islice(_plain(dataset), SAMPLED)]
         check_unread(name, rows, [column for column in unused if column not in unneeded_columns])
-    summary = DataSummary(name, row_format.name, max_length, truncation_mode, unused_columns=unused)
+    summary = DataSummary(
+        name, row_format.name, max_length, truncation_mode, unused_columns=unused, as_chat=row_format.as_chat
+    )
     summary.date = template_date(tokenizer) if row_format.kind == "chat" else None
-    worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted)
+    worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted, on_unusable == "drop")
     max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
@@ -161,6 +166,14 @@ def _plain(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset.with_format(None)
 
 
+def _sample(dataset: Dataset | IterableDataset, first: Row) -> list[Row]:
+    """Returns rows from all over a dataset, the first one first; of a stream that one alone."""
+    if isinstance(dataset, IterableDataset):
+        return [first]
+    spread = range(len(dataset)) if len(dataset) <= SAMPLED else range(0, len(dataset), len(dataset) // SAMPLED)
+    return [*_plain(dataset.select(spread))]
+
+
 def _map_records(
     dataset: Dataset, worker: RowWorker, first: Row, num_proc: int | None, load_from_cache_file: bool
 ) -> Dataset:
@@ -170,6 +183,7 @@ def _map_records(
         rows = rows.select_columns([column for column in used if column in first])
     tokenizer = tokenizer_hash(worker.tokenizer)
     content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
+    content.append(repr(worker.format.prepare))
     if worker.format.name in REGISTERED:
         content.append(Hasher.hash(worker.format.read))
     options = {
@@ -181,7 +195,7 @@ def _map_records(
     checked = rows.map(
         worker.check_batch,
         features=Features({"problem": Value("string")}),
-        new_fingerprint=digest(["check", *content]),
+        new_fingerprint=digest(["check", *content, worker.drop_missing]),
         desc=f"Checking {worker.name} rows",
         **options,
     )

@@ -12,8 +12,10 @@ from ..errors import DataError
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, check_size, read_entries, read_ids, read_number
 from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
-from .parse import json_columns, parse_row, read_completion, read_prompt, with_parsed
-from .tokenize import without_eos
+from .parse import parse_row, read_completion, read_prompt
+from .reading import find_reading
+from .tokenize import special_tokens, without_eos
+from .unread import SAMPLED
 
 PROMPT_COLUMNS = ("prompt", *CHAT_COLUMNS)  # what a prompt's tokens are made from
 
@@ -40,7 +42,11 @@ class Prompt:
 
 
 def read_prompts(
-    rows: Dataset, name: str, score_column: str | None = None, as_chat: bool = False
+    rows: Dataset,
+    name: str,
+    score_column: str | None = None,
+    as_chat: bool | None = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[Prompt], Counter[str]]:
     """Reads the prompts of a dataset, and counts the rows that have none, by reason.
 
@@ -49,7 +55,7 @@ def read_prompts(
             training but token ids. With a column `completions`, completions are read too.
         name: of the dataset, for messages.
         score_column: holds a list of numbers per row, one for each of `completions`, higher is better.
-        as_chat: a prompt that is text becomes a user's message.
+        as_chat, tokenizer: whether prompts of text go into whose chat template, see `choose_as_chat`.
 
     Raises:
         DataError: no prompts, or a row that can't be read, with the remedy.
@@ -58,15 +64,16 @@ def read_prompts(
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{name}: there are no rows.")
-    as_json, given = json_columns(first), "completions" in columns
+    reading, first = find_reading(name, columns, [*rows.select(range(min(SAMPLED, len(rows))))], tokenizer, as_chat)
+    given = "completions" in first and not reading.published
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
-    layout = None if given else _implicit_layout(name, columns, with_parsed(first, as_json))
+    layout = None if given else _implicit_layout(name, list(first), first)
     for number, row in enumerate(rows):
         try:
             check_size(row)
-            row = with_parsed(row, as_json)
-            example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row, as_chat)
+            row = reading(row)
+            example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row)
             if isinstance(example, str):
                 skipped[example] += 1
                 continue
@@ -76,7 +83,7 @@ def read_prompts(
         except RowProblem as problem:
             raise problem.located(name, number) from None
         used = {"prompt", "completions", score_column, *example.fields}
-        others = {column: row[column] for column in columns if column not in used}
+        others = {column: row[column] for column in row if column not in used}
         found.append(Prompt(number, example, others, completions, scores))
     if not found:
         raise DataError(f"{name}: no row has a prompt ({', '.join(f'{n} x {why}' for why, n in skipped.items())}).")
@@ -85,7 +92,7 @@ def read_prompts(
 
 def _implicit_layout(name: str, columns: Sequence[str], first: Row) -> Layout | None:
     """Returns the format of pairs without a prompt of their own, or None where `prompt` has it."""
-    if {"chosen", "rejected"} <= set(columns):
+    if {"chosen", "rejected"} <= set(columns) or "completions" in columns:
         layout = detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
         return layout if layout.implicit else None
     if "prompt" not in columns:
@@ -118,7 +125,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 
 
 def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, entries: Sequence[Row], first: int = 0, vocab_size: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    entries: Sequence[Row],
+    first: int = 0,
+    vocab_size: int | None = None,
+    as_chat: bool = False,
 ) -> tuple[list[int], list[list[int]]]:
     """Returns the token ids of a prompt and of its completions, as training rows have them.
 
@@ -128,6 +139,7 @@ def encode_completions(
             their text, and `tools` and `chat_template_kwargs` for messages.
         first: number of the first one, for messages.
         vocab_size: bounds token ids that are given. A model may have, and sample, more than its tokenizer knows.
+        as_chat: a prompt of text is a user's turn, unless it holds special tokens already.
 
     Raises:
         RowProblem: what is wrong with which of them.
@@ -137,6 +149,9 @@ def encode_completions(
     fields = [f"completion {number}" for number in range(first, first + len(entries))]
     given = dict(zip(fields, (entry["completion"] for entry in entries), strict=True))
     prompt = entries[0]["prompt"]
+    if as_chat and isinstance(prompt, str) and not any(token in prompt for token in special_tokens(tokenizer)):
+        entries = [{**entry, "prompt": [{"role": "user", "content": prompt}]} for entry in entries]
+        prompt = entries[0]["prompt"]
     if isinstance(prompt, str) or isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
         example = read_prompt(entries[0])
     else:

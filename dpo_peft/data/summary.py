@@ -34,12 +34,13 @@ REASONS = {
         "remove these rows or give prompt, chosen and rejected yourself",
     ),
     "no_common_prompt": ("chosen and rejected share no start", "add a 'prompt' column"),
-    "no_ranking": ("all completions have the same grade", "remove these rows"),
+    "no_ranking": ("all completions have the same grade, a tie", "remove these rows"),
     "no_single_best": (
         "several completions share the best grade, and the objective needs one best",
         "remove all but one of them or use loss_type='plackett_luce'",
     ),
     "same_text_ranked_apart": ("the same text has two grades", "remove these rows or the repeated completions"),
+    "missing_value": ("a column that is read holds nothing", "fill it in, or remove these rows"),
     "nothing_scored": (
         "a trajectory has no token of the assistant's where it differs, or truncation took them",
         "remove these rows, raise max_length or use another truncation_mode",
@@ -47,7 +48,7 @@ REASONS = {
 }
 # Their names, in this order.
 EMPTY_COMPLETION, IDENTICAL, IDENTICAL_AFTER, PROMPT_TOO_LONG, COMPLETION_TOO_LONG, *_others = REASONS
-TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, NOTHING_SCORED = _others
+TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, MISSING_VALUE, NOTHING_SCORED = _others
 ROWS_NAMED = 5
 NOTABLE = 0.01  # share of rows
 
@@ -100,6 +101,7 @@ class DataSummary:
     unshared_tokens: int = 0  # prompt repeated for every completion
     longest: int = 0  # tokens of prompt + one completion
     unused_columns: tuple[str, ...] = ()
+    as_chat: bool | None = False  # whether texts were read as turns of the chat template; None: there were none
     date: str | None = None  # that the chat template writes, where it writes one
 
     _warned = False  # for good, also where a stream starts again
@@ -186,7 +188,9 @@ class DataSummary:
     def reset(self) -> None:
         """Starts counting again; what describes the dataset stays."""
         kept = self.name, self.format, self.max_length, self.truncation_mode
-        self.__init__(*kept, unused_columns=self.unused_columns, date=self.date)  # type: ignore[misc]
+        self.__init__(  # type: ignore[misc]
+            *kept, unused_columns=self.unused_columns, as_chat=self.as_chat, date=self.date
+        )
 
     def listen(self) -> None:
         """Lets worker processes, to which copies of this summary go, `tell` it what they count."""

@@ -7,24 +7,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ..errors import DataError
 from .fields import Row
+from .formats import renaming
 
 SAMPLED = 50  # rows of a dataset that are looked at
 WORDS = 4  # of a text that is more than a label or a name
 
-# What a column of such a name holds is part of the prompt, however short it is; what to do with it.
-_TO_TEXT = (
-    "join its text and 'prompt', e.g. dataset.map(lambda row: {{'prompt': row['{0}'] + '\\n\\n' + row['prompt']}})"
-)
-_TO_TURNS = "put its turns first in 'prompt', a list of messages"
-_SYSTEM = (
-    "make it the first message of 'prompt', {{'role': 'system', 'content': row['{0}']}}, or the start of its text"
-)
-_RENAME = "rename it to 'prompt' if it holds what comes before the completions: dataset.rename_column('{0}', 'prompt')"
-ASKING = {
-    **dict.fromkeys(("system", "system_prompt", "system_message"), _SYSTEM),
-    **dict.fromkeys(("history", "dialog", "dialogue", "conversation", "conversations"), _TO_TURNS),
-    **dict.fromkeys(("messages", "prompt", "user_message"), _RENAME),
-    **dict.fromkeys(("input", "context", "passage", "document", "instruction", "question", "query"), _TO_TEXT),
+# What a column of such a name holds is part of the prompt, however short it is; and how it is renamed to be read.
+_BEHIND = {"prompt": "instruction", "{0}": "input"}  # of Alpaca-like rows: they are joined
+_SYSTEM = ("system", "system_prompt", "system_message")
+ASKING: dict[str, dict[str, str]] = {
+    **dict.fromkeys(_SYSTEM, {}),
+    **dict.fromkeys(("history", "dialog", "dialogue", "conversation", "conversations"), {"{0}": "history"}),
+    **dict.fromkeys(("messages", "prompt", "user_message"), {"{0}": "prompt"}),
+    **dict.fromkeys(("instruction", "question", "query"), {"{0}": "instruction", "prompt": "input"}),
+    **dict.fromkeys(("input", "context", "passage", "document"), _BEHIND),
 }
 
 
@@ -44,12 +40,23 @@ def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> Non
         lost = [text for row, text_read in zip(rows, read, strict=True) if (text := _lost(row, column, text_read))]
         if not lost or (column not in ASKING and 2 * len(lost) < len(rows)):
             continue
-        remedy = ASKING.get(column, _RENAME if "prompt" not in rows[0] else _TO_TEXT).format(column)
         raise DataError(
-            f"{name}: column {column!r} holds text that is not read, such as {lost[0][:60]!r}. If it belongs to the "
-            f"prompt, {remedy}. If it isn't needed, say so: unneeded_columns=[{column!r}], or "
-            f"dataset.remove_columns({column!r})."
+            f"{name}: column {column!r} holds text that is not read, such as {lost[0][:60]!r}. {_remedy(column, rows)}"
+            f"If it isn't needed: --unneeded_columns {column}, or unneeded_columns=[{column!r}] in Python."
         )
+
+
+def _remedy(column: str, rows: Sequence[Row]) -> str:
+    """Returns the sentence that says how a column becomes part of the prompt, if an option does it."""
+    if column in _SYSTEM:
+        return "As the system turn it needs the chat template: --as_chat true, or as_chat=True in Python. "
+    first, beside = rows[0], {"{0}": "prompt"} if "prompt" not in rows[0] else _BEHIND
+    names = {old.format(column): new for old, new in ASKING.get(column, beside).items()}
+    joined = "instruction" in names.values() and not isinstance(first.get("prompt"), str)
+    if names.keys() - first.keys() or joined or set(names.values()) & (first.keys() - names.keys()):
+        return ""
+    names = {old: new for old, new in names.items() if old != new}
+    return f"If it belongs to the prompt: {renaming(names)}. " if names else ""
 
 
 def _lost(row: Row, column: str, read: str) -> str:

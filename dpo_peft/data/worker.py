@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import UNENDED, Chat, Place
 from .encode import Encoder
-from .fields import Row, RowProblem, Values, check_size, read_number, read_preference
+from .fields import NoValue, Row, RowProblem, Values, check_size, read_number, read_preference
 from .formats import ASKING_ROLES, Example, RowFormat, Wanted
 from .parse import Parsed
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
     IDENTICAL_AFTER,
+    MISSING_VALUE,
     NO_RANKING,
     NO_SINGLE_BEST,
     NOTHING_SCORED,
@@ -60,7 +61,8 @@ READ_LABEL: dict[str, Callable[[Row], float]] = {
 class RowWorker:
     """Checks and tokenizes single rows of one dataset; goes to worker processes as a whole.
 
-    `wanted.label_columns` must be columns of the dataset. `prepared_columns` are those that training reads, `features`
+    `wanted.label_columns` must be columns of the dataset. `drop_missing`: a row whose cell holds nothing is dropped
+    and counted, not refused. `prepared_columns` are those that training reads, `features`
     those and the statistics.
     """
 
@@ -72,9 +74,10 @@ class RowWorker:
         max_length: int | None,
         truncation_mode: str,
         wanted: Wanted,
+        drop_missing: bool = True,
     ):
         self.name, self.format, self.tokenizer, self.wanted = name, row_format, tokenizer, wanted
-        self.max_length, self.truncation_mode = max_length, truncation_mode
+        self.max_length, self.truncation_mode, self.drop_missing = max_length, truncation_mode, drop_missing
         self.encoder = Encoder(tokenizer, name, row_format.kind)
         self.tried: dict[Place, set[str]] = {}  # what the template leaves out of turns, by where they stand
         self.special = special_tokens(tokenizer)
@@ -116,19 +119,25 @@ class RowWorker:
             return json.dumps(TOO_DEEP.args)
         return ""
 
-    def _parse(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
+    def _parse(self, row: Row, drop_missing: bool = True) -> tuple[list[Parsed], dict[str, float]]:
         """Returns the row's examples and its labels. Raises `RowProblem` for a malformed row."""
         if self.format.kind != "ids":  # which hold nothing but whole numbers
             check_size(row)
-        found = self.format.read(row)
-        labels = {column: READ_LABEL[column](row) for column in self.wanted.label_columns}
+        try:
+            row = self.format.prepare(row)
+            found = self.format.read(row)
+            labels = {column: READ_LABEL[column](row) for column in self.wanted.label_columns}
+        except NoValue:
+            if not drop_missing:
+                raise
+            return [MISSING_VALUE], {}
         if self.wanted.unpair and isinstance(found, Example):
             found = _unpaired(found)
         return found if isinstance(found, list) else [found], labels
 
     def _check(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
         """Parses a row; the first of each shape goes through the chat template, which may refuse it."""
-        examples, labels = self._parse(row)
+        examples, labels = self._parse(row, self.drop_missing)
         for example in examples:
             if isinstance(example, str):
                 continue

@@ -131,6 +131,7 @@ def pair_rows(
         setup.max_length,
         setup.truncation_mode,
         unneeded_columns=used.column_names,  # two models are compared, whatever the text
+        as_chat=setup.as_chat,
     )
     logger.info("%s", summary)
     samples = list(prepared)

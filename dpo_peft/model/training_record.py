@@ -38,6 +38,7 @@ class TrainedWith:
     base_changed: str | None = None
     experts_quantized: bool = False  # experts of a mixture too
     rope_length: int | None = None  # of rows for which rotary frequencies were fixed; None: they do not depend on it
+    as_chat: bool | None = False  # rows of text were read as turns; None: there were none
 
     @property
     def class_name(self) -> str:
@@ -62,6 +63,7 @@ _LATER = (
     "plain_fingerprint",
     "experts_quantized",
     "rope_length",
+    "as_chat",
     *BaseAsGiven.__dataclass_fields__,
 )
 

@@ -39,9 +39,14 @@ class PairsOptions:
     output: str | None = _option(None, "The pairs: a .jsonl or .parquet file.")
     prompts_split: str = _option("train", "Split of a Hub dataset.")
     prompts_config: str | None = _option(None, "Configuration of a Hub dataset.")
-    dataset_format: str | None = _option(None, "Convert rows first.", CONVERTERS)
+    dataset_format: str | None = _option(None, "What the rows are, where their columns don't say it.", CONVERTERS)
+    column_map: list[str] | None = _option(None, "Columns of other names, as old:new, such as question:prompt.")
     max_prompts: int | None = _option(None, "Use the first so many rows.")
-    as_chat: bool = _option(False, "Make a prompt that is text a user's message.")
+    as_chat: bool | None = _option(
+        None,
+        "Make prompts that are text the user's turns. Default: as an adapter was trained, and for a model if it has a "
+        "chat template and the prompts aren't rendered already.",
+    )
 
     num_candidates: int = _option(8, "Completions of each prompt.")
     temperature: float = _option(1.0, "Of the sampling; rejection sampling wants 1.")

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..data.prompts import Prompt, encode_prompts, read_prompts
 from ..errors import DataError, OptionError
 from ..files import read_rows, write_rows
+from ..model.training_record import UNRECORDED
 from .building import TOO_LONG, Built, Candidate, build_pairs, seed_of, summarize
 from .engines import Engine, ModelSource, Sample, Sampling, TransformersEngine, VllmEngine
 from .judges import Judge, judge_answers, load_judge, source_of
@@ -40,19 +41,24 @@ class PairRun:
     def __init__(self, options: PairsOptions):
         self.options, self.outputs = options, options.outputs
         self.name = options.prompts or ""  # for messages
-        rows = read_rows(self.name, options.prompts_split, options.prompts_config, False, options.dataset_format)
+        where = (options.prompts_split, options.prompts_config)
+        rows = read_rows(self.name, *where, False, options.dataset_format, options.column_map)
         if options.max_prompts is not None:
             rows = rows.select(range(min(options.max_prompts, len(rows))))
         options.check_for(rows.column_names)
+        self.source = None  # the rows have completions
+        as_chat, tokenizer = options.as_chat, None
+        if options.model is not None:
+            self.source = ModelSource(options.model, **{name: getattr(options, name) for name in LOADING})
+            tokenizer = self.source.tokenizer()
+            if as_chat is None and self.source.is_adapter:
+                as_chat = (self.source.read() or UNRECORDED).as_chat
         # The prompts, and how many rows have none, by reason.
-        self.prompts, self.skipped = read_prompts(rows, self.name, options.score_column, options.as_chat)
+        self.prompts, self.skipped = read_prompts(rows, self.name, options.score_column, as_chat, tokenizer)
         if options.as_chat and not isinstance(rows[0].get("prompt"), str):
             raise OptionError("as_chat has no effect: the prompts are messages. Leave it out.")
         # Their keys: what they are, and which row, as the same prompt is answered by other seeds in another row.
         self.by_key = {_digest([p.number, p.fields, p.completions, p.scores]): p for p in self.prompts}
-        self.source = None  # the rows have completions
-        if options.model is not None:
-            self.source = ModelSource(options.model, **{name: getattr(options, name) for name in LOADING})
         self.sampling = Sampling(*(getattr(options, name) for name in Sampling._fields))
 
     def run(self) -> dict[str, object]:

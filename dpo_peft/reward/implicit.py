@@ -312,7 +312,8 @@ class ImplicitReward:
     def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
         """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
-            return encode_completions(self.tokenizer, entries, first, self._vocab_size)
+            as_chat = bool(self.adapter.setup.as_chat)
+            return encode_completions(self.tokenizer, entries, first, self._vocab_size, as_chat)
         except RowProblem as problem:
             raise DataError(
                 f"implicit reward of {problem.field}: {problem.problem}. Remedy: {problem.remedy}."

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import DataReport, prepare_dataset
 from ..data.fields import Row
 from ..data.formats import LABEL_COLUMNS, data_of
+from ..data.reading import find_reading
 from ..losses import REGISTRY
 from ..model.adapter_source import TrainedWith
 
@@ -58,7 +59,8 @@ def prepare_rows(
     Raises:
         DataError: rows that are no preference data.
     """
-    data = data_of(rows.column_names, rows[0])
+    _, first = find_reading("score", rows.column_names, [rows[0]])
+    data = data_of(first, first)
     loss = REGISTRY.get(setup.loss_type[0])  # None: a loss of the user's own
     if data == "pairs" and loss is not None and loss.data == "trajectories":
         data = "trajectories"
@@ -73,6 +75,7 @@ def prepare_rows(
         data=data,
         label_columns=labels,
         unneeded_columns=unneeded_columns,
+        as_chat=setup.as_chat,
     )
     numbers = prepared["completion"] if data == "unlabeled" else [0] * len(prepared)
     places = [Place(*place) for place in zip(prepared["row"], numbers, strict=True)]

@@ -28,6 +28,7 @@ from ..manifests import settle
 from ..model.loading import FROM_HUB, check_checkpoint
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
+from ..wings import required, wing
 from .metrics import metric_names
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ def check_constructor(
         args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
     elif not isinstance(args, DPOConfig):
         raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
+    if (evaluation := wing("evaluation") if args.log_file is None else required("evaluation", "log_file")) is not None:
+        evaluation.open_log(args)
     _check_model(model, ref_model, args, quantization_config)
     check_launch(args)
     _check_datasets(args, train_dataset, eval_dataset)

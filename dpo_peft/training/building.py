@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
 from ..data.prepare import STREAM_PATIENCE
 from ..distributed import ShareCollator, world_size
-from ..errors import OptionError
+from ..errors import OptionError, ReferenceMismatchError
 from ..forward import has_routers
 from ..forward.rotary import fixed_rope_length
 from ..model.adapter_source import plain_fingerprint
 from ..model.experts import has_packed_experts
 from ..model.loading import attach_adapter, disable_dropout, load_model
 from ..model.rebuilding import BaseAsGiven, base_as_given, base_class, check_class, quantization_options
-from ..model.training_record import TrainedWith
+from ..model.training_record import TrainedWith, read_training
 from ..objective import TrainingObjective
 from ..reference.adapter_off import Reference
 from ..reference.frozen_adapter import freeze_copy
@@ -39,6 +40,7 @@ from .arguments import (
     data_source,
     fix_rope_by_rows,
 )
+from .results import asks_to_resume
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Preparation:
         reports: dataset name to what became of its rows.
         sources: "train" and "eval" to where their rows come from.
         evaluated: the trainer's own evaluation datasets, by metric prefix ("eval", "eval_<name>").
+        as_chat: whether rows of text are read as turns: the option, or what was chosen for the training rows.
     """
 
     def __init__(self, args: DPOConfig, objective: TrainingObjective, tokenizer: PreTrainedTokenizerBase):
@@ -65,6 +68,9 @@ class Preparation:
         self.reports: dict[str, DataReport] = {}
         self.sources: dict[str, tuple[list[str], str | None]] = {}
         self.evaluated: dict[str, AnyDataset] = {}
+        self.as_chat = args.as_chat
+        if args.as_chat is None and asks_to_resume(args.resume_from_checkpoint):
+            self.as_chat = _recorded_as_chat(args.output_dir, args.resume_from_checkpoint)
         self._model: PreTrainedModel | PeftModel | None = None
 
     def __call__(self, rows: AnyDataset, name: str) -> AnyDataset:
@@ -86,6 +92,7 @@ class Preparation:
                 single_best=objective.single_best,
                 unneeded_columns=args.unneeded_columns or (),
                 unpair=args.unpair_preferences,
+                as_chat=self.as_chat,
             )
         self.reports[name] = report
         streamed = f"{name}: a stream in {report.format} format, whose rows are counted as they are read."
@@ -98,6 +105,10 @@ class Preparation:
         """Returns the training dataset prepared."""
         self.sources["train"] = data_source(rows)
         self._training = self(rows, "train")
+        chosen = self.reports["train"].as_chat
+        if self.args.as_chat and chosen is None:
+            raise OptionError("as_chat=True has no effect: the training rows have no prompts of text. Leave it out.")
+        self.as_chat = self.as_chat if chosen is None else chosen
         return self._training
 
     def fit(self, model: PreTrainedModel | PeftModel, collate: Collate | None = None) -> None:
@@ -144,6 +155,16 @@ class Preparation:
         return self.evaluated.get("eval")
 
 
+def _recorded_as_chat(output_dir: str | None, checkpoint: str | bool | None) -> bool | None:
+    """Returns how a run that is resumed reads rows of text: as its checkpoints record it."""
+    named = [Path(checkpoint)] if isinstance(checkpoint, str) else []
+    for folder in [*named, *sorted(Path(str(output_dir)).glob("checkpoint-*"))]:
+        with suppress(ReferenceMismatchError, OSError, ValueError):  # a damaged one is named where the run is resumed
+            if (record := read_training(folder)) is not None:
+                return record.as_chat
+    return None
+
+
 class NoEvaluation:
     """Stands for `evaluation.Evaluation` in a copy of the package without that folder: nothing is kept or said."""
 
@@ -159,7 +180,7 @@ class NoEvaluation:
     def add(self, *_: object) -> None:
         """Does nothing."""
 
-    finish = renew = add
+    begin = finish = renew = add
 
 
 def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -> tuple[Collate, Collate]:
@@ -257,7 +278,7 @@ def router_coef(model: PeftModel, args: DPOConfig) -> float:
 
 
 def trained_with(
-    model: PeftModel, args: DPOConfig, objective: TrainingObjective, as_given: BaseAsGiven
+    model: PeftModel, args: DPOConfig, objective: TrainingObjective, as_given: BaseAsGiven, as_chat: bool | None
 ) -> TrainedWith:
     """Returns what the adapter's config records of its training."""
     base = model.get_base_model()
@@ -275,5 +296,6 @@ def trained_with(
         plain_fingerprint=plain_fingerprint(model),
         experts_quantized=has_packed_experts(base),
         rope_length=fixed_rope_length(model),
+        as_chat=as_chat,
         **vars(as_given),
     )

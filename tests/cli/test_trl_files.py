@@ -72,8 +72,8 @@ def test_options_of_the_adapter_are_trl_s(tmp_path: Path) -> None:
             lora_config(parse(tmp_path, *words)[2], args)
     with pytest.raises(OptionError, match="lora_task_type='SEQ_CLS' is not one of CAUSAL_LM"):
         parse(tmp_path, lora_task_type="SEQ_CLS")
-    with pytest.raises(OptionError, match="dataset_format='orca' is not one of sharegpt"):  # a sibling in the file
-        parse(tmp_path, dataset_format="orca")
+    with pytest.raises(OptionError, match="dataset_format='chatml' is not one of openai"):  # a sibling in the file
+        parse(tmp_path, dataset_format="chatml")
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_each_unlabeled_completion_is_a_row_of_its_own(case):
 def test_unlabeled_completions_are_named_by_row_and_number():
     rows = [{"prompt": "a", "completions": [" b"]}, {"prompt": "a", "completions": [" b", None]}]
     with pytest.raises(DataError, match=r"train row 1, field 'completions\[1\]': expected text, found nothing"):
-        prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabeled")
+        prepare_dataset(Dataset.from_list(rows), word_tokenizer(), data="unlabeled", on_unusable="error")
     with pytest.raises(DataError, match="column 'completion' is missing.*prompt/completions or messages"):
         prepare_dataset(Dataset.from_list([TEXT]), word_tokenizer(), data="unlabeled")
     with pytest.raises(OptionError, match="'unlabeled' needs a datasets.Dataset"):

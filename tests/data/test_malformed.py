@@ -34,7 +34,7 @@ BAD_ROWS = {
     "boolean as text": (pair(), {"rejected": True}, "rejected", "found a boolean (True)", "as text"),
     "number as text": (pair(), {"chosen": 3.5}, "chosen", "found float (3.5)", "as text"),
     "list as text": (pair(), {"chosen": ["a"]}, "chosen", "found list", "as text"),
-    "dict as text": (pair(), {"chosen": {"value": "a"}}, "chosen", "found dict", "from_sharegpt"),
+    "dict as text": (pair(), {"chosen": {"value": "a"}}, "chosen", "found dict", "as text"),
     "field missing": (pair(), {"rejected": ...}, "rejected", "is missing", "give every row"),
     "lone surrogate": (pair(), {"chosen": "a\ud800"}, "chosen", "lone surrogate at character 1", "repair the text"),
     "surrogate in prompt": (pair(), {"prompt": "\udfff"}, "prompt", "lone surrogate at character 0", "repair"),
@@ -113,7 +113,11 @@ def test_malformed_row(make_tokenizer, case):
     good, changes, field, problem, remedy = BAD_ROWS[case]
     bad = {key: value for key, value in {**good, **changes}.items() if value is not ...}
     stream = IterableDataset.from_generator(lambda: iter([good, good, bad]))
-    prepared, _ = prepare_dataset(stream, make_tokenizer(), name="eval")
+    if None in changes.values():  # it is left out and counted, unless no row may be
+        prepared, report = prepare_dataset(stream, make_tokenizer(), name="eval")
+        assert len(list(prepared)) == 2 and report.dropped_rows == {"missing_value": [2]}
+    on_unusable = "error" if None in changes.values() else "drop"
+    prepared, _ = prepare_dataset(stream, make_tokenizer(), name="eval", on_unusable=on_unusable)
     assert_third_row_refused(prepared, field, problem, remedy)
 
 
@@ -123,7 +127,7 @@ def test_malformed_rows_of_a_dataset_are_found_before_tokenizing(make_tokenizer,
     monkeypatch.setattr("dpo_peft.data.worker.RowWorker.record_batch", None)
     dataset = Dataset.from_list([good, {**good, **changes}, good, {**good, **changes}])
     with pytest.raises(DataError) as error:
-        prepare_dataset(dataset, make_tokenizer(), name="eval")
+        prepare_dataset(dataset, make_tokenizer(), name="eval", on_unusable="error")
     assert str(error.value).startswith(f"eval: 2 malformed rows of 4. eval row 1, field '{field}': ")
     assert f"| eval row 3, field '{field}'" in str(error.value) and problem in str(error.value)
 
@@ -138,15 +142,18 @@ BAD_DATASETS = {
     "list": (lambda: [pair()], "found list. Use Dataset.from_list"),
     "splits": (lambda: DatasetDict({"train": rows(pair())}), "found DatasetDict. Pick one split"),
     "none": (lambda: None, "found NoneType"),
-    "missing column": (lambda: rows({"prompt": "a", "chosen": "b"}), "column 'rejected' is missing.*rename_column"),
+    "missing column": (
+        lambda: rows({"prompt": "a", "chosen": "b"}),
+        "column 'rejected' is missing.*--column_map YOUR_",
+    ),
     "missing ids": (lambda: rows({"prompt_ids": [1], "chosen_ids": [2]}), "column 'rejected_ids' is missing"),
     "other columns": (
         lambda: rows({"text": "a"}),
         r"column 'chosen', 'rejected' is missing; the columns are \['text'\]",
     ),
     "images": (lambda: rows({**pair(), "images": "x"}), "'images' holds images, and vision.*remove_columns"),
-    "ranked": (
-        lambda: rows({"prompt": "a", "completions": ["b"], "ranks": [1]}),
+    "unranked": (
+        lambda: rows({"prompt": "a", "completions": ["b", "c"]}),
         "'completions'.*'multi_negative' or 'plackett_luce'",
     ),
     "judged": (
@@ -157,19 +164,15 @@ BAD_DATASETS = {
     "several rejected": (lambda: rows({**pair(), "rejected": ["a", "b"]}), "'rejected' as a list.*'multi_negative'"),
     "sharegpt": (
         lambda: rows({"conversations": [{"from": "human", "value": "x"}], "chosen": {}, "rejected": {}}),
-        r"ShareGPT rows.*dataset.map\(dpo_peft.data.from_sharegpt\)",
+        r"row 0, field 'chosen': expected a message, found {}",
     ),
-    "pandalm": (lambda: rows({"response1": "a", "response2": "b"}), "PandaLM.*from_pandalm"),
-    "alpaca": (lambda: rows({"instruction": "q", "chosen": "a", "rejected": "b"}), "'instruction' looks.*from_alpaca"),
-    "question": (lambda: rows({"question": "q", "chosen": "a", "rejected": "b"}), "rename the column to 'prompt'"),
-    "chat prompt, text answers": (
-        lambda: rows({**pair(), "prompt": turns("Hi")}),
-        "Make the completions messages too",
+    "question": (
+        lambda: rows({"query": "q", "chosen": "a", "rejected": "b"}),
+        r"'query' looks like one.*--column_map query:prompt on.*dataset.rename_columns\({'query': 'prompt'}\)",
     ),
-    "text prompt, chat answers": (lambda: rows({**chat_pair(), "prompt": "Hi"}), "Make the prompt a list of messages"),
     "text and messages": (lambda: rows({**chat_pair(), "rejected": "x"}), "'chosen' is list but 'rejected' is text"),
     "booleans": (lambda: rows({**pair(), "chosen": True}), " row 0, field 'chosen': expected text, found a bool"),
-    "all none": (lambda: rows({**pair(), "chosen": None}), " row 0, field 'chosen'.*None"),
+    "all none": (lambda: rows({**pair(), "chosen": None}), "1 of 1 rows are unusable.*missing_value"),
 }
 
 

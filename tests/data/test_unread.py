@@ -16,21 +16,19 @@ TEXT = {"prompt": "a", "chosen": " b", "rejected": " c"}
 CHAT = {"prompt": turns("a"), "chosen": answer("b"), "rejected": answer("c")}
 STARTS_ALIKE = {"chosen": "a b c", "rejected": "a b d"}
 LOST: dict[str, tuple[dict[str, Any], str, str]] = {  # rows, column that is named, words of its remedy
-    "messages beside texts that start alike": ({**STARTS_ALIKE, "messages": turns("end")}, "messages", "rename it"),
-    "a question of another name": ({**STARTS_ALIKE, "ask": "a b c d a"}, "ask", "rename it to 'prompt'"),
-    "user's message": ({**STARTS_ALIKE, "user_message": "end"}, "user_message", "rename it"),
-    "system": ({**TEXT, "system": "d"}, "system", "'role': 'system'"),
-    "system beside messages": ({**CHAT, "system_prompt": "d"}, "system_prompt", "first message of 'prompt'"),
-    "input": ({**TEXT, "input": "d"}, "input", "join its text and 'prompt'"),
-    "context": ({**CHAT, "context": "d"}, "context", "join its text"),
-    "history as pairs": ({**CHAT, "history": [["b", "d"]]}, "history", "put its turns first"),
-    "history as messages": ({**CHAT, "earlier": turns("d", "d")}, "earlier", "join its text"),
-    "ShareGPT turns": ({**CHAT, "more": [{"from": "human", "value": "d"}]}, "more", "join its text"),
-    "a long text": ({**TEXT, "rationale": "d d d d"}, "rationale", "join its text"),
+    "a question of another name": ({**STARTS_ALIKE, "asked": "a b c d a"}, "asked", "--column_map asked:prompt on"),
+    "system": ({**TEXT, "system": "d"}, "system", "--as_chat true"),
+    "input": ({**TEXT, "input": "d"}, "input", "--column_map prompt:instruction on"),
+    "context": ({**TEXT, "context": "d"}, "context", "--column_map prompt:instruction context:input on"),
+    "context of messages": ({**CHAT, "context": "d"}, "context", "--unneeded_columns context"),
+    "history of another name": ({**CHAT, "dialog": turns("b", "d")}, "dialog", "--column_map dialog:history on"),
+    "history as messages": ({**CHAT, "earlier": turns("d", "d")}, "earlier", "--unneeded_columns earlier"),
+    "ShareGPT turns": ({**CHAT, "more": [{"from": "human", "value": "d"}]}, "more", "--unneeded_columns more"),
+    "a long text": ({**TEXT, "rationale": "d d d d"}, "rationale", "prompt:instruction rationale:input on"),
     "a prompt beside conversations": (
         {"prompt": "d d", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
         "prompt",
-        "rename it",
+        "--unneeded_columns prompt",
     ),
 }
 READ: dict[str, dict[str, Any]] = {

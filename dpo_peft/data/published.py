@@ -1,0 +1,389 @@
+"""Rows as others publish them, one entry of `PUBLISHED` for each: by which columns they are known, how one is read.
+
+An entry makes a row of our columns (`formats.py`) of a row of theirs. Columns that it doesn't name stay beside the new
+ones, so a system prompt, tools or a text that nobody reads are seen by what comes after.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError, OptionError
+from .converters import SHAREGPT_ROLES, from_hh, from_oasst_tree, from_tulu
+from .fields import Messages, NoValue, Row, RowProblem, Values, shown
+from .formats import ASKING_ROLES
+
+logger = logging.getLogger(__name__)
+
+PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")  # of a text, the first that is there
+WON = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0)}
+TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad")
+THUMBS = {
+    **dict.fromkeys(("1", "true", "up", "thumbs_up", "thumbs up", "positive", "good", "like", "yes", "👍"), True),
+    **dict.fromkeys(("0", "-1", "false", "down", "thumbs_down", "thumbs down", "negative", "bad", "dislike"), False),
+    **dict.fromkeys(("no", "👎"), False),
+}
+THUMB_NAMES = ("thumb", "thumbs", "feedback", "vote", "rating")
+REPLY_NAMES = ("answer", "response", "completion", "output")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Rows as others publish them.
+
+    Args:
+        what: they are, for messages.
+        columns: that `convert` reads, and those that are known to be no part of what is trained on.
+        detect: whether rows with these columns and this first row can be nothing else.
+        convert: one row to our columns. Raises `RowProblem`, or `DataError`, for a malformed row.
+        convert_all: all rows to ours instead, where one of theirs is not one of ours; only if the user asks for it.
+    """
+
+    what: str
+    columns: tuple[str, ...]
+    detect: Callable[[set[str], Row], bool] = lambda have, first: False
+    convert: Callable[[Row], Values] = dict
+    convert_all: Callable[[Iterable[Row]], Iterator[Values]] | None = None
+
+
+def find_published(columns: Iterable[str], first: Row) -> str:
+    """Returns the name of the entry for rows with these columns and this first row; "" if there is none."""
+    have = set(columns)
+    ours = "prompt" in have and bool(have & {"chosen", "completion", "completions"}) and not _has_dicts(first)
+    return "" if ours else next((name for name, one in PUBLISHED.items() if one.detect(have, first)), "")
+
+
+def convert_row(row: Row, name: str) -> Values:
+    """Returns a row in our columns, with those that the entry of this name doesn't read. Raises `RowProblem`."""
+    entry = PUBLISHED[name]
+    try:
+        found = entry.convert(row)
+    except DataError as error:
+        empty = next((column for column in entry.columns if column in row and row[column] is None), "")
+        problem, field = (NoValue, empty) if empty else (RowProblem, entry.columns[0])
+        raise problem(field, str(error).rstrip("."), f"these are read as {entry.what}, so repair the row") from None
+    return {**{column: value for column, value in row.items() if column not in entry.columns}, **found}
+
+
+def convert_dataset(rows: Any, dataset_format: str) -> Any:
+    """Returns a dataset (or stream) in our columns: of the rows that an entry of `PUBLISHED` reads.
+
+    Raises:
+        OptionError: no such entry.
+        DataError: a row is malformed.
+    """
+    from datasets import Dataset
+
+    if dataset_format not in PUBLISHED:
+        raise OptionError(f"dataset_format={dataset_format!r} is not one of {', '.join(PUBLISHED)}.")
+    entry = PUBLISHED[dataset_format]
+    if entry.convert_all is not None:
+        return Dataset.from_list(list(entry.convert_all(rows)))
+
+    first = next(iter(rows), None)
+    if first is not None and find_published(first, first) == dataset_format:
+        return rows  # it is read so by itself
+
+    def convert(row: Row, number: int) -> Values:
+        try:
+            return convert_row(row, dataset_format)
+        except RowProblem as problem:
+            raise problem.located("dataset", number) from None
+
+    return rows.map(convert, with_indices=True, remove_columns=[c for c in entry.columns if c in (first or {})])
+
+
+# ---- Values ---------------------------------------------------------------------------------------------------------
+
+
+def as_messages(value: object, field: str) -> Messages:
+    """Returns messages of role and content: of a text, which is a turn of the assistant's, of one message or several.
+
+    Raises `RowProblem` for anything else.
+    """
+    if value is None:
+        raise NoValue(field, "holds nothing", "fill it in, or remove the row")
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if not isinstance(value, Mapping | list):
+        raise RowProblem(field, f"expected text or messages, found {shown(value, 40)}", "repair the row")
+    return [_message(turn, field) for turn in (value if isinstance(value, list) else [value])]
+
+
+def _message(turn: object, field: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping) or turn.get("value") is None and turn.get("role") is None:
+        remedy = "store {role, content} or {from, value}"
+        raise RowProblem(field, f"expected a message, found {shown(turn, 60)}", remedy)
+    if turn.get("role") is not None:
+        return dict(turn)
+    if (role := SHAREGPT_ROLES.get(speaker := shown(turn.get("from"), 40))) is None:
+        raise RowProblem(field, f"unknown speaker {speaker!r}", f"use one of {', '.join(SHAREGPT_ROLES)}")
+    return {"role": role, "content": turn["value"]}
+
+
+def _named(row: Row, names: Iterable[str]) -> Any:
+    return next((row[name] for name in names if name in row), None)
+
+
+def _has_dicts(row: Row) -> bool:
+    value = row.get("completions")
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "response" in value[0]
+
+
+def _rated(prompt: Any, texts: Sequence[Any], scores: Sequence[Any]) -> Values:
+    """Returns completions with scores, higher is better; without those that nobody rated, if two are left."""
+    rated = [(text, score) for text, score in zip(texts, scores, strict=True) if None not in (text, score)]
+    if len(rated) < 2:
+        raise NoValue("ratings", f"only {len(rated)} of {len(texts)} completions are rated", "rate two of them")
+    return {"prompt": prompt, "completions": [text for text, _ in rated], "scores": [float(s) for _, s in rated]}
+
+
+def _pair(row: Row, prompt: Any) -> Values:
+    return {"prompt": prompt, "chosen": row.get("chosen"), "rejected": row.get("rejected")}
+
+
+# ---- One function a format ------------------------------------------------------------------------------------------
+
+
+def _conversation(row: Row, column: str) -> Values:
+    """Reads turns in `column` and what follows them in `chosen` and `rejected`, each a text, a message or several."""
+    turns, chosen, rejected = (as_messages(row.get(name), name) for name in (column, "chosen", "rejected"))
+    if chosen and chosen[0].get("role") in ASKING_ROLES:  # whole conversations
+        return {"chosen": chosen, "rejected": rejected}
+    if turns and turns[-1].get("role") == "assistant":
+        if turns[-1].get("content") != chosen[0].get("content"):
+            problem = "ends with a turn of the assistant's that is not the chosen one"
+            raise RowProblem(column, problem, "end it with the user's turn, or remove the row")
+        turns = turns[:-1]
+    return {"prompt": turns, "chosen": chosen, "rejected": rejected}
+
+
+def _alpaca(row: Row) -> Values:
+    parts = [row.get("instruction"), row.get("input") or ""]
+    prompt = None if parts[0] is None else "\n\n".join(str(part) for part in parts if str(part).strip())
+    output = row.get("output")
+    if isinstance(output, list) and row.get("chosen") is None:
+        return {"prompt": prompt, "completions": output, "ranks": list(range(len(output)))}
+    return _pair(row, prompt)
+
+
+def _openai(row: Row) -> Values:
+    asked: Row = row.get("input") or {}
+    sides = {"chosen": row.get("preferred_output"), "rejected": row.get("non_preferred_output")}
+    return {"prompt": asked.get("messages"), **sides, **({"tools": tools} if (tools := asked.get("tools")) else {})}
+
+
+def _ultrafeedback(row: Row) -> Values:
+    completions = row.get("completions") or []
+    scores = [one.get("fine-grained_score", one.get("overall_score")) for one in completions]
+    return _rated(_named(row, PROMPT_NAMES), [one.get("response") for one in completions], scores)
+
+
+def _distilabel(row: Row) -> Values:
+    return _rated(_named(row, PROMPT_NAMES), row.get("generations") or [], row.get("ratings") or [])
+
+
+def _distilabel_orca(row: Row) -> Values:
+    scores = [0.0, 0.0] if row.get("status") == "tie" else [1.0, 0.0]
+    return _rated(row.get("input"), [row.get("chosen"), row.get("rejected")], scores)
+
+
+def _shp(row: Row) -> Values:
+    label = row.get("labels")
+    if label not in (0, 1):
+        kind = NoValue if label is None else RowProblem
+        raise kind("labels", f"expected 1 (A is better) or 0, found {shown(label, 40)}", "repair the row")
+    return _rated(row.get("history"), [row.get("human_ref_A"), row.get("human_ref_B")], [label, 1 - label])
+
+
+def _arena(row: Row) -> Values:
+    winner = row.get("winner")
+    if winner not in WON and winner not in TIES:
+        kind = NoValue if winner is None else RowProblem
+        remedy = f"store one of {', '.join([*WON, *TIES])}"
+        raise kind("winner", f"{shown(winner, 40)!r} is no verdict", remedy)
+    both = [row.get("conversation_a"), row.get("conversation_b")]
+    if None in both:
+        raise NoValue("conversation_a", "one of the conversations is missing", "remove the row")
+    return {"completions": both, "scores": list(WON.get(winner, (0.5, 0.5)))}
+
+
+def _helpsteer_preference(row: Row) -> Values:
+    """Reads HelpSteer2's and HelpSteer3's: the sign of a preference from -3 (the first is better) to 3."""
+    strength = _named(row, ("preference_strength", "overall_preference"))
+    both = [_named(row, names) for names in (("response_1", "response1"), ("response_2", "response2"))]
+    scores = [None, None] if strength is None else [-strength, strength]
+    return _rated(_named(row, ("prompt", "context")), both, scores)
+
+
+def _helpsteer(rows: Iterable[Row]) -> Iterator[Values]:
+    """Yields a row for each prompt, of all responses to it, with their `helpfulness` as scores."""
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    alone = sum(len(same) < 2 for same in by_prompt.values())
+    logger.info("HelpSteer: %d of %d prompts have one response, and are left out.", alone, len(by_prompt))
+    for prompt, same in by_prompt.items():
+        if len(same) > 1:
+            yield _rated(prompt, [row["response"] for row in same], [row["helpfulness"] for row in same])
+
+
+def _thumbs(row: Row) -> Values:
+    column = next(name for name in THUMB_NAMES if name in row)
+    thumb = row[column]
+    label = THUMBS.get(str(thumb).strip().lower())
+    if label is None:
+        kind = NoValue if thumb is None else RowProblem
+        raise kind(column, f"{shown(thumb, 40)!r} is neither up nor down", "store 'up' or 'down', or remove the row")
+    return {"prompt": _named(row, PROMPT_NAMES), "completion": _named(row, REPLY_NAMES), "label": label}
+
+
+def _is_thumbs(have: set[str], first: Row) -> bool:
+    thumb = _named(first, THUMB_NAMES)
+    known = thumb is None or str(thumb).strip().lower() in THUMBS
+    names = [sorted(have.intersection(group)) for group in (THUMB_NAMES, REPLY_NAMES, PROMPT_NAMES)]
+    return all(len(found) == 1 for found in names) and known
+
+
+def _pandalm(row: Row) -> Values:
+    votes = [row.get(f"annotator{number}") for number in (1, 2, 3)]
+    if None in votes:
+        raise NoValue(f"annotator{votes.index(None) + 1}", "holds nothing", "remove the row")
+    both = [row.get("response1"), row.get("response2")]
+    return _rated(_alpaca(row)["prompt"], both, [votes.count(1), votes.count(2)])
+
+
+def _trees(rows: Iterable[Row]) -> Iterator[Values]:
+    for tree in rows:
+        yield from from_oasst_tree(tree)
+
+
+def _asks(have: set[str], first: Row, column: str) -> bool:
+    """Says whether a column of texts is the prompt of two others: there is no other that may be."""
+    asked = {column, "chosen", "rejected"} <= have and not have & {"prompt", "messages", "conversations"}
+    return asked and all(isinstance(first.get(name), str | None) for name in (column, "chosen", "rejected"))
+
+
+PUBLISHED: dict[str, Published] = {
+    "openai": Published(
+        "OpenAI's preference rows",
+        ("input", "preferred_output", "non_preferred_output"),
+        lambda have, first: {"input", "preferred_output", "non_preferred_output"} <= have,
+        _openai,
+    ),
+    "sharegpt": Published(
+        "ShareGPT rows",
+        ("conversations", "chosen", "rejected"),
+        lambda have, first: {"conversations", "chosen", "rejected"} <= have and "prompt" not in have,
+        lambda row: _conversation(row, "conversations"),
+    ),
+    "messages": Published(
+        "messages beside two completions",
+        ("messages", "chosen", "rejected"),
+        lambda have, first: (
+            {"messages", "chosen", "rejected"} <= have
+            and not have & {"prompt", "conversations"}
+            and (not isinstance(first["messages"], str) or first["messages"].lstrip().startswith("["))
+        ),
+        lambda row: _conversation(_parsed(row), "messages"),
+    ),
+    "ultrafeedback": Published(
+        "OpenBMB UltraFeedback rows",
+        (*PROMPT_NAMES[:2], "completions", "models", "correct_answers", "incorrect_answers"),
+        lambda have, first: bool(have & {"instruction", "prompt"}) and _has_dicts(first),
+        _ultrafeedback,
+    ),
+    "distilabel": Published(
+        "distilabel generations with ratings",
+        (
+            *(*PROMPT_NAMES, "generations", "ratings", "rationales", "labelling_prompt", "raw_labelling_response"),
+            *("raw_generation_responses", "chosen", "rejected"),
+        ),
+        lambda have, first: {"generations", "ratings"} <= have and bool(have.intersection(PROMPT_NAMES)),
+        _distilabel,
+    ),
+    "distilabel_orca": Published(
+        "distilabel Orca pairs",
+        (
+            *("input", "chosen", "rejected", "status", "generations", "order", "rating", "rationale"),
+            *("labelling_model", "labelling_prompt", "raw_labelling_response", "original_chosen", "original_rejected"),
+        ),
+        lambda have, first: _asks(have, first, "input") and not have & {"instruction", "question"},
+        _distilabel_orca,
+    ),
+    "orca": Published(
+        "Orca pairs",
+        ("question", "chosen", "rejected"),
+        lambda have, first: _asks(have, first, "question") and not have & {"instruction", "input"},
+        lambda row: _pair(row, row.get("question")),
+    ),
+    "alpaca": Published(
+        "Alpaca-like rows",
+        ("instruction", "input", "chosen", "rejected", "output"),
+        lambda have, first: (
+            "instruction" in have
+            and not have & {"prompt", "question", "messages", "conversations", "generations", "response1"}
+            and ({"chosen", "rejected"} <= have or isinstance(first.get("output"), list))
+        ),
+        _alpaca,
+    ),
+    "shp": Published(
+        "Stanford Human Preferences",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        lambda have, first: {"history", "human_ref_A", "human_ref_B", "labels"} <= have,
+        _shp,
+    ),
+    "arena": Published(
+        "arena votes",
+        ("conversation_a", "conversation_b", "winner", "full_conversation"),
+        lambda have, first: {"conversation_a", "conversation_b", "winner"} <= have,
+        _arena,
+    ),
+    "helpsteer_preference": Published(
+        "HelpSteer preferences",
+        (
+            *("prompt", "context", "response_1", "response_2", "response1", "response2", "preference_strength"),
+            *("overall_preference", "preference_statement", "preference_elaboration", "individual_preference"),
+            *("three_most_similar_preferences", "all_preferences_unprocessed"),
+        ),
+        lambda have, first: (
+            {"prompt", "response_1", "response_2", "preference_strength"} <= have
+            or {"context", "response1", "response2", "overall_preference"} <= have
+        ),
+        _helpsteer_preference,
+    ),
+    "helpsteer": Published(
+        "HelpSteer ratings, one response a row",
+        ("prompt", "response", "helpfulness"),
+        lambda have, first: {"prompt", "response", "helpfulness"} <= have,
+        convert_all=_helpsteer,
+    ),
+    "thumbs": Published("thumbs up and down", (*PROMPT_NAMES, *REPLY_NAMES, *THUMB_NAMES), _is_thumbs, _thumbs),
+    "pandalm": Published(
+        "PandaLM comparisons",
+        ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"),
+        lambda have, first: {"instruction", "response1", "response2", "annotator1"} <= have,
+        _pandalm,
+    ),
+    "tulu": Published(
+        "Tulu human evaluation",
+        ("prompt", "completion_a", "completion_b", "preference"),
+        lambda have, first: {"prompt", "completion_a", "completion_b", "preference"} <= have,
+        from_tulu,
+    ),
+    "hh": Published("HH transcripts", ("chosen", "rejected"), convert=from_hh),
+    "oasst_tree": Published(
+        "Open-Assistant trees",
+        ("message_tree_id", "prompt"),
+        lambda have, first: "message_tree_id" in have and isinstance(first.get("prompt"), Mapping),
+        convert_all=_trees,
+    ),
+}
+
+
+def _parsed(row: Row) -> Row:
+    """Returns a row whose messages are no JSON text."""
+    text = row["messages"]
+    return {**row, "messages": json.loads(text)} if isinstance(text, str) else row
