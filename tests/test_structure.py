@@ -21,7 +21,7 @@ CORE = (
     "config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli".split()
+WINGS = "evaluation fused planning artifacts reward merge hub pairs chat conversion report quickstart cli".split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
