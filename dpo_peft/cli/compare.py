@@ -41,9 +41,7 @@ class CompareOptions(AdapterOptions):
     )
     prompt: list[str] | None = option(None, "A prompt; may be given several times.")
     prompts_split: str = option("train", "Split of a Hub dataset.")
-    as_chat: bool | None = option(
-        None, "Make a prompt that is text a user's message: true if not given and the model has a chat template."
-    )
+    as_chat: bool | None = option(None, "Make a prompt that is text a user's message: as in training if not given.")
     limit: int | None = option(None, "Take the first so many prompts.")
     against: str | None = option(None, "Another adapter of the same base, in the place of the model before training.")
     max_new_tokens: int = option(256, "Longest completion.")
@@ -95,14 +93,17 @@ def run(options: CompareOptions, texts: Sequence[str]) -> "Comparison":
 
     check_sampling(options.max_new_tokens, options.temperature, options.top_p)
     source = AdapterSource.of(options)
-    as_chat = bool(source.tokenizer().chat_template) if options.as_chat is None else options.as_chat
-    if options.as_chat is not None and not isinstance(rows[0].get("prompt"), str):
+    trained = source.read()
+    as_chat = options.as_chat
+    if as_chat is None and trained is not None:
+        as_chat = trained.as_chat
+    elif as_chat is not None and not isinstance(rows[0].get("prompt"), str):
         raise OptionError("as_chat has no effect: the prompts are no texts. Leave it out.")
-    prompts, skipped = read_prompts(rows, options.prompts or "prompt", as_chat=as_chat)
+    prompts, skipped = read_prompts(rows, options.prompts or "prompt", None, as_chat, source.tokenizer())
     if skipped:
         each = ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
         logger.warning("%d rows without a prompt are left out: %s.", sum(skipped.values()), each)
-    beta = 1.0 if options.beta is None and source.read() is None else options.beta
+    beta = 1.0 if options.beta is None and trained is None else options.beta
     how = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     reward = ImplicitReward(source, beta=beta)
     return compare_completions(

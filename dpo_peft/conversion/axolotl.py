@@ -67,9 +67,9 @@ def _model(made: Made) -> None:
         made.leave("adapter", "a LoRA is trained: the reference is the same model without it", adapter or "none")
     four = bool(given.get("load_in_4bit", adapter == "qlora"))
     if given.get("load_in_8bit"):
-        made.put("load_in_8bit", True, "load_in_8bit")
+        made.put("load_in_8bit", True, "adapter, load_in_8bit")
     elif adapter in ("lora", "qlora") or "load_in_4bit" in given:
-        made.put("load_in_4bit", four, "load_in_4bit" if "load_in_4bit" in given else "adapter")
+        made.put("load_in_4bit", four, "adapter, load_in_4bit")
     if "lora_model_dir" in given:
         made.put("model_name_or_path", given["lora_model_dir"], "lora_model_dir, which names its base")
     if given.get("lora_target_linear"):

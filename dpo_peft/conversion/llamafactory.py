@@ -22,7 +22,7 @@ def read_llamafactory(made: Made, folder: Path) -> None:
         raise OptionError(f"stage={stage!r} is no training from preferences: dpo and kto are.")
     if stage == "dpo" and loss not in LOSSES:
         raise OptionError(f"pref_loss={loss!r} is not offered: give one of {', '.join(LOSSES)}, or stage: kto.")
-    made.put("loss_type", loss if stage == "dpo" else "kto", "pref_loss" if stage == "dpo" else "stage")
+    made.put("loss_type", loss if stage == "dpo" else "kto", "stage, pref_loss" if stage == "dpo" else "stage")
     if stage == "kto" and "pref_loss" in given:
         made.leave("pref_loss", "no effect with stage: kto")
     if loss == "ipo":
@@ -30,7 +30,7 @@ def read_llamafactory(made: Made, folder: Path) -> None:
     if stage == "dpo" and loss == "simpo" and made.value("simpo_gamma") is None:
         made.put("simpo_gamma", 0.5, "LLaMA-Factory's default")
     if weight := given.get("pref_ftx"):
-        made.put("loss_type", [made.value("loss_type"), "sft"], "pref_loss and pref_ftx")
+        made.put("loss_type", [made.value("loss_type"), "sft"], "stage, pref_loss, pref_ftx")
         made.put("loss_weights", [1.0, float(weight)], "pref_ftx")
     kind = given.get("finetuning_type", "lora")
     if kind != "lora":
