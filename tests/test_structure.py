@@ -17,8 +17,8 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors credentials imports moved wings disk manifests losses forward data rowfiles files distributed objective "
-    "config_checks config reference model training trainer"
+    "errors spelling credentials imports moved wings disk manifests losses forward data rowfiles files distributed "
+    "objective config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
@@ -30,8 +30,8 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 300,
-    "config_checks": 350,
+    "config": 320,
+    "config_checks": 375,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
@@ -42,7 +42,7 @@ BUDGETS = {
     "training": 2725,
     "evaluation": 750,
     "fused": 2545,
-    "planning": 1495,
+    "planning": 1505,
     "artifacts": 1165,
     "reward": 850,
     "merge": 630,
@@ -50,12 +50,12 @@ BUDGETS = {
     "pairs": 1180,
     "report": 1115,
     "quickstart": 460,
-    "cli": 1595,
+    "cli": 2475,
     "rowfiles": 280,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_170
+MAX_PACKAGE_LINES = 30_230
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

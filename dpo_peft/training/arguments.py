@@ -72,7 +72,7 @@ def check_constructor(
     _check_model(model, ref_model, args, quantization_config)
     check_launch(args)
     _check_datasets(args, train_dataset, eval_dataset)
-    tokenizer = _load_tokenizer(name, args) if tokenizer is None else tokenizer
+    tokenizer = load_tokenizer(name, args) if tokenizer is None else tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(
             f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
@@ -160,7 +160,7 @@ def _check_best_metric(args: DPOConfig, chosen: str, eval_dataset: object, objec
         raise OptionError(f"metric_for_best_model={name!r} is not what an evaluation reports: {remedy}.")
 
 
-def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that comes with a model; with an adapter, its own or that of its base. It is looked for
     where `model_init_kwargs` says that the model is."""
     settle(Path(name))
