@@ -31,7 +31,7 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 BUDGETS = {
     "trainer": 400,
     "config": 320,
-    "config_checks": 375,
+    "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,

@@ -1,6 +1,6 @@
 """The help of every command, shown at once: `help.json` holds what it says, made of the classes of options.
 
-`python -m dpo_peft.cli.help` makes that file, and docs/config.schema.json, anew; a test says when they are behind.
+`python -m dpo_peft.cli.schema` makes that file, and docs/config.schema.json, anew; a test says when they are behind.
 Which options stand where, and better words for inherited ones, are in `help.yaml`. Nothing slow is imported here.
 """
 
@@ -127,7 +127,11 @@ def _placed(command: str, entries: dict[str, dict[str, Any]]) -> dict[str, list[
     """Returns title to options; those of training are placed by `help.yaml`."""
     said, placed = words(), dict[str, list[dict[str, Any]]]()
     places = {"options": dict.fromkeys(entries)} if command not in ("train", "plan") else {**said["first"]}
-    of_plan = {name for name in entries if command == "plan"}.difference(_described(_training()))
+    of_plan: set[str] = set()
+    if command == "plan":
+        from ..planning.run import PlanOptions
+
+        of_plan = {f.name for f in fields(PlanOptions)}
     if of_plan:
         places = {"the prediction": {n: None for n in entries if n in of_plan}, **places}
     ahead = [(title, name, text, True) for title, named in places.items() for name, text in named.items()]
@@ -148,13 +152,6 @@ def _placed(command: str, entries: dict[str, dict[str, Any]]) -> dict[str, list[
     return placed
 
 
-def _training() -> list[type]:
-    from ..config import DPOConfig
-    from .train import DataArguments, ModelArguments, OutputArguments
-
-    return [DataArguments, ModelArguments, OutputArguments, DPOConfig]
-
-
 def made() -> dict[str, Any]:
     """Returns what `help.json` should hold: of every command what comes first, and how much is left out."""
     from . import COMMANDS
@@ -173,11 +170,3 @@ def made() -> dict[str, Any]:
         }
         told[command]["left_out"] = sum(not one["first"] for entries in groups.values() for one in entries)
     return told
-
-
-if __name__ == "__main__":
-    from .schema import SCHEMA, schema
-
-    KEPT.write_text(json.dumps(made(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    if SCHEMA.parent.is_dir():
-        SCHEMA.write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n", "utf-8")

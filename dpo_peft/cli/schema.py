@@ -1,6 +1,10 @@
-"""The JSON schema of a config file of `dpo-peft train`, made of the classes of options, for editors."""
+"""The JSON schema of a config file of `dpo-peft train`, made of the classes of options, for editors.
+
+`python -m dpo_peft.cli.schema` writes it, and the help of the commands, anew.
+"""
 
 import fnmatch
+import json
 import math
 from dataclasses import MISSING, Field
 from enum import Enum
@@ -9,9 +13,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import transformers
 
+from ..config import DPOConfig
 from ..config_checks import INHERITED, NOT_OFFERED, Rule
 from ..losses import REGISTRY
-from .help import _training, all_fields, own_words
+from . import help
+from .help import all_fields, own_words
+from .train import DataArguments, ModelArguments, OutputArguments
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "config.schema.json"  # in a checkout
 _PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
@@ -19,7 +26,10 @@ _PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", dict:
 
 def schema() -> dict[str, Any]:
     """Returns a JSON schema (2020-12): types, choices, ranges, defaults and help of every option."""
-    properties = {f.name: _of_field(f, hint) for f, hint in all_fields(_training())}
+    properties = {
+        f.name: _of_field(f, hint)
+        for f, hint in all_fields([DataArguments, ModelArguments, OutputArguments, DPOConfig])
+    }
     losses = {"anyOf": [{"enum": [*REGISTRY]}, {"type": "string", "pattern": ":"}]}
     properties["loss_type"]["anyOf"] = [losses, {"type": "array", "items": losses, "minItems": 1}]
     del properties["loss_type"]["type"]
@@ -82,3 +92,8 @@ def _kinds(hint: Any) -> list[str]:
     if hint in _PLAIN:
         return [_PLAIN[hint]]
     return [kind for part in get_args(hint) for kind in _kinds(part)] or ["object"]
+
+
+if __name__ == "__main__":
+    help.KEPT.write_text(json.dumps(help.made(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    SCHEMA.write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -15,7 +15,7 @@ from dpo_peft.cli.options import recipe_files
 from dpo_peft.cli.schema import SCHEMA, schema
 from dpo_peft.config_checks import NOT_AVAILABLE
 
-RENEW = "renew it: python -m dpo_peft.cli.help"
+RENEW = "renew it: python -m dpo_peft.cli.schema"
 
 
 def test_the_kept_help_is_what_the_options_say() -> None:
