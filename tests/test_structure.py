@@ -17,11 +17,13 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "version errors credentials imports moved wings disk manifests losses forward data rowfiles files distributed "
-    "objective config_checks config reference model training trainer"
+    "version errors spelling credentials imports moved wings disk manifests losses forward data rowfiles files "
+    "distributed objective config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs chat report quickstart cli __main__".split()
+WINGS = (
+    "evaluation fused planning artifacts reward merge hub pairs chat conversion report preview quickstart cli __main__"
+).split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -30,19 +32,19 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 405,
-    "config": 310,
-    "config_checks": 350,
+    "config": 325,
+    "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 4190,
+    "data": 4195,
     "forward": 2230,
     "reference": 1565,
     "model": 2880,
     "training": 2775,
     "evaluation": 1510,
     "fused": 2545,
-    "planning": 1495,
+    "planning": 1505,
     "artifacts": 1335,
     "reward": 835,
     "merge": 635,
@@ -50,12 +52,15 @@ BUDGETS = {
     "pairs": 1190,
     "report": 1460,
     "quickstart": 465,
-    "cli": 2425,
+    "chat": 395,
+    "conversion": 450,
+    "preview": 935,
+    "cli": 3630,
     "rowfiles": 290,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 33_390
+MAX_PACKAGE_LINES = 35_640
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -1,6 +1,7 @@
-"""Files as people have them, through the command line's own path: parse, read, prepare. What is trained is compared with
-what a reader of the file would expect, written down by hand. Where a file stops, the option that the message advises is
-given literally, and compared again.
+"""Files as people have them, through the command line's own path: parse, read, prepare.
+
+What is trained is compared with what a reader of the file would expect, written down by hand. Where a file stops, the
+option that the message advises is given literally, and compared again.
 """
 
 import csv
