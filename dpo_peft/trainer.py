@@ -125,11 +125,8 @@ class DPOTrainer(Trainer):
         plan, objective = self.forward_plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self._build_parts(data_collator)
-        self._record = lambda: record_training(
-            self.model,
-            self.policy_adapter,
-            trained_with(self.model, args, self.objective, as_given, self.prepare.as_chat),
-        )
+        trained = partial(trained_with, self.model, args, self.objective, as_given, self.prepare.as_chat)
+        self._record = lambda: record_training(self.model, self.policy_adapter, trained())
         self._record()
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)

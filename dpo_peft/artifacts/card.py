@@ -10,9 +10,9 @@ import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
@@ -150,11 +150,7 @@ def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
 
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Returns this version, and the installed one of each package; one that is not installed is left out."""
-    found = {"dpo-peft": __version__}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {"dpo-peft": __version__} | {package: version(package) for package in packages if find_spec(package)}
 
 
 def figures_of(log_history: Sequence[Mapping[str, float]]) -> Figures:
