@@ -29,6 +29,10 @@ THUMB_NAMES = ("thumb", "thumbs", "feedback", "vote", "rating")
 REPLY_NAMES = ("answer", "response", "completion", "output")
 
 
+def _never(first: Row) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Published:
     """Rows as others publish them.
@@ -36,23 +40,30 @@ class Published:
     Args:
         what: they are, for messages.
         columns: that `convert` reads, and those that are known to be no part of what is trained on.
-        detect: whether rows with these columns and this first row can be nothing else.
         convert: one row to our columns. Raises `RowProblem`, or `DataError`, for a malformed row.
+        signs, unless: columns that are there, and that aren't, where rows can be nothing else.
+        also: whether the first row shows it, too; `_never` for rows that are read so only if the user asks for it.
         convert_all: all rows to ours instead, where one of theirs is not one of ours; only if the user asks for it.
     """
 
     what: str
     columns: tuple[str, ...]
-    detect: Callable[[set[str], Row], bool] = lambda have, first: False
     convert: Callable[[Row], Values] = dict
+    signs: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
+    also: Callable[[Row], bool] = bool
     convert_all: Callable[[Iterable[Row]], Iterator[Values]] | None = None
+
+    def detects(self, have: set[str], first: Row) -> bool:
+        """Says whether rows with these columns and this first row can be nothing else."""
+        return have.issuperset(self.signs) and not have.intersection(self.unless) and self.also(first)
 
 
 def find_published(columns: Iterable[str], first: Row) -> str:
     """Returns the name of the entry for rows with these columns and this first row; "" if there is none."""
     have = set(columns)
     ours = "prompt" in have and bool(have & {"chosen", "completion", "completions"}) and not _has_dicts(first)
-    return "" if ours else next((name for name, one in PUBLISHED.items() if one.detect(have, first)), "")
+    return "" if ours else next((name for name, one in PUBLISHED.items() if one.detects(have, first)), "")
 
 
 def convert_row(row: Row, name: str) -> Values:
@@ -240,11 +251,10 @@ def _thumbs(row: Row) -> Values:
     return {"prompt": _named(row, PROMPT_NAMES), "completion": _named(row, REPLY_NAMES), "label": label}
 
 
-def _is_thumbs(have: set[str], first: Row) -> bool:
-    thumb = _named(first, THUMB_NAMES)
-    known = thumb is None or str(thumb).strip().lower() in THUMBS
-    names = [sorted(have.intersection(group)) for group in (THUMB_NAMES, REPLY_NAMES, PROMPT_NAMES)]
-    return all(len(found) == 1 for found in names) and known
+def _is_thumbs(first: Row) -> bool:
+    thumb, reply = _named(first, THUMB_NAMES), _named(first, REPLY_NAMES)
+    names = [sum(name in first for name in group) for group in (THUMB_NAMES, REPLY_NAMES, PROMPT_NAMES)]
+    return names == [1, 1, 1] and isinstance(reply, str) and str(thumb).strip().lower() in THUMBS
 
 
 def _pandalm(row: Row) -> Values:
@@ -260,130 +270,136 @@ def _trees(rows: Iterable[Row]) -> Iterator[Values]:
         yield from from_oasst_tree(tree)
 
 
-def _asks(have: set[str], first: Row, column: str) -> bool:
-    """Says whether a column of texts is the prompt of two others: there is no other that may be."""
-    asked = {column, "chosen", "rejected"} <= have and not have & {"prompt", "messages", "conversations"}
-    return asked and all(isinstance(first.get(name), str | None) for name in (column, "chosen", "rejected"))
-
-
-PUBLISHED: dict[str, Published] = {
-    "openai": Published(
-        "OpenAI's preference rows",
-        ("input", "preferred_output", "non_preferred_output"),
-        lambda have, first: {"input", "preferred_output", "non_preferred_output"} <= have,
-        _openai,
-    ),
-    "sharegpt": Published(
-        "ShareGPT rows",
-        ("conversations", "chosen", "rejected"),
-        lambda have, first: {"conversations", "chosen", "rejected"} <= have and "prompt" not in have,
-        lambda row: _conversation(row, "conversations"),
-    ),
-    "messages": Published(
-        "messages beside two completions",
-        ("messages", "chosen", "rejected"),
-        lambda have, first: (
-            {"messages", "chosen", "rejected"} <= have
-            and not have & {"prompt", "conversations"}
-            and (not isinstance(first["messages"], str) or first["messages"].lstrip().startswith("["))
-        ),
-        lambda row: _conversation(_parsed(row), "messages"),
-    ),
-    "ultrafeedback": Published(
-        "OpenBMB UltraFeedback rows",
-        (*PROMPT_NAMES[:2], "completions", "models", "correct_answers", "incorrect_answers"),
-        lambda have, first: bool(have & {"instruction", "prompt"}) and _has_dicts(first),
-        _ultrafeedback,
-    ),
-    "distilabel": Published(
-        "distilabel generations with ratings",
-        (
-            *(*PROMPT_NAMES, "generations", "ratings", "rationales", "labelling_prompt", "raw_labelling_response"),
-            *("raw_generation_responses", "chosen", "rejected"),
-        ),
-        lambda have, first: {"generations", "ratings"} <= have and bool(have.intersection(PROMPT_NAMES)),
-        _distilabel,
-    ),
-    "distilabel_orca": Published(
-        "distilabel Orca pairs",
-        (
-            *("input", "chosen", "rejected", "status", "generations", "order", "rating", "rationale"),
-            *("labelling_model", "labelling_prompt", "raw_labelling_response", "original_chosen", "original_rejected"),
-        ),
-        lambda have, first: _asks(have, first, "input") and not have & {"instruction", "question"},
-        _distilabel_orca,
-    ),
-    "orca": Published(
-        "Orca pairs",
-        ("question", "chosen", "rejected"),
-        lambda have, first: _asks(have, first, "question") and not have & {"instruction", "input"},
-        lambda row: _pair(row, row.get("question")),
-    ),
-    "alpaca": Published(
-        "Alpaca-like rows",
-        ("instruction", "input", "chosen", "rejected", "output"),
-        lambda have, first: (
-            "instruction" in have
-            and not have & {"prompt", "question", "messages", "conversations", "generations", "response1"}
-            and ({"chosen", "rejected"} <= have or isinstance(first.get("output"), list))
-        ),
-        _alpaca,
-    ),
-    "shp": Published(
-        "Stanford Human Preferences",
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-        lambda have, first: {"history", "human_ref_A", "human_ref_B", "labels"} <= have,
-        _shp,
-    ),
-    "arena": Published(
-        "arena votes",
-        ("conversation_a", "conversation_b", "winner", "full_conversation"),
-        lambda have, first: {"conversation_a", "conversation_b", "winner"} <= have,
-        _arena,
-    ),
-    "helpsteer_preference": Published(
-        "HelpSteer preferences",
-        (
-            *("prompt", "context", "response_1", "response_2", "response1", "response2", "preference_strength"),
-            *("overall_preference", "preference_statement", "preference_elaboration", "individual_preference"),
-            *("three_most_similar_preferences", "all_preferences_unprocessed"),
-        ),
-        lambda have, first: (
-            {"prompt", "response_1", "response_2", "preference_strength"} <= have
-            or {"context", "response1", "response2", "overall_preference"} <= have
-        ),
-        _helpsteer_preference,
-    ),
-    "helpsteer": Published(
-        "HelpSteer ratings, one response a row",
-        ("prompt", "response", "helpfulness"),
-        lambda have, first: {"prompt", "response", "helpfulness"} <= have,
-        convert_all=_helpsteer,
-    ),
-    "thumbs": Published("thumbs up and down", (*PROMPT_NAMES, *REPLY_NAMES, *THUMB_NAMES), _is_thumbs, _thumbs),
-    "pandalm": Published(
-        "PandaLM comparisons",
-        ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"),
-        lambda have, first: {"instruction", "response1", "response2", "annotator1"} <= have,
-        _pandalm,
-    ),
-    "tulu": Published(
-        "Tulu human evaluation",
-        ("prompt", "completion_a", "completion_b", "preference"),
-        lambda have, first: {"prompt", "completion_a", "completion_b", "preference"} <= have,
-        from_tulu,
-    ),
-    "hh": Published("HH transcripts", ("chosen", "rejected"), convert=from_hh),
-    "oasst_tree": Published(
-        "Open-Assistant trees",
-        ("message_tree_id", "prompt"),
-        lambda have, first: "message_tree_id" in have and isinstance(first.get("prompt"), Mapping),
-        convert_all=_trees,
-    ),
-}
+def _texts(first: Row) -> bool:
+    return all(isinstance(first.get(name), str | None) for name in ("question", "input", "chosen", "rejected"))
 
 
 def _parsed(row: Row) -> Row:
     """Returns a row whose messages are no JSON text."""
     text = row["messages"]
     return {**row, "messages": json.loads(text)} if isinstance(text, str) else row
+
+
+PAIR, TALKS = ("chosen", "rejected"), ("prompt", "messages", "conversations")
+PUBLISHED: dict[str, Published] = {
+    "openai": Published(
+        "OpenAI's preference rows",
+        ("input", "preferred_output", "non_preferred_output"),
+        _openai,
+        signs=("input", "preferred_output", "non_preferred_output"),
+    ),
+    "sharegpt": Published(
+        "ShareGPT rows",
+        ("conversations", *PAIR),
+        lambda row: _conversation(row, "conversations"),
+        signs=("conversations", *PAIR),
+        unless=("prompt",),
+    ),
+    "messages": Published(
+        "messages beside two completions",
+        ("messages", *PAIR),
+        lambda row: _conversation(_parsed(row), "messages"),
+        signs=("messages", *PAIR),
+        unless=("prompt", "conversations"),
+        also=lambda first: not isinstance(first["messages"], str) or first["messages"].lstrip().startswith("["),
+    ),
+    "ultrafeedback": Published(
+        "OpenBMB UltraFeedback rows",
+        (*PROMPT_NAMES[:2], "completions", "models", "correct_answers", "incorrect_answers"),
+        _ultrafeedback,
+        signs=("completions",),
+        also=lambda first: _has_dicts(first) and bool({"prompt", "instruction"} & first.keys()),
+    ),
+    "distilabel": Published(
+        "distilabel generations with ratings",
+        (
+            *(*PROMPT_NAMES, "generations", "ratings", "rationales", "labelling_prompt", "raw_labelling_response"),
+            *("raw_generation_responses", *PAIR),
+        ),
+        _distilabel,
+        signs=("generations", "ratings"),
+    ),
+    "distilabel_orca": Published(
+        "distilabel Orca pairs",
+        (
+            *("input", *PAIR, "status", "generations", "order", "rating", "rationale", "labelling_model"),
+            *("labelling_prompt", "raw_labelling_response", "original_chosen", "original_rejected"),
+        ),
+        _distilabel_orca,
+        signs=("input", *PAIR),
+        unless=(*TALKS, "instruction", "question"),
+        also=_texts,
+    ),
+    "orca": Published(
+        "Orca pairs",
+        ("question", *PAIR),
+        lambda row: _pair(row, row.get("question")),
+        signs=("question", *PAIR),
+        unless=(*TALKS, "instruction", "input"),
+        also=_texts,
+    ),
+    "alpaca": Published(
+        "Alpaca-like rows",
+        ("instruction", "input", *PAIR, "output"),
+        _alpaca,
+        signs=("instruction",),
+        unless=(*TALKS, "question", "generations", "response1"),
+        also=lambda first: set(PAIR) <= first.keys() or isinstance(first.get("output"), list),
+    ),
+    "shp": Published(
+        "Stanford Human Preferences",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        _shp,
+        signs=("history", "human_ref_A", "human_ref_B", "labels"),
+    ),
+    "arena": Published(
+        "arena votes",
+        ("conversation_a", "conversation_b", "winner", "full_conversation"),
+        _arena,
+        signs=("conversation_a", "conversation_b", "winner"),
+    ),
+    "helpsteer2": Published(
+        "HelpSteer2 preferences",
+        (
+            *("prompt", "response_1", "response_2", "preference_strength", "preference_statement"),
+            *("preference_elaboration", "three_most_similar_preferences", "all_preferences_unprocessed"),
+        ),
+        _helpsteer_preference,
+        signs=("prompt", "response_1", "response_2", "preference_strength"),
+    ),
+    "helpsteer3": Published(
+        "HelpSteer3 preferences",
+        ("context", "response1", "response2", "overall_preference", "individual_preference"),
+        _helpsteer_preference,
+        signs=("context", "response1", "response2", "overall_preference"),
+    ),
+    "helpsteer": Published(
+        "HelpSteer ratings, one response a row",
+        ("prompt", "response", "helpfulness"),
+        signs=("prompt", "response", "helpfulness"),
+        convert_all=_helpsteer,
+    ),
+    "thumbs": Published(
+        "thumbs up and down", (*PROMPT_NAMES, *REPLY_NAMES, *THUMB_NAMES), _thumbs, unless=PAIR, also=_is_thumbs
+    ),
+    "pandalm": Published(
+        "PandaLM comparisons",
+        ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"),
+        _pandalm,
+        signs=("instruction", "response1", "response2", "annotator1"),
+    ),
+    "tulu": Published(
+        "Tulu human evaluation",
+        ("prompt", "completion_a", "completion_b", "preference"),
+        from_tulu,
+        signs=("prompt", "completion_a", "completion_b", "preference"),
+    ),
+    "hh": Published("HH transcripts as messages", PAIR, from_hh, also=_never),
+    "oasst_tree": Published(
+        "Open-Assistant trees",
+        ("message_tree_id", "prompt"),
+        signs=("message_tree_id",),
+        also=lambda first: isinstance(first.get("prompt"), Mapping),
+        convert_all=_trees,
+    ),
+}

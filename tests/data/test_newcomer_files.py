@@ -486,3 +486,13 @@ def test_a_lost_system_prompt_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
         tmp_path,
     )
     assert found != WITH_SYSTEM
+
+
+def test_the_table_of_formats_is_that_of_the_package() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \|$", page, re.MULTILINE)
+    own = [
+        (name, entry.what, "no" if entry.convert_all or entry.also is published._never else "yes")
+        for name, entry in published.PUBLISHED.items()
+    ]
+    assert rows == own

@@ -67,11 +67,12 @@ def options(folder: Path | str, **changed: Any) -> dict[str, Any]:
 
 
 def ours(model: Any, rows: Any, tokenizer: Any, folder: Path | str, **changed: Any) -> DPOTrainer:
-    """Our trainer; names of its constructor's arguments in `changed` go there, the rest into the config."""
+    """Our trainer, on text as it is, as TRL's; names of its constructor's arguments in `changed` go there, the rest into
+    the config."""
     arguments = {key: changed.pop(key) for key in list(changed) if key in CONSTRUCTOR}
     if not hasattr(model, "peft_config"):
         arguments.setdefault("peft_config", lora())
-    args = DPOConfig(**options(folder, **changed))
+    args = DPOConfig(**options(folder, **{"as_chat": False, **changed}))
     return DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, **arguments)
 
 
