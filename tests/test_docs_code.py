@@ -19,7 +19,6 @@ from dpo_peft.quickstart import model_path, train_file
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "recipes" / "README.md", *(REPO / "docs").glob("*.md")]
 FENCE = re.compile(r"^(<!-- run -->\n)?```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMING = {"data", "init", "chat", "compare", "export"} - set(COMMANDS)  # not merged yet
 CODE = [(page, *found) for page in PAGES for found in FENCE.findall(page.read_text("utf-8"))]
 PYTHON = [(page, text) for page, _, kind, text in CODE if kind == "python"]
 RUN = [(page, text) for page, mark, _, text in CODE if mark]
@@ -50,12 +49,12 @@ def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
     for line in commands_of(page.read_text("utf-8")):
         words = shlex.split(re.split(r"[|;>]|&&", line)[0].replace("'", "").replace('"', ""), comments=True)
         command, given = words[1], [word.split("=")[0] for word in words[2:] if word.startswith("--")]
-        if command in ("help", *COMING):
+        if command == "help":
             continue
         if command not in COMMANDS:
             bad.append(f"{line}: no command {command!r}")
             continue
-        known = {"--config", "--help", "--help_all", "--dry_run", *parser(command)._option_string_actions}
+        known = {"--config", "--help", "--help_all", *parser(command)._option_string_actions}
         unknown = [name for name in given if f"--{name[2:].replace('-', '_')}" not in known]
         bad += [f"{line}: {command} has no {name}" for name in unknown if name != "--any_option"]
         bad += [f"{line}: no {word}" for word in words if word.startswith("recipes/") and not (REPO / word).exists()]

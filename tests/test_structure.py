@@ -31,13 +31,13 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 405,
+    "trainer": 400,
     "config": 325,
     "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 4195,
+    "data": 4210,
     "forward": 2230,
     "reference": 1565,
     "model": 2880,
@@ -45,7 +45,7 @@ BUDGETS = {
     "evaluation": 1510,
     "fused": 2545,
     "planning": 1505,
-    "artifacts": 1335,
+    "artifacts": 1330,
     "reward": 835,
     "merge": 635,
     "hub": 915,
@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 395,
     "conversion": 450,
     "preview": 935,
-    "cli": 3630,
+    "cli": 3655,
     "rowfiles": 290,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 35_640
+MAX_PACKAGE_LINES = 35_670
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from datasets import Dataset
 
+from ..conversion import convert
 from ..data.formats import data_of
 from ..errors import OptionError
 from ..files import as_list, without_splits
@@ -25,6 +26,7 @@ from .recipes import write_new
 EXAMPLES = (
     "dpo-peft init --model_name_or_path Qwen/Qwen3-8B --dataset_name pairs.jsonl --gpu 4090 --output run.yaml",
     "dpo-peft init --model_name_or_path ./model --dataset_name votes.csv > run.yaml",
+    "dpo-peft init --from_file axolotl.yaml --output run.yaml",
     "dpo-peft init --model_name_or_path ./model --dataset_name votes.csv --gpu 24GB --json",
 )
 LOSSES = {"pairs": "sigmoid", "lists": "multi_negative", "singles": "kto", "unlabeled": ""}
@@ -38,7 +40,9 @@ class InitOptions:
     model_name_or_path: str = option("", "Hub id or folder of the base. Needed.")
     dataset_name: None | str | list[str] = option_of(RowOptions, "dataset_name")
     dataset_format: str | None = option_of(RowOptions, "dataset_format")
+    column_map: list[str] | None = option_of(RowOptions, "column_map")
     gpu: str | None = option(None, "GPU to plan for, by name or size: RTX4090, H100, 24GB. Default: this machine's.")
+    from_file: str | None = option(None, "Config of Axolotl or LLaMA-Factory to convert instead.")
     output: str | None = option(None, "The file; one that is there is not replaced. Default: it is printed.")
     json: bool = option(False, "Print the result as JSON.")
 
@@ -61,9 +65,10 @@ def init(argv: Sequence[str]) -> None:
         "Write a short YAML file to train by: the loss by the kind of rows, memory by the planner, learning rate and "
         "beta by what was measured (docs/from-trl.md)."
     )
-    # A file of another tool (`init --from FILE`) is to be converted here, by a module of its own, before options are
-    # parsed: `from` can't be the name of a field.
     options = parse_options(argv, InitOptions, "init", about, EXAMPLES)
+    if options.from_file is not None:
+        convert_file(options)
+        return
     required(options, "model_name_or_path", "dataset_name")
     lines, unknown = propose(options)
     text = as_yaml(options, lines, unknown)
@@ -77,10 +82,29 @@ def init(argv: Sequence[str]) -> None:
     show(result, shown, options.json)
 
 
+def convert_file(options: InitOptions) -> None:
+    """Writes a config file of another tool as one of ours.
+
+    Raises:
+        OptionError: it can't be converted, or the file is there.
+    """
+    given = [f.name for f in fields(options) if f.name not in ("from_file", "output", "json")]
+    if extra := [name for name in given if getattr(options, name)]:
+        raise OptionError(f"{', '.join(extra)}: no effect, all is taken from {options.from_file}. Leave out.")
+    text, notes = convert(str(options.from_file))
+    shown = text.rstrip("\n")
+    if options.output is not None:
+        write_new("output", options.output, text)
+        shown = "\n".join([f"{options.output}: converted from {options.from_file}.", *(f"  {note}" for note in notes)])
+    values = yaml.safe_load(text)
+    show({"output": options.output, "options": values, "unknown": notes}, shown, options.json)
+
+
 def propose(options: InitOptions) -> tuple[list[Line], list[str]]:
     """Returns the options of a run, and sentences on what could not be known."""
     unknown: list[str] = []
     o = SimpleNamespace(**DEFAULTS, dataset_name=options.dataset_name, dataset_format=options.dataset_format)
+    o.column_map = options.column_map
     o.model_name_or_path, o.max_length = options.model_name_or_path, LENGTHS[-1]
     rows, evaluated, o.loss_type = _rows(o, unknown)
     summary = _measured(rows, o, unknown)
@@ -95,8 +119,8 @@ def propose(options: InitOptions) -> tuple[list[Line], list[str]]:
         Line("model_name_or_path", options.model_name_or_path),
         Line("dataset_name", options.dataset_name, "" if number is None else f"{number:,} rows"),
     ]
-    if options.dataset_format:
-        lines.append(Line("dataset_format", options.dataset_format))
+    for name in ("dataset_format", "column_map"):
+        lines += [Line(name, getattr(options, name))] if getattr(options, name) else []
     what = {"sigmoid": "DPO", "kto": "judged one by one", "multi_negative": "one best completion, several worse ones"}
     objective = find_objective(o.loss_type[0])
     lines += [

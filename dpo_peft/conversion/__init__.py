@@ -27,9 +27,9 @@ def convert(path: str) -> tuple[str, list[str]]:
     try:
         given = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"from={path!r} can't be read: {error}") from error
+        raise OptionError(f"from_file={path!r} can't be read: {error}") from error
     if not isinstance(given, dict):
-        raise OptionError(f"from={path!r} must hold `option: value` lines.")
+        raise OptionError(f"from_file={path!r} must hold `option: value` lines.")
     given = {key: value for key, value in given.items() if value is not None}
     if "base_model" in given:
         made = Made("axolotl", given)
@@ -38,10 +38,10 @@ def convert(path: str) -> tuple[str, list[str]]:
         made = Made("llamafactory", given)
         read_llamafactory(made, Path(path).parent)
     elif "model_name_or_path" in given:
-        raise OptionError(f"from={path!r} is in TRL's terms, which are ours: dpo-peft train --config {path}")
+        raise OptionError(f"from_file={path!r} is in TRL's terms, which are ours: dpo-peft train --config {path}")
     else:
         raise OptionError(
-            f"from={path!r} is no config of Axolotl (base_model) or LLaMA-Factory (stage). Unsloth has no such file "
+            f"from_file={path!r} is no config of Axolotl (base_model) or LLaMA-Factory (stage). Unsloth has no such file "
             "for preferences: the arguments of its scripts are TRL's, see docs/from-trl.md."
         )
     text = made.text(path)
