@@ -134,7 +134,7 @@ def play(shape: str, wheel: Path, constraints: Path) -> dict[str, Any]:
         names = {
             "pip install dpo-peft": f"pip install --quiet -c {constraints} {wheel}",
             "mine.jsonl": mine.name,
-            "Qwen/Qwen3-0.6B": "./model",
+            "Qwen/Qwen3-8B": "./model",
         }
         steps = []
         for line in commands(PAGE.read_text("utf-8"), names):
@@ -147,7 +147,7 @@ def play(shape: str, wheel: Path, constraints: Path) -> dict[str, Any]:
                 raise SystemExit(
                     f"{shape}: {line}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
                 )
-        (metrics,) = folder.glob("*/metrics.json")
+        metrics = folder / "outputs" / "run" / "metrics.json"
         saved = json.loads(metrics.read_text("utf-8"))
         accuracy = saved["eval_last"]["eval_rewards/accuracies"]
         answer = done.stdout.strip()

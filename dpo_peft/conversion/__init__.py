@@ -41,8 +41,8 @@ def convert(path: str) -> tuple[str, list[str]]:
         raise OptionError(f"from_file={path!r} is in TRL's terms, which are ours: dpo-peft train --config {path}")
     else:
         raise OptionError(
-            f"from_file={path!r} is no config of Axolotl (base_model) or LLaMA-Factory (stage). Unsloth has no such file "
-            "for preferences: the arguments of its scripts are TRL's, see docs/from-trl.md."
+            f"from_file={path!r} is no config of Axolotl (base_model) or LLaMA-Factory (stage). Unsloth has no such "
+            "file for preferences: the arguments of its scripts are TRL's, see docs/from-trl.md."
         )
     text = made.text(path)
     return text, made.notes
