@@ -30,32 +30,32 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 300,
+    "config": 305,
     "config_checks": 350,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 3325,
+    "data": 4210,
     "forward": 2230,
     "reference": 1565,
     "model": 2610,
-    "training": 2725,
+    "training": 2750,
     "evaluation": 750,
     "fused": 2545,
     "planning": 1495,
     "artifacts": 1165,
-    "reward": 850,
+    "reward": 855,
     "merge": 630,
     "hub": 915,
-    "pairs": 1180,
+    "pairs": 1190,
     "report": 1115,
     "quickstart": 460,
-    "cli": 1595,
-    "rowfiles": 280,
+    "cli": 1680,
+    "rowfiles": 295,
     "disk": 175,
     "manifests": 220,
 }
-MAX_PACKAGE_LINES = 29_170
+MAX_PACKAGE_LINES = 30_250
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

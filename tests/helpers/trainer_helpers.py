@@ -67,7 +67,7 @@ def options(folder: Path | str, **changed: Any) -> dict[str, Any]:
 
 
 def ours(model: Any, rows: Any, tokenizer: Any, folder: Path | str, **changed: Any) -> DPOTrainer:
-    """Our trainer, on text as it is, as TRL's; names of its constructor's arguments in `changed` go there, the rest into
+    """Our trainer, on text as it is, as in TRL; its constructor's arguments in `changed` go there, the rest into
     the config."""
     arguments = {key: changed.pop(key) for key in list(changed) if key in CONSTRUCTOR}
     if not hasattr(model, "peft_config"):
