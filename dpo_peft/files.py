@@ -12,7 +12,7 @@ from typing import Any
 from .data.published import PUBLISHED, convert_dataset
 from .disk import write_atomically
 from .errors import DataError, OptionError
-from .rowfiles import READERS, dataset_of, ending, find_files, first_row, read_files
+from .rowfiles import READERS, dataset_of, ending, find_files, first_row, read_files, row_count
 
 logger = logging.getLogger(__name__)
 CONVERTERS = tuple(PUBLISHED)
@@ -49,11 +49,18 @@ def read_rows(
     paths = [path for paths in found for path in paths]
     if names and all(found):
         parts = {str(path): read_files([path], streaming) for path in paths} if _differ(paths) else {}
+        if len(names) > 1 and not parts and not streaming:
+            counts = [f"{sum(map(row_count, files))} of {one}" for one, files in zip(names, found, strict=True)]
+            logger.info("Rows: %s.", ", ".join(counts))
         parts = parts or {", ".join(names): read_files(paths, streaming)}
     else:
         parts = {one: _read_one(one, split, config, streaming, where) for one in names}
-    asked = {one: _as_asked(rows, column_map, dataset_format) for one, rows in parts.items()}
-    return joined(asked)
+    columns = {one: list(rows.column_names or next(iter(rows), {})) for one, rows in parts.items()}
+    mapped = as_mapping(column_map)
+    if missing := [old for old in mapped if not any(old in have for have in columns.values())]:
+        have = "; ".join(str(one) for one in columns.values())
+        raise OptionError(f"column_map: there is no column {', '.join(map(repr, missing))}; the columns are {have}.")
+    return joined({one: _as_asked(rows, columns[one], mapped, dataset_format) for one, rows in parts.items()})
 
 
 def as_list(given: str | Sequence[str] | None) -> list[str]:
@@ -76,16 +83,13 @@ def _differ(paths: Sequence[Path]) -> bool:
     return len({shape_of(list(row), row) for row in firsts}) > 1
 
 
-def _as_asked(rows: Any, column_map: Mapping[str, str] | Sequence[str] | None, dataset_format: str | None) -> Any:
-    """Returns a dataset with columns renamed, and converted.
+def _as_asked(rows: Any, have: Sequence[str], names: Mapping[str, str], dataset_format: str | None) -> Any:
+    """Returns a dataset with those of its columns renamed that have new names, and converted.
 
     Raises:
-        OptionError: there is no such column, or one of its new name already.
+        OptionError: there is a column of a new name already.
     """
-    have = list(rows.column_names or next(iter(rows), {}))
-    names = {old: new for old, new in as_mapping(column_map).items() if old in have or new not in have}
-    if missing := [old for old in names if old not in have]:
-        raise OptionError(f"column_map: there is no column {', '.join(map(repr, missing))}; the columns are {have}.")
+    names = {old: new for old, new in names.items() if old in have}
     if taken := [new for new in names.values() if new in have and new not in names]:
         found = f"column_map: there is a column {taken[0]!r} already"
         raise OptionError(f"{found}: give it another name too, {taken[0]}:other_{taken[0]}.")

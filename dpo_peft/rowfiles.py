@@ -82,6 +82,11 @@ def first_row(path: Path) -> Row:
     return next((row for _, row in READERS[ending(path)](path)), {})
 
 
+def row_count(path: Path) -> int:
+    """Returns the number of a file's rows."""
+    return sum(1 for _ in READERS[ending(path)](path))
+
+
 def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(b"rows of files, 1", digest_size=16)
     for path in paths:

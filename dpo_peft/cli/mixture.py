@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..files import as_list, joined, read_rows, without_splits
+from ..files import as_list, as_mapping, joined, read_rows, without_splits
 from ..rowfiles import COMPRESSED, READERS
 from .options import RowOptions, option, option_of
 
@@ -90,10 +90,19 @@ def load_datasets(data: DataArguments, evaluate: bool, seed: int = 42) -> tuple[
     if not evaluate:
         return train, None
     names = named if isinstance(named, list) else [named or name]
-    sets = {_stem(one): read_rows(one, data.dataset_test_split, *how) for one in names}
+    sets = {_stem(one): _read_test(one, data, how) for one in names}
     if len(sets) < len(names):
         raise OptionError(f"eval_dataset_name: metrics are called by the sets' names, {', '.join(sets)}. Rename some.")
     return train, sets if len(names) > 1 else next(iter(sets.values()))
+
+
+def _read_test(name: str | list[str], data: DataArguments, how: tuple[Any, ...]) -> Any:
+    """Returns the rows of an evaluation set. One whose columns have our names already needs no `column_map`."""
+    if data.column_map and not {*as_mapping(data.column_map)} & {
+        *(read_rows(name, data.dataset_test_split, *how[:2]).column_names or data.column_map)
+    }:
+        how = how[:3]
+    return read_rows(name, data.dataset_test_split, *how)
 
 
 def _stem(name: str | list[str]) -> str:

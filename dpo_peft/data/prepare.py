@@ -22,7 +22,8 @@ from .clock import template_date
 from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
-from .reading import find_format
+from .published import PUBLISHED
+from .reading import Reading, find_format
 from .summary import DataSummary
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
@@ -183,9 +184,12 @@ def _map_records(
         rows = rows.select_columns([column for column in used if column in first])
     tokenizer = tokenizer_hash(worker.tokenizer)
     content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
-    content.append(repr(worker.format.prepare))
+    prepare = worker.format.prepare
+    content.append(repr(prepare))
+    if isinstance(prepare, Reading) and prepare.published:
+        content.append(Hasher.hash(PUBLISHED[prepare.published].convert))
     if worker.format.name in REGISTERED:
-        content.append(Hasher.hash(worker.format.read))
+        content.append(Hasher.hash([worker.format.read, prepare]))
     options = {
         "num_proc": num_proc,
         "batched": True,

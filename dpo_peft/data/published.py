@@ -4,7 +4,6 @@ An entry makes a row of our columns (`formats.py`) of a row of theirs. Columns t
 ones, so a system prompt, tools or a text that nobody reads are seen by what comes after.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError, OptionError
 from .converters import SHAREGPT_ROLES, from_hh, from_oasst_tree, from_tulu
-from .fields import Messages, NoValue, Row, RowProblem, Values, shown
+from .fields import Messages, NoValue, Row, RowProblem, Values, from_json, shown
 from .formats import ASKING_ROLES
 
 logger = logging.getLogger(__name__)
@@ -27,10 +26,6 @@ THUMBS = {
 }
 THUMB_NAMES = ("thumb", "thumbs", "feedback", "vote", "rating")
 REPLY_NAMES = ("answer", "response", "completion", "output")
-
-
-def _never(first: Row) -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -155,6 +150,11 @@ def _pair(row: Row, prompt: Any) -> Values:
     return {"prompt": prompt, "chosen": row.get("chosen"), "rejected": row.get("rejected")}
 
 
+def _no_verdict(column: str, value: object, wanted: str) -> RowProblem:
+    problem = NoValue if value is None else RowProblem
+    return problem(column, f"{shown(value, 40)!r} is no verdict", f"store {wanted}, or remove the row")
+
+
 # ---- One function a format ------------------------------------------------------------------------------------------
 
 
@@ -204,17 +204,14 @@ def _distilabel_orca(row: Row) -> Values:
 def _shp(row: Row) -> Values:
     label = row.get("labels")
     if label not in (0, 1):
-        kind = NoValue if label is None else RowProblem
-        raise kind("labels", f"expected 1 (A is better) or 0, found {shown(label, 40)}", "repair the row")
+        raise _no_verdict("labels", label, "1 where A is better, 0 where B is")
     return _rated(row.get("history"), [row.get("human_ref_A"), row.get("human_ref_B")], [label, 1 - label])
 
 
 def _arena(row: Row) -> Values:
     winner = row.get("winner")
     if winner not in WON and winner not in TIES:
-        kind = NoValue if winner is None else RowProblem
-        remedy = f"store one of {', '.join([*WON, *TIES])}"
-        raise kind("winner", f"{shown(winner, 40)!r} is no verdict", remedy)
+        raise _no_verdict("winner", winner, f"one of {', '.join([*WON, *TIES])}")
     both = [row.get("conversation_a"), row.get("conversation_b")]
     if None in both:
         raise NoValue("conversation_a", "one of the conversations is missing", "remove the row")
@@ -246,8 +243,7 @@ def _thumbs(row: Row) -> Values:
     thumb = row[column]
     label = THUMBS.get(str(thumb).strip().lower())
     if label is None:
-        kind = NoValue if thumb is None else RowProblem
-        raise kind(column, f"{shown(thumb, 40)!r} is neither up nor down", "store 'up' or 'down', or remove the row")
+        raise _no_verdict(column, thumb, "'up' or 'down'")
     return {"prompt": _named(row, PROMPT_NAMES), "completion": _named(row, REPLY_NAMES), "label": label}
 
 
@@ -274,10 +270,8 @@ def _texts(first: Row) -> bool:
     return all(isinstance(first.get(name), str | None) for name in ("question", "input", "chosen", "rejected"))
 
 
-def _parsed(row: Row) -> Row:
-    """Returns a row whose messages are no JSON text."""
-    text = row["messages"]
-    return {**row, "messages": json.loads(text)} if isinstance(text, str) else row
+def _never(first: Row) -> bool:
+    return False
 
 
 PAIR, TALKS = ("chosen", "rejected"), ("prompt", "messages", "conversations")
@@ -298,7 +292,7 @@ PUBLISHED: dict[str, Published] = {
     "messages": Published(
         "messages beside two completions",
         ("messages", *PAIR),
-        lambda row: _conversation(_parsed(row), "messages"),
+        lambda row: _conversation({**row, "messages": from_json(row, "messages")}, "messages"),
         signs=("messages", *PAIR),
         unless=("prompt", "conversations"),
         also=lambda first: not isinstance(first["messages"], str) or first["messages"].lstrip().startswith("["),

@@ -106,6 +106,22 @@ def test_a_column_map_that_is_wrong(words: list[str], message: str, tmp_path: Pa
         read_rows(write(tmp_path / "a.jsonl", TEXT), column_map=words)
 
 
+def test_an_evaluation_set_may_have_our_names_already(tmp_path: Path) -> None:
+    own = [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in TEXT]
+    names = ["question:prompt", "good:chosen", "bad:rejected"]
+    a, b = write(tmp_path / "a.jsonl", own), write(tmp_path / "b.jsonl", TEXT)
+    for test in (a, b):
+        data = DataArguments(dataset_name=a, eval_dataset_name=test, column_map=names)
+        assert [part.to_list() for part in load_datasets(data, evaluate=True)] == [TEXT, TEXT]
+
+
+def test_rows_of_each_file_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [write(tmp_path / "a.jsonl", TEXT), write(tmp_path / "b.jsonl", TEXT[:3])]
+    with caplog.at_level(logging.INFO, "dpo_peft"):
+        read_rows(names)
+    assert f"Rows: 4 of {names[0]}, 3 of {names[1]}." in caplog.text
+
+
 def test_two_columns_change_names(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path / "a.jsonl", TEXT), column_map={"chosen": "rejected", "rejected": "chosen"})
     assert [row["chosen"] for row in rows] == ["bad"] * 4

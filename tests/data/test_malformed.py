@@ -69,7 +69,7 @@ BAD_ROWS = {
         {"prompt": [{"from": "human", "value": "Hi"}]},
         "prompt[0]",
         "from/value",
-        "from_",
+        "role and content",
     ),
     "user completion": (chat_pair(), {"chosen": turns("Hi", "a")}, "chosen", "starts with a 'user' turn", "move"),
     "parts to continue": (

@@ -230,7 +230,7 @@ UNRANKED = {"prompt": "a", "completions": ["b", "c"]}
 LISTS, SINGLES = "'multi_negative' or 'plackett_luce'", "'kto' or 'apo_zero_unpaired'"
 WRONG_DATA = {
     "pairs of an unranked list": ("pairs", UNRANKED, f"'completions'.*{LISTS}.*learns from pairs: "),
-    "singles of an unranked list": ("singles", UNRANKED, "needs a 'label' column|'completions'.*{LISTS}"),
+    "singles of an unranked list": ("singles", UNRANKED, f"'completions'.*{LISTS}"),
     "pairs of several rejected": ("pairs", SEVERAL, f"'rejected' as a list.*{LISTS}"),
     "trajectories of several rejected": ("trajectories", SEVERAL_CHAT, f"'rejected' as a list.*{LISTS}"),
     "pairs of several rejected ids": ("pairs", SEVERAL_IDS, f"'rejected_ids' as a list.*{LISTS}"),

@@ -375,7 +375,7 @@ def test_truncation_cuts_steps_beside_ids(mode, seed):
 
 def test_raw_transcripts_name_the_converter():
     row = conversations("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c")
-    with pytest.raises(DataError, match=r"^train: raw HH transcripts .*from_hh\), or dataset_format='hh'"):
+    with pytest.raises(DataError, match=r"^train: raw HH transcripts .*--dataset_format hh.*from_hh\) in Python"):
         prepare([row], word_tokenizer())
 
 
