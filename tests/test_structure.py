@@ -34,8 +34,6 @@ BUDGETS = {
     "trainer": 400,
     "config": 325,
     "config_checks": 380,
-    "config": 325,
-    "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
@@ -63,26 +61,6 @@ BUDGETS = {
     "manifests": 225,
 }
 MAX_PACKAGE_LINES = 35_690
-=======
-    "model": 2610,
-    "training": 2750,
-    "evaluation": 750,
-    "fused": 2545,
-    "planning": 1495,
-    "artifacts": 1165,
-    "reward": 855,
-    "merge": 630,
-    "hub": 915,
-    "pairs": 1190,
-    "report": 1115,
-    "quickstart": 460,
-    "cli": 1680,
-    "rowfiles": 295,
-    "disk": 175,
-    "manifests": 220,
-}
-MAX_PACKAGE_LINES = 35_690
->>>>>>> h-data
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
