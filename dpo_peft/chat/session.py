@@ -212,8 +212,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 class Pieces(BaseStreamer):
     """Takes tokens from `generate` and shows what they add to the text.
 
-    transformers' own `TextStreamer` forgets the tokens before a new line, and with them the spaces that some
-    tokenizers write only behind another token: indented code loses one.
+    Before transformers 5.24 its own `TextStreamer` forgets the tokens before a new line, and with them the spaces that
+    some tokenizers write only behind another token: indented code loses one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):

@@ -33,6 +33,17 @@ LOSSES = {"pairs": "sigmoid", "lists": "multi_negative", "singles": "kto", "unla
 LENGTHS = (256, 512, 1024, 1536, 2048)  # of max_length; rows beyond are cut
 
 
+class Line(NamedTuple):
+    """An option of the file, and why it is so."""
+
+    name: str
+    value: Any
+    why: str = ""
+
+
+ON_CPU = [Line("dtype", "float32", "this machine has no GPU, and CPUs no fast bfloat16"), Line("bf16", False)]
+
+
 @dataclass
 class InitOptions:
     """For what the file is, and where it goes."""
@@ -45,14 +56,6 @@ class InitOptions:
     from_file: str | None = option(None, "Config of Axolotl or LLaMA-Factory to convert instead.")
     output: str | None = option(None, "The file; one that is there is not replaced. Default: it is printed.")
     json: bool = option(False, "Print the result as JSON.")
-
-
-class Line(NamedTuple):
-    """An option of the file, and why it is so."""
-
-    name: str
-    value: Any
-    why: str = ""
 
 
 def init(argv: Sequence[str]) -> None:
@@ -205,9 +208,9 @@ def _memory(
         if "can't be read" not in str(error) and "can't be predicted" not in str(error):
             raise
         unknown.append(f"the memory of the run: {error}")
-        return None, [Line("max_tokens_per_microbatch", "auto", "packed to fit the GPU")] if gpu else []
+        return None, [Line("max_tokens_per_microbatch", "auto", "packed to fit the GPU")] if gpu else ON_CPU
     if gpu is None:
-        return planned, []
+        return planned, ON_CPU
     step, fits = planned.figures["step"], planned.figures["fits"]
     if not step["fits"]:
         raise OptionError(

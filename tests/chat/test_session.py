@@ -1,13 +1,12 @@
 """Talking to an adapter: token for token what PEFT's own `generate` writes, on and off, with the conversation kept."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextStreamer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpo_peft.chat import Session, Settings
 from dpo_peft.chat.session import Pieces
@@ -175,16 +174,6 @@ def test_a_space_that_stands_behind_a_token_is_kept() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False)
     right = "def\n    return 1"
     assert "".join(pieces_of(Pieces, tokenizer, [0, 1, 2, 3, 4])) == right
-    assert "".join(pieces_of(Theirs, tokenizer, [0, 1, 2, 3, 4])) != right  # why `TextStreamer` is not used
-
-
-class Theirs(TextStreamer):
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True)
-        self.show = show
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.show(text)
 
 
 def pieces_of(kind: Any, tokenizer: Any, ids: list[int]) -> list[str]:
