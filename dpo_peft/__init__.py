@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from . import moved
-
-__version__ = "0.1.0"
+from .version import __version__
 
 _HOME = {
     "DPOConfig": "config",

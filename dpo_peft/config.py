@@ -4,10 +4,12 @@ Names and defaults are those of `trl.DPOConfig` where it has them, so that a TRL
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .config_checks import (
@@ -30,6 +32,8 @@ from .credentials import without_secrets
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
 from .errors import OptionError
 from .losses import F_DIVERGENCES, REGISTRY, find_objective
+
+logger = logging.getLogger(__name__)
 
 # Of the metrics that are better when they are smaller, how their names end.
 SMALLER_IS_BETTER = ("loss", "kl", "sample_weight", "rejected")
@@ -218,6 +222,9 @@ class DPOConfig(TrainingArguments):
         needs="early_stopping_patience",
     )
 
+    log_file: str | None = free(
+        None, "File that everything shown is added to as well, with the time; without bars. Default: none."
+    )
     overwrite_output_dir: bool = flag(
         False, "Begin a new run in a folder that holds a finished one, which is replaced at the end."
     )
@@ -235,6 +242,10 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # what YAML reads an unquoted `no` as
+                setattr(self, name, "no")
+        check_inherited(self)
         losses = check_loss_type(self.loss_type, self.loss_weights)
         check_fields(self, losses)
         self.beta = resolve_beta(self.loss_type, self.beta)
@@ -247,6 +258,9 @@ class DPOConfig(TrainingArguments):
             self.greater_is_better = not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)
         if self.bf16 is None:
             self.bf16 = not self.fp16
+        if not self.use_cpu and not torch.accelerator.is_available():  # type: ignore[has-type]
+            self.use_cpu = True
+            _warn_of_cpu()
         # Newer transformers renames the option and warns about the old name, which is TRL's.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
@@ -258,7 +272,6 @@ class DPOConfig(TrainingArguments):
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
         check_loss_options(self, losses)
-        check_inherited(self)
         # TRL's default, True, would wait for the GPU at every micro-batch.
         self.logging_nan_inf_filter = False
 
@@ -283,6 +296,14 @@ OBJECTIVE_OPTIONS: dict[str, Any] = {
 def objective_options(config: DPOConfig) -> dict[str, Any]:
     """The options that losses read, by name."""
     return {name: getattr(config, name) for name in ("beta", "loss_options", *OBJECTIVE_OPTIONS)}
+
+
+@functools.cache
+def _warn_of_cpu() -> None:
+    logger.warning(
+        "No GPU is found: everything runs on the CPU, as with use_cpu=True, which suits small models. If this machine "
+        "has a GPU, see whether `nvidia-smi` shows it and whether torch was installed for it (torch.version.cuda)."
+    )
 
 
 def _checked(init: Callable[..., None]) -> Callable[..., None]:

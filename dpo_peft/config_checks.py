@@ -5,15 +5,16 @@ made, before anything is loaded; what reads the options later trusts them. Every
 option's name, what is wrong with its value, and the remedy.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from enum import EnumMeta
+from typing import Any, get_args, get_type_hints
 
 from .errors import OptionError, refuse
 from .losses import REGISTRY, Objective, find_objective
 from .losses.registry import load_objective
+from .spelling import meant
 
 # Options of trl.DPOConfig (1.16) that this version doesn't offer: (values that change nothing and are accepted, TRL's
 # default among them; what to do instead).
@@ -57,7 +58,7 @@ OF_OTHER_CONFIGS = dict.fromkeys(("cpo_alpha", "simpo_gamma"), _CPO) | dict.from
 _FULL_EVAL = "It would round the adapter's weights for good. Evaluation computes as training does: set bf16."
 _COMPILE = "The trainer calls the backbone itself, which this option does not compile; leave it out."
 _NO_WRAPPER = "Several processes train without a wrapper of DistributedDataParallel; leave it out."
-_DDP = "In several processes each holds the whole model: use recipes/accelerate/ddp.yaml instead."
+_DDP = "In several processes each holds the whole model: `dpo-peft recipes ddp` shows accelerate's file for them."
 # Options of TrainingArguments that would have no effect here, or a wrong one: (harmless value, what to do instead).
 NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
@@ -118,7 +119,7 @@ class Rule:
         elif int in self.kinds and not isinstance(value, self.kinds):
             expected = f"{whole}{' or None' if self.optional else ''}"
         if expected:
-            raise OptionError(f"{name}={value!r} must be {expected}.")
+            raise OptionError(f"{name}={value!r} must be {expected}.{meant(value, self.choices)}")
 
 
 def is_number(value: Any) -> bool:
@@ -168,11 +169,21 @@ def whole(default: float | str | None, minimum: int, text: str, optional: bool =
     return _option(default, text, Rule((int,), minimum=minimum, optional=optional or default is None, **rule))
 
 
+def _rule_of(one: Field[Any], hint: Any) -> Rule:
+    """Returns the rule of a field. Inherited ones have none but their type: the text "no" would count as true."""
+    if (rule := one.metadata.get("rule")) is not None:
+        return rule
+    kinds = [hint, *get_args(hint)]
+    values = [[*kind._value2member_map_] for kind in kinds if isinstance(kind, EnumMeta)]
+    plain = tuple(kind for kind in (bool, int) if kind in kinds and str not in kinds)
+    return Rule(plain, choices=values[0] if values else (), optional=one.default is None)
+
+
 def check_fields(options: Any, losses: Sequence[Objective]) -> None:
     """Refuses values against the rule of their field, and those that have no effect without another option or loss."""
-    off = (None, False, 0, "no")
+    off, hints = (None, False, 0, "no"), get_type_hints(type(options))
     for one in fields(options):
-        rule, value = one.metadata.get("rule", Rule()), getattr(options, one.name)
+        rule, value = _rule_of(one, hints[one.name]), getattr(options, one.name)
         if rule.auto and isinstance(value, str) and value.isdecimal():
             value = int(value)
             setattr(options, one.name, value)
@@ -187,18 +198,38 @@ def check_fields(options: Any, losses: Sequence[Objective]) -> None:
             raise OptionError(f"{name}={getattr(options, name)!r} is not available here. {why}")
 
 
-# Of numbers that transformers takes as they come, and that would make the weights NaN.
-_INHERITED = {
+# Of numbers that transformers takes as they come: those that would make the weights NaN, or train nothing.
+INHERITED = {
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), Rule((int, float), minimum=0)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Rule((int, float), minimum=0, below=1)),
     "adam_epsilon": Rule((int, float), above=0),
+    "num_train_epochs": Rule((int, float), above=0),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        Rule((int,), minimum=1),
+    ),
+    "save_total_limit": Rule((int,), minimum=1, optional=True),
+    "seed": Rule((int,), minimum=0),
 }
 
 
 def check_inherited(options: Any) -> None:
-    """Refuses what makes the weights NaN, or is no number."""
-    for name, rule in _INHERITED.items():
+    """Refuses numbers that `TrainingArguments` would take, and that would stop or spoil the run later."""
+    for name, rule in INHERITED.items():
         rule.check(name, getattr(options, name))
+    o = options
+    refuse(
+        {
+            f"max_steps={o.max_steps} trains nothing: give at least 1, or leave it out.": o.max_steps is None
+            or (o.max_steps < 1 and o.max_steps != -1),
+            f"save_steps={o.save_steps} must be above 0. To save no checkpoints set save_strategy to 'no'.": (
+                o.save_strategy == "steps" and o.save_steps <= 0
+            ),
+            f"eval_steps={o.eval_steps} must be above 0. To evaluate never set eval_strategy to 'no'.": (
+                o.eval_strategy == "steps" and o.eval_steps is not None and o.eval_steps <= 0
+            ),
+        }
+    )
 
 
 def check_read(options: Any, name: str, losses: Sequence[Objective]) -> None:
@@ -222,9 +253,8 @@ def check_option_names(given: Mapping[str, Any], known: set[str]) -> dict[str, A
         elif name in SUCCESSORS:
             raise OptionError(f"{name!r} is an option of TRL that isn't offered here. {SUCCESSORS[name]}")
         else:
-            close = difflib.get_close_matches(name, known | set(NOT_OFFERED), n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "`dpo-peft train --help` lists them all."
-            raise OptionError(f"{name!r} is not an option. {hint}")
+            hint = meant(name, known | set(NOT_OFFERED)) or " `dpo-peft train --help-all` lists them all."
+            raise OptionError(f"{name!r} is not an option.{hint}")
     return kept
 
 
@@ -239,9 +269,11 @@ def check_loss_type(loss_type: Any, loss_weights: Any) -> list[Objective]:
     """
     known = isinstance(loss_type, list) and all(name in REGISTRY or ":" in str(name) for name in loss_type)
     if not known or not loss_type:
+        others = [name for name in loss_type if name not in REGISTRY] if isinstance(loss_type, list) else [loss_type]
+        hint = next((found for name in others if (found := meant(name, REGISTRY))), "")
         raise OptionError(
-            f"loss_type={loss_type!r} is not available. Use one or several of {', '.join(REGISTRY)}, or your own "
-            "function as file.py:function."
+            f"loss_type={loss_type!r} is not available.{hint} Use one or several of {', '.join(REGISTRY)}, or your "
+            "own function as file.py:function."
         )
     load_objective.cache_clear()  # a file that was changed since the last config is read anew
     losses = [find_objective(name) for name in loss_type]
@@ -303,7 +335,6 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
     alpha = o.f_divergence_type == "alpha_divergence"
     of_optimizer = ("galore", "lomo", "apollo")
     problems: dict[str, object] = {
-        f"max_steps={o.max_steps} trains nothing: give at least 1, or leave it out.": o.max_steps in (0, None),
         f"optim_target_modules has no effect with optim={str(o.optim)!r}: leave it out.": (
             o.optim_target_modules is not None and not any(name in str(o.optim) for name in of_optimizer)
         ),

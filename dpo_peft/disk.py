@@ -73,6 +73,12 @@ def part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
+def open_by_umask(folder: Path) -> None:
+    """Lets those read the weights in a new folder who may read the folder: safetensors writes for its owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)
+
+
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's list of names, are on the disk."""
     if os.name == "nt":  # syncs neither folders nor what is open for reading
@@ -106,7 +112,7 @@ def remove(path: Path) -> None:
 def one_writer(option: str, place: str | Path, inside: bool = False, wait: float = 0.0) -> Iterator[None]:
     """Keeps other processes from writing to the same place. The lock dies with its process.
 
-    A second `with` in the same process passes. The place's folder is made, and goes again if nothing is in it.
+    A second `with` in the same process passes. Its folders are made, and go again if nothing is in them.
 
     Args:
         option: what names the place, for messages.
@@ -124,7 +130,7 @@ def one_writer(option: str, place: str | Path, inside: bool = False, wait: float
     if key in _held:
         yield
         return
-    made = not mark.parent.exists()
+    made = [folder for folder in (mark.parent, *mark.parent.parents) if not folder.exists()]
     try:
         _acquire(lock, holder, f"{option}={str(place)!r}", wait)
         _held.add(key)
@@ -135,9 +141,9 @@ def one_writer(option: str, place: str | Path, inside: bool = False, wait: float
             for left in (holder, Path(lock.lock_file)):
                 left.unlink(missing_ok=True)
             lock.release()
-        if made:
-            with suppress(OSError):
-                mark.parent.rmdir()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def _acquire(lock: FileLock, holder: Path, what: str, wait: float) -> None:

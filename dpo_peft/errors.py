@@ -42,6 +42,10 @@ class PublishError(ValueError):
     """The Hub could not be written to. The message says what is there by now, and how to go on."""
 
 
+class StrictError(ValueError):
+    """`--strict` was given, and something of what was looked at is to be acted on."""
+
+
 class TrainingInterrupted(SystemExit):
     """The run was told to stop (SIGTERM, Ctrl-C), finished its step and saved a checkpoint. `code` is the exit status
     that a shell gives for the signal, so a script that lets it pass ends quietly and is seen as interrupted."""

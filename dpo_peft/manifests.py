@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .disk import Content, content, one_writer, remove, sync, write_atomically
+from .disk import Content, content, one_writer, open_by_umask, remove, sync, write_atomically
 from .errors import OptionError
 
 MANIFEST = "manifest.json"
@@ -41,6 +41,7 @@ def seal(folder: Path, step: int | None) -> None:
     paths = [Path(inner, name) for inner, _, names in walked for name in names]
     manifest, entry = folder / MANIFEST, _entry(step)  # the file is there from an earlier attempt, perhaps
     files = {path.relative_to(folder).as_posix(): entry(path) for path in paths if path != manifest}
+    open_by_umask(folder)
     for path in paths:
         sync(path)
     write_atomically(manifest, _manifest(step, files))

@@ -125,11 +125,8 @@ class DPOTrainer(Trainer):
         plan, objective = self.forward_plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self._build_parts(data_collator)
-        self._record = lambda: record_training(
-            self.model,
-            self.policy_adapter,
-            trained_with(self.model, args, self.objective, as_given, self.prepare.as_chat),
-        )
+        trained = partial(trained_with, self.model, args, self.objective, as_given, self.prepare.as_chat)
+        self._record = lambda: record_training(self.model, self.policy_adapter, trained())
         self._record()
         logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
         logger.info("%s", self.forward_plan)
@@ -334,11 +331,12 @@ class DPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self.metric_store.clear("eval")
+        self.evaluation.begin(prefix)
         self.step.evaluated = []
         self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         self.evaluation.finish(prefix, self.state.global_step)
         metrics = self.objective.of_evaluation(self.metric_store.pop("eval"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})

@@ -1,5 +1,6 @@
 """DPO over LoRA on a 4-bit base, from any model and preference dataset: a TRL script with another import.
 
+Needs:    pip install "dpo-peft[trl]"
 GPU:      one of 24 GB for 8B
 Peak:     from 8.01 GiB with every layer checkpointed, up to what the card has; predicted by `dpo-peft plan
           --model_name_or_path Qwen/Qwen3-8B --per_device_train_batch_size 4 --gradient_accumulation_steps 4`

@@ -1,5 +1,6 @@
-"""DPO, then reinforcement learning on the reward that DPO has found (the note's section 9.2), offline.
+"""DPO, then reinforcement learning on the reward that DPO has found (docs/derivations.md, eq. 19), offline.
 
+Needs:    pip install "dpo-peft[trl]"
 GPU:      none
 Peak:     1.7 GiB of the machine's memory
 Time:     about 2.5 minutes of one CPU core
@@ -12,9 +13,9 @@ Expected: mean true reward of fresh answers -0.04 from the base, +1.43 after DPO
 3. TRL's GRPOTrainer trains a fresh adapter on the same base, which samples answers and is told their rewards alone.
 
 The true reward, which neither training has seen, judges both. GRPO keeps the KL penalty at DPO's beta and does not
-rescale rewards, so that its optimum is DPO's own policy (note eqs. 1 to 4). A learned reward holds near its reference
-only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +111, and the completions to heaps of words
-(true reward +0.01, fluency 0.016).
+rescale rewards, so that its optimum is DPO's own policy (docs/derivations.md, eqs. 1 to 4). A learned reward holds
+near its reference only: with `--kl_penalty 0 --grpo_steps 30` the implicit reward goes to +111, and the completions to
+heaps of words (true reward +0.01, fluency 0.016).
 """
 
 import argparse

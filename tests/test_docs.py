@@ -37,3 +37,9 @@ def test_every_objective_has_a_row_of_results() -> None:
 
 def test_every_option_is_explained() -> None:
     assert not [option for option in OBJECTIVE_OPTIONS if f"`{option}" not in DOC]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = re.findall(r"^ +- .*: (\S+\.md)$", (REPO / "mkdocs.yml").read_text("utf-8"), flags=re.MULTILINE)
+    left_out = sorted({page.name for page in (REPO / "docs").glob("*.md")} - set(named))
+    assert not left_out, f"add to nav of mkdocs.yml: {left_out}"

@@ -17,11 +17,13 @@ ROOT = REPO / PACKAGE
 
 # The core, bottom first: a folder or a module beside the folders imports what stands left of it.
 CORE = (
-    "errors credentials imports moved wings disk manifests losses forward data rowfiles files distributed objective "
-    "config_checks config reference model training trainer"
+    "version errors spelling credentials imports moved wings disk manifests losses forward data rowfiles files "
+    "distributed objective config_checks config reference model training trainer"
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
-WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
+WINGS = (
+    "evaluation fused planning artifacts reward merge hub pairs chat conversion report preview quickstart cli __main__"
+).split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.
 ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
@@ -30,32 +32,35 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 305,
-    "config_checks": 350,
+    "config": 325,
+    "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
     "data": 4210,
     "forward": 2230,
     "reference": 1565,
-    "model": 2610,
-    "training": 2750,
-    "evaluation": 750,
+    "model": 2880,
+    "training": 2775,
+    "evaluation": 1510,
     "fused": 2545,
-    "planning": 1495,
-    "artifacts": 1165,
-    "reward": 855,
-    "merge": 630,
+    "planning": 1505,
+    "artifacts": 1330,
+    "reward": 835,
+    "merge": 635,
     "hub": 915,
     "pairs": 1190,
-    "report": 1115,
-    "quickstart": 460,
-    "cli": 1680,
+    "report": 1460,
+    "quickstart": 465,
+    "chat": 395,
+    "conversion": 450,
+    "preview": 935,
+    "cli": 3660,
     "rowfiles": 295,
-    "disk": 175,
-    "manifests": 220,
+    "disk": 180,
+    "manifests": 225,
 }
-MAX_PACKAGE_LINES = 30_250
+MAX_PACKAGE_LINES = 35_690
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -12,7 +12,9 @@ from paths import REPO
 
 from dpo_peft.quickstart import model_path, train_file
 
-WINGS = "evaluation fused planning artifacts reward merge hub pairs report quickstart cli".split()
+WINGS = (
+    "evaluation fused planning artifacts reward merge hub pairs chat conversion report preview quickstart cli".split()
+)
 
 TRAIN = """
 import json, sys

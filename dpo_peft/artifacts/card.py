@@ -10,9 +10,9 @@ import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,13 +22,15 @@ from ..errors import OptionError
 from ..files import write_atomically
 from ..reference.adapter_off import ADAPTER_OFF
 from ..training.metrics import NOISE_NOTE, within_noise
+from ..version import __version__
 from .card_rules import HUB_LICENSES, is_repo_id
 from .citations import DPO, LORA, bibtex
+from .rows_kept import spoken
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 # Of an `Objective`, as a reader should see it.
 REWARDS = {"log_ratio": "β·log(π/π_ref)", "logp": "β·log π", "mean_logp": "β·log π per token"}
-PACKAGES = ("dpo-peft", "torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
 BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
 # Metric of an evaluation -> its type and name in the Hub's model-index.
@@ -44,8 +46,8 @@ BUNDLED = Path(__file__).parents[1] / "quickstart" / "model"  # the base that th
 BUNDLED_TEXT = "the small chat model that comes with `dpo-peft` (`dpo_peft.quickstart.model_path()`)"
 LOCAL_TEXT = ", a model in a local folder"
 LOCAL_NOTE = (
-    "The base is a local folder, which `adapter_config.json` names: the example runs where that folder is. `dpo-peft "
-    "push --base_model HUB_ID` publishes the adapter for a base that others can load."
+    "The base is a local folder, which `adapter_config.json` names: the example runs on the machine that has it. "
+    "`dpo-peft push --base_model HUB_ID` publishes the adapter for a base that others can load."
 )
 # LoraConfig's names, and what a reader calls them.
 ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
@@ -69,7 +71,8 @@ class RunSummary:
     """Holds what a card says about a run. Only facts of the run: what isn't known stays empty and is left out.
 
     Attributes:
-        name: the adapter's name: a Hub id, or the name or path of its folder (of a path only the last part is shown).
+        name: the adapter's name: a Hub id, or the name or path of its folder (shown by its last part, or seen from the
+            current folder where the base's path is relative to that too).
         base_model: Hub id or local path of the base. A local base is called by its folder's name.
         dtype: of the base's weights that are not quantized, for the example of use; None: as the base was saved.
         beta: β of the loss; None if it has none.
@@ -146,12 +149,8 @@ def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
 
 
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Returns the installed version of each package; one that is not installed is left out."""
-    found = {}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    """Returns this version, and the installed one of each package; one that is not installed is left out."""
+    return {"dpo-peft": __version__} | {package: version(package) for package in packages if find_spec(package)}
 
 
 def figures_of(log_history: Sequence[Mapping[str, float]]) -> Figures:
@@ -194,7 +193,7 @@ def model_card(run: RunSummary) -> ModelCard:
         reference=cell(run.reference),
         quantization=quantization_text(run),
         facts=[(cell(name), cell(value)) for name, value in run.facts.items()],
-        adapter=json.dumps(shown_name(run.name)),
+        adapter=_adapter_line(run),
         loading=[(name, python(value)) for name, value in run.quantization.items()],
         dtype=python(run.dtype) if run.dtype else "",
         has_chat_template=run.has_chat_template,
@@ -205,12 +204,24 @@ def model_card(run: RunSummary) -> ModelCard:
         figures=figures,
         noise=NOISE_NOTE.capitalize() if any(within_noise_of(run, key) for key in run.eval_last or run.last) else "",
         curves=run.curves,
-        samples=[{"prompt": quoted(s.prompt), "before": quoted(s.before), "after": quoted(s.after)} for s in shown],
+        samples=[[quoted(text) for text in (spoken(s.prompt), s.before, s.after)] for s in shown],
         sample_steps=run.sample_steps,
         warnings=[{key: cell(w.get(key, "")) for key in ("step", "name", "message")} for w in run.warnings],
         bibtex=bibtex(run.papers),
         tables=[(heading, [(cell(k), cell(v)) for k, v in rows.items()]) for heading, rows in tables if rows],
     )
+
+
+def _adapter_line(run: RunSummary) -> str:
+    """Returns the example's line that says where the adapter is, see `for_repository`: a Hub id; else this folder, or
+    its place seen from where the base's relative path leads to the base."""
+    if is_hub_id(run.name):
+        return f"adapter = {json.dumps(run.name)}"
+    name = json.dumps(shown_name(run.name))
+    below = os.path.relpath(run.name)
+    if os.path.isdir(run.base_model) and not os.path.isabs(run.base_model) and not below.startswith(".."):
+        return f"adapter = {json.dumps(Path(below).as_posix())}  # seen from where the base's folder lies"
+    return f'adapter = "."  # this folder, {name}: run it here, or give its path'
 
 
 def save_model_card(run: RunSummary, folder: str | Path) -> Path:
@@ -354,9 +365,9 @@ def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str)
         repo_id, base: Hub ids of adapter and base.
         old_base: what the adapter called its base.
     """
-    loaded = re.search(r'^adapter = "(.*)".*$', text, flags=re.M)
+    loaded = re.search(r'^adapter = "(.*?)"(?:  # this folder, "(.*)":)?.*$', text, flags=re.M)
     if loaded:
-        name = loaded[1].split("/")[-1]
+        name = loaded[2] or loaded[1].split("/")[-1]
         text = text.replace(loaded[0], f"adapter = {json.dumps(repo_id)}", 1)
     text = text.replace(BUNDLED_TEXT, link(base)).replace(f"{LOCAL_NOTE}\n\n", "")
     text = re.sub(rf"`[^`]+`{re.escape(LOCAL_TEXT)}", lambda _: link(base), text)

@@ -22,10 +22,17 @@ from .card import ADAPTER_OPTIONS, shown_name
 
 # They name files or folders here and repositories of others: a recipe for anybody leaves the second kind out.
 _PATHS = (
-    "output_dir logging_dir ref_cache_dir reference resume_from_checkpoint dataset_name eval_dataset_name "
+    "output_dir logging_dir log_file ref_cache_dir reference resume_from_checkpoint dataset_name eval_dataset_name "
     "model_name_or_path path data_dir data_files"
 ).split()
-_OF_ONE_USER = ("push_to_hub", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "disable_tqdm")
+_OF_ONE_USER = (
+    "push_to_hub",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "run_name",
+    "disable_tqdm",
+    "log_file",
+)
 _LOCAL = re.compile(r"^(~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 # LoraConfig's names of what `dpo-peft train` has options for.
 _LORA_OPTIONS = {name: name if name.startswith(("lora_", "use_")) else f"lora_{name}" for name in ADAPTER_OPTIONS}
@@ -94,6 +101,17 @@ def lora_options(config: LoraConfig) -> dict[str, Any]:
     return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
 
 
+def _is_local(value: object, is_path: bool = False) -> bool:
+    """Returns whether a value names, or holds what names, a file or folder of this machine."""
+    if isinstance(value, Mapping):
+        return any(_is_local(item, key in _PATHS) for key, item in value.items())
+    if isinstance(value, list):
+        return any(_is_local(item, is_path) for item in value)
+    return isinstance(value, str) and bool(
+        os.path.isabs(value) or _LOCAL.match(value) or (is_path and os.path.exists(value))
+    )
+
+
 def write_recipe(
     path: Path, changed: Mapping[str, object], source: Mapping[str, object], notes: Sequence[str] = ()
 ) -> None:
@@ -113,10 +131,15 @@ def write_recipe(
         options["model_init_kwargs"] = {name: value for name, value in given.items() if name not in own}
         if not options["model_init_kwargs"]:
             del options["model_init_kwargs"]
-    lines = [
-        "Repeats the run:  dpo-peft train --config recipe.yaml",
-        "Local files and folders are shown by the last part of their path: put in your own.",
-        *notes,
-    ]
+    local = [name for name, value in source.items() if name != "output_dir" and _is_local(value, name in _PATHS)]
+    local += ["reference"] if options.get("reference") not in (None, "initial", "base") else []
+    command = "dpo-peft train --config recipe.yaml"
+    lines = [f"Repeats the run: {command}"]
+    if local:
+        lines = [
+            f"Repeats the run, once you have put in where these are: {', '.join(local)}.",
+            f"They are local and shown by the last part of their paths. Then: {command}",
+        ]
+    lines += notes
     text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=110)
     write_atomically(path, "".join(f"# {line}\n" for line in lines) + text)

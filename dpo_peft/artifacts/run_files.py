@@ -16,10 +16,13 @@ import torch
 from peft import LoraConfig
 
 from ..config import objective_options
+from ..data import DataSummary
 from ..files import as_list, strict, write_atomically
+from ..manifests import SAVING
 from ..model.adapters import is_adapter
 from ..model.loading import storage_report
 from ..model.training_record import read_training
+from ..wings import wing
 from .card import (
     BUNDLED,
     RunSummary,
@@ -33,6 +36,7 @@ from .card import (
 from .citations import cited
 from .curves import initial_loss, plot_training_curves
 from .recipe import changed_options, lora_options, plain, public, write_recipe
+from .rows_kept import length_counts, write_worst_pairs
 
 if TYPE_CHECKING:
     from ..trainer import DPOTrainer
@@ -51,6 +55,7 @@ class SaveResults:
     Of the trainer it reads, beside what transformers' trainer has and its parts:
 
     - `data_reports`: dataset name to what became of its rows;
+    - `prepare.evaluated`: name to prepared rows of what is evaluated on;
     - `data_sources`: dataset name to Hub ids or files, and their license;
     - `command_options`: the options of `dpo-peft train` that are no part of `args`; None for a run from Python;
     - `model_name`: Hub id or folder that the trainer was given; empty for a model made in code;
@@ -89,7 +94,10 @@ class SaveResults:
             if folder.resolve() != written.resolve() and (written / name).is_file():
                 shutil.copy(written / name, folder / name)  # with its mode
         facts = self.facts()
+        write_worst_pairs(folder, self.trainer.prepare.evaluated, self.trainer.processing_class)
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
+        if (evaluation := wing("evaluation")) is not None:
+            metrics["verdict"] = evaluation.verdict(metrics)._asdict()
         write_atomically(folder / "metrics.json", json.dumps(strict(metrics), indent=2, default=str) + "\n")
         write_recipe(folder / "recipe.yaml", changed_options(self.args), *self._recipe_source())
         curved = any("loss" in entry for entry in self.log_history)
@@ -100,6 +108,7 @@ class SaveResults:
     def facts(self) -> dict[str, Any]:
         """Returns what metrics.json says beside the figures."""
         trainer = self.trainer
+        prepared = {"train": trainer.train_dataset, **trainer.prepare.evaluated}
         bundled = Path(self.base_model).is_dir() and Path(self.base_model).resolve() == BUNDLED.resolve()
         facts = {
             "options": changed_options(self.args),
@@ -111,19 +120,29 @@ class SaveResults:
             "adapter": adapter_facts(vars(self.lora)),
             "quantization": self.trained.quantization,
             "environment": environment(self.args.device),
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch or 0.0,
+            "rows_used": self._rows_used(),
             "seconds": next((e["train_runtime"] for e in reversed(self.log_history) if "train_runtime" in e), None),
             "data": {name: asdict(report) for name, report in trainer.data_reports.items()},
+            "lengths": {name: counts for name, rows in prepared.items() if (counts := length_counts(rows))},
             "storage_bytes": asdict(self.storage),
             "versions": framework_versions(),
         }
         return facts | ({"warnings": plain(trainer.warnings_raised)} if trainer.warnings_raised else {})
 
+    def _rows_used(self) -> int:
+        """Returns how many different training rows the steps had."""
+        args, train = self.args, self.trainer.data_reports.get("train")
+        taken = self.trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps
+        return min(taken * args.world_size, train.kept_rows if train else 0)
+
     def _objective(self) -> str:
-        """Names, weights and sources of the losses. What the lecture note calls them helps no reader of a card."""
+        """Names, weights and sources of the losses. Where this package derives them helps no reader of a card."""
         objective, parts = self.trainer.objective, []
         for name, part, weight in zip(objective.names, objective.parts, objective.weights, strict=True):
             share = f"{weight:g} × " if len(objective.weights) > 1 else ""
-            source = re.sub(r" *\((its )?note [^)]*\)", "", part.source)
+            source = re.sub(r" *\(docs/derivations[^)]*\)", "", part.source)
             parts.append(f"{share}`{public(name)}`{f' ({source})' if source else ''}")
         return " + ".join(parts)
 
@@ -157,11 +176,12 @@ class SaveResults:
         shown = {name: plain(value) for name in _SHOWN_OPTIONS if (value := getattr(args, name)) is not None}
         of_losses = {name: value for name, value in objective_options(args).items() if name != "beta"}
         shown |= {name: value for name, value in of_losses.items() if value != defaults[name]}
+        place = folder.parent.parent if folder.parent.name == SAVING else folder  # where it will lie
         steps, samples = read_samples(folder / "samples.jsonl")
         datasets, evaluated = self._datasets()
         license_of_data = trainer.data_sources["train"][1]
         return RunSummary(
-            name=str(args.hub_model_id or folder.resolve().name),
+            name=args.hub_model_id or str(place.resolve()),
             base_model=self.base_model,
             beta=args.beta,
             dtype=trained.dtype,
@@ -184,7 +204,8 @@ class SaveResults:
             hyperparameters=shown,
             facts={
                 **({"Not the base as published": self._changed()} if trained.base_changed else {}),
-                **{f"Rows ({name})": f"{r.kept_rows} of {r.source_rows}" for name, r in trainer.data_reports.items()},
+                "Steps": f"{facts['steps']:,} ({facts['epochs']:.3g} epochs, {facts['rows_used']:,} different rows)",
+                **{f"Rows ({name})": _rows(report) for name, report in trainer.data_reports.items()},
                 **({"License of the data": license_of_data} if license_of_data else {}),
                 **_time_spent(facts),
             },
@@ -229,6 +250,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         threads = torch.get_num_threads()
         found["device"] = f"{device.type}, {threads} thread{'s' * (threads > 1)}"
     return {**found, "versions": framework_versions()}
+
+
+def _rows(report: DataSummary) -> str:
+    cut = f", {report.rows_truncated:,} of them truncated" if report.rows_truncated else ""
+    return f"{report.kept_rows:,} of {report.source_rows:,} in the file could be used{cut}"
 
 
 def _time_spent(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -3,15 +3,18 @@
 A command raises the package's own errors, each with its remedy; `main` prints them and makes them exit codes.
 """
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from .. import errors
-from .options import printable, show_progress
+from ..spelling import meant
+from ..version import __version__
+from . import help
 
 __all__ = ["main"]
 
@@ -19,39 +22,54 @@ WRONG_INPUT = (
     errors.OptionError,
     errors.DataError,
     errors.ReferenceMismatchError,
-    errors.NonFiniteError,
     errors.CheckpointError,
 )
-REFUSED = (errors.DriftError, errors.PublishError)
-COMMANDS = ("plan", "pairs", "train", "score", "report", "merge", "push", "cache")
+REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
+COMMANDS = (
+    *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "chat", "compare", "score", "report"),
+    *("merge", "export", "push", "cache", "env"),
+)
 USAGE = """usage: dpo-peft COMMAND [options]
 
-  plan    predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
-  pairs   sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
-  train   train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
-  score   score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
-  report  show runs as one HTML page:  dpo-peft report RUN [RUN ...]
-  merge   put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
-  push    publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
-  cache   show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
+  data        look at preference rows before training:  dpo-peft data FILE [--model_name_or_path MODEL]
+  init        write a config file to train by:  dpo-peft init --model_name_or_path MODEL --dataset_name FILE
+  recipes     show or copy the config files that come along:  dpo-peft recipes [NAME --output FILE.yaml]
+  plan        predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
+  pairs       sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
+  train       train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
+  chat        talk to a trained adapter, or to its base:  dpo-peft chat ADAPTER
+  compare     show completions before and after training:  dpo-peft compare ADAPTER --prompts FILE
+  score       score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
+  report      show runs as one HTML page:  dpo-peft report RUN [RUN ...]
+  merge       put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
+  export      write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama
+  push        publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
+  cache       show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  env         show versions and machine, for reports of faults:  dpo-peft env
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, or one of `options.EXIT_CODES`."""
+    """Runs a command and returns its exit status: 0, or one of `help.EXIT_CODES`."""
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["help"]
     if command == "help" and rest:
-        command, rest = rest[0], ["--help"]
+        command, rest = rest[0], ["--help", *rest[1:]]
     if command in ("help", "-h", "--help"):
         print(USAGE)
         return 0
     if command == "--version":
-        print(f"dpo-peft {_version()}")
+        print(f"dpo-peft {__version__}")
         return 0
     if command not in COMMANDS:
-        print(f"dpo-peft: {command!r} is not a command.\n\n{USAGE}", file=sys.stderr)
+        print(f"dpo-peft: {command!r} is not a command.{meant(command, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return 2
+    if {"-h", "--help"} & {*rest} and (kept := help.kept(command)):
+        print(help.render(kept))
+        raise SystemExit(0)
+    from .options import printable, show_progress  # which import what reads rows: a help should wait for nothing
+
     show_progress()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -60,13 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A command's module is loaded when the command is called: `help` should wait for nothing.
         getattr(import_module(f".{command}", __package__), command)(rest)
     except (*WRONG_INPUT, *REFUSED) as error:
-        print(printable(f"dpo-peft: {error}"), file=sys.stderr)
-        return 3 if isinstance(error, REFUSED) else 2
+        print(printable(f"dpo-peft: {_of_home(error) or error}"), file=sys.stderr)
+        # A checkpoint that can't be written, as the disk is full, has a cause; one that can't be resumed has none.
+        unwritten = isinstance(error, errors.CheckpointError) and error.__cause__ is not None
+        return 3 if unwritten or isinstance(error, REFUSED) else 2
     except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
         print("dpo-peft: stopped.", file=sys.stderr)
         return 130
     except OSError as error:
-        print(printable(f"dpo-peft: {error}. Mend that, then give the same command again."), file=sys.stderr)
+        told = _of_home(error) or f"{error}. Mend that, then give the same command again."
+        print(printable(f"dpo-peft: {told}"), file=sys.stderr)
         return 3
     finally:
         if signal.getsignal(signal.SIGTERM) is _stop:
@@ -74,12 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _of_home(error: Exception) -> str:
+    """Returns what is wrong with the home folder if an error is of that: libraries keep files there, and the error
+    blames what was being read. "" for other errors."""
+    if {"HF_HOME", "XDG_CACHE_HOME"} & {*os.environ} or os.path.expanduser("~") not in str(error):
+        return ""
+    try:
+        (Path.home() / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        return f"The home folder can't be used: {error}. Give another place: HF_HOME=/tmp/huggingface dpo-peft ..."
+    return ""
+
+
 def _stop(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _version() -> str:
-    try:
-        return version("dpo-peft")
-    except PackageNotFoundError:  # run from a checkout
-        return "(not installed)"

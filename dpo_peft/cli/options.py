@@ -7,7 +7,6 @@ Leading words that belong to no option are the value of the command's first opti
 """
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -24,15 +23,11 @@ from tqdm import tqdm
 
 from ..errors import OptionError
 from ..files import CONVERTERS, read_rows, strict, without_splits
+from ..spelling import meant
+from . import help
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-EXIT_CODES = """exit codes:
-  0    done
-  2    an option, a file or a row is wrong; nothing was written
-  3    refused or not finished: the message says why, and what to do
-  130, 143  stopped by Ctrl-C or SIGTERM"""
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and the ends of lines
 Options = TypeVar("Options")
@@ -54,20 +49,6 @@ def show_progress() -> None:
         logger.addHandler(_Lines())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for an optional kernel that isn't used here
     warnings.filterwarnings("ignore", category=FutureWarning)  # for those who write programs
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and leaves the lines of examples alone."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        nothing = action.default is None or action.default in ("", False) or action.nargs == 0
-        return action.help if nothing else super()._get_help_string(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Shows an option once: the parser takes it with hyphens for underscores too."""
-        if not action.option_strings or not action.option_strings[0].startswith("--"):
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, 'VALUE')}".rstrip()
 
 
 def option(default: object, help: str, **metadata: object) -> Any:
@@ -130,14 +111,13 @@ def parse_options(
             file that can't be read.
         SystemExit: `--help` was asked for and printed.
     """
-    names = [f.name for f in fields(options)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(options) if f.init]  # type: ignore[arg-type]
 
     def check(given: Mapping[str, object]) -> None:
         for name in given:
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
-                hint = f"Did you mean {close[0]!r}?" if close else f"`dpo-peft {command} --help` lists them all."
-                raise OptionError(f"{name!r} is not an option of `dpo-peft {command}`. {hint}")
+                hint = meant(name, names) or f" `dpo-peft {command} --help` lists them all."
+                raise OptionError(f"{name!r} is not an option of `dpo-peft {command}`.{hint}")
 
     words, from_file = split_config(argv)
     check(from_file)
@@ -149,17 +129,26 @@ def parse_options(
 
 
 def parse_groups(
-    argv: Sequence[str], groups: Sequence[type], command: str, usage: str, description: str, examples: Sequence[str]
+    argv: Sequence[str],
+    groups: Sequence[type],
+    command: str,
+    usage: str,
+    description: str,
+    examples: Sequence[str],
+    unread: Sequence[type] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Returns the options that several dataclasses hold, `DPOConfig` among them, and those of the file alone.
 
-    Values of the file are taken as YAML has them, null included. Arguments and errors are those of `parse_options`.
+    Values of the file are taken as YAML has them, null included. A file may hold options of `unread` dataclasses too,
+    which have no effect. Other arguments, and errors, are those of `parse_options`.
     """
     from ..config_checks import check_option_names
 
     known = {f.name for group in groups for f in fields(group)}
     words, given = split_config(argv)
-    from_file = check_option_names(refuse_launcher(given), known)
+    elsewhere = {f.name for group in unread for f in fields(group)} - known
+    from_file = check_option_names(refuse_launcher(given), known | elsewhere)
+    from_file = {name: value for name, value in from_file.items() if name in known}
     own = (f for group in groups for f in fields(group) if "rule" not in f.metadata)  # `DPOConfig` checks its rules
     for f in own:  # argparse checks the choices of the command line alone
         choices, value = f.metadata.get("choices"), from_file.get(f.name)
@@ -168,6 +157,8 @@ def parse_groups(
     text = parser_text(command, usage, description, examples)
 
     def check(given: Mapping[str, str]) -> None:
+        if idle := elsewhere & given.keys():
+            raise OptionError(f"{idle.pop()} has no effect on `dpo-peft {command}`: leave it out.")
         check_option_names(refuse_launcher(given), known)
 
     return _parse(words, from_file, groups, check, text), from_file
@@ -199,23 +190,15 @@ def refuse_launcher(given: Mapping[str, object]) -> dict[str, object]:
             number = value if name == "num_processes" and str(value).isdecimal() else "N"
             raise OptionError(
                 f"{name}={value!r} is for several processes: leave it out, and start them by `accelerate launch "
-                f"--config_file recipes/accelerate/ddp.yaml --num_processes {number} -m dpo_peft.cli train ...`. FSDP "
-                "and DeepSpeed are not offered: each process holds the base as a whole."
+                f"--config_file {find_recipe('ddp')} --num_processes {number} -m dpo_peft.cli train ...`. FSDP and "
+                "DeepSpeed are not offered: each process holds the base as a whole."
             )
     return {name: value for name, value in given.items() if name not in _LAUNCHER}
 
 
 def parser_text(command: str, usage: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments of a parser whose help has a short usage line, examples and exit codes."""
-    shown = "\n".join(f"  {example}" for example in examples)
-    return {
-        "prog": f"dpo-peft {command}",
-        "usage": f"dpo-peft {command} {usage}",
-        "description": description,
-        "epilog": f"examples:\n{shown}\n\n{EXIT_CODES}",
-        "formatter_class": _Formatter,
-        "allow_abbrev": False,  # an option that is added later may share the beginning
-    }
+    """Returns what a command's help says beside its options."""
+    return {"command": command, "usage": usage, "description": description, "examples": [*examples]}
 
 
 def _parse(
@@ -231,7 +214,10 @@ def _parse(
     def refuse(message: str) -> NoReturn:
         raise OptionError(message)
 
-    parser = HfArgumentParser(groups, **text)
+    if asked := [word for word in words if word in help.ASKED]:
+        help.show(text, groups, asked[0])
+    # An option that is added later may share a beginning: no abbreviations.
+    parser = HfArgumentParser(groups, prog=f"dpo-peft {text['command']}", add_help=False, allow_abbrev=False)
     parser.error = refuse  # argparse would print its usage, hundreds of lines, and exit
     several = {name for group in groups for name, hint in get_type_hints(group).items() if _one_or_several(hint)}
     for action in parser._actions:
@@ -284,6 +270,27 @@ class _NoKeyTwice(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def recipe_files() -> dict[str, Path]:
+    """Returns name to file of the recipes, and of the config files for accelerate: they lie inside the package, or
+    beside it in a checkout."""
+    here = Path(__file__).parents[1]
+    found = sorted(path for place in (here, here.parent) for path in (place / "recipes").rglob("*.yaml"))
+    return {
+        path.stem: path for path in found if path.parent.name == "accelerate" or "\ndataset_name:" in path.read_text()
+    }
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the file of a recipe.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if (path := recipe_files().get(name)) is None:
+        raise OptionError(f"{name!r} is not a recipe.{meant(name, recipe_files())} `dpo-peft recipes` lists them.")
+    return path
+
+
 def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file.
 
@@ -295,8 +302,16 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         return words, {}
     at = words.index("--config")
     path = Path([*words, ""][at + 1])
+    if not path.is_file() and (given := path.stem) in recipe_files():
+        if str(path) != given:
+            raise OptionError(
+                f"--config {path}: there is no such file. For the recipe give its name: --config {given}"
+            )
+        path = find_recipe(given)
     if not path.is_file():
-        raise OptionError(f"--config {path}: there is no such file.")
+        raise OptionError(
+            f"--config {path}: there is no such file, and no such recipe (`dpo-peft recipes` lists them)."
+        )
     try:
         options = yaml.load(path.read_text("utf-8"), _NoKeyTwice)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

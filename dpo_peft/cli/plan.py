@@ -15,11 +15,12 @@ from .options import option, parse_groups, show
 from .train import ModelArguments, target_modules
 
 EXAMPLES = [
-    "dpo-peft plan --config recipes/dpo_qlora_8b.yaml --gpu RTX4090",
+    "dpo-peft plan --config dpo_qlora_8b --gpu RTX4090",
     "dpo-peft plan --model_name_or_path Qwen/Qwen3-8B --gpu 24GB --lora_r 64",
     "dpo-peft plan --shape 70b --gpu H100 --optim adamw_8bit",
     "dpo-peft plan --shape 8b --gpu 24GB --pairs 60000 --pairs_per_second 4 --json",
 ]
+LENGTHS = ("prompt_tokens", "answer_tokens", "answers")  # what is read off the dataset if none is given
 LABELS = {
     "quantized_weights": "4-bit weights and their constants",
     "unquantized_weights": "weights not in 4 bits",
@@ -52,7 +53,10 @@ def plan(argv: Sequence[str]) -> None:
     Raises:
         OptionError: an unknown option or GPU, an impossible value, or a model whose memory can't be predicted.
     """
-    about = "Predict what a run takes of a GPU, from the model's config alone: no weights are read, no GPU is needed."
+    about = (
+        "Predict what a run takes of a GPU, from the model's config and the lengths of the dataset's rows: no weights "
+        "are read, no GPU is needed."
+    )
     usage = "[--config FILE.yaml] [--gpu GPU] [--option value ...]"
     # Options are read by name. No `DPOConfig` is made: that asks for the hardware of training.
     groups = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
@@ -69,8 +73,22 @@ def plan(argv: Sequence[str]) -> None:
         raise OptionError("load_in_8bit: the size of an 8-bit base is not known to the planner, leave it out.")
     if options.load_in_4bit is False:
         options.quantize_base = False
+    told = ""
+    if all(getattr(options, name) == DEFAULTS[name] for name in LENGTHS):
+        from .measure import found_lengths
+
+        found, told = found_lengths(options)
+        vars(options).update(found)
     planned = make_plan(**{name: getattr(options, name) for name in DEFAULTS})
-    show(planned.figures, render(planned), options.json)
+    if told and not found:
+        told += " A prompt of {prompt_tokens} and {answers} x {answer_tokens} tokens are assumed.".format(
+            **vars(options)
+        )
+    show(
+        planned.figures | ({"lengths": told} if told else {}),
+        "\n\n".join([render(planned), *[told] * bool(told)]),
+        options.json,
+    )
 
 
 def render(plan: Plan) -> str:

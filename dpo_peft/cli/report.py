@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..report.facts import duration, number
+from ..report.facts import brief, duration
 from ..report.page import save_report
 from .options import option, parse_options, required, show
 
@@ -50,14 +50,14 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def headline(run: Mapping[str, Any]) -> str:
-    """Returns a run's name and last figures in one line."""
-    parts = []
+    """Returns a run's name, the verdict on it and its last figures in one line."""
+    parts = [run["verdict"]["level"]] if "verdict" in run else []
     if "accuracy" in run:
         of = "held-out" if run["source"] != "train" else "training"
         about = [run["note"]] if "note" in run else []
-        about += [f"length alone {run['length_only']:.3f}"] if "length_only" in run else []
+        about += [f"pick the longer {run['length_only']:.3f}"] if "length_only" in run else []
         parts.append(f"{of} accuracy {run['accuracy']:.3f}" + (f" ({'; '.join(about)})" if about else ""))
-    parts += [f"{name} {number(run[key])}" for name, key in (("margin", "margin"), ("KL", "kl")) if key in run]
+    parts += [f"{name} {brief(run[key])}" for name, key in (("margin", "margin"), ("KL", "kl")) if key in run]
     parts += [f"{run['steps']:,} steps"] if "steps" in run else []
     parts += [duration(run["seconds"])] if "seconds" in run else []
     parts += ["not finished"] if not run["finished"] else []

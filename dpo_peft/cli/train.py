@@ -1,4 +1,4 @@
-"""`dpo-peft train --config recipes/quickstart.yaml --beta 0.2`: options and data in, a trained adapter out.
+"""`dpo-peft train --config FILE.yaml --beta 0.2`: options and data in, a trained adapter out.
 
 A YAML file holds any of the options; the command line overrides it. Each option belongs to one of three groups:
 `DPOConfig` (training), `DataArguments` and `ModelArguments`.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..disk import one_writer
 from ..errors import CheckpointError, OptionError
@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # importing them takes seconds, which a help should not
 logger = logging.getLogger(__name__)
 EVAL_STEPS = 0.25  # of the run, with eval_share alone
 EXAMPLES = [
-    "dpo-peft train --config recipes/dpo_qlora_8b.yaml",
-    "dpo-peft train --config recipes/dpo_qlora_8b.yaml --beta 0.2 --output_dir outputs/beta-0.2",
+    "dpo-peft train --config dpo_qlora_8b",
+    "dpo-peft train --config dpo_qlora_8b --beta 0.2 --output_dir outputs/beta-0.2",
     "dpo-peft train --model_name_or_path Qwen/Qwen3-8B --dataset_name pairs.jsonl --output_dir outputs/run",
     "dpo-peft train --config FILE.yaml --resume_from_checkpoint latest",
     "dpo-peft train --config FILE.yaml --json > result.json",
@@ -44,7 +44,6 @@ EXAMPLES = [
 class ModelArguments:
     """Which model, and which adapter on it."""
 
-    _argument_group_name = "model and adapter"
     model_name_or_path: str = option("", "Hub id or folder of the base model.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     dtype: str = option(
@@ -78,23 +77,36 @@ class ModelArguments:
 class OutputArguments:
     """What is printed at the end."""
 
-    _argument_group_name = "result"
+    dry_run: bool = option(False, "Check everything that needs no weights, say what the run would do, and stop.")
     json: bool = option(False, "Print the result as one JSON object on stdout, everything else on stderr.")
 
 
-def train(argv: Sequence[str]) -> "DPOTrainer":
-    """Reads options and data, trains, evaluates, saves, and returns the trainer.
+def train(argv: Sequence[str]) -> "DPOTrainer | None":
+    """Reads options and data, trains, evaluates, saves, and returns the trainer; with `dry_run` it trains nothing.
 
     Raises:
         OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
         TrainingInterrupted: after a signal, with a checkpoint saved.
     """
     data, args, model, output = _parse(argv)
+    if output.dry_run:
+        from .dry_run import dry_run
+
+        with _claimed(args):
+            show(*dry_run(args, model, _inputs(data, args, model)), output.json)
+        return None
+    from ..evaluation.log_file import SHOWN  # after parsing: these take seconds
+    from . import COMMANDS
+    from .closing import closing, evaluated
+
+    if args.disable_tqdm or not sys.stderr.isatty():
+        without_bars()
     # The logs of transformers.Trainer go to stdout.
     with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
+        logger.info("The first row as it is trained on:\n%s", first_row(trainer))
         seconds = trainer.train().metrics["train_runtime"]
-        if trainer.eval_dataset is not None:
+        if trainer.eval_dataset is not None and not evaluated(trainer):
             trainer.evaluate()
         try:
             trainer.save_model()
@@ -105,22 +117,28 @@ def train(argv: Sequence[str]) -> "DPOTrainer":
         result = {"output_dir": str(folder), "steps": trainer.state.global_step, "seconds": seconds}
         saved = json.loads((folder / "metrics.json").read_text("utf-8"))
         result |= {name: saved[name] for name in ("first", "last", "eval_first", "eval_last")}
-        result["warnings"] = saved.get("warnings", [])
-        show(
-            result,
-            f"{last_figures(folder)}\nAdapter, model card, metrics.json and curves.png are in {folder}",
-            output.json,
-        )
+        result |= {"warnings": saved.get("warnings", []), "verdict": saved["verdict"]}
+        text = closing(trainer, saved, COMMANDS)
+        SHOWN.info("%s", text)
+        show(result, f"\n{text}", output.json)
     return trainer
 
 
-def last_figures(folder: Path) -> str:
-    """Returns a saved run's figures in one line, as `dpo-peft report` prints it."""
-    from ..report.page import summary
-    from ..report.runs import Run
-    from .report import headline
+def first_row(trainer: "DPOTrainer") -> str:
+    """Returns the first training row as `dpo-peft data` shows it, shortened."""
+    from ..preview import render_row
 
-    return headline(summary(Run(folder)))
+    lines = render_row(next(iter(trainer.train_dataset)), trainer.processing_class, most_lines=4).splitlines()
+    return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
+
+
+def without_bars() -> None:
+    """Turns off the bars of other libraries, such as those of loading weights and of mapping rows."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 @contextmanager
@@ -158,22 +176,27 @@ def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments)
     """Loads the data and builds the `DPOTrainer` that the options describe."""
     from ..trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
+    trainer = DPOTrainer(**_inputs(data, args, model))
+    groups = ((group, f) for group in (data, model) for f in fields(group))
+    trainer.command_options = {f.name: value for group, f in groups if (value := getattr(group, f.name)) != f.default}
+    return trainer
+
+
+def _inputs(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> dict[str, Any]:
+    """Loads the data and returns the arguments of `DPOTrainer`."""
     train_dataset, eval_dataset = load_datasets(data, args.eval_strategy != "no", args.seed)
     args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
     for name, value in {"revision": model.model_revision, "attn_implementation": model.attn_implementation}.items():
         if value is not None:
             args.model_init_kwargs.setdefault(name, value)
-    trainer = DPOTrainer(
-        model=model.model_name_or_path,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=quantization(model, args),
-        peft_config=lora_config(model, args),
-    )
-    groups = ((group, f) for group in (data, model) for f in fields(group))
-    trainer.command_options = {f.name: value for group, f in groups if (value := getattr(group, f.name)) != f.default}
-    return trainer
+    return {
+        "model": model.model_name_or_path,
+        "args": args,
+        "train_dataset": train_dataset,
+        "eval_dataset": eval_dataset,
+        "quantization_config": quantization(model, args),
+        "peft_config": lora_config(model, args),
+    }
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments]:
@@ -190,8 +213,8 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
     from ..config import DPOConfig
 
     about = (
-        "Train a LoRA adapter on preferences. Needed: model_name_or_path, dataset_name, output_dir.\n"
-        "FILE.yaml holds options as `name: value` lines, the command line overrides it."
+        "Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a "
+        "FILE.yaml to begin with, --dry_run checks it."
     )
     groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
     options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)

@@ -60,7 +60,7 @@ class Encoder:
 def preprocess_dpo_sample(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chosen: str, rejected: str, max_length: int = 512
 ) -> dict[str, list[int]]:
-    """Returns one sample as padded-batch trainers want it: [BOS] + prompt + response + [EOS] twice (note listing 3).
+    """Returns one sample as padded-batch trainers want it: [BOS] + prompt + response + [EOS] twice.
 
     The package's own training goes through `prepare_dataset`. Unlike the listing: BOS stands where the tokenizer
     itself puts one, and once; EOS stands once; and what is too long loses the start of its prompt, the same for both

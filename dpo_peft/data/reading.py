@@ -22,6 +22,7 @@ from .tokenize import special_tokens
 
 logger = logging.getLogger(__name__)
 
+ANY_VOCABULARY = 2**31
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 COMPLETIONS = ("chosen", "rejected", "completion")
 # A prompt that ends with a role to be continued is rendered already, by a template of its own.
@@ -271,10 +272,11 @@ def find_format(
     columns: Iterable[str],
     rows: Sequence[Row],
     wanted: Wanted,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     as_chat: bool | None,
 ) -> RowFormat:
-    """Returns the format of dataset `name`, ready to read its rows, of which `rows` are some.
+    """Returns the format of dataset `name`, ready to read its rows, of which `rows` are some. Without a tokenizer rows
+    may hold any token ids.
 
     Raises `DataError` when there is none, or none that the objective can learn from.
     """
@@ -285,6 +287,7 @@ def find_format(
     reading, first = find_reading(name, columns, rows, tokenizer, as_chat)
     layout = detect_layout(name, {*columns.difference(reading.columns), *first}, first, wanted)
     parse = parse_each if layout.judged == "unlabeled" else parse_row
-    read = partial(parse, layout=layout, vocab_size=len(tokenizer), data=wanted.data)
+    vocabulary = ANY_VOCABULARY if tokenizer is None else len(tokenizer)
+    read = partial(parse, layout=layout, vocab_size=vocabulary, data=wanted.data)
     used = tuple(dict.fromkeys((*layout.used_columns, *reading.columns)))
     return RowFormat(layout.name, layout.kind, used, read, prepare=reading, as_chat=reading.as_chat)

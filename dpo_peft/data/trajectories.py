@@ -1,12 +1,12 @@
 """Trajectories: token ids of whole conversations, and for each token the step it belongs to.
 
 The model writes the assistant's turns; everything else (user, system and tool turns, what the template puts between
-them) is given. The step of a token is the number t in the discount γ^t of the trajectory loss (note eq. 46): the
-number of its assistant turn, or its own number among the assistant's tokens, counted from the start of the
-conversation. Tokens that the model does not write have the step -1 and are not scored.
+them) is given. The step of a token is the number t in the discount γ^t of the trajectory loss (docs/derivations.md,
+eq. 46): the number of its assistant turn, or its own number among the assistant's tokens, counted from the start of
+the conversation. Tokens that the model does not write have the step -1 and are not scored.
 
-What two trajectories share at their start has the same log-probs in both and cancels in the loss (note eq. 47), so it
-becomes their prompt. It may be empty.
+What two trajectories share at their start has the same log-probs in both and cancels in the loss (docs/derivations.md,
+eq. 47), so it becomes their prompt. It may be empty.
 """
 
 from dataclasses import dataclass, field

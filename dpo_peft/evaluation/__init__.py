@@ -4,20 +4,25 @@ None of it changes the run: weights and logs are, bit for bit, those of a run wi
 so a resumed run leaves the files that the straight one leaves.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..config import DPOConfig
 from ..forward import PackedBatch
 from ..objective import LossOutput, TrainingObjective
 from ..training.building import Preparation
+from .console import Console, Pace, PlainConsole, Shows, label_of
 from .diagnostics import Warnings
+from .log_file import open_log
 from .pair_records import PairRecords
 from .samples import Samples
+from .verdict import verdict
+
+__all__ = ["Evaluation", "open_log", "verdict"]
 
 
 class Evaluation:
@@ -30,7 +35,8 @@ class Evaluation:
         objective: what is minimized.
         datasets: the prepared datasets and what became of their rows.
         autocast: mixed precision around sampling.
-        callbacks: of the trainer; those of `report_to` get the samples as tables.
+        callbacks: of the trainer; those of `report_to` get the samples as tables, and ours takes the place of the one
+            that prints.
 
     Attributes:
         parts: callbacks, whose state is saved with checkpoints.
@@ -44,12 +50,17 @@ class Evaluation:
         objective: TrainingObjective,
         datasets: Preparation,
         autocast: Callable[[], AbstractContextManager[object]],
-        callbacks: Sequence[TrainerCallback],
+        callbacks: list[TrainerCallback],
     ):
         first = next(iter(datasets.evaluated.values()), ())
         self.samples = Samples(model, tokenizer, args, first, autocast, callbacks)
         self.records = PairRecords(args.output_dir)
         self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated, self.samples)
+        passes = 3 if objective.needs_reference and not args.caches_reference else 2
+        without = [] if objective.needs_reference else ["KL"]
+        self.pace = Pace(model, passes)
+        evaluated = list(datasets.evaluated) if args.eval_strategy != "no" else []
+        self.console = take_over(callbacks, self.pace, evaluated, without)
         self.parts = [self.samples, self.records, self.warnings]
 
     @contextmanager
@@ -71,6 +82,11 @@ class Evaluation:
         """Returns `step`, `name` and `message` of this run's warnings, each name once."""
         return self.warnings.raised
 
+    def begin(self, dataset: str) -> None:
+        """Begins the evaluation of a dataset, named by its metrics' prefix."""
+        if self.console is not None:
+            self.console.evaluating = label_of(dataset)
+
     def add(self, batch: PackedBatch, output: LossOutput) -> None:
         """Takes note of the pairs of an evaluation's micro-batch."""
         self.records.add(batch, output)
@@ -82,3 +98,21 @@ class Evaluation:
     def renew(self, step: int) -> None:
         """Samples a step again, if it was sampled: another adapter has been loaded."""
         self.samples.renew(step)
+
+
+def take_over(callbacks: list[TrainerCallback], *of_shows: Any) -> Shows | None:
+    """Puts ours in the place of the callback that transformers installs by default, and returns it; None if there is
+    another one, which stays.
+
+    Args:
+        callbacks: of the trainer.
+        of_shows: arguments of ours.
+    """
+    for i, callback in enumerate(callbacks):
+        own: Any = {ProgressCallback: Console, PrinterCallback: PlainConsole}.get(type(callback))
+        if type(callback).__name__ == "NotebookProgressCallback":
+            from .notebook import NotebookConsole as own  # imports IPython
+        if own is not None:
+            callbacks[i] = shows = own(*of_shows)
+            return shows
+    return None

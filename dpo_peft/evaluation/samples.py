@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from itertools import islice
@@ -96,6 +97,7 @@ class Samples(KeptRows):
         self.model, self.tokenizer, self.args, self._data, self._autocast = model, tokenizer, args, rows, autocast
         self._callbacks = callbacks
         self._prompt_ids: list[list[int]] | None = None
+        self._shown = Conversation(tokenizer)
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Begins the run's file, with the completions before training."""
@@ -159,13 +161,57 @@ class Samples(KeptRows):
             )
         return [
             {
-                "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
+                "prompt": self._shown(prompt),
                 "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
                 "tokens": len(ids),
                 "finished": bool(ids) and ids[-1] in ends,
             }
             for prompt, ids in zip(prompt_ids, completions, strict=True)
         ]
+
+
+class Conversation:
+    """Shows a prompt's tokens as the text of its conversation: what the chat template puts around the turns is taken
+    away, and if there are several, each has its role before it.
+
+    Args:
+        tokenizer: whose template it is; without one, and where a prompt isn't written by it, only special tokens go.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._turns = self._around("user", "assistant", "user")  # before, between and behind three turns
+        self._system = self._around("system", "user")
+
+    def _around(self, *roles: str) -> list[str]:
+        """Returns what the template writes before, between and behind turns; nothing if it can't be told."""
+        marks = [f"qzx{i}xzq" for i in range(len(roles))]
+        turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        if self._tokenizer.chat_template is None:
+            return []
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a template may refuse any conversation
+            return []
+        parts = re.split("|".join(marks), str(text))
+        return parts if len(parts) == len(roles) + 1 and all(parts[1:]) else []
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """Returns the text of a prompt."""
+        text = str(self._tokenizer.decode(ids))
+        if not self._turns or not text.endswith(self._turns[-1]):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        head, to_assistant, to_user, tail = self._turns
+        text, roles = text.removesuffix(tail), {to_assistant: "assistant", to_user: "user"}
+        first = "user"
+        if self._system and not text.startswith(head or "\0") and text.startswith(self._system[0]):
+            first, head, roles = "system", self._system[0], {**roles, self._system[1]: "user"}
+        text = text.removeprefix(head)
+        cut = re.split("(" + "|".join(map(re.escape, sorted(roles, key=len, reverse=True))) + ")", text)
+        turns = [(first, cut[0]), *((roles[sign], turn) for sign, turn in zip(cut[1::2], cut[2::2], strict=True))]
+        for token in self._tokenizer.all_special_tokens:
+            turns = [(role, turn.replace(token, "")) for role, turn in turns]
+        return turns[0][1].strip() if len(turns) == 1 else "\n".join(f"{role}: {turn.strip()}" for role, turn in turns)
 
 
 def distinct_prompts(rows: Iterable[Row], longest: int | None) -> Iterator[list[int]]:

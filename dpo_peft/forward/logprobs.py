@@ -94,7 +94,8 @@ def token_logps(
     chunk_rows: int = CHUNK_ROWS,
     log_sum_sq_N: Tensor | None = None,
 ) -> Tensor:
-    """Returns the log-prob of each target token given the hidden state that predicts it (note eq. 49, by term).
+    """Returns the log-prob of each target token given the hidden state that predicts it (docs/derivations.md, eq. 49,
+    by term).
 
     Args:
         hidden_NH: (N, H) hidden states, any float dtype.

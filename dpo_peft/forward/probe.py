@@ -63,6 +63,7 @@ class ForwardPlan:
     reason: str = ""  # why prompts aren't shared
     fused: Decoder | None = None  # None: the model's own layers are run
     unfused: str = ""  # why
+    tolerance: float = 0.0  # nats: differences that rounding explains
 
     @cached_property
     def scorer(self) -> str | Decoder:
@@ -75,8 +76,9 @@ class ForwardPlan:
         layers = "fused layers" if self.fused else f"the model's own layers: {self.unfused}"
         attention = self.fused.attention if self.fused else self.backend
         return (
-            f"Prompts are computed once per sample (attention backend {attention!r}; {layers}; largest difference to "
-            f"the model's own log-probs {self.max_difference:.1e})."
+            f"Prompts are computed once per sample (attention backend {attention!r}; {layers}). Log-probs are the "
+            f"model's own within rounding: {self.max_difference:.1g} nats a token apart at most, where up to "
+            f"{self.tolerance:.1g} is normal in this dtype."
         )
 
 
@@ -126,7 +128,7 @@ def plan_forward(
             except Exception as error:  # a kernel may refuse this GPU or this shape
                 logger.warning("The %s attention backend does not work here (%s).", backend, _short(error))
                 backend = "dense"
-        plan = ForwardPlan(True, backend, difference)
+        plan = ForwardPlan(True, backend, difference, tolerance=probe.tolerance)
         return replace(plan, unfused="fused_layers=False") if fused is False else _with_fused(plan, probe, bool(fused))
 
 

@@ -50,7 +50,7 @@ class Scores:
     """Log-probs of a batch from one forward pass, in nats."""
 
     token_logps_N: Tensor  # log-prob of every predicted token, float32; empty where a cache kept the sums only
-    logps_C: Tensor  # their sum per completion (note eq. 49), float64
+    logps_C: Tensor  # their sum per completion (docs/derivations.md, eq. 49), float64
     log_sum_sq_N: Tensor | None = None  # log of the sum over the vocabulary of squared probabilities, float32
     routing: Routing | None = None  # of a mixture of experts
 
@@ -156,7 +156,7 @@ def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routi
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Returns the log-probability of each labeled sequence under any causal LM (note eq. 49 and listing 1).
+    """Returns the log-probability of each labeled sequence under any causal LM (docs/derivations.md, eq. 49).
 
     The plain path, from the model's own logits: for small jobs and as an oracle. Training uses `completion_logps`.
 

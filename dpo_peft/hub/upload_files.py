@@ -44,6 +44,7 @@ LEFT_OUT = {
     "checkpoint-*": "a checkpoint: optimizer state and pickles, to resume from here",
     MANIFEST: "digests of the files as they are here",
     "eval_examples.jsonl": "figures of single held-out rows; add it by include",
+    "worst_pairs.jsonl": "texts of held-out rows; add it by include",
     "*": "no part of an adapter; add it by include",
 }
 _BASE = "Give the id of the same model on the Hub: --base_model NAME/MODEL (publish it first if it isn't there)."

@@ -37,7 +37,8 @@ def multi_negative_loss(
     By hand (m = 3, beta 0.5): scores 2, -1, 0, 1 make rewards 1, -0.5, 0, 0.5; the exponentials 2.7183 + 0.6065 + 1 +
     1.6487 = 5.9735; log(5.9735 / 2.7183) = 0.7873.
 
-    Source: van den Oord et al. 2018, InfoNCE, arXiv:1807.03748, eq. 4, on implicit rewards (note eq. 17).
+    Source: van den Oord et al. 2018, InfoNCE, arXiv:1807.03748, eq. 4, on implicit rewards (docs/derivations.md, eq.
+    17).
     """
     rewards_C = beta * scores_C
     lowest_E = grades_C.new_full((num_samples,), torch.finfo(grades_C.dtype).min)

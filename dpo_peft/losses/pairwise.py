@@ -4,7 +4,8 @@
 call them on the whole optimizer batch at once; they give their losses in sorted order.
 
 A score is log pi(y|x) - log pi_ref(y|x), in nats, weighted, shaped and clipped by `scores.py` where the run asks it.
-The example of most docstrings is the note's 3.1: scores 2 and -1, beta 0.1, so h = 0.1 * (2 + 1) = 0.3.
+The example of most docstrings is that of docs/derivations.md, after eq. 11: scores 2 and -1, beta 0.1, so h = 0.1 * (2
++ 1) = 0.3.
 
 Shape suffix: B pairs. Every loss returns (B,), in the dtype of its inputs.
 """
@@ -59,8 +60,8 @@ def sigmoid_loss(
     By hand (scores 2 and -1, beta 0.1): h = 0.3, log(1 + exp(-0.3)) = 0.5544. With margin 0.1, h = 0.2: 0.5981. With
     label_smoothing 0.1 (conservative DPO): 0.9 * 0.5544 + 0.1 * 0.8544 = 0.5844.
 
-    Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, eq. 7 (note eqs. 8, 9, 11);
-    smoothing: Mitchell 2023, cDPO; margin: Amini et al. 2024, ODPO, arXiv:2402.10571.
+    Source: Rafailov et al. 2023, Direct Preference Optimization, arXiv:2305.18290, eq. 7 (docs/derivations.md, eqs. 8,
+    9, 11); smoothing: Mitchell 2023, cDPO; margin: Amini et al. 2024, ODPO, arXiv:2402.10571.
     """
     return smoothed_logistic(beta * (chosen_scores_B - rejected_scores_B) - margin_B, label_smoothing)
 
@@ -81,7 +82,7 @@ def trajectory_loss(
     steps make 1 + 0.5 * 2 = 2, one step of -1 makes -1; beta 0.1: log(1 + exp(-0.3)) = 0.5544.
 
     Source: Hejna et al. 2023, Contrastive Preference Learning, arXiv:2310.13639, its contrastive loss, with a
-    reference (note eqs. 31, 46, 47).
+    reference (docs/derivations.md, eqs. 31, 46, 47).
     """
     return sigmoid_loss(chosen_scores_B, rejected_scores_B, margin_B, beta=beta)
 
@@ -119,13 +120,14 @@ def ipo_loss(
 ) -> Tensor:
     """IPO: (chosen - rejected - 1 / (2 beta))^2.
 
-    The default takes scores as sums over tokens, as paper and note print it. `ipo_length_normalize` divides each score
+    The default takes scores as sums over tokens, as the paper prints it. `ipo_length_normalize` divides each score
     by its number of tokens first: the target then is a difference per token, which long completions reach at the price
     of a far larger distance from the reference.
 
     By hand: (3 - 5)^2 = 4.0. Normalized, with 4 and 2 tokens: (2 / 4 + 1 / 2 - 5)^2 = 16.0.
 
-    Source: Azar et al. 2023, A General Theoretical Paradigm (IPO), arXiv:2310.12036, eq. 17 (note eq. 50).
+    Source: Azar et al. 2023, A General Theoretical Paradigm (IPO), arXiv:2310.12036, eq. 17 (docs/derivations.md, eq.
+    50).
     """
     if ipo_length_normalize:
         chosen_scores_B = chosen_scores_B / chosen_lengths_B
@@ -299,18 +301,18 @@ def dpo_loss(
 
         r(x, y) = beta * (log pi(y|x) - log pi_ref(y|x))        loss = -log sigmoid(r(x, y_w) - r(x, y_l))
 
-    By hand (note, example 3.1): log-probs -10 and -15 under the policy, -12 and -14 under the reference, beta 0.1.
-    The rewards are 0.1 * (-10 + 12) = 0.2 and 0.1 * (-15 + 14) = -0.1, their difference 0.3, and
+    By hand (docs/derivations.md, after eq. 11): log-probs -10 and -15 under the policy, -12 and -14 under the
+    reference, beta 0.1. The rewards are 0.1 * (-10 + 12) = 0.2 and 0.1 * (-15 + 14) = -0.1, their difference 0.3, and
     -log sigmoid(0.3) = log(1 + exp(-0.3)) = 0.5544.
 
     Args:
         chosen_logps_B, rejected_logps_B: (B,) log-probs of the completions under the policy.
         ref_chosen_logps_B, ref_rejected_logps_B: (B,) the same under the reference.
         beta: how strongly the policy is held to the reference; rewards are in units of beta nats.
-        reward_clip: clip each implicit reward to [-reward_clip, reward_clip] (note section 6.3). A reward outside it
+        reward_clip: clip each implicit reward to [-reward_clip, reward_clip]. A reward outside it
             gets no gradient. The rewards returned are the unclipped ones.
 
-    Source: Rafailov et al. 2023, eq. 7 (note eqs. 8, 9, 11, listing 2).
+    Source: Rafailov et al. 2023, eq. 7 (docs/derivations.md, eqs. 8, 9, 11).
     """
     chosen_B, rejected_B = chosen_logps_B - ref_chosen_logps_B, rejected_logps_B - ref_rejected_logps_B
     losses_B = sigmoid_loss(

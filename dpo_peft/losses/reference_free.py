@@ -26,7 +26,7 @@ def sft_loss(chosen_nll_B: Tensor, mean_chosen_length: Tensor | float) -> Tensor
 
     By hand: nats 6 and 2 over 3 and 1 tokens, so 2 tokens a pair: 3.0 and 1.0, whose mean is 8 nats / 4 tokens.
 
-    Source: maximum likelihood, the first term of ORPO's 6 (note eq. 53).
+    Source: maximum likelihood, the first term of ORPO's 6 (docs/derivations.md, eq. 53).
     """
     return chosen_nll_B / mean_chosen_length
 
@@ -57,8 +57,8 @@ def simpo_loss(
     with a = `alphapo_alpha`; 0 is SimPO. By hand, a = 0.5 (beta 2, simpo_gamma 1, the log-probs above): rewards
     -3.4366 and -6.9634, 2 * 3.5268 - 1 = 6.0536, log(1 + exp(-6.0536)) = 0.0023.
 
-    Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6 (note eq. 52); alpha: Gupta et al. 2025, AlphaPO,
-    arXiv:2501.03884.
+    Source: Meng et al. 2024, SimPO, arXiv:2405.14734, eq. 6 (docs/derivations.md, eq. 52); alpha: Gupta et al. 2025,
+    AlphaPO, arXiv:2501.03884.
     """
     means = chosen_logps_B / chosen_lengths_B, rejected_logps_B / rejected_lengths_B
     # Alike as functions: AlphaPO's of a mean, and the alpha divergence's of a score.
@@ -75,7 +75,7 @@ def log_odds(mean_logps_B: Tensor) -> Tensor:
 @register(
     "-log pi(y_w) per token - beta * log sigmoid(log(odds(y_w) / odds(y_l)))",
     use_when="Preference training straight from a base model, without an SFT run before.",
-    why_beta="The note's lambda; TRL's default.",
+    why_beta="TRL's default; it is lambda of the paper.",
 )
 def orpo_loss(
     chosen_logps_B: Tensor,
@@ -89,13 +89,13 @@ def orpo_loss(
 ) -> Tensor:
     """ORPO: cross-entropy per token of the chosen completion - beta * log sigmoid(log(odds(y_w) / odds(y_l))).
 
-    odds = p / (1 - p) with p = exp(log pi(y) / |y|), the geometric mean of the token probabilities. beta is the note's
-    lambda. The cross-entropy is that of the completion, not of prompt and completion.
+    odds = p / (1 - p) with p = exp(log pi(y) / |y|), the geometric mean of the token probabilities. beta is
+    lambda of docs/derivations.md, eq. 53. The cross-entropy is that of the completion, not of prompt and completion.
 
     By hand (beta 0.1): two chosen tokens of probability 0.5 each, one rejected token of probability 0.2. The odds are
     1 and 0.25, their ratio 4, -log(4 / 5) = 0.2231; 2 * 0.6931 nats over 2 tokens: 0.6931 + 0.1 * 0.2231 = 0.7155.
 
-    Source: Hong et al. 2024, ORPO, arXiv:2403.07691, eq. 6, 7 (note eq. 53).
+    Source: Hong et al. 2024, ORPO, arXiv:2403.07691, eq. 6, 7 (docs/derivations.md, eq. 53).
     """
     ratio_B = log_odds(chosen_logps_B / chosen_lengths_B) - log_odds(rejected_logps_B / rejected_lengths_B)
     return sft_loss(chosen_nll_B, mean_chosen_length) - beta * F.logsigmoid(ratio_B)

@@ -41,7 +41,7 @@ def shape_scores(
         beta: only used to turn `reward_clip` into units of scores.
         f_divergence_type: one of `F_DIVERGENCES`.
         f_alpha_divergence_coef: a of the alpha divergence; ignored by the others.
-        reward_clip: clip beta * score to [-reward_clip, reward_clip] (note section 6.3). No gradient outside.
+        reward_clip: clip beta * score to [-reward_clip, reward_clip]. No gradient outside.
 
     Raises:
         OptionError: unknown divergence.
@@ -73,7 +73,7 @@ def discounts(steps_N: Tensor, gamma: float) -> Tensor:
     Raises:
         OptionError: gamma outside (0, 1].
 
-    Source: note eqs. 31, 47.
+    Source: docs/derivations.md, eqs. 31, 47.
     """
     if not 0 < gamma <= 1:
         raise OptionError(f"discount_gamma={gamma!r} must be above 0 and at most 1 (1 is no discount).")

@@ -43,13 +43,12 @@ def kto_loss(
 ) -> Tensor:
     """KTO: w * (1 - sigmoid(beta * (s - z_ref))) for a good completion, w * sigmoid(beta * (s - z_ref)) for a bad one.
 
-    The note's (51) writes beta * r, where its r of (10) already holds beta: as in the paper, beta is applied once, to
-    score and reference point alike.
+    beta is applied once, to score and reference point alike.
 
     By hand (beta 0.1, z_ref 1.0 from mismatched scores 0.5 and 1.5): a good completion of score 2: 1 - sigmoid(0.1) =
     0.4750; a bad one of score -1: sigmoid(-0.2) = 0.4502.
 
-    Source: Ethayarajh et al. 2024, KTO, arXiv:2402.01306, eq. 7 (note eq. 51, with beta applied once).
+    Source: Ethayarajh et al. 2024, KTO, arXiv:2402.01306, eq. 7 (docs/derivations.md, eq. 51).
     """
     scores_C = scores_C - reference_point(mismatched_scores_M)
     return _judged(beta * scores_C, grades_C, desirable_weight, undesirable_weight)

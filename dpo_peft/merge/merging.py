@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..artifacts.card import cell, is_hub_id, link, shown_name
-from ..disk import one_writer, remove, sync, write_atomically
+from ..disk import one_writer, open_by_umask, remove, sync, write_atomically
 from ..errors import DriftError, OptionError
 from ..forward.rotary import fix_rope
 from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, rope_length_of
@@ -127,6 +127,7 @@ def merge_adapter(
         with quiet():
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
         seen.tokenizer.save_pretrained(folder)
+        open_by_umask(folder)
         del merged
         gc.collect()
         drift = measure_drift(folder, dtype, seen, source.trust_remote_code)

@@ -46,7 +46,10 @@ def sample_completions(
     Raises:
         OptionError: an empty prompt, or a number out of range.
     """
-    _check(prompt_ids, max_new_tokens, temperature, top_p, top_k)
+    check_sampling(max_new_tokens, temperature, top_p, top_k)
+    for number, ids in enumerate(prompt_ids):
+        if not ids:
+            raise OptionError(f"Prompt {number} has no tokens: give each at least one.")
     if not isinstance(seed, int) and len(seed) != len(prompt_ids):
         raise OptionError(f"{len(seed)} seeds for {len(prompt_ids)} prompts: give each one, or one number for all.")
     if not prompt_ids:
@@ -105,12 +108,10 @@ class _OwnDraws(LogitsProcessor):
         return scores - exponential.log()
 
 
-def _check(prompt_ids: Sequence[Sequence[int]], new: int, temperature: float, top_p: float, top_k: int) -> None:
-    for number, ids in enumerate(prompt_ids):
-        if not ids:
-            raise OptionError(f"Prompt {number} has no tokens: give each at least one.")
-    if new < 1:
-        raise OptionError(f"max_new_tokens={new} must be at least 1.")
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0) -> None:
+    """Raises an OptionError for a number out of range, or one that has no effect."""
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if not temperature >= 0:
         raise OptionError(f"temperature={temperature} must be 0 (the likeliest token) or above.")
     if not 0 < top_p <= 1:

@@ -1,9 +1,9 @@
 """Statistical rejection sampling: of a policy's own completions, those that the best policy for a reward would give.
 
-The optimum of RLHF's objective is pi*(y|x) = pi(y|x) exp(r(x, y) / beta) / Z(x) (note eq. 4). Completions sampled
-from pi become completions of pi* if each is kept with a probability in proportion to exp(r / beta). Liu et al. 2023,
-"Statistical Rejection Sampling Improves Preference Optimization" (RSO, arXiv:2309.06657), section 3.2 and Algorithm 1;
-note 8.3.
+The optimum of RLHF's objective is pi*(y|x) = pi(y|x) exp(r(x, y) / beta) / Z(x) (docs/derivations.md, eq. 4).
+Completions sampled from pi become completions of pi* if each is kept with a probability in proportion to exp(r /
+beta). Liu et al. 2023, "Statistical Rejection Sampling Improves Preference Optimization" (RSO, arXiv:2309.06657),
+section 3.2 and Algorithm 1; docs/derivations.md, eq. 84.
 
 Nothing here knows of models or texts: candidates are their rewards, by index.
 """

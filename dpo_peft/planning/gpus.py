@@ -37,13 +37,21 @@ def parse_gpu(text: str) -> Gpu:
     Raises:
         OptionError: no such GPU, or a size that none has.
     """
-    if size := re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GB|GiB|G)?\s*", text, flags=re.IGNORECASE):
-        number, exact = float(size[1]), (size[2] or "").lower() == "gib"
+    if size := re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GB|GiB|G)\s*", text, flags=re.IGNORECASE):
+        number, exact = float(size[1]), size[2].lower() == "gib"
         if not 1 <= number <= 10000:
             raise OptionError(f"gpu={text!r}: a GPU has 1 to 10000 GB.")
         return Gpu(text.strip(), number * GIB * (1 if exact else SOLD_AS))
     known, wanted = {_plain(name): name for name in GPUS}, _plain(text)
+    if f"rtx{wanted}" in known:  # "4090"
+        wanted = f"rtx{wanted}"
     if wanted not in known:
+        if wanted.isdecimal():
+            alike = [name for name in GPUS if wanted in name] or [*GPUS]
+            raise OptionError(
+                f"gpu={text!r} is neither a name nor a size. For {text} GB write --gpu {wanted}GB; known names: "
+                f"{', '.join(alike)}."
+            )
         close = [name for plain, name in known.items() if plain.startswith(wanted or " ")]
         close = close or [known[name] for name in difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)]
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(GPUS)}."

@@ -275,7 +275,7 @@ def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
 
 
 def compare_methods(model: MemoryModel) -> list[dict[str, str | float]]:
-    """Compares with PPO and full DPO as the note does (1.1 and 9.1), in bytes, without activations.
+    """Compares with PPO and full DPO in bytes, without activations.
 
     PPO holds policy, value function, reference and reward model, and trains the first two; DPO as published holds
     policy and reference. Both in bfloat16, trained in full. Value function and reward model have a head of one output.

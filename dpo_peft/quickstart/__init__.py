@@ -10,6 +10,7 @@ from .fluency import known_trigram_share
 from .reward import review_reward, true_reward
 
 __all__ = [
+    "config_file",
     "eval_prompts",
     "known_trigram_share",
     "model_path",
@@ -20,6 +21,12 @@ __all__ = [
 ]
 
 _HERE = Path(__file__).parent
+
+
+def config_file() -> str:
+    """Returns the options of the demo: recipes/quickstart.yaml of a checkout, which the wheel holds here."""
+    file = "quickstart.yaml"
+    return str(_HERE / file if (_HERE / file).is_file() else _HERE.parents[1] / "recipes" / file)
 
 
 def model_path() -> str:

@@ -1,15 +1,16 @@
-"""Charts of a report: curves over steps, histograms, a scatter. matplotlib draws them, the page gives them their look.
+"""Charts of a report: how one is made, curves over steps, reward over KL; `distributions` has the others. matplotlib
+draws them, the page gives them their look.
 
 Lines differ by color and dashes, points by color and shape, so that no chart is read by color alone.
 
-Left out on purpose: smoothing (it hides the step at which a run broke) and logarithmic axes.
+Left out on purpose: smoothing (it hides the step at which a run broke) and logarithmic axes of values.
 """
 
 import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ..artifacts.curves import Series
 from .facts import number, plain
@@ -27,6 +27,8 @@ COLORS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 MARKERS = "osD^"
 MOST_TRACES = COLORS * len(DASHES)  # told apart by color and dashes together
+BOX, MARK = (304, 168), 7.5  # of a chart's plot, and a mark with the room that it needs: units of the picture
+MOST_ABREAST = 6  # marks beside each other that have all of that room
 HUGE = 1e150  # a difference of values beyond it overflows: drawn as not finite
 Range = tuple[float, float]
 
@@ -104,9 +106,13 @@ class Chart:
         self._traces[gid := f"trace{len(self._traces)}"] = {name: look for name, look in looks.items() if look}
         return gid
 
+    def titled(self, gid: str, titles: Sequence[str]) -> None:
+        """Gives the marks that are drawn as `gid` titles, which show when they are pointed at."""
+        self._titles[gid] = titles
+
     def marks(self, points: Sequence[tuple[float, float]], marker: str, name: str, titles: Sequence[str] = ()) -> None:
         """Draws marks of the class `name`; a title shows when its mark is pointed at."""
-        self._titles[name] = titles
+        self.titled(name, titles)
         size = 6 if marker in "xv" else 5.2
         self.axes.plot(*np.reshape(points, (-1, 2)).T, marker, markersize=size, gid=name, clip_on=False)
 
@@ -230,30 +236,53 @@ def curve_chart(
     values = [value for trace in traces for _, value in trace.series if drawable(value)]
     values += [guide] if guide is not None else []
     y_range = limits or room(min(values, default=0.0), max(values, default=1.0), 0.07)
-    chart = Chart(key, title, room(steps[0], steps[-1], 0.0), y_range, "step", hover="step")
+    lines = [trace for trace in traces if not trace.points]
+    chart = Chart(key, title, room(steps[0], steps[-1], 0.0 if lines else 0.05), y_range, "step", hover="step")
     if guide is not None:
         chart.guide(guide, guide_label)
-    thinned = 0
+    thinned, apart = 0, _apart([trace for trace in traces if trace.points], chart)
     for trace in sorted(traces, key=lambda trace: trace.points):  # points last: they are few, and lie over the lines
         series = thin(trace.series, buckets)
         thinned = max(thinned, len(trace.series) * (len(series) < len(trace.series)))
         gid = chart.trace(trace, [point for point in series if drawable(point[1])])
-        drawn = np.array([(x, y if drawable(y) else math.nan) for x, y in series])
+        aside = apart if trace.points else {}
+        drawn = np.array([(x + aside.get((x, id(trace)), 0), y if drawable(y) else math.nan) for x, y in series])
         chart.axes.plot(*drawn.T, MARKERS[trace.shape] if trace.points else "-", markersize=5.5, gid=gid)
         chart.marks([(x, y_range[0]) for x, y in series if not drawable(y)], "x", f"cross {trace.color}")
     top = y_range[1] + 0.04 * (y_range[1] - y_range[0])
     warned = [(step, name) for step, name in warned if chart.x[0] <= step <= chart.x[1]]
     chart.marks([(step, top) for step, _ in warned], "v", "mark", [name for _, name in warned])
-    lines = {(trace.color, trace.dash) for trace in traces if not trace.points}
-    named = [t for t in traces if not t.group and (not t.points or (t.color, t.dash) not in lines)]
+    drawn_as = {(trace.color, trace.dash) for trace in lines}
+    named = [t for t in traces if not t.group and (not t.points or (t.color, t.dash) not in drawn_as)]
     note = f"{thinned:,} values: the lowest and highest of each of {buckets} stretches are drawn."
     return chart.finish(
         "; ".join(map(_ends, traces[:MOST_TRACES])) + ".",
-        ([note] if thinned else []) + _not_finite(traces),
+        ([note] if thinned else []) + _not_finite(traces) + _ended_before(lines, steps[-1]),
         ["step", *(trace.label for trace in traces)],
         _rows(traces, steps),
         named if len(named) > 1 else [],
     )
+
+
+def _apart(marks: Sequence[Trace], chart: Chart) -> dict[tuple[float, int], float]:
+    """Returns (step, id of the trace) -> how far its mark is moved aside, in steps: of marks that would lie over each
+    other all are seen, side by side."""
+    wide, high = ((high - low) * MARK / size for (low, high), size in zip((chart.x, chart.y), BOX, strict=True))
+    by_step: dict[float, list[tuple[float, int]]] = {}
+    for at, trace in enumerate(marks):
+        for step, value in trace.series:
+            by_step.setdefault(step, []).extend([(value, at)] if drawable(value) else [])
+    moved = {}
+    for step, placed in by_step.items():
+        heap: list[tuple[float, int]] = []
+        for value, at in [*sorted(placed), (math.inf, 0)]:
+            if heap and value - heap[-1][0] > high:
+                each = wide * min(1, MOST_ABREAST / len(heap))
+                for i, (_, of) in enumerate(sorted(heap, key=lambda one: one[1])):
+                    moved[step, id(marks[of])] = each * (i - (len(heap) - 1) / 2)
+                heap = []
+            heap.append((value, at))
+    return moved
 
 
 def thin(series: Series, buckets: int) -> Series:
@@ -285,81 +314,50 @@ def _rows(traces: Sequence[Trace], steps: Sequence[float]) -> list[list[str]]:
     return [[plain(step), *(number(c[step]) if step in c else "" for c in columns)] for step in shown]
 
 
+def _ended_before(lines: Sequence[Trace], last: float) -> list[str]:
+    """Returns where training was logged last, if that is before what else is drawn."""
+    end = max((trace.series[-1][0] for trace in lines), default=last)
+    one_run = not any(trace.group for trace in lines)
+    return [f"Training was last logged at step {plain(end)}."] if end < last and one_run else []
+
+
 def _not_finite(traces: Sequence[Trace]) -> list[str]:
     steps = sorted({step for trace in traces for step, value in trace.series if not drawable(value)})
     shown = ", ".join(plain(step) for step in steps[:5]) + (f" and {len(steps) - 5:,} more" if len(steps) > 5 else "")
     return [f"× not finite at step{'s' if len(steps) > 1 else ''} {shown}."] if steps else []
 
 
-# ---- Distributions --------------------------------------------------------------------------------------------------
+# ---- Reward over KL -------------------------------------------------------------------------------------------------
 
 
 @in_our_style
-def histogram_chart(key: str, title: str, traces: Sequence[Trace], unit: str) -> Chart:
-    """Draws shares of values in bins that all traces have in common. Edges are round, so 0 is one if it is among them.
-    The outermost half per cent of each end lies in the last bins. A trace that has one value only (margins before
-    training are all 0) is a line across: as a bar it would flatten the others.
+def frontier_chart(
+    key: str, title: str, lines: Sequence[tuple[Trace, Sequence[tuple[float, float, str]]]], notes: Sequence[str]
+) -> Chart:
+    """Draws for each run a line through its evaluations, in their order, over the KL. Most of what happens does so at
+    a small KL, so the axis is that of its root, as in docs/objectives.md.
 
     Args:
         key, title: see `Chart`.
-        traces: at least one, each with at least one finite value.
-        unit: what the values are, for the axis.
+        lines: how a run is drawn, and its (KL, value, text that shows when the mark is pointed at), all finite.
+        notes: what isn't drawn.
     """
-    finite = [np.array([value for _, value in trace.series if drawable(value)]) for trace in traces]
-    low, high = np.percentile(np.concatenate(finite), [0.5, 99.5])
-    edges = np.array(MaxNLocator(nbins=28, steps=[1, 2, 2.5, 5, 10]).tick_values(*room(low, high, 0.0)))
-    counts = [np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] for values in finite]
-    shares = [100 * count / count.sum() for count in counts]
-    alike = [np.ptp(values) < 1e-3 * (edges[1] - edges[0]) for values in finite]
-    alike = [one and not all(alike) for one in alike]
-    highest = max(share.max() for share, one in zip(shares, alike, strict=True) if not one)
-    chart = Chart(key, title, (edges[0], edges[-1]), (0.0, highest * 1.08), unit, hover=f"{unit} around", unit="%")
-    middles = (edges[:-1] + edges[1:]) / 2
-    notes, described = [], []
-    for trace, values, share, one in zip(traces, finite, shares, alike, strict=True):
-        if one:
-            chart.axes.axvline(values[0], gid=chart.trace(trace, []))
-        else:
-            gid = chart.trace(trace, list(zip(middles.tolist(), share.tolist(), strict=True)))
-            chart.axes.stairs(share, edges, fill=trace.filled, gid=gid)
-        outside, missing = ((values < edges[0]) | (values > edges[-1])).sum(), len(trace.series) - len(values)
-        notes += [f"{trace.label}: every value is {number(values[0])}."] if not np.ptp(values) else []
-        notes += [f"{trace.label}: {outside:,} beyond the ends are in the last bins."] if outside else []
-        notes += [f"{trace.label}: {missing:,} not finite."] if missing else []
-        middle, above = number(float(np.median(values))), (values > 0).mean()
-        described.append(f"{trace.label}: {len(values):,} values, median {middle}, {above:.1%} above 0")
-    chart.zero()
-    bins = zip(edges[:-1], edges[1:], *counts, strict=True)
-    rows = [[f"{number(a)} to {number(b)}", *(f"{count:,}" for count in of_bin)] for a, b, *of_bin in bins]
-    heads = [unit, *(f"{trace.label}, values" for trace in traces)]
-    return chart.finish("; ".join(described) + ".", notes, heads, rows, traces)
-
-
-@in_our_style
-def scatter_chart(key: str, title: str, points: Sequence[tuple[float, float, str]], x_label: str, most: int) -> Chart:
-    """Draws points above 0 as discs, at or below as rings, with the line of least squares through all of them.
-
-    Args:
-        key, title: see `Chart`.
-        points: (x, y, text that shows when it is pointed at); not finite ones are left out and counted.
-        x_label: what x is.
-        most: more points than these are thinned to every n-th.
-    """
-    finite = [point for point in points if drawable(point[0]) and drawable(point[1])]
-    every = -(-len(finite) // most)
-    drawn = finite[::every]
-    xs, ys = (np.array([point[i] for point in finite], float) for i in (0, 1))
-    chart = Chart(key, title, room(xs.min(), xs.max(), 0.04), room(ys.min(), ys.max(), 0.06), x_label)
-    if chart.y[0] < 0 < chart.y[1]:
-        chart.guide(0.0)
-    chart.zero(words=False)
-    for kind, some in (("disc", [p for p in drawn if p[1] > 0]), ("ring", [p for p in drawn if p[1] <= 0])):
-        chart.marks([(x, y) for x, y, _ in some], "o", kind, [text for *_, text in some])
-    if xs.std() > 0:
-        ends = np.array([xs.min(), xs.max()])
-        line = np.clip(np.polyval(np.polyfit(xs, ys, 1), ends), *chart.y)
-        chart.axes.plot(ends, line, gid=chart.trace(Trace("", [], "gray", dash=1), []))
-    notes = [f"{len(drawn):,} of {len(finite):,} points are drawn; figures are of all."] if every > 1 else []
-    notes += [f"{len(points) - len(finite):,} are not finite and left out."] if len(finite) < len(points) else []
-    described = f"{len(finite):,} points. {x_label}: {number(xs.min())} to {number(xs.max())}; {title}: "
-    return chart.finish(f"{described}{number(ys.min())} to {number(ys.max())}.", notes)
+    points = [point for _, of in lines for point in of]
+    most = max(kl for kl, *_ in points) * 1.1 or 1.0
+    values = [value for _, value, _ in points]
+    chart = Chart(key, title, (0.0, most), room(min(values), max(values), 0.07), "KL (nats per completion)")
+    chart.axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
+    ticks: list[float] = [0.0]
+    for tick in (m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)):
+        if tick <= most and math.sqrt(tick) - math.sqrt(ticks[-1]) > 0.12 * math.sqrt(most):
+            ticks.append(tick)
+    chart.axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    for look, of in lines:
+        xs, ys = np.array([point[:2] for point in of]).T
+        chart.axes.plot(xs, ys, "-", gid=chart.trace(look, []))
+        gid = chart.trace(replace(look, points=True), [])
+        chart.titled(gid, [text for *_, text in of])
+        chart.axes.plot(xs, ys, MARKERS[look.shape], markersize=5.5, gid=gid, clip_on=False)
+    ends = [f"{look.label}: {number(of[-1][1])} at a KL of {number(of[-1][0])}" for look, of in lines]
+    rows = [[f"{look.label}, {text}", number(kl), number(value)] for look, of in lines for kl, value, text in of]
+    return chart.finish("; ".join(ends) + ".", notes, ["evaluation", "KL", title], rows)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ from ..reward.agreement import Estimate, Judged, agreement, tally_rows, wilson, 
 from ..training.metrics import NOISE_NOTE, within_noise
 from .runs import Json, Run
 
-OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to".split())  # differ in every run
+# They differ in every run; the objective is the loss with its source.
+OWN_NAMES = frozenset("output_dir run_name hub_model_id logging_dir report_to objective".split())
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -25,7 +27,7 @@ def figures_at_end(run: Run) -> Json:
     - source: of accuracy, margin, KL and loss: "eval", "eval_NAME" or "train", see `metric_series`.
     - accuracy, length_only, margin, kl, loss: metrics.
     - note: "margins within noise", if they are (`within_noise`).
-    - steps, epochs, seconds: of the training.
+    - steps, epochs, seconds: of the training; rows_used, of `rows` that could be.
     - pairs: pairs that the accuracy is of; interval: 95 % interval of the accuracy, if the pairs are known.
     - balanced: the mean accuracy of "the better completion is longer" and "is shorter".
     """
@@ -53,6 +55,8 @@ def figures_at_end(run: Run) -> Json:
         "loss": last.get("loss"),
         "steps": max((int(entry["step"]) for entry in entries), default=None),
         "epochs": next((entry["epoch"] for entry in reversed(entries) if "epoch" in entry), None),
+        "rows_used": run.facts.get("rows_used"),
+        "rows": run.facts.get("data", {}).get("train", {}).get("kept_rows"),
         "seconds": run.facts.get("seconds") or runtime,
         "pairs": pairs,
         "interval": (sure.low, sure.high) if sure else None,
@@ -67,6 +71,15 @@ def number(value: float, minus: str = "−") -> str:
         return "not finite"
     text = f"{int(value)}" if float(value).is_integer() and abs(value) < 1e5 else f"{value:.4g}"
     return text.replace("-", minus)
+
+
+def brief(value: float) -> str:
+    """Returns a figure as a headline needs it: three digits, below 1 two; `number` has more."""
+    size = abs(value)
+    if not math.isfinite(value) or size == 0:
+        return number(value)
+    text = f"{value:.2g}" if size < 1 else f"{value:,.{2 if size < 10 else 1 if size < 100 else 0}f}"
+    return text.replace("-", "−")
 
 
 def plain(step: float) -> str:
@@ -136,7 +149,8 @@ def settings(run: Run) -> dict[str, dict[str, str]]:
     base = str(facts.get("base_model") or run.adapter.get("base_model_name_or_path") or "")
     run_facts = {
         "base model": base and shown_name(base),
-        "objective": facts.get("objective") or trained.get("loss_type"),
+        "loss": loss_name(run),
+        "objective": facts.get("objective"),
         "beta": facts.get("beta", trained.get("beta")),
         "reward": facts.get("reward") or trained.get("reward"),
         "reference": facts.get("reference"),
@@ -153,6 +167,15 @@ def settings(run: Run) -> dict[str, dict[str, str]]:
         for heading, group in groups.items()
     }
     return {heading: group for heading, group in cleaned.items() if group}
+
+
+def loss_name(run: Run) -> str:
+    """Returns the run's loss, or mix of losses, by name alone."""
+    objective = str(run.facts.get("objective") or "")
+    if parts := re.findall(r"(?:[\d.e-]+ × )?`[^`]+`", objective):
+        return " + ".join(parts).replace("`", "")
+    names = run.options.get("loss_type") or run.recorded("training").get("loss_type") or objective
+    return " + ".join(map(str, names)) if isinstance(names, list) else str(names)
 
 
 def data_table(run: Run) -> tuple[list[str], list[list[str]]]:

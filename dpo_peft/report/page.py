@@ -13,15 +13,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..artifacts.card import figures_of
+from ..artifacts.rows_kept import turns
 from ..disk import one_writer, write_atomically
 from ..errors import OptionError
+from ..evaluation.verdict import Verdict, verdict
 from .charts import MOST_TRACES
-from .facts import data_table, duration, figures_at_end, number, plain, settings, source_name
+from .comparison import axis_of, best_run, ranking, scale_of
+from .facts import brief, data_table, duration, figures_at_end, loss_name, number, plain, settings, source_name
 from .runs import Json, Run, read_runs
 from .samples import TEXT_CHARACTERS
 from .views import page_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+AXES = {"loss": "loss", "reward": "rewards/margins"}
 # Control characters have no place in HTML; their pictures (U+2400 and on) show that they were there.
 REPORT = b'<meta name="generator" content="dpo-peft report">'
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -58,19 +63,34 @@ def save_report(
         raise OptionError(f"runs: {len(runs)} are too many to tell apart in one chart. Give at most {MOST_TRACES}.")
     read = read_runs(runs)
     figures = [figures_at_end(run) for run in read]
-    html = _render(title=title or ", ".join(run.name for run in read), runs=read, figures=figures, **page_of(read))
+    compared = {
+        "verdicts": [verdict_of(run) for run in read],
+        "order": ranking(figures),
+        "best": best_run(read, figures) if len(read) > 1 else (None, ""),
+        "scales": scale_of("rewards/margins", read),
+        "axes": {name: len({axis_of(key, run) for run in read}) for name, key in AXES.items()},
+    }
+    title = title or ", ".join(run.name for run in read)
+    html = _render(title=title, runs=read, figures=figures, **compared, **page_of(read))
     with one_writer("output", output):
         write_atomically(output, html, private=True)
-    summaries = [summary(run, headline) for run, headline in zip(read, figures, strict=True)]
-    return {"output": str(output), "bytes": len(html), "runs": summaries}
+    return {"output": str(output), "bytes": len(html), "runs": [summary(run) for run in read]}
 
 
-def summary(run: Run, headline: Json | None = None) -> Json:
-    """Returns what is said of a run outside of its page: its figures at the end, its warnings, what is missing."""
+def verdict_of(run: Run) -> Verdict | None:
+    """Returns the verdict on a run; None for one that isn't finished."""
+    return verdict({**figures_of(run.log), **run.facts}) if run.facts else None
+
+
+def summary(run: Run) -> Json:
+    """Returns what is said of a run outside of its page: its figures at the end, the verdict if it is known, its
+    warnings, what is missing."""
+    judged = verdict_of(run)
     return {
         "name": run.name,
         "finished": not run.unfinished,
-        **(figures_at_end(run) if headline is None else headline),
+        **figures_at_end(run),
+        **({"verdict": judged._asdict()} if judged else {}),
         "warnings": sorted({warning["name"] for warning in run.warnings}),
         "missing": run.notes,
     }
@@ -86,7 +106,7 @@ def _render(**context: object) -> bytes:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for tool in (number, plain, duration, source_name, settings, data_table, content_hash):
+    for tool in (number, brief, plain, duration, source_name, settings, data_table, content_hash, loss_name, turns):
         environment.filters[tool.__name__] = tool
     ours = ((TEMPLATES / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     style, script = map(Markup, ours)

@@ -17,6 +17,7 @@ Json = dict[str, Any]  # an object as json reads it
 _NUMBERS = "reward_chosen reward_rejected logp_chosen logp_rejected tokens_chosen tokens_rejected".split()
 ROW_FIELDS: dict[str, dict[str, type]] = {
     "samples.jsonl": {"step": int, "prompt_number": int, "prompt": str, "completion": str},
+    "worst_pairs.jsonl": {"dataset": str, "row": int, "prompt": str, "chosen": str, "rejected": str},
     "eval_examples.jsonl": {"step": int, "dataset": str, "row": int, **dict.fromkeys(_NUMBERS, float)},
 }
 
@@ -35,6 +36,7 @@ class Run:
         adapter: contents of adapter_config.json; empty without one.
         samples: rows of samples.jsonl.
         examples: rows of eval_examples.jsonl.
+        texts: rows of worst_pairs.jsonl; none where an older version wrote the run, or no pair is judged wrong.
         unfinished: where the log comes from if there is no metrics.json; empty for a finished run.
         notes: what is missing, and what that takes from the page.
 
@@ -69,6 +71,8 @@ class Run:
             self.notes += [] if found else [note]
         self.samples = self._rows(folder / "samples.jsonl", "samples")
         self.examples = self._rows(folder / "eval_examples.jsonl", "margins by pair and by length")
+        texts = folder / "worst_pairs.jsonl"
+        self.texts = self._rows(texts, "the texts of the worst pairs") if texts.is_file() else []
 
     def _rows(self, path: Path, what: str) -> list[Json]:
         """Returns the rows of a JSON lines file. A killed run may leave its last line half written: that is noted."""

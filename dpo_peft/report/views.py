@@ -6,7 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..artifacts.curves import PANELS, Curve, Panel, Series, initial_loss
-from .charts import Chart, Trace, curve_chart, histogram_chart, scatter_chart, style_of
+from ..artifacts.rows_kept import MOST_WORST, wrong_pairs
+from .charts import Chart, Trace, curve_chart
+from .comparison import by_axis, frontiers, look_of, reward_kind, scale_of
+from .distributions import counts_chart, histogram_chart, scatter_chart
 from .facts import LengthCheck, differences, length_check, longer_by, margin_of, number, plain, source_name
 from .runs import Json, Run
 from .samples import compared_samples, sample_cards
@@ -25,7 +28,10 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
     one = len(runs) == 1
     cards, notes = sample_cards(runs[0]) if one else compared_samples(runs)
     sources = _sources(runs[0])
-    drawn = [(panel, _traces(panel, runs[0], sources) if one else _compared(panel, runs)) for panel in _panels(runs)]
+    if one:
+        drawn = [(panel, _traces(panel, runs[0], sources)) for panel in _panels(runs)]
+    else:
+        drawn = [(p, _compared(p, runs, of)) for panel in _panels(runs) for p, of in by_axis(panel, runs)]
     drawn = [(panel, traces) for panel, traces in drawn if traces]
     # The more curves a page has, the more they are thinned.
     buckets = POINTS // (2 * max(sum(len(traces) for _, traces in drawn), 1))
@@ -36,11 +42,14 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
             curve_chart(f"curve{i}", p.title, traces, buckets, p.guide, p.guide_label, p.limits, warned)
             for i, (p, traces) in enumerate(drawn)
         ],
-        "looks": [_look(run, at) for at, run in enumerate(runs)],
+        "looks": [look_of(run, at) for at, run in enumerate(runs)],
         "sources": list(sources.values()),
         "margins": _margins(runs),
         "lengths": [length for dataset in runs[0].evaluations if (length := _length(runs[0], dataset))] if one else [],
         "differences": differences(runs),
+        "data_lengths": data_lengths(runs[0]) if one else [],
+        "worst": _worst(runs[0]) if one else [],
+        "frontiers": [] if one else frontiers(runs),
         "samples": cards,
         "sample_notes": notes,
     }
@@ -83,21 +92,16 @@ def _traces(panel: Panel, run: Run, sources: dict[str, Trace]) -> list[Trace]:
     return traces if any(not curve.dashed for _, curve, _ in found) else []
 
 
-def _compared(panel: Panel, runs: Sequence[Run]) -> list[Trace]:
-    """Returns the panel's curve of each run, a color and dashes for each."""
+def _compared(panel: Panel, runs: Sequence[Run], numbers: Sequence[tuple[int, float]]) -> list[Trace]:
+    """Returns the panel's curve of each run that has the panel's axis, a color and dashes for each."""
     traces = []
-    for at, run in enumerate(runs):
-        for source, series in run.metrics.get(panel.curves[0].key, {}).items():
+    for at, scale in numbers:
+        for source, series in runs[at].metrics[panel.curves[0].key].items():
             points = source != "train"
-            label = f"{run.name}, {source_name(source)}" if points else run.name
-            traces.append(replace(_look(run, at), label=label, series=series, points=points))
+            label = f"{runs[at].name}, {source_name(source)}" if points else runs[at].name
+            scaled = [(step, value * scale) for step, value in series]
+            traces.append(replace(look_of(runs[at], at), label=label, series=scaled, points=points))
     return traces
-
-
-def _look(run: Run, at: int) -> Trace:
-    """Returns a line without values, as run `at` of a comparison is drawn."""
-    color, dash = style_of(at)
-    return Trace(run.name, [], color, dash, shape=dash, group=f"r{at}")
 
 
 def _sources(run: Run) -> dict[str, Trace]:
@@ -121,28 +125,62 @@ def _warned(run: Run) -> list[tuple[float, str]]:
 
 def _margins(runs: Sequence[Run]) -> list[Chart]:
     """Returns a chart for each evaluation set: of one run the last evaluation as bars, under the first one as an
-    outline; of several the last of each."""
-    sets: dict[str, list[Trace]] = {}
+    outline; of several the last of each, a chart for each kind of reward."""
+    sets: dict[tuple[str, str], list[Trace]] = {}
+    scales = scale_of("rewards/margins", runs)
+    kinds = [reward_kind(run) for run in runs]
     for at, run in enumerate(runs):
         for dataset, by_step in run.evaluations.items():
             first, last = min(by_step), max(by_step)
             if len(runs) > 1:
-                traces = [replace(_look(run, at), label=f"{run.name}, step {last}", series=_series(by_step[last]))]
+                series = _series(by_step[last], scales[at])
+                traces = [replace(look_of(run, at), label=f"{run.name}, step {last}", series=series)]
             else:
                 names = {step: f"step {step}" + (", before training" if step == 0 else "") for step in (first, last)}
                 traces = [Trace(names[last], _series(by_step[last]), "c2", filled=True)]
                 traces += [Trace(names[first], _series(by_step[first]), "ink", dash=1)] if first != last else []
             finite = [trace for trace in traces if any(math.isfinite(margin) for _, margin in trace.series)]
-            sets.setdefault(dataset, []).extend(finite)
+            sets.setdefault((dataset, kinds[at] if len(set(kinds)) > 1 else ""), []).extend(finite)
+    unit = "margin ÷ β" if set(scales) != {1.0} else "margin"
     return [
-        histogram_chart(f"margins-{_slug(dataset)}", f"Margins of pairs, {source_name(dataset)}", traces, "margin")
-        for dataset, traces in sets.items()
+        histogram_chart(
+            f"margins-{_slug(dataset)}-{_slug(kind)}",
+            ", ".join(filter(None, (f"{unit.replace('margin', 'Margins')} of pairs", kind, source_name(dataset)))),
+            traces,
+            unit,
+        )
+        for (dataset, kind), traces in sets.items()
         if traces
     ]
 
 
-def _series(rows: Sequence[Json]) -> Series:
-    return [(0.0, margin_of(row)) for row in rows]
+def _series(rows: Sequence[Json], scale: float = 1.0) -> Series:
+    return [(0.0, margin_of(row) * scale) for row in rows]
+
+
+def _worst(run: Run) -> list[tuple[str, int, list[tuple[Json, Json]]]]:
+    """Returns (evaluation set, how many of its pairs are judged wrong, the worst of them with their texts, which are
+    empty where they weren't recorded)."""
+    texts = {(row["dataset"], row["row"]): row for row in run.texts}
+    found = []
+    for dataset, pairs in wrong_pairs(run.examples).items():
+        worst = [(pair, texts.get((dataset, pair["row"]), {})) for pair in pairs[:MOST_WORST]]
+        found.append((source_name(dataset), len(pairs), worst))
+    return found
+
+
+def data_lengths(run: Run) -> list[Chart]:
+    """Returns a chart of the tokens of each dataset's rows, and what truncation took."""
+    charts = []
+    for name, counts in (run.facts.get("lengths") or {}).items():
+        data, bins = run.facts.get("data", {}).get(name, {}), dict(counts)
+        edges, limit = bins.pop("edges"), data.get("max_length")
+        cut, kept = data.get("rows_truncated", 0), data.get("kept_rows") or 1
+        limited = "There is no max_length." if limit is None else f"max_length is {limit:,}."
+        lost = f"{cut:,} of {kept:,} rows ({cut / kept:.1%}) were truncated." if cut else "No row was truncated."
+        title = f"Tokens of rows, {source_name(name)}"
+        charts.append(counts_chart(f"tokens-{_slug(name)}", title, edges, bins, limit, f"{limited} {lost}"))
+    return charts
 
 
 def _length(run: Run, dataset: str) -> tuple[Chart, LengthCheck, str] | None:

@@ -25,20 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..training.metrics import length_balanced
-from ..training.tally import EQUAL, LENGTH_WINS_S, LONGER, SHORTER, Array, Tally
-
-Z = 1.959963984540054  # of the normal distribution 2.5 % lie above
-
-
-class Estimate(NamedTuple):
-    """A share in [0, 1] with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+from ..training.tally import EQUAL, LENGTH_WINS_S, LONGER, SHORTER, Array, Estimate, Tally, wilson
 
 
 class Judged(NamedTuple):
@@ -113,13 +100,6 @@ def win(margin: float) -> float:
 
 
 # ---- Figures and how sure they are ----------------------------------------------------------------------------------
-
-
-def wilson(share: float, number: float) -> Estimate:
-    """Returns Wilson's 95 % interval of a binomial share of `number` independent comparisons, maybe not whole."""
-    center = (share + Z**2 / (2 * number)) / (1 + Z**2 / number)
-    half = Z * math.sqrt(share * (1 - share) / number + Z**2 / (4 * number**2)) / (1 + Z**2 / number)
-    return Estimate(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
 
 
 def _accuracy(tally: Tally, strata: Sequence[int] = (LONGER, SHORTER, EQUAL)) -> Estimate:

@@ -1,6 +1,6 @@
 """The reward that a preference-trained adapter holds: score completions by it, compare two, rank several.
 
-A policy trained by DPO is a reward model (note eq. 10; Rafailov et al. 2023, eq. 5):
+A policy trained by DPO is a reward model (docs/derivations.md, eq. 10; Rafailov et al. 2023, eq. 5):
 
     r(x, y) = beta * log(policy(y | x) / reference(y | x))  +  beta * log Z(x)
 
@@ -204,7 +204,7 @@ class ImplicitReward:
         return [score for (score,) in self.score_rows(rows)]
 
     def compare(self, prompt: Content, completion_a: Content, completion_b: Content) -> float:
-        """Returns the probability that a is better than b: sigmoid(r_a - r_b) (note eqs. 5 and 10)."""
+        """Returns the probability that a is better than b: sigmoid(r_a - r_b) (docs/derivations.md, eqs. 5 and 10)."""
         a, b = self._answers(prompt, [completion_a, completion_b])
         return 0.5 * (1 + math.tanh((a.reward - b.reward) / 2))  # exp would overflow
 

@@ -28,6 +28,7 @@ from ..manifests import settle
 from ..model.loading import FROM_HUB, check_checkpoint
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
+from ..wings import required, wing
 from .metrics import metric_names
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,14 @@ def check_constructor(
         args = DPOConfig(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-DPO")
     elif not isinstance(args, DPOConfig):
         raise OptionError(f"args is a {type(args).__name__}; pass a dpo_peft.DPOConfig.")
+    if (evaluation := wing("evaluation") if args.log_file is None else required("evaluation", "log_file")) is not None:
+        evaluation.open_log(args)
     _check_model(model, ref_model, args, quantization_config)
     check_launch(args)
     _check_datasets(args, train_dataset, eval_dataset)
-    tokenizer = _load_tokenizer(name, args) if tokenizer is None else tokenizer
+    tokenizer = (
+        load_tokenizer(name, args.model_init_kwargs, args.trust_remote_code) if tokenizer is None else tokenizer
+    )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(
             f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
@@ -160,11 +165,11 @@ def _check_best_metric(args: DPOConfig, chosen: str, eval_dataset: object, objec
         raise OptionError(f"metric_for_best_model={name!r} is not what an evaluation reports: {remedy}.")
 
 
-def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, init_kwargs: object = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that comes with a model; with an adapter, its own or that of its base. It is looked for
-    where `model_init_kwargs` says that the model is."""
+    where `init_kwargs`, those of the model, say that the model is."""
     settle(Path(name))
-    given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    given = init_kwargs if isinstance(init_kwargs, dict) else {}
     where = {key: given[key] for key in FROM_HUB if given.get(key) is not None}
     config = Path(name, "adapter_config.json")
     if config.is_file() and not Path(name, "tokenizer_config.json").is_file():
@@ -173,7 +178,7 @@ def _load_tokenizer(name: str, args: DPOConfig) -> PreTrainedTokenizerBase:
         where = {key: value for key, value in where.items() if key != "revision"}  # which is the adapter's
         where |= {"revision": adapter["revision"]} if adapter.get("revision") else {}
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code, **where)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "

@@ -180,7 +180,7 @@ class NoEvaluation:
     def add(self, *_: object) -> None:
         """Does nothing."""
 
-    finish = renew = add
+    begin = finish = renew = add
 
 
 def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -> tuple[Collate, Collate]:

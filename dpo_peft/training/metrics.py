@@ -47,10 +47,12 @@ def preference_metrics(
     - `accuracies/length_only`: the same for "the longer completion is the better one". Beside accuracy, it tells how
       much of it length alone explains.
     - `logps/chosen`, `logps/rejected`: log-probs of whole completions under the policy, nats.
-    - `sample_weight` (pairs, trajectories): 1 - sigmoid(margin), the weight of a pair in DPO's gradient (note eq. 12).
-    - `kl` (with a reference, unless a cache holds its sums only): estimate of the policy's distance from it (note eq.
-      20), nats per completion: the sum over tokens of r - 1 - log r with r = policy / reference (Schulman's k3). It is
-      KL(reference || policy) if the completions come from the reference, and an indication otherwise.
+    - `sample_weight` (pairs, trajectories): 1 - sigmoid(margin), the weight of a pair in DPO's gradient
+      (docs/derivations.md, eq. 12).
+    - `kl` (with a reference, unless a cache holds its sums only): estimate of the policy's distance from it
+      (docs/derivations.md, eq. 85), nats per completion: the sum over tokens of r - 1 - log r with r = policy /
+      reference (Schulman's k3). It is KL(reference || policy) if the completions come from the reference, and an
+      indication otherwise.
     - `z_ref` (with mismatched completions): mean of beta * log(policy / reference) over them, KTO's reference point
       before its floor at 0.
     - `accuracies/chosen_longer`, `accuracies/chosen_shorter` (of held-out rows): `rewards/accuracies` where the better

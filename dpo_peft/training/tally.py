@@ -3,7 +3,9 @@
 Shape suffixes: R rows, S strata: better is longer, shorter, equal; N values, Q queries.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,6 +14,18 @@ Array = np.ndarray
 
 LONGER, SHORTER, EQUAL = range(3)
 LENGTH_WINS_S = np.array([1.0, 0.0, 0.5])
+Z = 1.959963984540054  # of the normal distribution 2.5 % lie above
+
+
+class Estimate(NamedTuple):
+    """A share in [0, 1] with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -68,3 +82,10 @@ def _count_less(values_N: Array, prefix_Q: Array, bound_Q: Array) -> Array:
         end_Q = np.where(set_Q, zeros_before[-1] + end_Q - ends, ends)
         values_N = np.concatenate([values_N[~one_N], values_N[one_N]])
     return count_Q
+
+
+def wilson(share: float, number: float) -> Estimate:
+    """Returns Wilson's 95 % interval of a binomial share of `number` independent comparisons, maybe not whole."""
+    center = (share + Z**2 / (2 * number)) / (1 + Z**2 / number)
+    half = Z * math.sqrt(share * (1 - share) / number + Z**2 / (4 * number**2)) / (1 + Z**2 / number)
+    return Estimate(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))

@@ -280,7 +280,7 @@ def test_the_loading_example_runs(
     )
     readme = str(model_card(run(name=str(tmp_path / "out"), quantization=quantization, has_chat_template=chat)))
     (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / "out")
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]

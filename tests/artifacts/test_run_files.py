@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,9 +19,10 @@ from peft import LoraConfig
 from trainer_helpers import ours, text_pairs
 
 from dpo_peft import DPOConfig, quickstart
-from dpo_peft.artifacts.card import RunSummary, Sample, model_card
+from dpo_peft.artifacts.card import RunSummary, Sample, for_repository, model_card
 from dpo_peft.artifacts.card_rules import problems
-from dpo_peft.artifacts.recipe import plain, public
+from dpo_peft.artifacts.recipe import plain, public, write_recipe
+from dpo_peft.artifacts.rows_kept import turns
 from dpo_peft.artifacts.run_files import read_samples
 from dpo_peft.cli import train as cli
 
@@ -194,15 +196,79 @@ def test_the_card_of_a_run(quick: Any) -> None:
     assert (Path(trainer.args.output_dir) / "curves.png").is_file() and "![Training curves](curves.png)" in card
 
 
+def test_steps_and_rows_are_at_the_head(quick: Any) -> None:
+    """4 steps of 8 pairs of the quickstart's rows: 32 of them, not all of the file."""
+    trainer, _ = quick
+    card, found = Path(trainer.args.output_dir, "README.md").read_text(), metrics(trainer)
+    rows = trainer.data_reports["train"].kept_rows
+    assert (found["steps"], found["rows_used"]) == (4, 32) and found["epochs"] == pytest.approx(4 / -(-rows // 8))
+    head = card.split("## Use it")[0]
+    assert f"- **Steps:** 4 ({found['epochs']:.3g} epochs, 32 different rows)" in head
+    assert f"- **Rows (train):** {rows:,} of {rows:,} in the file could be used" in head
+
+
+def test_lengths_are_those_of_the_rows(quick: Any) -> None:
+    """Counted once more, row by row."""
+    trainer, _ = quick
+    found = metrics(trainer)["lengths"]
+    for name, rows in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
+        sides = [[len(ids) for ids in row["completion_ids"]] for row in rows]
+        prompts = [len(ids) for ids in rows["prompt_ids"]]
+        lengths = {"prompt": prompts, "chosen": [a for a, _ in sides], "rejected": [b for _, b in sides]}
+        lengths["whole row"] = [prompt + max(both) for prompt, both in zip(prompts, sides, strict=True)]
+        edges = found[name]["edges"]
+        for side, values in lengths.items():
+            by_hand = [sum(a <= n < b for n in values) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            assert found[name][side] == by_hand and sum(by_hand) == len(rows), (name, side)
+
+
+def test_the_worst_pairs_are_kept_with_their_texts(quick: Any) -> None:
+    trainer, _ = quick
+    folder = Path(trainer.args.output_dir)
+    lines = (folder / "eval_examples.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if row["step"] == 4]
+    wrong = sorted((row["reward_chosen"] - row["reward_rejected"], row["row"]) for row in last)
+    texts = [json.loads(line) for line in (folder / "worst_pairs.jsonl").read_text().splitlines()]
+    assert [text["row"] for text in texts] == [row for margin, row in wrong if margin < 0] != []
+    held_out = [json.loads(line) for line in (folder.parent / "held_out.jsonl").read_text().splitlines()]
+    for text in texts:
+        row = held_out[text["row"]]
+        assert turns(text["prompt"]) == [("user", row["prompt"][0]["content"])]
+        assert [text[side].strip() for side in ("chosen", "rejected")] == [
+            row[side][0]["content"] for side in ("chosen", "rejected")
+        ]
+    assert stat.S_IMODE((folder / "worst_pairs.jsonl").stat().st_mode) & 0o007 == 0  # rows are not for everybody
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+def test_the_weights_follow_the_umask_as_the_config_does(quick: Any) -> None:
+    folder = Path(quick[0].args.output_dir)
+    modes = [
+        stat.S_IMODE((folder / f"adapter_{name}").stat().st_mode) for name in ("model.safetensors", "config.json")
+    ]
+    assert modes[0] == modes[1] != 0o600
+
+
+def test_the_recipe_says_what_to_put_in(quick: Any, tmp_path: Path) -> None:
+    """Local files and folders by their options; a recipe that names none repeats the run as it is."""
+    recipe = Path(quick[0].args.output_dir, "recipe.yaml").read_text()
+    local = re.search(r"put in where these are: (.*)\.\n", recipe)
+    assert local and set(local[1].split(", ")) == {"model_name_or_path", "dataset_name", "eval_dataset_name"}
+    write_recipe(tmp_path / "r.yaml", {}, {"model_name_or_path": "a/b", "dataset_name": "a/c"})
+    assert "# Repeats the run: dpo-peft train --config recipe.yaml\n" in (tmp_path / "r.yaml").read_text()
+    write_recipe(tmp_path / "r.yaml", {}, {"datasets": [{"path": str(tmp_path)}], "model_name_or_path": "a/b"})
+    assert "where these are: datasets.\n" in (tmp_path / "r.yaml").read_text()
+
+
 @pytest.mark.slow
 def test_the_snippet_does_as_printed_what_the_trained_model_does(quick: Any) -> None:
-    """Run by a Python of its own, offline, where the folder lies: the greedy text of the model in memory."""
+    """Run by a Python of its own, offline, in the folder, as it says: the greedy text of the model in memory."""
     trainer, _ = quick
     folder = Path(trainer.args.output_dir)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=folder.parent, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", snippet], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     model, tokenizer = trainer.model, trainer.processing_class
@@ -231,6 +297,42 @@ def test_samples_can_not_break_out_of_their_blocks() -> None:
     assert [text for _, text in blocks] == ["p", wild, "after"] and blocks[1][0] == "`" * 5
     outside = re.sub(r"^(`{3,})text\n(.*?)\n\1$", "", card, flags=re.M | re.DOTALL)
     assert "<script>" not in outside and "# Heading" not in outside
+
+
+def test_the_example_is_seen_from_where_a_relative_base_lies(tmp_path: Path, monkeypatch: Any) -> None:
+    """A base that was given as `model` is found from its folder's parent alone, so the adapter is seen from there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    of_run = {"name": str(tmp_path / "out" / "run"), "base_model": "model"}
+    assert 'adapter = "out/run"  # seen from where the base\'s folder lies' in summary(**of_run)
+    absolute = summary(**{**of_run, "base_model": str(tmp_path / "model")})
+    assert 'adapter = "."  # this folder, "run": run it here, or give its path' in absolute
+    for card in (summary(**of_run), absolute):
+        assert str(tmp_path) not in card
+        published = for_repository(card, "run", "me/reviews", "org/base", "model")
+        assert '\nadapter = "me/reviews"\n' in published and "# reviews" in published
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("user\nHi.\nassistant\n", [("user", "Hi.")]),  # ChatML
+        ("system\nBe kind.\nuser\nHi.\nassistant\n", [("system", "Be kind."), ("user", "Hi.")]),
+        ("user\n\nHi.assistant\n\n", [("user", "Hi.")]),  # Llama 3
+        ("user\nHi.\nmodel\n", [("user", "Hi.")]),  # Gemma
+        ("user\nA\nassistant\nB\nuser\nC\nassistant\n", [("user", "A"), ("assistant", "B"), ("user", "C")]),
+        (
+            "system: Be kind.\nuser: Hi.\nYou?",
+            [("system", "Be kind."), ("user", "Hi.\nYou?")],
+        ),  # as it is recorded now
+        ("user: a word of an ad", [("", "user: a word of an ad")]),
+        ("It was", [("", "It was")]),
+        ("user manuals of an assistant", [("", "user manuals of an assistant")]),
+    ],
+)
+def test_turns_of_a_prompt_whose_special_tokens_are_gone(prompt: str, said: list[tuple[str, str]]) -> None:
+    assert turns(prompt) == said
 
 
 def test_a_long_sample_is_cut_and_says_so() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -264,13 +265,58 @@ def test_json_is_all_of_stdout(run_folder: Path, capsys: pytest.CaptureFixture) 
     assert result["seconds"] > 0 and isinstance(result["warnings"], list)
     for name in ("first", "last", "eval_first", "eval_last"):
         assert result[name] == metrics[name]
-    assert "train_runtime" in error
+    assert "3 steps in" in error and result["verdict"] == metrics["verdict"]
     again = ["--max_steps", "1", "--overwrite_output_dir"]
     assert cli.main(["train", "--config", str(run_folder / "run.yaml"), *again]) == 0
     out, error = capsys.readouterr()
-    assert "train_runtime" in out and f"are in {run_folder / 'out'}" in out  # without it stdout is for people
-    assert cli.main(["report", str(run_folder / "out")]) == 0
-    assert capsys.readouterr().out.splitlines()[0] in out.splitlines(), "the figures are those of the report's line"
+    # Without it stdout is for people.
+    assert "1 steps in" in out and f"are in {run_folder / 'out'}" in " ".join(out.split())
+
+
+def test_the_end_of_a_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Figures of the first and the last evaluation, the verdict, and commands that work as they stand."""
+    monkeypatch.chdir(run_folder)
+    trainer = train(run_folder, "--output_dir", "a run")
+    evaluations = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluations == [3, 6], "the last one is not repeated"
+    out = capsys.readouterr().out
+    metrics = json.loads(Path("a run/metrics.json").read_text())
+    head, accuracy = (line for line in out.splitlines() if line.startswith(("held out", "accuracy")))
+    assert head.split() == ["held", "out", "step", "3", "step", "6"]
+    assert accuracy.split()[2] == f"{metrics['eval_last']['rewards/accuracies']:.4f}"
+    assert f"Verdict: {metrics['verdict']['level']}. {metrics['verdict']['headline']}" in " ".join(out.split())
+    assert "samples.jsonl" not in out and "curves.png" in out
+    commands = [shlex.split(line) for line in out.split("Next:\n")[1].splitlines()]
+    assert [words[1] for words in commands if words[1] not in ("chat", "compare")] == [
+        "score",
+        "report",
+        "merge",
+        "push",
+    ]
+    for words in commands:
+        if words[1] in ("score", "report", "merge"):
+            assert cli.main(words[1:]) == 0, words
+    assert max(map(len, out.split("held out")[1].split("Next:")[0].splitlines())) <= 80
+
+
+def test_it_is_evaluated_at_the_end_if_the_weights_are_others(run_folder: Path) -> None:
+    best = ["--load_best_model_at_end", "--save_strategy", "epoch", "--metric_for_best_model", "eval_loss"]
+    for greater, expected in (("true", [3, 6, 6]), ("false", [3, 6])):  # the best one is the first, the last
+        out = ["--output_dir", str(run_folder / greater), "--greater_is_better", greater]
+        log = train(run_folder, *best, *out).state.log_history
+        assert [entry["step"] for entry in log if "eval_loss" in entry] == expected
+
+
+def test_a_run_without_evaluation_ends_with_what_to_do(run_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    options = yaml.safe_load((run_folder / "run.yaml").read_text())
+    del options["eval_dataset_name"], options["eval_strategy"]
+    (run_folder / "run.yaml").write_text(yaml.safe_dump(options))
+    train(run_folder, "--logging_steps", "100", "--logging_first_step", "false")
+    out = capsys.readouterr().out
+    assert "--eval_share 0.2" in out and "Verdict: " in out
+    assert (
+        "curves.png" not in out.split("are in")[0].rsplit("Verdict", 1)[1] or (run_folder / "out/curves.png").exists()
+    )
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_help_has_examples_and_exit_codes(capsys: pytest.CaptureFixture) -> 
         parse("--help")
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    for part in ("Does something.", "dpo-peft some one two", "exit codes:", "--share", "(default: 0.5)"):
+    for part in ("Does something.", "dpo-peft some one two", "exit codes:", "--share", "(default 0.5)"):
         assert part in shown
 
 

@@ -339,7 +339,7 @@ def test_models_that_cannot_be_predicted(capsys: pytest.CaptureFixture, tmp_path
     [
         ("24GB", 24 * 0.98),
         ("23.5GiB", 23.5),
-        ("80", 80 * 0.98),
+        ("80GB", 80 * 0.98),
         ("rtx 4090", GPUS["RTX4090"]),
         ("NVIDIA GeForce RTX 4090", GPUS["RTX4090"]),
         ("a100-40gb", GPUS["A100-40GB"]),

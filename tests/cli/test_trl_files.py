@@ -122,7 +122,9 @@ def test_contradictory_quantization_is_refused(options: dict[str, Any], message:
 @pytest.mark.parametrize("given", [("num_processes", 2), ("accelerate_config", "zero2"), ("main_process_port", 29501)])
 def test_several_processes_are_started_by_the_launcher(given: tuple[str, object], tmp_path: Path) -> None:
     name, value = given
-    line = r"accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes (2|N) -m dpo_peft.cli train"
+    line = (
+        r"accelerate launch --config_file \S*recipes/accelerate/ddp.yaml --num_processes (2|N) -m dpo_peft.cli train"
+    )
     for words, options in (([f"--{name}", str(value)], {}), ([f"--{name}={value}"], {}), ([], {name: value})):
         with pytest.raises(OptionError, match=f"{name}='?{value}'? is for several processes.*{line}"):
             parse(tmp_path, *words, **options)

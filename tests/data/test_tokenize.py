@@ -146,7 +146,7 @@ def test_leading_ids():
 
 
 class TestSample:
-    """The note's listing 3 without its faults."""
+    """One BOS, an EOS that truncation never eats, and a prompt that is masked."""
 
     def test_by_hand(self):
         sample = preprocess_dpo_sample(word_tokenizer(bos=True), "a b", " c", " d c")

@@ -329,7 +329,7 @@ def test_our_implementation_is_not_saved(tmp_path: Any) -> None:
 
 
 def test_sequence_logps_matches_the_packed_forward() -> None:
-    """The note's listing 1, from any causal LM, against the forward that training uses."""
+    """Log-probs of any causal LM, against the forward that training uses."""
     model = build(*SHARING["mistral"])
     plan_forward(model)
     batch, rows = pack(SAMPLES), pad_rows(SAMPLES)

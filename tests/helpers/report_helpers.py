@@ -95,7 +95,10 @@ def make_run(folder: Path, steps: int = 40, **facts: Any) -> Path:
         "environment": {"python": "3.11", "device": "cpu"},
         "versions": {"torch": "2.13.0"},
         "seconds": 125.0,
-        "data": {"train": {"name": "train", "source_rows": 100, "kept_rows": 98, "dropped": {"identical": 2}}},
+        "data": {
+            "train": {"name": "train", "source_rows": 100, "kept_rows": 98, "dropped": {"identical": 2}},
+            "eval": {"name": "eval", "source_rows": 60, "kept_rows": 60, "completions": 120},
+        },
     }
     write_json(folder / "metrics.json", {**usual, **facts})
     write_json(folder / "adapter_config.json", {"r": 16, "lora_alpha": 32, "base_model_name_or_path": "someone/tiny"})

@@ -1,4 +1,4 @@
-"""Every objective's docstring numbers and registry entry; and `dpo_loss`, the note's listing 2.
+"""Every objective's docstring numbers and registry entry; and `dpo_loss`, the loss of four log-probs.
 
 Gradients and extreme inputs are in test_numerics.py, equality with TRL in test_trl.py, identities
 between losses in test_identities.py.
@@ -181,13 +181,13 @@ def test_an_entry_is_documented(name: str) -> None:
     assert "arXiv:" in entry.paper or name == "sft"
     doc = inspect.getdoc(entry.loss) or ""
     assert "By hand" in doc and entry.equation
-    noted = entry.equation.partition("note eq")[2].split()
+    noted = entry.equation.partition("derivations.md, eq")[2].split()
     for number in {word.strip("().,") for word in noted}:
-        assert not number.isdigit() or number in doc, f"note eq. {number} isn't named in {entry.loss.__name__}"
+        assert not number.isdigit() or number in doc, f"eq. {number} isn't named in {entry.loss.__name__}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# `dpo_loss`, the note's listing 2.
+# `dpo_loss`, the loss of four log-probs.
 
 
 def random_logps(pairs: int = 6, grad: bool = False) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""The note's theory on tables, exactly and in float64: 3 prompts, 5 answers each, every probability written down.
+"""The theory of docs/derivations.md on tables, exactly and in float64: 3 prompts, 5 answers each, every probability
+written down.
 
 Suffixes: X prompts, Y answers. Example 3.1 and the gradient (12) are in test_losses.py, the identities of (13)-(18) in
 test_losses_identities.py.

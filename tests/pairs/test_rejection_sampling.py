@@ -139,7 +139,7 @@ def first_accepted(candidates: int, draws: int, policy: dict[str, float], beta: 
 
 
 def optimal_policy(beta: float) -> dict[str, float]:
-    """pi*(y) = pi(y) exp(r(y) / beta) / Z (note eq. 4)."""
+    """pi*(y) = pi(y) exp(r(y) / beta) / Z (docs/derivations.md, eq. 4)."""
     weights = {kind: p * math.exp(REWARD[kind] / beta) for kind, p in POLICY.items()}
     return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
 

@@ -1,20 +1,17 @@
 """The quickstart's run on the bundled model, cut short: it learns, and what it saves is what it trained."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from paths import REPO
 
 from dpo_peft import quickstart
-
-RECIPE = REPO / "recipes" / "quickstart.py"
+from dpo_peft.cli import quickstart as command
+from dpo_peft.quickstart import judging
 
 # Plain PEFT, nothing of ours. The model stays in train mode (there is no dropout): in eval mode bitsandbytes may
 # repack 4-bit weights with rounded scales on a CPU, and these are not the weights that were trained.
@@ -48,23 +45,15 @@ torch.save(float(beta) * (on - off), out)
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart_recipe", RECIPE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def run(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Twelve steps of the quickstart, evaluated on forty held-out pairs."""
     folder = tmp_path_factory.mktemp("quickstart")
     held_out = folder / "held_out.jsonl"
     held_out.write_text("\n".join(Path(quickstart.test_file()).read_text().splitlines()[:40]) + "\n")
     options = {"output_dir": folder / "out", "eval_dataset_name": held_out, "max_steps": 12, "eval_strategy": "epoch"}
     options |= {"lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate": 5e-4}
-    trainer = recipe.build_trainer([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    trainer = command.build_trainer(*command.parse(words)[:3])
     trainer.train()
     trainer.save_model()
     return trainer
@@ -92,7 +81,7 @@ def test_plain_peft_in_a_new_process_reproduces_the_margins(run: Any, tmp_path: 
     torch.testing.assert_close(margins, plain[:, 0] - plain[:, 1], atol=1e-4, rtol=0, check_dtype=False)
 
 
-def test_the_report_holds_the_run_s_own_figures(recipe: ModuleType, run: Any, tmp_path: Path) -> None:
+def test_the_report_holds_the_run_s_own_figures(tmp_path: Path) -> None:
     prompts = quickstart.eval_prompts()[:2]
     before, after = (
         ["The tea was awful. It was a bad, dull place."],
@@ -100,10 +89,10 @@ def test_the_report_holds_the_run_s_own_figures(recipe: ModuleType, run: Any, tm
     )
     chance = {"eval_rewards/accuracies": 0.5}
     end = {"eval_rewards/accuracies": 0.9, "eval_accuracies/length_only": 0.5, "eval_rewards/margins": 1.0}
-    figures = recipe.judge(before * 2 + after, after * 3, chance, end)
+    figures = judging.judge(before * 2 + after, after * 3, chance, end)
     assert figures["reward_after"] == pytest.approx(quickstart.true_reward(after[0]))
     assert figures["reward_gain_in_std"] > 0 and figures["accuracy_after"] == 0.9
-    recipe.write_report(tmp_path, figures, prompts, before * 2, after * 2)
+    judging.write_report(tmp_path, figures, prompts, before * 2, after * 2)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["figures"] == figures and report["samples"][0]["after"] == after[0]
     assert "accuracy_after | 0.900" in (tmp_path / "report.md").read_text()

@@ -25,6 +25,7 @@ from transformers import Qwen3Config
 
 from dpo_peft import quickstart
 from dpo_peft.cli import main
+from dpo_peft.cli import quickstart as cli_quickstart
 from dpo_peft.cli import train as cli
 from dpo_peft.model.adapter_source import load_trained
 
@@ -290,7 +291,7 @@ def test_the_trl_script(base_folder: str, data: Path, tmp_path: Path, monkeypatc
 def test_judged_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sample, train, sample again and report; four samples and eight held-out pairs here."""
     script = load_script(name)
-    monkeypatch.setattr(script, "SAMPLES", 4)
+    monkeypatch.setattr(cli_quickstart if name == "quickstart.py" else script, "SAMPLES", 4)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(Path(quickstart.test_file()).read_text().splitlines(keepends=True)[:8]))
     options = {"output_dir": tmp_path / "out", "eval_dataset_name": held_out, "max_steps": 2, "disable_tqdm": True}

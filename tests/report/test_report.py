@@ -31,7 +31,8 @@ from report_helpers import (
 from dpo_peft import cli
 from dpo_peft.artifacts.curves import source_of
 from dpo_peft.errors import DataError, OptionError
-from dpo_peft.report.charts import MOST_TRACES, Trace, curve_chart, histogram_chart, scatter_chart, style_of, thin
+from dpo_peft.report.charts import MOST_TRACES, Trace, curve_chart, style_of, thin
+from dpo_peft.report.distributions import histogram_chart, scatter_chart
 from dpo_peft.report.facts import duration, length_check
 from dpo_peft.report.page import save_report
 from dpo_peft.report.runs import Run
@@ -68,7 +69,7 @@ def page_of(*folders: Path, output: Path) -> tuple[Any, dict[str, Any]]:
         ("Implicit rewards", "rejected, evaluation", "eval_rewards/rejected"),
         ("Log-probability of a completion (nats)", "chosen", "logps/chosen"),
         ("Sample weight 1 − σ(margin)", "mean weight", "sample_weight"),
-        ("KL to the reference, estimate (nats)", "estimate, evaluation", "eval_kl"),
+        ("KL to the reference on the data (nats)", "estimate, evaluation", "eval_kl"),
         ("Learning rate", "learning rate", "learning_rate"),
         ("Gradient norm", "gradient norm", "grad_norm"),
     ],
@@ -98,10 +99,10 @@ def test_headline_figures(page: Any, run_folder: Path) -> None:
     assert tiles["held-out accuracy"].one("p", class_="figure").text == "0.900"
     about = tiles["held-out accuracy"].one("p", class_="note").text
     # Wilson's interval of 54 of 60, from the formula in Wilson (1927) worked by hand: (0.93201 +- 0.08238) / 1.06402
-    assert about.startswith("length alone: 0.470; length-balanced: ")
+    assert about.startswith("pick the longer: 0.470; length-balanced: ")
     assert about.endswith("95\u00a0% interval 0.799 to 0.953, 60 pairs")
-    assert tiles["held-out margin"].one("p", class_="figure").text == "3"
-    assert tiles["held-out KL"].one("p", class_="figure").text == "8"
+    assert tiles["held-out margin"].one("p", class_="figure").text == "3.00"
+    assert tiles["held-out KL"].one("p", class_="figure").text == "8.00"
     assert tiles["steps"].one("p", class_="figure").text == "40"
     assert tiles["training time"].one("p", class_="figure").text == "2 min 5 s"
 
@@ -609,7 +610,9 @@ def test_the_command_writes_where_it_says(tmp_path: Path, capsys: Any, monkeypat
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", warnings=[{"step": 1, "name": "high-kl"}])
     assert cli.main(["report", str(one)]) == 0
     out = capsys.readouterr().out
-    assert "one: held-out accuracy 0.900 (length alone 0.470), margin 3, KL 8, 40 steps, 2 min 5 s" in out
+    assert (
+        "one: good, held-out accuracy 0.900 (pick the longer 0.470), margin 3.00, KL 8.00, 40 steps, 2 min 5 s" in out
+    )
     assert f"{one / 'report.html'}: " in out and (one / "report.html").is_file()
     assert cli.main(["report", str(one), str(two), "--title", "Two <runs>", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -625,13 +628,13 @@ def test_an_accuracy_of_margins_within_noise_is_shown_as_such(tmp_path: Path, ca
     log = [{key: v * still.get(key.removeprefix("eval_"), 1) for key, v in entry.items()} for entry in log_of(40)]
     one, two = make_run(tmp_path / "one", log_history=log), make_run(tmp_path / "two")
     assert cli.main(["report", str(one), "--output", str(tmp_path / "page.html")]) == 0
-    assert "one: held-out accuracy 0.900 (margins within noise; length alone 0.470)" in capsys.readouterr().out
+    assert "one: bad, held-out accuracy 0.900 (margins within noise; pick the longer 0.470)" in capsys.readouterr().out
     tile = read_page(tmp_path / "page.html").all("div", class_="tile")[0]
     assert tile.one("p", class_="figure").text == "0.900"
-    assert tile.one("p", class_="note").text.startswith("margins within noise; length alone")
+    assert tile.one("p", class_="note").text.startswith("margins within noise; pick the longer")
     page, result = page_of(one, two, output=tmp_path / "both.html")
     rows = [row.text for row in page.one("section", id="figures").all("tr")]
-    assert ["margins within noise" in row for row in rows] == [False, True, False]
+    assert ["within noise" in row for row in rows] == [False, False, True]  # behind the other
     assert [run.get("note") for run in result["runs"]] == ["margins within noise", None]
 
 

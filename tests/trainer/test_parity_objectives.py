@@ -1,7 +1,7 @@
 """Fifteen steps of every objective that TRL has, beside TRL's own trainer for it: same model, rows, order and seed.
 
 Deliberate differences, and how the comparison goes round them:
-- ipo: ours takes sums of log-ratios (note eq. 50) unless ipo_length_normalize asks for TRL's form.
+- ipo: ours takes sums of log-ratios (docs/derivations.md, eq. 50) unless ipo_length_normalize asks for TRL's form.
 - ORPO: TRL's SFT term counts the prompt's tokens too; a prompt of one token has none that are predicted.
 - KTO: TRL shifts answers within a micro-batch, ours within the optimizer batch; with one micro-batch they agree.
 """

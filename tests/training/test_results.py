@@ -197,7 +197,7 @@ def test_a_full_disk_at_the_end_loses_nothing(base_folder, tmp_path, monkeypatch
     monkeypatch.setattr(dpo_peft.trainer, "save_adapter", full)
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    assert main(command) == 2
+    assert main(command) == 3
     said = capsys.readouterr().err
     (rescued,) = temporary.glob("dpo-peft-*/adapter_config.json")
     assert "No space left on device" in said and f"Meanwhile it is in {rescued.parent}." in said

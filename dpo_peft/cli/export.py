@@ -1,0 +1,56 @@
+"""`dpo-peft export`: an adapter as llama.cpp and Ollama load it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from ..model.options import AdapterOptions
+from .options import option, parse_options, required, show
+
+EXAMPLES = (
+    "dpo-peft export outputs/run --output_dir served --to gguf --llama_cpp llama.cpp",
+    "dpo-peft export outputs/run --output_dir served --to ollama --served_base llama3.1:8b",
+)
+
+
+@dataclass(frozen=True)
+class ExportOptions(AdapterOptions):
+    """Options of `dpo-peft export`, named as the arguments of `export_adapter`."""
+
+    output_dir: str = option("", "Folder for adapter.gguf and, for Ollama, a Modelfile: a new one, or an empty one.")
+    to: str = option("gguf", "For llama.cpp, or for Ollama.", choices=["gguf", "ollama"])
+    llama_cpp: str | None = option(
+        None, "Folder of llama.cpp, whose converter is used; that of LLAMA_CPP, or the one on PATH, if not given."
+    )
+    served_base: str | None = option(
+        None, "What is served as the base: Ollama's name of it, or a GGUF file. The base's folder if not given."
+    )
+    system: str | None = option(None, "System message for Ollama, if it was trained with one.")
+    json: bool = option(False, "Print the result as JSON.")
+    # The base is not loaded here.
+    quantize: bool | None = field(default=None, init=False)
+    dtype: str | None = field(default=None, init=False)
+    reference: str | None = field(default=None, init=False)
+    check_base: bool = field(default=True, init=False)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Converts the adapter and prints the commands that serve it."""
+    about = "Convert an adapter to GGUF by llama.cpp's own converter, and write a Modelfile for Ollama."
+    options = parse_options(argv, ExportOptions, "export", about, EXAMPLES)
+    required(options, "adapter", "output_dir")
+    from ..model.adapter_source import AdapterSource
+    from ..model.exporting import export_adapter
+
+    done = export_adapter(
+        AdapterSource.of(options),
+        options.output_dir,
+        options.to,
+        llama_cpp=options.llama_cpp,
+        served_base=options.served_base,
+        system=options.system,
+    )
+    lines = [
+        f"{options.output_dir} holds {' and '.join(done.files)}. To serve it:",
+        *(f"  {c}" for c in done.commands),
+    ]
+    show({"output_dir": options.output_dir, **asdict(done)}, "\n".join([*lines, *done.notes]), options.json)
