@@ -188,10 +188,8 @@ def labeled_pairs(**columns: float) -> Dataset:
 # Each: loss, rows, what the message must say.
 WRONG_DATA: dict[str, tuple[str, Dataset, str]] = {
     "lists for pairs": ("sigmoid", rows_for("multi_negative", 8), r"multi_negative.*plackett_luce"),
-    "rankings for pairs": ("ipo", rows_for("plackett_luce", 8), r"multi_negative.*plackett_luce"),
     "single answers for pairs": ("simpo", rows_for("kto", 8), r"kto.*apo_zero_unpaired"),
     "single answers for lists": ("multi_negative", rows_for("kto", 8), r"kto.*apo_zero_unpaired"),
-    "rankings for single answers": ("kto", rows_for("plackett_luce", 8), r"multi_negative.*plackett_luce"),
     "single answers for trajectories": ("trajectory", rows_for("kto", 8), r"kto.*apo_zero_unpaired"),
     "soft labels for a sort": ("aot", labeled_pairs(preference=0.7), r"preference.*remove"),
     "soft labels for ORPO": ("orpo", labeled_pairs(preference=0.7), r"preference.*remove"),

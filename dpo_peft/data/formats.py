@@ -267,7 +267,7 @@ def _need(name: str, have: set[str], wanted: tuple[str, ...], data: str) -> None
     if missing:
         raise DataError(
             f"{name}: column {', '.join(map(repr, missing))} is missing; the columns are {sorted(have)}. Accepted: "
-            f"{ACCEPTED[data]}. {_name_them(have, wanted)}"
+            f"{ACCEPTED[data]}. {name_them(have, wanted)}"
         )
 
 
@@ -281,7 +281,7 @@ _ALIKE = {
 }
 
 
-def _name_them(have: set[str], wanted: Collection[str]) -> str:
+def name_them(have: set[str], wanted: Collection[str]) -> str:
     """Returns the sentence that says how columns of other names are read: those that look alike, others to fill in."""
     pairs = {}
     for column in ["prompt", *wanted] if "prompt_ids" not in wanted and wanted != ("messages",) else wanted:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, check_size, read_entries, read_ids, read_number
-from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout
+from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout, name_them
 from .parse import parse_row, read_completion, read_prompt
 from .reading import find_reading
 from .tokenize import special_tokens, without_eos
@@ -96,7 +96,8 @@ def _implicit_layout(name: str, columns: Sequence[str], first: Row) -> Layout | 
         layout = detect_layout(name, set(columns) - set(LABEL_COLUMNS), first, Wanted(data="lists"))
         return layout if layout.implicit else None
     if "prompt" not in columns:
-        raise DataError(f"{name}: there is no column 'prompt' (columns: {', '.join(columns)}). Rename yours to it.")
+        have = f"{name}: there is no column 'prompt' (columns: {', '.join(columns)})"
+        raise DataError(f"{have}. {name_them(set(columns), ())}")
     return None
 
 

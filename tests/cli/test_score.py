@@ -249,7 +249,7 @@ def test_what_is_refused(adapter: str, pairs: Path, capsys: Any, tmp_path: Path,
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(loading, "load_base", refuse)
-    broken = write(tmp_path / "broken.jsonl", [*text_pairs(1), {"prompt": "a?", "chosen": "b", "rejected": None}])
+    broken = write(tmp_path / "broken.jsonl", [*text_pairs(1), {"prompt": "", "chosen": "b", "rejected": "c"}])
     no_record = tmp_path / "no_record"
     no_record.mkdir()
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
@@ -267,7 +267,7 @@ def test_what_is_refused(adapter: str, pairs: Path, capsys: Any, tmp_path: Path,
         ([adapter, "--dataset_name", pairs, "--beta", 0], "beta=0.0 must be a positive number"),
         ([adapter, "--dataset_name", pairs, "--categories_column", "kind"], "Did you mean 'category_column'?"),
         ([tmp_path / "x", "--dataset_name", pairs], "is not an adapter"),
-        ([adapter, "--dataset_name", broken], "score row 1, field 'rejected'"),
+        ([adapter, "--dataset_name", broken], "score row 1, field 'prompt'"),
         ([no_record, "--dataset_name", pairs], "does not say which beta"),
     ):
         assert cli.main(["score", *map(str, argv)]) == 2, argv

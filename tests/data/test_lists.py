@@ -324,6 +324,18 @@ def test_each_unlabeled_completion_is_a_row_of_its_own(case):
     assert report.dropped == dropped and report.source_rows == len(wanted) + sum(dropped.values())
 
 
+@pytest.mark.parametrize("data", ["pairs", "singles", "trajectories"])
+@pytest.mark.parametrize("grades", [{"ranks": [1, 0, 2]}, {"scores": [0.5, 2.0, -1.0]}])
+def test_the_best_and_the_worst_of_a_ranked_list_are_a_pair(data: str, grades: dict[str, list[float]]) -> None:
+    """The second of three is the best one, the third the worst; equal grades teach nothing."""
+    tied = {name: [values[0]] * 3 for name, values in grades.items()}
+    ranked = [{"prompt": "a", "completions": [" b", " c", " d"], **given} for given in (grades, tied)]
+    found, report = prepare_dataset(as_dataset(ranked), word_tokenizer(), data=data)
+    pair = {"prompt": "a", "chosen": " c", "rejected": " d"}
+    assert list(found) == list(prepare_dataset(as_dataset([pair]), word_tokenizer(), data=data)[0])
+    assert next(iter(found))["completion_ids"] == [[5, 2], [6, 2]]
+
+
 def test_unlabeled_completions_are_named_by_row_and_number():
     rows = [{"prompt": "a", "completions": [" b"]}, {"prompt": "a", "completions": [" b", None]}]
     with pytest.raises(DataError, match=r"train row 1, field 'completions\[1\]': expected text, found nothing"):

@@ -213,19 +213,23 @@ def test_rows_without_a_prompt_are_counted() -> None:
 @pytest.mark.parametrize(
     ("rows", "column", "message"),
     [
-        ([{"question": "x"}], None, "no column 'prompt'"),
+        ([{"question": "x"}], None, "no column 'prompt'.*--column_map question:prompt on"),
         ([{"prompt": "x"}, {"prompt": None}], None, "row 1, field 'prompt'"),
         ([{"prompt": []}], None, "empty conversation"),
         ([{"prompt": "x"}], "scores", "there is no column"),
         ([{"prompt": "x", "completions": ["a", "b"], "s": [1.0]}], "s", "1 scores for 2 completions"),
         ([{"prompt": "x", "completions": ["a", "b"], "s": [1.0, float("inf")]}], "s", r"row 0, field 's\[1\]'"),
-        ([{"prompt": "x", "completions": [ANSWER, OTHER]}], None, r"completions\[0\]"),
         ([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}], None, "no column 'prompt'"),
     ],
 )
 def test_rows_that_cannot_be_read(rows: list[dict[str, Any]], column: str | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_prompts(Dataset.from_list(rows), "rows", column)
+
+
+def test_a_text_before_completions_of_messages_is_the_user_s_turn() -> None:
+    ((found,), _) = read_prompts(Dataset.from_list([{"prompt": "x", "completions": [ANSWER, OTHER]}]), "rows")
+    assert found.fields == {"prompt": [{"role": "user", "content": "x"}]} and found.completions == [ANSWER, OTHER]
 
 
 def test_messages_need_a_chat_template(make_tokenizer: Any) -> None:

@@ -371,7 +371,8 @@ def test_trl_script_runs_with_its_import_changed(
         *arguments,
     ]
     theirs = run_script(monkeypatch, trl_script(tmp_path, False), tmp_path / "trl", arguments)
-    mine = run_script(monkeypatch, trl_script(tmp_path, True), tmp_path / "ours", arguments + our_arguments)
+    our_arguments = [*arguments, *our_arguments, "--as_chat", "false"]  # TRL trains text as it is
+    mine = run_script(monkeypatch, trl_script(tmp_path, True), tmp_path / "ours", our_arguments)
     assert len(mine) == len(theirs) == 7
     # In NF4, evaluation lets bitsandbytes repack the weights under TRL (see `keep_weights`), so that is left out.
     compared = 6 if "--load_in_4bit" in arguments else 7
