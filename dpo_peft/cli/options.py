@@ -219,10 +219,13 @@ def _parse(
     # An option that is added later may share a beginning: no abbreviations.
     parser = HfArgumentParser(groups, prog=f"dpo-peft {text['command']}", add_help=False, allow_abbrev=False)
     parser.error = refuse  # argparse would print its usage, hundreds of lines, and exit
-    several = {name for group in groups for name, hint in get_type_hints(group).items() if _one_or_several(hint)}
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    several = {name for name, hint in hints.items() if _one_or_several(hint)}
     for action in parser._actions:
         if action.dest in several:
             action.nargs = "+"
+        elif bool in get_args(hints.get(action.dest)) and action.nargs is None:  # alone it says yes, as other flags do
+            action.nargs, action.const = "?", True
     parser.set_defaults(**defaults)
     parsed, unknown = parser.parse_known_args(words)
     for before, word, after in zip(["", *unknown], unknown, [*unknown[1:], ""], strict=False):

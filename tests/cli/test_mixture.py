@@ -9,9 +9,11 @@ import pytest
 
 from dpo_peft.cli import train as cli
 from dpo_peft.cli.mixture import DataArguments, load_datasets
+from dpo_peft.cli.options import parse_options
 from dpo_peft.data import prepare_dataset
 from dpo_peft.errors import OptionError
 from dpo_peft.files import read_rows
+from dpo_peft.pairs.options import PairsOptions
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -170,3 +172,13 @@ def test_eval_share_turns_evaluation_on(tmp_path: Path) -> None:
     _, args, _ = cli.parse([*fixed, "--eval_share", "0.1", "--eval_strategy", "epoch"])
     assert args.eval_strategy == "epoch"
     assert cli.parse([*fixed, "--test_split_size", "0.1"])[1].eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], None), (["--as_chat"], True), (["--as_chat", "no"], False), (["--as-chat=1"], True)],
+)
+def test_as_chat_alone_is_true(words: list[str], expected: bool | None, tmp_path: Path) -> None:
+    fixed = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    assert cli.parse([*fixed, *words])[1].as_chat is expected
+    assert parse_options(words, PairsOptions, "pairs", "", []).as_chat is expected

@@ -488,6 +488,18 @@ def test_a_lost_system_prompt_is_noticed(tmp_path: Path, monkeypatch: pytest.Mon
     assert found != WITH_SYSTEM
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["Orca pairs", "thumbs", "question, good, bad", "LLaMA-Factory's alpaca"])
+def test_a_file_is_trained_on(case: str, tmp_path: Path) -> None:
+    """One step of the whole command, on what a reader expects."""
+    file = FILES[case]
+    words = ["--dataset_name", write(tmp_path, file), *file.options.split(), "--max_steps", "1", "--use_cpu", "true"]
+    places = ["--model_name_or_path", quickstart.model_path(), "--output_dir", str(tmp_path / "out")]
+    trainer = cli.train([*places, *words, "--bf16", "false", "--report_to", "none"])
+    assert trainer.state.global_step == 1
+    assert readable(trainer.train_dataset) == file.expected
+
+
 def test_the_table_of_formats_is_that_of_the_package() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \|$", page, re.MULTILINE)
