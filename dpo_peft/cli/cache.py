@@ -20,7 +20,7 @@ EXAMPLES = [
 class CacheArguments:
     """Which entries, and what becomes of them."""
 
-    dir: str | None = option(None, f"Folder of the cache. Default: {default_folder()}, as in training.")
+    dir: str | None = option(None, "Folder of the cache. Default: that of training.")
     clear: bool = option(False, "Delete entries: all, or those that the options name.")
     reference: str | None = option(None, "With clear: of this reference alone (its id).")
     unused_days: float | None = option(None, "With clear: of references that no run has opened for so many days.")
