@@ -55,7 +55,7 @@ BUDGETS = {
     "chat": 395,
     "conversion": 450,
     "preview": 935,
-    "cli": 3665,
+    "cli": 3670,
     "rowfiles": 295,
     "disk": 180,
     "manifests": 225,

@@ -121,8 +121,11 @@ def test_recipe_repeats_the_run(folder: Path, command: Command, name: str) -> No
     assert again["adapter"] == before["adapter"]
     for dataset, counts in before["data"].items():  # newer versions count more
         assert {name: again["data"][dataset][name] for name in counts} == counts
-    for file in ("samples.jsonl", "eval_examples.jsonl"):
-        assert_near(lines_of(f"again/{file}"), lines_of(f"{name}/{file}"))
+    assert_near(lines_of("again/eval_examples.jsonl"), lines_of(f"{name}/eval_examples.jsonl"))
+    samples = lines_of(f"{name}/samples.jsonl")
+    for sample in samples:  # the prompt was shown with the template's words for roles
+        sample["prompt"] = sample["prompt"].removeprefix("user\n").removesuffix("\nassistant\n")
+    assert_near(lines_of("again/samples.jsonl"), samples)
 
 
 def test_interrupted_run_goes_on(folder: Path) -> None:

@@ -256,7 +256,7 @@ class Shows(TrainerCallback):
             if name.endswith("_runtime") and name != "train_runtime":
                 prefix = name.removesuffix("_runtime")
                 self._show(state, self.columns.evaluation(state.global_step, prefix, logs))
-        if "train_runtime" in logs and state.is_world_process_zero:
+        if "train_loss" in logs and state.is_world_process_zero:
             self._say(
                 f"{state.global_step:,} steps in {span(logs['train_runtime'])}, mean loss {logs['train_loss']:.4f}"
             )

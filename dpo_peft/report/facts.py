@@ -44,7 +44,7 @@ def figures_at_end(run: Run) -> Json:
     beta, reward = (run.facts.get(name, run.recorded("training").get(name)) for name in ("beta", "reward"))
     noisy = within_noise(last.get("rewards/margins"), beta, last.get("kl"), reward or "log_ratio")
     entries = [entry for entry in run.log if isinstance(entry.get("step"), int | float)]
-    runtime = next((entry["train_runtime"] for entry in run.log if "train_runtime" in entry), None)
+    runtime = next((entry["train_runtime"] for entry in reversed(run.log) if "train_runtime" in entry), None)
     figures = {
         "source": source,
         "accuracy": accuracy,
