@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -51,6 +52,12 @@ def plain(bundled: str) -> Callable[..., str]:
     return complete
 
 
+def interruptible() -> None:
+    """So that Ctrl-C is a signal, also where the tests run in the background, which ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Typist:
     """A program in a terminal of its own."""
 
@@ -63,7 +70,7 @@ class Typist:
             stderr=other,
             env={**os.environ, "PYTHONPATH": str(REPO), "TERM": "dumb"},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            preexec_fn=interruptible,
         )
         os.close(other)
         self.seen = ""
