@@ -1,8 +1,9 @@
 """Plays ten first hours: the commands of docs/first-steps.md, typed as they stand there, each time in a new place.
 
-    python benchmarks/first_hour.py [--turns 10] [--shapes chat orca ...] [--constraints constraints.txt]
+    python benchmarks/first_hour.py [--turns 10] [--shapes chat orca ...] [--constraints constraints.txt] [--install_once]
 
-A turn is a new virtual environment, a new home and an empty folder with nothing but a file of preferences. The file
+A turn is a new virtual environment (with --install_once that of the first turn), a new home and an empty folder with
+nothing but a file of preferences. The file
 has another shape each time; the rows are 400 of the bundled model's. Nothing of this environment is passed on but the
 PATH of the system; the package index is the only address. Where the page names a model of the Hub, the bundled one
 stands in. Every command has to leave with 0, the trained adapter has to judge held-out pairs better than it did at the
@@ -112,8 +113,9 @@ def commands(page: str, replaced: dict[str, str]) -> list[str]:
     return lines
 
 
-def play(shape: str, wheel: Path, constraints: Path) -> dict[str, Any]:
-    """Plays one first hour. Returns the seconds of its commands, and what came out.
+def play(shape: str, wheel: Path, constraints: Path, venv: Path) -> dict[str, Any]:
+    """Plays one first hour; what is installed in `venv` is not installed again. Returns the seconds of its commands, and
+    what came out.
 
     Raises:
         SystemExit: a command left with another code than 0, or what it should have left isn't there.
@@ -125,9 +127,11 @@ def play(shape: str, wheel: Path, constraints: Path) -> dict[str, Any]:
         (folder / "home").mkdir()
         mine = SHAPES[shape](rows, folder)
         shutil.copytree(bundled / "model", folder / "model")
-        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        installed = venv.exists()
+        if not installed:
+            subprocess.run([sys.executable, "-m", "venv", venv], check=True)
         env = {
-            "PATH": f"{folder}/venv/bin:/usr/local/bin:/usr/bin:/bin",
+            "PATH": f"{venv}/bin:/usr/local/bin:/usr/bin:/bin",
             "HOME": str(folder / "home"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
         }
@@ -137,7 +141,7 @@ def play(shape: str, wheel: Path, constraints: Path) -> dict[str, Any]:
             "Qwen/Qwen3-8B": "./model",
         }
         steps = []
-        for line in commands(PAGE.read_text("utf-8"), names):
+        for line in commands(PAGE.read_text("utf-8"), names)[installed:]:
             started = time.time()
             done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True)
             steps.append({"command": line.replace(str(wheel), wheel.name).replace(str(constraints), constraints.name)})
@@ -165,6 +169,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=len(SHAPES))
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--constraints", type=Path, default=REPO / "constraints.txt")
+    parser.add_argument("--install_once", action="store_true")
     options = parser.parse_args()
     built = Path(tempfile.mkdtemp(prefix="wheel-"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", built, REPO], check=True)
@@ -173,7 +178,10 @@ def main() -> None:
     for number in range(options.turns):
         shape = options.shapes[number % len(options.shapes)]
         print(f"{number + 1}: {shape}", flush=True)
-        turns.append(play(shape, wheel, options.constraints.resolve()))
+        venv = built / ("venv" if options.install_once else f"venv-{number}")
+        turns.append(play(shape, wheel, options.constraints.resolve(), venv))
+        if not options.install_once:
+            shutil.rmtree(venv)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
     result = {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "turns": turns}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -37,7 +39,11 @@ class _Lines(logging.Handler):
     """Plain lines on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
+        lines = printable(self.format(record)).split("\n")
+        if sys.stderr.isatty():  # a terminal would break words
+            width = shutil.get_terminal_size().columns
+            lines = [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ") or [""]]
+        tqdm.write("\n".join(lines), file=sys.stderr)
 
 
 def show_progress() -> None:
