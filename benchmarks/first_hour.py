@@ -1,6 +1,6 @@
 """Plays ten first hours: the commands of docs/first-steps.md, typed as they stand there, each time in a new place.
 
-    python benchmarks/first_hour.py [--turns 10] [--shapes chat orca ...] [--constraints constraints.txt] [--install_once]
+    python benchmarks/first_hour.py [--turns 10] [--shapes chat orca ...] [--install_once]
 
 A turn is a new virtual environment (with --install_once that of the first turn), a new home and an empty folder with
 nothing but a file of preferences. The file
@@ -114,7 +114,7 @@ def commands(page: str, replaced: dict[str, str]) -> list[str]:
 
 
 def play(shape: str, wheel: Path, constraints: Path, venv: Path) -> dict[str, Any]:
-    """Plays one first hour; what is installed in `venv` is not installed again. Returns the seconds of its commands, and
+    """Plays one first hour; a `venv` that is there is not made again. Returns the seconds of its commands, and
     what came out.
 
     Raises:
