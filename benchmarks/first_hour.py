@@ -4,7 +4,7 @@
 
 A turn is a new virtual environment (with --install_once that of the first turn), a new home and an empty folder with
 nothing but a file of preferences. The file
-has another shape each time; the rows are 400 of the bundled model's. Nothing of this environment is passed on but the
+has another shape each time; the rows are 240 of the bundled model's. Nothing of this environment is passed on but the
 PATH of the system; the package index is the only address. Where the page names a model of the Hub, the bundled one
 stands in. Every command has to leave with 0, the trained adapter has to judge held-out pairs better than it did at the
 start, and `dpo-peft chat` has to answer.
@@ -29,7 +29,7 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "first_hour_cpu.json"
 PAGE = REPO / "docs" / "first-steps.md"
-ROWS, SYSTEM = 400, "You write short reviews."
+ROWS, SYSTEM = 240, "You write short reviews."
 Row = dict[str, Any]
 
 
