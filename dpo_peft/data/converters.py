@@ -3,6 +3,7 @@
 A row that can't be converted raises `DataError`; rows without a signal are left for `prepare_dataset` to count.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,3 +180,12 @@ def _row(row: Row) -> Row:
 def _where(row: Row) -> str:
     names = [name for name in ("idx", "id", "message_tree_id") if name in row]
     return f"row with {names[0]} {shown(row[names[0]], 40)}" if names else "row"
+
+
+def marked_turns(prompt: Any) -> Any:
+    """Returns the turns of a prompt that marks them as HelpSteer's do (`<extra_id_1>Assistant`); another as it is."""
+    if not isinstance(prompt, str) or "<extra_id_1>" not in prompt:
+        return prompt
+    first, *rest = re.split(r"\n*<extra_id_1>(User|Assistant)\n", prompt)
+    turns = [("User", first)] * bool(first.strip()) + list(zip(rest[::2], rest[1::2], strict=True))
+    return [{"role": role.lower(), "content": text} for role, text in turns if text.strip()]

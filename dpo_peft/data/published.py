@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, OptionError
-from .converters import SHAREGPT_ROLES, from_hh, from_oasst_tree, from_tulu
+from .converters import SHAREGPT_ROLES, from_hh, from_oasst_tree, from_tulu, marked_turns
 from .fields import Messages, NoValue, Row, RowProblem, Values, from_json, shown
 from .formats import ASKING_ROLES
 
@@ -223,7 +223,7 @@ def _helpsteer_preference(row: Row) -> Values:
     strength = _named(row, ("preference_strength", "overall_preference"))
     both = [_named(row, names) for names in (("response_1", "response1"), ("response_2", "response2"))]
     scores = [None, None] if strength is None else [-strength, strength]
-    return _rated(_named(row, ("prompt", "context")), both, scores)
+    return _rated(marked_turns(_named(row, ("prompt", "context"))), both, scores)
 
 
 def _helpsteer(rows: Iterable[Row]) -> Iterator[Values]:
@@ -235,7 +235,7 @@ def _helpsteer(rows: Iterable[Row]) -> Iterator[Values]:
     logger.info("HelpSteer: %d of %d prompts have one response, and are left out.", alone, len(by_prompt))
     for prompt, same in by_prompt.items():
         if len(same) > 1:
-            yield _rated(prompt, [row["response"] for row in same], [row["helpfulness"] for row in same])
+            yield _rated(marked_turns(prompt), [row["response"] for row in same], [row["helpfulness"] for row in same])
 
 
 def _thumbs(row: Row) -> Values:

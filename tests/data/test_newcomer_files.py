@@ -291,6 +291,18 @@ FILES: dict[str, File] = {
         ],
         BOTH,
     ),
+    "HelpSteer2 preference of several turns": File(
+        [
+            {
+                "prompt": f"Hello there, friend.\n\n<extra_id_1>Assistant\nHello! What is it?\n<extra_id_1>User\n{Q}",
+                "response_1": BAD,
+                "response_2": GOOD,
+                "preference_strength": 2,
+            },
+            {"prompt": Q2, "response_1": GOOD2, "response_2": BAD2, "preference_strength": -1},
+        ],
+        HISTORY,
+    ),
     "HelpSteer3 preference": File(
         [
             {"context": [user(Q)], "response1": GOOD, "response2": BAD, "overall_preference": -3, "domain": "general"},
