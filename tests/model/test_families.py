@@ -16,7 +16,7 @@ ROUNDING = 2e-6
 @pytest.mark.parametrize("name", zoo.ALL)
 def test_a_family_trains_as_the_table_says(name: str, tmp_path: Path) -> None:
     if name == "llama4-vl" and transformers.__version__.startswith("5.24."):
-        pytest.skip("the model's own forward fails there: it reads image_outputs, which its text's output doesn't have")
+        pytest.skip("the model's own forward fails: it reads image_outputs, which its text's output lacks")
     tried = try_family(name, tmp_path)
     assert row(name, tried) == written()[name], "python tests/helpers/family_matrix.py writes the table anew"
     if tried.refused:
