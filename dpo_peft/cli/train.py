@@ -104,7 +104,8 @@ def train(argv: Sequence[str]) -> "DPOTrainer | None":
     # The logs of transformers.Trainer go to stdout.
     with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
         trainer = build_trainer(data, args, model)
-        logger.info("The first row as it is trained on:\n%s", first_row(trainer))
+        if not (data.dataset_streaming or data.streaming):  # whose rows are counted as they are read
+            logger.info("The first row as it is trained on:\n%s", first_row(trainer))
         seconds = trainer.train().metrics["train_runtime"]
         if trainer.eval_dataset is not None and not evaluated(trainer):
             trainer.evaluate()
