@@ -153,7 +153,7 @@ def play(shape: str, wheel: Path, constraints: Path, venv: Path) -> dict[str, An
                 )
         metrics = folder / "outputs" / "run" / "metrics.json"
         saved = json.loads(metrics.read_text("utf-8"))
-        accuracy = saved["eval_last"]["eval_rewards/accuracies"]
+        accuracy = saved["eval_last"]["rewards/accuracies"]
         answer = done.stdout.strip()
         if not accuracy > 0.6 or not answer:
             raise SystemExit(f"{shape}: accuracy {accuracy}, the last command said {answer!r}")
