@@ -99,10 +99,9 @@ def train(argv: Sequence[str]) -> "DPOTrainer | None":
     from . import COMMANDS
     from .closing import closing, evaluated
 
-    if args.disable_tqdm or not sys.stderr.isatty():
-        without_bars()
+    bars = nullcontext() if sys.stderr.isatty() and not args.disable_tqdm else without_bars()
     # The logs of transformers.Trainer go to stdout.
-    with redirect_stdout(sys.stderr) if output.json else nullcontext(), _claimed(args):
+    with redirect_stdout(sys.stderr) if output.json else nullcontext(), bars, _claimed(args):
         trainer = build_trainer(data, args, model)
         if not (data.dataset_streaming or data.streaming):  # whose rows are counted as they are read
             logger.info("The first row as it is trained on:\n%s", first_row(trainer))
@@ -133,13 +132,21 @@ def first_row(trainer: "DPOTrainer") -> str:
     return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
 
 
-def without_bars() -> None:
+@contextmanager
+def without_bars() -> Iterator[None]:
     """Turns off the bars of other libraries, such as those of loading weights and of mapping rows."""
     import datasets
     from transformers.utils import logging
 
+    shown = not datasets.are_progress_bars_disabled()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+            datasets.enable_progress_bars()
 
 
 @contextmanager
