@@ -9,6 +9,7 @@ from ..errors import OptionError
 from ..files import without_splits
 from ..objective import TrainingObjective
 from ..training.arguments import load_tokenizer
+from ..training.building import row_options
 from .mixture import DataArguments, load_datasets
 from .options import made
 
@@ -32,21 +33,8 @@ def measure(rows: Any, tokenizer: Any, o: Any) -> DataReport:
     objective = TrainingObjective(
         names, o.loss_weights, **{**objective_options(o), "beta": resolve_beta(names, o.beta)}
     )
-    _, summary = prepare_dataset(
-        rows.select(range(min(ROWS, len(rows)))),
-        tokenizer,
-        max_length=o.max_length,
-        truncation_mode=o.truncation_mode,
-        on_unusable=o.on_unusable,
-        max_unusable_share=o.max_unusable_share,
-        data=objective.data,
-        label_columns=objective.label_columns,
-        discount_unit=o.discount_unit,
-        single_best=objective.single_best,
-        unneeded_columns=o.unneeded_columns or (),
-        unpair=o.unpair_preferences,
-    )
-    return summary
+    first = rows.select(range(min(ROWS, len(rows))))
+    return prepare_dataset(first, tokenizer, **row_options(o, objective))[1]
 
 
 def found_lengths(o: Any) -> tuple[dict[str, int], str]:

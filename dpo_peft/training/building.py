@@ -47,6 +47,17 @@ logger = logging.getLogger(__name__)
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
 
+def row_options(args: Any, objective: TrainingObjective) -> dict[str, Any]:
+    """Returns what options and objective say of rows, by the names that `prepare_dataset` has for them."""
+    names = ("max_length", "truncation_mode", "on_unusable", "max_unusable_share", "discount_unit", "as_chat")
+    return {
+        **{name: getattr(args, name) for name in names},
+        **{name: getattr(objective, name) for name in ("data", "label_columns", "single_best")},
+        "unneeded_columns": args.unneeded_columns or (),
+        "unpair": args.unpair_preferences,
+    }
+
+
 class Preparation:
     """Prepares the datasets of a run, and remembers what became of their rows.
 
@@ -81,18 +92,8 @@ class Preparation:
                 rows,
                 self.tokenizer,
                 name=name,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
-                on_unusable=args.on_unusable,
-                max_unusable_share=args.max_unusable_share,
-                data=objective.data,
-                label_columns=objective.label_columns,
-                discount_unit=args.discount_unit,
-                single_best=objective.single_best,
-                unneeded_columns=args.unneeded_columns or (),
-                unpair=args.unpair_preferences,
-                as_chat=self.as_chat,
+                **{**row_options(args, objective), "as_chat": self.as_chat},
             )
         self.reports[name] = report
         streamed = f"{name}: a stream in {report.format} format, whose rows are counted as they are read."
