@@ -5,15 +5,21 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from paths import REPO
+from transformers import AutoTokenizer
 
 from dpo_peft import DPOConfig, OptionError, cli
+from dpo_peft.cli.measure import measure
 from dpo_peft.cli.options import recipe_files
+from dpo_peft.data import prepare_dataset
 from dpo_peft.planning.gpus import parse_gpu
+from dpo_peft.planning.run import DEFAULTS
 from dpo_peft.quickstart import model_path
 
 MODEL_DIR = model_path()
@@ -226,3 +232,11 @@ def test_an_unquoted_no_and_several_trackers(tmp_path: Path) -> None:
 def test_a_mistyped_command_is_guessed(capsys: pytest.CaptureFixture) -> None:
     assert "Did you mean 'train'?" in run(capsys, "trian", code=2)[1]
     assert "model_name_or_path is missing" in run(capsys, "train", "--dataset_name", "rows.jsonl", code=2)[1]
+
+
+def test_lengths_of_texts_are_those_that_are_trained() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    rows = Dataset.from_list([{"prompt": "Hello there.", "chosen": "Good day to you.", "rejected": "No."}] * 3)
+    o = SimpleNamespace(**DEFAULTS)
+    in_template, as_text = (prepare_dataset(rows, tokenizer, as_chat=one)[1].longest for one in (None, False))
+    assert measure(rows, tokenizer, o).longest == in_template > as_text
