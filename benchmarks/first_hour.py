@@ -3,13 +3,12 @@
     python benchmarks/first_hour.py [--turns 10] [--shapes chat orca ...] [--install_once]
 
 A turn is a new virtual environment (with --install_once that of the first turn), a new home and an empty folder with
-nothing but a file of preferences. The file
-has another shape each time; the rows are 240 of the bundled model's. Nothing of this environment is passed on but the
-PATH of the system; the package index is the only address. Where the page names a model of the Hub, the bundled one
-stands in. Every command has to leave with 0, the trained adapter has to judge held-out pairs better than it did at the
+nothing but a file of preferences. The file has another shape each time; the rows are 240 of the bundled model's.
+Nothing of this environment is passed on but the PATH of the system; the package index is the only address. Where the
+page names a model of the Hub, the bundled one stands in. Every command has to leave with 0, the trained adapter has to judge held-out pairs better than it did at the
 start, and `dpo-peft chat` has to answer.
 
-Adds to benchmarks/results/first_hour_cpu.json what each command took.
+Writes to benchmarks/results/first_hour_cpu.json, after each turn, what each command took.
 """
 
 import argparse
@@ -174,17 +173,17 @@ def main() -> None:
     built = Path(tempfile.mkdtemp(prefix="wheel-"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", built, REPO], check=True)
     (wheel,) = built.glob("*.whl")
-    turns = []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
+    turns: list[dict[str, Any]] = []
+    result = {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "turns": turns}
     for number in range(options.turns):
         shape = options.shapes[number % len(options.shapes)]
         print(f"{number + 1}: {shape}", flush=True)
         venv = built / ("venv" if options.install_once else f"venv-{number}")
         turns.append(play(shape, wheel, options.constraints.resolve(), venv))
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
         if not options.install_once:
             shutil.rmtree(venv)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True)
-    result = {"commit": commit.stdout.strip(), "cores": os.cpu_count(), "turns": turns}
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     shutil.rmtree(built)
 
 
