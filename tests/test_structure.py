@@ -38,7 +38,7 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 4220,
-    "forward": 2230,
+    "forward": 2515,
     "reference": 1565,
     "model": 2880,
     "training": 2775,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 35_710
+MAX_PACKAGE_LINES = 35_990
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

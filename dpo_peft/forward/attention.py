@@ -59,8 +59,8 @@ class AttentionBackend:
     `supports(device, dtype, heads)` says whether it runs there. `attend(plan, q, k, v, scaling, window)` gives
     (T, H, D) from q (T, H, D), k and v (T, G, D), or (S, G, D) if `gathers`. What it `takes` beyond that reaches it as
     keywords, if a call has it: "dropout", "softcap" (scores s become softcap * tanh(s / softcap)), "sinks" ((H,)
-    scores of one more key without a value), "chunk" (as in `visible`). A call with a window or with keywords that a
-    backend does not do goes to the one named `otherwise`.
+    scores of one more key without a value), "chunk", "blocks" ((T,); both as in `visible`). A call with a window or
+    with keywords that a backend does not do goes to the one named `otherwise`.
     """
 
     name: str
@@ -84,6 +84,7 @@ class AttentionPlan:
         self.batch = batch
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self.trace: list[tuple[int | None, HeadShape]] | None = None  # for the probe: window and heads of each call
+        self.blocks_T: Tensor | None = None  # of tokens that see each other both ways, from `images.block_ids`
         self.mixed: list[str] | None = None  # for the probe: the class of each mixer of `states.py` that was called
         self._made: dict[Hashable, Any] = {}
 
@@ -109,13 +110,22 @@ class BySample(NamedTuple):
     mask_EBB: Tensor  # who sees whom. Padding queries see position 0, so no row is empty
 
 
-def by_sample(batch: PackedBatch, window: int | None, chunk: int | None = None) -> BySample:
+def by_sample(
+    batch: PackedBatch, window: int | None, chunk: int | None = None, blocks_T: Tensor | None = None
+) -> BySample:
     """Cuts a packed batch into its samples, and applies the mask predicate to each one's own tokens."""
     assert batch.sample_index is not None and batch.segment is not None and batch.context is not None
     filled_EB, index_EB = batch.sample_index >= 0, batch.sample_index.clamp(min=0)
     segment, context, pos = batch.segment[index_EB], batch.context[index_EB], batch.position_ids[0][index_EB]
     mask_EBB = visible(
-        segment[:, :, None], context[:, :, None], pos[:, :, None], segment[:, None], pos[:, None], window, chunk
+        segment[:, :, None],
+        context[:, :, None],
+        pos[:, :, None],
+        segment[:, None],
+        pos[:, None],
+        window,
+        chunk,
+        None if blocks_T is None else (blocks_T[index_EB][:, :, None], blocks_T[index_EB][:, None]),
     )
     mask_EBB &= filled_EB[:, None]
     mask_EBB[:, :, 0] |= ~filled_EB
@@ -162,6 +172,7 @@ def prefix_shared_attention(
     if prefix_layout.trace is not None:
         prefix_layout.trace.append((sliding_window, HeadShape(query.shape[1], key.shape[1], query.shape[3])))
     extra = {"dropout": dropout or None, "softcap": softcap, "sinks": s_aux, "chunk": _chunk_of(module)}
+    extra |= {"blocks": prefix_layout.blocks_T}
     extra = {name: value for name, value in extra.items() if value is not None}
     backend = prefix_layout.backend_for(sliding_window, extra)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -225,9 +236,10 @@ def attend_dense(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
     """Attends sample by sample under the mask predicate; (T, H, D)."""
-    samples = plan.once(("by sample", window, chunk), lambda: by_sample(plan.batch, window, chunk))
+    samples = plan.once(("by sample", window, chunk), lambda: by_sample(plan.batch, window, chunk, blocks))
     groups = q_THD.shape[1] // k_TGD.shape[1]
     q_EHBD, k_EGBD, v_EGBD = (x[samples.index_EB].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
     k_EHBD, v_EHBD = (x.repeat_interleave(groups, 1) for x in (k_EGBD, v_EGBD))
@@ -313,7 +325,7 @@ def _varlen_runs(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> 
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-DENSE_TAKES = frozenset({"dropout", "softcap", "sinks", "chunk"})
+DENSE_TAKES = frozenset({"dropout", "softcap", "sinks", "chunk", "blocks"})
 # The first that supports a model is taken.
 BACKENDS = [
     AttentionBackend("varlen", _varlen_runs, attend_varlen, gathers=True),

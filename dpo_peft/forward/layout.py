@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .images import BatchImages, SampleImages, kept_images
+
 _long = partial(torch.as_tensor, dtype=torch.int64)
 _int32 = partial(torch.as_tensor, dtype=torch.int32)
 _double = partial(torch.as_tensor, dtype=torch.float64)
@@ -54,6 +56,7 @@ class Sample(NamedTuple):
     preference: float | None = None  # probability that the first completion is the better one
     margin: float | None = None  # by how much its reward should be ahead
     mismatched: Sequence[Sequence[int]] = ()  # completions of other prompts, laid out as further completions
+    images: SampleImages | None = None  # whose tokens the prompt holds
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class PackedBatch:
     keys: Any = None  # (C,) bytes, from `content_keys`
     router_slopes: Tensor | None = None  # (E, X), from `routing.slopes`, where more micro-batches belong together
     samples: Samples | None = None  # what was laid out, on the host
+    images: BatchImages | None = None  # of the samples, on the host until they are encoded
 
     @cached_property
     def shared(self) -> bool:
@@ -132,18 +136,22 @@ def visible(
     pos_k: Tensor,
     window: int | None = None,
     chunk: int | None = None,
+    blocks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Returns the mask predicate: True where a query may see a key.
 
     A token sees its own segment and its prompt, up to its own position; under a sliding window only keys whose
-    position is less than `window` behind, with chunks only keys of its own `chunk` positions. Arguments broadcast
-    against each other; the result is boolean.
+    position is less than `window` behind, with chunks only keys of its own `chunk` positions. Tokens of one block,
+    given as the `blocks` of queries and of keys (0: in none), see each other whatever their positions are. Arguments
+    broadcast against each other; the result is boolean.
     """
     same_or_prompt = (segment_k == segment_q) | (segment_k == context_q)
     mask = same_or_prompt & (pos_k <= pos_q)
     if chunk is not None:
         mask &= pos_k // chunk == pos_q // chunk
-    return mask if window is None else mask & (pos_k > pos_q - window)
+    if window is not None:
+        mask &= pos_k > pos_q - window
+    return mask if blocks is None else mask | ((blocks[0] == blocks[1]) & (blocks[0] > 0))
 
 
 def _check(samples: Sequence[Sample]) -> None:
@@ -265,6 +273,7 @@ def _labels(samples: Sequence[Sample], target: list[np.ndarray]) -> dict[str, An
         "lengths": _long(lengths),
         "num_own": sum(own),
         "samples": Samples(tuple(samples)),
+        "images": kept_images(samples),
     }
     first = samples[0]
     if first.steps is not None:
@@ -343,8 +352,9 @@ def halves(batch: PackedBatch) -> list[PackedBatch]:
 def content_keys(batch: PackedBatch) -> tuple[bytes, ...]:
     """Returns one 16-byte digest per completion of what its log-probs depend on, given the model.
 
-    That is the ids of prompt + completion and which of them are predicted. Where the prompt ends counts by the latter
-    alone. Labels, row numbers, the other completions, the layout and the padding don't count.
+    That is the ids of prompt + completion, which of them are predicted, and the prompt's images. Where the prompt ends
+    counts by the predicted ones alone. Labels, row numbers, the other completions, the layout and the padding don't
+    count.
 
     Raises:
         ValueError: the batch does not hold its samples.
@@ -359,6 +369,7 @@ def content_keys(batch: PackedBatch) -> tuple[bytes, ...]:
             digest.update(prompt)
             digest.update(_little_endian(completion))
             digest.update(_little_endian(len(sample.prompt) + places))
+            digest.update(sample.images.key if sample.images else b"")
             keys.append(digest.digest())
     return tuple(keys)
 

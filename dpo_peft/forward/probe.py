@@ -20,10 +20,12 @@ from transformers import PreTrainedConfig
 from ..errors import NonFiniteError, OptionError
 from ..wings import wing
 from .attention import IMPLEMENTATION, AttentionPlan, CannotShareError, HeadShape, choose_backend
+from .images import check_takes_images, own_inputs
 from .layout import PackedBatch, Sample, pack, pad_rows
 from .lengths import ATTENDING, CARRYING, FarText, kinds_of, random_ids, short_chunks
+from .modules import eval_mode, unwrap
 from .rotary import beyond_reach, refuse_crossing
-from .score import Backend, Decoder, NotRecognizedError, completion_logps, eval_mode, unwrap
+from .score import Backend, Decoder, NotRecognizedError, completion_logps
 from .states import mixer_difference, read_layouts, read_rows
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,11 @@ class ForwardPlan:
 
 
 def plan_forward(
-    model: nn.Module, share_prompts: bool = True, dtype: torch.dtype | None = None, fused: bool | None = None
+    model: nn.Module,
+    share_prompts: bool = True,
+    dtype: torch.dtype | None = None,
+    fused: bool | None = None,
+    images: Sequence[Sample] = (),
 ) -> ForwardPlan:
     """Decides the layout on the loaded model, and sets its attention implementation accordingly.
 
@@ -92,6 +98,7 @@ def plan_forward(
         share_prompts: False skips the probe of the packed layout and takes one row per completion.
         dtype: the dtype under autocast, if training uses it.
         fused: whether its layers are computed by the package `fused`; None: if they are recognized.
+        images: tiny samples with images, if training rows have some.
 
     Raises:
         NonFiniteError: the model's log-probs are NaN or infinite.
@@ -102,7 +109,9 @@ def plan_forward(
     weight = causal_lm.get_input_embeddings().weight
     autocast = torch.autocast(weight.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
     with torch.no_grad(), eval_mode(model), autocast:
-        probe = _Probe(model, weight.device, dtype or weight.dtype)
+        if images:
+            check_takes_images(causal_lm)
+        probe = _Probe(model, weight.device, dtype or weight.dtype, images)
         rows_difference = probe.difference(probe.logps(pad_rows(probe.samples)), probe.own_N)
         if not rows_difference <= probe.tolerance:
             raise OptionError(
@@ -178,11 +187,11 @@ class _Probe:
         NonFiniteError: they are NaN or infinite.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, images: Sequence[Sample] = ()):
         self.model, self.device, self.dtype = model, device, dtype
         self.causal_lm = unwrap(model)
         self.config = self.causal_lm.config.get_text_config()
-        self.samples = _probe_samples(self.config.vocab_size)
+        self.samples = [*_probe_samples(self.config.vocab_size), *images]
         self.own_N = self.own_logps(pad_rows(self.samples))
         if not torch.isfinite(self.own_N).all():
             raise NonFiniteError(
@@ -205,6 +214,8 @@ class _Probe:
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if batch.position_ids[:, 0].any():
             given["position_ids"] = batch.position_ids
+        if batch.images is not None:
+            given |= own_inputs(self.causal_lm, batch)
         logits = self.causal_lm(**given).logits
         logps = logits.flatten(0, 1).index_select(0, batch.pred_pos).float().log_softmax(-1)
         return logps.gather(1, batch.target[:, None])[:, 0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import OptionError
-from .score import unwrap
+from .modules import unwrap
 
 
 class _Scaling(NamedTuple):

@@ -4,8 +4,7 @@ Shape suffixes: N predicted tokens, C completions, H hidden size; in `sequence_l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import AttentionPlan, layout_marker
+from .images import block_ids, row_inputs, shared_inputs
 from .layout import PackedBatch, Sample, pad_rows
 from .logprobs import CHUNK_ROWS, read_head, token_logps
+from .modules import eval_mode, text_decoder, unwrap
 from .routing import Routing, read_routing
 
 
@@ -55,23 +56,6 @@ class Scores:
     routing: Routing | None = None  # of a mixture of experts
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """Returns the transformers causal LM inside a PEFT model (its layers stay adapted), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into eval mode inside, and each back into its own mode outside, exceptions or not."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
 def completion_logps(
     model: nn.Module,
     batch: PackedBatch,
@@ -98,10 +82,10 @@ def completion_logps(
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
     logits: list[Tensor] = []
-    if isinstance(backend, Decoder) and batch.shared:
+    if isinstance(backend, Decoder) and batch.shared and batch.images is None:
         hidden_NH = backend.hidden_states(batch, logits)
     else:
-        outputs = _run(causal_lm, batch, backend, routing)
+        outputs = _run(causal_lm, batch, backend.attention if isinstance(backend, Decoder) else backend, routing)
         hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.pred_pos)
         logits = outputs.router_logits if routing else []
     chosen = causal_lm.config.get_text_config().num_experts_per_tok if routing else 0
@@ -133,22 +117,20 @@ def sum_by_completion(x_N: Tensor, batch: PackedBatch) -> Tensor:
     return zeros_C.index_add(0, batch.completion_of, x_N.double())
 
 
-def text_decoder(causal_lm: Any) -> Any:
-    """Returns the decoder of a model's text, without a head: Llama 4's `get_decoder` gives a model that has one."""
-    decoder = causal_lm.get_decoder()
-    return decoder.model if hasattr(decoder, "lm_head") else decoder
-
-
-def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: Backend, routing: bool) -> Any:
+def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: str | AttentionPlan, routing: bool) -> Any:
     kwargs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if routing or getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
         kwargs["output_router_logits"] = routing  # the reference needs none, whatever the config says
     if batch.shared:
         kwargs["attention_mask"] = layout_marker(batch.input_ids.device)
         kwargs["position_ids"] = batch.position_ids
-        kwargs["prefix_layout"] = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
+        plan = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
+        plan.blocks_T = block_ids(causal_lm.config, batch)
+        kwargs["prefix_layout"] = plan
     else:
         kwargs["attention_mask"] = batch.attention_mask
+    if batch.images is not None:
+        kwargs |= (shared_inputs if batch.shared else row_inputs)(causal_lm, batch)
     backbone = causal_lm.base_model
     if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
         backbone = text_decoder(causal_lm)

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
-from ..forward.score import eval_mode
+from ..forward.modules import eval_mode
 from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, freeze_copy

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..forward.score import eval_mode
+from ..forward.modules import eval_mode
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import OptionError
 from ..forward.experts import GROUP_BYTES
-from ..forward.score import text_decoder
+from ..forward.modules import text_decoder
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import expert_weights, experts_in_4_bits

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError, ReferenceMismatchError
 from ..forward.layout import PackedBatch
+from ..forward.modules import eval_mode
 from ..forward.probe import token_rounding
-from ..forward.score import Backend, Decoder, Scores, completion_logps, eval_mode
+from ..forward.score import Backend, Decoder, Scores, completion_logps
 from .frozen_adapter import AdapterLayer, adapter_layers, holds_adapter, layer_tensors, same_values
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def reference_logps(
     A `Decoder` takes the reference's adapter as an argument: it has no dropout and nothing to switch, which for
     small batches takes as long as the pass itself.
     """
-    if isinstance(backend, Decoder) and batch.shared:
+    if isinstance(backend, Decoder) and batch.shared and batch.images is None:
         with torch.no_grad():
             return completion_logps(model, batch, backend.reference(adapter))
     with reference_mode(model, adapter):

@@ -35,8 +35,8 @@ from ..data.truncate import check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
 from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
+from ..forward.modules import unwrap
 from ..forward.rotary import fixed_rope, rope_length
-from ..forward.score import unwrap
 from ..forward.states import read_layouts, read_rows
 from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, rope_length_of, trained_in
 from ..model.loading import disable_dropout

@@ -29,23 +29,23 @@ def difference(model: Any, samples: Any = SAMPLES, batch: Any = None) -> float:
 # ---- Wrong masks, wrong positions -----------------------------------------------------------------------------------
 
 
-def neighbors_visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None) -> Tensor:
+def neighbors_visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None, blocks=None) -> Tensor:
     return (pos_k <= pos_q) & (seg_k >= 0)  # all within the sample, since the dense path cuts samples apart
 
 
-def prompt_invisible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None) -> Tensor:
+def prompt_invisible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None, blocks=None) -> Tensor:
     return visible(seg_q, seg_q, pos_q, seg_k, pos_k, window)
 
 
-def future_visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None) -> Tensor:
+def future_visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None, blocks=None) -> Tensor:
     return visible(seg_q, ctx_q, pos_q + 1, seg_k, pos_k, window)
 
 
-def window_ignored(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None) -> Tensor:
+def window_ignored(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None, blocks=None) -> Tensor:
     return visible(seg_q, ctx_q, pos_q, seg_k, pos_k)
 
 
-def window_off_by_one(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None) -> Tensor:
+def window_off_by_one(seg_q, ctx_q, pos_q, seg_k, pos_k, window=None, chunk=None, blocks=None) -> Tensor:
     return visible(seg_q, ctx_q, pos_q, seg_k, pos_k, window and window + 1)
 
 

@@ -1,0 +1,31 @@
+"""A model's parts, and the mode that its modules are in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """Returns the transformers causal LM inside a PEFT model (its layers stay adapted), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module into eval mode inside, and each back into its own mode outside, exceptions or not."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def text_decoder(causal_lm: Any) -> Any:
+    """Returns the decoder of a model's text, without a head: Llama 4's `get_decoder` gives a model that has one."""
+    decoder = causal_lm.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
