@@ -5,8 +5,8 @@
 A turn is a new virtual environment (with --install_once that of the first turn), a new home and an empty folder with
 nothing but a file of preferences. The file has another shape each time; the rows are 240 of the bundled model's.
 Nothing of this environment is passed on but the PATH of the system; the package index is the only address. Where the
-page names a model of the Hub, the bundled one stands in. Every command has to leave with 0, the trained adapter has to judge held-out pairs better than it did at the
-start, and `dpo-peft chat` has to answer.
+page names a model of the Hub, the bundled one stands in. Every command has to leave with 0, the trained adapter has to
+judge held-out pairs better than it did at the start, and `dpo-peft chat` has to answer.
 
 Writes to benchmarks/results/first_hour_cpu.json, after each turn, what each command took.
 """
