@@ -75,7 +75,7 @@ class OwnRows:
         assert grad_difference(grads, self.grads) < EXACT_GRADIENT
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> None:
     """Packed, and as padded rows; with prompts of two images, of none and of one in a batch."""
@@ -273,7 +273,7 @@ def pooled(model: Any, samples: Sequence[Sample]) -> Tensor:
     return torch.cat([part.flatten() for part in found]).float()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_four_bit_bases_start_at_their_reference(name: str, tmp_path: Path) -> None:
     """Loaded by name, as users do: bfloat16, and NF4 wherever a layer is linear, in the tower too."""
