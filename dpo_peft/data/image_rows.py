@@ -77,9 +77,7 @@ def as_file(value: Any, field: str) -> ImageFile:
         )
     path = value.removeprefix("file://")
     if not os.path.isfile(path):  # of any text: Path would raise where a name is too long
-        raise RowProblem(
-            field, f"there is no file {path[:80]!r}", "give a path from here or from the data file's folder"
-        )
+        raise RowProblem(field, f"there is no file {path[:80]!r}", "give a path from here, or remove the row")
     return ImageFile(None, path)
 
 

@@ -60,9 +60,9 @@ BAD_ROWS = {
     "image part": (
         chat_pair(),
         {"prompt": messages(content=[{"type": "image"}])},
-        "prompt[0]",
-        "a part that is not text",
+        "messages",
         "there is no processor to read them",
+        "leave processing_class out",
     ),
     "from and value": (
         chat_pair(),
@@ -153,7 +153,7 @@ BAD_DATASETS = {
     ),
     "images": (
         lambda: rows({**pair(), "images": "x"}),
-        "'images' holds images, and there is no processor.*remove_columns",
+        "'images' holds images, and there is no proc.*remove_columns",
     ),
     "unranked": (
         lambda: rows({"prompt": "a", "completions": ["b", "c"]}),
