@@ -4,8 +4,8 @@
     python benchmarks/images.py --shape 8b --device cuda           # writes results/images_cuda.json
 
 Both trainers get the same model (the shape of Qwen2.5-VL with random weights, its linear layers in NF4), the same
-pairs (a picture of 1,000 tokens, a question of 50, answers of 150) and the same adapter, in turn, `--turns` times; then
-the same with pictures of unequal sizes. The losses of their steps are compared. The calls of the vision tower are
+pairs (a picture of 1,000 tokens, a question of 50, answers of 150) and the same adapter, in turn, `--turns` times;
+then the same with pictures of unequal sizes. The losses of their steps are compared. The calls of the vision tower are
 counted: how often a picture is encoded for each step.
 """
 
@@ -24,9 +24,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in recipes/quickstart.py, before torch is imported
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))  # the checkout's package, where it isn't installed
-sys.path.append(str(HERE.parent / "tests" / "helpers"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the checkout's package, where it isn't installed
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
 import bitsandbytes as bnb
 import numpy as np
@@ -43,6 +42,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vision_processors import TEMPLATE, NoVideos
 
+HERE = Path(__file__).resolve().parent
 # The language model's and the tower's sizes; of "8b" those of Qwen2.5-VL-7B. The small one keeps their proportion: the
 # tower has about a tenth of the parameters and sees four patches for each token.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -150,9 +150,9 @@ def run(engine: str, args: argparse.Namespace, same_size: bool) -> dict[str, Any
     model = make_model(args.shape, processor, args.device, dtype)
     samples, total = args.samples or SAMPLES[args.shape], args.warm + args.steps
     clock = Clock(args.warm, args.steps, args.device, profile=False)
-    options: dict[str, Any] = (
-        {"max_tokens_per_microbatch": "auto"} if engine == "ours" and dtype != torch.float32 else {}
-    )
+    own: dict[str, Any] = {"max_length": None}
+    if engine == "ours":
+        own = {"max_length": 8192, **({"max_tokens_per_microbatch": "auto"} if args.device == "cuda" else {})}
     with tempfile.TemporaryDirectory() as folder:
         config = module.DPOConfig(
             output_dir=folder,
