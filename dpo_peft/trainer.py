@@ -23,7 +23,7 @@ import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
 from .config import DPOConfig
 from .data.collator import PREPARED_COLUMNS, PreferenceCollator
@@ -59,7 +59,7 @@ class DPOTrainer(Trainer):
         data_collator: prepared rows (see `prepare_dataset`) to the fields of `PackedBatch`.
         train_dataset: preference rows in any of TRL's formats.
         eval_dataset: the same, or a dict of several by name.
-        processing_class: the tokenizer; loaded from the model's name if None.
+        processing_class: the tokenizer, or the processor of images and text; loaded from the model's name if None.
         compute_metrics: gets, for pairs, `predictions` (pairs, 2), the implicit rewards of chosen and rejected, and
             `label_ids` (pairs,), all zeros: the index of the better one. For lists and single completions,
             `predictions` (completions,) and `label_ids` (completions, 2): grade (higher is better) and dataset row.
@@ -83,7 +83,7 @@ class DPOTrainer(Trainer):
         data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -91,11 +91,13 @@ class DPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
     ):
         given = model, ref_model, args, train_dataset, eval_dataset, processing_class, quantization_config
-        name, args, tokenizer, self.objective = check_constructor(*given, own_metrics=compute_metrics is not None)
+        name, args, self.tokenizer, self.images, self.objective = check_constructor(
+            *given, own_metrics=compute_metrics is not None
+        )
         self.model_name = "" if isinstance(model, PeftModel) else name
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
-        self.prepare = Preparation(args, self.objective, tokenizer)
+        self.prepare = Preparation(args, self.objective, self.tokenizer, self.images)
         self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
         train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
         compared = self.objective.needs_reference
@@ -104,10 +106,10 @@ class DPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or PreferenceCollator(),
+            data_collator=data_collator or PreferenceCollator(images=self.images),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=self.images.processor if self.images else self.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -121,23 +123,23 @@ class DPOTrainer(Trainer):
         copy_from_first(self.model.parameters())
         check_same("train_dataset", self.prepare.told_by)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
-        self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers)
+        tiny = self.images.probe_samples() if self.images else []
+        self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers, tiny)
         plan, objective = self.forward_plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self._build_parts(data_collator)
         trained = partial(trained_with, self.model, args, self.objective, as_given, self.prepare.as_chat)
         self._record = lambda: record_training(self.model, self.policy_adapter, trained())
         self._record()
-        logger.info("%s", storage_report(self.model, reference=self.reference.adapter))
-        logger.info("%s", self.forward_plan)
+        logger.info("%s\n%s", storage_report(self.model, reference=self.reference.adapter), self.forward_plan)
 
     def _build_parts(self, data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None) -> None:
-        args, model, tokenizer = self.args, self.model, self.processing_class
+        args, model, tokenizer, images = self.args, self.model, self.tokenizer, self.images
         self.beta, self.loss_types, self.loss_weights = args.beta, args.loss_type, self.objective.weights
         self.router_aux_loss_coef = self.objective.router_coef = router_coef(model, args)
         self.ref_model, self.aux_loss_enabled = None, self.router_aux_loss_coef > 0  # TRL's scripts read these
-        collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0)
-        self.collate, self.data_collator = collators(args, self.objective, collate)
+        collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0, images)
+        self.collate, self.data_collator = collators(args, self.objective, collate, images)
         self.metric_store, autocast = MetricStore(), self.compute_loss_context_manager
         self.step = OptimizerStep(
             model,

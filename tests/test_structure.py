@@ -37,11 +37,11 @@ BUDGETS = {
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 4220,
-    "forward": 2560,
+    "data": 4785,
+    "forward": 2550,
     "reference": 1565,
-    "model": 2900,
-    "training": 2775,
+    "model": 2895,
+    "training": 2830,
     "evaluation": 1510,
     "fused": 2545,
     "planning": 1505,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_060
+MAX_PACKAGE_LINES = 36_660
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

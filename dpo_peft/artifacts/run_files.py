@@ -94,7 +94,7 @@ class SaveResults:
             if folder.resolve() != written.resolve() and (written / name).is_file():
                 shutil.copy(written / name, folder / name)  # with its mode
         facts = self.facts()
-        write_worst_pairs(folder, self.trainer.prepare.evaluated, self.trainer.processing_class)
+        write_worst_pairs(folder, self.trainer.prepare.evaluated, self.trainer.tokenizer)
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
         if (evaluation := wing("evaluation")) is not None:
             metrics["verdict"] = evaluation.verdict(metrics)._asdict()
@@ -213,7 +213,7 @@ class SaveResults:
             samples=samples,
             sample_steps=steps,
             warnings=trainer.warnings_raised,
-            has_chat_template=trainer.processing_class.chat_template is not None,
+            has_chat_template=trainer.tokenizer.chat_template is not None,
             title=self.title,
             tags=self.tags,
             **figures_of(self.log_history),

@@ -35,10 +35,9 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any]) -> tuple[dict[s
     """
     names = ("model", "args", "train_dataset", "eval_dataset", "quantization_config")
     name, _, train, evaluated, quantization = (inputs[one] for one in names)
-    _, _, tokenizer, objective = check_constructor(
-        name, None, args, train, evaluated, None, quantization, own_metrics=False
-    )
-    prepare = Preparation(args, objective, tokenizer)
+    given = name, None, args, train, evaluated, None, quantization
+    _, _, tokenizer, images, objective = check_constructor(*given, own_metrics=False)
+    prepare = Preparation(args, objective, tokenizer, images)
     prepared, _ = prepare.training(train), prepare.evaluation(evaluated)
     figures: dict[str, Any] = {
         "model": _model(name, args, inputs["peft_config"]),

@@ -128,7 +128,7 @@ def first_row(trainer: "DPOTrainer") -> str:
     """Returns the first training row as `dpo-peft data` shows it, shortened."""
     from ..preview import render_row
 
-    lines = render_row(next(iter(trainer.train_dataset)), trainer.processing_class, most_lines=4).splitlines()
+    lines = render_row(next(iter(trainer.train_dataset)), trainer.tokenizer, most_lines=4).splitlines()
     return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
 
 

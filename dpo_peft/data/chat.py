@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from .clock import dated_template
 from .fields import Message, Messages, RowProblem, content_text
 from .formats import Example
+from .image_rows import PLACE, in_parts
+from .images import Images
 from .limits import TEMPLATE_SECONDS, limited_time
 from .tokenize import Borders, Encoded, ids_behind, plain_ids
 
@@ -41,8 +43,14 @@ class Chat:
     All methods raise `RowProblem` when the template refuses a conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, example: Example, borders: Borders | None = None):
-        self.tokenizer, self.example, self.borders = tokenizer, example, borders
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        example: Example,
+        borders: Borders | None = None,
+        images: Images | None = None,
+    ):
+        self.tokenizer, self.example, self.borders, self.images = tokenizer, example, borders, images
         # Of a text that was tokenized: its start up to and with the last border, and without, and the ids of that.
         self.start: tuple[str, str, list[int]] = "", "", []
         # The template's argument that renders a prompt up to where the model starts to write.
@@ -50,8 +58,8 @@ class Chat:
 
     def ids(self, messages: Messages, field: str, **changes: object) -> list[int]:
         """Returns the token ids of messages; `changes` are to the template's arguments, `field` is for messages."""
-        if self.borders is not None and self.borders.tokens:
-            text = self.text(messages, field, **changes)
+        if self.images is not None or self.borders is not None and self.borders.tokens:
+            text = self._expanded(self.text(messages, field, **changes), field)
             try:
                 return self._tokenize(text)
             except Exception as error:  # as where a role holds half a character
@@ -61,12 +69,25 @@ class Chat:
 
     def _tokenize(self, text: str) -> list[int]:
         """Returns the ids of a rendered text. What the row's texts have in common is tokenized once."""
-        assert self.borders is not None
+        if self.borders is None:
+            return plain_ids(self.tokenizer, text)
         if not self.start[0] or not text.startswith(self.start[0]):
             at, border = self.borders.last(text)
             self.start = text[:at] + border, text[:at], plain_ids(self.tokenizer, text[:at]) if at else []
         _, before, ids = self.start
         return ids + plain_ids(self.tokenizer, text[len(before) :])
+
+    def _expanded(self, text: str, field: str) -> str:
+        """Returns a rendered text with the tokens of the prompt's images in place of their marks."""
+        if self.images is None:
+            return text
+        if (found := text.count(self.images.mark)) != len(self.example.images):
+            raise RowProblem(
+                field,
+                f"the chat template shows {found} times {self.images.mark!r} for {len(self.example.images)} images",
+                f"take {self.images.mark!r} out of the texts, or use a chat template that renders images",
+            )
+        return self.images.expand(text, self.example.images)
 
     def text(self, messages: Messages, field: str, **changes: object) -> str:
         """Returns the text of messages, as `ids`."""
@@ -77,7 +98,7 @@ class Chat:
         given["chat_template"] = dated_template(self.tokenizer, given["tools"])
         try:
             with limited_time(TEMPLATE_SECONDS):
-                return self.tokenizer.apply_chat_template(messages, **given)
+                return self.tokenizer.apply_chat_template(in_parts(messages) if self.images else messages, **given)
         except Exception as error:  # a template is code of someone else's and may raise anything
             raise self._refused(messages, field, error) from error
 
@@ -111,7 +132,8 @@ class Chat:
             if joint[: len(prompt_ids)] != prompt_ids:
                 mended = self._behind_opened(whole, self.text(whole, field))
                 if mended is not None:
-                    text, joint = partial(str, mended), plain_ids(self.tokenizer, self.prompt_text + mended)
+                    whole_text = self._expanded(self.prompt_text + mended, field)
+                    text, joint = partial(str, mended), plain_ids(self.tokenizer, whole_text)
             ids, apart = ids_behind(self.tokenizer, prompt_ids, joint, text, field, TEMPLATE_REMEDY)
             completion_ids.append(ids)
             resplits += apart
@@ -337,9 +359,12 @@ def _kinds_before(turns: list[Kind]) -> list[frozenset[Kind]]:
 def turn_kind(message: Message) -> Kind:
     """Returns what decides how a template takes a message, besides the texts: its role and its filled fields."""
     thought = ("</think>",) if "</think>" in content_text(message) else ()
+    content = message.get("content")
+    pictured = ("image",) if isinstance(content, list) and PLACE in content else ()
     return (
         message["role"],
         *thought,
+        *pictured,
         *sorted(key for key, value in message.items() if key == "content" or not _is_blank(value)),
     )
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from ..forward.layout import PackedBatch, Sample, content_keys, pack, pad_rows
 from .fields import Row, Values
+from .images import Images
 from .worker import EXTRAS, IDS
 
 T = TypeVar("T")
@@ -24,15 +25,17 @@ class PreferenceCollator:
     Args:
         shared: each prompt once in one packed row; otherwise one padded row per completion.
         pad_token_id: fills padded rows (masked, so its value has no effect).
+        images: makes the pixels of rows with images.
     """
 
-    def __init__(self, shared: bool = True, pad_token_id: int = 0):
+    def __init__(self, shared: bool = True, pad_token_id: int = 0, images: Images | None = None):
         self.shared = shared
         self.pad_token_id = pad_token_id
+        self.images = images
 
     def __call__(self, rows: Sequence[Values]) -> Values:
         """Turns prepared rows into `PackedBatch` fields, on the CPU."""
-        samples = [_sample(row) for row in rows]
+        samples = [_sample(row) for row in with_pixels(rows, self.images)]
         return (pack(samples) if self.shared else pad_rows(samples, self.pad_token_id)).as_dict()
 
 
@@ -61,7 +64,15 @@ def _sample(row: Row) -> Sample:
         preference=row.get("preference"),
         margin=row.get("margin"),
         mismatched=row.get("mismatched_ids", ()),
+        images=row.get("pixels"),
     )
+
+
+def with_pixels(rows: Sequence[Values], images: Images | None) -> list[Values]:
+    """Returns prepared rows with the `pixels` of their images, those that have none yet."""
+    if images is None:
+        return list(rows)
+    return [row if "pixels" in row else {**row, "pixels": images.sample(row)} for row in rows]
 
 
 @dataclass(frozen=True)
@@ -72,11 +83,14 @@ class Rows:
 
 
 class KeepRows:
-    """The collator that leaves rows as they are, where an optimizer batch is laid out as a whole."""
+    """The collator that leaves rows as they are, where an optimizer batch is laid out as a whole; but for pixels."""
+
+    def __init__(self, images: Images | None = None):
+        self.images = images
 
     def __call__(self, rows: Sequence[Values]) -> Values:
         """Returns the rows as `{"kept": ...}`."""
-        return {"kept": Rows(list(rows))}
+        return {"kept": Rows(with_pixels(rows, self.images))}
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

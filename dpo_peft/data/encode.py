@@ -1,11 +1,14 @@
 """Examples to token ids: the one way for training rows, prompts to sample from and completions to score."""
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .chat import Chat
 from .fields import RowProblem, read_text
 from .formats import Example
+from .images import Images
 from .summary import explain
 from .tokenize import PAIR, Borders, Encoded, check_tokenizer, encode_text, leading_ids, text_prompt_ids
 from .truncate import check_truncation, fit
@@ -19,28 +22,37 @@ class Encoder:
     Args:
         name: how messages call the dataset.
         ends: whether completions of text are to be encoded, which end with the tokenizer's end token.
+        images: the processor of the prompts' images, if there is one.
 
     Raises:
         OptionError: the tokenizer is none.
         DataError: it lacks an end token or a chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, kind: str, ends: bool = True):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        kind: str,
+        ends: bool = True,
+        images: Images | None = None,
+    ):
         check_tokenizer(tokenizer, need_eos=ends and kind == "text")
         if kind == "chat" and not tokenizer.chat_template:
             raise DataError(
                 f"{name}: the rows are conversations, but the tokenizer has no chat template. Set "
                 "tokenizer.chat_template, take an instruction-tuned model's tokenizer, or give the rows as text."
             )
-        self.tokenizer, self.borders = tokenizer, Borders(tokenizer)
+        self.tokenizer, self.borders, self.images = tokenizer, Borders(tokenizer), images
         self.leading = leading_ids(tokenizer) if kind == "text" else []
 
     def prompt(self, example: Example) -> list[int]:
         """Returns the ids up to where the model begins to write. Raises `RowProblem` when there are none."""
         if example.kind == "chat":
-            return Chat(self.tokenizer, example, self.borders).prompt_ids()
+            return Chat(self.tokenizer, example, self.borders, self.images).prompt_ids()
         if example.kind == "text":
-            return text_prompt_ids(self.tokenizer, example.prompt, self.leading)
+            text = self.images.expand(example.prompt, example.images) if self.images else example.prompt
+            return text_prompt_ids(self.tokenizer, text, self.leading)
         ids: list[int] = example.prompt
         return ids
 
@@ -51,8 +63,10 @@ class Encoder:
             RowProblem: the template refuses the row, or the prompt's ids are not the start of the whole.
         """
         if example.kind == "chat":
-            return Chat(self.tokenizer, example, self.borders).encode()
+            return Chat(self.tokenizer, example, self.borders, self.images).encode()
         if example.kind == "text":
+            if self.images is not None:
+                example = replace(example, prompt=self.images.expand(example.prompt, example.images))
             return encode_text(self.tokenizer, example, self.leading)
         return Encoded(example.prompt, example.completions)
 

@@ -38,6 +38,9 @@ class RowProblem(Exception):
         return DataError(f"{dataset} row {row}, field {self.field!r}: {self.problem}. Remedy: {self.remedy}.")
 
 
+PARTS = ("text", "image", "image_url")  # of a message's content
+
+
 class NoValue(RowProblem):
     """A cell holds nothing. With on_unusable="drop" the row is left out and counted."""
 
@@ -151,13 +154,15 @@ def _read_message(message: object, where: str) -> Message:
     if content is not None and not isinstance(content, str | list):
         raise RowProblem(where, f"'content' should be text, found {_name(content)}", "store the content as text")
     for part in content if isinstance(content, list) else ():
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in PARTS or kind == "text" and not isinstance(part.get("text"), str):
             raise RowProblem(
                 where,
-                f"'content' holds a part that is not text: {shown(part, 60)}",
-                'use text, or [{"type": "text", "text": …}]; images are not supported',
+                f"'content' holds a part that is neither text nor an image: {shown(part, 60)}",
+                'use text, [{"type": "text", "text": …}] or [{"type": "image"}]',
             )
-        _check_utf8(part["text"], where)
+        if kind == "text":
+            _check_utf8(part["text"], where)
     if isinstance(content, str):
         _check_utf8(content, where)
     return clean
@@ -166,7 +171,7 @@ def _read_message(message: object, where: str) -> Message:
 def content_text(message: Message) -> str:
     """Returns a message's text, also where it is given in parts."""
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def read_tools(row: Row) -> list[Values] | None:

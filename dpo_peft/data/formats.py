@@ -23,7 +23,7 @@ With ids the columns are `chosen_ids`, `rejected_ids`, `completions_ids` and `co
 `preference` (probability in [0, 1] that chosen is the better one) and a `margin`, where the objective reads them.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,7 @@ SUITS = {
 DATA_KINDS = ("pairs", "lists", "singles", "trajectories", "unlabeled")
 DISCOUNT_UNITS = ("turn", "token")
 LABEL_COLUMNS = ("preference", "margin")
+IMAGE_COLUMNS = {"image", "images"}
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 GRADE_COLUMNS = ("ranks", "scores")
 ASKING_ROLES = ("user", "system", "developer")
@@ -71,6 +72,7 @@ class Wanted:
     discount_unit: str = "turn"
     single_best: bool = False
     unpair: bool = False
+    images: bool = False  # a processor is there to read them
 
     def __post_init__(self) -> None:
         if self.data not in DATA_KINDS:
@@ -95,6 +97,7 @@ class Example:
     `kind` is "text" (str), "chat" (lists of messages) or "ids" (lists of int) and holds for prompt and completions.
     `fields` are the names of the completions in messages, `grades` one number each (higher is better) for lists and
     singles. `continues` says that the completions go on with the prompt's last message instead of starting a new one.
+    `images` are those of the prompt (`images.py`): their files, and once they are opened their sizes.
     """
 
     kind: str
@@ -105,6 +108,7 @@ class Example:
     tools: list[Values] | None = None
     template_kwargs: Values = field(default_factory=dict)
     continues: bool = False
+    images: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     Raises `DataError` when there is none, or none that the objective can learn from.
     """
     have, data = set(columns), wanted.data
-    _refuse_images(name, have)
+    _check_images(name, have, wanted)
     given, judged = find_completions(have, first, data == "lists")
     if data == "lists" and given[0].startswith("completions"):
         if len(have.intersection(GRADE_COLUMNS)) != 1:
@@ -231,14 +235,17 @@ def detect_layout(name: str, columns: Collection[str], first: Row, wanted: Wante
     return Layout(prompt, given, judged)
 
 
-def _refuse_images(name: str, have: set[str]) -> None:
-    """Refuses what needs a vision model, before anything else is said."""
-    vision = sorted(have & {"image", "images"})
-    if vision:
+def _check_images(name: str, have: set[str], wanted: Wanted) -> None:
+    """Refuses images where no processor is there to read them, before anything else is said."""
+    found = sorted(have & IMAGE_COLUMNS)
+    if found and not wanted.images:
         raise DataError(
-            f"{name}: column {vision[0]!r} holds images, and vision models are not supported. Remove the column if "
-            f"the text alone is meant: dataset.remove_columns({vision!r})."
+            f"{name}: column {found[0]!r} holds images, and there is no processor to read them. Take a model of text "
+            "and images and leave processing_class out, or pass its AutoProcessor. If the text alone is meant: "
+            f"dataset.remove_columns({found!r})."
         )
+    if len(found) > 1:
+        raise DataError(f"{name}: there is a column 'image' and one 'images': dataset.remove_columns('image').")
 
 
 def _refuse_unsuited(name: str, have: set[str], given: tuple[str, ...], judged: str, data: str) -> None:

@@ -22,6 +22,8 @@ from .clock import template_date
 from .fields import Row, RowProblem, Values
 from .fingerprint import digest, tokenizer_hash
 from .formats import REGISTERED, Wanted
+from .image_rows import ImageFile, undecoded
+from .images import Images
 from .published import PUBLISHED
 from .reading import Reading, find_format
 from .summary import DataSummary
@@ -54,6 +56,7 @@ def prepare_dataset(
     unneeded_columns: Sequence[str] = (),
     unpair: bool = False,
     as_chat: bool | None = False,
+    images: Images | None = None,
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
     """Tokenizes a preference dataset.
 
@@ -80,6 +83,8 @@ def prepare_dataset(
             `trl.unpair_preference_dataset`: of every 1000 rows all chosen ones, then all rejected ones.
         as_chat: Rows of text go into the chat template: the prompt as the user's turn, completions as the assistant's.
             None: if the tokenizer has one, and most prompts aren't rendered already. `summary.as_chat` says which.
+        images: The model's processor, if rows may hold images (`images.py`); `tokenizer` is its own. It remembers
+            where the images of the prepared rows are found.
 
     Returns:
         The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
@@ -92,6 +97,9 @@ def prepare_dataset(
           `prompt_ids` is what both share at the start, and may be empty;
         - unlabeled: `completion` (which one of its row it is).
 
+        With `images` there is a name of each row's images, which `images.sample` turns into pixels; those of a stream
+        come along as `image_files`.
+
         A stream comes back as a stream, and fills the summary later; it is refused when none of its first 100 rows is
         usable.
 
@@ -102,7 +110,8 @@ def prepare_dataset(
     check_truncation(max_length, truncation_mode)
     _check_options(on_unusable, max_unusable_share, num_proc)
     check_tokenizer(tokenizer, need_eos=False)
-    wanted = Wanted(data, tuple(label_columns), discount_unit, single_best, unpair)
+    wanted = Wanted(data, tuple(label_columns), discount_unit, single_best, unpair, images is not None)
+    dataset = dataset if images is None else undecoded(dataset)
     columns, first = _first_row(dataset, name)
     rows = _sample(dataset, first)
     row_format = find_format(name, columns, rows, wanted, tokenizer, as_chat)
@@ -115,7 +124,10 @@ def prepare_dataset(
         name, row_format.name, max_length, truncation_mode, unused_columns=unused, as_chat=row_format.as_chat
     )
     summary.date = template_date(tokenizer) if row_format.kind == "chat" else None
-    worker = RowWorker(name, row_format, tokenizer, max_length, truncation_mode, wanted, on_unusable == "drop")
+    drop, streamed = on_unusable == "drop", isinstance(dataset, IterableDataset)
+    worker = RowWorker(
+        name, row_format, tokenizer, max_length, truncation_mode, wanted, drop, images=images, stream=streamed
+    )
     max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
@@ -127,13 +139,19 @@ def prepare_dataset(
     summary.check_share(max_share)
     summary.warn()
     prepared = records.select_columns(worker.prepared_columns)
-    if not summary.dropped and not unpair:
-        return prepared, summary
-    kept = _rows_where(records, "drop", empty=True)
-    if unpair:
-        found = set(kept)
-        kept = [place for place in _unpaired_order(records["row"][:]) if place in found]
-    return prepared.select(kept), summary
+    if summary.dropped or unpair:
+        kept = _rows_where(records, "drop", empty=True)
+        if unpair:
+            found = set(kept)
+            kept = [place for place in _unpaired_order(records["row"][:]) if place in found]
+        prepared = prepared.select(kept)
+    if images is not None:
+        images.remember(prepared, partial(_image_files, _plain(dataset), worker))
+    return prepared, summary
+
+
+def _image_files(rows: Dataset, worker: RowWorker, number: int) -> list[ImageFile]:
+    return worker.image_files(rows[number])
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -185,7 +203,7 @@ def _map_records(
     tokenizer = tokenizer_hash(worker.tokenizer)
     content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
     prepare = worker.format.prepare
-    content.append(repr(prepare))
+    content += [repr(prepare), worker.images.settings if worker.images else ""]
     if isinstance(prepare, Reading) and prepare.published:
         content.append(Hasher.hash(PUBLISHED[prepare.published].convert))
     if worker.format.name in REGISTERED:

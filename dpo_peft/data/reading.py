@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .converters import from_hh
 from .fields import Messages, Row, RowProblem, Values, content_text, shown
-from .formats import ASKING_ROLES, ASSISTANT, HUMAN, REGISTERED, RowFormat, Wanted, detect_layout
+from .formats import ASKING_ROLES, ASSISTANT, HUMAN, IMAGE_COLUMNS, REGISTERED, RowFormat, Wanted, detect_layout
 from .parse import json_columns, parse_each, parse_row, with_parsed
 from .published import PUBLISHED, as_messages, convert_row, find_published
 from .tokenize import special_tokens
@@ -289,5 +289,5 @@ def find_format(
     parse = parse_each if layout.judged == "unlabeled" else parse_row
     vocabulary = ANY_VOCABULARY if tokenizer is None else len(tokenizer)
     read = partial(parse, layout=layout, vocab_size=vocabulary, data=wanted.data)
-    used = tuple(dict.fromkeys((*layout.used_columns, *reading.columns)))
+    used = tuple(dict.fromkeys((*layout.used_columns, *reading.columns, *sorted(columns & IMAGE_COLUMNS))))
     return RowFormat(layout.name, layout.kind, used, read, prepare=reading, as_chat=reading.as_chat)

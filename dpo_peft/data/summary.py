@@ -45,10 +45,16 @@ REASONS = {
         "a trajectory has no token of the assistant's where it differs, or truncation took them",
         "remove these rows, raise max_length or use another truncation_mode",
     ),
+    "unreadable_image": ("an image is damaged, too large or of an unknown kind", "mend or remove these rows"),
+    "image_cut": (
+        "truncation would take away an image, or a part of one",
+        "raise max_length or use truncation_mode='keep_start'",
+    ),
 }
 # Their names, in this order.
 EMPTY_COMPLETION, IDENTICAL, IDENTICAL_AFTER, PROMPT_TOO_LONG, COMPLETION_TOO_LONG, *_others = REASONS
-TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, MISSING_VALUE, NOTHING_SCORED = _others
+TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, MISSING_VALUE, *_others = _others
+NOTHING_SCORED, UNREADABLE_IMAGE, IMAGE_CUT = _others
 ROWS_NAMED = 5
 NOTABLE = 0.01  # share of rows
 

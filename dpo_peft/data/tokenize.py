@@ -35,13 +35,14 @@ class Encoded:
     completion_ids: list[list[int]]
     resplits: int = 0
     steps: list[list[int]] | None = None
+    images: str = ""  # name of the prompt's images
 
 
 def check_tokenizer(tokenizer: object, need_eos: bool) -> None:
     """Raises `OptionError` for something that is no tokenizer, `DataError` for one without an end token."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         inner = getattr(tokenizer, "tokenizer", None)
-        hint = " Pass processor.tokenizer (vision is not supported)." if inner is not None else ""
+        hint = " Pass processor.tokenizer, and the processor as images=Images(processor)." if inner else ""
         raise OptionError(f"the tokenizer must be a transformers tokenizer, found {type(tokenizer).__name__}.{hint}")
     if need_eos and tokenizer.eos_token_id is None:
         raise DataError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat import TEMPLATE_REMEDY, Chat, turn_kind
 from .fields import Messages, RowProblem
 from .formats import Example
+from .images import Images
 from .parse import common_start
 from .tokenize import Borders, Encoded, ids_behind
 
@@ -23,13 +24,17 @@ GIVEN = -1  # step of a token that the model does not write
 
 
 def encode_trajectories(
-    tokenizer: PreTrainedTokenizerBase, example: Example, unit: str, borders: Borders | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    unit: str,
+    borders: Borders | None = None,
+    images: Images | None = None,
 ) -> Encoded:
     """Renders and tokenizes whole conversations; `RowProblem` when the template hides where a turn begins or ends.
 
     `unit` is "turn" or "token". `Encoded.steps` holds a step for each completion token.
     """
-    chat, memo = Chat(tokenizer, example, borders), dict[str, list[int]]()
+    chat, memo = Chat(tokenizer, example, borders, images), dict[str, list[int]]()
     found = [_Conversation(chat, index, memo).split() for index in range(len(example.completions))]
     steps = [number_steps(len(turns.ids), turns.written, unit) for turns in found]
     return share_start([turns.ids for turns in found], steps, sum(turns.resplits for turns in found))

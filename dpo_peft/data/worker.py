@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from .chat import UNENDED, Chat, Place
 from .encode import Encoder
 from .fields import NoValue, Row, RowProblem, Values, check_size, read_number, read_preference
-from .formats import ASKING_ROLES, Example, RowFormat, Wanted
+from .formats import ASKING_ROLES, IMAGE_COLUMNS, Example, RowFormat, Wanted
+from .image_rows import ImageFile, place_images, take_images
+from .images import Images
 from .parse import Parsed
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
     IDENTICAL_AFTER,
+    IMAGE_CUT,
     MISSING_VALUE,
     NO_RANKING,
     NO_SINGLE_BEST,
@@ -47,10 +50,14 @@ EXTRAS = {
     "grades": Sequence(Value("float64")),
     "steps": Sequence(Sequence(Value("int32"))),
     "completion": Value("int64"),  # which of its row, where nobody judged them
+    "images": Value("string"),  # name of the prompt's images; "" for none
+    # Of a stream's rows, which are not found again.
+    "image_files": [{"content": Value("binary"), "path": Value("string")}],
 }
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabeled": ["completion"]}
 # What a row that is dropped holds instead.
-NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0, "left_out": ""}
+NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
+NOTHING |= {"left_out": "", "images": ""}
 TOO_DEEP = RowProblem("row", "is nested too deeply", "store what is nested as JSON text")
 READ_LABEL: dict[str, Callable[[Row], float]] = {
     "preference": read_preference,
@@ -62,8 +69,8 @@ class RowWorker:
     """Checks and tokenizes single rows of one dataset; goes to worker processes as a whole.
 
     `wanted.label_columns` must be columns of the dataset. `drop_missing`: a row whose cell holds nothing is dropped
-    and counted, not refused. `prepared_columns` are those that training reads, `features`
-    those and the statistics.
+    and counted, not refused. `images`: the processor of rows with images, if there is one; rows of a `stream` keep
+    their files. `prepared_columns` are those that training reads, `features` those and the statistics.
     """
 
     def __init__(
@@ -75,13 +82,16 @@ class RowWorker:
         truncation_mode: str,
         wanted: Wanted,
         drop_missing: bool = True,
+        images: Images | None = None,
+        stream: bool = False,
     ):
         self.name, self.format, self.tokenizer, self.wanted = name, row_format, tokenizer, wanted
         self.max_length, self.truncation_mode, self.drop_missing = max_length, truncation_mode, drop_missing
-        self.encoder = Encoder(tokenizer, name, row_format.kind)
+        self.encoder, self.images = Encoder(tokenizer, name, row_format.kind, images=images), images
         self.tried: dict[Place, set[str]] = {}  # what the template leaves out of turns, by where they stand
         self.special = special_tokens(tokenizer)
         extras = [*wanted.label_columns, *BY_DATA.get(wanted.data, ())]
+        extras += (["images", "image_files"] if stream else ["images"]) if images else []
         self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
         self.prepared_columns = [*IDS, *extras]
 
@@ -121,9 +131,11 @@ class RowWorker:
 
     def _parse(self, row: Row, drop_missing: bool = True) -> tuple[list[Parsed], dict[str, float]]:
         """Returns the row's examples and its labels. Raises `RowProblem` for a malformed row."""
-        if self.format.kind != "ids":  # which hold nothing but whole numbers
-            check_size(row)
         try:
+            given = take_images(row)
+            row = {column: value for column, value in row.items() if column not in IMAGE_COLUMNS}
+            if self.format.kind != "ids":  # which hold nothing but whole numbers
+                check_size(row)
             row = self.format.prepare(row)
             found = self.format.read(row)
             labels = {column: READ_LABEL[column](row) for column in self.wanted.label_columns}
@@ -133,7 +145,13 @@ class RowWorker:
             return [MISSING_VALUE], {}
         if self.wanted.unpair and isinstance(found, Example):
             found = _unpaired(found)
-        return found if isinstance(found, list) else [found], labels
+        examples = found if isinstance(found, list) else [found]
+        place = self.images.place_in_text if self.images else None
+        return [one if isinstance(one, str) else place_images(one, given, place) for one in examples], labels
+
+    def image_files(self, row: Row) -> list[ImageFile]:
+        """Returns the images of a row's prompt."""
+        return next((list(one.images) for one in self._parse(row)[0] if not isinstance(one, str)), [])
 
     def _check(self, row: Row) -> tuple[list[Parsed], dict[str, float]]:
         """Parses a row; the first of each shape goes through the chat template, which may refuse it."""
@@ -141,9 +159,8 @@ class RowWorker:
         for example in examples:
             if isinstance(example, str):
                 continue
-            if example.kind == "text" and not example.prompt and not self.encoder.leading:
-                self._encode(example)
-            if example.kind == "chat" and self._try(example)[1]:
+            empty = example.kind == "text" and not example.prompt and not self.encoder.leading
+            if empty or example.kind == "chat" and self._try(example)[1]:
                 self._encode(example)
         return examples, labels
 
@@ -152,7 +169,7 @@ class RowWorker:
 
         Returns where the example's turns stand, and whether one of these places is new.
         """
-        chat = Chat(self.tokenizer, example)
+        chat = Chat(self.tokenizer, example, images=self.images)
         places = [place for part in chat.places() for place in part]
         if all(place in self.tried for place in places):
             return places, False
@@ -168,10 +185,21 @@ class RowWorker:
         return ", ".join(sorted(set().union(*found) - {UNENDED})), sum(UNENDED in keys for keys in found)
 
     def _encode(self, example: Example) -> Encoded | str:
-        """Returns the ids of an example, or the reason why there is nothing to learn from it."""
+        """Returns the ids of an example, or the reason why there is nothing to learn from it. Images are opened."""
+        opened = example if self.images is None else self.images.opened(example)
+        if isinstance(opened, str):
+            return opened
+        encoded = self._ids(opened)
+        if isinstance(encoded, str) or self.images is None:
+            return encoded
+        return self.images.checked(encoded, opened)
+
+    def _ids(self, example: Example) -> Encoded | str:
         turns, unit = self.wanted.data == "trajectories", self.wanted.discount_unit
         if turns and example.kind == "chat":
-            encoded: Encoded | str = encode_trajectories(self.tokenizer, example, unit, self.encoder.borders)
+            encoded: Encoded | str = encode_trajectories(
+                self.tokenizer, example, unit, self.encoder.borders, self.images
+            )
         else:
             encoded = self.encoder(example)
         if isinstance(encoded, str):
@@ -186,8 +214,8 @@ class RowWorker:
             return IDENTICAL
         return SAME_TEXT if graded_apart(encoded.completion_ids, example.grades) else encoded
 
-    def _prepare(self, example: Example) -> tuple[Fitted, int] | str:
-        """Returns ids and steps after truncation and the number of re-splits, or why nothing useful is left."""
+    def _prepare(self, example: Example) -> tuple[Fitted, Encoded] | str:
+        """Returns ids and steps after truncation and before, or why nothing useful is left."""
         grades = example.grades
         if self.wanted.data == "lists" and grades:
             if grades[0] == grades[-1]:
@@ -203,12 +231,14 @@ class RowWorker:
             return fitted
         if graded_apart(fitted.completion_ids, grades):
             return IDENTICAL_AFTER
+        if self.images is not None and self.images.token in encoded.prompt_ids[: fitted.prompt_cut]:
+            return IMAGE_CUT
         steps = fitted.steps
         if not fitted.prompt_ids:  # nothing predicts the first token
             steps = [[GIVEN, *values[1:]] for values in steps]
         if any(set(values) <= {GIVEN} for values in steps):
             return NOTHING_SCORED
-        return replace(fitted, steps=steps), encoded.resplits
+        return replace(fitted, steps=steps), encoded
 
     def _spells(self, example: Example) -> bool:
         """Says whether messages, or completions of text, spell special tokens. A text prompt may well be rendered."""
@@ -220,7 +250,7 @@ class RowWorker:
         made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
             return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
-        (fitted, resplits), (left_out, unended) = made, self._left_out(example)
+        (fitted, encoded), (left_out, unended) = made, self._left_out(example)
         lengths = [len(ids) for ids in fitted.completion_ids]
         record = {
             **dict.fromkeys(COUNTERS, 0),
@@ -233,7 +263,9 @@ class RowWorker:
             "spelled": int(self._spells(example)),
             "completions": len(lengths),
             "foreign_turns": 0 if self.wanted.data == "trajectories" else _foreign_turns(example),
-            "resplits": resplits,
+            "resplits": encoded.resplits,
+            "images": encoded.images,
+            "image_files": [file._asdict() for file in example.images],
             "prompt_tokens": len(fitted.prompt_ids),
             "completion_tokens": sum(lengths),
             "longest": len(fitted.prompt_ids) + max(lengths),

@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 def train_between_samples(trainer: DPOTrainer, prompts: list[Messages]) -> Run:
     """Trains; samples a completion per prompt and evaluates before and after. Prints where it stands."""
-    model, tokenizer = trainer.model, trainer.processing_class
+    model, tokenizer = trainer.model, trainer.tokenizer
     print("\n== Before: the reference is this model with the adapter off ==")
     with reference_mode(model):
         before = tokenizer.batch_decode(sample_answers(model, tokenizer, prompts, seed=1), skip_special_tokens=True)

@@ -42,7 +42,7 @@ def sampled_kl(trainer: DPOTrainer, prompts: list[Messages], answers: list[list[
 
     Unbiased if `answers` were sampled from the policy at temperature 1, one per prompt.
     """
-    tokenizer, backend = trainer.processing_class, trainer.forward_plan.scorer
+    tokenizer, backend = trainer.tokenizer, trainer.forward_plan.scorer
     rows = [
         {"prompt_ids": ids["input_ids"], "completion_ids": [answer], "row": i}
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))

@@ -15,11 +15,21 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 
 from ..config import DPOConfig, objective_options
 from ..credentials import find_secret
 from ..data import DataReport
+from ..data.formats import IMAGE_COLUMNS
+from ..data.image_rows import holds_places, undecoded
+from ..data.images import Images
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
 from ..forward import PackedBatch
@@ -51,7 +61,7 @@ def check_constructor(
     tokenizer: object,
     quantization_config: object,
     own_metrics: bool,
-) -> tuple[str, DPOConfig, PreTrainedTokenizerBase, TrainingObjective]:
+) -> tuple[str, DPOConfig, PreTrainedTokenizerBase, Images | None, TrainingObjective]:
     """Checks what the trainer's constructor is given, and fills in what is not.
 
     Args:
@@ -59,7 +69,8 @@ def check_constructor(
         others: as for the trainer.
 
     Returns:
-        The model's name (empty for one made in code), the options, the tokenizer and the objective.
+        The model's name (empty for one made in code), the options, the tokenizer, the processor of images if one is
+        given or rows need it, and the objective.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise OptionError(
@@ -75,13 +86,15 @@ def check_constructor(
     _check_model(model, ref_model, args, quantization_config)
     check_launch(args)
     _check_datasets(args, train_dataset, eval_dataset)
-    tokenizer = (
-        load_tokenizer(name, args.model_init_kwargs, args.trust_remote_code) if tokenizer is None else tokenizer
-    )
+    if tokenizer is None:
+        load = load_processor if hold_images(train_dataset) else load_tokenizer
+        tokenizer = load(name, args.model_init_kwargs, args.trust_remote_code)
+    images = Images(tokenizer) if isinstance(tokenizer, ProcessorMixin) else None
+    tokenizer = tokenizer if images is None else images.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(
-            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer. Processors of images or audio are "
-            "not supported."
+            f"processing_class is a {type(tokenizer).__name__}; pass a tokenizer, or the processor of a model of text "
+            "and images."
         )
     if any(find_secret(str(token)) for token in tokenizer.special_tokens_map.values()):
         raise OptionError(
@@ -101,7 +114,7 @@ def check_constructor(
         )
     if args.metric_for_best_model is not None and args.eval_strategy != "no" and not own_metrics:
         _check_best_metric(args, args.metric_for_best_model, eval_dataset, objective)
-    return name, args, tokenizer, objective
+    return name, args, tokenizer, images, objective
 
 
 def _check_model(model: object, ref_model: object, args: DPOConfig, quantization_config: object) -> None:
@@ -168,6 +181,30 @@ def _check_best_metric(args: DPOConfig, chosen: str, eval_dataset: object, objec
 def load_tokenizer(name: str, init_kwargs: object = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Returns the tokenizer that comes with a model; with an adapter, its own or that of its base. It is looked for
     where `init_kwargs`, those of the model, say that the model is."""
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, "tokenizer", name, init_kwargs, trust_remote_code)
+    return tokenizer
+
+
+def load_processor(name: str, init_kwargs: object = None, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Returns the processor of images that comes with a model, as `load_tokenizer`."""
+    processor = _load(AutoProcessor, "processor", name, init_kwargs, trust_remote_code)
+    if not isinstance(processor, ProcessorMixin):
+        raise OptionError(
+            f"The rows hold images, and {name!r} comes with no processor of images: take a model of text and images, "
+            "or remove the images from the rows."
+        )
+    return processor
+
+
+def hold_images(dataset: object) -> bool:
+    """Returns whether rows of a dataset have images: a column of them, or messages with some."""
+    if not isinstance(dataset, AnyDataset):
+        return False
+    first: dict[str, Any] = next(iter(undecoded(dataset)), {})
+    return bool(first.keys() & IMAGE_COLUMNS) or any(holds_places(value) for value in first.values())
+
+
+def _load(auto: Any, kind: str, name: str, init_kwargs: object, trust_remote_code: bool) -> Any:
     settle(Path(name))
     given = init_kwargs if isinstance(init_kwargs, dict) else {}
     where = {key: given[key] for key in FROM_HUB if given.get(key) is not None}
@@ -178,11 +215,10 @@ def load_tokenizer(name: str, init_kwargs: object = None, trust_remote_code: boo
         where = {key: value for key, value in where.items() if key != "revision"}  # which is the adapter's
         where |= {"revision": adapter["revision"]} if adapter.get("revision") else {}
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
-    except (OSError, ValueError) as error:
+        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+    except (OSError, ValueError, ImportError) as error:
         raise OptionError(
-            f"No tokenizer can be loaded from {name!r}: {error}. Give the right model, or the tokenizer as "
-            "processing_class."
+            f"No {kind} can be loaded from {name!r}: {error}. Give the right model, or the {kind} as processing_class."
         ) from error
 
 

@@ -18,6 +18,7 @@ from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.clock import KEY as DATE
 from ..data.clock import keep_date
 from ..data.collator import KeepRows, KeyedCollator
+from ..data.images import Images
 from ..data.prepare import STREAM_PATIENCE
 from ..distributed import ShareCollator, world_size
 from ..errors import OptionError, ReferenceMismatchError
@@ -65,6 +66,7 @@ class Preparation:
         args: the options.
         objective: which labels it reads, and which kind of data.
         tokenizer: of the model.
+        images: its processor, if rows may hold images.
 
     Attributes:
         reports: dataset name to what became of its rows.
@@ -73,8 +75,14 @@ class Preparation:
         as_chat: whether rows of text are read as turns: the option, or what was chosen for the training rows.
     """
 
-    def __init__(self, args: DPOConfig, objective: TrainingObjective, tokenizer: PreTrainedTokenizerBase):
-        self.args, self.objective, self.tokenizer = args, objective, tokenizer
+    def __init__(
+        self,
+        args: DPOConfig,
+        objective: TrainingObjective,
+        tokenizer: PreTrainedTokenizerBase,
+        images: Images | None = None,
+    ):
+        self.args, self.objective, self.tokenizer, self.images = args, objective, tokenizer, images
         keep_date(tokenizer, args.output_dir, args.resume_from_checkpoint)
         self.reports: dict[str, DataReport] = {}
         self.sources: dict[str, tuple[list[str], str | None]] = {}
@@ -93,6 +101,7 @@ class Preparation:
                 self.tokenizer,
                 name=name,
                 num_proc=args.dataset_num_proc,
+                images=self.images,
                 **{**row_options(args, objective), "as_chat": self.as_chat},
             )
         self.reports[name] = report
@@ -117,6 +126,12 @@ class Preparation:
         given collator that is not made for prepared rows. Where the longest row of a batch would decide the rotary
         frequencies, the longest of all does."""
         self._model = model
+        token = getattr(model.config, "image_token_id", None)
+        if self.images is not None and token not in (None, self.images.token):
+            raise OptionError(
+                f"processing_class puts images at the token {self.images.token}, and the model at {token}: pass the "
+                "processor that belongs to it."
+            )
         if collate is not None:
             check_collator(collate, next(iter(self._training)))
         fix_rope_by_rows(model, [(rows, self.reports[name]) for name, rows in self._prepared()])
@@ -184,7 +199,9 @@ class NoEvaluation:
     begin = finish = renew = add
 
 
-def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -> tuple[Collate, Collate]:
+def collators(
+    args: DPOConfig, objective: TrainingObjective, collate: Collate, images: Images | None = None
+) -> tuple[Collate, Collate]:
     """Returns what lays out a micro-batch, and what the data loader makes of this process's rows."""
     if args.caches_reference:
         collate = KeyedCollator(collate)
@@ -193,7 +210,7 @@ def collators(args: DPOConfig, objective: TrainingObjective, collate: Collate) -
     if args.full_determinism:
         logger.info("full_determinism: each row is a micro-batch of its own, whatever the batch options (slower).")
     if objective.needs_mismatched or args.max_tokens_per_microbatch is not None or args.full_determinism:
-        return collate, KeepRows()
+        return collate, KeepRows(images)
     return collate, collate if world_size() == 1 else ShareCollator(collate)
 
 

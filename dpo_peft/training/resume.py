@@ -304,11 +304,11 @@ def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:
             "%s names %r as its base, which differs from the model that was trained: %s.",
             *(folder, trainer.model.config._name_or_path, trained.base_changed),
         )
-    tokenizer = trainer.processing_class
+    tokenizer = trainer.tokenizer
     for name in [name for name in tokenizer.init_kwargs if SECRET.search(name)]:
         if name not in tokenizer.special_tokens_map:  # eos_token and the like
             del tokenizer.init_kwargs[name]
-    tokenizer.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
     options = json.dumps(trainer.args.to_dict(), indent=1, default=str)
     (folder / "training_args.json").write_text(options + "\n")
     (folder / "training_args.bin").unlink(missing_ok=True)  # an earlier version's: a pickle, perhaps with a token
