@@ -43,7 +43,7 @@ BUDGETS = {
     "model": 2940,
     "training": 2840,
     "evaluation": 1510,
-    "fused": 2545,
+    "fused": 2560,
     "planning": 1505,
     "artifacts": 1330,
     "reward": 835,
