@@ -32,15 +32,15 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 325,
+    "config": 330,
     "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
     "data": 4785,
-    "forward": 2550,
+    "forward": 2575,
     "reference": 1565,
-    "model": 2895,
+    "model": 2940,
     "training": 2830,
     "evaluation": 1510,
     "fused": 2545,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_660
+MAX_PACKAGE_LINES = 36_750
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -60,7 +60,7 @@ def _model(name: str, args: DPOConfig, lora: LoraConfig | None) -> dict[str, Any
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **revision)
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
-    sketch = Sketch(config, lora, args.trust_remote_code, experts=args.lora_experts)
+    sketch = Sketch(config, lora, args.trust_remote_code, experts=args.lora_experts, vision=args.lora_vision)
     layers = {path.split(".lora_A")[0] for path, _ in sketch.adapted.named_parameters() if ".lora_A" in path}
     kinds = sorted({path.rsplit(".", 1)[-1] for path in layers})
     trained = sum(p.numel() for p in sketch.adapted.parameters() if p.requires_grad)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -87,7 +88,8 @@ def features(causal_lm: PreTrainedModel, images: BatchImages) -> Any:
     They are made in eval mode without gradients, once for all passes; where adapters act in the tower, in each pass.
     """
     parts = encoder_parts(causal_lm)
-    if any(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules()):
+    adapters = BaseTunerLayer, AuxiliaryTrainingWrapper
+    if any(isinstance(module, adapters) for part in parts for module in part.modules()):
         return _encode(causal_lm, images)
 
     def encode() -> Any:

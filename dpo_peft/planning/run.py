@@ -217,11 +217,11 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
         "offload": o.activation_offloading,
         **stored,
     }
-    if fused and shape is not None and not o.lora_experts:
+    if fused and shape is not None and not (o.lora_experts or o.lora_vision):
         ours, its = Lora.read(shape, lora), None if reference is None else Lora.read(shape, reference)
         if ours is not None and (its is None) is (reference is None):
             return name, MemoryModel.of_shape(shape, ours, reference=its, **options)
-    sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts)
+    sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts, vision=o.lora_vision)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens
     return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options)
