@@ -12,9 +12,12 @@ from ..errors import DataError
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, check_size, read_entries, read_ids, read_number
 from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout, name_them
+from .image_rows import place_images, take_images
+from .images import Images
 from .parse import parse_row, read_completion, read_prompt
 from .reading import find_reading
-from .tokenize import special_tokens, without_eos
+from .summary import explain
+from .tokenize import Encoded, special_tokens, without_eos
 from .unread import SAMPLED
 
 PROMPT_COLUMNS = ("prompt", *CHAT_COLUMNS)  # what a prompt's tokens are made from
@@ -131,8 +134,10 @@ def encode_completions(
     first: int = 0,
     vocab_size: int | None = None,
     as_chat: bool = False,
-) -> tuple[list[int], list[list[int]]]:
-    """Returns the token ids of a prompt and of its completions, as training rows have them.
+    images: Images | None = None,
+) -> Values:
+    """Returns `prompt_ids` and `completion_ids` of a prompt and its completions, as training rows have them, with
+    `images` and `image_files` if it has some.
 
     Args:
         tokenizer: with a chat template for messages, with an end token for text.
@@ -141,6 +146,7 @@ def encode_completions(
         first: number of the first one, for messages.
         vocab_size: bounds token ids that are given. A model may have, and sample, more than its tokenizer knows.
         as_chat: a prompt of text is a user's turn, unless it holds special tokens already.
+        images: the processor of images, which stand in columns, as in training rows, or in the prompt's messages.
 
     Raises:
         RowProblem: what is wrong with which of them.
@@ -157,12 +163,13 @@ def encode_completions(
         example = read_prompt(entries[0])
     else:
         example = Example("ids", _some_ids(prompt, f"the prompt of completion {first}", size), [], ())
-    encode = Encoder(tokenizer, "implicit reward", example.kind)
+    files, example = open_images(example, entries[0], images)
+    encode = Encoder(tokenizer, "implicit reward", example.kind, images=images)
     if "completion_ids" in entries[0]:
         sampled = [_some_ids(entry["completion_ids"], one, size) for one, entry in zip(fields, entries, strict=True)]
         for ids, (one, text) in zip(sampled, given.items(), strict=True):
             _check_vocabulary(tokenizer, ids, text, one)
-        return encode.prompt(example), sampled
+        return _with_images(Encoded(encode.prompt(example), sampled), example, files, images)
     read = {one: read_completion(given, one, example.kind, size) for one in fields}
     for one, completion in read.items():
         if example.kind == "ids":
@@ -175,7 +182,30 @@ def encode_completions(
     encoded = encode(replace(example, completions=list(read.values()), fields=tuple(read)))
     assert not isinstance(encoded, str)
     found = dict(zip(read, encoded.completion_ids, strict=True))
-    return encoded.prompt_ids, [found.get(one, [tokenizer.eos_token_id]) for one in fields]
+    encoded = replace(encoded, completion_ids=[found.get(one, [tokenizer.eos_token_id]) for one in fields])
+    return _with_images(encoded, example, files, images)
+
+
+def open_images(example: Example, row: Row, images: Images | None) -> tuple[list[Values], Example]:
+    """Returns the files of a prompt's images, and the example with them opened and in their places. Images in its
+    messages come first: TRL gives its reward functions both.
+
+    Raises `RowProblem` for what can't be read, and where there is no processor to read it.
+    """
+    contents = [turn.get("content") for turn in example.prompt] if example.kind == "chat" else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    inside = any(part["type"] != "text" and len(part) > 1 for part in parts)
+    placed = place_images(example, [] if inside else take_images(row), images and images.place_in_text)
+    opened = images.opened(placed) if images else placed
+    if isinstance(opened, str):
+        raise RowProblem("images", explain(opened), "give files that can be read as images")
+    return [file._asdict() for file in placed.images], opened
+
+
+def _with_images(encoded: Encoded, example: Example, files: list[Values], images: Images | None) -> Values:
+    row = {"prompt_ids": encoded.prompt_ids, "completion_ids": encoded.completion_ids}
+    key = images.checked(encoded, example).images if images else ""
+    return {**row, "images": key, "image_files": files} if files else row
 
 
 def _some_ids(value: object, name: str, vocab_size: int) -> list[int]:

@@ -176,7 +176,12 @@ def prefix_shared_attention(
     query = _retuned(module, query, prefix_layout)
     if prefix_layout.trace is not None:
         prefix_layout.trace.append((sliding_window, HeadShape(query.shape[1], key.shape[1], query.shape[3])))
-    extra = {"dropout": dropout or None, "softcap": softcap, "sinks": s_aux, "chunk": _chunk_of(module)}
+    extra: dict[str, Any] = {
+        "dropout": dropout or None,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "chunk": _chunk_of(module),
+    }
     extra |= {"blocks": prefix_layout.blocks_for(sliding_window)}
     extra = {name: value for name, value in extra.items() if value is not None}
     backend = prefix_layout.backend_for(sliding_window, extra)

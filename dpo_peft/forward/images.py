@@ -65,6 +65,10 @@ class BatchImages:
         """Returns the id in whose places the features stand."""
         return next(images.token for images in self.samples if images is not None)
 
+    def release(self) -> None:
+        """Frees what was made of the images; they are encoded again if they are needed again."""
+        self._made.clear()
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Returns what `make` gives; calls it once for all passes."""
         if name not in self._made:

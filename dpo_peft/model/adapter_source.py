@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import cached_file
 
+from ..data.images import Images
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..reference.adapter_off import Reference
@@ -35,6 +37,10 @@ from .training_record import UNRECORDED, TrainedWith, read_training
 
 logger = logging.getLogger(__name__)
 
+# For a file that may well be missing.
+_QUIET: Any = {
+    f"_raise_exceptions_for_{name}": False for name in ("missing_entries", "gated_repo", "connection_errors")
+}
 _CONSTANT = re.compile(r"\.quant\.|\.SCB$")  # of quantized weights
 
 
@@ -108,14 +114,31 @@ class AdapterSource(AdapterOptions):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the adapter's own tokenizer, or its base's. Raises an OptionError if there is neither."""
+        tokenizer: PreTrainedTokenizerBase = self._beside(AutoTokenizer, "tokenizer")
+        return tokenizer
+
+    def images(self, needed: bool = False) -> Images | None:
+        """Returns the processor that the adapter was trained with, saved beside it; None where that was a tokenizer,
+        or if it is `needed`, the base's. Raises an OptionError if it can't be loaded."""
+        own = cached_file(self.adapter, "processor_config.json", **self.from_hub, **_QUIET)
+        if own is None and not needed:
+            return None
+        processor = self._beside(AutoProcessor, "processor")
+        if not isinstance(processor, ProcessorMixin):
+            raise OptionError(f"{self.adapter!r} and its base {self.base_name!r} read no images: leave them out.")
+        return Images(processor)
+
+    def _beside(self, auto: Any, kind: str) -> Any:
         base = self.base or named_place(self.adapter, "base", self.config.base_model_name_or_path) or self.adapter
         of_base = {"revision": self.config.revision} if self.config.revision and self.base is None else {}
         for name, where in ((self.adapter, self.from_hub), (base, of_base)):
             try:
-                return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
-            except (OSError, ValueError) as error:
+                found = auto.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
+                if kind == "tokenizer" or isinstance(found, ProcessorMixin) or name == base:
+                    return found
+            except (OSError, ValueError, ImportError) as error:
                 reason = error
-        raise OptionError(f"No tokenizer can be loaded from {self.adapter!r} or its base {base!r}: {reason}")
+        raise OptionError(f"No {kind} can be loaded from {self.adapter!r} or its base {base!r}: {reason}")
 
     def load(self, device: torch.device | str | None = None, with_reference: bool = True) -> "TrainedAdapter":
         """Loads the adapter on the base that it was trained on, made as it was then, with its reference.
@@ -155,7 +178,9 @@ class AdapterSource(AdapterOptions):
                 *(self.adapter, self.base_name, trained.base_changed),
             )
         reference = _find_reference(model, recorded, self.reference, self.adapter) if with_reference else None
-        return TrainedAdapter(model, self.tokenizer(), policy, reference, trained, self.adapter)
+        images = self.images()
+        tokenizer = images.tokenizer if images else self.tokenizer()
+        return TrainedAdapter(model, tokenizer, policy, reference, trained, self.adapter, images)
 
 
 @dataclass
@@ -168,6 +193,7 @@ class TrainedAdapter:
     reference: Reference | None  # None: its objective had no reference
     trained: TrainedWith | None  # None: not trained by this package
     source: str  # the folder or Hub id
+    images: Images | None = None  # the processor that it was trained with
 
     @property
     def setup(self) -> TrainedWith:

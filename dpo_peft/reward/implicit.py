@@ -23,15 +23,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import REASONS
 from ..data.collator import PreferenceCollator
 from ..data.fields import RowProblem
-from ..data.formats import CHAT_COLUMNS
+from ..data.formats import CHAT_COLUMNS, IMAGE_COLUMNS
+from ..data.images import Images
 from ..data.prompts import PROMPT_COLUMNS, encode_completions
+from ..data.summary import IMAGE_CUT
 from ..data.tokenize import check_tokenizer
-from ..data.truncate import check_truncation, fit
+from ..data.truncate import Fitted, check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
 from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
@@ -78,7 +80,7 @@ class ImplicitReward:
         beta: replaces the recorded one.
         reference: for a folder or Hub id, see `AdapterSource`; for a PeftModel, the name of a frozen adapter in it, or
             "base" for the model with all adapters off. None: the recorded one.
-        tokenizer: replaces the adapter's. A PeftModel needs one.
+        tokenizer: replaces the adapter's. A PeftModel needs one; a processor, to read images.
         policy: for a PeftModel, the adapter's name in it; the active one if None.
         max_length: most tokens of prompt + completion, cut as in training; None for no limit, "recorded" for the
             adapter's. What is given as `completion_ids` is never cut.
@@ -100,7 +102,7 @@ class ImplicitReward:
         *,
         beta: float | None = None,
         reference: str | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | Images | None = None,
         policy: str | None = None,
         max_length: int | str | None = "recorded",
         max_tokens: int = 16384,
@@ -109,6 +111,9 @@ class ImplicitReward:
     ):
         if type(max_tokens) is not int or max_tokens < 1:
             raise OptionError(f"max_tokens={max_tokens!r} must be a positive integer.")
+        images = Images(tokenizer) if isinstance(tokenizer, ProcessorMixin) else tokenizer
+        if isinstance(images, Images):
+            tokenizer = images.tokenizer
         if isinstance(adapter, str):
             adapter, reference, made = AdapterSource(adapter, reference=reference, **made), None, {}
         if isinstance(adapter, AdapterSource):
@@ -124,6 +129,7 @@ class ImplicitReward:
         self.adapter = adapter
         self.model, self.reference, self.trained = adapter.model, adapter.reference, adapter.trained
         self.tokenizer = adapter.tokenizer if tokenizer is None else tokenizer
+        self.images = adapter.images if tokenizer is None else images if isinstance(images, Images) else None
         check_tokenizer(self.tokenizer, need_eos=False)
         setup = adapter.setup
         self.kind = setup.reward
@@ -147,7 +153,8 @@ class ImplicitReward:
         self.rope_length = rope_length_of(self.model, setup, self.max_length)
         self._too_long = False  # it was said of a row
         with _attention(self.model), fixed_rope(self.model, self.rope_length):
-            self.plan = plan_forward(self.model, dtype=self._dtype)
+            tiny = self.images.probe_samples() if self.images else []
+            self.plan = plan_forward(self.model, dtype=self._dtype, images=tiny)
 
     def __str__(self) -> str:
         """Returns what the reward is, in one sentence."""
@@ -174,8 +181,8 @@ class ImplicitReward:
             completions: texts, lists of messages (or texts, after a prompt of messages), or token ids.
             completion_ids: their tokens, if a model sampled them. Scored exactly, so a completion that was stopped
                 early has no end token.
-            kwargs: `tools` and `chat_template_kwargs` are read, one for each completion, as in training rows; the
-                rest, such as TRL's trainer_state, is not.
+            kwargs: `images` (a list) or `image`, `tools` and `chat_template_kwargs` are read, one for each completion,
+                as in training rows; the rest, such as TRL's trainer_state, is not.
 
         Raises:
             DataError: a prompt or completion can't be scored; the message names it.
@@ -192,25 +199,27 @@ class ImplicitReward:
     ) -> list[CompletionScore]:
         """Returns what a call does, with the log-probs."""
         columns = {"prompt": prompts, "completion": completions, "completion_ids": completion_ids}
-        columns |= {name: kwargs.get(name) for name in CHAT_COLUMNS}
+        columns |= {name: kwargs.get(name) for name in (*CHAT_COLUMNS, *IMAGE_COLUMNS)}
         rows = []
         for _, run in groupby(
-            enumerate(_entries(columns)), key=lambda entry: [entry[1].get(n) for n in PROMPT_COLUMNS]
+            enumerate(_entries(columns)),
+            key=lambda entry: [entry[1].get(n) for n in (*PROMPT_COLUMNS, *IMAGE_COLUMNS)],
         ):
             numbers, entries = zip(*run, strict=True)
-            prompt_ids, encoded = self._encode(entries, numbers[0])
-            for number, ids in zip(numbers, encoded, strict=True):
-                rows.append(self._row(prompt_ids, [ids], number, cut=completion_ids is None))
+            whole = self._encode(entries, numbers[0])
+            for number, ids in zip(numbers, whole["completion_ids"], strict=True):
+                one = {**whole, "completion_ids": [ids], "row": number}
+                rows.append(self._fitted(one, cut=completion_ids is None))
         return [score for (score,) in self.score_rows(rows)]
 
-    def compare(self, prompt: Content, completion_a: Content, completion_b: Content) -> float:
+    def compare(self, prompt: Content, completion_a: Content, completion_b: Content, images: Any = None) -> float:
         """Returns the probability that a is better than b: sigmoid(r_a - r_b) (docs/derivations.md, eqs. 5 and 10)."""
-        a, b = self._answers(prompt, [completion_a, completion_b])
+        a, b = self._answers(prompt, [completion_a, completion_b], images)
         return 0.5 * (1 + math.tanh((a.reward - b.reward) / 2))  # exp would overflow
 
-    def rank(self, prompt: Content, completions: Sequence[Content]) -> list[int]:
+    def rank(self, prompt: Content, completions: Sequence[Content], images: Any = None) -> list[int]:
         """Returns the indices of the completions of one prompt, the best first; equal ones as they stand."""
-        scores = self._answers(prompt, completions)
+        scores = self._answers(prompt, completions, images)
         return sorted(range(len(scores)), key=lambda i: -scores[i].reward)
 
     def score_rows(self, rows: Iterable[Row], progress: bool = False) -> list[list[CompletionScore]]:
@@ -227,7 +236,7 @@ class ImplicitReward:
             NonFiniteError: a log-prob is NaN or infinite; the message names the rows.
         """
         plan = recheck(self.plan, self.model, self._dtype)
-        collate = PreferenceCollator(plan.shared, self.tokenizer.pad_token_id or 0)
+        collate = PreferenceCollator(plan.shared, self.tokenizer.pad_token_id or 0, self.images)
         source, scored = iter(rows), []
         total = len(rows) if isinstance(rows, Sized) else None
         with (
@@ -282,19 +291,24 @@ class ImplicitReward:
             return self.beta * (logp - ref_logp)
         return self.beta * (logp / tokens if self.kind == "mean_logp" else logp)
 
-    def _answers(self, prompt: Content, completions: Sequence[Content]) -> list[CompletionScore]:
+    def _answers(self, prompt: Content, completions: Sequence[Content], images: Any) -> list[CompletionScore]:
         """Scores the completions of one prompt. A prompt that is too long is cut for all alike."""
         if isinstance(completions, str) or not completions:
             raise OptionError("completions must be a list of at least one completion.")
-        prompt_ids, encoded = self._encode([{"prompt": prompt, "completion": one} for one in completions], 0)
+        entries = [{"prompt": prompt, "completion": one, "images": images} for one in completions]
+        whole = self._encode(entries, 0)
+        encoded = whole["completion_ids"]
         distinct = {tuple(ids): ids for ids in encoded}  # the same completion has the same reward, to the last bit
-        row = self._row(prompt_ids, list(distinct.values()), 0)
+        row = self._fitted({**whole, "completion_ids": list(distinct.values()), "row": 0})
         scores = dict(zip(distinct, self.score_rows([row])[0], strict=True))
         return [scores[tuple(ids)] for ids in encoded]
 
-    def _row(self, prompt_ids: list[int], completion_ids: list[list[int]], number: int, cut: bool = True) -> Row:
+    def _fitted(self, row: Row, cut: bool = True) -> Row:
         """Returns a row to score, cut to `max_length` unless told otherwise."""
-        fitted = fit(prompt_ids, completion_ids, self.max_length if cut else None, self.truncation_mode)
+        whole, number = (row["prompt_ids"], row["completion_ids"]), row["row"]
+        fitted: Fitted | str = fit(*whole, self.max_length if cut else None, self.truncation_mode)
+        if self.images and not isinstance(fitted, str) and self.images.token in whole[0][: fitted.prompt_cut]:
+            fitted = IMAGE_CUT
         if isinstance(fitted, str):
             meaning, remedy = REASONS[fitted]
             raise DataError(f"completion {number}: {fitted}: {meaning}. Remedy: {remedy}, or set max_length=None.")
@@ -306,14 +320,14 @@ class ImplicitReward:
                     self.max_length,
                     self.truncation_mode,
                 )
-            self.cut += len(completion_ids)
-        return {"prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids, "row": number}
+            self.cut += len(whole[1])
+        return {**row, "prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids}
 
-    def _encode(self, entries: Sequence[Row], first: int) -> tuple[list[int], list[list[int]]]:
+    def _encode(self, entries: Sequence[Row], first: int) -> Row:
         """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
             as_chat = bool(self.adapter.setup.as_chat)
-            return encode_completions(self.tokenizer, entries, first, self._vocab_size, as_chat)
+            return encode_completions(self.tokenizer, entries, first, self._vocab_size, as_chat, self.images)
         except RowProblem as problem:
             raise DataError(
                 f"implicit reward of {problem.field}: {problem.problem}. Remedy: {problem.remedy}."

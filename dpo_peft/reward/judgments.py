@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.fields import read_grades
 from ..data.formats import GRADE_COLUMNS
 from ..model.adapter_source import UNRECORDED, AdapterSource
+from ..training.arguments import hold_images
 from ..training.tally import Tally, tally_singles
 from .agreement import Agreement, Estimate, Judged, agreement, tally_rows, win
 from .implicit import CompletionScore, ImplicitReward
@@ -51,9 +52,11 @@ def score_dataset(
     setup = source.read() or UNRECORDED
     limit: Any = setup.max_length if max_length == "recorded" else max_length
     # Rows first: a bad one is found in seconds, not after minutes of loading the model.
-    data = prepare_rows(rows, source.tokenizer(), setup, limit, unneeded_columns)
+    images = source.images(needed=hold_images(rows))
+    tokenizer = images.tokenizer if images else source.tokenizer()
+    data = prepare_rows(rows, tokenizer, setup, limit, unneeded_columns, images)
     logger.info("%s", data.summary)
-    reward = ImplicitReward(source, beta=beta, max_length=limit, max_tokens=max_tokens)
+    reward = ImplicitReward(source, tokenizer=images, beta=beta, max_length=limit, max_tokens=max_tokens)
     logger.info("%s", reward.plan)
     return reward, ScoredRows(data, reward.score_rows(data.prepared, progress=True), categories)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import DataReport, prepare_dataset
 from ..data.fields import Row
 from ..data.formats import LABEL_COLUMNS, data_of
+from ..data.images import Images
 from ..data.reading import find_reading
 from ..losses import REGISTRY
 from ..model.adapter_source import TrainedWith
@@ -53,6 +54,7 @@ def prepare_rows(
     setup: TrainedWith,
     max_length: int | None,
     unneeded_columns: Sequence[str] = (),
+    images: Images | None = None,
 ) -> RowsToScore:
     """Prepares rows as the training of an adapter would; whatever can't be used is dropped and counted.
 
@@ -76,6 +78,7 @@ def prepare_rows(
         label_columns=labels,
         unneeded_columns=unneeded_columns,
         as_chat=setup.as_chat,
+        images=images,
     )
     numbers = prepared["completion"] if data == "unlabeled" else [0] * len(prepared)
     places = [Place(*place) for place in zip(prepared["row"], numbers, strict=True)]
@@ -91,12 +94,20 @@ def units_of(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[st
     size = 0
     for row in rows:
         names = [name for name in ("completion_ids", "steps") if name in row]
+        kept = {name: row[name] for name in ("images", "image_files") if name in row}
         for number, ids in enumerate(row["completion_ids"]):
             alike = bool(unit) and unit["prompt_ids"] == row["prompt_ids"] and ("steps" in unit) == ("steps" in row)
+            alike = alike and unit.get("images") == row.get("images")
             if not (shared and alike and size + len(ids) <= budget):
                 if unit:
                     yield unit
-                unit = {"prompt_ids": row["prompt_ids"], "row": row["row"], "ends": 0, **{name: [] for name in names}}
+                unit = {
+                    "prompt_ids": row["prompt_ids"],
+                    "row": row["row"],
+                    "ends": 0,
+                    **kept,
+                    **{name: [] for name in names},
+                }
                 size = len(row["prompt_ids"])
             for name in names:
                 unit[name].append(row[name][number])

@@ -217,7 +217,8 @@ def test_tokens_are_those_of_training_rows(make_tokenizer: Any) -> None:
         row = {f"{name}{end}": value for name, value in zip(names, (prompt, a, b), strict=True)}
         prepared, _ = prepare_dataset(Dataset.from_list([row | extra]), tokenizer, max_length=None)
         entries = [{"prompt": prompt, "completion": answer, **extra} for answer in (a, b)]
-        assert encode_completions(tokenizer, entries) == (prepared[0]["prompt_ids"], prepared[0]["completion_ids"])
+        names = "prompt_ids", "completion_ids"
+        assert encode_completions(tokenizer, entries) == {name: prepared[0][name] for name in names}
 
 
 def test_template_columns_reach_the_prompt(tiny_reward: ImplicitReward) -> None:
