@@ -38,7 +38,7 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 4820,
-    "forward": 2615,
+    "forward": 2595,
     "reference": 1565,
     "model": 2955,
     "training": 2845,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_900
+MAX_PACKAGE_LINES = 36_860
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
