@@ -99,6 +99,7 @@ class RunSummary:
         title: of the card; the last part of `name` if empty.
         tags: of the metadata, beside the card's own.
         has_chat_template: the tokenizer has one, so the example of use chats.
+        reads_images: the adapter was trained with a processor of images, so the example shows one.
     """
 
     name: str
@@ -128,6 +129,7 @@ class RunSummary:
     warnings: Sequence[Mapping[str, object]] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
     has_chat_template: bool = True
+    reads_images: bool = False
     title: str = ""
     tags: Sequence[str] = ()
 
@@ -197,6 +199,7 @@ def model_card(run: RunSummary) -> ModelCard:
         loading=[(name, python(value)) for name, value in run.quantization.items()],
         dtype=python(run.dtype) if run.dtype else "",
         has_chat_template=run.has_chat_template,
+        reads_images=run.reads_images,
         beta="1" if run.beta is None else cell(run.beta),
         reward=REWARDS[run.reward],
         is_reward_model=run.reward == "log_ratio",
@@ -241,7 +244,7 @@ def metadata(run: RunSummary) -> ModelCardData:
     quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=task_of(run),
         tags=list(dict.fromkeys(["dpo-peft", "dpo", "preference-optimization", "lora", *quantized, *run.tags])),
         model_name=title_of(run) if results else None,
         eval_results=results or None,
@@ -252,6 +255,11 @@ def metadata(run: RunSummary) -> ModelCardData:
         license=license.get("license"),
         license_name=license.get("license_name"),
     )
+
+
+def task_of(run: RunSummary) -> str:
+    """Returns what the Hub calls the adapter's task."""
+    return "image-text-to-text" if run.reads_images else "text-generation"
 
 
 def license_fields(license: str) -> dict[str, str]:
@@ -275,7 +283,7 @@ def eval_results(run: RunSummary) -> list[EvalResult]:
         part = key.removesuffix(metric).rstrip("_")
         results.append(
             EvalResult(
-                task_type="text-generation",
+                task_type=task_of(run),
                 dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
                 dataset_name=part or shown_name(run.eval_dataset),
                 metric_type=MODEL_INDEX[metric][0],

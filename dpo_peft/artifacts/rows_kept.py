@@ -14,7 +14,9 @@ from datasets import Dataset
 from matplotlib.ticker import MaxNLocator
 from transformers import PreTrainedTokenizerBase
 
+from ..data.images import Images
 from ..files import write_rows
+from ..training.pictures import keep_pictures
 
 WORST_PAIRS, MOST_WORST = "worst_pairs.jsonl", 10
 # A role that a chat template writes between special tokens is a word of its own line once they are stripped; Llama 3's
@@ -64,7 +66,9 @@ def length_counts(rows: object) -> dict[str, list[int]] | None:
     return {"edges": edges, **{name: np.histogram(of, edges)[0].tolist() for name, of in joined.items()}}
 
 
-def write_worst_pairs(folder: Path, datasets: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> None:
+def write_worst_pairs(
+    folder: Path, datasets: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, images: Images | None = None
+) -> None:
     """Writes the texts of the pairs that the newest evaluation in `eval_examples.jsonl` judges most wrongly, beside
     it: `worst_pairs.jsonl`, which the adapter is not published with.
 
@@ -72,6 +76,7 @@ def write_worst_pairs(folder: Path, datasets: Mapping[str, object], tokenizer: P
         folder: of both files.
         datasets: name of an evaluation, as its pairs have it, to its prepared rows.
         tokenizer: that they were made with.
+        images: the processor, if they may hold images, whose pictures are kept too.
     """
     examples = folder / "eval_examples.jsonl"
     lines = examples.read_text("utf-8").splitlines() if examples.is_file() else []
@@ -84,6 +89,8 @@ def write_worst_pairs(folder: Path, datasets: Mapping[str, object], tokenizer: P
                 texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in row["completion_ids"]]
                 prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
                 known = {"step": pair["step"], "dataset": name, "row": pair["row"]}
+                if row.get("images"):
+                    known["images"] = keep_pictures(folder, images, [row])[0]
                 worst.append({**known, "prompt": prompt, "chosen": texts[0], "rejected": texts[1]})
     if worst:
         write_rows(folder / WORST_PAIRS, worst)

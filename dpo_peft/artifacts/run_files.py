@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from ..config import objective_options
@@ -22,6 +23,7 @@ from ..manifests import SAVING
 from ..model.adapters import is_adapter
 from ..model.loading import storage_report
 from ..model.training_record import read_training
+from ..training.pictures import PICTURES
 from ..wings import wing
 from .card import (
     BUNDLED,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from ..trainer import DPOTrainer
 
 # Written into output_dir as the run goes on; they go with the adapter wherever it is saved.
-_BESIDE = ("samples.jsonl", "eval_examples.jsonl")
+_BESIDE = ("samples.jsonl", "eval_examples.jsonl", PICTURES)
 _SHOWN_OPTIONS = (
     "learning_rate lr_scheduler_type num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps max_length truncation_mode seed"
@@ -94,7 +96,8 @@ class SaveResults:
             if folder.resolve() != written.resolve() and (written / name).is_file():
                 shutil.copy(written / name, folder / name)  # with its mode
         facts = self.facts()
-        write_worst_pairs(folder, self.trainer.prepare.evaluated, self.trainer.tokenizer)
+        evaluated = self.trainer.prepare.evaluated
+        write_worst_pairs(folder, evaluated, self.trainer.tokenizer, self.trainer.images)
         metrics = {**figures_of(self.log_history), **facts, "log_history": self.log_history}
         if (evaluation := wing("evaluation")) is not None:
             metrics["verdict"] = evaluation.verdict(metrics)._asdict()
@@ -206,6 +209,7 @@ class SaveResults:
                 **({"Not the base as published": self._changed()} if trained.base_changed else {}),
                 "Steps": f"{facts['steps']:,} ({facts['epochs']:.3g} epochs, {facts['rows_used']:,} different rows)",
                 **{f"Rows ({name})": _rows(report) for name, report in trainer.data_reports.items()},
+                **_images(trainer),
                 **({"License of the data": license_of_data} if license_of_data else {}),
                 **_time_spent(facts),
             },
@@ -214,6 +218,7 @@ class SaveResults:
             sample_steps=steps,
             warnings=trainer.warnings_raised,
             has_chat_template=trainer.tokenizer.chat_template is not None,
+            reads_images=trainer.images is not None,
             title=self.title,
             tags=self.tags,
             **figures_of(self.log_history),
@@ -255,6 +260,17 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _rows(report: DataSummary) -> str:
     cut = f", {report.rows_truncated:,} of them truncated" if report.rows_truncated else ""
     return f"{report.kept_rows:,} of {report.source_rows:,} in the file could be used{cut}"
+
+
+def _images(trainer: "DPOTrainer") -> dict[str, str]:
+    """Returns how many of the training rows have images, and how many tokens these take."""
+    rows, token = trainer.train_dataset, trainer.images.token if trainer.images else None
+    if token is None or not isinstance(rows, Dataset):
+        return {}
+    tokens = [ids.count(token) for ids, key in zip(rows["prompt_ids"], rows["images"], strict=True) if key]
+    mean = sum(tokens) / max(len(tokens), 1)
+    each = f", {mean:,.0f} image tokens each on average, {max(tokens):,} at most" if tokens else ""
+    return {"Rows with images": f"{len(tokens):,} of {len(rows):,} for training{each}"}
 
 
 def _time_spent(facts: Mapping[str, Any]) -> dict[str, str]:

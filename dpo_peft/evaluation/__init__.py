@@ -53,7 +53,7 @@ class Evaluation:
         callbacks: list[TrainerCallback],
     ):
         first = next(iter(datasets.evaluated.values()), ())
-        self.samples = Samples(model, tokenizer, args, first, autocast, callbacks)
+        self.samples = Samples(model, tokenizer, args, first, autocast, callbacks, datasets.images)
         self.records = PairRecords(args.output_dir)
         self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated, self.samples)
         passes = 3 if objective.needs_reference and not args.caches_reference else 2

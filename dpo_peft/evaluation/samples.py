@@ -14,11 +14,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from ..config import DPOConfig
+from ..data.images import Images
 from ..disk import part_of
 from ..distributed import rank
 from ..errors import OptionError
 from ..files import write_rows
 from ..model.generation import end_tokens, sample_completions
+from ..training.pictures import PICTURES, keep_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +94,20 @@ class Samples(KeptRows):
         rows: Iterable[Row],
         autocast: Callable[[], AbstractContextManager[object]],
         callbacks: Sequence[TrainerCallback],
+        images: Images | None = None,
     ):
         super().__init__(args.output_dir, SAMPLES)
         self.model, self.tokenizer, self.args, self._data, self._autocast = model, tokenizer, args, rows, autocast
-        self._callbacks = callbacks
-        self._prompt_ids: list[list[int]] | None = None
+        self._callbacks, self._images = callbacks, images
+        self._prompts: list[Row] | None = None
         self._shown = Conversation(tokenizer)
 
     def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Begins the run's file, with the completions before training."""
         super().on_train_begin(args, state, control)
         if state.global_step == 0:
+            if rank() == 0:
+                (self.run_dir / PICTURES).unlink(missing_ok=True)
             self.take(0)
 
     def take(self, step: int, again: bool = False) -> None:
@@ -110,8 +115,9 @@ class Samples(KeptRows):
         known = any(row["step"] == step for row in self.rows)
         if not self.args.sample_prompts or rank() != 0 or (known and not again):
             return
-        if self._prompt_ids is None:
-            self._prompt_ids = self._choose_prompts()
+        if self._prompts is None:
+            self._prompts = self._choose_prompts()
+            self._pictures = keep_pictures(self.run_dir, self._images, self._prompts)
         try:
             rows = [{"step": step, "prompt_number": i, **row} for i, row in enumerate(self._complete())]
         except torch.OutOfMemoryError as error:
@@ -133,7 +139,7 @@ class Samples(KeptRows):
         if any(row["step"] == step for row in self.rows):
             self.take(step, again=True)
 
-    def _choose_prompts(self) -> list[list[int]]:
+    def _choose_prompts(self) -> list[Row]:
         """Returns the first different prompts that leave room for a completion."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = None if positions is None else positions - self.args.sample_max_new_tokens
@@ -149,7 +155,8 @@ class Samples(KeptRows):
         return chosen
 
     def _complete(self) -> list[Row]:
-        prompt_ids, ends = self._prompt_ids or [], end_tokens(self.model, self.tokenizer)
+        prompts, ends = self._prompts or [], end_tokens(self.model, self.tokenizer)
+        prompt_ids = [list(row["prompt_ids"]) for row in prompts]
         with self._autocast():
             completions = sample_completions(
                 self.model,
@@ -158,15 +165,17 @@ class Samples(KeptRows):
                 seed=[self.args.seed + i for i in range(len(prompt_ids))],  # the same at each step, to be compared
                 max_new_tokens=self.args.sample_max_new_tokens,
                 temperature=self.args.sample_temperature,
+                images=[self._images.sample(row) for row in prompts] if self._images else (),
             )
         return [
             {
                 "prompt": self._shown(prompt),
+                **({"images": pictures} if pictures else {}),
                 "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
                 "tokens": len(ids),
                 "finished": bool(ids) and ids[-1] in ends,
             }
-            for prompt, ids in zip(prompt_ids, completions, strict=True)
+            for prompt, pictures, ids in zip(prompt_ids, self._pictures, completions, strict=True)
         ]
 
 
@@ -214,14 +223,15 @@ class Conversation:
         return turns[0][1].strip() if len(turns) == 1 else "\n".join(f"{role}: {turn.strip()}" for role, turn in turns)
 
 
-def distinct_prompts(rows: Iterable[Row], longest: int | None) -> Iterator[list[int]]:
+def distinct_prompts(rows: Iterable[Row], longest: int | None) -> Iterator[Row]:
     """Yields the different prompts of prepared rows, in their order, but the empty and those longer than `longest`."""
     seen = set()
     for row in rows:
         prompt = tuple(row["prompt_ids"])
-        if prompt and prompt not in seen and (longest is None or len(prompt) <= longest):
-            seen.add(prompt)
-            yield list(prompt)
+        found = prompt, row.get("images")
+        if prompt and found not in seen and (longest is None or len(prompt) <= longest):
+            seen.add(found)
+            yield row
 
 
 def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: int) -> None:
@@ -234,7 +244,8 @@ def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: 
     """
     if not rows:
         return
-    columns, cells = list(rows[0]), [list(row.values()) for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[row.get(name) for name in columns] for row in rows]
     for callback in callbacks:
         tracker: Any = callback  # their loggers are no part of a callback's type
         name = type(tracker).__name__

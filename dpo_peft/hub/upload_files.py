@@ -33,7 +33,7 @@ RESULTS = ("recipe.yaml", "metrics.json", "curves.png", "samples.jsonl")
 TOKENIZER = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
-    "additional_chat_templates/*.jinja"
+    "additional_chat_templates/*.jinja processor_config.json preprocessor_config.json video_preprocessor_config.json"
 ).split()
 PEFT_TEMPLATE = "[More Information Needed]"  # in the empty card that PEFT writes beside an adapter
 # Why a file stays here, by how it is called; the first that fits.
@@ -45,6 +45,7 @@ LEFT_OUT = {
     MANIFEST: "digests of the files as they are here",
     "eval_examples.jsonl": "figures of single held-out rows; add it by include",
     "worst_pairs.jsonl": "texts of held-out rows; add it by include",
+    "pictures.jsonl": "pictures of held-out rows; add it by include",
     "*": "no part of an adapter; add it by include",
 }
 _BASE = "Give the id of the same model on the Hub: --base_model NAME/MODEL (publish it first if it isn't there)."

@@ -7,7 +7,7 @@ Shape suffixes: T tokens of one completion, C completions.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -21,8 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import prepare_dataset
 from ..data.collator import PreferenceCollator
+from ..data.images import Images
 from ..errors import OptionError
 from ..forward import PackedBatch, Scores, completion_logps
+from ..forward.images import SampleImages
 from ..model.adapter_source import TrainedAdapter, TrainedWith
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
@@ -55,6 +57,8 @@ class Rows:
     samples: list[dict[str, Any]]  # prepared rows: `prompt_ids`, `completion_ids`
     prompts: list[list[int]]  # token ids, to be answered greedily
     pairs: bool  # whether each sample is a better completion and a worse one
+    images: Images | None = None  # the processor of the prompts' images
+    pixels: Sequence[SampleImages | None] = ()  # of each prompt
 
 
 @dataclass(frozen=True)
@@ -97,22 +101,35 @@ class Drift:
     accuracy_merged: float | None = None
 
 
-def probe_rows(model: CausalLM, tokenizer: PreTrainedTokenizerBase, precision: str) -> Rows:
-    """Returns completions of the model itself, sampled with a fixed seed, of a few prompts about everyday things."""
+def probe_rows(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, precision: str, images: Images | None = None
+) -> Rows:
+    """Returns completions of the model itself, sampled with a fixed seed, of a few prompts about everyday things, and
+    with a processor, of one with an image."""
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": text}] for text in PROBE_PROMPTS]
         encoded = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         encoded = tokenizer(PROBE_PROMPTS)["input_ids"]
     prompts = [list(ids) for ids in encoded]
+    pixels: list[SampleImages | None] = [None] * len(prompts)
+    for tiny in images.probe_samples(anyhow=True) if images else ():
+        prompts.append([*tiny.prompt])
+        pixels.append(tiny.images)
     with autocast(model, precision):
-        written = sample_completions(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
-    samples = [{"prompt_ids": p, "completion_ids": [c]} for p, c in zip(prompts, written, strict=True)]
-    return Rows("probe texts", samples, prompts, pairs=False)
+        written = sample_completions(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, images=pixels)
+    each = zip(prompts, written, pixels, strict=True)
+    samples = [{"prompt_ids": p, "completion_ids": [c], "pixels": image} for p, c, image in each]
+    return Rows("probe texts", samples, prompts, False, images, pixels)
 
 
 def pair_rows(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, setup: TrainedWith, max_rows: int
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    setup: TrainedWith,
+    max_rows: int,
+    images: Images | None = None,
 ) -> Rows:
     """Returns the first rows of a dataset of preference pairs, prepared as for the training. What became of them is
     logged.
@@ -132,12 +149,14 @@ def pair_rows(
         setup.truncation_mode,
         unneeded_columns=used.column_names,  # two models are compared, whatever the text
         as_chat=setup.as_chat,
+        images=images,
     )
     logger.info("%s", summary)
     samples = list(prepared)
     shown = f"{name} ({len(used):,} of {len(dataset):,} rows)" if len(used) < len(dataset) else name
     prompts = [sample["prompt_ids"] for sample in samples[:GREEDY_PROMPTS]]
-    return Rows(shown, samples, prompts, pairs=True)
+    pixels = [images.sample(sample) for sample in samples[:GREEDY_PROMPTS]] if images else []
+    return Rows(shown, samples, prompts, True, images, pixels)
 
 
 def autocast(model: CausalLM, precision: str) -> torch.autocast:
@@ -148,7 +167,7 @@ def autocast(model: CausalLM, precision: str) -> torch.autocast:
 def observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> AdapterObserved:
     """Observes an adapter's model, without rows on completions that it writes itself (`probe_rows`)."""
     model, tokenizer, setup = loaded.model, loaded.tokenizer, loaded.setup
-    rows = rows or probe_rows(model, tokenizer, setup.precision)
+    rows = rows or probe_rows(model, tokenizer, setup.precision, loaded.images)
     seen = observe(model, tokenizer, rows, setup.precision, "adapter's model")
     with autocast(model, setup.precision):
         off = reference = score(rows, partial(reference_logps, model), model.device, "base")
@@ -165,14 +184,15 @@ def observe(
     the progress bar."""
     with autocast(model, precision):
         logps = score(rows, partial(completion_logps, model), model.device, what)
-        greedy = sample_completions(model, tokenizer, rows.prompts, max_new_tokens=NEW_TOKENS, temperature=0)
+        how: Any = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "images": rows.pixels}
+        greedy = sample_completions(model, tokenizer, rows.prompts, **how)
     return Observed(logps, greedy)
 
 
 def score(rows: Rows, logps: Callable[[PackedBatch], Scores], device: torch.device, what: str) -> list[Tensor]:
     """Returns (T,) log-probs of every completion of the rows, on the CPU, by a function of a batch of plain padded
     rows on the device."""
-    collate = PreferenceCollator(shared=False)
+    collate = PreferenceCollator(shared=False, images=rows.images)
     starts = range(0, len(rows.samples), ROWS_PER_BATCH)
     found: list[Tensor] = []
     with torch.no_grad():

@@ -38,6 +38,7 @@ from ..model.adapters import moved_base
 from ..model.base import load_base
 from ..model.rebuilding import quantization_options, resize_as_saved
 from ..model.serving import serving_problems
+from ..training.arguments import hold_images
 from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows
 from .weights import dequantize, is_tied, merge_into, quiet
 
@@ -111,8 +112,11 @@ def merge_adapter(
         rows = None
         if dataset is not None:
             setup = source.read() or UNRECORDED
-            rows = pair_rows(dataset, source.tokenizer(), shown_name(dataset_name), setup, max_rows)
+            images = source.images(needed=hold_images(dataset))
+            tokenizer = images.tokenizer if images else source.tokenizer()
+            rows = pair_rows(dataset, tokenizer, shown_name(dataset_name), setup, max_rows, images)
         loaded = source.load(device, with_reference=dataset is not None)
+        processor = loaded.images.processor if loaded.images else loaded.tokenizer
         onto, dtype, config = _plan(loaded, onto, dtype)
         seen = observe_adapter(loaded, rows)
         bare = _take_base(loaded) if onto != "base16" else None
@@ -126,7 +130,7 @@ def merge_adapter(
         tied = is_tied(merged.config)
         with quiet():
             merged.save_pretrained(folder, max_shard_size=max_shard_size)
-        seen.tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         open_by_umask(folder)
         del merged
         gc.collect()
@@ -145,7 +149,8 @@ def merge_adapter(
             drift=drift,
             serving=serving_problems(config),
         )
-        _describe(folder, report, adapter, source.base_name)
+        task = "text-generation" if processor is seen.tokenizer else "image-text-to-text"
+        _describe(folder, report, adapter, source.base_name, task)
     return report
 
 
@@ -267,11 +272,11 @@ def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
     )
 
 
-def _describe(folder: Path, report: MergeReport, adapter: str, base: str) -> None:
+def _describe(folder: Path, report: MergeReport, adapter: str, base: str, task: str) -> None:
     """Writes merge.json and a README. Both may be published: the names in them are no paths."""
     facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
     write_atomically(folder / "merge.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["dpo-peft", "merge"])
+    data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["dpo-peft", "merge"])
     if is_hub_id(base):
         data["base_model"], data["base_model_relation"] = base, "finetune"
     drift = report.drift

@@ -1,6 +1,8 @@
 """Completions from a model: batched, seeded, in the order of the prompts."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from ..errors import OptionError
+from ..forward.images import SampleImages, merge_inputs
 
 
 def sample_completions(
@@ -28,6 +31,7 @@ def sample_completions(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    images: Sequence[SampleImages | None] = (),
 ) -> list[list[int]]:
     """Samples one completion per prompt, as token ids with their end token. All prompts are one batch.
 
@@ -42,6 +46,7 @@ def sample_completions(
         temperature: 0 takes the likeliest token each time.
         top_p, top_k: restrict the distribution; 1.0 and 0 leave it whole, and samples are then from the model itself:
             penalties and limits of its `generation_config` are not applied.
+        images: of each prompt, whose token ids hold theirs; none if there are none at all.
 
     Raises:
         OptionError: an empty prompt, or a number out of range.
@@ -64,8 +69,9 @@ def sample_completions(
     if temperature > 0 and not isinstance(seed, int):
         draws = _OwnDraws(seed, device, temperature, top_p, top_k)
         how = {"do_sample": False, "logits_processor": LogitsProcessorList([draws])}
+    how |= generation_inputs(model, input_ids, images)
     ends = end_tokens(model, tokenizer)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config()  # a model of text and images has one inside its own
     training, use_cache, configured = model.training, config.use_cache, base.generation_config
     model.eval()
@@ -87,6 +93,21 @@ def sample_completions(
         config.use_cache, base.generation_config = use_cache, configured
     completions = output[:, longest:].tolist()
     return [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in completions]
+
+
+def generation_inputs(model: Any, input_ids: Tensor, images: Sequence[SampleImages | None]) -> dict[str, Tensor]:
+    """Returns what `generate` takes beside these (rows, length) prompts: the pixels of their images, and which tokens
+    are an image's, where the model wants to be told (PaliGemma: which prompts have none)."""
+    given = [one for one in images if one is not None]
+    if not given:
+        return {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = merge_inputs([one.inputs for one in given])
+    types = (input_ids == given[0].token).int()
+    if base.config.model_type == "paligemma":
+        types = (types.sum(1, keepdim=True) == 0).int().expand_as(types)
+    names = {"token_type_ids", "mm_token_type_ids"} & inspect.signature(type(base).forward).parameters.keys()
+    return {name: value.to(input_ids.device) for name, value in {**inputs, **dict.fromkeys(names, types)}.items()}
 
 
 class _OwnDraws(LogitsProcessor):

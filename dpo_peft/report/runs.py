@@ -1,5 +1,6 @@
 """Reads a run's output folder for its report. What is missing is said; only a damaged file is an error."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from ..artifacts.curves import Metrics, metric_series
 from ..errors import DataError, OptionError
 from ..manifests import settle
 
+PAGE_PICTURES = 5_000_000  # characters of data URIs
 Json = dict[str, Any]  # an object as json reads it
 _NUMBERS = "reward_chosen reward_rejected logp_chosen logp_rejected tokens_chosen tokens_rejected".split()
 ROW_FIELDS: dict[str, dict[str, type]] = {
     "samples.jsonl": {"step": int, "prompt_number": int, "prompt": str, "completion": str},
     "worst_pairs.jsonl": {"dataset": str, "row": int, "prompt": str, "chosen": str, "rejected": str},
+    "pictures.jsonl": {"image": str, "thumbnail": str},
     "eval_examples.jsonl": {"step": int, "dataset": str, "row": int, **dict.fromkeys(_NUMBERS, float)},
 }
 
@@ -36,6 +39,7 @@ class Run:
         adapter: contents of adapter_config.json; empty without one.
         samples: rows of samples.jsonl.
         examples: rows of eval_examples.jsonl.
+        pictures: those of samples and worst pairs, as data URIs by name.
         texts: rows of worst_pairs.jsonl; none where an older version wrote the run, or no pair is judged wrong.
         unfinished: where the log comes from if there is no metrics.json; empty for a finished run.
         notes: what is missing, and what that takes from the page.
@@ -73,6 +77,8 @@ class Run:
         self.examples = self._rows(folder / "eval_examples.jsonl", "margins by pair and by length")
         texts = folder / "worst_pairs.jsonl"
         self.texts = self._rows(texts, "the texts of the worst pairs") if texts.is_file() else []
+        kept = folder / "pictures.jsonl"
+        self.pictures = self._pictures(self._rows(kept, "pictures") if kept.is_file() else [])
 
     def _rows(self, path: Path, what: str) -> list[Json]:
         """Returns the rows of a JSON lines file. A killed run may leave its last line half written: that is noted."""
@@ -90,6 +96,16 @@ class Run:
                     raise DataError(f"{where}: {error}. Correct or delete the line.") from error
                 self.notes.append(f"The last line of {path.name} is not whole and was left out.")
         return rows
+
+    def _pictures(self, rows: list[Json]) -> dict[str, str]:
+        """Returns the pictures that a page has room for, as data URIs by name."""
+        sizes = list(itertools.accumulate(len(row["thumbnail"]) for row in rows))
+        found = {
+            row["image"]: row["thumbnail"] for row, size in zip(rows, sizes, strict=True) if size <= PAGE_PICTURES
+        }
+        if len(found) < len(rows):
+            self.notes.append(f"{len(rows) - len(found):,} further pictures are in pictures.jsonl.")
+        return {name: uri for name, uri in found.items() if uri.startswith("data:image/jpeg;base64,")}
 
     def recorded(self, part: str) -> Json:
         """Returns what the adapter's config says of its "training" or its "reference"."""

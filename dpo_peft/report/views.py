@@ -51,6 +51,7 @@ def page_of(runs: Sequence[Run]) -> dict[str, Any]:
         "worst": _worst(runs[0]) if one else [],
         "frontiers": [] if one else frontiers(runs),
         "samples": cards,
+        "pictures": {name: uri for run in runs for name, uri in run.pictures.items()},
         "sample_notes": notes,
     }
 

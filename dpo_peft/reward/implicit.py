@@ -153,7 +153,7 @@ class ImplicitReward:
         self.rope_length = rope_length_of(self.model, setup, self.max_length)
         self._too_long = False  # it was said of a row
         with _attention(self.model), fixed_rope(self.model, self.rope_length):
-            tiny = self.images.probe_samples() if self.images else []
+            tiny = self.images.probe_samples(anyhow=True) if self.images else []
             self.plan = plan_forward(self.model, dtype=self._dtype, images=tiny)
 
     def __str__(self) -> str:

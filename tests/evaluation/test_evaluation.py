@@ -108,8 +108,8 @@ def greedy(model: Any, prompts: list[list[int]], new: int = 6) -> list[list[int]
 
 def test_prompts_are_different_ones_that_leave_room(run, tmp_path, caplog) -> None:
     rows = [{"prompt_ids": ids} for ids in ([5, 6], [], [5, 6], [7] * 9, [8])]
-    assert list(distinct_prompts(rows, longest=8)) == [[5, 6], [8]]
-    assert list(distinct_prompts(rows, longest=None)) == [[5, 6], [7] * 9, [8]]
+    assert [row["prompt_ids"] for row in distinct_prompts(rows, longest=8)] == [[5, 6], [8]]
+    assert [row["prompt_ids"] for row in distinct_prompts(rows, longest=None)] == [[5, 6], [7] * 9, [8]]
     run(tmp_path, **SAMPLED | {"sample_prompts": 30}, max_steps=2)
     assert len(lines(tmp_path / SAMPLES)) == 2 * 9
     assert "sample_prompts=30: the evaluation rows have 9 different prompts" in caplog.text

@@ -1,19 +1,13 @@
 """Rewards of completions to prompts with images: those of plain transformers and PEFT, with each row's own pixels."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import vision_models as vm
 import vision_processors as vp
 from datasets import Dataset
-from peft import PeftModel
-from PIL import Image
-from trainer_helpers import options
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from vision_runs import Served, train
 
-from dpo_peft import DPOConfig, DPOTrainer
 from dpo_peft.errors import DataError
 from dpo_peft.model.adapter_source import AdapterSource
 from dpo_peft.reward import ImplicitReward
@@ -22,53 +16,9 @@ from dpo_peft.reward.judgments import score_dataset
 EXACT = 1e-5
 
 
-def train(folder: Path, name: str, rows: Dataset, **changed: Any) -> DPOTrainer:
-    """A tiny model of a family on pairs with images, for a few large steps; base and adapter are saved."""
-    base = folder / "base"
-    vm.build(name).save_pretrained(base)
-    vp.build_processor(name).save_pretrained(base)
-    chosen = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4, "quantize_base": False}
-    args = DPOConfig(**options(folder / "run", **{**chosen, **changed}), model_init_kwargs={"dtype": "float32"})
-    trainer = DPOTrainer(str(base), args=args, train_dataset=rows, eval_dataset=changed.get("eval_strategy") and rows)
-    trainer.train()
-    trainer.save_model()
-    return trainer
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(train(tmp_path_factory.mktemp("llava"), "llava", vp.picture_pairs(8, images=2)).args.output_dir)
-
-
-class Served:
-    """What people serve: the base in its class, the adapter by PEFT, and the processor that was saved beside it."""
-
-    def __init__(self, folder: Path):
-        self.processor = AutoProcessor.from_pretrained(folder)
-        base = AutoModelForImageTextToText.from_pretrained(folder.parent / "base", dtype=torch.float32)
-        self.model = PeftModel.from_pretrained(base, folder).eval()
-
-    def logp(self, row: Any, completion: str) -> float:
-        """Of one completion, its prompt and images laid out by the processor itself."""
-        images = [image if isinstance(image, Image.Image) else Image.open(image["path"]) for image in row["images"]]
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": row["prompt"][0]["content"]}]
-        turns = [{"role": "user", "content": content}]
-        prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        whole = prompt + completion + "<|im_end|>\n"
-
-        def made(text: str) -> Any:
-            return self.processor(images=[images] if images else None, text=[text], return_tensors="pt")
-
-        first, given = made(prompt)["input_ids"].shape[1], made(whole)
-        with torch.no_grad():
-            logps = self.model(**given).logits[0].double().log_softmax(-1)
-        ids = given["input_ids"][0]
-        return float(sum(logps[at - 1, ids[at]] for at in range(first, len(ids))))
-
-    def reward(self, row: Any, completion: str, beta: float = 0.1) -> float:
-        policy = self.logp(row, completion)
-        with self.model.disable_adapter():
-            return beta * (policy - self.logp(row, completion))
 
 
 def test_rewards_are_those_of_the_served_model_with_each_rows_images(trained: Path) -> None:
