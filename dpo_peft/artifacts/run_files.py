@@ -103,7 +103,7 @@ class SaveResults:
         curved = any("loss" in entry for entry in self.log_history)
         if curved:
             plot_training_curves(self.log_history, folder / "curves.png", start_loss=initial_loss(self.args.loss_type))
-        save_model_card(self._summary(folder, facts, "curves.png" if curved else None), folder)
+        save_model_card(self._summary(folder, metrics, "curves.png" if curved else None), folder)
 
     def facts(self) -> dict[str, Any]:
         """Returns what metrics.json says beside the figures."""
@@ -203,6 +203,7 @@ class SaveResults:
             lora=facts["adapter"],
             hyperparameters=shown,
             facts={
+                **({"Verdict": _judged(**facts["verdict"])} if "verdict" in facts else {}),
                 **({"Not the base as published": self._changed()} if trained.base_changed else {}),
                 "Steps": f"{facts['steps']:,} ({facts['epochs']:.3g} epochs, {facts['rows_used']:,} different rows)",
                 **{f"Rows ({name})": _rows(report) for name, report in trainer.data_reports.items()},
@@ -255,6 +256,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _rows(report: DataSummary) -> str:
     cut = f", {report.rows_truncated:,} of them truncated" if report.rows_truncated else ""
     return f"{report.kept_rows:,} of {report.source_rows:,} in the file could be used{cut}"
+
+
+def _judged(headline: str, level: str, reasons: Sequence[str]) -> str:
+    return " ".join([f"{level}. {headline}", *reasons])
 
 
 def _time_spent(facts: Mapping[str, Any]) -> dict[str, str]:
