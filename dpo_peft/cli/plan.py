@@ -84,11 +84,10 @@ def plan(argv: Sequence[str]) -> None:
         told += " A prompt of {prompt_tokens} and {answers} x {answer_tokens} tokens are assumed.".format(
             **vars(options)
         )
-    show(
-        planned.figures | ({"lengths": told} if told else {}),
-        "\n\n".join([render(planned), *[told] * bool(told)]),
-        options.json,
-    )
+    figures, text = planned.figures, render(planned)
+    if told:
+        figures, text = {**figures, "lengths": told}, f"{text}\n\n{told}"
+    show(figures, text, options.json)
 
 
 def render(plan: Plan) -> str:
