@@ -45,7 +45,7 @@ BUDGETS = {
     "evaluation": 1510,
     "fused": 2545,
     "planning": 1505,
-    "artifacts": 1335,
+    "artifacts": 1340,
     "reward": 835,
     "merge": 635,
     "hub": 915,

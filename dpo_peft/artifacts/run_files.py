@@ -259,6 +259,7 @@ def _rows(report: DataSummary) -> str:
 
 
 def _judged(headline: str, level: str, reasons: Sequence[str]) -> str:
+    """Returns a verdict for the card."""
     return " ".join([f"{level}. {headline}", *reasons])
 
 

@@ -126,12 +126,9 @@ def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[
     most = MOST_LINES if sys.stdout.isatty() else None
     shown = looks["train"].rendered(asked.rows, columns(), color and not asked.json, most)
     names = ", ".join(as_list(data.dataset_name)) or f"a mixture of {len(data.datasets or ())}"
-    result: dict[str, Any] = {
-        "dataset": names,
-        "sets": {name: one.facts for name, one in looks.items()},
-        "files": files,
-    }
-    result |= {"leaks": leaks, "to_do": to_do, "tokenizer": trained.model_name_or_path or None, "first_rows": shown}
+    facts = {name: one.facts for name, one in looks.items()}
+    result: dict[str, Any] = {"dataset": names, "sets": facts, "files": files, "leaks": leaks, "to_do": to_do}
+    result |= {"tokenizer": trained.model_name_or_path or None, "first_rows": shown}
     return result, shown
 
 
