@@ -154,7 +154,7 @@ class Session:
             sides: True for the adapter on, False for off.
 
         Raises:
-            OptionError: the message alone is longer than the model's context.
+            OptionError: the message alone is longer than the model's context, or memory runs out.
             DataError: the template refuses the conversation.
         """
         fixed = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
@@ -197,6 +197,11 @@ class Session:
                 )
         except KeyboardInterrupt:
             stopped = True
+        except torch.OutOfMemoryError as error:
+            raise OptionError(
+                f"Out of memory: {len(prompt_ids)} tokens of conversation and {len(stream.ids)} of a completion don't "
+                "fit. Shorten them (max_new_tokens), or load the base in 4 bits (quantize true)."
+            ) from error
         finished = bool(stream.ids) and stream.ids[-1] in config.eos_token_id
         return Reply(stream.close(), stream.ids, finished, stopped, dropped)
 
