@@ -355,9 +355,7 @@ def base_text(name: str) -> str:
     """Returns the base as the card's first sentence calls it."""
     if is_hub_id(name):
         return link(name)
-    if Path(name).resolve() == BUNDLED.resolve():
-        return BUNDLED_TEXT
-    return link(name) + LOCAL_TEXT
+    return BUNDLED_TEXT if Path(name).resolve() == BUNDLED.resolve() else link(name) + LOCAL_TEXT
 
 
 def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str) -> str:
