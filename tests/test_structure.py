@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 395,
     "conversion": 450,
     "preview": 935,
-    "cli": 3670,
+    "cli": 3695,
     "rowfiles": 295,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_610
+MAX_PACKAGE_LINES = 36_635
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
