@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 400,
     "conversion": 450,
     "preview": 925,
-    "cli": 3475,
+    "cli": 3500,
     "rowfiles": 295,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_820
+MAX_PACKAGE_LINES = 36_850
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
