@@ -41,7 +41,7 @@ BUDGETS = {
     "forward": 2615,
     "reference": 1565,
     "model": 2955,
-    "training": 2845,
+    "training": 2855,
     "evaluation": 1510,
     "fused": 2560,
     "planning": 1505,
