@@ -41,7 +41,7 @@ BUDGETS = {
     "forward": 2595,
     "reference": 1565,
     "model": 2975,
-    "training": 2880,
+    "training": 2885,
     "evaluation": 1520,
     "fused": 2560,
     "planning": 1505,
