@@ -61,8 +61,8 @@ BAD_ROWS = {
         chat_pair(),
         {"prompt": messages(content=[{"type": "image"}])},
         "prompt[0]",
-        "a part that is not text",
-        "images are not supported",
+        "holds images, and there is no processor",
+        "AutoProcessor",
     ),
     "from and value": (
         chat_pair(),
@@ -151,7 +151,7 @@ BAD_DATASETS = {
         lambda: rows({"text": "a"}),
         r"column 'chosen', 'rejected' is missing; the columns are \['text'\]",
     ),
-    "images": (lambda: rows({**pair(), "images": "x"}), "'images' holds images, and vision.*remove_columns"),
+    "images": (lambda: rows({**pair(), "images": "x"}), "'images' holds images, and there is no processor.*remove_columns"),
     "unranked": (
         lambda: rows({"prompt": "a", "completions": ["b", "c"]}),
         "'completions'.*'multi_negative' or 'plackett_luce'",
