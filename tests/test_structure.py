@@ -38,9 +38,9 @@ BUDGETS = {
     "distributed": 275,
     "losses": 1100,
     "data": 4785,
-    "forward": 2515,
+    "forward": 2550,
     "reference": 1565,
-    "model": 2880,
+    "model": 2895,
     "training": 2830,
     "evaluation": 1510,
     "fused": 2545,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_610
+MAX_PACKAGE_LINES = 36_660
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

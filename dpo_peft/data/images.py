@@ -69,6 +69,7 @@ class Images:
         settings = [name, processor.image_processor.to_dict(), transformers.__version__]
         self.settings = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
         self._by_sizes: dict[tuple[tuple[int, int], ...], tuple[list[str], int]] = {}
+        self.seen = False  # whether prepared rows have images; of a stream, whether they may have
         self._places: dict[str, tuple[int, int]] = {}  # key of a row's images -> source, row
         self._sources: list[Callable[[int], list[ImageFile]]] = []
 
@@ -164,6 +165,7 @@ class Images:
         for batch in prepared.select_columns(["row", "images"]).iter(batch_size=10_000):
             places = ((len(self._sources) - 1, row) for row in batch["row"])
             self._places.update(zip(batch["images"], places, strict=True))
+            self.seen |= any(batch["images"])
 
     def sample(self, row: Row) -> SampleImages | None:
         """Returns the pixels of a prepared row's images.
@@ -190,7 +192,9 @@ class Images:
         return SampleImages(_pixels(self._process(found, return_tensors="pt")), self.token, bytes.fromhex(key))
 
     def probe_samples(self) -> list[Sample]:
-        """Returns tiny samples with an image, for `plan_forward`."""
+        """Returns tiny samples with an image, for `plan_forward`; none if no rows have images."""
+        if not self.seen:
+            return []
         noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         image = Image.fromarray(noise)
         opened = [OpenedImage(image.size, b"")]

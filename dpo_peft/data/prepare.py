@@ -130,6 +130,8 @@ def prepare_dataset(
     )
     max_share = max_unusable_share if on_unusable == "drop" else None
     if isinstance(dataset, IterableDataset):
+        if images is not None:
+            images.seen = True
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
     for batch in records.select_columns(["row", "drop", "left_out", *COUNTERS]).iter(batch_size=10_000):

@@ -29,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .images import Blocks
 from .layout import PackedBatch, visible
 
 Made = TypeVar("Made")
@@ -59,8 +60,8 @@ class AttentionBackend:
     `supports(device, dtype, heads)` says whether it runs there. `attend(plan, q, k, v, scaling, window)` gives
     (T, H, D) from q (T, H, D), k and v (T, G, D), or (S, G, D) if `gathers`. What it `takes` beyond that reaches it as
     keywords, if a call has it: "dropout", "softcap" (scores s become softcap * tanh(s / softcap)), "sinks" ((H,)
-    scores of one more key without a value), "chunk", "blocks" ((T,); both as in `visible`). A call with a window or
-    with keywords that a backend does not do goes to the one named `otherwise`.
+    scores of one more key without a value), "chunk" (as in `visible`), "blocks" (`images.Blocks`). A call with a
+    window or with keywords that a backend does not do goes to the one named `otherwise`.
     """
 
     name: str
@@ -84,7 +85,7 @@ class AttentionPlan:
         self.batch = batch
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self.trace: list[tuple[int | None, HeadShape]] | None = None  # for the probe: window and heads of each call
-        self.blocks_T: Tensor | None = None  # of tokens that see each other both ways, from `images.block_ids`
+        self.blocks: Blocks | None = None  # of tokens that see each other both ways, from `images.block_ids`
         self.mixed: list[str] | None = None  # for the probe: the class of each mixer of `states.py` that was called
         self._made: dict[Hashable, Any] = {}
 
@@ -94,6 +95,10 @@ class AttentionPlan:
         while (window is not None and not backend.windows) or not backend.takes.issuperset(extra):
             backend = backend_named(backend.otherwise)
         return backend
+
+    def blocks_for(self, window: int | None) -> Blocks | None:
+        """Returns the blocks that layers with such a window know."""
+        return self.blocks if self.blocks and (window is not None or self.blocks.everywhere) else None
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Returns what `make` gives; calls it once for all layers."""
@@ -111,7 +116,7 @@ class BySample(NamedTuple):
 
 
 def by_sample(
-    batch: PackedBatch, window: int | None, chunk: int | None = None, blocks_T: Tensor | None = None
+    batch: PackedBatch, window: int | None, chunk: int | None = None, blocks: Blocks | None = None
 ) -> BySample:
     """Cuts a packed batch into its samples, and applies the mask predicate to each one's own tokens."""
     assert batch.sample_index is not None and batch.segment is not None and batch.context is not None
@@ -125,7 +130,7 @@ def by_sample(
         pos[:, None],
         window,
         chunk,
-        None if blocks_T is None else (blocks_T[index_EB][:, :, None], blocks_T[index_EB][:, None]),
+        None if blocks is None else (blocks.ids_T[index_EB][:, :, None], blocks.ids_T[index_EB][:, None], blocks.cut),
     )
     mask_EBB &= filled_EB[:, None]
     mask_EBB[:, :, 0] |= ~filled_EB
@@ -171,8 +176,13 @@ def prefix_shared_attention(
     query = _retuned(module, query, prefix_layout)
     if prefix_layout.trace is not None:
         prefix_layout.trace.append((sliding_window, HeadShape(query.shape[1], key.shape[1], query.shape[3])))
-    extra = {"dropout": dropout or None, "softcap": softcap, "sinks": s_aux, "chunk": _chunk_of(module)}
-    extra |= {"blocks": prefix_layout.blocks_T}
+    extra: dict[str, Any] = {
+        "dropout": dropout or None,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "chunk": _chunk_of(module),
+    }
+    extra |= {"blocks": prefix_layout.blocks_for(sliding_window)}
     extra = {name: value for name, value in extra.items() if value is not None}
     backend = prefix_layout.backend_for(sliding_window, extra)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -236,7 +246,7 @@ def attend_dense(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     chunk: int | None = None,
-    blocks: Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """Attends sample by sample under the mask predicate; (T, H, D)."""
     samples = plan.once(("by sample", window, chunk), lambda: by_sample(plan.batch, window, chunk, blocks))

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,10 @@ class BatchImages:
     def token(self) -> int:
         """Returns the id in whose places the features stand."""
         return next(images.token for images in self.samples if images is not None)
+
+    def release(self) -> None:
+        """Frees what was made of the images; they are encoded again if they are needed again."""
+        self._made.clear()
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Returns what `make` gives; calls it once for all passes."""
@@ -164,7 +168,8 @@ def _token_types(causal_lm: PreTrainedModel, batch: Any) -> dict[str, Tensor]:
     are no prompt with images."""
     names = {"token_type_ids", "mm_token_type_ids"} & _arguments(type(causal_lm.base_model).forward)
     of_image_RL = batch.input_ids == batch.images.token
-    if image_blocks(causal_lm.config) == "prompt":
+    rule = _block_rule(causal_lm.config)
+    if rule is not None and rule.of == "prompt":
         prompts = [len(sample.prompt) if sample.images else 0 for sample in batch.samples.kept]
         prompt_R = torch.tensor(prompts, device=batch.input_ids.device)[batch.sample_of]
         of_image_RL = torch.arange(batch.input_ids.shape[1], device=prompt_R.device) >= prompt_R[:, None]
@@ -209,28 +214,50 @@ def _prompt_positions(body: Any, sample: Any) -> tuple[Tensor, int]:
 # ---- Blocks that see each other both ways ---------------------------------------------------------------------------
 
 
-def image_blocks(config: PreTrainedConfig) -> str | None:
-    """Returns which tokens a model lets see each other both ways: those of an "image", of a "prompt" with images, or
-    None."""
-    kind, text = config.model_type, config.get_text_config()
-    if kind.startswith("paligemma"):
-        return "prompt"
-    told = getattr(text, "use_bidirectional_attention", None)
-    return "image" if kind == "gemma3" or (kind.startswith("gemma4") and told == "vision") else None
+class Blocks(NamedTuple):
+    """Tokens of a packed batch that see each other both ways."""
+
+    ids_T: Tensor  # (T,) the block of each token, 0 for none
+    everywhere: bool  # in all layers; or in those with a window alone
+    cut: bool  # a window hides tokens of the block too
 
 
-def block_ids(config: PreTrainedConfig, batch: Any) -> Tensor | None:
-    """Returns (T,) the block of each token of a packed batch, 0 for none; None if there are no blocks."""
-    kind = image_blocks(config)
-    if kind is None or batch.images is None:
+class _BlockRule(NamedTuple):
+    of: str  # the tokens of an "image", or of a "prompt" that holds some
+    everywhere: bool = True
+    cut: bool = False
+
+
+# By model type, as transformers' masks are.
+_BLOCK_RULES = {
+    "gemma3": _BlockRule("image", cut=True),
+    "gemma4": _BlockRule("image", everywhere=False, cut=True),
+    "gemma4_unified": _BlockRule("image"),
+    "paligemma": _BlockRule("prompt"),
+}
+
+
+def _block_rule(config: PreTrainedConfig) -> _BlockRule | None:
+    """Returns which tokens a model lets see each other both ways; None: none."""
+    told = getattr(config.get_text_config(), "use_bidirectional_attention", None)
+    chosen = not config.model_type.startswith("gemma4") or told == "vision"
+    return _BLOCK_RULES.get(config.model_type) if chosen else None
+
+
+def block_ids(config: PreTrainedConfig, batch: Any) -> Blocks | None:
+    """Returns the blocks of a packed batch; None if there are none."""
+    rule = _block_rule(config)
+    if rule is None or batch.images is None:
         return None
     segment_T, of_prompt_T = batch.segment, batch.segment == batch.context
     of_image_T = (batch.input_ids[0] == batch.images.token) & of_prompt_T
-    if kind == "prompt":
+    if rule.of == "prompt":
         holds_S = torch.zeros_like(batch.cu_seq_q, dtype=torch.bool).index_fill(0, segment_T[of_image_T], True)
-        return torch.where(holds_S[segment_T] & of_prompt_T, segment_T + 1, 0)
-    goes_on_T = F.pad(of_image_T[:-1] & (segment_T[1:] == segment_T[:-1]), (1, 0))
-    return torch.where(of_image_T, (of_image_T & ~goes_on_T).cumsum(0), 0)
+        ids_T = torch.where(holds_S[segment_T] & of_prompt_T, segment_T + 1, 0)
+    else:
+        goes_on_T = F.pad(of_image_T[:-1] & (segment_T[1:] == segment_T[:-1]), (1, 0))
+        ids_T = torch.where(of_image_T, (of_image_T & ~goes_on_T).cumsum(0), 0)
+    return Blocks(ids_T, rule.everywhere, rule.cut)
 
 
 def kept_images(samples: Iterable[Any]) -> BatchImages | None:

@@ -136,22 +136,25 @@ def visible(
     pos_k: Tensor,
     window: int | None = None,
     chunk: int | None = None,
-    blocks: tuple[Tensor, Tensor] | None = None,
+    blocks: tuple[Tensor, Tensor, bool] | None = None,
 ) -> Tensor:
     """Returns the mask predicate: True where a query may see a key.
 
     A token sees its own segment and its prompt, up to its own position; under a sliding window only keys whose
     position is less than `window` behind, with chunks only keys of its own `chunk` positions. Tokens of one block,
-    given as the `blocks` of queries and of keys (0: in none), see each other whatever their positions are. Arguments
-    broadcast against each other; the result is boolean.
+    given as the `blocks` of queries and of keys (0: in none), see each other whatever their positions are; only down
+    to the window's end if it cuts blocks, the third of the tuple. Arguments broadcast against each other; the result
+    is boolean.
     """
     same_or_prompt = (segment_k == segment_q) | (segment_k == context_q)
     mask = same_or_prompt & (pos_k <= pos_q)
     if chunk is not None:
         mask &= pos_k // chunk == pos_q // chunk
+    if blocks is not None and blocks[2]:
+        mask |= (blocks[0] == blocks[1]) & (blocks[0] > 0)
     if window is not None:
         mask &= pos_k > pos_q - window
-    return mask if blocks is None else mask | ((blocks[0] == blocks[1]) & (blocks[0] > 0))
+    return mask if blocks is None or blocks[2] else mask | ((blocks[0] == blocks[1]) & (blocks[0] > 0))
 
 
 def _check(samples: Sequence[Sample]) -> None:

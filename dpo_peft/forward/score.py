@@ -125,7 +125,7 @@ def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: str | Attentio
         kwargs["attention_mask"] = layout_marker(batch.input_ids.device)
         kwargs["position_ids"] = batch.position_ids
         plan = AttentionPlan(batch, backend) if isinstance(backend, str) else backend
-        plan.blocks_T = block_ids(causal_lm.config, batch)
+        plan.blocks = block_ids(causal_lm.config, batch)
         kwargs["prefix_layout"] = plan
     else:
         kwargs["attention_mask"] = batch.attention_mask

@@ -19,7 +19,7 @@ from ..errors import OptionError
 from .checkpoint_formats import Checkpoint
 from .experts import experts_in_4_bits, warn_of_whole_experts
 from .rebuilding import loader
-from .targets import computes_linear, read_past
+from .targets import computes_linear, dtype_read, read_past
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,9 @@ def class_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
 
 
 def fitted(quantization: Any, config: PretrainedConfig, kind: Any, trust_remote_code: bool) -> Any:
-    """Returns a bitsandbytes config that leaves out layers whose weights the model reads itself, where it would find
-    packed bytes, and takes in those that transformers overlooks. It lists what it leaves out: so it is recorded."""
+    """Returns a bitsandbytes config that leaves out layers whose weights, or a tower's their dtype, the model reads
+    itself, where it would find packed bytes, and takes in those that transformers overlooks. It lists what it leaves
+    out: so it is recorded."""
     if not isinstance(quantization, BitsAndBytesConfig) or not quantization.is_quantizable():
         return quantization
     with torch.device("meta"):
@@ -127,7 +128,7 @@ def fitted(quantization: Any, config: PretrainedConfig, kind: Any, trust_remote_
             empty = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         else:
             empty = kind(copy.deepcopy(config))
-    kept = read_past(empty)
+    kept = read_past(empty) + dtype_read(empty)
     overlooked = {type(layer) for layer in empty.modules() if _is_overlooked(type(layer))}
     if not kept and not overlooked:
         return quantization

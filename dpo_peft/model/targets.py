@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..forward.modules import eval_mode
+from ..forward.modules import eval_mode, text_decoder
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _LIBRARIES = ("torch.", "transformers.integrations.", "transformers.pytorch_util
 
 # A layer's weight in its parent's code: not its dtype or the like, nor a slice of it (Bloom's, where a flag is on).
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b|\[|, torch\.Tensor)")
+_DTYPE_READ = re.compile(r"\bself\.(\w+)\.weight\.dtype\b")
 
 
 def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]:
@@ -266,19 +267,31 @@ def _short(name: str) -> str:
 def read_past(model: nn.Module) -> list[str]:
     """Returns the names of the linear layers whose weight the module around them reads itself: a state-space mixer
     (Mamba) in its scan, Gemma 3n to clamp it. What an adapter adds would be missed there, and 4 bits can't be read."""
+    return _layers_read(model, _READ)
+
+
+def dtype_read(model: PreTrainedModel) -> list[str]:
+    """Returns the names of the linear layers beside the language model to whose dtype the module around them casts
+    pixels (Gemma 4): in 4 bits it is that of packed bytes, and what stands before the layer gets another than its own.
+    """
+    others = {id(module) for module in text_decoder(model).modules()} | {id(model.get_output_embeddings())}
+    return [name for name in _layers_read(model, _DTYPE_READ) if id(model.get_submodule(name)) not in others]
+
+
+def _layers_read(model: nn.Module, pattern: re.Pattern[str]) -> list[str]:
     found = []
     for name, parent in model.named_modules():
         kind: Any = type(parent)
-        read = _weights_read(kind)
+        read = _weights_read(kind, pattern)
         layers = parent.named_children() if read else ()
         found += [f"{name}.{child}".lstrip(".") for child, layer in layers if child in read and is_linear(layer)]
     return found
 
 
 @cache
-def _weights_read(kind: type[nn.Module]) -> set[str]:
+def _weights_read(kind: type[nn.Module], pattern: re.Pattern[str]) -> set[str]:
     own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
-    return {name for base in own for name in _READ.findall(inspect.getsource(base))}
+    return {name for base in own for name in pattern.findall(inspect.getsource(base))}
 
 
 def is_linear(layer: nn.Module) -> bool:

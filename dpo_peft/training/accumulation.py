@@ -136,6 +136,7 @@ class OptimizerStep:
             loss = torch.zeros((), device=self.args.device)
             for part in self._entries[i]["packs"]:
                 loss = loss + backward(part, self._totals)
+                _release(part)
             # The mean is over steps: one process counts each step once, with its last entry.
             steps = float(i == len(self._entries) - 1 and self._rank == 0)
             mean = {"loss": Mean(loss.detach(), torch.tensor(steps, device=loss.device))}
@@ -282,6 +283,7 @@ class OptimizerStep:
                 part, output = compute_loss(batch, num_items_in_batch=totals)
                 rows += self.objective.kind.predictions_by_row(output.scored, output.rewards_C, batch["rows"])
             loss = loss + part.float()
+            _release(batch)
         if "order" in entry:
             rows = [row for _, row in sorted(zip(entry["order"], rows, strict=True), key=lambda placed: placed[0])]
         rows = interleave(gather_over_processes(rows))
@@ -361,6 +363,12 @@ class OptimizerStep:
 
 def _micro_batches(entries: Sequence[Entry]) -> list[MicroBatch]:
     return [batch for entry in entries for batch in entry["packs"]]
+
+
+def _release(batch: MicroBatch) -> None:
+    """Frees the features of a micro-batch's images: it is kept until the step ends."""
+    if "images" in batch:
+        batch["images"].release()
 
 
 def _size(batch: MicroBatch) -> int:

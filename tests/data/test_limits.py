@@ -102,7 +102,7 @@ def nested(depth: int) -> Any:
         ("prompt", [{"role": "user", "content": "x" * 2_000}], "too large"),
         ("prompt", [{"role": "user", "content": "x"}] * 900, "too large"),
         ("chosen", json.dumps([{"role": "assistant", "content": nested(150)}]), "nested more than 100|messages"),
-        ("prompt", [{"role": "user", "content": [{"type": "image", "image": "x" * 900}]}], "images are not supported"),
+        ("prompt", [{"role": "user", "content": [{"type": "image", "image": "x" * 900}]}], "there is no file"),
     ],
     ids=lambda value: str(value)[:12],
 )

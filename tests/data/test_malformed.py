@@ -60,9 +60,9 @@ BAD_ROWS = {
     "image part": (
         chat_pair(),
         {"prompt": messages(content=[{"type": "image"}])},
-        "prompt[0]",
-        "a part that is not text",
-        "images are not supported",
+        "messages",
+        "there is no processor to read them",
+        "leave processing_class out",
     ),
     "from and value": (
         chat_pair(),
@@ -151,7 +151,10 @@ BAD_DATASETS = {
         lambda: rows({"text": "a"}),
         r"column 'chosen', 'rejected' is missing; the columns are \['text'\]",
     ),
-    "images": (lambda: rows({**pair(), "images": "x"}), "'images' holds images, and vision.*remove_columns"),
+    "images": (
+        lambda: rows({**pair(), "images": "x"}),
+        "'images' holds images, and there is no proc.*remove_columns",
+    ),
     "unranked": (
         lambda: rows({"prompt": "a", "completions": ["b", "c"]}),
         "'completions'.*'multi_negative' or 'plackett_luce'",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -388,7 +388,7 @@ COMPOSITES: dict[str, tuple[str, _Text, dict[str, Any], dict[str, Any]]] = {
     "gemma4_unified": (
         "gemma4_unified",
         ("gemma4_unified_text", dict(_WINDOWED, global_head_dim=32)),
-        dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=64, output_proj_dims=64),
+        dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=64, mm_posemb_size=64, output_proj_dims=64),
         _GEMMA4_IDS,
     ),
     "glm4v": (
@@ -503,15 +503,15 @@ def _options(model_type: str, differing: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def config_of(name: str) -> PreTrainedConfig:
-    """Returns the config of a family of TEXT, or of a composite as "NAME-vl"."""
+def config_of(name: str, **of_text: Any) -> PreTrainedConfig:
+    """Returns the config of a family of TEXT, or of a composite as "NAME-vl", there with other options `of_text`."""
     if not name.endswith("-vl"):
         differing = dict(TEXT[name])
         model_type = differing.pop("model_type", name)
         return CONFIG_MAPPING[model_type](**_options(model_type, differing))
     model_type, text, vision, rest = COMPOSITES[name.removesuffix("-vl")]
     family, differing = (text, dict(TEXT[text])) if isinstance(text, str) else text
-    options = dict(_options(family, differing), model_type=family)
+    options = dict(_options(family, differing | of_text), model_type=family)
     config = CONFIG_MAPPING[model_type](text_config=options, vision_config=vision, **rest)
     config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -520,9 +520,9 @@ def config_of(name: str) -> PreTrainedConfig:
     return config
 
 
-def build(name: str, noise: float = 0.1) -> PreTrainedModel:
+def build(name: str, noise: float = 0.1, config: Any = None) -> Any:
     """Returns the model of a family, float32: its initialization and random numbers `noise` wide on every matrix."""
-    config = config_of(name)
+    config = config or config_of(name)
     torch.manual_seed(0)
     if name.endswith("-vl"):
         classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type]
