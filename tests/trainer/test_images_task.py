@@ -1,7 +1,7 @@
 """A task with a known true reward that only a picture tells: which color, or which shape?
 
-A tiny random model like SmolVLM's, in real NF4, with LoRA on its language model, learns to prefer the right word. Two of
-two equally common words are right as often, so without the picture, or with another row's, accuracy is chance.
+A tiny random model like SmolVLM's, in real NF4, with LoRA on its language model, learns to prefer the right word. Two
+equally common words are right as often, so without the picture, or with another row's, accuracy is chance.
 """
 
 from pathlib import Path
@@ -69,7 +69,7 @@ def train(folder: Path, seed: int, **changed: Any) -> DPOTrainer:
 
 
 @pytest.mark.slow
-def test_what_is_seen_is_learned(tmp_path):
+def test_what_is_seen_is_learned(tmp_path: Path) -> None:
     trainer = train(tmp_path, seed=0)
     assert (
         type(trainer.model.get_base_model().model.text_model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
@@ -77,5 +77,4 @@ def test_what_is_seen_is_learned(tmp_path):
     found = trainer.evaluate()
     assert found["eval_held_out_rewards/accuracies"] >= 0.9
     assert 0.4 <= found["eval_swapped_rewards/accuracies"] <= 0.6
-    with trainer.model.disable_adapter():
-        assert trainer.state.log_history[0]["rewards/accuracies"] < 0.9
+    assert trainer.state.log_history[0]["rewards/accuracies"] < 0.9
