@@ -37,6 +37,12 @@ class ImageFile(NamedTuple):
         """Returns its bytes. Raises `OSError`."""
         return Path(str(self.path)).read_bytes() if self.content is None else self.content
 
+    @property
+    def text(self) -> str:
+        """The name of its file, or its bytes as a data URI: what a row of text can hold."""
+        whole = base64.b64encode(self.content or b"").decode()
+        return str(self.path) if self.content is None else f"data:application/octet-stream;base64,{whole}"
+
 
 def take_images(row: Row) -> list[ImageFile]:
     """Returns the images in a row's columns. Raises `RowProblem` for what is no image."""
