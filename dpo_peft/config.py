@@ -62,6 +62,9 @@ class DPOConfig(TrainingArguments):
         None, "Load a model given by name in 4 bits (NF4, double quantization). Default: yes."
     )
     lora_experts: bool = flag(False, "Put the adapter on the experts of a mixture too, not only on its linear layers.")
+    lora_vision: bool = flag(
+        False, "Put the adapter on what reads images too, tower and projector: they are encoded twice a step."
+    )
     disable_dropout: bool = flag(True, "Turn off all dropout, LoRA's included.")
     share_prompts: bool = flag(
         True, "Compute each prompt once for all its completions, where the model can (it is probed)."

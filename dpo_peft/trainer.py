@@ -101,7 +101,7 @@ class DPOTrainer(Trainer):
         self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
         train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
         compared = self.objective.needs_reference
-        model, held, as_given = build_model(model, args, quantization_config, peft_config, compared)
+        model, held, as_given = build_model(model, args, quantization_config, peft_config, compared, self.images)
         self.prepare.fit(model, data_collator)
         super().__init__(
             model=model,

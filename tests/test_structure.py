@@ -32,35 +32,35 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
     "trainer": 400,
-    "config": 325,
+    "config": 330,
     "config_checks": 380,
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 4835,
-    "forward": 2555,
+    "data": 4870,
+    "forward": 2595,
     "reference": 1565,
-    "model": 2940,
-    "training": 2870,
+    "model": 2980,
+    "training": 2880,
     "evaluation": 1520,
-    "fused": 2545,
-    "planning": 1505,
+    "fused": 2560,
+    "planning": 1510,
     "artifacts": 1365,
     "reward": 865,
     "merge": 660,
     "hub": 920,
-    "pairs": 1190,
+    "pairs": 1225,
     "report": 1475,
     "quickstart": 465,
-    "chat": 395,
+    "chat": 430,
     "conversion": 450,
-    "preview": 935,
-    "cli": 3670,
+    "preview": 925,
+    "cli": 3505,
     "rowfiles": 295,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 36_920
+MAX_PACKAGE_LINES = 36_960
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -42,6 +42,7 @@ MODEL_INDEX = {
     "kl": ("kl_divergence", "KL to the reference, nats per completion"),
     "loss": ("loss", "Loss"),
 }
+TASKS = ("text-generation", "image-text-to-text")  # as the Hub calls them: of text, of images and text
 BUNDLED = Path(__file__).parents[1] / "quickstart" / "model"  # the base that the package ships
 BUNDLED_TEXT = "the small chat model that comes with `dpo-peft` (`dpo_peft.quickstart.model_path()`)"
 LOCAL_TEXT = ", a model in a local folder"
@@ -244,7 +245,7 @@ def metadata(run: RunSummary) -> ModelCardData:
     quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
         library_name="peft",
-        pipeline_tag=task_of(run),
+        pipeline_tag=TASKS[run.reads_images],
         tags=list(dict.fromkeys(["dpo-peft", "dpo", "preference-optimization", "lora", *quantized, *run.tags])),
         model_name=title_of(run) if results else None,
         eval_results=results or None,
@@ -255,11 +256,6 @@ def metadata(run: RunSummary) -> ModelCardData:
         license=license.get("license"),
         license_name=license.get("license_name"),
     )
-
-
-def task_of(run: RunSummary) -> str:
-    """Returns what the Hub calls the adapter's task."""
-    return "image-text-to-text" if run.reads_images else "text-generation"
 
 
 def license_fields(license: str) -> dict[str, str]:
@@ -283,7 +279,7 @@ def eval_results(run: RunSummary) -> list[EvalResult]:
         part = key.removesuffix(metric).rstrip("_")
         results.append(
             EvalResult(
-                task_type=task_of(run),
+                task_type=TASKS[run.reads_images],
                 dataset_type=run.eval_dataset if is_hub_id(run.eval_dataset) else "preference",
                 dataset_name=part or shown_name(run.eval_dataset),
                 metric_type=MODEL_INDEX[metric][0],
@@ -359,9 +355,7 @@ def base_text(name: str) -> str:
     """Returns the base as the card's first sentence calls it."""
     if is_hub_id(name):
         return link(name)
-    if Path(name).resolve() == BUNDLED.resolve():
-        return BUNDLED_TEXT
-    return link(name) + LOCAL_TEXT
+    return BUNDLED_TEXT if Path(name).resolve() == BUNDLED.resolve() else link(name) + LOCAL_TEXT
 
 
 def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str) -> str:

@@ -106,7 +106,7 @@ class SaveResults:
         curved = any("loss" in entry for entry in self.log_history)
         if curved:
             plot_training_curves(self.log_history, folder / "curves.png", start_loss=initial_loss(self.args.loss_type))
-        save_model_card(self._summary(folder, facts, "curves.png" if curved else None), folder)
+        save_model_card(self._summary(folder, metrics, "curves.png" if curved else None), folder)
 
     def facts(self) -> dict[str, Any]:
         """Returns what metrics.json says beside the figures."""
@@ -206,6 +206,7 @@ class SaveResults:
             lora=facts["adapter"],
             hyperparameters=shown,
             facts={
+                **({"Verdict": _judged(**facts["verdict"])} if "verdict" in facts else {}),
                 **({"Not the base as published": self._changed()} if trained.base_changed else {}),
                 "Steps": f"{facts['steps']:,} ({facts['epochs']:.3g} epochs, {facts['rows_used']:,} different rows)",
                 **{f"Rows ({name})": _rows(report) for name, report in trainer.data_reports.items()},
@@ -263,14 +264,21 @@ def _rows(report: DataSummary) -> str:
 
 
 def _images(trainer: "DPOTrainer") -> dict[str, str]:
-    """Returns how many of the training rows have images, and how many tokens these take."""
-    rows, token = trainer.train_dataset, trainer.images.token if trainer.images else None
-    if token is None or not isinstance(rows, Dataset):
+    """Returns how many of the training rows have images, and how many tokens these take in the first thousand."""
+    rows = trainer.train_dataset
+    if trainer.images is None or not isinstance(rows, Dataset):
         return {}
-    tokens = [ids.count(token) for ids, key in zip(rows["prompt_ids"], rows["images"], strict=True) if key]
+    some = rows.select(range(min(len(rows), 1000)))
+    tokens = [row["prompt_ids"].count(trainer.images.token) for row in some if row["images"]]
     mean = sum(tokens) / max(len(tokens), 1)
     each = f", {mean:,.0f} image tokens each on average, {max(tokens):,} at most" if tokens else ""
-    return {"Rows with images": f"{len(tokens):,} of {len(rows):,} for training{each}"}
+    with_images = sum(map(bool, rows["images"]))
+    return {"Rows with images": f"{with_images:,} of {len(rows):,} for training{each}"}
+
+
+def _judged(headline: str, level: str, reasons: Sequence[str]) -> str:
+    """Returns a verdict for the card."""
+    return " ".join([f"{level}. {headline}", *reasons])
 
 
 def _time_spent(facts: Mapping[str, Any]) -> dict[str, str]:

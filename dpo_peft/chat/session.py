@@ -170,7 +170,7 @@ class Session:
             images: files of images that stand before the text.
 
         Raises:
-            OptionError: the message alone is longer than the model's context.
+            OptionError: the message alone is longer than the model's context, or memory runs out.
             DataError: the template refuses the conversation.
         """
         fixed = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
@@ -222,6 +222,11 @@ class Session:
                 model.generate(**given, generation_config=config, streamer=stream)
         except KeyboardInterrupt:
             stopped = True
+        except torch.OutOfMemoryError as error:
+            raise OptionError(
+                f"Out of memory: {len(prompt_ids)} tokens of conversation and {len(stream.ids)} of a completion don't "
+                "fit. Shorten them (max_new_tokens), or load the base in 4 bits (quantize true)."
+            ) from error
         finished = bool(stream.ids) and stream.ids[-1] in config.eos_token_id
         return Reply(stream.close(), stream.ids, finished, stopped, dropped)
 

@@ -85,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
         print("dpo-peft: stopped.", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported here
+            raise
+        told = str(error)
+        if not told.startswith("Out of memory"):  # as training says it, with what to lower
+            told = told.partition(" GPU ")[0]  # behind it torch says much of its allocator
+            told += " Close other programs on the GPU, load the base in 4 bits, or lower lengths and batches."
+        print(printable(f"dpo-peft: {told}"), file=sys.stderr)
+        return 3
     except OSError as error:
         told = _of_home(error) or f"{error}. Mend that, then give the same command again."
         print(printable(f"dpo-peft: {told}"), file=sys.stderr)

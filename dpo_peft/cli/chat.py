@@ -1,15 +1,15 @@
 """`dpo-peft chat`: talk to a trained adapter, in a terminal or from a script."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError
 from ..model.options import AdapterOptions
-from .options import option, parse_options, printable, required, show
+from .options import made, option, parse_options, printable, show
 
 if TYPE_CHECKING:
     from ..chat import Reply, Session, Settings
@@ -65,16 +65,14 @@ def chat(argv: Sequence[str]) -> None:
     """Loads the adapter, and completes what is given, or what is typed."""
     words, prompts = repeated(argv, "prompt")
     about = "Talk to a trained adapter on its base, loaded as for the training, in the model's chat template."
-    options = parse_options(words, ChatOptions, "chat", about, EXAMPLES)
-    required(options, "adapter")
+    options = parse_options(words, ChatOptions, "chat", about, EXAMPLES, "adapter")
     prompts = prompts or options.prompt or []
     if options.json and not prompts:
         raise OptionError("json has no effect without prompt: give one, or leave it out.")
     from ..chat import Session, Settings
     from ..model.adapter_source import AdapterSource
 
-    names = [f.name for f in fields(Settings)]
-    settings = Settings(**{name: getattr(options, name) for name in names})
+    settings = made(Settings, options)
     prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in prompts]
     if not all(text.strip() for text in prompts):
         raise OptionError("prompt is empty: give a text, or - and the text on stdin.")
@@ -182,28 +180,26 @@ class Terminal:
             OptionError: there is no such command, or its value is wrong.
         """
         command, _, rest = line[1:].partition(" ")
-        commands: dict[str, Callable[[str], None]] = {
-            "base": self._base,
-            "both": self._both,
-            "image": self._image,
-            "reset": self._reset,
-            "system": self._system,
-            "set": self._set,
-            "help": lambda rest: print(COMMANDS),
-        }
-        if command not in commands:
+        if (obeyed := getattr(self, f"do_{command}", None)) is None:
             raise OptionError(f"/{command} is not a command. They are:\n{COMMANDS}")
-        commands[command](rest.strip())
+        obeyed(rest.strip())
 
-    def _base(self, rest: str) -> None:
+    def do_help(self, rest: str) -> None:
+        """Lists the commands."""
+        print(COMMANDS)
+
+    def do_base(self, rest: str) -> None:
+        """Switches the adapter off, and on again."""
         self.sides = [self.sides == [False]]
         print(f"The adapter is {'on' if self.sides[0] else 'off'}.")
 
-    def _both(self, rest: str) -> None:
+    def do_both(self, rest: str) -> None:
+        """Has both complete each message, and again one."""
         self.sides = [True, False] if len(self.sides) == 1 else [True]
         print("Adapter and base complete each message." if len(self.sides) > 1 else "The adapter is on.")
 
-    def _image(self, rest: str) -> None:
+    def do_image(self, rest: str) -> None:
+        """Adds an image to the next message."""
         if self.session.trained.images is None:
             raise OptionError("/image: the adapter was trained on text. Begin with --image FILE to show it images.")
         if not Path(rest).is_file():
@@ -211,16 +207,19 @@ class Terminal:
         self.images.append(rest)
         print(f"The next message has {len(self.images)} image{'s' * (len(self.images) > 1)}.")
 
-    def _reset(self, rest: str) -> None:
+    def do_reset(self, rest: str) -> None:
+        """Begins a new conversation."""
         self.session.reset(self.system)
         print("A new conversation.")
 
-    def _system(self, rest: str) -> None:
+    def do_system(self, rest: str) -> None:
+        """Begins one with another system message."""
         self.session.reset(rest or None)
         self.system = rest or None
         print(f"A new conversation {'with' if rest else 'without'} a system message.")
 
-    def _set(self, rest: str) -> None:
+    def do_set(self, rest: str) -> None:
+        """Changes how is sampled, and says it."""
         name, _, value = rest.partition(" ")
         if value:
             self.session.settings = _changed(self.session, name, value.strip())

@@ -16,7 +16,7 @@ from ..errors import OptionError
 from ..files import check_output, read_rows, write_rows
 from ..model.options import AdapterOptions
 from .chat import repeated
-from .options import option, parse_options, printable, required, show
+from .options import option, parse_options, printable, show
 
 if TYPE_CHECKING:
     from ..chat import Compared, Comparison
@@ -61,8 +61,7 @@ def compare(argv: Sequence[str]) -> None:
     """Reads prompts, completes them twice, and prints both."""
     words, given = repeated(argv, "prompt")
     about = "Show completions of the same prompts before and after training, with the implicit reward of both."
-    options = parse_options(words, CompareOptions, "compare", about, EXAMPLES)
-    required(options, "adapter")
+    options = parse_options(words, CompareOptions, "compare", about, EXAMPLES, "adapter")
     texts = given or options.prompt or []
     if bool(texts) == bool(options.prompts):
         raise OptionError("Give either prompts, a file, or prompt, a text.")

@@ -34,7 +34,6 @@ EXAMPLES = [
 OF_STREAM = 10_000  # rows that are looked at
 MOST_LINES = 16  # of a prompt or a completion, on a terminal
 LEVELS = {"mean": "mean", "median": "median", "p90": "90 %", "p99": "99 %", "max": "longest"}
-PREPARED = ("max_length", "truncation_mode", "discount_unit", "on_unusable", "as_chat")
 
 
 @dataclass
@@ -113,10 +112,7 @@ def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[
         named = evaluation.items() if isinstance(evaluation, dict) else [("", evaluation)]
         sets |= {f"eval_{name}" if name else "eval": rows for name, rows in named}
     tables = {name: _first_of_stream(rows) for name, rows in sets.items()}
-    options = {name: getattr(trained, name) for name in PREPARED}
-    options |= {"unneeded_columns": as_list(trained.unneeded_columns), "unpair": trained.unpair_preferences}
-    options["num_proc"] = trained.dataset_num_proc
-    to_do = _as_objective(options, trained.loss_type, tables["train"])
+    options, to_do = _as_objective(trained, tables["train"])
     tokenizer, stop_tokens = _tokenizer(trained)
     looks = {name: look(rows, tokenizer, name, stop_tokens, **options) for name, rows in tables.items()}
     for name, one in looks.items():
@@ -129,15 +125,11 @@ def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[
     color = asked.color == "always" or asked.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     most = MOST_LINES if sys.stdout.isatty() else None
     shown = looks["train"].rendered(asked.rows, columns(), color and not asked.json, most)
-    names = as_list(data.dataset_name) or [f"a mixture of {len(data.datasets or ())}"]
-    result = {
-        "dataset": ", ".join(names),
-        "sets": {name: one.facts for name, one in looks.items()},
-        "files": files,
-        "leaks": leaks,
-        "to_do": to_do,
-    }
-    return {**result, "tokenizer": trained.model_name_or_path or None, "first_rows": shown}, shown
+    names = ", ".join(as_list(data.dataset_name)) or f"a mixture of {len(data.datasets or ())}"
+    facts = {name: one.facts for name, one in looks.items()}
+    result: dict[str, Any] = {"dataset": names, "sets": facts, "files": files, "leaks": leaks, "to_do": to_do}
+    result |= {"tokenizer": trained.model_name_or_path or None, "first_rows": shown}
+    return result, shown
 
 
 def columns() -> int:
@@ -164,26 +156,26 @@ def _parts(data: DataArguments) -> dict[str, DataArguments]:
     return parts if len(parts) > 1 else {}
 
 
-def _as_objective(options: dict[str, Any], loss_type: list[str] | None, rows: "Dataset") -> list[str]:
-    """Adds what the objective reads of the rows to the options. Returns what to do where none is given and the
-    default's is not what the rows suit."""
+def _as_objective(trained: TrainedAs, rows: "Dataset") -> tuple[dict[str, Any], list[str]]:
+    """Returns the options of `look`, and what to do where no objective is given and the default's doesn't suit."""
     from ..config_checks import check_loss_type
     from ..data.formats import LISTS, SINGLES, SUITS, find_completions
     from ..data.reading import find_reading
     from ..objective import TrainingObjective
+    from ..training.building import row_options
 
     kind = "pairs"
-    if loss_type is None and len(rows):
+    if trained.loss_type is None and len(rows):
         _, first = find_reading("train", rows.column_names, [rows[0]])
         suits = SUITS[find_completions(set(first), first)[1]]
         kind = kind if kind in suits else suits[0]
-    losses = as_list(loss_type) or {"lists": ["plackett_luce"], "singles": ["kto"]}.get(kind, ["sigmoid"])
+    losses = as_list(trained.loss_type) or {"lists": ["plackett_luce"], "singles": ["kto"]}.get(kind, ["sigmoid"])
     check_loss_type(losses, None)
-    objective = TrainingObjective(losses)
-    options |= {name: getattr(objective, name) for name in ("data", "label_columns", "single_best")}
+    options = row_options(trained, TrainingObjective(losses))
+    options |= {"unneeded_columns": as_list(trained.unneeded_columns), "num_proc": trained.dataset_num_proc}
     if kind == "unlabeled":
         options |= {"data": kind, "label_columns": ()}
-    return {
+    return options, {
         "lists": [f"These are lists of completions: training on them needs {LISTS}."],
         "singles": [f"These are judged completions: training on them needs {SINGLES}."],
         "unlabeled": ["Nobody judged these completions: they can be scored, but not trained on."],

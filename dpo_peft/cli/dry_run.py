@@ -33,9 +33,8 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any]) -> tuple[dict[s
         OptionError, DataError: what would stop the run, with the remedy.
         PublishError: the Hub can't be reached, and push_to_hub is set.
     """
-    names = ("model", "args", "train_dataset", "eval_dataset", "quantization_config")
-    name, _, train, evaluated, quantization = (inputs[one] for one in names)
-    given = name, None, args, train, evaluated, None, quantization
+    name, train, evaluated = (inputs[one] for one in ("model", "train_dataset", "eval_dataset"))
+    given = name, None, args, train, evaluated, None, inputs["quantization_config"]
     _, _, tokenizer, images, objective = check_constructor(*given, own_metrics=False)
     prepare = Preparation(args, objective, tokenizer, images)
     prepared, _ = prepare.training(train), prepare.evaluation(evaluated)
@@ -60,7 +59,7 @@ def _model(name: str, args: DPOConfig, lora: LoraConfig | None) -> dict[str, Any
         config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **revision)
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
-    sketch = Sketch(config, lora, args.trust_remote_code, experts=args.lora_experts)
+    sketch = Sketch(config, lora, args.trust_remote_code, experts=args.lora_experts, vision=args.lora_vision)
     layers = {path.split(".lora_A")[0] for path, _ in sketch.adapted.named_parameters() if ".lora_A" in path}
     kinds = sorted({path.rsplit(".", 1)[-1] for path in layers})
     trained = sum(p.numel() for p in sketch.adapted.parameters() if p.requires_grad)
@@ -86,7 +85,9 @@ def _steps(args: DPOConfig, rows: int | None) -> dict[str, Any]:
 def _memory(args: DPOConfig, model: Any, report: DataReport, lora: LoraConfig | None) -> dict[str, Any]:
     """Predicts the peak on this machine's GPU, or without one that of a micro-batch."""
     options = {one: getattr(model, one, getattr(args, one, default)) for one, default in DEFAULTS.items()}
-    options |= {"checkpoint_layers": "auto", "lora_target_modules": _names(lora), **sample(report)}
+    targets = lora and lora.target_modules
+    options |= {"lora_target_modules": sorted(targets) if isinstance(targets, set) else None, **sample(report)}
+    options["checkpoint_layers"] = "auto"
     if torch.cuda.is_available() and not args.use_cpu:
         options["gpu"] = f"{torch.cuda.mem_get_info()[1] / GIB:.2f}GiB"
     try:
@@ -100,10 +101,6 @@ def _memory(args: DPOConfig, model: Any, report: DataReport, lora: LoraConfig | 
             "for tensors. Take a smaller model, optim=adamw_8bit, a lower lora_r or max_length, or a larger GPU."
         )
     return {"peak": (step or planned)["peak"] + RESERVE, "fits": step and step["fits"], "why": ""}
-
-
-def _names(lora: LoraConfig | None) -> list[str] | None:
-    return sorted(lora.target_modules) if lora is not None and isinstance(lora.target_modules, set) else None
 
 
 def _hub(args: DPOConfig, name: str) -> str:
@@ -132,7 +129,9 @@ def _table(figures: dict[str, Any], args: DPOConfig, reports: dict[str, DataRepo
         shown += f"({', '.join(model['kinds'])}), {model['trained']:,} trained weights"
     else:
         shown = f"{model['name']}: {model['adapter']}"
-    peak = f"{memory['peak'] / GIB:.2f} GiB" if memory["peak"] else f"not predicted. {memory['why']}"
+    peak = f"not predicted. {memory['why']}"
+    if memory["peak"]:
+        peak = f"{memory['peak'] / GIB:.2f} GiB at the peak, predicted{'' if memory['fits'] else ' for a GPU'}"
     lines = [("model", shown)]
     for name, rows in figures["rows"].items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items())
@@ -142,17 +141,12 @@ def _table(figures: dict[str, Any], args: DPOConfig, reports: dict[str, DataRepo
         lines.append((name, f"{text}, longest {rows['longest']:,}, max_length {args.max_length}"))
         if cut := reports[name].rows_truncated:
             lines.append(("", f"{cut:,} rows are cut to max_length ({args.truncation_mode})"))
-    total, epochs = steps["total"], "" if args.max_steps > 0 else f", {args.num_train_epochs:g} epochs"
+    total = f"{steps['total']:,} of {steps['rows']} rows"
+    total += "" if args.max_steps > 0 else f", {args.num_train_epochs:g} epochs"
     lines += [
-        (
-            "steps",
-            f"{total:,} of {steps['rows']} rows{epochs}, {steps['warmup']} of warmup, to {args.learning_rate:g}",
-        ),
+        ("steps", f"{total}, {steps['warmup']} of warmup, to {args.learning_rate:g}"),
         ("loss", f"{', '.join(args.loss_type)}" + (f", beta {args.beta:g}" if args.beta is not None else "")),
-        (
-            "memory",
-            f"{peak} at the peak, predicted{'' if memory['fits'] else ' for a GPU'}" if memory["peak"] else peak,
-        ),
+        ("memory", peak),
         ("writes", f"{figures['writes']}: adapter, tokenizer, README.md, metrics.json, recipe.yaml, curves.png"),
     ]
     if figures["hub"]:

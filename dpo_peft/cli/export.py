@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..model.options import AdapterOptions
-from .options import option, parse_options, required, show
+from .options import option, parse_options, show
 
 EXAMPLES = (
     "dpo-peft export outputs/run --output_dir served --to gguf --llama_cpp llama.cpp",
@@ -36,21 +36,12 @@ class ExportOptions(AdapterOptions):
 def export(argv: Sequence[str]) -> None:
     """Converts the adapter and prints the commands that serve it."""
     about = "Convert an adapter to GGUF by llama.cpp's own converter, and write a Modelfile for Ollama."
-    options = parse_options(argv, ExportOptions, "export", about, EXAMPLES)
-    required(options, "adapter", "output_dir")
+    options = parse_options(argv, ExportOptions, "export", about, EXAMPLES, "adapter", "output_dir")
     from ..model.adapter_source import AdapterSource
     from ..model.exporting import export_adapter
 
-    done = export_adapter(
-        AdapterSource.of(options),
-        options.output_dir,
-        options.to,
-        llama_cpp=options.llama_cpp,
-        served_base=options.served_base,
-        system=options.system,
-    )
-    lines = [
-        f"{options.output_dir} holds {' and '.join(done.files)}. To serve it:",
-        *(f"  {c}" for c in done.commands),
-    ]
-    show({"output_dir": options.output_dir, **asdict(done)}, "\n".join([*lines, *done.notes]), options.json)
+    given = {name: getattr(options, name) for name in ("output_dir", "to", "llama_cpp", "served_base", "system")}
+    done = export_adapter(AdapterSource.of(options), **given)
+    head = f"{options.output_dir} holds {' and '.join(done.files)}. To serve it:"
+    text = "\n".join([head, *(f"  {command}" for command in done.commands), *done.notes])
+    show({"output_dir": options.output_dir, **asdict(done)}, text, options.json)

@@ -1,20 +1,17 @@
 """The help of every command, shown at once: `help.json` holds what it says, made of the classes of options.
 
-`python -m dpo_peft.cli.schema` makes that file, and docs/config.schema.json, anew; a test says when they are behind.
+`python dev/write_help.py` makes that file, and docs/config.schema.json, anew; a test says when they are behind.
 Which options stand where, and better words for inherited ones, are in `help.yaml`. Nothing slow is imported here.
 """
 
 import fnmatch
-import io
 import json
 import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, Field, fields
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -42,7 +39,7 @@ def show(text: Mapping[str, Any], groups: Sequence[type], word: str) -> NoReturn
     """Prints a command's help as one of `ASKED` wants it, made of its classes of options, and exits.
 
     Args:
-        text: what `options.parser_text` gives.
+        text: `command`, and its `usage`, `description` and `examples`.
         groups: dataclasses that hold the options.
         word: "--help-all" for all options, "--help=json" for the same as JSON, else those that come first.
     """
@@ -97,13 +94,6 @@ def words() -> dict[str, Any]:
     return yaml.safe_load(WORDS.read_text("utf-8"))
 
 
-def own_words() -> dict[str, str]:
-    """Returns the texts of `help.yaml` by option, or by pattern of options."""
-    said = words()
-    named = [*said["more"].values(), *said["first"].values()]
-    return {name: text for group in named for name, text in group.items() if text}
-
-
 def _described(groups: Sequence[type]) -> dict[str, dict[str, Any]]:
     """Returns name to name as it is typed, help and default."""
     described = {}
@@ -118,26 +108,26 @@ def _described(groups: Sequence[type]) -> dict[str, dict[str, Any]]:
         typed = f"--{f.name} {value}{' ...' if several else ''}".rstrip()
         text = re.sub(r"\s+", " ", str(f.metadata.get("help", ""))).replace("%%", "%")
         choices = [*map(str, f.metadata.get("choices") or ())]
-        described[f.name] = {"option": f.name, "name": typed, "help": text, "default": default, "first": True}
-        described[f.name]["choices"] = choices
+        told = {"option": f.name, "name": typed, "help": text, "default": default, "first": True, "choices": choices}
+        described[f.name] = told
     return described
 
 
 def _placed(command: str, entries: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Returns title to options; those of training are placed by `help.yaml`."""
     said, placed = words(), dict[str, list[dict[str, Any]]]()
-    places = {"options": dict.fromkeys(entries)} if command not in ("train", "plan") else {**said["first"]}
+    places, more = {"options": dict.fromkeys(entries)}, {}
     of_plan: set[str] = set()
+    if command in ("train", "plan"):
+        places, more = said["first"], said["more"]
     if command == "plan":
         from ..planning.run import PlanOptions
 
         of_plan = {f.name for f in fields(PlanOptions)}
-    if of_plan:
         places = {"the prediction": {n: None for n in entries if n in of_plan}, **places}
     ahead = [(title, name, text, True) for title, named in places.items() for name, text in named.items()]
-    if command in ("train", "plan"):
-        more = [(title, name, text) for title, named in said["more"].items() for name, text in named.items()]
-        ahead += [(*one, False) for one in sorted(more, key=lambda one: "*" in one[1])]  # names before patterns
+    behind = [(title, name, text, False) for title, named in more.items() for name, text in named.items()]
+    ahead += sorted(behind, key=lambda one: "*" in one[1])  # names before patterns
     for title, pattern, text, first in [*ahead, ("others", "*", None, False)]:
         for name in fnmatch.filter([*entries], pattern):
             entry = entries.pop(name)
@@ -150,23 +140,3 @@ def _placed(command: str, entries: dict[str, dict[str, Any]]) -> dict[str, list[
                 first = name in of_plan or name in said["plan"].split()
             placed.setdefault(title, []).append(entry | {"help": shown, "first": first})
     return placed
-
-
-def made() -> dict[str, Any]:
-    """Returns what `help.json` should hold: of every command what comes first, and how much is left out."""
-    from . import COMMANDS
-
-    told = {}
-    for command in COMMANDS:
-        printed = io.StringIO()
-        with redirect_stdout(printed), suppress(SystemExit):
-            getattr(import_module(f".{command}", __package__), command)(["--help=json"])
-        told[command] = json.loads(printed.getvalue())
-        groups = told[command]["groups"]
-        told[command]["groups"] = {
-            title: [{name: one[name] for name in ("name", "help", "first")} for one in first]
-            for title, entries in groups.items()
-            if (first := [entry for entry in entries if entry["first"]])
-        }
-        told[command]["left_out"] = sum(not one["first"] for entries in groups.values() for one in entries)
-    return told

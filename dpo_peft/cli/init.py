@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ EXAMPLES = (
     "dpo-peft init --model_name_or_path ./model --dataset_name votes.csv --gpu 24GB --json",
 )
 LOSSES = {"pairs": "sigmoid", "lists": "multi_negative", "singles": "kto", "unlabeled": ""}
+WHAT = {"sigmoid": "DPO", "kto": "judged one by one", "multi_negative": "one best completion, several worse ones"}
 LENGTHS = (256, 512, 1024, 1536, 2048)  # of max_length; rows beyond are cut
 
 
@@ -70,45 +72,28 @@ def init(argv: Sequence[str]) -> None:
     )
     options = parse_options(argv, InitOptions, "init", about, EXAMPLES)
     if options.from_file is not None:
-        convert_file(options)
-        return
-    required(options, "model_name_or_path", "dataset_name")
-    lines, unknown = propose(options)
-    text = as_yaml(options, lines, unknown)
-    shown = text.rstrip("\n")
+        given = [f.name for f in fields(options) if f.name not in ("from_file", "output", "json")]
+        if extra := [name for name in given if getattr(options, name)]:
+            raise OptionError(f"{', '.join(extra)}: no effect, all is taken from {options.from_file}. Leave out.")
+        text, unknown = convert(options.from_file)
+        values = yaml.safe_load(text)
+        told = [f"{options.output}: converted from {options.from_file}.", *(f"  {note}" for note in unknown)]
+    else:
+        required(options, "model_name_or_path", "dataset_name")
+        lines, unknown = propose(options)
+        text, values = as_yaml(options, lines, unknown), {one.name: one.value for one in lines}
+        told = [f"{options.output}: {len(lines)} options.", *(f"  not known: {one}" for one in unknown)]
+        told.append(f"Check it: dpo-peft train --config {options.output} --dry_run")
     if options.output is not None:
         write_new("output", options.output, text)
-        notes = [f"  not known: {one}" for one in unknown]
-        check = f"Check it: dpo-peft train --config {options.output} --dry_run"
-        shown = "\n".join([f"{options.output}: {len(lines)} options.", *notes, check])
-    result = {"output": options.output, "options": {one.name: one.value for one in lines}, "unknown": unknown}
-    show(result, shown, options.json)
-
-
-def convert_file(options: InitOptions) -> None:
-    """Writes a config file of another tool as one of ours.
-
-    Raises:
-        OptionError: it can't be converted, or the file is there.
-    """
-    given = [f.name for f in fields(options) if f.name not in ("from_file", "output", "json")]
-    if extra := [name for name in given if getattr(options, name)]:
-        raise OptionError(f"{', '.join(extra)}: no effect, all is taken from {options.from_file}. Leave out.")
-    text, notes = convert(str(options.from_file))
-    shown = text.rstrip("\n")
-    if options.output is not None:
-        write_new("output", options.output, text)
-        shown = "\n".join([f"{options.output}: converted from {options.from_file}.", *(f"  {note}" for note in notes)])
-    values = yaml.safe_load(text)
-    show({"output": options.output, "options": values, "unknown": notes}, shown, options.json)
+    shown = text.rstrip("\n") if options.output is None else "\n".join(told)
+    show({"output": options.output, "options": values, "unknown": unknown}, shown, options.json)
 
 
 def propose(options: InitOptions) -> tuple[list[Line], list[str]]:
     """Returns the options of a run, and sentences on what could not be known."""
     unknown: list[str] = []
-    o = SimpleNamespace(**DEFAULTS, dataset_name=options.dataset_name, dataset_format=options.dataset_format)
-    o.column_map = options.column_map
-    o.model_name_or_path, o.max_length = options.model_name_or_path, LENGTHS[-1]
+    o = SimpleNamespace(**{**DEFAULTS, **vars(options), "max_length": LENGTHS[-1]})
     rows, evaluated, o.loss_type = _rows(o, unknown)
     summary = _measured(rows, o, unknown)
     number = None if rows is None else len(rows)
@@ -124,13 +109,12 @@ def propose(options: InitOptions) -> tuple[list[Line], list[str]]:
     ]
     for name in ("dataset_format", "column_map"):
         lines += [Line(name, getattr(options, name))] if getattr(options, name) else []
-    what = {"sigmoid": "DPO", "kto": "judged one by one", "multi_negative": "one best completion, several worse ones"}
-    objective = find_objective(o.loss_type[0])
+    (loss,) = o.loss_type
     lines += [
         *evaluated,
         Line("output_dir", "outputs/run"),
-        Line("loss_type", o.loss_type[0], what[o.loss_type[0]]),
-        Line("beta", objective.default_beta, "how strongly the policy is held to the reference"),
+        Line("loss_type", loss, WHAT[loss]),
+        Line("beta", find_objective(loss).default_beta, "how strongly the policy is held to the reference"),
         Line("learning_rate", *_learning_rate(planned, number, batch, epochs)),
         Line("lr_scheduler_type", "cosine"),
         Line("warmup_steps", 0.1, "a share of the steps"),
@@ -151,7 +135,6 @@ def _rows(o: Any, unknown: list[str]) -> tuple[Dataset | None, list[Line], list[
     """Returns the training rows, what to evaluate on, and the loss by their kind; no rows if the Hub can't be had."""
     given = {f.name: getattr(o, f.name, None) for f in fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in given.items() if value is not None})
-    share = "eval_share" if "eval_share" in given else "test_split_size"
     try:
         rows, _ = load_datasets(data, False)
     except OptionError as error:
@@ -165,19 +148,12 @@ def _rows(o: Any, unknown: list[str]) -> tuple[Dataset | None, list[Line], list[
             f"dataset_name={o.dataset_name!r}: nobody judged its completions, so there is nothing to learn from. "
             "`dpo-peft pairs` judges and pairs completions."
         )
-    split = not without_splits(o.dataset_name) and _has_split(data)
-    evaluated = [] if split else [Line(share, 0.1 if len(rows) < 5000 else 0.02, "of the rows, to evaluate on")]
-    if split:
-        evaluated = [Line("dataset_test_split", data.dataset_test_split, "to evaluate on")]
-    return rows, evaluated, [loss]
-
-
-def _has_split(data: DataArguments) -> bool:
-    try:
-        load_datasets(data, True)
-    except OptionError:
-        return False
-    return True
+    evaluated = Line("eval_share", 0.1 if len(rows) < 5000 else 0.02, "of the rows, to evaluate on")
+    with suppress(OptionError):  # there is no split
+        if not without_splits(o.dataset_name):
+            load_datasets(data, True)
+            evaluated = Line("dataset_test_split", data.dataset_test_split, "to evaluate on")
+    return rows, [evaluated], [loss]
 
 
 def _measured(rows: Dataset | None, o: Any, unknown: list[str]) -> Any:
@@ -241,23 +217,13 @@ def _learning_rate(planned: Plan | None, rows: int | None, batch: int, epochs: i
 def as_yaml(options: InitOptions, lines: Sequence[Line], unknown: Sequence[str]) -> str:
     """Returns the file's text."""
     names = " ".join(as_list(options.dataset_name))
-    head = [
-        f"# Preference training of {options.model_name_or_path} on {names}.",
-        *(f"# Not known: {one}" for one in unknown),
-    ]
-    head = [" ".join(line.split()) for line in head]
-    head += [
-        "# Check it:  dpo-peft train --config THIS_FILE --dry_run",
-        "# Train:     dpo-peft train --config THIS_FILE",
-    ]
-    width = max(len(f"{one.name}: {_value(one.value)}") for one in lines if one.why)
-    body = [
-        f"{f'{one.name}: {_value(one.value)}':<{min(width, 48)}}  # {one.why}"
-        if one.why
-        else f"{one.name}: {_value(one.value)}"
-        for one in lines
-    ]
-    return "\n".join([*head, "", *body]) + "\n"
+    head = [f"Preference training of {options.model_name_or_path} on {names}.", *(f"Not known: {n}" for n in unknown)]
+    head = [f"# {' '.join(line.split())}" for line in head]
+    train = "dpo-peft train --config THIS_FILE"
+    head += [f"# Check it:  {train} --dry_run", f"# Train:     {train}"]
+    told = [(f"{one.name}: {_value(one.value)}", one.why) for one in lines]
+    width = min(max(len(text) for text, why in told if why), 48)
+    return "\n".join([*head, "", *(f"{text:<{width}}  # {why}" if why else text for text, why in told)]) + "\n"
 
 
 def _value(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..model.options import AdapterOptions
-from .options import RowOptions, load_rows, option, parse_options, required, show
+from .options import RowOptions, load_rows, option, parse_options, show
 
 if TYPE_CHECKING:
     from ..merge.merging import MergeReport
@@ -58,15 +58,11 @@ ROWS_ALONE = ("dataset_split", "dataset_config", "dataset_format")  # not argume
 
 def merge(argv: Sequence[str]) -> None:
     """Reads options and rows, merges, compares, and prints the result."""
-    options = parse_options(
-        argv,
-        MergeOptions,
-        "merge",
+    about = (
         "Merge an adapter into its base. The merged model is loaded again from disk and compared with the adapter's "
-        "model; if it is too far from it, it is refused and removed.",
-        EXAMPLES,
+        "model; if it is too far from it, it is refused and removed."
     )
-    required(options, "adapter", "output_dir")
+    options = parse_options(argv, MergeOptions, "merge", about, EXAMPLES, "adapter", "output_dir")
     if options.dataset_name is None:
         given = [name for name in (*ROWS_ALONE, "max_rows", "reference") if getattr(options, name) is not None]
         if given:

@@ -101,7 +101,7 @@ def option_of(options: type, name: str, **metadata: object) -> Any:
 
 
 def parse_options(
-    argv: Sequence[str], options: type[Options], command: str, description: str, examples: Sequence[str]
+    argv: Sequence[str], options: type[Options], command: str, description: str, examples: Sequence[str], *needed: str
 ) -> Options:
     """Returns the options of a command.
 
@@ -111,10 +111,11 @@ def parse_options(
         command: its name, for messages.
         description: one or two sentences for the help.
         examples: full command lines for the help.
+        needed: options that must be given.
 
     Raises:
-        OptionError: an unknown option (with the one that was probably meant), a value of the wrong type, or a config
-            file that can't be read.
+        OptionError: an unknown option (with the one that was probably meant), a value of the wrong type, one that is
+            missing, or a config file that can't be read.
         SystemExit: `--help` was asked for and printed.
     """
     names = [f.name for f in fields(options) if f.init]  # type: ignore[arg-type]
@@ -130,8 +131,10 @@ def parse_options(
     if words and not words[0].startswith("-"):
         words = [f"--{names[0]}", *words]
     usage = f"[{names[0].upper()}] [--config FILE.yaml] [--option value ...]"
-    text = parser_text(command, usage, description, examples)
-    return made(options, _parse([*_as_words(from_file), *words], {}, [options], check, text))
+    text = {"command": command, "usage": usage, "description": description, "examples": [*examples]}
+    found = made(options, _parse([*_as_words(from_file), *words], {}, [options], check, text))
+    required(found, *needed)
+    return found
 
 
 def parse_groups(
@@ -160,7 +163,7 @@ def parse_groups(
         choices, value = f.metadata.get("choices"), from_file.get(f.name)
         if choices and value is not None and str(value) not in map(str, choices):
             raise OptionError(f"{f.name}={value!r} is not one of {', '.join(map(str, choices))}.")
-    text = parser_text(command, usage, description, examples)
+    text = {"command": command, "usage": usage, "description": description, "examples": [*examples]}
 
     def check(given: Mapping[str, str]) -> None:
         if idle := elsewhere & given.keys():
@@ -202,11 +205,6 @@ def refuse_launcher(given: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in given.items() if name not in _LAUNCHER}
 
 
-def parser_text(command: str, usage: str, description: str, examples: Sequence[str]) -> dict[str, Any]:
-    """Returns what a command's help says beside its options."""
-    return {"command": command, "usage": usage, "description": description, "examples": [*examples]}
-
-
 def _parse(
     words: Sequence[str],
     defaults: Mapping[str, object],
@@ -226,7 +224,8 @@ def _parse(
     parser = HfArgumentParser(groups, prog=f"dpo-peft {text['command']}", add_help=False, allow_abbrev=False)
     parser.error = refuse  # argparse would print its usage, hundreds of lines, and exit
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    several = {name for name, hint in hints.items() if _one_or_several(hint)}
+    # Where one text or a list may stand, `HfArgumentParser` takes the text alone.
+    several = {name for name, hint in hints.items() if {str, list[str]} <= {*get_args(hint)}}
     for action in parser._actions:
         if action.dest in several:
             action.nargs = "+"
@@ -246,13 +245,8 @@ def _parse(
     return parsed
 
 
-def _one_or_several(hint: object) -> bool:
-    """Whether a type is that of one text or a list: `HfArgumentParser` takes the text alone."""
-    return {str, list[str]} <= {*get_args(hint)}
-
-
-def made(options: type[Options], parsed: argparse.Namespace) -> Options:
-    """Returns one of the dataclasses that were parsed, filled."""
+def made(options: type[Options], parsed: object) -> Options:
+    """Returns one of the dataclasses that were parsed, filled, or of those whose options are among them."""
     return options(**{f.name: getattr(parsed, f.name) for f in fields(options) if f.init})  # type: ignore[arg-type]
 
 

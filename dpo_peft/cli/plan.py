@@ -64,11 +64,10 @@ def plan(argv: Sequence[str]) -> None:
     # The command line overrides the file: a shape there stands for the model that the file names.
     if options.shape != from_file.get("shape") and options.model_name_or_path == from_file.get("model_name_or_path"):
         options.model_name_or_path = ""
-    options.lora_target_modules = target_modules(options.lora_target_modules)
-    if isinstance(options.lora_target_modules, str):
-        if options.lora_target_modules != "all-linear":
-            raise OptionError("lora_target_modules: what a pattern finds is not known to the planner, give names.")
-        options.lora_target_modules = None
+    names = target_modules(options.lora_target_modules)
+    if isinstance(names, str) and names != "all-linear":
+        raise OptionError("lora_target_modules: what a pattern finds is not known to the planner, give names.")
+    options.lora_target_modules = None if names == "all-linear" else names
     if options.load_in_8bit:
         raise OptionError("load_in_8bit: the size of an 8-bit base is not known to the planner, leave it out.")
     if options.load_in_4bit is False:
@@ -84,11 +83,10 @@ def plan(argv: Sequence[str]) -> None:
         told += " A prompt of {prompt_tokens} and {answers} x {answer_tokens} tokens are assumed.".format(
             **vars(options)
         )
-    show(
-        planned.figures | ({"lengths": told} if told else {}),
-        "\n\n".join([render(planned), *[told] * bool(told)]),
-        options.json,
-    )
+    figures, text = planned.figures, render(planned)
+    if told:
+        figures, text = {**figures, "lengths": told}, f"{text}\n\n{told}"
+    show(figures, text, options.json)
 
 
 def render(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .options import option, parse_options, required, show
+from .options import option, parse_options, show
 
 if TYPE_CHECKING:  # it loads torch, which a help should not wait for
     from ..hub.publishing import PublishResult
@@ -57,8 +57,7 @@ def push(argv: Sequence[str]) -> None:
         "samples. Needs a token with write access: `hf auth login`, or HF_TOKEN. All becomes visible at once, or\n"
         "nothing does; a command that was cut off is simply given again."
     )
-    options = parse_options(argv, PushArguments, "push", about, EXAMPLES)
-    required(options, "adapter", "repo_id")
+    options = parse_options(argv, PushArguments, "push", about, EXAMPLES, "adapter", "repo_id")
     if options.private and options.public:
         raise OptionError("private contradicts public: give one of them.")
     from ..hub.publishing import publish

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..report.facts import brief, duration
 from ..report.page import save_report
-from .options import option, parse_options, required, show
+from .options import option, parse_options, show
 
 EXAMPLES = (
     "dpo-peft report outputs/run",
@@ -33,8 +33,7 @@ def report(argv: Sequence[str]) -> None:
         "Show a training run as one HTML page that needs nothing beside itself: curves, margins, accuracy by length, "
         "samples, options. Several runs are compared on one page."
     )
-    options = parse_options(argv, ReportArguments, "report", about, EXAMPLES)
-    required(options, "runs")
+    options = parse_options(argv, ReportArguments, "report", about, EXAMPLES, "runs")
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
     output = options.output or folder / "report.html"
     result = save_report(options.runs, output, options.title, options.overwrite)

@@ -12,7 +12,7 @@ from ..disk import one_writer
 from ..errors import OptionError
 from ..files import as_list, check_output, write_rows
 from ..model.options import AdapterOptions
-from .options import RowOptions, load_rows, option, parse_options, required, show
+from .options import RowOptions, load_rows, option, parse_options, show
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,8 +46,7 @@ def score(argv: Sequence[str]) -> None:
     about = (
         "Score completions by the implicit reward of a trained adapter, and compare with judgments, if there are any."
     )
-    options = parse_options(argv, ScoreOptions, "score", about, EXAMPLES)
-    required(options, "adapter", "dataset_name")
+    options = parse_options(argv, ScoreOptions, "score", about, EXAMPLES, "adapter", "dataset_name")
     if options.worst < 0:
         raise OptionError(f"worst={options.worst} must be 0 or more.")
     if options.output is None:

@@ -224,7 +224,7 @@ def open_images(example: Example, row: Row, images: Images | None) -> tuple[list
     contents = [turn.get("content") for turn in example.prompt] if example.kind == "chat" else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
     inside = any(part["type"] != "text" and len(part) > 1 for part in parts)
-    placed = place_images(example, [] if inside else take_images(row), images and images.place_in_text)
+    placed = place_images(example, [] if inside else take_images(row), images.place_in_text if images else None)
     opened = images.opened(placed) if images else placed
     if isinstance(opened, str):
         raise RowProblem("images", explain(opened), "give files that can be read as images")

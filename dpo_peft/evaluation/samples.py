@@ -250,7 +250,7 @@ def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: 
         tracker: Any = callback  # their loggers are no part of a callback's type
         name = type(tracker).__name__
         if name == "TensorBoardCallback" and tracker.tb_writer is not None:
-            lines = [columns, ["---"] * len(columns), *cells]
+            lines: list[list[Any]] = [columns, ["---"] * len(columns), *cells]
             table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
             tracker.tb_writer.add_text("samples", table, step)
         elif name == "WandbCallback" and tracker._initialized:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -87,7 +88,8 @@ def features(causal_lm: PreTrainedModel, images: BatchImages) -> Any:
     They are made in eval mode without gradients, once for all passes; where adapters act in the tower, in each pass.
     """
     parts = encoder_parts(causal_lm)
-    if any(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules()):
+    adapters = BaseTunerLayer, AuxiliaryTrainingWrapper
+    if any(isinstance(module, adapters) for part in parts for module in part.modules()):
         return _encode(causal_lm, images)
 
     def encode() -> Any:
@@ -132,10 +134,49 @@ def shared_inputs(causal_lm: PreTrainedModel, batch: Any) -> dict[str, Any]:
     return given if position_ids is None else {**given, "position_ids": position_ids}
 
 
+class Embedded(NamedTuple):
+    """The embedded tokens of a packed batch, for decoder layers other than the model's."""
+
+    x_TH: Tensor
+    positions: Tensor  # (1, T), or (3, 1, T) on the axes of `rotary_positions`
+    added: Sequence[Tensor] = ()  # (T, H) what is added to the output of each of the first layers (deepstack)
+
+
+def embedded(causal_lm: PreTrainedModel, batch: Any) -> Embedded:
+    """Returns the tokens of a packed batch as the model's own forward hands them to its decoder, detached but for what
+    adapters in the tower made."""
+    embed_tokens, ids_T = causal_lm.get_input_embeddings(), batch.input_ids[0]
+    if batch.images is None:
+        return Embedded(embed_tokens(ids_T).detach(), batch.position_ids)
+    of_image_T = ids_T == batch.images.token  # which the vocabulary may lack
+    x_TH = embed_tokens(ids_T.masked_fill(of_image_T, 0)).detach()
+    encoded = features(causal_lm, batch.images)
+    if (found := len(_flat(encoded.pooler_output))) != (wanted := sum(_image_tokens(batch))):
+        raise ValueError(f"{wanted} image tokens, and the model makes {found} features of the images.")
+
+    def placed(onto_TH: Tensor, pooled: Any) -> Tensor:
+        return onto_TH.masked_scatter(of_image_T[:, None], _flat(pooled).to(onto_TH.dtype))
+
+    positions = rotary_positions(causal_lm, batch)
+    deepstack = getattr(encoded, "deepstack_features", None) or ()
+    added = [placed(torch.zeros_like(x_TH), layer) for layer in deepstack]
+    x_TH = placed(x_TH, encoded.pooler_output)
+    return Embedded(x_TH, batch.position_ids if positions is None else positions, added)
+
+
+def _flat(pooled: Any) -> Tensor:
+    """Returns features, which are a tensor or a list of some, one a row."""
+    return pooled.flatten(0, -2) if isinstance(pooled, Tensor) else torch.cat(tuple(pooled)).flatten(0, -2)
+
+
+def _image_tokens(batch: Any) -> list[int]:
+    """Returns how many image tokens each prompt holds."""
+    return [sum(id_ == batch.images.token for id_ in sample.prompt) for sample in batch.samples.kept]
+
+
 def row_inputs(causal_lm: PreTrainedModel, batch: Any) -> dict[str, Any]:
     """Returns the arguments of a model's forward for padded rows (`layout.pad_rows`) with images."""
-    encoded = features(causal_lm, batch.images)
-    counts = [sum(id_ == batch.images.token for id_ in sample.prompt) for sample in batch.samples.kept]
+    encoded, counts = features(causal_lm, batch.images), _image_tokens(batch)
     starts = [sum(counts[:i]) for i in range(len(counts))]
     places = [range(starts[i], starts[i] + counts[i]) for i in batch.sample_of.tolist()]
     index_F = torch.tensor([place for row in places for place in row], device=batch.input_ids.device)
@@ -150,9 +191,8 @@ def row_inputs(causal_lm: PreTrainedModel, batch: Any) -> dict[str, Any]:
 
 def _repeated(pooled: Any, index_F: Tensor) -> Any:
     """Returns the features of these tokens, in the form that they came in: a tensor, or a list of some."""
-    if isinstance(pooled, Tensor):
-        return pooled.flatten(0, -2).index_select(0, index_F)
-    return [torch.cat(tuple(pooled)).index_select(0, index_F)]
+    rows = _flat(pooled).index_select(0, index_F)
+    return rows if isinstance(pooled, Tensor) else [rows]
 
 
 def own_inputs(causal_lm: PreTrainedModel, batch: Any) -> dict[str, Any]:

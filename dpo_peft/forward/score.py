@@ -82,7 +82,7 @@ def completion_logps(
     causal_lm = unwrap(model)
     head = read_head(causal_lm)
     logits: list[Tensor] = []
-    if isinstance(backend, Decoder) and batch.shared and batch.images is None:
+    if isinstance(backend, Decoder) and batch.shared:
         hidden_NH = backend.hidden_states(batch, logits)
     else:
         outputs = _run(causal_lm, batch, backend.attention if isinstance(backend, Decoder) else backend, routing)

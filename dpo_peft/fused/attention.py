@@ -241,15 +241,17 @@ def bind(plan: AttentionPlan, kinds: Iterable[Kind]) -> dict[Kind, Attention]:
     batch, bound, samples = plan.batch, {}, {}
     for kind in kinds:
         window, extra = kind
-        taken, places = plan.backend_for(window, extra), None
+        blocks = plan.blocks_for(window)
+        given = {} if blocks is None else {"blocks": blocks}
+        taken, places = plan.backend_for(window, (*extra, *given)), None
         if taken.attend is attend_dense and not extra:
-            samples[window] = by_sample(batch, window)
+            samples[window] = by_sample(batch, window, blocks=blocks)
             bound[kind] = Attention(partial(attend_by_sample, samples))
             continue
         if taken.gathers:  # in the same pass that turns the heads by their positions
             assert batch.kv_index is not None and batch.kv_copies is not None
             places = Places(batch.kv_index, batch.kv_copies)
-        bound[kind] = Attention(partial(taken.attend, plan), places)
+        bound[kind] = Attention(partial(taken.attend, plan, **given), places)
     return bound
 
 

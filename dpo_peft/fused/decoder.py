@@ -22,19 +22,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from ..forward.attention import AttentionBackend, AttentionPlan
+from ..forward.images import Embedded, block_ids, embedded, encoder_parts
 from ..forward.layout import PackedBatch
 from ..forward.score import Decoder
 from .attention import Attention, Kind, bind
 from .elementwise import Norm, RMSNorm
 from .heads import Angles, Heads, queries_keys_values
 from .lora import Projection, ProjectionPass, prepare
-from .own import Own, Surroundings
+from .own import Own, Surroundings, exchanged
 from .products import (
     ActivateProjectAdd,
     NormAdd,
@@ -227,7 +228,8 @@ class Parts:
     layers: list[DecoderLayer]
     norm: Norm
     embedding: float  # factor of what is embedded
-    # Of hidden states (1, T, H), positions (1, T) and the name of a kind: the angles of its queries and of its keys.
+    # Of hidden states (1, T, H), positions (1, T) or (3, 1, T), and the name of a kind: the angles of its queries and
+    # of its keys.
     angles: Callable[[Tensor, Tensor, str], tuple[Angles, Angles]]
 
 
@@ -241,7 +243,7 @@ class FusedModel(Decoder):
     """
 
     def __init__(self, causal_lm: PreTrainedModel, parts: Parts, backend: AttentionBackend):
-        self.embed_tokens = causal_lm.get_input_embeddings()
+        self.causal_lm = causal_lm
         self.parts = parts
         self.backend = backend
         self.attention = backend.name
@@ -262,25 +264,29 @@ class FusedModel(Decoder):
     def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
         """See the base class."""
         # Frozen, also where a hook for plain checkpointing asks for its gradient.
-        x_TH = self.embed_tokens(batch.input_ids[0]).detach()
-        around = Surroundings.now(x_TH.device.type, AttentionPlan(batch, self.backend), self._only)
+        parts = [] if batch.images is None else encoder_parts(self.causal_lm)
+        with exchanged(nn.ModuleList(parts), self._only) if parts else nullcontext():
+            given = embedded(self.causal_lm, batch)
+        x_TH, plan = given.x_TH, AttentionPlan(batch, self.backend)
+        plan.blocks = block_ids(self.causal_lm.config, batch)
+        around = Surroundings.now(x_TH.device.type, plan, self._only)
         with torch.autocast(x_TH.device.type, enabled=False):
             if self.parts.embedding != 1:
                 x_TH = x_TH * self.parts.embedding
-            x_TH = self._decode(x_TH, batch, around, router_logits)
+            x_TH = self._decode(given._replace(x_TH=x_TH), batch, around, router_logits)
             return RMSNorm.apply(x_TH.index_select(0, batch.pred_pos), self.parts.norm)
 
     def _decode(
-        self, x_TH: Tensor, batch: PackedBatch, around: Surroundings, router_logits: list[Tensor] | None
+        self, given: Embedded, batch: PackedBatch, around: Surroundings, router_logits: list[Tensor] | None
     ) -> Tensor:
-        layers = self.parts.layers
+        layers, x_TH = self.parts.layers, given.x_TH
         prepared = iter(
             prepare([p for layer in layers for p in layer.projections], x_TH.dtype, x_TH.device, self._only)
         )
         mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
         attention = bind(around.plan, {mixer.kind for mixer in mixers if mixer})
         kinds = {mixer.rope for mixer in mixers if mixer and mixer.rope}
-        angles = {kind: self.parts.angles(x_TH[None], batch.position_ids, kind) for kind in sorted(kinds)}
+        angles = {kind: self.parts.angles(x_TH[None], given.positions, kind) for kind in sorted(kinds)}
         checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else 0
         for i, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
             parts = [next(prepared) for _ in layer.projections]
@@ -296,4 +302,6 @@ class FusedModel(Decoder):
                 x_TH, *logits = _without_keeping(one, x_TH)
             if router_logits is not None:
                 router_logits += logits
+            if i < len(given.added):
+                x_TH = x_TH + given.added[i]
         return x_TH

@@ -180,6 +180,8 @@ FAMILIES = {
     ),
     "glm": _GLM,
     "glm4": replace(_GLM, post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),
+    # Its rotary module turns neighbors by cosines of its own for each number.
+    "glm4v_text": replace(_GLM, spread=None, post_norm="post_self_attn_layernorm", mlp_post_norm="post_mlp_layernorm"),
     "cohere": _COHERE,
     "cohere2": replace(_COHERE, rotates=lambda attention, config: attention.sliding_window is not None),
     "qwen3_5_text": _QWEN3_5,

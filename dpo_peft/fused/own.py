@@ -53,8 +53,7 @@ class Own:
         logits: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(around.device, around.autocast, enabled=around.autocast is not None))
-            if around.only is not None:
-                stack.enter_context(_exchanged(self.modules, around.only))
+            stack.enter_context(exchanged(self.modules, around.only))
             for router, index in self.routers:
                 stack.callback(router.register_forward_hook(_recorder(logits, index)).remove)
             out = self.call(around.plan, normed_TH[None], residual_TH[None])
@@ -71,8 +70,12 @@ def _recorder(logits: list[Tensor], index: int) -> Callable[..., None]:
 
 
 @contextmanager
-def _exchanged(modules: nn.ModuleList, only: tuple[str, ...]) -> Iterator[None]:
-    """Inside, the adapter `only` is on in the place of the active one, or none, where they hold none of it."""
+def exchanged(modules: nn.ModuleList, only: tuple[str, ...] | None) -> Iterator[None]:
+    """Inside, the adapter `only` is on in the place of the active one, or none, where they hold none of it; None
+    changes nothing."""
+    if only is None:
+        yield
+        return
     adapter = next(
         (name for name in only if any(holds_adapter(layer, name) for _, layer in adapter_layers(modules))), None
     )

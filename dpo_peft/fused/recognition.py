@@ -85,7 +85,7 @@ def recognize(causal_lm: PreTrainedModel, compute_dtype: torch.dtype) -> Parts:
 
 
 def _check_modules(causal_lm: PreTrainedModel, backbone: nn.Module) -> None:
-    """Looks at the decoder and what it stands in; beside it (a vision tower) nothing reaches a text."""
+    """Looks at the decoder and what it stands in; beside it (a vision tower) the model's own modules run."""
     ours = next(name for name, module in causal_lm.named_modules() if module is backbone)
     for name, module in causal_lm.named_modules():
         below = f"{name}.".startswith(f"{ours}.") or not ours
@@ -113,11 +113,11 @@ def _routers(backbone: Any) -> tuple[type[nn.Module], int] | None:
 def _angles(
     family: Family, config: PreTrainedConfig, rotary: Any
 ) -> Callable[[Tensor, Tensor, str], tuple[Angles, Angles]]:
-    def angles(x_1TH: Tensor, positions_1T: Tensor, kind: str) -> tuple[Angles, Angles]:
-        found = rotary(x_1TH, positions_1T, *([kind] if family.rope_by_type else []))
+    def angles(x_1TH: Tensor, positions: Tensor, kind: str) -> tuple[Angles, Angles]:
+        found = rotary(x_1TH, positions, *([kind] if family.rope_by_type else []))
         keys = queries = Angles(*(x[0] if family.spread is None else family.spread(x[0]) for x in found))
         if family.query_factor is not None:
-            factor_T1 = family.query_factor(config, positions_1T[0])[:, None]
+            factor_T1 = family.query_factor(config, positions[0])[:, None]
             queries = Angles(*((x_TR * factor_T1).to(x_TR.dtype) for x_TR in keys))
         return queries, keys
 

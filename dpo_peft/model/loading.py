@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError, ReferenceMismatchError
+from ..forward.layout import Sample
 from ..forward.modules import eval_mode
 from ..reference.adapter_off import Reference, is_identity, reference_mode
 from ..reference.fingerprint import quantization_parts
@@ -148,6 +149,7 @@ def attach_adapter(
     reference: str | None = None,
     needs_reference: bool = True,
     lora_experts: bool = False,
+    vision: Sample | None = None,
 ) -> tuple[PeftModel, Reference]:
     """Returns the PEFT model to train, `model` itself if it has an adapter and else with a new one, and its reference.
 
@@ -161,6 +163,8 @@ def attach_adapter(
             ("./base" is a folder).
         needs_reference: False makes no copy, for objectives without a reference.
         lora_experts: put the new adapter on the experts of a mixture too.
+        vision: a tiny sample with images, to put it on those layers of tower and projector too that they move
+            (lora_vision).
 
     Raises:
         OptionError: an adapter that can't be trained here (see `check_adapter`), a `peft_config` for a model that has
@@ -176,8 +180,9 @@ def attach_adapter(
                 "model is a PeftModel and peft_config is given too: pass the PeftModel alone to train its adapter, or "
                 "the base model with peft_config."
             )
-        if lora_experts:
-            raise OptionError("lora_experts=True: the model has an adapter already. Leave it out.")
+        if lora_experts or vision:
+            name = "lora_experts" if lora_experts else "lora_vision"
+            raise OptionError(f"{name}=True: the model has an adapter already. Leave it out.")
         _check_peft_model(model)
         config = model.peft_config[model.active_adapters[0]]
         _check_reference(config, reference, fresh=False)
@@ -194,7 +199,7 @@ def attach_adapter(
             peft_config = target_experts(peft_config, model)
         check_adapter(peft_config)
         _check_reference(peft_config, reference, fresh=True)
-        model, starts_at_base = _new_adapter(model, peft_config, reference)
+        model, starts_at_base = _new_adapter(model, peft_config, reference, vision)
     group_adapters(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -217,12 +222,14 @@ def _check_reference(config: LoraConfig, reference: str | None, fresh: bool) -> 
     )
 
 
-def _new_adapter(base: PreTrainedModel, peft_config: LoraConfig, reference: str | None) -> tuple[PeftModel, bool]:
+def _new_adapter(
+    base: PreTrainedModel, peft_config: LoraConfig, reference: str | None, vision: Sample | None
+) -> tuple[PeftModel, bool]:
     """Returns `base` with a fresh adapter, and whether that starts at the base."""
     base.requires_grad_(False)  # as PEFT does; some kernels round otherwise for weights that are trained
     before = _sample_logits(base)
     init, given = peft_config.init_lora_weights, peft_config.target_modules
-    left_out = choose_targets(peft_config, base)
+    left_out = choose_targets(peft_config, base, vision)
     remedy = (
         "If the initialization needs preparation, do it as PEFT's documentation says and pass the PeftModel; "
         "init_lora_weights=True needs none."

@@ -1,8 +1,9 @@
 """Which layers of a model an adapter goes on, and which weights can't be quantized or adapted.
 
-"all-linear" is the linear layers of the language model, without its head, routers and indexers, without layers whose
-weight the model reads itself, and without those whose output does not move the log-probs of a short text: an adapter
-there would have no gradient. Experts that are one tensor for all are no layers.
+"all-linear" is the linear layers of the language model, and if asked for of what reads images, without its head,
+routers and indexers, without layers whose weight the model reads itself, and without those whose output does not move
+the log-probs of a short text: an adapter there would have no gradient. Experts that are one tensor for all are no
+layers.
 """
 
 import inspect
@@ -25,6 +26,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import OptionError
+from ..forward.images import check_takes_images, own_inputs
+from ..forward.layout import Sample, pad_rows
 from ..forward.modules import eval_mode, text_decoder
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
@@ -39,20 +43,33 @@ _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b|\
 _DTYPE_READ = re.compile(r"\bself\.(\w+)\.weight\.dtype\b")
 
 
-def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]:
+def choose_targets(config: LoraConfig, model: PreTrainedModel, vision: Sample | None = None) -> dict[str, str]:
     """Puts the layers that "all-linear" means into an adapter's config; other targets stay as they are.
+
+    Args:
+        vision: a tiny sample with images, if layers that read these are meant too.
 
     Returns:
         The linear layers that are left out, name to reason; empty for other targets.
+
+    Raises:
+        OptionError: `vision` is given for other targets, or to a model that takes no images.
     """
+    if vision is not None:
+        check_takes_images(model)
+        if config.target_modules != ALL_LINEAR:
+            raise OptionError(
+                "lora_vision=True and target_modules are given: leave one of them out. What target_modules names in a "
+                'tower or projector is adapted as it is; "all-linear" with lora_vision means all of it.'
+            )
     if config.target_modules != ALL_LINEAR:
         return {}
     # A model that had an adapter before has its layers one step further inside.
     own = ((name, layer) for name, layer in model.named_modules() if is_linear(layer) and ".lora_" not in name)
     layers = {name.removesuffix(".base_layer"): layer for name, layer in own}
-    left_out = unfit_layers(config, model, layers)
+    left_out = unfit_layers(config, model, layers, vision is not None)
     fit = {name: layer for name, layer in layers.items() if name not in left_out}
-    reached = _reached(model, fit)
+    reached = _reached(model, fit, vision)
     left_out |= {name: "the log-probs of a short text do not depend on it" for name in fit if name not in reached}
     others = {name for name, _ in model.named_modules()} - reached
     in_layers = config.layers_to_transform is not None or bool(_renamed(model))  # PEFT reads patterns otherwise there
@@ -60,13 +77,15 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel) -> dict[str, str]
     return left_out
 
 
-def unfit_layers(config: LoraConfig, model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, str]:
+def unfit_layers(
+    config: LoraConfig, model: PreTrainedModel, layers: dict[str, nn.Module], vision: bool = False
+) -> dict[str, str]:
     """Returns the linear layers that an adapter can't or should not go on, and why; `model` may be without numbers."""
     left_out = dict.fromkeys(_lost(model, config, layers), "PEFT would not find it again in the adapter's file")
-    return left_out | dict(_unfit(model, layers))
+    return left_out | dict(_unfit(model, layers, vision))
 
 
-def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module], vision: bool) -> Iterator[tuple[str, str]]:
     """Yields the linear layers that an adapter can't or should not go on, and why."""
     head, read, decoder = model.get_output_embeddings(), set(read_past(model)), model.get_decoder()
     composite = model.config.get_text_config() is not model.config
@@ -75,7 +94,7 @@ def _unfit(model: PreTrainedModel, layers: dict[str, nn.Module]) -> Iterator[tup
         kind: Any = type(layer)
         if layer is head:
             yield name, "it is the head"
-        elif not name.startswith(inside):
+        elif not vision and not name.startswith(inside):
             yield name, "it is outside the language model"
         elif "router" in name or _beside_experts(model, name):
             yield name, "it is a router"
@@ -109,8 +128,8 @@ def _lost(model: PreTrainedModel, config: LoraConfig, layers: Iterable[str]) -> 
     return [name for key, name in keys.items() if key not in found]
 
 
-def _reached(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
-    """Returns which layers' outputs move the log-probs of a short text."""
+def _reached(model: PreTrainedModel, layers: dict[str, nn.Module], vision: Sample | None = None) -> set[str]:
+    """Returns which layers' outputs move the log-probs of a short text, or of one with images."""
     reached: set[str] = set()
     starts: list[Tensor] = []
 
@@ -135,12 +154,19 @@ def _reached(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
     embeddings = model.get_input_embeddings()
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     hooks.append(embeddings.register_forward_hook(start))
-    rows = embeddings.weight.shape[0]
-    ids = torch.arange(16, device=embeddings.weight.device)[None] * 7 % (rows // 2) + rows // 4
+    vocab = embeddings.weight.shape[0]
+    ids = torch.arange(16, device=embeddings.weight.device)[None] * 7 % (vocab // 2) + vocab // 4
+    rows: list[tuple[dict[str, Any], Any]] = [({"input_ids": ids}, slice(None))]
+    if vision is not None:
+        batch = pad_rows([vision]).to(ids.device)
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **own_inputs(model, batch)}
+        rows.append((given, batch.pred_pos))
     try:
         with torch.enable_grad(), eval_mode(model):
-            logits = model(input_ids=ids, use_cache=False).logits
-            torch.autograd.grad(logits.float().log_softmax(-1)[..., 0].sum(), starts, allow_unused=True)
+            for row, places in rows:
+                starts.clear()
+                logps = model(**row, use_cache=False).logits.flatten(0, 1)[places].float().log_softmax(-1)
+                torch.autograd.grad(logps[:, 0].sum(), starts, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()

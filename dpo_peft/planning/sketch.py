@@ -89,7 +89,8 @@ class Sketch:
         lora: the adapter's options; "all-linear" means what it means in training.
         trust_remote_code: run code that ships with the model.
         row: tokens of a row in the run on fake tensors.
-        experts: whether the adapter is on experts too. Its weights count, not what it keeps.
+        experts, vision: whether the adapter is on experts too, or on what reads images. Its weights count there, not
+            what it keeps.
 
     Raises:
         OptionError: a model that can't be built, or an adapter that does not fit it.
@@ -102,8 +103,9 @@ class Sketch:
         trust_remote_code: bool = False,
         row: int = ROW,
         experts: bool = False,
+        vision: bool = False,
     ):
-        self.row, self.experts = row, experts
+        self.row, self.experts, self.vision = row, experts, vision
         self.config, self.lora, self.trust = copy.deepcopy(config), copy.deepcopy(lora), trust_remote_code
         for part in (self.config, self.config.get_text_config(decoder=True)):
             vars(part).pop("quantization_config", None)
@@ -168,7 +170,7 @@ class Sketch:
         config, model = copy.deepcopy(self.lora), self._build()
         if config.target_modules == "all-linear":
             layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-            config.target_modules = layers.keys() - unfit_layers(config, model, layers).keys()
+            config.target_modules = layers.keys() - unfit_layers(config, model, layers, self.vision).keys()
         elif not isinstance(config.target_modules, str):
             names = {part for path, layer in model.named_modules() if is_linear(layer) for part in _ends(path)}
             names |= {"embed_tokens", *(part for path, _ in model.named_parameters() for part in _ends(path))}

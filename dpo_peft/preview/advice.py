@@ -1,6 +1,6 @@
 """What of a look should be acted on: sentences, each with its remedy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..data.summary import NOTABLE
@@ -50,65 +50,61 @@ def leak_advice(leak: Mapping[str, Any], name: str) -> list[str]:
     ]
 
 
-def _of_tokens(facts: Mapping[str, Any]) -> list[str]:
-    tokens, usable, found = facts["tokens"], facts["usable"], []
+def _of_tokens(facts: Mapping[str, Any]) -> Iterator[str]:
+    tokens, usable = facts["tokens"], facts["usable"]
     if tokens is None or not usable:
-        return []
+        return
     longest = facts["longest"]
     if tokens["rows_truncated"] > NOTABLE * usable:
-        found.append(
+        yield (
             f"{tokens['rows_truncated']:,} of {usable:,} rows are cut to max_length={tokens['max_length']}, and "
             f"{tokens['ends_lost']:,} completions lose their end: the longest row has "
             f"{longest:,} tokens. Raise max_length, or remove long rows."
         )
     if tokens["spelled"] > NOTABLE * usable:
-        found.append(
+        yield (
             f"{tokens['spelled']:,} rows spell special tokens in their text, where each acts as one: take them out."
         )
-    return found
 
 
-def _of_template(facts: Mapping[str, Any]) -> list[str]:
+def _of_template(facts: Mapping[str, Any]) -> Iterator[str]:
     template, by = facts["template"], facts["rendered_by"]
     if template is None:
-        return []
-    found = []
+        return
     if template["completions_without_stop"] > NOTABLE * facts["usable"]:
-        found.append(
+        yield (
             f"{template['completions_without_stop']:,} completions don't end with {' or '.join(template['stops'])}, "
             "where generation stops: the model would not learn to stop. Use a chat template that ends turns with it."
         )
     text = facts["format"].startswith("text")
     if text and by and template["family"] not in (by, None):
-        found.append(
+        yield (
             f"The prompts hold control tokens of another template ({by}) than the model's ({template['family']}): the "
             "model doesn't know them. Give the rows as messages."
         )
     elif text and not by and template["family"] is not None:
-        found.append(
+        yield (
             f"The prompts are plain text, and the model's chat template ({template['family']}) is not used: it would "
             "be trained on what a chat never shows it. Set as_chat to true, or give the rows as messages."
         )
-    return found
 
 
-def _of_bias(bias: Mapping[str, Any] | None, data: str) -> list[str]:
+def _of_bias(bias: Mapping[str, Any] | None, data: str) -> Iterator[str]:
     if bias is None:
-        return []
+        return
     better, worse = SIDES.get(data, ("desirable", "undesirable"))
-    found, only = [], bias["length"]["length_only"]
+    only = bias["length"]["length_only"]
     if (only["low"] > 0.5 or only["high"] < 0.5) and abs(only["value"] - 0.5) >= APART:
         which = "longer" if only["value"] > 0.5 else "shorter"
         remedy = ", and try loss_type simpo, or ld_alpha" if data == "pairs" else ""
-        found.append(
+        yield (
             f'"The {which} is better" is right in {max(only["value"], 1 - only["value"]):.0%} of the comparisons, and '
             f"the model will learn that too. Look at the length-balanced accuracy{remedy}."
         )
     for name, form in bias["forms"].items():
         if form["notable"]:
             verb, what = "learn" if form["better"] > form["worse"] else "unlearn", LEARNS.get(name, name)
-            found.append(
+            yield (
                 f"{better} has {name} in {form['better']:.0%}, {worse} in {form['worse']:.0%}: the model will {verb} "
                 f"{what}. If that is not meant, balance the rows."
             )
-    return found

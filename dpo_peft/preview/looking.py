@@ -90,9 +90,9 @@ def look(
     wanted = replace(wanted, label_columns=tuple(one for one in wanted.label_columns if one in rows.column_names))
     used = {*row_format.columns, *wanted.label_columns}
     unread = [one for one in rows.column_names if one not in used]
+    columns = {"read": [one for one in rows.column_names if one in used], "unread": unread}
     facts: dict[str, Any] = {"name": name, "rows": len(rows), "format": row_format.name, "data": wanted.data}
-    facts["as_chat"] = row_format.as_chat
-    seen = Look(facts | {"columns": {"read": [one for one in rows.column_names if one in used], "unread": unread}})
+    seen = Look(facts | {"as_chat": row_format.as_chat, "columns": columns})
     if row_format.kind != "ids":
         try:
             check_unread(name, sampled, [one for one in unread if one not in options.get("unneeded_columns", ())])
@@ -184,11 +184,8 @@ class _Pass:
         if summary is not None:
             counts = {reason: (count, summary.dropped_rows[reason]) for reason, count in summary.dropped.items()}
         explained = {**REASONS, MALFORMED: (self.problem, "mend or remove them")}
-        found = {}
-        for reason, (count, first) in counts.items():
-            meaning, remedy = explained[reason]
-            found[reason] = {"rows": count, "first": first, "meaning": meaning, "remedy": remedy}
-        return found
+        names = ("rows", "first", "meaning", "remedy")
+        return {why: dict(zip(names, (*found, *explained[why]), strict=True)) for why, found in counts.items()}
 
     def bias(self) -> dict[str, Any] | None:
         """Returns what tells better from worse completions; None where nothing is compared."""

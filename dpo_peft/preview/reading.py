@@ -52,24 +52,21 @@ def read_items(
     rows: Dataset, row_format: RowFormat, wanted: Wanted, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[Item]:
     """Yields the rows of a format, the unusable ones too. Token ids are decoded if there is a tokenizer."""
-    number = -1
-    for batch in rows.with_format(None).iter(batch_size=1000):
-        for row in rows_of(batch):
-            number += 1
-            try:
-                check_size(row)
-                ours = row_format.prepare(row)
-                found = row_format.read(ours)
-                preference = read_preference(ours) if "preference" in wanted.label_columns else 1.0
-            except NoValue:
-                yield Item(number, MISSING_VALUE)
-                continue
-            except (RowProblem, RecursionError) as error:
-                problem = error if isinstance(error, RowProblem) else TOO_DEEP
-                yield Item(number, MALFORMED, problem)
-                continue
-            for example in found if isinstance(found, list) else [found]:
-                yield _item(number, example, wanted, preference, tokenizer)
+    batches = rows.with_format(None).iter(batch_size=1000)
+    for number, row in enumerate(row for batch in batches for row in rows_of(batch)):
+        try:
+            check_size(row)
+            ours = row_format.prepare(row)
+            found = row_format.read(ours)
+            preference = read_preference(ours) if "preference" in wanted.label_columns else 1.0
+        except NoValue:
+            yield Item(number, MISSING_VALUE)
+            continue
+        except (RowProblem, RecursionError) as error:
+            yield Item(number, MALFORMED, error if isinstance(error, RowProblem) else TOO_DEEP)
+            continue
+        for example in found if isinstance(found, list) else [found]:
+            yield _item(number, example, wanted, preference, tokenizer)
 
 
 def _item(

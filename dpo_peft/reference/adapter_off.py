@@ -105,7 +105,7 @@ def reference_logps(
     A `Decoder` takes the reference's adapter as an argument: it has no dropout and nothing to switch, which for
     small batches takes as long as the pass itself.
     """
-    if isinstance(backend, Decoder) and batch.shared and batch.images is None:
+    if isinstance(backend, Decoder) and batch.shared:
         with torch.no_grad():
             return completion_logps(model, batch, backend.reference(adapter))
     with reference_mode(model, adapter):

@@ -128,7 +128,7 @@ class ImplicitReward:
             adapter = trained_in(adapter, tokenizer, policy, reference)
         self.adapter = adapter
         self.model, self.reference, self.trained = adapter.model, adapter.reference, adapter.trained
-        self.tokenizer = adapter.tokenizer if tokenizer is None else tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = adapter.tokenizer if tokenizer is None else tokenizer
         self.images = adapter.images if tokenizer is None else images if isinstance(images, Images) else None
         check_tokenizer(self.tokenizer, need_eos=False)
         setup = adapter.setup

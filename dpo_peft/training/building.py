@@ -234,6 +234,7 @@ def build_model(
     quantization_config: QuantizationConfigMixin | None,
     peft_config: PeftConfig | None,
     needs_reference: bool,
+    images: Images | None = None,
 ) -> tuple[PeftModel, Reference, BaseAsGiven]:
     """Returns the PEFT model to train, loaded if it is given by name, the reference inside it, and in what its base
     differs from what its name gives."""
@@ -255,7 +256,11 @@ def build_model(
         )
     check_dtype(model, args)
     continued = isinstance(model, PeftModel)
-    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference, args.lora_experts)
+    seen = images.probe_samples()[0] if images is not None and args.lora_vision else None
+    if args.lora_vision and seen is None:
+        raise OptionError("lora_vision=True, and there are no images: leave it out, or pass a processor.")
+    experts = args.lora_experts
+    model, reference = attach_adapter(model, peft_config, args.reference, needs_reference, experts, seen)
     if continued and reference.choice == "initial" and reference.adapter is not None:
         reference = replace(reference, source=name)  # where the adapter came from, so that it is found again
     if args.sync_ref_model and reference.adapter is None:

@@ -20,6 +20,7 @@ from ..errors import DataError, NonFiniteError, OptionError, TrainingInterrupted
 from ..forward import PackedBatch
 from ..reference.policy import ReferencePolicy
 from .accumulation import OptimizerStep
+from .checkpoints import newest_whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class StopOnNonFinite(TrainerCallback):
     def __init__(self, step: OptimizerStep):
         self.step = step
 
-    def on_pre_optimizer_step(self, args: object, state: TrainerState, *_: object, **kwargs: object) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, *_: object, **kwargs: object) -> None:
         """Raises `NonFiniteError`, in all processes, before the optimizer takes a step that is not finite."""
         parts, self.step.finite = self.step.finite, []
         # A process whose share of the batch is empty has nothing.
@@ -41,9 +42,9 @@ class StopOnNonFinite(TrainerCallback):
             norm = self.step.take_grad_norm()
             all_finite = all_finite & torch.isfinite(norm).to(all_finite.device)
         if any_process(not all_finite):
-            self._stop(state, parts)
+            self._stop(args, state, parts)
 
-    def on_optimizer_step(self, args: object, state: TrainerState, *_: object, **kwargs: object) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, *_: object, **kwargs: object) -> None:
         """Raises `NonFiniteError` when the step left weights that are not finite, before they are saved anywhere.
 
         All processes hold the same weights, so none needs to ask the others."""
@@ -53,12 +54,13 @@ class StopOnNonFinite(TrainerCallback):
             return
         bad = [name for name, tensor in trained.items() if not torch.isfinite(tensor).all()]
         if bad:  # else there are numbers so large that their squares are not finite
+            kept = " The last checkpoint is from before it." if newest_whole(args.output_dir)[0] else ""
             raise NonFiniteError(
                 f"Step {state.global_step + 1} made {len(bad)} of {len(trained)} trained tensors NaN or infinite, "
-                f"such as {bad[0]}. The last checkpoint is from before it. Lower learning_rate, or raise adam_epsilon."
+                f"such as {bad[0]}.{kept} Lower learning_rate, or raise adam_epsilon."
             )
 
-    def _stop(self, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
+    def _stop(self, args: Any, state: TrainerState, parts: list[tuple[PackedBatch, torch.Tensor]]) -> None:
         own: list[tuple[int, bool]] = []
         for batch, finite in parts:
             own += zip(self.step.objective.kind.rows(batch).tolist(), finite.tolist(), strict=True)
@@ -66,10 +68,11 @@ class StopOnNonFinite(TrainerCallback):
         bad = [row for row, finite in rows if not finite]
         what = "loss" if bad else "gradient"
         bad = bad or [row for row, _ in rows]
+        kept = "; the last checkpoint is intact" if newest_whole(args.output_dir)[0] else ""
         raise NonFiniteError(
             f"Step {state.global_step + 1}: the {what} is not finite, on training rows {', '.join(map(str, bad))}. "
-            "The optimizer has not stepped; the last checkpoint is intact. Look at these rows, lower learning_rate, "
-            "or use bf16 instead of fp16."
+            f"The optimizer has not stepped{kept}. Look at these rows, lower learning_rate, or use bf16 instead of "
+            "fp16."
         )
 
 

@@ -186,6 +186,9 @@ def test_the_card_of_a_run(quick: Any) -> None:
     assert problems(card) == []
     assert "the small chat model that comes with `dpo-peft`" in card and "for `model`" not in card
     assert "model_preparation_time" not in card and "(note" not in card
+    verdict = json.loads(Path(trainer.args.output_dir, "metrics.json").read_text())["verdict"]
+    told = card.split("- **Verdict:** ")[1].split("\n")[0]
+    assert told == " ".join([f"{verdict['level']}. {verdict['headline']}", *verdict["reasons"]])
     assert "**Reference:** the same weights with the adapter switched off" in card and "nf4" in card
     assert "rafailov2023direct" in card and "dettmers2023qlora" in card
     assert "Before is step 0, after is step 4." in card and card.count("Prompt ") == 2

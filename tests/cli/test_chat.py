@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import REPO
 from reward_helpers import train_bundled
 
@@ -155,6 +156,25 @@ def test_what_a_terminal_would_obey_is_spelled(bundled: str, capsys: Any, monkey
     monkeypatch.setattr(session.Pieces, "_text", lambda self: "\x1b]0;title\x07\x1b[31mred\r"[: 3 * len(self.ids)])
     assert cli.main(["chat", bundled, "--prompt", "Hi", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == "\\x1b]0;title\\x07\\x1b[31mred\\x0d\n"
+
+
+def test_memory_that_runs_out_is_one_sentence(bundled: str, capsys: Any, monkeypatch: Any) -> None:
+    from dpo_peft.chat import session
+    from dpo_peft.model.adapter_source import AdapterSource
+
+    def full(*given: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 139 GiB, of which ...")
+
+    monkeypatch.setattr(session.Pieces, "put", full)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello.\nHello again.\n"))
+    assert cli.main(["chat", bundled]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Out of memory: ") == 2 and "0 of a completion don't fit. Shorten them (max_new_tokens)" in out
+    monkeypatch.setattr(AdapterSource, "load", full)
+    assert cli.main(["chat", bundled, "--prompt", "Hello."]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("dpo-peft: CUDA out of memory. Tried to allocate 2.00 GiB. Close other programs")
+    assert error.count("\n") == 1
 
 
 def test_commands_that_are_wrong_change_nothing(bundled: str, capsys: Any, monkeypatch: Any) -> None:

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import yaml
 from paths import REPO
+from write_help import SCHEMA, kept_help, schema
 
 from dpo_peft import DPOConfig, cli
 from dpo_peft.cli import help
 from dpo_peft.cli.options import recipe_files
-from dpo_peft.cli.schema import SCHEMA, schema
 from dpo_peft.config_checks import NOT_AVAILABLE
 
-RENEW = "renew it: python -m dpo_peft.cli.schema"
+RENEW = "renew it: python dev/write_help.py"
 
 
 def test_the_kept_help_is_what_the_options_say() -> None:
     kept = json.loads(help.KEPT.read_text("utf-8"))
-    for command, told in help.made().items():
+    for command, told in kept_help().items():
         # How many options are left out depends on the version of transformers; what comes first has words of its own.
         for one in (kept.get(command, {}), told):
             one.pop("left_out", None)

@@ -97,9 +97,7 @@ def test_the_cards_example_shows_the_model_a_picture(
         "images": [Image.open("picture.jpg").convert("RGB")],
     }
     assert shown[:5] == written(Served(trained), row, 64)[:5]
-    files = collect(
-        trained, "me/adapter", "me/base", [], {"datasets": [], "tags": [], "languages": [], "license": []}
-    ).files
+    files = collect(trained, "me/adapter", "me/base", [], {"datasets": []}).files
     assert {"processor_config.json", "tokenizer.json"} <= files.keys() and "picture.jpg" not in files
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import vision_models as vm
 import zoo
-from forward_models import adapter_grads, grad_difference
+from peft import LoraConfig
 from torch import Tensor, nn
+from vision_models import EXACT, OwnRows, adapted
 
 from dpo_peft.errors import OptionError
 from dpo_peft.forward import (
@@ -29,53 +30,8 @@ from dpo_peft.model.base import load_base
 from dpo_peft.model.loading import attach_adapter
 from dpo_peft.reference.adapter_off import check_start, reference_logps
 
-EXACT, EXACT_GRADIENT = 1e-5, 1e-4
 
-
-def adapted(model: Any) -> Any:
-    """The model with an adapter by the default rule, which is not at its start: every weight gets a gradient."""
-    peft_model, _ = attach_adapter(model, needs_reference=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.05)
-    return peft_model
-
-
-def loss(logps_C: Tensor, reference_C: Tensor) -> Tensor:
-    """DPO's over pairs of completions that follow each other."""
-    chosen, rejected = (logps_C - reference_C).view(-1, 2).T
-    return -torch.nn.functional.logsigmoid(0.5 * (chosen - rejected)).sum()
-
-
-def sums(logps_N: Tensor, samples: Sequence[Sample]) -> Tensor:
-    lengths = [len(completion) for sample in samples for completion in sample.completions]
-    return torch.stack([part.sum() for part in logps_N.split(lengths)])
-
-
-class OwnRows:
-    """Log-probs of policy and reference from the model's own rows, and the gradients of a DPO loss."""
-
-    def __init__(self, model: Any, name: str, samples: Sequence[Sample]):
-        base = model.get_base_model()
-        with model.disable_adapter(), torch.no_grad():
-            self.reference_N = vm.own_rows(base, name, samples)
-        policy_N = vm.own_rows(base, name, samples)
-        self.grads = adapter_grads(model, loss(sums(policy_N, samples), sums(self.reference_N, samples))[None])
-        self.policy_N = policy_N.detach()
-
-    def assert_same(self, model: Any, batch: Any, backend: Any = "dense") -> None:
-        reference = reference_logps(model, batch, backend)
-        policy = completion_logps(model, batch, backend)
-        assert self.policy_N.std() > 0.1 and (self.policy_N - self.reference_N).abs().max() > 0.01
-        assert (reference.token_logps_N - self.reference_N).abs().max() < EXACT
-        assert (policy.token_logps_N.detach() - self.policy_N).abs().max() < EXACT
-        grads = adapter_grads(model, loss(policy.logps_C, reference.logps_C)[None])
-        assert grad_difference(grads, self.grads) < EXACT_GRADIENT
-
-
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> None:
     """Packed, and as padded rows; with prompts of two images, of none and of one in a batch."""
@@ -91,6 +47,51 @@ def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> Non
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     own.assert_same(model, pack(samples))
+
+
+@pytest.mark.sampled(12)
+@pytest.mark.parametrize("name", vm.ALL)
+def test_tower_and_projector_are_adapted_if_asked_for(name: str) -> None:
+    """All layers of theirs that have an effect, with the gradients of the model's own rows, checkpointed or not."""
+    model = vm.build(name)
+    samples = vm.samples_for(name, model.config)
+    model = adapted(model, samples[0])
+    base = model.get_base_model()
+    beside = {f"{n}." for n, m in base.named_modules() for part in images.encoder_parts(base) if m is part}
+    own = OwnRows(model, name, samples)
+    of_tower = {n: g for n, g in own.grads.items() if n.removeprefix("base_model.model.").startswith(tuple(beside))}
+    assert len(of_tower) > 2 * len(beside) and len(of_tower) < len(own.grads)
+    assert all(grad.any() for grad in own.grads.values())
+    plan = plan_forward(model, images=samples, fused=False)
+    assert plan.shared, plan.reason
+    own.assert_same(model, pack(samples))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    own.assert_same(model, pack(samples))
+    own.assert_same(model, pad_rows(samples))
+
+
+def test_a_projector_may_be_trained_whole() -> None:
+    model = vm.build("llava")
+    samples = vm.samples_for("llava", model.config)
+    model = adapted(model, config=LoraConfig(target_modules=["q_proj"], modules_to_save=["multi_modal_projector"]))
+    own = OwnRows(model, "llava", samples)
+    assert any("multi_modal_projector" in name for name in own.grads)
+    plan_forward(model, images=samples, fused=False)
+    own.assert_same(model, pack(samples))
+
+
+def test_lora_vision_without_an_effect_is_refused() -> None:
+    (sample,) = vm.samples_for("llava", vm.build("llava").config, (1,))
+    with pytest.raises(OptionError, match="LlamaForCausalLM takes no images"):
+        attach_adapter(zoo.build("llama"), vision=sample)
+    model = vm.build("llava")
+    with pytest.raises(OptionError, match="lora_vision=True and target_modules"):
+        attach_adapter(model, LoraConfig(target_modules=["q_proj"]), vision=sample)
+    model, _ = attach_adapter(model)
+    with pytest.raises(OptionError, match="lora_vision=True: the model has an adapter already"):
+        attach_adapter(model, vision=sample)
 
 
 # ---- Each image is encoded once -------------------------------------------------------------------------------------
@@ -112,16 +113,18 @@ def encoded(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("layout", [pack, pad_rows])
-def test_each_image_is_encoded_once_for_policy_and_reference(name: str, layout: Any) -> None:
+@pytest.mark.parametrize("vision", [False, True])
+def test_each_image_is_encoded_once_for_policy_and_reference(name: str, layout: Any, vision: bool) -> None:
+    """And once for each where adapters in the tower tell them apart; however many completions a prompt has."""
     model = vm.build(name)
     samples = vm.samples_for(name, model.config, (2, 0, 1), lengths=(3, 5, 4))
-    model = adapted(model)
+    model = adapted(model, samples[0] if vision else None)
     plan_forward(model, images=samples)
     counts = encoded(model)
     batch = layout(samples)
     reference_logps(model, batch)
     completion_logps(model, batch).logps_C.sum().backward()
-    assert counts == [3]
+    assert counts == ([3, 3] if vision else [3])
 
 
 # ---- What goes wrong is noticed -------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ def pooled(model: Any, samples: Sequence[Sample]) -> Tensor:
     return torch.cat([part.flatten() for part in found]).float()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_four_bit_bases_start_at_their_reference(name: str, tmp_path: Path) -> None:
     """Loaded by name, as users do: bfloat16, and NF4 wherever a layer is linear, in the tower too."""

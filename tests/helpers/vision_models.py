@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 import zoo
-from torch import Tensor
+from forward_models import adapter_grads, grad_difference
+from peft import LoraConfig
+from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig
 
-from dpo_peft.forward import Sample
+from dpo_peft.forward import Sample, completion_logps
 from dpo_peft.forward.images import SampleImages
-from dpo_peft.model.loading import disable_dropout
+from dpo_peft.model.loading import attach_adapter, disable_dropout
+from dpo_peft.reference.adapter_off import reference_logps
 
 IMAGE, BEGIN, END = zoo.PICTURE, 302, 303
+EXACT, EXACT_GRADIENT = 1e-5, 1e-4  # nats a token; of the largest element of a gradient
 # Families that training must work for, and others whose inputs are as cheap to make.
 REQUIRED = (
     "gemma3 qwen2_5_vl paligemma qwen3_vl qwen2_vl qwen3_vl_moe qwen3_5 gemma4 gemma4_moe llava internvl mistral3 "
@@ -202,3 +206,49 @@ def own_rows(model: Any, name: str, samples: Sequence[Sample]) -> Tensor:
             before = torch.arange(len(completion)) + len(sample.prompt) - 1
             found.append(logps[before, torch.as_tensor(completion)])
     return torch.cat(found)
+
+
+# ---- Policy and reference, with gradients ---------------------------------------------------------------------------
+
+
+def adapted(model: Any, vision: Sample | None = None, config: LoraConfig | None = None) -> Any:
+    """The model with an adapter by the default rule, which is not at its start: every weight gets a gradient."""
+    peft_model, _ = attach_adapter(model, config, needs_reference=False, vision=vision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.05)
+    return peft_model
+
+
+def loss(logps_C: Tensor, reference_C: Tensor) -> Tensor:
+    """DPO's over pairs of completions that follow each other."""
+    chosen, rejected = (logps_C - reference_C).view(-1, 2).T
+    return -torch.nn.functional.logsigmoid(0.5 * (chosen - rejected)).sum()
+
+
+def sums(logps_N: Tensor, samples: Sequence[Sample]) -> Tensor:
+    lengths = [len(completion) for sample in samples for completion in sample.completions]
+    return torch.stack([part.sum() for part in logps_N.split(lengths)])
+
+
+class OwnRows:
+    """Log-probs of policy and reference from the model's own rows, and the gradients of a DPO loss."""
+
+    def __init__(self, model: Any, name: str, samples: Sequence[Sample]):
+        base = model.get_base_model()
+        with model.disable_adapter(), torch.no_grad():
+            self.reference_N = own_rows(base, name, samples)
+        policy_N = own_rows(base, name, samples)
+        self.grads = adapter_grads(model, loss(sums(policy_N, samples), sums(self.reference_N, samples))[None])
+        self.policy_N = policy_N.detach()
+
+    def assert_same(self, model: Any, batch: Any, backend: Any = "dense") -> None:
+        reference = reference_logps(model, batch, backend)
+        policy = completion_logps(model, batch, backend)
+        assert self.policy_N.std() > 0.1 and (self.policy_N - self.reference_N).abs().max() > 0.01
+        assert (reference.token_logps_N - self.reference_N).abs().max() < EXACT
+        assert (policy.token_logps_N.detach() - self.policy_N).abs().max() < EXACT
+        grads = adapter_grads(model, loss(policy.logps_C, reference.logps_C)[None])
+        assert grad_difference(grads, self.grads) < EXACT_GRADIENT

@@ -158,7 +158,8 @@ def test_halving_is_remembered_by_a_checkpoint(tiny_llama, make_tokenizer, tmp_p
 
 
 @pytest.mark.attack("weights not finite")
-def test_a_row_that_gives_nan(tiny_llama, make_tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_row_that_gives_nan(tiny_llama, make_tokenizer, tmp_path, monkeypatch, strategy):
     forward = trainer.completion_logps
 
     def poisoned(model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,13 +167,13 @@ def test_a_row_that_gives_nan(tiny_llama, make_tokenizer, tmp_path, monkeypatch)
         bad_C = (batch.rows == 7)[batch.sample_of]
         return type(scores)(scores.token_logps_N, scores.logps_C.masked_fill(bad_C, float("nan")), None)
 
-    model = build(tiny_llama, make_tokenizer, tmp_path, save_strategy="steps", save_steps=1, max_steps=9)
+    model = build(tiny_llama, make_tokenizer, tmp_path, save_strategy=strategy, save_steps=1, max_steps=9)
     monkeypatch.setattr(trainer, "completion_logps", poisoned)
-    with pytest.raises(NonFiniteError, match=r"the loss is not finite, on training rows 7\..*checkpoint is intact"):
+    with pytest.raises(NonFiniteError, match=r"the loss is not finite, on training rows 7\.") as raised:
         model.train()
-    step = model.state.global_step  # steps that were taken
+    step = model.state.global_step if strategy == "steps" else 0  # steps that were taken and saved
     found, passed_over = newest_whole(tmp_path)
-    assert not passed_over and (found is None) == (step == 0)
+    assert not passed_over and (found is None) == (step == 0) == ("the last checkpoint" not in str(raised.value))
     assert step == 0 or found.name == f"checkpoint-{step}"
 
 

@@ -1,34 +1,63 @@
-"""The JSON schema of a config file of `dpo-peft train`, made of the classes of options, for editors.
+"""The kept help of all commands, and the JSON schema of a config file, made of the classes of options.
 
-`python -m dpo_peft.cli.schema` writes it, and the help of the commands, anew.
+    python dev/write_help.py
+
+writes dpo_peft/cli/help.json and docs/config.schema.json.
 """
 
 import fnmatch
+import io
 import json
 import math
+from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, Field
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import transformers
 
-from ..config import DPOConfig
-from ..config_checks import INHERITED, NOT_OFFERED, Rule
-from ..losses import REGISTRY
-from . import help
-from .help import all_fields, own_words
-from .train import DataArguments, ModelArguments, OutputArguments
+from dpo_peft.cli import COMMANDS, help
+from dpo_peft.cli.train import DataArguments, ModelArguments, OutputArguments
+from dpo_peft.config import DPOConfig
+from dpo_peft.config_checks import INHERITED, NOT_OFFERED, Rule
+from dpo_peft.losses import REGISTRY
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "config.schema.json"  # in a checkout
+SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "config.schema.json"
 _PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object", type(None): "null"}
+
+
+def kept_help() -> dict[str, Any]:
+    """Returns what cli/help.json should hold: of every command what comes first, and how much is left out."""
+    told = {}
+    for command in COMMANDS:
+        printed = io.StringIO()
+        with redirect_stdout(printed), suppress(SystemExit):
+            getattr(import_module(f"dpo_peft.cli.{command}"), command)(["--help=json"])
+        told[command] = json.loads(printed.getvalue())
+        groups = told[command]["groups"]
+        told[command]["groups"] = {
+            title: [{name: one[name] for name in ("name", "help", "first")} for one in first]
+            for title, entries in groups.items()
+            if (first := [entry for entry in entries if entry["first"]])
+        }
+        told[command]["left_out"] = sum(not one["first"] for entries in groups.values() for one in entries)
+    return told
+
+
+def own_words() -> dict[str, str]:
+    """Returns the texts of `help.yaml` by option, or by pattern of options."""
+    said = help.words()
+    named = [*said["more"].values(), *said["first"].values()]
+    return {name: text for group in named for name, text in group.items() if text}
 
 
 def schema() -> dict[str, Any]:
     """Returns a JSON schema (2020-12): types, choices, ranges, defaults and help of every option."""
     properties = {
         f.name: _of_field(f, hint)
-        for f, hint in all_fields([DataArguments, ModelArguments, OutputArguments, DPOConfig])
+        for f, hint in help.all_fields([DataArguments, ModelArguments, OutputArguments, DPOConfig])
     }
     losses = {"anyOf": [{"enum": [*REGISTRY]}, {"type": "string", "pattern": ":"}]}
     properties["loss_type"]["anyOf"] = [losses, {"type": "array", "items": losses, "minItems": 1}]
@@ -95,5 +124,5 @@ def _kinds(hint: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    help.KEPT.write_text(json.dumps(help.made(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    help.KEPT.write_text(json.dumps(kept_help(), indent=1, ensure_ascii=False) + "\n", "utf-8")
     SCHEMA.write_text(json.dumps(schema(), indent=1, ensure_ascii=False) + "\n", "utf-8")
