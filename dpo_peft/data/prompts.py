@@ -47,7 +47,7 @@ class Prompt:
     @property
     def fields(self) -> Values:
         """Returns the columns with which training reads the same prompt."""
-        extra = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
+        extra: Values = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
         extra |= {"images": [file.text for file in self.files]}
         return {"prompt": self.example.prompt, **{name: value for name, value in extra.items() if value}}
 

@@ -113,8 +113,7 @@ def merge_adapter(
         if dataset is not None:
             setup = source.read() or UNRECORDED
             images = source.images(needed=hold_images(dataset))
-            tokenizer = images.tokenizer if images else source.tokenizer()
-            rows = pair_rows(dataset, tokenizer, shown_name(dataset_name), setup, max_rows, images)
+            rows = pair_rows(dataset, images or source.tokenizer(), shown_name(dataset_name), setup, max_rows)
         loaded = source.load(device, with_reference=dataset is not None)
         processor = loaded.images.processor if loaded.images else loaded.tokenizer
         onto, dtype, config = _plan(loaded, onto, dtype)
@@ -149,8 +148,7 @@ def merge_adapter(
             drift=drift,
             serving=serving_problems(config),
         )
-        task = "text-generation" if processor is seen.tokenizer else "image-text-to-text"
-        _describe(folder, report, adapter, source.base_name, task)
+        _describe(folder, report, adapter, source.base_name, processor is not seen.tokenizer)
     return report
 
 
@@ -272,10 +270,11 @@ def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
     )
 
 
-def _describe(folder: Path, report: MergeReport, adapter: str, base: str, task: str) -> None:
+def _describe(folder: Path, report: MergeReport, adapter: str, base: str, sees: bool) -> None:
     """Writes merge.json and a README. Both may be published: the names in them are no paths."""
     facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
     write_atomically(folder / "merge.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    task = "image-text-to-text" if sees else "text-generation"
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["dpo-peft", "merge"])
     if is_hub_id(base):
         data["base_model"], data["base_model_relation"] = base, "finetune"

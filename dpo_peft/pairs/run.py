@@ -163,9 +163,8 @@ class PairRun:
         def sample(prompts: Sequence[Prompt]) -> list[list[Sample]]:
             seeds = [seed_of(self.options.seed, prompt.number, k) for prompt in prompts for k in each]
             given = [encoded[prompt.number] for prompt in prompts for _ in each]
-            samples = iter(
-                engine(given, seeds, self._pixels(prompts, len(each))) if self.images else engine(given, seeds)
-            )
+            pixels = [self._pixels(prompts, len(each))] if any(prompt.files for prompt in prompts) else []
+            samples = iter(engine(given, seeds, *pixels))
             return [[next(samples) for _ in each] for _ in prompts]
 
         return sample

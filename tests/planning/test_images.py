@@ -19,6 +19,7 @@ def test_weights_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None
     for quantize in (False, None):
         figures = plan(model_name_or_path=str(tmp_path), quantize_base=quantize, max_memory_gib=4).figures
         assert figures["weights"] == pytest.approx(whole, rel=0.01)
-        stored = storage_report(load_base(str(tmp_path), None, quantize is None, {"dtype": "bfloat16"}))
+        base = load_base(str(tmp_path), None, quantize is None, {"dtype": "bfloat16"})
+        stored = storage_report(base.requires_grad_(False))
         for kind in ("quantized", "unquantized"):
             assert figures["components"][f"{kind}_weights"] == pytest.approx(getattr(stored, kind), rel=0.01)
