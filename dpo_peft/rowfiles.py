@@ -33,6 +33,8 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 LONGEST_LINE = 1_000_000_000  # bytes; what a row may hold is limited further where it is read
 CHUNK = 10_000  # rows whose types are inferred together
 NUMBERS = ("preference", "margin")  # columns of a CSV file that hold numbers; all others hold text
+IMAGES = ("image", "images")  # columns
+NAMES = ("path", "url", "image", "image_url")  # keys under which an image's name stands
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -90,6 +92,8 @@ def row_count(path: Path) -> int:
 def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(b"rows of files, 1", digest_size=16)
     for path in paths:
+        if _may_name_images(first_row(path)):
+            digest.update(str(path.parent.resolve()).encode())
         digest.update(f"{ending(path)} {path.stat().st_size} ".encode())
         for piece in pieces(path):
             digest.update(piece)
@@ -98,7 +102,50 @@ def _digest(paths: Sequence[Path]) -> str:
 
 def _rows(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
-        yield from (row for _, row in READERS[ending(path)](path))
+        rows, folder = (row for _, row in READERS[ending(path)](path)), path.parent.resolve()
+        yield from (_with_places(row, folder) for row in rows) if _may_name_images(first_row(path)) else rows
+
+
+# ---- Images: their names are as seen from the data file's folder ----------------------------------------------------
+
+
+def _may_name_images(row: Row) -> bool:
+    """Says whether rows like this one name images: in a column of them, or in parts of messages."""
+    turns = [turn for value in row.values() if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    texts = (value for value in row.values() if isinstance(value, str) and value.startswith("["))
+    in_parts = any(isinstance(turn.get("content"), list) for turn in turns) or any('"image' in text for text in texts)
+    return in_parts or any(name in row for name in IMAGES)
+
+
+def _with_places(row: Row, folder: Path) -> Row:
+    return {name: _placed(value, folder, name in IMAGES) for name, value in row.items()}
+
+
+def _placed(value: Any, folder: Path, image: bool) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a cell of a table
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            if image or all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in found):
+                return json.dumps(_rooted(found, folder, image), ensure_ascii=False)
+    return _rooted(value, folder, image)
+
+
+def _rooted(value: Any, folder: Path, image: bool) -> Any:
+    """Returns an image's name from the data file's folder; of messages with their parts, or of several."""
+    if isinstance(value, str):
+        return str(folder / value) if image and value and "://" not in value and value[:5] != "data:" else value
+    if isinstance(value, list):
+        return [_rooted(one, folder, image) for one in value] if value and not isinstance(value[0], int) else value
+    if not isinstance(value, dict) or image and value.get("bytes") is not None:
+        return value
+    if image:
+        return {key: _rooted(inner, folder, key in NAMES) for key, inner in value.items()}
+    content = value.get("content")
+    if not isinstance(content, list):
+        return value
+    types = ("image", "image_url")
+    parts = [_rooted(part, folder, isinstance(part, dict) and part.get("type") in types) for part in content]
+    return {**value, "content": parts}
 
 
 # ---- Readers: each yields where a row stands, and the row -----------------------------------------------------------

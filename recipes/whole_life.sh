@@ -4,7 +4,7 @@
 #
 # GPU:      none
 # Peak:     0.9 GiB of the machine's memory
-# Time:     1.5 minutes of CPU time
+# Time:     2.3 minutes of CPU time
 # Command:  bash recipes/whole_life.sh [OUTPUT_FOLDER]        (with dpo-peft on the PATH: . .venv/bin/activate)
 # Expected: 282 pairs of 300 prompts; held-out accuracy 0.99 after 18 steps ("the longer answer is better" scores 0.47);
 #           a merged model that is 5e-7 nats per token from the adapter's; the files that would be published

@@ -4,14 +4,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from browser import Browser, open_browser
+from browser import Browser
 from paths import REPO
 
+pytest_plugins = ["browser"]
 pytestmark = pytest.mark.slow
 for _module in ("material", "mkdocstrings", "ziamath"):
     pytest.importorskip(_module, reason="the extra `docs` isn't installed")
@@ -25,16 +24,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with ExitStack() as stack:
-        try:
-            found = stack.enter_context(open_browser(tmp_path_factory.mktemp("profile")))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield found
 
 
 def test_every_page_opens_alone_and_fits_a_phone(site: Path, browser: Browser) -> None:

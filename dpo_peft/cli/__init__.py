@@ -4,6 +4,7 @@ A command raises the package's own errors, each with its remedy; `main` prints t
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -52,7 +53,22 @@ dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, or one of `help.EXIT_CODES`."""
+    """Runs a command and returns its exit status: 0, or one of `help.EXIT_CODES`; 141 where what reads the output has
+    ended, as `| head` does."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # fails here rather than as Python ends
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"dpo-peft: standard output can't be written: {error}.", file=sys.stderr)
+        return 3
+
+
+def _run(argv: Sequence[str] | None) -> int:
     command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["help"]
     if command == "help" and rest:
         command, rest = rest[0], ["--help", *rest[1:]]
@@ -95,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"dpo-peft: {told}"), file=sys.stderr)
         return 3
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise
         told = _of_home(error) or f"{error}. Mend that, then give the same command again."
         print(printable(f"dpo-peft: {told}"), file=sys.stderr)
         return 3
@@ -114,6 +132,13 @@ def _of_home(error: Exception) -> str:
     except (OSError, RuntimeError) as error:
         return f"The home folder can't be used: {error}. Give another place: HF_HOME=/tmp/huggingface dpo-peft ..."
     return ""
+
+
+def _nobody_reads() -> bool:
+    """Returns whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _stop(number: int, frame: object) -> None:

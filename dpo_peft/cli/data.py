@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.images import Images
+
 EXAMPLES = [
     "dpo-peft data pairs.jsonl",
     "dpo-peft data pairs.jsonl --model_name_or_path Qwen/Qwen3-8B --rows 5",
@@ -113,7 +115,7 @@ def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[
         sets |= {f"eval_{name}" if name else "eval": rows for name, rows in named}
     tables = {name: _first_of_stream(rows) for name, rows in sets.items()}
     options, to_do = _as_objective(trained, tables["train"])
-    tokenizer, stop_tokens = _tokenizer(trained)
+    tokenizer, options["images"], stop_tokens = _tokenizer(trained, tables["train"])
     looks = {name: look(rows, tokenizer, name, stop_tokens, **options) for name, rows in tables.items()}
     for name, one in looks.items():
         found = [*one.stops, *advise(one.facts, trained.max_unusable_share)]
@@ -182,19 +184,25 @@ def _as_objective(trained: TrainedAs, rows: "Dataset") -> tuple[dict[str, Any], 
     }.get(kind, [])
 
 
-def _tokenizer(trained: TrainedAs) -> "tuple[PreTrainedTokenizerBase | None, list[int]]":
+def _tokenizer(
+    trained: TrainedAs, rows: "Dataset"
+) -> "tuple[PreTrainedTokenizerBase | None, Images | None, list[int]]":
+    """Returns the model's tokenizer, its processor if rows have images, and what ends a completion."""
     if not trained.model_name_or_path:
-        return None, []
+        return None, None, []
+    from ..data.images import Images
     from ..model.adapters import is_adapter, read_config
     from ..preview.template import stop_tokens
-    from ..training.arguments import load_tokenizer
+    from ..training.arguments import hold_images, load_processor, load_tokenizer
 
     name, revision = trained.model_name_or_path, trained.model_revision
-    tokenizer = load_tokenizer(name, {"revision": revision}, trained.trust_remote_code)
+    where = name, {"revision": revision}, trained.trust_remote_code
+    images = Images(load_processor(*where)) if hold_images(rows) else None
+    tokenizer = load_tokenizer(*where) if images is None else images.tokenizer
     base = (
         read_config(name, revision=revision).base_model_name_or_path if is_adapter(name, revision=revision) else name
     )
-    return tokenizer, stop_tokens(base or name, tokenizer)
+    return tokenizer, images, stop_tokens(base or name, tokenizer)
 
 
 # ---- For people -----------------------------------------------------------------------------------------------------
@@ -222,6 +230,10 @@ def _rows(facts: Mapping[str, Any], title: str, width: int) -> str:
     lines = [f"{title}{facts['rows']:,} rows, {facts['usable']:,} usable: {facts['data']} ({facts['format']} format)"]
     lines += ["  texts go into the chat template as turns (as_chat)"] if facts["as_chat"] else []
     lines += [f"  columns read: {read}", *([f"  not read, left aside: {unread}"] if unread else [])]
+    if found := facts["images"]:
+        tokens = "" if found["tokens"] is None else f", {found['tokens']:,} of the prompts' tokens"
+        most = f" (at most {found['most_of_a_row']:,})" if found["most_of_a_row"] > 1 else ""
+        lines.append(f"  {found['images']:,} images in {found['rows']:,} rows{most}{tokens}")
     for reason, found in facts["unusable"].items():
         lines.append(f"  {found['rows']:,} {reason}, {found['meaning']} ({named(found)})")
     return _wrapped(lines, width, "    ")

@@ -128,7 +128,8 @@ def first_row(trainer: "DPOTrainer") -> str:
     """Returns the first training row as `dpo-peft data` shows it, shortened."""
     from ..preview import render_row
 
-    lines = render_row(next(iter(trainer.train_dataset)), trainer.tokenizer, most_lines=4).splitlines()
+    first = next(iter(trainer.train_dataset))
+    lines = render_row(first, trainer.tokenizer, most_lines=4, images=trainer.images).splitlines()
     return "\n".join([*lines[:12], *(["… (dpo-peft data shows all)"] if len(lines) > 12 else [])])
 
 

@@ -330,6 +330,8 @@ def _probe(message: Message, key: str, number: int) -> _Probe | None:
             marked = {**message, key: [{**call, "function": {**function, "name": f"{name} {mark}"}}, *others]}
         case [*others, {"text": str(text), **part}] if key == "content":
             marked = {**message, key: [*others, {**part, "text": f"{text} {mark}"}]}
+        case [*parts] if key == "content":  # the last one is an image
+            marked = {**message, key: [*parts, {"type": "text", "text": mark}]}
         case _:
             marked = message
     without = {"content": "", **{name: held for name, held in message.items() if name != key}}

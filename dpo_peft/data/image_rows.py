@@ -2,29 +2,32 @@
 
 A row's images stand in its column `images` (a list) or `image`, or in the parts of its messages. Each is a file's
 name, a file's bytes, or what `datasets.Image` makes of either; nothing is fetched from the net. They belong to the
-prompt: its messages say where each one stands by a part {"type": "image"}, a prompt of text by the processor's own
-token. Where nothing says it, they stand before the text of the first user turn, as in TRL.
+prompt: its messages say where each one stands by a part {"type": "image"} or by "<image>" in a text, a prompt of text
+by the processor's own token. Where nothing says it, they stand before the text of the first user turn, as in TRL.
 """
 
 import base64
 import binascii
 import copy
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
+from datasets.features.image import image_to_bytes
 from PIL import Image
 
-from .fields import Message, Messages, Row, RowProblem, Values, shown
+from .fields import Message, Messages, Row, RowProblem, Values, from_json, shown
 from .formats import IMAGE_COLUMNS, Example
 
+AnyRows = TypeVar("AnyRows", Dataset, IterableDataset)
 PLACE = {"type": "image"}
 MARK = "<image>"  # how texts of published sets say where an image stands, whatever the model
+HOLDERS = ("bytes", "path", "url", "image", "base64", "image_url")  # keys under which an image stands
 
 
 class ImageFile(NamedTuple):
@@ -43,12 +46,26 @@ class ImageFile(NamedTuple):
         whole = base64.b64encode(self.content or b"").decode()
         return str(self.path) if self.content is None else f"data:application/octet-stream;base64,{whole}"
 
+    def digest(self) -> bytes:
+        """Returns what tells it from other images: of its bytes, or of its name where there is no such file."""
+        try:
+            return digest_of(self.read())
+        except OSError:
+            return digest_of(str(self.path).encode("utf-8", "replace"))
+
+
+def digest_of(content: bytes) -> bytes:
+    """Returns what tells an image's bytes from others'."""
+    return blake2b(content, digest_size=16).digest()
+
 
 def take_images(row: Row) -> list[ImageFile]:
     """Returns the images in a row's columns. Raises `RowProblem` for what is no image."""
     found: list[ImageFile] = []
     for column in sorted(IMAGE_COLUMNS):
         value = row.get(column)
+        if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a cell of a table
+            value = from_json(row, column)
         if value is not None:
             values = value if isinstance(value, list | tuple) else [value]
             found += [as_file(one, f"{column}[{i}]" if values is value else column) for i, one in enumerate(values)]
@@ -58,14 +75,13 @@ def take_images(row: Row) -> list[ImageFile]:
 def as_file(value: Any, field: str) -> ImageFile:
     """Returns the file of an image that is given by name, bytes, data URI or as an image of Pillow."""
     if isinstance(value, Mapping):
-        found = next((value[key] for key in ("bytes", "path", "url", "image") if value.get(key) is not None), None)
-        return as_file(found, field)
+        key = next((key for key in HOLDERS if value.get(key) is not None), "")
+        found = value.get(key)
+        return as_file(f"data:,{found}" if key == "base64" and isinstance(found, str) else found, field)
     if isinstance(value, bytes):
         return ImageFile(value, None)
     if isinstance(value, Image.Image):
-        held = io.BytesIO()
-        value.save(held, "PNG")
-        return ImageFile(held.getvalue(), None)
+        return ImageFile(image_to_bytes(value), None)
     if not isinstance(value, str) or not value:
         raise RowProblem(
             field, f"holds no image: {shown(value, 40)}", "give a file's name or bytes, or remove the row"
@@ -82,8 +98,12 @@ def as_file(value: Any, field: str) -> ImageFile:
             "download the images first, and give their files' names",
         )
     path = value.removeprefix("file://")
-    if not os.path.isfile(path):  # of any text: Path would raise where a name is too long
-        raise RowProblem(field, f"there is no file {path[:80]!r}", "give a path from here, or remove the row")
+    if not os.path.isfile(path):
+        raise RowProblem(
+            field,
+            f"there is no file {path[:200]!r}",
+            "give the right name (in a data file: as seen from its folder), or remove the row",
+        )
     return ImageFile(None, path)
 
 
@@ -152,24 +172,31 @@ def _bare(message: Message, field: str, found: list[ImageFile]) -> Message:
         if part["type"] == "text":
             parts.append(part)
             continue
-        held = {key: value for key, value in part.items() if key != "type"}
+        held = {key: value for key, value in part.items() if key not in ("type", "text")}
+        if unread := sorted(held.keys() - set(HOLDERS)):
+            raise RowProblem(field, f"has an image part with {unread[0]!r}, which is not read", "take it out")
         if held:
-            found.append(as_file(held.get("image_url", held), field))
+            found.append(as_file(held, field))
         parts.append(PLACE)
     return {**message, "content": parts}
 
 
 def _places(messages: Messages) -> int:
-    contents = (message.get("content") for message in messages)
-    return sum(part == PLACE for content in contents if isinstance(content, list) for part in content)
+    return sum(map(count_images, messages))
 
 
 def holds_places(value: object) -> bool:
-    """Returns whether a value of a row is messages, of which one has a place for an image."""
-    turns = value if isinstance(value, list) else []
-    contents = (turn.get("content") for turn in turns if isinstance(turn, Mapping))
-    parts = (part for content in contents if isinstance(content, list) for part in content)
-    return any(isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in parts)
+    """Returns whether a value of a row is messages, also as JSON text, of which one has a place for an image."""
+    if isinstance(value, str) and value.lstrip().startswith("[") and '"image' in value:
+        value = from_json({"": value}, "")
+    return any(map(count_images, value if isinstance(value, list) else []))
+
+
+def count_images(message: object) -> int:
+    """Returns how many parts of a message are images."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    parts = content if isinstance(content, list) else []
+    return sum(isinstance(part, Mapping) and part.get("type") in ("image", "image_url") for part in parts)
 
 
 def _with_places(prompt: Messages, completions: list[Messages], count: int) -> tuple[Messages, list[Messages]]:
@@ -177,7 +204,10 @@ def _with_places(prompt: Messages, completions: list[Messages], count: int) -> t
 
     def put(messages: Messages) -> Messages:
         texts = [message["content"] if isinstance(message.get("content"), str) else "" for message in messages]
-        if sum(text.count(MARK) for text in texts) == count:
+        if marks := sum(text.count(MARK) for text in texts):
+            if marks != count:
+                problem = f"has {marks} times {MARK!r} for {count} images"
+                raise RowProblem("prompt", problem, "write it once for each image, or never")
             marked = zip(messages, texts, strict=True)
             return [{**one, "content": _split(text)} if MARK in text else one for one, text in marked]
         at = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
@@ -206,7 +236,7 @@ def in_parts(messages: Messages) -> Messages:
     ]
 
 
-def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def undecoded(dataset: AnyRows) -> AnyRows:
     """Returns rows whose images are left as they are stored: bytes, or the name of a file."""
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False) if dataset.features else dataset

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..forward.images import SampleImages
 from ..forward.layout import Sample
 from .fields import Row, RowProblem
 from .formats import Example
-from .image_rows import MARK, ImageFile
+from .image_rows import MARK, ImageFile, digest_of
 from .summary import UNREADABLE_IMAGE
 from .tokenize import Encoded, plain_ids
 
@@ -82,8 +83,8 @@ class Images:
         for image in example.images:
             try:
                 content = image.read()
-                found.append(OpenedImage(decode(content).size, blake2b(content, digest_size=16).digest()))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow's readers raise
+                found.append(OpenedImage(decode(content).size, digest_of(content)))
+            except Exception:  # Pillow's readers raise anything: the bytes are other people's
                 return UNREADABLE_IMAGE
         return replace(example, images=found)
 
@@ -183,16 +184,40 @@ class Images:
         """
         if not (key := row.get("images")):
             return None
-        contents = [file.read() for file in self.files(row)]
-        found = [decode(content) for content in contents]
-        digests = [OpenedImage((0, 0), blake2b(content, digest_size=16).digest()) for content in contents]
-        if self.key(digests) != key:
+        try:
+            contents = [file.read() for file in self.files(row)]
+        except OSError as error:
+            raise DataError(f"Row {row['row']}: an image can't be read any more: {error}. Put it back.") from error
+        if self.key([OpenedImage((0, 0), digest_of(content)) for content in contents]) != key:
             raise DataError(
-                f"Row {row['row']}: its images are not those of its preparation any more, or the processor's settings "
-                "changed. Prepare the rows again: make a new trainer, after removing the cached files of the dataset "
-                "(dataset.cleanup_cache_files())."
+                f"Row {row['row']}: its images are not those of its preparation any more. Start again: the rows are "
+                "then prepared anew."
             )
+        found = [decode(content) for content in contents]
         return SampleImages(_pixels(self._process(found, return_tensors="pt")), self.token, bytes.fromhex(key))
+
+    def spans(self, row: Row) -> list[tuple[int, int, str]]:
+        """Returns where in a prepared row's prompt the tokens of each image stand, and what they are, for people."""
+        if not row.get("images"):
+            return []
+        sizes = [decode(file.read()).size for file in self.files(row)]
+        places = iter([place for place, token in enumerate(row["prompt_ids"]) if token == self.token])
+        found = []
+        for (width, height), text in zip(
+            sizes, self._replacements([OpenedImage(s, b"") for s in sizes])[0], strict=True
+        ):
+            taken = list(islice(places, plain_ids(self.tokenizer, text).count(self.token)))
+            found.append((taken[0], taken[-1] + 1, f"<image {width}x{height}, {len(taken):,} tokens>"))
+        return found
+
+    def cuts(self, prompt_ids: Sequence[int], cut: int) -> bool:
+        """Says whether taking so many tokens from a prompt's start takes an image's, or the marks at its start."""
+        if self.token not in prompt_ids:
+            return False
+        first, marks = list(prompt_ids).index(self.token), self.tokenizer.added_tokens_decoder
+        while first and prompt_ids[first - 1] in marks:
+            first -= 1
+        return cut > first
 
     def probe_samples(self, anyhow: bool = False) -> list[Sample]:
         """Returns tiny samples with an image, for `plan_forward`; none if no rows have images, unless `anyhow`."""
@@ -223,6 +248,14 @@ def thumbnail(content: bytes, side: int = 256) -> str:
 
 
 def decode(content: bytes) -> Image.Image:
-    """Returns an image in RGB, turned as its camera says. Raises what Pillow does for one that can't be read."""
-    with Image.open(io.BytesIO(content)) as image:
+    """Returns an image in RGB, turned as its camera says. Raises what Pillow does for one that can't be read.
+
+    Of 16 bits the upper 8 are kept; Pillow would make all that is above 255 white.
+    """
+    with Image.open(io.BytesIO(content)) as opened:
+        image: Image.Image = opened
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode} says nothing of its brightest value")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(image).convert("RGB")

@@ -12,6 +12,7 @@ from ..errors import DataError, OptionError
 from .fields import NoValue, Row, RowProblem, Values
 from .fingerprint import digest
 from .formats import LABEL_COLUMNS, REGISTERED, Wanted, data_of, detect_layout
+from .image_rows import take_images, undecoded
 from .parse import common_start, parse_row
 from .published import find_published
 from .reading import Reading, find_reading, kind_of_value
@@ -39,6 +40,7 @@ def join_shapes(parts: Mapping[str, Dataset]) -> tuple[Callable[[], Iterator[Val
         OptionError: they don't go together, such as pairs and single judged completions.
         DataError: a row is malformed.
     """
+    parts = {name: undecoded(rows) for name, rows in parts.items()}
     found = {name: _reading(name, rows) for name, rows in parts.items()}
     if any(_chats(first) for _, first in found.values()):
         texts = [name for name, (_, first) in found.items() if not _chats(first)]
@@ -100,15 +102,16 @@ def _unified(row: Row, ranked: bool) -> Values:
 
 
 def prompt_keys(rows: Dataset, name: str) -> list[str]:
-    """Returns for each row what its prompt is told by: equal for rows of the same prompt. A row that can't be read has
-    a key of its own."""
+    """Returns for each row what its prompt is told by: equal for rows of the same prompt, with the same images. A row
+    that can't be read has a key of its own."""
+    rows = undecoded(rows)
     reading, first = _reading(name, rows)
     columns = set(first) - set(LABEL_COLUMNS)
     data = data_of(columns, first)
     registered = next((one for one in REGISTERED.values() if one.detect(set(rows.column_names), rows[0])), None)
     layout = None
     try:
-        layout = None if registered else detect_layout(name, columns, first, Wanted(data=data))
+        layout = None if registered else detect_layout(name, columns, first, Wanted(data=data, images=True))
     except DataError:  # it is said where the rows are prepared
         pass
 
@@ -120,9 +123,10 @@ def prompt_keys(rows: Dataset, name: str) -> list[str]:
     found = []
     for number, row in enumerate(rows):
         try:
-            example = key(row)
+            example, images = key(row), [image.digest().hex() for image in take_images(row)]
         except (RowProblem, DataError):
             example = None
         prompt = getattr(example, "prompt", None)
-        found.append(f"row {number}" if prompt is None else json.dumps(prompt, sort_keys=True, default=str))
+        told = None if prompt is None else json.dumps([prompt, *images], sort_keys=True, default=str)
+        found.append(f"row {number}" if told is None else told)
     return found

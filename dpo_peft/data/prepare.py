@@ -7,7 +7,9 @@ counted from these records. A stream does both row by row, as it is read.
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -153,7 +155,21 @@ def prepare_dataset(
 
 
 def _image_files(rows: Dataset, worker: RowWorker, number: int) -> list[ImageFile]:
-    return worker.image_files(rows[number])
+    try:
+        return worker.image_files(rows[number])
+    except RowProblem as problem:  # as where a file is gone
+        raise problem.located(worker.name, number) from None
+
+
+def _file_times(rows: Iterable[Row], worker: RowWorker) -> Iterator[tuple[str, int, int]]:
+    """Yields name, size and time of the files that rows name as their images: with another one they are prepared
+    again."""
+    for row in rows:
+        with suppress(RowProblem, RecursionError, OSError):  # which is named, or counted, where all rows are checked
+            for file in worker.image_files(row):
+                if file.path is not None:
+                    stat = os.stat(file.path)
+                    yield file.path, stat.st_size, stat.st_mtime_ns
 
 
 def _check_options(on_unusable: str, max_unusable_share: float, num_proc: int | None) -> None:
@@ -205,7 +221,10 @@ def _map_records(
     tokenizer = tokenizer_hash(worker.tokenizer)
     content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]
     prepare = worker.format.prepare
-    content += [repr(prepare), worker.images.settings if worker.images else ""]
+    content.append(repr(prepare))
+    if worker.images is not None:
+        named = any(_file_times(_sample(dataset, first), worker))  # not all rows are read where they hold the bytes
+        content += [worker.images.settings, digest(list(_file_times(rows, worker) if named else ()))]
     if isinstance(prepare, Reading) and prepare.published:
         content.append(Hasher.hash(PUBLISHED[prepare.published].convert))
     if worker.format.name in REGISTERED:

@@ -231,7 +231,7 @@ class RowWorker:
             return fitted
         if graded_apart(fitted.completion_ids, grades):
             return IDENTICAL_AFTER
-        if self.images is not None and self.images.token in encoded.prompt_ids[: fitted.prompt_cut]:
+        if self.images is not None and self.images.cuts(encoded.prompt_ids, fitted.prompt_cut):
             return IMAGE_CUT
         steps = fitted.steps
         if not fitted.prompt_ids:  # nothing predicts the first token

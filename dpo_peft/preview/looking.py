@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import DataSummary, prepare_dataset
 from ..data.formats import Wanted
+from ..data.image_rows import undecoded
+from ..data.images import Images
 from ..data.reading import find_format
 from ..data.summary import REASONS
 from ..data.unread import SAMPLED, check_unread
@@ -42,6 +44,7 @@ class Look:
     stops: list[str] = field(default_factory=list)
     repeats: Repeats = field(default_factory=Repeats)
     tokenizer: PreTrainedTokenizerBase | None = None
+    images: Images | None = None
     prepared: Dataset | None = None
     whole: Dataset | None = None
     first: list[Item] = field(default_factory=list)
@@ -57,7 +60,8 @@ class Look:
             whole = self.whole[places[0]] if len(places) == 1 else None
             tokens = ", ".join(str(len(ids)) for ids in row["completion_ids"])
             title = f"row {row['row']}: {len(row['prompt_ids'])} tokens of prompt, {tokens} of completion"
-            found.append(f"{title}\n{render_row(row, self.tokenizer, width, color, whole, most_lines)}")
+            text = render_row(row, self.tokenizer, width, color, whole, most_lines, self.images)
+            found.append(f"{title}\n{text}")
         return found
 
 
@@ -81,18 +85,21 @@ def look(
         OptionError: an option is wrong.
         DataError: the rows are in no known format, or in none for `data`. What else would stop training is in `stops`.
     """
+    rows = undecoded(rows)
     sampled = list(rows.with_format(None).select(range(min(SAMPLED, len(rows)))))
     if not sampled:
         raise DataError(f"{name}: the dataset is empty. Give it at least one row.")
     names = ("data", "label_columns", "discount_unit", "single_best", "unpair")
-    wanted = Wanted(**{one: options[one] for one in names if one in options})
+    images: Images | None = options.get("images")
+    readable = tokenizer is None or images is not None
+    wanted = Wanted(**{one: options[one] for one in names if one in options}, images=readable)
     row_format = find_format(name, rows.column_names, sampled, wanted, tokenizer, options.get("as_chat", False))
     wanted = replace(wanted, label_columns=tuple(one for one in wanted.label_columns if one in rows.column_names))
     used = {*row_format.columns, *wanted.label_columns}
     unread = [one for one in rows.column_names if one not in used]
     columns = {"read": [one for one in rows.column_names if one in used], "unread": unread}
     facts: dict[str, Any] = {"name": name, "rows": len(rows), "format": row_format.name, "data": wanted.data}
-    seen = Look(facts | {"as_chat": row_format.as_chat, "columns": columns})
+    seen = Look(facts | {"as_chat": row_format.as_chat, "columns": columns}, images=images)
     if row_format.kind != "ids":
         try:
             check_unread(name, sampled, [one for one in unread if one not in options.get("unneeded_columns", ())])
@@ -112,6 +119,7 @@ def look(
     seen.facts |= {
         "usable": len(found.sizes) if summary is None else summary.kept_rows,
         "unusable": unusable,
+        "images": found.image_facts(),
         "lengths": length_facts(found.sizes, wanted.data, unit) if found.sizes else None,
         "longest": max((row.prompt + max(row.completions) for row in found.sizes), default=0),
         "tokens": None if summary is None else {name: getattr(summary, name) for name in OF_SUMMARY},
@@ -150,6 +158,7 @@ class _Pass:
         self.unusable: dict[str, list[int]] = {}
         self.problem = self.rendered_by = ""
         self.sizes: list[Sized] = []
+        self.images: list[int] = []  # of each row
         self.forms: tuple[list[list[bool]], list[list[bool]]] = [], []  # of the better completions, of the worse ones
 
     def read(self, items: Iterable[Item]) -> None:
@@ -167,6 +176,7 @@ class _Pass:
         self.seen.repeats.add(item)
         self.seen.first += [item] if len(self.seen.first) < NAMED else []
         self.sizes.append(item.sized)
+        self.images.append(item.images)
         self.rendered_by = self.rendered_by or family_of(item.prompt)
         grades = item.sized.grades
         if not any(item.completions):  # token ids without a tokenizer
@@ -186,6 +196,16 @@ class _Pass:
         explained = {**REASONS, MALFORMED: (self.problem, "mend or remove them")}
         names = ("rows", "first", "meaning", "remedy")
         return {why: dict(zip(names, (*found, *explained[why]), strict=True)) for why, found in counts.items()}
+
+    def image_facts(self) -> dict[str, Any] | None:
+        """Returns how many images the usable rows have, and how many of the prompts' tokens are theirs, if any."""
+        if not any(self.images):
+            return None
+        seen, tokens = self.seen, None
+        if seen.images is not None and seen.prepared is not None:
+            tokens = sum(ids.count(seen.images.token) for ids in seen.prepared["prompt_ids"])
+        found = {"images": sum(self.images), "rows": sum(map(bool, self.images)), "most_of_a_row": max(self.images)}
+        return {**found, "tokens": tokens}
 
     def bias(self) -> dict[str, Any] | None:
         """Returns what tells better from worse completions; None where nothing is compared."""

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.fields import NoValue, RowProblem, check_size, content_text, read_preference
-from ..data.formats import Example, RowFormat, Wanted
+from ..data.formats import IMAGE_COLUMNS, Example, RowFormat, Wanted
+from ..data.image_rows import ImageFile, count_images, take_images
 from ..data.parse import Parsed, common_start
 from ..data.summary import EMPTY_COMPLETION, IDENTICAL, MISSING_VALUE, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT
 from ..data.truncate import all_same
@@ -46,6 +47,7 @@ class Item(NamedTuple):
     keys: Sequence[str] = ()  # of prompt and completions: equal where everything is the same
     sized: Sized = Sized(0, [], [])  # in characters, or tokens where the row gives ids
     example: Example | None = None
+    images: int = 0
 
 
 def read_items(
@@ -55,6 +57,8 @@ def read_items(
     batches = rows.with_format(None).iter(batch_size=1000)
     for number, row in enumerate(row for batch in batches for row in rows_of(batch)):
         try:
+            images = take_images(row)
+            row = {column: value for column, value in row.items() if column not in IMAGE_COLUMNS}
             check_size(row)
             ours = row_format.prepare(row)
             found = row_format.read(ours)
@@ -66,11 +70,16 @@ def read_items(
             yield Item(number, MALFORMED, error if isinstance(error, RowProblem) else TOO_DEEP)
             continue
         for example in found if isinstance(found, list) else [found]:
-            yield _item(number, example, wanted, preference, tokenizer)
+            yield _item(number, example, wanted, preference, tokenizer, images)
 
 
 def _item(
-    number: int, example: Parsed, wanted: Wanted, preference: float, tokenizer: PreTrainedTokenizerBase | None
+    number: int,
+    example: Parsed,
+    wanted: Wanted,
+    preference: float,
+    tokenizer: PreTrainedTokenizerBase | None,
+    images: Sequence[ImageFile],
 ) -> Item:
     if isinstance(example, str):
         return Item(number, example)
@@ -96,9 +105,10 @@ def _item(
         reason=_reason(example, wanted),
         prompt=asked,
         completions=written,
-        keys=[str(prompt), *map(str, completions)],
+        keys=[f"{prompt}{[image.digest() for image in images] or ''}", *map(str, completions)],
         sized=Sized(len(prompt) if example.kind == "ids" else len(asked), sizes, grades),
         example=replace(example, prompt=prompt, completions=completions),
+        images=len(images) or (sum(map(count_images, prompt)) if example.kind == "chat" else 0),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ..data.images import Images
 from ..data.trajectories import GIVEN
 
 CODES = {"prompt": "94", "good": "32", "bad": "31", "between": "33", "given": "2", "control": "1;35", "note": "2;3"}
@@ -39,6 +40,7 @@ def render_row(
     color: bool = False,
     whole: Mapping[str, Any] | None = None,
     most_lines: int | None = None,
+    images: Images | None = None,
 ) -> str:
     """Renders a prepared row, token for token what is trained on.
 
@@ -49,6 +51,7 @@ def render_row(
         color: whether ANSI codes mark the parts.
         whole: the same row prepared with `max_length=None`: what truncation took is counted where it was.
         most_lines: of each part, at least 3; what is left out between its start and its last line is counted.
+        images: that it was prepared with: each image is shown by its size and the number of its tokens.
 
     Returns:
         Lines without a line end behind the last. Nothing in them but the colors is obeyed by a terminal.
@@ -57,7 +60,11 @@ def render_row(
     steps = row.get("steps") or [[0] * len(ids) for ids in row["completion_ids"]]
     before = whole or row
     cut = _cut(before["prompt_ids"], row["prompt_ids"])
-    parts = [Part("prompt", _around(_pieces(tokenizer, [], row["prompt_ids"], "prompt"), *cut))]
+    shown, at = list[Piece](), 0
+    for start, end, what in [*(images.spans(row) if images else ()), (len(row["prompt_ids"]), 0, "")]:
+        shown += _pieces(tokenizer, row["prompt_ids"][:at], row["prompt_ids"][at:start], "prompt")
+        shown, at = [*shown, *([(what, "control")] if what else [])], end
+    parts = [Part("prompt", _around(shown, *cut))]
     for (label, style), ids, full, of in zip(
         labels, row["completion_ids"], before["completion_ids"], steps, strict=True
     ):

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,7 @@ from ..data import DataReport
 from ..data.formats import IMAGE_COLUMNS
 from ..data.image_rows import holds_places, undecoded
 from ..data.images import Images
+from ..data.unread import SAMPLED
 from ..distributed import check_launch
 from ..errors import OptionError, refuse
 from ..forward import PackedBatch
@@ -200,8 +202,8 @@ def hold_images(dataset: object) -> bool:
     """Returns whether rows of a dataset have images: a column of them, or messages with some."""
     if not isinstance(dataset, AnyDataset):
         return False
-    first: dict[str, Any] = next(iter(undecoded(dataset)), {})
-    return bool(first.keys() & IMAGE_COLUMNS) or any(holds_places(value) for value in first.values())
+    some: list[dict[str, Any]] = list(islice(undecoded(dataset), SAMPLED))
+    return any(row.keys() & IMAGE_COLUMNS or any(map(holds_places, row.values())) for row in some)
 
 
 def _load(auto: Any, kind: str, name: str, init_kwargs: object, trust_remote_code: bool) -> Any:

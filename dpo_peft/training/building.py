@@ -238,6 +238,14 @@ def build_model(
 ) -> tuple[PeftModel, Reference, BaseAsGiven]:
     """Returns the PEFT model to train, loaded if it is given by name, the reference inside it, and in what its base
     differs from what its name gives."""
+    if args.lora_vision and images is None:
+        raise OptionError("lora_vision=True, and there are no images: leave it out, or pass a processor.")
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if args.lora_vision and reentrant:
+        raise OptionError(
+            "gradient_checkpointing_kwargs: with use_reentrant=True adapters in a tower may get no gradient. Leave it "
+            "out, or lora_vision."
+        )
     # The adapter's start is drawn at random; and cuBLAS reads how it should work when it is first used.
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     name = model if isinstance(model, str) else None
@@ -257,8 +265,6 @@ def build_model(
     check_dtype(model, args)
     continued = isinstance(model, PeftModel)
     seen = images.probe_samples()[0] if images is not None and args.lora_vision else None
-    if args.lora_vision and seen is None:
-        raise OptionError("lora_vision=True, and there are no images: leave it out, or pass a processor.")
     experts = args.lora_experts
     model, reference = attach_adapter(model, peft_config, args.reference, needs_reference, experts, seen)
     if continued and reference.choice == "initial" and reference.adapter is not None:

@@ -61,8 +61,8 @@ BAD_ROWS = {
         chat_pair(),
         {"prompt": messages(content=[{"type": "image"}])},
         "messages",
-        "there is no processor to read them",
-        "leave processing_class out",
+        "holds images, and there is no processor",
+        "AutoProcessor",
     ),
     "from and value": (
         chat_pair(),

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -181,19 +182,17 @@ class Page:
         return console + thrown + logged
 
 
-@contextmanager
-def open_browser(folder: Path) -> Iterator[Browser]:
-    """A running browser with its profile in `folder`.
-
-    Raises:
-        RuntimeError: there is none, or it doesn't start.
-    """
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A running browser with a profile of its own; skips the test where there is none."""
     executable = find_browser()
     if executable is None:
-        raise RuntimeError(f"no browser: none of {', '.join(NAMES)} is on the PATH")
-    browser = Browser(executable, folder)
+        pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the PATH")
+    found = Browser(executable, tmp_path_factory.mktemp("profile"))
     try:
-        browser.call("Browser.getVersion")
-        yield browser
-    finally:
-        browser.close()
+        found.call("Browser.getVersion")
+    except RuntimeError as error:
+        found.close()
+        pytest.skip(str(error))
+    yield found
+    found.close()

@@ -1,15 +1,14 @@
 """The report in a real browser: drawn, readable on a phone, silent, alone. Skipped where there is no Chromium."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from browser import Browser, Page, open_browser
+from browser import Browser, Page
 from report_helpers import HOSTILE, chart, log_of, make_run, points_of, read_page, samples_of, write_lines
 
 from dpo_peft.report.page import save_report
 
+pytest_plugins = ["browser"]
 PHONE = {"width": 375, "height": 700, "phone": True}
 BOXES = """[...document.querySelectorAll("svg.chart")].map(svg => {
     const box = svg.getBoundingClientRect();
@@ -25,16 +24,6 @@ OVERFLOWING = """[...document.querySelectorAll("body *")].filter(element => {
     if (!element.checkVisibility() || element.closest(".scroll, svg, #tip")) return false;
     return element.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5;
 }).map(element => element.outerHTML.slice(0, 80))"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with ExitStack() as stack:
-        try:
-            found = stack.enter_context(open_browser(tmp_path_factory.mktemp("profile")))
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        yield found
 
 
 @pytest.fixture(scope="module")
