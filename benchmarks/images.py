@@ -130,14 +130,17 @@ def make_rows(number: int, same_size: bool) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def count_encodings(model: Any) -> list[int]:
-    """Returns a list that gets the number of pictures of each call of the tower."""
+def count_encodings(trainer: Any, after: int) -> list[int]:
+    """Returns a list that gets the number of pictures of each call of the tower after so many steps: before the first
+    one, ours compares its layout with the model's own rows."""
     calls: list[int] = []
-    tower = next(module for name, module in model.named_modules() if name.endswith("visual"))
-    tower.register_forward_pre_hook(
-        lambda _, args, given: calls.append(len(given["grid_thw"] if "grid_thw" in given else args[1])),
-        with_kwargs=True,
-    )
+    tower = next(module for name, module in trainer.model.named_modules() if name.endswith("visual"))
+
+    def count(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        if trainer.state.global_step >= after:
+            calls.append(len(given["grid_thw"] if "grid_thw" in given else args[1]))
+
+    tower.register_forward_pre_hook(count, with_kwargs=True)
     return calls
 
 
@@ -178,13 +181,13 @@ def run(engine: str, args: argparse.Namespace, same_size: bool) -> dict[str, Any
         trainer.add_callback(clock)
         trainer.remove_callback(PrinterCallback)
         same_start(trainer.model, torch.float32 if dtype == torch.float32 else None)
-        losses, calls = keep_losses(trainer), count_encodings(trainer.model)
+        losses, calls = keep_losses(trainer), count_encodings(trainer, args.warm)
         trainer.train()
     synchronize(args.device)
     return {
         **clock.figures,
         "samples": samples,
-        "encodings_per_picture_and_step": sum(calls) / (samples * total),
+        "encodings_per_picture_and_step": sum(calls) / (samples * args.steps),
         "losses": [float(loss) for loss in losses.values()],
     }
 

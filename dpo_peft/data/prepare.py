@@ -130,10 +130,8 @@ def prepare_dataset(
     worker = RowWorker(
         name, row_format, tokenizer, max_length, truncation_mode, wanted, drop, images=images, stream=streamed
     )
-    max_share = max_unusable_share if on_unusable == "drop" else None
+    max_share = max_unusable_share if drop else None
     if isinstance(dataset, IterableDataset):
-        if images is not None:
-            images.seen = True
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
     for batch in records.select_columns(["row", "drop", "left_out", *COUNTERS]).iter(batch_size=10_000):
@@ -276,6 +274,8 @@ def _unpaired_order(rows: Sequence[int]) -> list[int]:
 def _prepare_stream(
     dataset: IterableDataset, worker: RowWorker, summary: DataSummary, max_share: float | None, columns: list[str]
 ) -> IterableDataset:
+    if worker.images is not None:
+        worker.images.seen = True
     if worker.wanted.data == "unlabeled":  # a row may become several
         raise OptionError("data='unlabeled' needs a datasets.Dataset, not a stream.")
     records = _plain(dataset).map(

@@ -109,11 +109,7 @@ def merge_adapter(
         if source.reference is not None and dataset is None:
             raise OptionError("reference has no effect without a dataset: leave it out.")
         # Rows come before the model: a bad row is found in seconds, not after minutes of loading.
-        rows = None
-        if dataset is not None:
-            setup = source.read() or UNRECORDED
-            images = source.images(needed=hold_images(dataset))
-            rows = pair_rows(dataset, images or source.tokenizer(), shown_name(dataset_name), setup, max_rows)
+        rows = None if dataset is None else _rows(dataset, source, shown_name(dataset_name), max_rows)
         loaded = source.load(device, with_reference=dataset is not None)
         processor = loaded.images.processor if loaded.images else loaded.tokenizer
         onto, dtype, config = _plan(loaded, onto, dtype)
@@ -150,6 +146,12 @@ def merge_adapter(
         )
         _describe(folder, report, adapter, source.base_name, processor is not seen.tokenizer)
     return report
+
+
+def _rows(dataset: Dataset, source: AdapterSource, name: str, max_rows: int) -> Any:
+    """Returns the rows on which the drift is measured, prepared."""
+    reader = source.images(needed=hold_images(dataset)) or source.tokenizer()
+    return pair_rows(dataset, reader, name, source.read() or UNRECORDED, max_rows)
 
 
 def _check(

@@ -134,6 +134,6 @@ def test_training_shows_its_first_row_in_twelve_lines() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     rows = [{"prompt": "\n".join("abcdefgh"), "chosen": "\n".join("ijklmnop"), "rejected": "\n".join("qrstuvwx")}]
     prepared, _ = prepare_dataset(Dataset.from_list(rows), tokenizer)
-    trainer: Any = SimpleNamespace(train_dataset=prepared, tokenizer=tokenizer)
+    trainer: Any = SimpleNamespace(train_dataset=prepared, tokenizer=tokenizer, images=None)
     lines = first_row(trainer).splitlines()
     assert len(lines) == 12 and [line.split()[0] for line in lines[::4]] == ["prompt", "chosen", "rejected"]

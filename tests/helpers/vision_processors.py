@@ -227,7 +227,7 @@ def build_processor(name: str) -> ProcessorMixin:
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
 COLORS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (30, 30, 230), "yellow": (240, 220, 20)}
-SHAPES = ("square", "disk")
+SHAPES = ("disk", "cross")
 
 
 def noise(seed: int) -> Image.Image:
@@ -237,12 +237,17 @@ def noise(seed: int) -> Image.Image:
 
 
 def colored_shape(color: str, shape: str, draw: np.random.Generator, side: int = 16) -> Image.Image:
-    """Returns a square picture of one shape on gray, at a random place and of a random size."""
+    """Returns a square picture of one shape on gray, somewhat small and off its middle."""
     picture = Image.new("RGB", (side, side), tuple(int(level) for level in draw.integers(90, 140, 3)))
-    size = int(draw.integers(side // 2, side * 3 // 4 + 1))
+    size = int(draw.integers(side * 3 // 4, side + 1))
     left, top = (int(at) for at in draw.integers(0, side - size + 1, 2))
-    pen, box = ImageDraw.Draw(picture), (left, top, left + size - 1, top + size - 1)
-    (pen.rectangle if shape == "square" else pen.ellipse)(box, fill=COLORS[color])
+    right, bottom, third = left + size - 1, top + size - 1, size // 3
+    pen, fill = ImageDraw.Draw(picture), COLORS[color]
+    if shape == "disk":
+        pen.ellipse((left, top, right, bottom), fill=fill)
+    else:
+        pen.rectangle((left, top + third, right, bottom - third), fill=fill)
+        pen.rectangle((left + third, top, right - third, bottom), fill=fill)
     return picture
 
 
