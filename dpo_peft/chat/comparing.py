@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from ..data.prompts import Prompt, encode_prompts
+from ..data.prompts import Prompt, encode_prompts, image_columns
 from ..errors import OptionError
 from ..model.adapters import load_frozen
 from ..pairs.engines import Sample, Sampling, TransformersEngine
@@ -93,8 +93,8 @@ def compare_completions(
         OptionError: `against` doesn't fit, or the context has room for no prompt's completion.
         DataError: a prompt can't be rendered.
     """
-    model, tokenizer = reward.model, reward.adapter.tokenizer
-    prompt_ids = encode_prompts(tokenizer, prompts, "prompts")
+    model, tokenizer, images = reward.model, reward.tokenizer, reward.images
+    prompt_ids = encode_prompts(tokenizer, prompts, "prompts", images)
     config: Any = model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     kept = [i for i, ids in enumerate(prompt_ids) if not context or len(ids) + how.max_new_tokens <= context]
@@ -115,11 +115,17 @@ def compare_completions(
     sides: list[list[Sample]] = []
     for mode in (reference_mode(model, other), nullcontext()):
         with mode:
-            found = engine([prompt_ids[i] for i in order], [seed + prompts[i].number for i in order])
+            pixels = [images.sample(image_columns(prompts[i], images)) for i in order] if images else ()
+            found = engine([prompt_ids[i] for i in order], [seed + prompts[i].number for i in order], pixels)
         sides.append([sample for _, sample in sorted(zip(order, found, strict=True), key=lambda one: one[0])])
     scored = reward.score_rows(
         [
-            {"prompt_ids": ids, "completion_ids": list({tuple(one.ids): one.ids for one in pair}.values()), "row": i}
+            {
+                "prompt_ids": ids,
+                "completion_ids": list({tuple(one.ids): one.ids for one in pair}.values()),
+                "row": i,
+                **image_columns(prompts[i], images),
+            }
             for i, (ids, pair) in enumerate(zip(prompt_ids, zip(*sides, strict=True), strict=True))
         ]
     )

@@ -17,14 +17,15 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..data.fields import RowProblem
 from ..data.parse import read_prompt
-from ..data.prompts import Prompt, encode_prompts
+from ..data.prompts import Prompt, encode_prompts, image_columns, open_images
 from ..errors import DataError, OptionError
+from ..forward.images import SampleImages
 from ..model.adapter_source import TrainedAdapter
-from ..model.generation import check_sampling, end_tokens
+from ..model.generation import check_sampling, end_tokens, generation_inputs
 from ..reference.adapter_off import reference_mode
 
 MAX_NEW_TOKENS = 512  # if neither the settings nor the model's generation_config say
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,29 @@ class Session:
         Raises:
             DataError: the template refuses it.
         """
+        return self._read(messages)[0]
+
+    def _read(self, messages: Sequence[Message]) -> tuple[list[int], SampleImages | None]:
+        """Returns the tokens of a conversation, and the pixels of its images.
+
+        Raises:
+            DataError: the template refuses it.
+        """
         prompt = [*messages] if self.has_template else messages[-1]["content"]
         try:
-            example = read_prompt({"prompt": prompt})
+            files, example = open_images(read_prompt({"prompt": prompt}), {}, self.trained.images)
         except RowProblem as problem:
             raise problem.located("the conversation", 0) from None
-        return encode_prompts(self.trained.tokenizer, [Prompt(0, example)], "the conversation")[0]
+        one, images = Prompt(0, example, files=files), self.trained.images
+        (ids,) = encode_prompts(self.trained.tokenizer, [one], "the conversation", images)
+        return ids, images.sample({"row": 0, **image_columns(one, images)}) if images else None
 
     def say(
-        self, text: str, show: Callable[[bool, str], None] = lambda on, piece: None, sides: Sequence[bool] = (True,)
+        self,
+        text: str,
+        show: Callable[[bool, str], None] = lambda on, piece: None,
+        sides: Sequence[bool] = (True,),
+        images: Sequence[str] = (),
     ) -> list[Reply]:
         """Returns the model's reply to a message, one for each side; the first one is kept in the conversation.
 
@@ -152,21 +167,25 @@ class Session:
             text: the message.
             show: is called with a side and each piece of its text as it is written.
             sides: True for the adapter on, False for off.
+            images: files of images that stand before the text.
 
         Raises:
             OptionError: the message alone is longer than the model's context, or memory runs out.
             DataError: the template refuses the conversation.
         """
         fixed = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
-        turns = [*self.messages[len(fixed) :], {"role": "user", "content": text}]
+        content = [*({"type": "image", "image": file} for file in images), {"type": "text", "text": text}]
+        turns = [*self.messages[len(fixed) :], {"role": "user", "content": content if images else text}]
+        if images and not self.has_template:
+            raise OptionError("image: the model has no chat template, so there is no place for one. Leave it out.")
         if not self.has_template:
             turns = turns[-1:]
         config, dropped = self.settings.config(self.trained), 0
-        prompt_ids = self.encode([*fixed, *turns])
+        prompt_ids, pixels = self._read([*fixed, *turns])
         reserve = min(config.max_new_tokens, (self.context or 0) // 4)  # for the completion
         while self.context and len(prompt_ids) + reserve > self.context and len(turns) > 1:
             turns, dropped = turns[2:], dropped + 2
-            prompt_ids = self.encode([*fixed, *turns])
+            prompt_ids, pixels = self._read([*fixed, *turns])
         if self.context:
             room = self.context - len(prompt_ids)
             if room < 1:
@@ -176,7 +195,7 @@ class Session:
             config.max_new_tokens = min(config.max_new_tokens, room)
         replies = []
         for on in sides:
-            replies.append(self._write(prompt_ids, config, partial(show, on), on, dropped))
+            replies.append(self._write(prompt_ids, pixels, config, partial(show, on), on, dropped))
             if replies[-1].stopped:
                 break
         if self.has_template and replies[0].ids:
@@ -184,7 +203,13 @@ class Session:
         return replies
 
     def _write(
-        self, prompt_ids: list[int], config: GenerationConfig, show: Callable[[str], None], on: bool, dropped: int
+        self,
+        prompt_ids: list[int],
+        pixels: SampleImages | None,
+        config: GenerationConfig,
+        show: Callable[[str], None],
+        on: bool,
+        dropped: int,
     ) -> Reply:
         model, tokenizer = self.trained.model, self.trained.tokenizer
         stream, device = Pieces(tokenizer, show), model.device
@@ -192,9 +217,9 @@ class Session:
         stopped = False
         try:
             with nullcontext() if on else reference_mode(model), torch.no_grad(), _seeded(self.settings.seed, device):
-                model.generate(
-                    input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=stream
-                )
+                given = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+                given |= generation_inputs(model, inputs, [pixels])
+                model.generate(**given, generation_config=config, streamer=stream)
         except KeyboardInterrupt:
             stopped = True
         except torch.OutOfMemoryError as error:

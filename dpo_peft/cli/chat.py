@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError
@@ -20,6 +21,7 @@ EXAMPLES = (
 )
 COMMANDS = """  /base             switch the adapter off, and on again
   /both             let adapter and base complete each message; the adapter's completion is kept
+  /image FILE       show this image with the next message
   /reset            begin a new conversation
   /system TEXT      begin a new one with this system message; without TEXT, with none
   /set NAME VALUE   temperature, top_p, max_new_tokens or seed; without a value, show them
@@ -35,6 +37,7 @@ class ChatOptions(AdapterOptions):
     prompt: list[str] | None = option(
         None, "Complete this alone and leave; - reads it from stdin. May be given several times."
     )
+    image: list[str] | None = option(None, "Image files that go with each prompt, or with the first message.")
     adapter_off: bool = option(False, "Begin with the adapter switched off.")
     system: str | None = option(None, "System message.")
     max_new_tokens: int | None = option(None, "Longest completion; by the model's generation_config, or 512.")
@@ -73,7 +76,12 @@ def chat(argv: Sequence[str]) -> None:
     prompts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in prompts]
     if not all(text.strip() for text in prompts):
         raise OptionError("prompt is empty: give a text, or - and the text on stdin.")
-    session = Session(AdapterSource.of(options).load(with_reference=False), settings, options.system)
+    source = AdapterSource.of(options)
+    images = source.images(needed=bool(options.image))
+    trained = source.load(with_reference=False)
+    if images is not None:
+        trained = replace(trained, images=images, tokenizer=images.tokenizer)
+    session = Session(trained, settings, options.system)
     if prompts:
         complete(session, prompts, options)
     else:
@@ -85,7 +93,8 @@ def complete(session: "Session", prompts: Sequence[str], options: ChatOptions) -
     done = []
     for text in prompts:
         session.reset(options.system)
-        (reply,) = session.say(text, (lambda on, piece: None) if options.json else _print, [not options.adapter_off])
+        shown = (lambda on, piece: None) if options.json else _print
+        (reply,) = session.say(text, shown, [not options.adapter_off], options.image or ())
         if not options.json:
             print()
         if reply.stopped:
@@ -107,7 +116,7 @@ class Terminal:
     def __init__(self, session: "Session", options: ChatOptions):
         self.session, self.options, self.system = session, options, options.system
         self.sides = [not options.adapter_off]
-        self.typed = sys.stdin.isatty()
+        self.typed, self.images = sys.stdin.isatty(), list(options.image or ())
 
     def run(self) -> None:
         """Talks until /quit or the end of the input."""
@@ -147,7 +156,8 @@ class Terminal:
             shown.append(on)
             _print(on, piece)
 
-        replies = self.session.say(line, show_piece, self.sides)
+        replies = self.session.say(line, show_piece, self.sides, self.images)
+        self.images = []
         print()
         self.tell(replies)
 
@@ -187,6 +197,15 @@ class Terminal:
         """Has both complete each message, and again one."""
         self.sides = [True, False] if len(self.sides) == 1 else [True]
         print("Adapter and base complete each message." if len(self.sides) > 1 else "The adapter is on.")
+
+    def do_image(self, rest: str) -> None:
+        """Adds an image to the next message."""
+        if self.session.trained.images is None:
+            raise OptionError("/image: the adapter was trained on text. Begin with --image FILE to show it images.")
+        if not Path(rest).is_file():
+            raise OptionError(f"/image {rest}: there is no such file.")
+        self.images.append(rest)
+        print(f"The next message has {len(self.images)} image{'s' * (len(self.images) > 1)}.")
 
     def do_reset(self, rest: str) -> None:
         """Begins a new conversation."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
+from ..data.fields import content_text
 from ..disk import one_writer
 from ..errors import OptionError
 from ..files import check_output, read_rows, write_rows
@@ -40,6 +41,7 @@ class CompareOptions(AdapterOptions):
         "prompt a line.",
     )
     prompt: list[str] | None = option(None, "A prompt; may be given several times.")
+    image: list[str] | None = option(None, "Image files that go with each prompt given by prompt or a .txt file.")
     prompts_split: str = option("train", "Split of a Hub dataset.")
     as_chat: bool | None = option(None, "Make a prompt that is text a user's message: as in training if not given.")
     limit: int | None = option(None, "Take the first so many prompts.")
@@ -89,6 +91,7 @@ def run(options: CompareOptions, texts: Sequence[str]) -> "Comparison":
     from ..model.generation import check_sampling
     from ..pairs.engines import Sampling
     from ..reward import ImplicitReward
+    from ..training.arguments import hold_images
 
     check_sampling(options.max_new_tokens, options.temperature, options.top_p)
     source = AdapterSource.of(options)
@@ -98,13 +101,15 @@ def run(options: CompareOptions, texts: Sequence[str]) -> "Comparison":
         as_chat = trained.as_chat
     elif as_chat is not None and not isinstance(rows[0].get("prompt"), str):
         raise OptionError("as_chat has no effect: the prompts are no texts. Leave it out.")
-    prompts, skipped = read_prompts(rows, options.prompts or "prompt", None, as_chat, source.tokenizer())
+    images = source.images(needed=hold_images(rows))
+    tokenizer = images.tokenizer if images else source.tokenizer()
+    prompts, skipped = read_prompts(rows, options.prompts or "prompt", None, as_chat, tokenizer, images)
     if skipped:
         each = ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
         logger.warning("%d rows without a prompt are left out: %s.", sum(skipped.values()), each)
     beta = 1.0 if options.beta is None and trained is None else options.beta
     how = Sampling(options.max_new_tokens, options.temperature, options.top_p)
-    reward = ImplicitReward(source, beta=beta)
+    reward = ImplicitReward(source, beta=beta, tokenizer=images)
     return compare_completions(
         reward, prompts, how, against=options.against, seed=options.seed, batch_size=options.batch_size
     )
@@ -114,6 +119,8 @@ def _read(options: CompareOptions, texts: Sequence[str]) -> Any:
     from datasets import Dataset
 
     name = options.prompts or ""
+    if options.image and name and not name.endswith(".txt"):
+        raise OptionError("image has no effect with a file of rows: put the images into its column images.")
     if name.endswith(".txt"):
         if not Path(name).is_file():
             raise OptionError(f"prompts={name!r}: there is no such file.")
@@ -124,7 +131,9 @@ def _read(options: CompareOptions, texts: Sequence[str]) -> Any:
     elif name:
         rows = read_rows(name, options.prompts_split)
         return rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
-    return Dataset.from_dict({"prompt": list(texts)[: options.limit]})
+    texts = list(texts)[: options.limit]
+    images = {"images": [options.image] * len(texts)} if options.image else {}
+    return Dataset.from_dict({"prompt": texts, **images})
 
 
 # ---- For people -----------------------------------------------------------------------------------------------------
@@ -148,7 +157,7 @@ def describe(compared: "Comparison", figures: Mapping[str, Any]) -> str:
 def _beside(row: "Compared", width: int) -> list[str]:
     prompt = row.prompt
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"{message['role']}: {message.get('content')}" for message in prompt)
+        prompt = "\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
         prompt = prompt.removeprefix("user: ") if len(row.prompt) == 1 else prompt
     heads = [
         f"{name}, reward {reward:+.3f}, {tokens} tokens{'' if finished else ' (cut)'}"

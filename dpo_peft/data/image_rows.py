@@ -40,6 +40,12 @@ class ImageFile(NamedTuple):
         """Returns its bytes. Raises `OSError`."""
         return Path(str(self.path)).read_bytes() if self.content is None else self.content
 
+    @property
+    def text(self) -> str:
+        """The name of its file, or its bytes as a data URI: what a row of text can hold."""
+        whole = base64.b64encode(self.content or b"").decode()
+        return str(self.path) if self.content is None else f"data:application/octet-stream;base64,{whole}"
+
     def digest(self) -> bytes:
         """Returns what tells it from other images: of its bytes, or of its name where there is no such file."""
         try:

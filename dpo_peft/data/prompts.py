@@ -11,8 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .encode import Encoder
 from .fields import Row, RowProblem, Values, check_size, read_entries, read_ids, read_number
-from .formats import ASKING_ROLES, CHAT_COLUMNS, LABEL_COLUMNS, Example, Layout, Wanted, detect_layout, name_them
-from .image_rows import place_images, take_images
+from .formats import (
+    ASKING_ROLES,
+    CHAT_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    Example,
+    Layout,
+    Wanted,
+    detect_layout,
+    name_them,
+)
+from .image_rows import ImageFile, place_images, take_images, undecoded
 from .images import Images
 from .parse import parse_row, read_completion, read_prompt
 from .reading import find_reading
@@ -32,11 +42,13 @@ class Prompt:
     columns: Values = field(default_factory=dict)  # the row's other values
     completions: list[Any] | None = None  # texts, or lists of messages if the prompt is one
     scores: list[float | None] | None = None
+    files: Sequence[ImageFile] = ()  # of its images, which stand opened in the example
 
     @property
     def fields(self) -> Values:
         """Returns the columns with which training reads the same prompt."""
-        extra = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
+        extra: Values = {"tools": self.example.tools, "chat_template_kwargs": self.example.template_kwargs}
+        extra |= {"images": [file.text for file in self.files]}
         return {"prompt": self.example.prompt, **{name: value for name, value in extra.items() if value}}
 
     def completion(self, text: str) -> Any:
@@ -50,6 +62,7 @@ def read_prompts(
     score_column: str | None = None,
     as_chat: bool | None = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    images: Images | None = None,
 ) -> tuple[list[Prompt], Counter[str]]:
     """Reads the prompts of a dataset, and counts the rows that have none, by reason.
 
@@ -59,10 +72,12 @@ def read_prompts(
         name: of the dataset, for messages.
         score_column: holds a list of numbers per row, one for each of `completions`, higher is better.
         as_chat, tokenizer: whether prompts of text go into whose chat template, see `choose_as_chat`.
+        images: the processor of images, if there are some.
 
     Raises:
         DataError: no prompts, or a row that can't be read, with the remedy.
     """
+    rows = rows if images is None else undecoded(rows)
     columns, skipped, found = rows.column_names, Counter[str](), []
     first = next(iter(rows), None)
     if first is None:
@@ -74,6 +89,8 @@ def read_prompts(
     layout = None if given else _implicit_layout(name, list(first), first)
     for number, row in enumerate(rows):
         try:
+            pictures = {column: row[column] for column in IMAGE_COLUMNS & row.keys()}
+            row = {column: value for column, value in row.items() if column not in pictures}
             check_size(row)
             row = reading(row)
             example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row)
@@ -83,11 +100,14 @@ def read_prompts(
             entries = read_entries(row, "completions", least=0) if given else {}
             completions = [read_completion(entries, entry, example.kind, 0) for entry in entries] if given else None
             scores = _read_scores(row, score_column, len(entries)) if score_column else None
+            files, example = open_images(example, pictures, images)
         except RowProblem as problem:
             raise problem.located(name, number) from None
         used = {"prompt", "completions", score_column, *example.fields}
         others = {column: row[column] for column in row if column not in used}
-        found.append(Prompt(number, example, others, completions, scores))
+        if images is not None:  # a reward function gets them as training would
+            others["images"] = [file.text for file in files]
+        found.append(Prompt(number, example, others, completions, scores, files))
     if not found:
         raise DataError(f"{name}: no row has a prompt ({', '.join(f'{n} x {why}' for why, n in skipped.items())}).")
     return found, skipped
@@ -111,14 +131,16 @@ def _read_scores(row: Row, column: str, count: int) -> list[float | None]:
     return [None if value is None else read_number(entries, entry) for entry, value in entries.items()]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], name: str, images: Images | None = None
+) -> list[list[int]]:
     """Returns the token ids of each prompt, up to where the model begins to write; the same ones that training has.
 
     Raises:
         DataError: a prompt that renders to nothing, that the chat template refuses, or messages without a template.
     """
     kinds = {prompt.example.kind for prompt in prompts}
-    encoders = {kind: Encoder(tokenizer, name, kind, ends=False) for kind in kinds}
+    encoders = {kind: Encoder(tokenizer, name, kind, ends=False, images=images) for kind in kinds}
     encoded = []
     for prompt in prompts:
         try:
@@ -126,6 +148,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
         except RowProblem as problem:
             raise problem.located(name, prompt.number) from None
     return encoded
+
+
+def image_columns(prompt: Prompt, images: Images | None) -> Values:
+    """Returns the columns by which `Images.sample` finds a prompt's images; none without."""
+    if images is None or not prompt.files:
+        return {}
+    return {"images": images.key(prompt.example.images), "image_files": [file._asdict() for file in prompt.files]}
 
 
 def encode_completions(
@@ -186,7 +215,7 @@ def encode_completions(
     return _with_images(encoded, example, files, images)
 
 
-def open_images(example: Example, row: Row, images: Images | None) -> tuple[list[Values], Example]:
+def open_images(example: Example, row: Row, images: Images | None) -> tuple[list[ImageFile], Example]:
     """Returns the files of a prompt's images, and the example with them opened and in their places. Images in its
     messages come first: TRL gives its reward functions both.
 
@@ -199,13 +228,13 @@ def open_images(example: Example, row: Row, images: Images | None) -> tuple[list
     opened = images.opened(placed) if images else placed
     if isinstance(opened, str):
         raise RowProblem("images", explain(opened), "give files that can be read as images")
-    return [file._asdict() for file in placed.images], opened
+    return list(placed.images), opened
 
 
-def _with_images(encoded: Encoded, example: Example, files: list[Values], images: Images | None) -> Values:
+def _with_images(encoded: Encoded, example: Example, files: list[ImageFile], images: Images | None) -> Values:
     row = {"prompt_ids": encoded.prompt_ids, "completion_ids": encoded.completion_ids}
     key = images.checked(encoded, example).images if images else ""
-    return {**row, "images": key, "image_files": files} if files else row
+    return {**row, "images": key, "image_files": [file._asdict() for file in files]} if files else row
 
 
 def _some_ids(value: object, name: str, vocab_size: int) -> list[int]:

@@ -124,12 +124,7 @@ def probe_rows(
 
 
 def pair_rows(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    setup: TrainedWith,
-    max_rows: int,
-    images: Images | None = None,
+    dataset: Dataset, reader: PreTrainedTokenizerBase | Images, name: str, setup: TrainedWith, max_rows: int
 ) -> Rows:
     """Returns the first rows of a dataset of preference pairs, prepared as for the training. What became of them is
     logged.
@@ -140,10 +135,11 @@ def pair_rows(
     """
     if max_rows < 1:
         raise OptionError(f"max_rows={max_rows} must be at least 1.")
+    images = reader if isinstance(reader, Images) else None
     used = dataset.select(range(min(max_rows, len(dataset))))
     prepared, summary = prepare_dataset(
         used,
-        tokenizer,
+        images.tokenizer if images else reader,
         name,
         setup.max_length,
         setup.truncation_mode,

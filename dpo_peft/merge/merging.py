@@ -144,16 +144,14 @@ def merge_adapter(
             drift=drift,
             serving=serving_problems(config),
         )
-        task = "text-generation" if processor is seen.tokenizer else "image-text-to-text"
-        _describe(folder, report, adapter, source.base_name, task)
+        _describe(folder, report, adapter, source.base_name, processor is not seen.tokenizer)
     return report
 
 
 def _rows(dataset: Dataset, source: AdapterSource, name: str, max_rows: int) -> Any:
     """Returns the rows on which the drift is measured, prepared."""
-    images = source.images(needed=hold_images(dataset))
-    tokenizer = images.tokenizer if images else source.tokenizer()
-    return pair_rows(dataset, tokenizer, name, source.read() or UNRECORDED, max_rows, images)
+    reader = source.images(needed=hold_images(dataset)) or source.tokenizer()
+    return pair_rows(dataset, reader, name, source.read() or UNRECORDED, max_rows)
 
 
 def _check(
@@ -274,10 +272,11 @@ def _refusal(drift: Drift, limit: float, onto: str | None, dtype: str) -> str:
     )
 
 
-def _describe(folder: Path, report: MergeReport, adapter: str, base: str, task: str) -> None:
+def _describe(folder: Path, report: MergeReport, adapter: str, base: str, sees: bool) -> None:
     """Writes merge.json and a README. Both may be published: the names in them are no paths."""
     facts = {name: value for name, value in asdict(report).items() if name != "output_dir"}
     write_atomically(folder / "merge.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    task = "image-text-to-text" if sees else "text-generation"
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["dpo-peft", "merge"])
     if is_hub_id(base):
         data["base_model"], data["base_model_relation"] = base, "finetune"

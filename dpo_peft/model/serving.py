@@ -6,6 +6,7 @@ know. Some settings they refuse; others they overlook, and the adapter then acts
 """
 
 import math
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +69,10 @@ def _problems(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     if options.get("layer_replication"):
         found.append(("both", f"{both} know no layer_replication."))
     targets = options.get("target_modules") or ()
-    last = {name.split(".")[-1] for name in ([targets] if isinstance(targets, str) else targets)}
+    named = [targets] if isinstance(targets, str) else targets
+    if any(re.search(r"vision|visual|multi_modal_projector", name) for name in named):
+        found.append(("both", f"{both} may not know an adapter on a vision tower or projector: try it, or merge."))
+    last = {name.split(".")[-1] for name in named}
     found += _scale_problems(options)
     if "lm_head" in last:
         text = "llama.cpp refuses an adapter on lm_head where the head is tied to the embeddings: merge it."

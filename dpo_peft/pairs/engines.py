@@ -8,7 +8,9 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.images import Images
 from ..errors import OptionError
+from ..forward.images import SampleImages
 from ..forward.rotary import fix_rope, rope_length
 from ..model.adapter_source import AdapterSource
 from ..model.adapters import is_adapter
@@ -16,6 +18,7 @@ from ..model.base import load_base
 from ..model.generation import end_tokens, sample_completions
 from ..model.rebuilding import keep_weights
 from ..model.serving import VLLM_RANKS, max_lora_rank
+from ..training.arguments import load_processor
 
 
 class Sampling(NamedTuple):
@@ -35,8 +38,9 @@ class Sample(NamedTuple):
     finished: bool  # False: cut off by max_new_tokens
 
 
-# Writes one completion of each prompt; a prompt that stands several times gets one for each of its seeds.
-Engine = Callable[[Sequence[list[int]], Sequence[int]], list[Sample]]
+# Writes one completion of each prompt (token ids, seeds, images if there are some); a prompt that stands several times
+# gets one for each of its seeds.
+Engine = Callable[..., list[Sample]]
 
 
 class ModelSource(AdapterSource):
@@ -71,6 +75,12 @@ class ModelSource(AdapterSource):
         except (OSError, ValueError) as error:
             raise OptionError(f"No tokenizer can be loaded for {self.adapter!r}: {error}") from error
 
+    def images(self, needed: bool = False) -> Images | None:
+        """Returns the processor of images, see `AdapterSource`; of a base model its own, if it is `needed`."""
+        if self.is_adapter:
+            return super().images(needed)
+        return Images(load_processor(self.adapter, self.from_hub, self.trust_remote_code)) if needed else None
+
     def context(self) -> int | None:
         """Returns the tokens that the model was made for; None if its config doesn't say."""
         where = {} if self.is_adapter else self.from_hub
@@ -102,16 +112,20 @@ class TransformersEngine:
         fix_rope(model, rope_length(model.config, longest + how.max_new_tokens))  # as vLLM does
         return cls(model.requires_grad_(False).eval(), source.tokenizer(), how, batch_size)
 
-    def __call__(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]:
+    def __call__(
+        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], images: Sequence[SampleImages | None] = ()
+    ) -> list[Sample]:
         found: list[Sample] = []
         for start in range(0, len(prompt_ids), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found += self._sample(prompt_ids[part], seeds[part])
+            found += self._sample(prompt_ids[part], seeds[part], images[part])
         return found
 
-    def _sample(self, prompt_ids: Sequence[list[int]], seeds: Sequence[int]) -> list[Sample]:
+    def _sample(
+        self, prompt_ids: Sequence[list[int]], seeds: Sequence[int], images: Sequence[SampleImages | None]
+    ) -> list[Sample]:
         try:
-            completions = sample_completions(self.model, self.tokenizer, prompt_ids, seeds, *self.how)
+            completions = sample_completions(self.model, self.tokenizer, prompt_ids, seeds, *self.how, images=images)
         except torch.OutOfMemoryError as error:
             if len(prompt_ids) == 1:
                 raise OptionError(
@@ -122,7 +136,8 @@ class TransformersEngine:
         if completions is None:  # outside the except clause, which would keep the failed batch's tensors alive
             torch.cuda.empty_cache()
             half = len(prompt_ids) // 2
-            return self._sample(prompt_ids[:half], seeds[:half]) + self._sample(prompt_ids[half:], seeds[half:])
+            parts = (slice(half), slice(half, None))
+            return [one for part in parts for one in self._sample(prompt_ids[part], seeds[part], images[part])]
         ends = end_tokens(self.model, self.tokenizer)
         return [decode(self.tokenizer, ids, ids[-1] in ends) for ids in completions]
 

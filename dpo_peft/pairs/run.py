@@ -12,10 +12,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..data.prompts import Prompt, encode_prompts, read_prompts
+from ..data.prompts import Prompt, encode_prompts, image_columns, read_prompts
 from ..errors import DataError, OptionError
 from ..files import read_rows, write_rows
+from ..forward.images import SampleImages
 from ..model.training_record import UNRECORDED
+from ..training.arguments import hold_images
 from .building import TOO_LONG, Built, Candidate, build_pairs, seed_of, summarize
 from .engines import Engine, ModelSource, Sample, Sampling, TransformersEngine, VllmEngine
 from .judges import Judge, judge_answers, load_judge, source_of
@@ -46,15 +48,23 @@ class PairRun:
         if options.max_prompts is not None:
             rows = rows.select(range(min(options.max_prompts, len(rows))))
         options.check_for(rows.column_names)
-        self.source = None  # the rows have completions
+        self.source, self.images = None, None  # the rows have completions
+        if hold_images(rows) and (options.model is None or options.engine == "vllm" or options.reward_model):
+            raise OptionError(
+                f"{self.name}: the rows hold images, which are read where a model writes the completions with engine "
+                "'transformers' and is judged by reward or implicit_reward. Choose these, or leave the images out."
+            )
         as_chat, tokenizer = options.as_chat, None
         if options.model is not None:
             self.source = ModelSource(options.model, **{name: getattr(options, name) for name in LOADING})
-            tokenizer = self.source.tokenizer()
+            self.images = self.source.images(needed=hold_images(rows))
+            tokenizer = self.images.tokenizer if self.images else self.source.tokenizer()
             if as_chat is None and self.source.is_adapter:
                 as_chat = (self.source.read() or UNRECORDED).as_chat
         # The prompts, and how many rows have none, by reason.
-        self.prompts, self.skipped = read_prompts(rows, self.name, options.score_column, as_chat, tokenizer)
+        self.prompts, self.skipped = read_prompts(
+            rows, self.name, options.score_column, as_chat, tokenizer, self.images
+        )
         if options.as_chat and not isinstance(rows[0].get("prompt"), str):
             raise OptionError("as_chat has no effect: the prompts are messages. Leave it out.")
         # Their keys: what they are, and which row, as the same prompt is answered by other seeds in another row.
@@ -111,7 +121,8 @@ class PairRun:
     def _encode(self, source: ModelSource) -> dict[int, list[int]]:
         """Returns the token ids of the prompts that leave room for a completion in the model's context, by number."""
         context, new = source.context(), self.sampling.max_new_tokens
-        encoded = encode_prompts(source.tokenizer(), self.prompts, self.name)
+        tokenizer = self.images.tokenizer if self.images else source.tokenizer()
+        encoded = encode_prompts(tokenizer, self.prompts, self.name, self.images)
         by_number = {prompt.number: ids for prompt, ids in zip(self.prompts, encoded, strict=True)}
         fitting = {n: ids for n, ids in by_number.items() if context is None or len(ids) + new <= context}
         if not fitting:
@@ -151,10 +162,17 @@ class PairRun:
 
         def sample(prompts: Sequence[Prompt]) -> list[list[Sample]]:
             seeds = [seed_of(self.options.seed, prompt.number, k) for prompt in prompts for k in each]
-            samples = iter(engine([encoded[prompt.number] for prompt in prompts for _ in each], seeds))
+            given = [encoded[prompt.number] for prompt in prompts for _ in each]
+            pixels = [self._pixels(prompts, len(each))] if any(prompt.files for prompt in prompts) else []
+            samples = iter(engine(given, seeds, *pixels))
             return [[next(samples) for _ in each] for _ in prompts]
 
         return sample
+
+    def _pixels(self, prompts: Sequence[Prompt], times: int) -> list[SampleImages | None]:
+        assert self.images is not None
+        rows = [{**image_columns(prompt, self.images), "row": prompt.number} for prompt in prompts]
+        return [pixels for row in rows for pixels in [self.images.sample(row)] * times]
 
     def _judged(
         self, judge: Judge | None, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]] | None
@@ -204,7 +222,9 @@ class PairRun:
         return summary
 
     def _write(self, log: WorkLog) -> None:
-        names = [name for name in ("tools", "chat_template_kwargs") if any(name in p.fields for p in self.prompts)]
+        names = [
+            name for name in ("tools", "chat_template_kwargs", "images") if any(name in p.fields for p in self.prompts)
+        ]
         for name, path in self.outputs.items():
             write_rows(
                 path,

@@ -1,7 +1,7 @@
 """What a run takes of a GPU, from its options: `plan` does what `dpo-peft plan` prints."""
 
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def plan(**options: object) -> Plan:
     tokens = predicted + (o.prompt_tokens if o.share_prompts else prompts)
     sample = tokens, tokens + prompts * o.share_prompts, predicted
     time = _time(o, tokens)
-    name, model = _model(o)
+    name, model, weights = _model(o)
     T, S, P = (o.per_device_train_batch_size * n for n in sample)
     checkpointed = model.layers if o.gradient_checkpointing else 0
     fits: list[dict[str, int]] = []
@@ -110,7 +110,7 @@ def plan(**options: object) -> Plan:
     size = {"tokens": T, "keys": S, "predicted": P, "checkpoint_layers": checkpointed}
     figures = {
         "model": name,
-        "weights": model.shape.weights,
+        "weights": weights,
         "layers": model.layers,
         "trained_weights": model.trained,
         "optimizer": model.optimizer,
@@ -175,8 +175,8 @@ def _needs_reference(o: SimpleNamespace) -> bool:
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 
-def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
-    """The base's name, and the model's memory."""
+def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
+    """The base's name, the model's memory, and its number of weights."""
     adapter, shape, config = None, None, None
     stored = {"quantize": o.quantize_base is not False}
     if o.shape is not None:
@@ -220,11 +220,17 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel]:
     if fused and shape is not None and not (o.lora_experts or o.lora_vision):
         ours, its = Lora.read(shape, lora), None if reference is None else Lora.read(shape, reference)
         if ours is not None and (its is None) is (reference is None):
-            return name, MemoryModel.of_shape(shape, ours, reference=its, **options)
+            model = MemoryModel.of_shape(shape, ours, reference=its, **options)
+            if config.get_text_config(decoder=True) is config:
+                return name, model, shape.weights
+            # The layers of its decoder are fused; tower and projector are stored beside them.
+            whole = Sketch(config, lora, o.trust_remote_code)
+            small, rest = whole.stored(stored["quantize"], stored.get("nested", True), ELEMENT[o.dtype])
+            return name, replace(model, quantized=small, unquantized=rest), whole.weights
     sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts, vision=o.lora_vision)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens
-    return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options)
+    return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options), sketch.weights
 
 
 def _lora_config(o: SimpleNamespace) -> LoraConfig:

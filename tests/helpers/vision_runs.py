@@ -47,15 +47,23 @@ class Served:
         prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True)
         return self.processor(images=[images] if images else None, text=[prompt + completion], return_tensors="pt")
 
-    def logp(self, row: Any, completion: str) -> float:
-        """Of one completion, summed in float64."""
-        first, given = self.inputs(row)["input_ids"].shape[1], self.inputs(row, completion + "<|im_end|>\n")
+    def logp(self, row: Any, completion: str | list[int]) -> float:
+        """Of one completion, summed in float64; a text gets its end."""
+        given = self.inputs(row)
+        first = given["input_ids"].shape[1]
+        if isinstance(completion, str):
+            given = self.inputs(row, completion + "<|im_end|>\n")
+        else:
+            for name, value in {"input_ids": completion, "attention_mask": 1, "token_type_ids": 0}.items():
+                if name in given:
+                    more = torch.zeros(1, len(completion), dtype=torch.int64) + torch.tensor(value)
+                    given[name] = torch.cat([given[name], more], 1)
         with torch.no_grad():
             logps = self.model(**given).logits[0].double().log_softmax(-1)
         ids = given["input_ids"][0]
         return float(sum(logps[at - 1, ids[at]] for at in range(first, len(ids))))
 
-    def reward(self, row: Any, completion: str, beta: float = 0.1) -> float:
+    def reward(self, row: Any, completion: str | list[int], beta: float = 0.1) -> float:
         policy = self.logp(row, completion)
         with self.model.disable_adapter():
             return beta * (policy - self.logp(row, completion))
