@@ -183,9 +183,10 @@ class Sketch:
 
     @cached_property
     def trained(self) -> int:
-        """How many weights the adapter has, without those of layers that no gradient reaches where it is on all."""
+        """How many weights the adapter has, without those of layers that no gradient reaches where it is on all; which
+        are these is not known of layers that images alone reach."""
         weights = {name: p.numel() for name, p in self.adapted.named_parameters() if p.requires_grad}
-        idle = self.costs.idle if self.lora.target_modules == "all-linear" else ()
+        idle = self.costs.idle if self.lora.target_modules == "all-linear" and not self.vision else ()
         shapes = [weight.shape for weight in expert_weights(self.base).values()] if self.experts else []
         on_experts = sum(self.lora.r * shape[0] * (shape[1] + shape[2]) for shape in shapes)
         kept = (n for name, n in weights.items() if "lora_" not in name or starred(name) not in idle)
