@@ -56,9 +56,10 @@ def test_pairs_are_sampled_and_judged_with_images_and_trained_on(trained: Path, 
         asked = rows[row["prompt_number"]]
         text = row["chosen"][0]["content"]
         assert row["chosen_reward"] == pytest.approx(served.reward(asked, text), abs=1e-4)
-    args = DPOConfig(output_dir=str(tmp_path / "next"), max_steps=1, use_cpu=True, bf16=False, report_to="none")
+    short = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "quantize_base": False}
+    args = DPOConfig(output_dir=str(tmp_path / "next"), **short)
     rows = pairs.select_columns(["prompt", "chosen", "rejected", "images"])
-    again = DPOTrainer(str(trained), args=args, train_dataset=rows)
+    again = DPOTrainer(str(trained.parent / "base"), args=args, train_dataset=rows)
     assert again.train_dataset[0]["images"] and again.images is not None
     with pytest.raises(OptionError, match="images"):
         options |= {"implicit_reward": None, "reward_model": "x"}
