@@ -238,7 +238,7 @@ def build_model(
 ) -> tuple[PeftModel, Reference, BaseAsGiven]:
     """Returns the PEFT model to train, loaded if it is given by name, the reference inside it, and in what its base
     differs from what its name gives."""
-    if args.lora_vision and images is None:
+    if args.lora_vision and (images is None or not images.seen):
         raise OptionError("lora_vision=True, and there are no images: leave it out, or pass a processor.")
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     if args.lora_vision and reentrant:

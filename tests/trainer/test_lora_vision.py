@@ -46,5 +46,6 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path) -> None:
     rows, processor = vp.picture_pairs(2).remove_columns("images"), vp.build_processor("qwen3_vl")
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template
-    with pytest.raises(OptionError, match="lora_vision=True, and there are no images"):
-        DPOTrainer(model=vm.build("qwen3_vl"), args=args, train_dataset=rows, processing_class=tokenizer)
+    for given in (tokenizer, processor):
+        with pytest.raises(OptionError, match="lora_vision=True, and there are no images"):
+            DPOTrainer(model=vm.build("qwen3_vl"), args=args, train_dataset=rows, processing_class=given)
