@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+import vision_models
+import vision_processors
 import yaml
 from paths import REPO
 from safetensors.torch import load_file
@@ -41,6 +43,8 @@ CONFIGS: dict[str, tuple[str, float | None]] = {
     "simpo_8b.yaml": ("pairs", None),
     "orpo_8b.yaml": ("pairs", None),
     "lists_8b.yaml": ("trees", math.log(3)),
+    "images_7b.yaml": ("images", math.log(2)),
+    "images_smolvlm.yaml": ("images", math.log(2)),
 }
 # Run below.
 SCRIPTS = {
@@ -189,14 +193,29 @@ def stand_in_rows(kind: str, number: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`pairs`, `singles` and `trees`: folders with train.jsonl and test.jsonl."""
+    """`pairs`, `singles`, `trees` and `images`: folders with train.jsonl and test.jsonl."""
     folder = tmp_path_factory.mktemp("data")
     for kind in ("pairs", "singles", "trees"):
         (folder / kind).mkdir()
         for name, number in (("train", 64), ("test", 4)):
             lines = [json.dumps(row) + "\n" for row in stand_in_rows(kind, number)]
             (folder / kind / f"{name}.jsonl").write_text("".join(lines))
+    (folder / "images").mkdir()
+    for name, number in (("train", 64), ("test", 4)):
+        rows = [{**row, "images": [f"{i % 4}.png"]} for i, row in enumerate(stand_in_rows("pairs", number))]
+        (folder / "images" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(4):
+        vision_processors.noise(i).save(folder / "images" / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model of text and images with its processor; one that is found by name without torchvision."""
+    folder = tmp_path_factory.mktemp("gemma3")
+    vision_models.build("gemma3").save_pretrained(folder)
+    vision_processors.build_processor("gemma3").save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +248,15 @@ def test_configs(
     name: str,
     base_folder: str,
     sft_adapter: str,
+    vision_folder: str,
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
     """Two steps; options, adapter and record are the recipe's; the loss starts where it must."""
     recipe = yaml.safe_load((RECIPES / name).read_text("utf-8"))
-    given = on_the_machine(name, sft_adapter if "from_sft" in name else base_folder, data, tmp_path / "out")
+    model = sft_adapter if "from_sft" in name else vision_folder if "images" in name else base_folder
+    given = on_the_machine(name, model, data, tmp_path / "out")
     trainer = cli.train(["--config", str(RECIPES / name), *words(given), "--json"])
     result = json.loads(capsys.readouterr().out)
     start = CONFIGS[name][1]
