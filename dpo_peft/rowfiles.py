@@ -92,18 +92,22 @@ def row_count(path: Path) -> int:
 def _digest(paths: Sequence[Path]) -> str:
     digest = hashlib.blake2b(b"rows of files, 1", digest_size=16)
     for path in paths:
-        if _may_name_images(first_row(path)):
-            digest.update(str(path.parent.resolve()).encode())
         digest.update(f"{ending(path)} {path.stat().st_size} ".encode())
+        images = False
         for piece in pieces(path):
             digest.update(piece)
+            images = images or b"image" in piece
+        if images:  # whose names are as seen from the folder
+            digest.update(str(path.parent.resolve()).encode())
     return digest.hexdigest()
 
 
 def _rows(paths: Sequence[Path]) -> Iterator[Row]:
     for path in paths:
         rows, folder = (row for _, row in READERS[ending(path)](path)), path.parent.resolve()
-        yield from (_with_places(row, folder) for row in rows) if _may_name_images(first_row(path)) else rows
+        for first in islice(rows, 1):
+            named = _may_name_images(first)
+            yield from (_with_places(row, folder) if named else row for row in chain([first], rows))
 
 
 # ---- Images: their names are as seen from the data file's folder ----------------------------------------------------

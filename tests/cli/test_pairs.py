@@ -148,18 +148,18 @@ def test_batches_and_memory_do_not_change_the_answers(work: Path, adapter: str, 
     run(command(work, adapter, "other.jsonl", batch_size=5), capsys)
     whole, calls = sample_completions, []
 
-    def short_of_memory(model: Any, tokenizer: Any, prompt_ids: Any, *rest: Any) -> Any:
+    def short_of_memory(model: Any, tokenizer: Any, prompt_ids: Any, *rest: Any, **how: Any) -> Any:
         calls.append(len(prompt_ids))
         if len(prompt_ids) > 2:
             raise torch.OutOfMemoryError
-        return whole(model, tokenizer, prompt_ids, *rest)
+        return whole(model, tokenizer, prompt_ids, *rest, **how)
 
     monkeypatch.setattr("dpo_peft.pairs.engines.sample_completions", short_of_memory)
     run(command(work, adapter, "small.jsonl"), capsys)
     assert len({(work / name).read_text() for name in ("pairs.jsonl", "other.jsonl", "small.jsonl")}) == 1
     assert calls[:7] == [8, 4, 2, 2, 4, 2, 2]
 
-    def without_memory(*_: Any) -> Any:
+    def without_memory(*_: Any, **how: Any) -> Any:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("dpo_peft.pairs.engines.sample_completions", without_memory)
