@@ -31,7 +31,7 @@ from dpo_peft.model.loading import attach_adapter
 from dpo_peft.reference.adapter_off import check_start, reference_logps
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(8, slow=3)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> None:
     """Packed, and as padded rows; with prompts of two images, of none and of one in a batch."""
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> Non
     own.assert_same(model, pack(samples))
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(12, slow=3)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_tower_and_projector_are_adapted_if_asked_for(name: str) -> None:
     """All layers of theirs that have an effect, with the gradients of the model's own rows, checkpointed or not."""
@@ -276,7 +276,7 @@ def pooled(model: Any, samples: Sequence[Sample]) -> Tensor:
     return torch.cat([part.flatten() for part in found]).float()
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(12, slow=3)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_four_bit_bases_start_at_their_reference(name: str, tmp_path: Path) -> None:
     """Loaded by name, as users do: bfloat16, and NF4 wherever a layer is linear, in the tower too."""

@@ -15,7 +15,7 @@ NOT_FUSED = ["gemma4", "lfm2_vl"]
 FUSED = [name for name in vm.ALL if name not in NOT_FUSED]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(7, slow=3)
 @pytest.mark.parametrize("name", FUSED)
 def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> None:
     """Kept or checkpointed, with a frozen tower."""

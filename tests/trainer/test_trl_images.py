@@ -83,7 +83,7 @@ def several(rows: Dataset) -> Dataset:
 # ---- The same trajectory --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, slow=2)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "paligemma"])
 def test_steps_are_trls(name, tmp_path):
     mine, trl = (run(make, name, picture_pairs(16), tmp_path) for make in (ours, theirs))
@@ -91,7 +91,7 @@ def test_steps_are_trls(name, tmp_path):
     assert mine.forward_plan.shared
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, slow=2)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3", "llava", "internvl", "gemma4"])
 def test_several_pictures_or_none(name, tmp_path):
     assert_equal(*(run(make, name, several(picture_pairs(16)), tmp_path) for make in (ours, theirs)))
