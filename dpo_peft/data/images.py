@@ -68,7 +68,7 @@ class Images:
             self.tokenizer.chat_template = processor.chat_template
         self.mark: str = processor.image_token  # stands for an image in a text
         self.token: int = processor.image_token_ids[0]  # in whose places features stand
-        settings = [name, processor.image_processor.to_dict(), transformers.__version__]
+        settings = [name, processor.to_dict(), transformers.__version__]  # the tokenizer's ids are another key
         self.settings = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
         self._by_sizes: dict[tuple[tuple[int, int], ...], tuple[list[str], int]] = {}
         self.seen = False  # whether prepared rows have images; of a stream, whether they may have
@@ -203,9 +203,8 @@ class Images:
         sizes = [decode(file.read()).size for file in self.files(row)]
         places = iter([place for place, token in enumerate(row["prompt_ids"]) if token == self.token])
         found = []
-        for (width, height), text in zip(
-            sizes, self._replacements([OpenedImage(s, b"") for s in sizes])[0], strict=True
-        ):
+        written = self._replacements([OpenedImage(size, b"") for size in sizes])[0]
+        for (width, height), text in zip(sizes, written, strict=True):
             taken = list(islice(places, plain_ids(self.tokenizer, text).count(self.token)))
             found.append((taken[0], taken[-1] + 1, f"<image {width}x{height}, {len(taken):,} tokens>"))
         return found

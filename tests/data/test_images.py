@@ -245,3 +245,87 @@ def test_a_prompt_of_text_is_laid_out_by_the_processor() -> None:
     assert made[0]["prompt_ids"] == wanted["input_ids"][0].tolist()
     with pytest.raises(DataError, match="row 0, field 'prompt': holds 0 times '<image>'.*write '<image>' where"):
         prepared(processor, Dataset.from_list([row]), as_chat=False)
+
+
+# ---- What is refused, and what is counted ---------------------------------------------------------------------------
+
+PAIR = {"prompt": user("Q"), **ANSWERS}
+SHOWN = [{"role": "assistant", "content": [PLACE, text("red")]}]
+SPELLED = [{"role": "assistant", "content": "<|image_pad|>"}]
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "address": (
+        {**PAIR, "images": ["https://example.org/a.png"]},
+        r"'images\[0\]': is an address .*download",
+    ),
+    "no file": ({**PAIR, "image": "gone.png"}, "'image': there is no file 'gone.png'"),
+    "no image": ({**PAIR, "images": [""]}, r"'images\[0\]': holds no image"),
+    "broken URI": ({**PAIR, "image": "data:image/png;base64,!"}, "'image': holds a data URI that is not base64"),
+    "too few": ({**PAIR, "prompt": user([PLACE, PLACE]), "images": [uri(ONE)]}, "holds 1 images, and .* 2 places"),
+    "too many": ({**PAIR, "prompt": user([PLACE]), "images": [uri(ONE), uri(TWO)]}, "holds 2 images, and .* 1 places"),
+    "marks": ({**PAIR, "prompt": user("<image> <image>"), "image": uri(ONE)}, "has 2 times '<image>' for 1 images"),
+    "completion": ({**PAIR, "chosen": SHOWN, "image": uri(ONE)}, "'chosen': holds an image.*prompt"),
+    "spelled": (
+        {**PAIR, "chosen": [{"role": "assistant", "content": "<|image_pad|>"}], "image": uri(ONE)},
+        "image_pad",
+    ),
+    "spelled in the prompt": ({**PAIR, "prompt": user("<|image_pad|>")}, "image_pad"),
+    "twice": ({**PAIR, "prompt": user([{**PLACE, "image": uri(ONE)}]), "images": [uri(ONE)]}, "so does a column"),
+}
+
+
+def stored(content: bytes) -> dict[str, Any]:
+    return {**PAIR, "images": [{"bytes": content, "path": None}]}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_what_is_wrong_is_named_with_its_row(qwen: Any, problem: str) -> None:
+    row, message = REFUSED[problem]
+    with pytest.raises(DataError, match=f"row 0.*{message}"):
+        prepared(qwen, Dataset.from_list([row]))
+
+
+def test_there_is_one_column_of_images(qwen: Any) -> None:
+    with pytest.raises(DataError, match=r"a column 'image' and one 'images'.*remove_columns\('image'\)"):
+        prepared(qwen, Dataset.from_list([{**PAIR, "image": uri(ONE), "images": [uri(ONE)]}]))
+
+
+def test_damaged_images_are_counted_or_named(qwen: Any) -> None:
+    """Half a file, none of it, no image at all, and one of more pixels than Pillow opens."""
+    whole, large = png(ONE), Image.new("1", (20_000, 20_000))
+    bad = [whole[: len(whole) // 2], b"\x89PNG", b"plain text", png(large)]
+    rows = Dataset.from_list([stored(one) for one in [whole, *bad, whole]])
+    made, _, summary = prepared(qwen, rows, max_unusable_share=0.9)
+    assert [row["row"] for row in made] == [0, 5]
+    assert summary.dropped == {"unreadable_image": 4} and summary.dropped_rows == {"unreadable_image": [1, 2, 3, 4]}
+    with pytest.raises(DataError, match="row 1: unreadable_image"):
+        prepared(qwen, rows, on_unusable="error")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "1", "CMYK", "I;16"])
+def test_other_modes_are_read_as_their_colors(qwen: Any, mode: str) -> None:
+    """A gray of half the brightness stays that, whatever it is stored as."""
+    gray = Image.new("L", (16, 16), 128)
+    stored_as = {"I;16": Image.new("I;16", (16, 16), 128 << 8), "P": gray.convert("RGB").quantize(4)}
+    shown = stored_as.get(mode) or gray.convert("RGB").convert(mode)
+    file = io.BytesIO()
+    shown.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    made, images, _ = prepared(qwen, Dataset.from_list([stored(file.getvalue())]))
+    wanted = qwen.image_processor([gray.convert("RGB")], return_tensors="pt")["pixel_values"]
+    apart = (images.sample(made[0]).inputs["pixel_values"] - wanted).abs().max()
+    assert apart < (4 if mode == "1" else 0.05)  # dithered to black and white
+
+
+def test_an_image_stands_as_its_camera_was_held(qwen: Any) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # turned by 90 degrees
+    TWO.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    made, images, _ = prepared(qwen, Dataset.from_list([stored(file.getvalue())]))
+    same_as(qwen, made[0], images, user([PLACE, text("Q")]), [TWO])
+
+
+def test_other_settings_of_a_processor_are_other_images() -> None:
+    """Its own, and those of its image processor: prepared rows and cached log-probs are told by them."""
+    first, own, inner = (build_processor("llava") for _ in range(3))
+    own.patch_size += 1
+    inner.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert len({Images(one).settings for one in (first, own, inner, build_processor("llava"))}) == 3
