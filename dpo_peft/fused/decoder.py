@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from ..forward.attention import AttentionBackend, AttentionPlan
 from ..forward.images import Embedded, block_ids, embedded, encoder_parts
 from ..forward.layout import PackedBatch
+from ..forward.modules import bring_in, leaving, text_decoder
 from ..forward.score import Decoder
 from .attention import Attention, Kind, bind
 from .elementwise import Norm, RMSNorm
@@ -247,6 +248,7 @@ class FusedModel(Decoder):
         self.parts = parts
         self.backend = backend
         self.attention = backend.name
+        self.modules = list(text_decoder(causal_lm).layers)
         # The last layers' activations are freed first, so the first ones are checkpointed.
         self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
         self.offload = False
@@ -292,6 +294,7 @@ class FusedModel(Decoder):
             parts = [next(prepared) for _ in layer.projections]
             turned = angles[mixer.rope] if mixer and mixer.rope else (None, None)
             one = LayerPass(layer, parts, attention[mixer.kind] if mixer else None, turned, around)
+            bring_in(self.modules[i])
             if i < checkpointed:
                 # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
                 with save_on_cpu(pin_memory=x_TH.is_cuda) if self.offload else nullcontext():
@@ -300,6 +303,7 @@ class FusedModel(Decoder):
                 x_TH, *logits = one(x_TH)
             else:
                 x_TH, *logits = _without_keeping(one, x_TH)
+            x_TH = leaving(self.modules[i], x_TH)
             if router_logits is not None:
                 router_logits += logits
             if i < len(given.added):
