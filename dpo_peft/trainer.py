@@ -115,6 +115,8 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # Accelerate would wrap it, send all of it to the other processes, and move layers that are elsewhere just now.
+        self.model._is_accelerate_prepared = world_size() > 1 or placement_of(self.model) is not None
         self.model_accepts_loss_kwargs = True  # the loss is divided by the samples of the whole optimizer batch
         self._signature_columns = PREPARED_COLUMNS
         self._weights = self.model.num_parameters(exclude_embeddings=True)

@@ -1,4 +1,4 @@
-"""A 4-bit base in shards over 2 and 4 processes trains as one process that holds all of it: losses, gradients, weights.
+"""A 4-bit base in shards over 2 and 4 processes trains as one process that holds all of it: losses and weights.
 
 The runs of a group share one start of the processes.
 """
@@ -22,7 +22,7 @@ def sharded(name: str, *loss: str, options: dict[str, Any] | None = None, **more
 
 RUNS = [
     sharded("sigmoid", eval_rows=5, options={"eval_strategy": "steps", "eval_steps": 10}),
-    sharded("kto", "kto", options={"gradient_accumulation_steps": 2}),
+    sharded("kto", "kto", rows=27, batch=8, options={"gradient_accumulation_steps": 2}),
     sharded("lists", "multi_negative", rows=11, options={"max_tokens_per_microbatch": 90}),
     sharded("trajectory", "trajectory"),
 ]
