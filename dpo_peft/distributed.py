@@ -68,6 +68,13 @@ def meet() -> None:
             alive.serve()
 
 
+def wait_for_all() -> None:
+    """Waits until all processes are here."""
+    if world_size() > 1:
+        meet()
+        dist.barrier()
+
+
 def world_size() -> int:
     """Returns the number of processes; 1 if they aren't connected."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
