@@ -231,7 +231,7 @@ class DPOTrainer(Trainer):
                 if self.reference.restore(Path(folder)):
                     self._record()
                 self.reference.check_resumable(Path(folder))
-                self.run_state.compare(Path(folder))
+                self.run_state.compare(Path(folder), self.aux_loss_enabled)
             with self.step.running(), self.signal.listening():
                 output = super().train(folder, *args, **kwargs)
             if self.signal.agree():
