@@ -5,6 +5,7 @@ Names and defaults are those of `trl.DPOConfig` where it has them, so that a TRL
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,6 +31,7 @@ from .config_checks import (
 )
 from .credentials import without_secrets
 from .data import DISCOUNT_UNITS, TRUNCATION_MODES
+from .distributed import sharding
 from .errors import OptionError
 from .losses import F_DIVERGENCES, REGISTRY, find_objective
 
@@ -155,6 +157,14 @@ class DPOConfig(TrainingArguments):
     max_memory_gib: float | None = number(
         None, "GPU memory that 'auto' keeps within, in GiB. Default: most of what is free at the start.", above=0
     )
+    stream_layers: int | str | None = whole(
+        None,
+        1,
+        "Keep the frozen weights of so many decoder layers in the CPU's memory, and copy each to the GPU as it runs: "
+        "for a base that is too large for it. 'auto': as many as the GPU can't hold.",
+        optional=True,
+        auto=True,
+    )
     activation_offloading: bool = flag(False, "Keep what checkpointed layers save in the CPU's memory: for long rows.")
     fused_layers: bool | None = flag(
         None, "Compute decoder layers by our own kernels. Default: yes, on models that they are right for."
@@ -267,10 +277,13 @@ class DPOConfig(TrainingArguments):
         # Newer transformers renames the option and warns about the old name, which is TRL's.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        sharded = sharding(self.fsdp, os.environ)  # type: ignore[has-type]
+        self.fsdp = None  # transformers and accelerate would shard everything, the adapter too
         try:
             super().__post_init__()
         except ValueError as error:
             raise OptionError(str(error)) from error
+        self.fsdp, self.fsdp_config = sharded, {} if sharded else None  # type: ignore[var-annotated]
         for name in ("model_init_kwargs", "loss_options"):  # text of a command line is parsed by now
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")

@@ -58,7 +58,7 @@ OF_OTHER_CONFIGS = dict.fromkeys(("cpo_alpha", "simpo_gamma"), _CPO) | dict.from
 _FULL_EVAL = "It would round the adapter's weights for good. Evaluation computes as training does: set bf16."
 _COMPILE = "The trainer calls the backbone itself, which this option does not compile; leave it out."
 _NO_WRAPPER = "Several processes train without a wrapper of DistributedDataParallel; leave it out."
-_DDP = "In several processes each holds the whole model: `dpo-peft recipes ddp` shows accelerate's file for them."
+_FSDP = "The frozen base is sharded by fsdp='full_shard', or by the file that `dpo-peft recipes fsdp2` shows"
 # Options of TrainingArguments that would have no effect here, or a wrong one: (harmless value, what to do instead).
 NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "It smooths token labels, which this loss has none of."),
@@ -74,9 +74,8 @@ NOT_AVAILABLE: dict[str, tuple[Any, str]] = {
         ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
         (None, _NO_WRAPPER),
     ),
-    "fsdp": (None, _DDP),
-    "fsdp_config": (None, _DDP),
-    "deepspeed": (None, _DDP),
+    "fsdp_config": (None, f"{_FSDP}, and there is nothing else to set; leave it out."),
+    "deepspeed": (None, f"{_FSDP}; leave it out. DeepSpeed would split what is trained, which here is small."),
     "auto_find_batch_size": (False, "A micro-batch that runs out of memory is halved by itself; leave it out."),
     "enable_jit_checkpoint": (False, "SIGTERM always saves a checkpoint here; leave it out."),
 }
@@ -362,6 +361,9 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         ),
         f"unpair_preferences has no effect on loss_type {mix}, which doesn't learn from single completions: leave it "
         "out.": o.unpair_preferences and losses[0].data != "singles",
+        f"stream_layers={o.stream_layers!r} with fsdp={o.fsdp!r}: the layers are sharded already. Set one.": (
+            o.stream_layers is not None and o.fsdp
+        ),
         f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": layered,
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,

@@ -1,16 +1,18 @@
-"""Training in several processes, each with the whole model: only the gradients of the adapter cross.
+"""Training in several processes, each with the whole adapter: its gradients cross, and what is gathered of the base.
 
 There is no wrapper around the model. Every process reads the same global micro-batch in the same order, keeps its
 share of the rows, and divides its losses by the items of the whole optimizer batch; after the last micro-batch the
 gradients are summed. So a step is that of one process with the same global batch, an uneven last batch included.
+Where the base is sharded (`model.placement`), a process that waits for the others takes part in their gathers.
 
 Every function but the checks is the identity in a single process. Those that communicate are collectives: all
 processes must call them, in the same order.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,14 +24,16 @@ from .errors import OptionError, refuse
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20  # gradients cross in flat pieces of at most this size: few messages, little extra memory
 
-_SPLIT_BY = ("FSDP", "DeepSpeed", "Megatron-LM")
+_SPLIT_BY = ("DeepSpeed", "Megatron-LM")
+_TAKEN = "DPO_PEFT_FSDP"  # what accelerate's variables of FSDP asked for, after they were taken out
 _SPLITS_MODEL = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
 _OFFERED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_ON = ("1", "true", "yes", "y", "on")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps
 _REMEDY = (
     "Launch with recipes/accelerate/ddp.yaml: every process holds the whole model and only LoRA's small gradients "
-    "cross. A base that is too large for one card needs 4 bits (quantize_base, the default), gradient_checkpointing, "
-    "a smaller per_device_train_batch_size or max_length, or a larger card."
+    "cross. For a base that is too large for one card launch with recipes/accelerate/fsdp2.yaml (or set "
+    "fsdp='full_shard'): its frozen layers are sharded. Or set stream_layers='auto'."
 )
 # Options that all processes must agree on, or they would not take the same step.
 _SAME_OPTIONS = (
@@ -37,6 +41,31 @@ _SAME_OPTIONS = (
     "num_train_epochs learning_rate max_grad_norm eval_steps save_steps max_length loss_type loss_weights beta "
     "reference sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
 ).split()
+
+
+class Serves(Protocol):
+    """What a process does for the others while it waits for them."""
+
+    def serve(self) -> None:
+        """Takes part in what the others do together, until all of them come to wait."""
+
+
+_serving: list["weakref.ref[Serves]"] = []
+
+
+def serve_while_waiting(server: Serves) -> None:
+    """Has a process serve the others before each meeting, for as long as `server` lives. All must call it alike."""
+    _serving.append(weakref.ref(server))
+
+
+def meet() -> None:
+    """Comes to where all processes wait for each other; every collective here begins with it.
+
+    To be called before those of others, where the processes may have something different behind them.
+    """
+    for server in _serving:
+        if (alive := server()) is not None:
+            alive.serve()
 
 
 def world_size() -> int:
@@ -66,6 +95,7 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     """
     if world_size() == 1 or not values:
         return [float(value) for value in values]
+    meet()
     sums = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(sums)
     return sums.tolist()
@@ -75,6 +105,7 @@ def gather_over_processes(value: T) -> list[T]:
     """Returns each process's value in the order of ranks; anything that can be pickled, tensors on the CPU."""
     if world_size() == 1:
         return [value]
+    meet()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -124,6 +155,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
+    meet()
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     present = torch.tensor([p.grad is not None for p in trainable], dtype=torch.int32, device=_device())
     dist.all_reduce(present)
@@ -232,6 +264,11 @@ def check_launch(args: Any, env: Mapping[str, str] | None = None) -> None:
             f"WORLD_SIZE={launched} says that {launched} processes were launched, but they are not connected and each "
             "would train alone: on a machine without a GPU pass use_cpu=True; for a single process unset WORLD_SIZE."
         )
+    if args.fsdp and args.world_size == 1:
+        raise OptionError(
+            f"fsdp={args.fsdp!r} shards the base over several processes, and there is one: start several (`dpo-peft "
+            "train --num_processes 2`), or leave it out. On one GPU, stream_layers keeps layers in the CPU's memory."
+        )
     if args.world_size > 1:
         device_map = (args.model_init_kwargs or {}).get("device_map")
         refuse(
@@ -247,18 +284,49 @@ def check_launch(args: Any, env: Mapping[str, str] | None = None) -> None:
         check_same("The options", {name: str(getattr(args, name)) for name in _SAME_OPTIONS})
 
 
+def sharding(fsdp: object, env: MutableMapping[str, str]) -> str | None:
+    """Returns how the base is to be sharded: None, "full_shard", or "hybrid_shard" (within each machine).
+
+    Accelerate's variables are taken out of `env`: it would wrap the model, and shard the adapter with it.
+
+    Args:
+        fsdp: the option of `TrainingArguments`.
+        env: the environment, in which accelerate's launcher says what its config file says.
+
+    Raises:
+        OptionError: another way to shard.
+    """
+    if env.get("ACCELERATE_USE_FSDP", "").lower() in _ON:
+        if env.get("FSDP_VERSION") != "2" or env.get("FSDP_OFFLOAD_PARAMS", "").lower() in _ON:
+            raise OptionError(
+                "accelerate's config asks for FSDP 1, or for FSDP with parameters on the CPU. Set fsdp_version: 2 and "
+                "fsdp_offload_params: false in it, as `dpo-peft recipes fsdp2` shows; or, to keep layers in the CPU's "
+                "memory, leave FSDP out and set stream_layers."
+            )
+        hybrid = env.get("FSDP_SHARDING_STRATEGY") in ("HYBRID_SHARD", "4")
+        env.update({"ACCELERATE_USE_FSDP": "false", _TAKEN: "hybrid_shard" if hybrid else "full_shard"})
+    words = str("full_shard" if fsdp is True else fsdp or "").lower().replace("auto_wrap", "").split()
+    if not words or words == ["false"]:
+        return env.get(_TAKEN)
+    if words not in (["full_shard"], ["hybrid_shard"], ["true"]):
+        raise OptionError(
+            f"fsdp={fsdp!r}: the frozen base is sharded over all processes by 'full_shard', or over those of each "
+            "machine by 'hybrid_shard'. To keep layers in the CPU's memory leave it out, and set stream_layers."
+        )
+    return words[0].replace("true", "full_shard")
+
+
 def _splits(args: Any, env: Mapping[str, str]) -> Iterator[str]:
     """Yields what was asked for by which a process would hold less than the whole model, as sentences."""
 
     def is_set(variable: str) -> bool:
-        return env.get(variable, "").lower() in ("1", "true", "yes", "y", "on")
+        return env.get(variable, "").lower() in _ON
 
     for name in _SPLIT_BY:
         if is_set(variable := f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
             yield f"{name} is not offered ({variable} is set, by accelerate's config)"
-    for option in ("fsdp", "deepspeed"):
-        if getattr(args, option):
-            yield f"{option} is not offered"
+    if args.deepspeed:
+        yield "deepspeed is not offered"
     from_env = env if is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else {}
     for short, name in _SPLITS_MODEL.items():
         asked = int(from_env.get(f"PARALLELISM_CONFIG_{short.upper()}_SIZE") or 1)

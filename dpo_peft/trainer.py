@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .config import DPOConfig
 from .data.collator import PREPARED_COLUMNS, PreferenceCollator
-from .distributed import check_same, copy_from_first, unshard, world_size
+from .distributed import check_same, copy_from_first, meet, unshard, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .model.loading import storage_report
+from .model.placement import placement_of
 from .model.training_record import record_training
 from .objective import LossOutput, Totals
 from .reference.policy import ReferencePolicy
@@ -114,6 +115,8 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # Accelerate would wrap it, send all of it to the other processes, and move layers that are elsewhere just now.
+        self.model._is_accelerate_prepared = world_size() > 1 or placement_of(self.model) is not None
         self.model_accepts_loss_kwargs = True  # the loss is divided by the samples of the whole optimizer batch
         self._signature_columns = PREPARED_COLUMNS
         self._weights = self.model.num_parameters(exclude_embeddings=True)
@@ -127,6 +130,7 @@ class DPOTrainer(Trainer):
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers, tiny)
         plan, objective = self.forward_plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
+        self.reference.lockstep = placement_of(self.model) is not None
         self._build_parts(data_collator)
         trained = partial(trained_with, self.model, args, self.objective, as_given, self.prepare.as_chat)
         self._record = lambda: record_training(self.model, self.policy_adapter, trained())
@@ -186,8 +190,10 @@ class DPOTrainer(Trainer):
         coupled = inputs.get("coupled")
         batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
         totals = num_items_in_batch or self.objective.kind.totals([inputs])
-        ref = coupled.ref if coupled else self.reference.logps(batch)
-        policy = self.policy_logps(batch)
+        if coupled:
+            ref, policy = coupled.ref, self.policy_logps(batch)
+        else:
+            ref, policy = self.reference.beside_policy(batch, **self.objective.reads)
         loss, output = self.objective.loss(policy, ref, batch, totals, coupled)
         self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss
@@ -251,6 +257,7 @@ class DPOTrainer(Trainer):
             self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
             if self.args.precompute_ref_log_probs:
                 self.reference.precompute(rows_ahead(self, self.prepare.evaluated, self.step), self.collate)
+        meet()
         self.accelerator.wait_for_everyone()
 
     def hyperparameter_search(self, *args: object, **kwargs: object) -> Any:
@@ -268,6 +275,10 @@ class DPOTrainer(Trainer):
         return self.evaluation.warnings_raised
 
     # ---- Hooks of transformers.Trainer ---------------------------------------------------------------------------
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if placement_of(model) is None:
+            super()._move_model_to_device(model, device)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of one optimizer step, and its `Totals`."""
@@ -340,6 +351,7 @@ class DPOTrainer(Trainer):
         self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
         self.evaluation.finish(prefix, self.state.global_step)
+        meet()  # one process has completed samples
         metrics = self.objective.of_evaluation(self.metric_store.pop("eval"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -363,6 +375,7 @@ class DPOTrainer(Trainer):
         load_best(self.model, self.policy_adapter, self.state, self.reference)
         if not str(self.state.best_model_checkpoint).endswith(f"checkpoint-{self.state.global_step}"):
             self.evaluation.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
+            meet()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""

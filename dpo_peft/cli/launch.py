@@ -198,32 +198,29 @@ class Job:
         for text in dict.fromkeys(text for _, _, text in told):
             rank = next(rank for rank, _, one in told if one == text)
             print(text if text in by_main else f"dpo-peft: process {rank}: {text[10:]}", file=sys.stderr)
-        if not codes or {*codes.values()} <= self._asked():
-            return 128 + self._received[0] if codes else 0
-        for rank, code in codes.items():
-            if code < 0 and rank not in self._ended and code not in self._asked():
-                name = signal.Signals(-code).name
-                why = "; the system does so when memory runs out" if -code == signal.SIGKILL else ""
-                self._say(folder, rank, f"was ended by {name} (exit status {128 - code}){why}.")
-                return 128 - code
-        if told:
-            return told[0][1]
-        if ends:  # of several tracebacks the later ones say that the first process was gone
-            rank, code, text = ends[0]
-            if text:
-                self._say(folder, rank, f"failed (exit status {code}):\n{text.rstrip()}", tail=0)
-            return code
-        rank, code = next(iter(codes.items()))
-        self._say(folder, rank, f"ended with exit status {code}.")
+        if not codes:
+            return 0
+        if self._received and not told and ({*codes.values()} & self._asked() or not ends):
+            return 128 + self._received[0]
+        for rank in codes.keys() - {rank for rank, _, _ in ends} - self._ended:  # died without a word
+            code = codes[rank]
+            if code > 0:
+                self._say(folder, rank, f"ended with exit status {code}.")
+                return code
+            why = "; the system does so when memory runs out" if -code == signal.SIGKILL else ""
+            name, tail = signal.Signals(-code).name, 0 if -code == signal.SIGKILL else TAIL
+            self._say(folder, rank, f"was ended by {name} (exit status {128 - code}){why}.", tail)
+            return 128 - code
+        rank, code, text = ends[0]  # what others met later may be that this one was gone
+        if text not in ("", *(one for _, _, one in told)):
+            self._say(folder, rank, f"failed (exit status {code}):\n{text.rstrip()}", tail=0)
         return code
 
     def _say(self, folder: Path, rank: int, text: str, tail: int = TAIL) -> None:
         """Prints what became of a process, and what it had printed last."""
-        lines = [*text.split("\n"), *_read(folder / f"{rank}.log").splitlines()[-tail:][:tail]]
-        print(
-            printable("\n".join([f"dpo-peft: process {rank} of {self.processes} {lines[0]}", *lines[1:]])),
-            file=sys.stderr,
-        )
+        lines = [f"dpo-peft: process {rank} of {self.processes} {text}"]
+        lines += _read(folder / f"{rank}.log").splitlines()[-tail:] if tail else []
+        print(printable("\n".join(lines)), file=sys.stderr)
 
 
 def _read(file: Path) -> str:
@@ -253,7 +250,7 @@ def worker(command: Callable[[], int]) -> NoReturn:
     try:
         code = command()
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        code, text = (int(end.code or 0), "") if not isinstance(end.code, str) else (1, end.code)
     except BaseException:
         code, text = 1, traceback.format_exc()
     if code:

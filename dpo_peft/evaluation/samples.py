@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from ..config import DPOConfig
 from ..data.images import Images
 from ..disk import part_of
-from ..distributed import rank
+from ..distributed import meet, rank
 from ..errors import OptionError
 from ..files import write_rows
 from ..model.generation import end_tokens, sample_completions
@@ -109,6 +109,7 @@ class Samples(KeptRows):
             if rank() == 0:
                 (self.run_dir / PICTURES).unlink(missing_ok=True)
             self.take(0)
+            meet()
 
     def take(self, step: int, again: bool = False) -> None:
         """Samples a step's completions, once unless `again`."""

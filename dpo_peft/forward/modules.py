@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -29,3 +29,21 @@ def text_decoder(causal_lm: Any) -> Any:
     """Returns the decoder of a model's text, without a head: Llama 4's `get_decoder` gives a model that has one."""
     decoder = causal_lm.get_decoder()
     return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
+def decoder_layers(causal_lm: Any) -> nn.ModuleList:
+    """Returns the list of a language model's layers."""
+    lists = [module for module in text_decoder(causal_lm).modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
+
+
+def bring_in(module: nn.Module) -> None:
+    """Makes the weights of a decoder layer present, if they come and go (`model.placement`)."""
+    if (arrive := vars(module).get("bring_in")) is not None:
+        arrive()
+
+
+def leaving(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns what a decoder layer gave, whose backward pass will find the layer's weights present."""
+    leave = vars(module).get("leaving")
+    return x if leave is None else leave(x)

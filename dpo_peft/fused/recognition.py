@@ -28,7 +28,7 @@ from .lora import Projection
 from .own import Own
 
 # They change no value: for plain checkpointing, and to record what routers compute.
-_HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
+_HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook", "bring_layer_in", "layer_leaves")
 
 __all__ = ["FAMILIES", "MODEL_TYPES", "Family", "fused_decoder", "recognize"]
 

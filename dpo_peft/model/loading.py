@@ -353,9 +353,11 @@ def storage_report(model: nn.Module, reference: str | None = None) -> StorageRep
     unquantized: dict[str, int] = {}
     seen: set[int] = set()
     for name, parameter in model.named_parameters():
-        if parameter.data_ptr() in seen and parameter.numel():
+        # Of a layer that is elsewhere at the moment the storage is empty.
+        place = parameter.data_ptr() if parameter.untyped_storage().nbytes() else id(parameter)
+        if place in seen and parameter.numel():
             continue
-        seen.add(parameter.data_ptr())
+        seen.add(place)
         size = parameter.nbytes
         if parameter.requires_grad:
             report.trainable += size

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..errors import OptionError
 from ..forward.experts import GROUP_BYTES
-from ..forward.modules import text_decoder
+from ..forward.modules import decoder_layers, text_decoder
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import expert_weights, experts_in_4_bits
@@ -112,7 +112,7 @@ class Sketch:
         try:
             self.kind = class_of(self.config, trust_remote_code)
             self.base = self._build()
-            self.layers = len(_decoder_layers(self.base))
+            self.layers = len(decoder_layers(self.base))
         except Exception as error:  # of the model's own code
             raise _unpredictable(config, "it can't be built from its config", error) from error
         embedding, head = self.base.get_input_embeddings(), self.base.get_output_embeddings()
@@ -202,7 +202,7 @@ class Sketch:
             OptionError: layers that can't be run without numbers.
         """
         base = self.adapted.get_base_model()
-        layers = _decoder_layers(base)
+        layers = decoder_layers(base)
         kinds = [_kind_of_layer(layer) for layer in layers]
         needed = max(kinds.index(kind) for kind in kinds) + 1  # the first layers, with one of each kind among them
         config = base.config.get_text_config(decoder=True)
@@ -265,7 +265,7 @@ class _Sizes(NamedTuple):
 def _run(model: PeftModel, kinds: list[str], rows: int, row: int) -> _Sizes:
     """Runs layers forward and backward on rows of fake tokens."""
     base: Any = model.get_base_model()
-    decoder, layers, live = text_decoder(base), _decoder_layers(base), _Live()
+    decoder, layers, live = text_decoder(base), decoder_layers(base), _Live()
     saved: dict[int, int] = {}
     before: list[tuple[int, int]] = []
     inputs, kept, keys, backward = ([0.0] * len(kinds) for _ in range(4))
@@ -367,12 +367,6 @@ def _keep_first(decoder: nn.Module, layers: nn.ModuleList, number: int) -> None:
         for name, child in list(module.named_children()):
             if child is layers:
                 setattr(module, name, layers[:number])
-
-
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    """Returns the list of a language model's layers."""
-    lists = [module for module in text_decoder(model).modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
 
 
 def _kind_of_layer(layer: nn.Module) -> str:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ReferenceMismatchError
+from ..forward.modules import bring_in
 from .frozen_adapter import AdapterLayer, adapter_tensors
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ def base_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
     if wrapped is not None:
         yield from base_parts(wrapped, prefix)
         return
+    bring_in(module)
     own = [*module._parameters, *(key for key in module._buffers if key not in module._non_persistent_buffers_set)]
     with align_module_device(module):  # brings in weights that accelerate keeps off the device
         for key in own:

@@ -41,6 +41,7 @@ from .arguments import (
     data_source,
     fix_rope_by_rows,
 )
+from .memory_budget import place_layers
 from .results import asks_to_resume
 
 logger = logging.getLogger(__name__)
@@ -249,10 +250,12 @@ def build_model(
     # The adapter's start is drawn at random; and cuBLAS reads how it should work when it is first used.
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     name = model if isinstance(model, str) else None
+    placed = args.fsdp or args.stream_layers is not None
     if isinstance(model, str):
         quantize = args.quantize_base is not False
         init_kwargs = loading_options(args, quantize or quantization_config is not None)
-        model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, args.device)
+        device = torch.device("cpu") if placed else args.device
+        model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, device)
     check_class(model)
     by_name = name is not None and not isinstance(model, PeftModel)
     as_given = BaseAsGiven(base_class(model)) if by_name else base_as_given(model)
@@ -275,6 +278,8 @@ def build_model(
         logger.info("disable_dropout=True: turned off %s.", ", ".join(found))
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
+    if placed:
+        place_layers(model, args, reference.adapter)
     return model, reference, as_given
 
 

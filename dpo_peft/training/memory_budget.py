@@ -16,7 +16,9 @@ from peft import PeftModel
 from ..config import DPOConfig
 from ..errors import OptionError
 from ..forward import ForwardPlan, PackedBatch
+from ..forward.modules import decoder_layers, unwrap
 from ..model.loading import storage_report
+from ..model.placement import shard, stream
 from ..wings import wing
 from .arguments import autocast_dtype
 
@@ -144,6 +146,21 @@ def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: flo
         share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
         return _USED_SHARE * min(free + torch.cuda.memory_reserved(device), share * total)
     return loaded + _USED_SHARE_OF_RAM * psutil.virtual_memory().available
+
+
+def layers_to_stream(model: PeftModel, args: DPOConfig, frozen: str | None) -> int:
+    """Returns how many decoder layers' frozen weights stay in CPU memory: the option's, or what the GPU can't hold."""
+    if isinstance(args.stream_layers, int):
+        return args.stream_layers
+    return len(decoder_layers(unwrap(model)))
+
+
+def place_layers(model: PeftModel, args: DPOConfig, frozen: str | None) -> None:
+    """Shards or streams the base's decoder layers, as the options say, and moves the rest to the device."""
+    if args.fsdp:
+        shard(model, args.device, by_machine=args.fsdp == "hybrid_shard")
+    else:
+        stream(model, args.device, layers_to_stream(model, args, frozen))
 
 
 def plan_memory(

@@ -102,8 +102,8 @@ def train(run: dict[str, Any], folder: str, processes: int, rank: int) -> dict[s
     Args:
         run: `name`, `loss` (names), `rows` and `eval_rows` (numbers), `batch` (rows of a global micro-batch); if given
             also `options` (of `DPOConfig`), `metrics` (evaluate with `figures`), `stream` (number of shards of a
-            streaming dataset), `own_seed` (each process draws an adapter of its own), `resume` (a checkpoint below
-            the folder) and `broken` (see `break_on_purpose`).
+            streaming dataset), `nf4` (a base in 4 bits), `own_seed` (each process draws an adapter of its own),
+            `resume` (a checkpoint below the folder) and `broken` (see `break_on_purpose`).
         folder: holds `model`, and gets the run's outputs.
         processes: how many share a batch.
         rank: which of them this one is.
@@ -122,12 +122,15 @@ def train(run: dict[str, Any], folder: str, processes: int, rank: int) -> dict[s
     options = {"per_device_train_batch_size": share, "per_device_eval_batch_size": share, "optim": "sgd"}
     options |= {"learning_rate": 0.2, "max_steps": -1, "num_train_epochs": 2, "loss_type": run["loss"]}
     options |= NEEDED.get(run["loss"][0], {}) | run.get("options", {})
+    if processes == 1:
+        options.pop("fsdp", None)
     if run.get("eval_rows"):
         options["eval_dataset"] = rows(run["eval_rows"], seed=1)
     if run.get("metrics"):
         options["compute_metrics"] = figures
     set_seed(rank if run.get("own_seed") else 0)
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    quantized = {"quantization_config": in_4_bits()} if run.get("nf4") else {}
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32, **quantized)
     if run.get("own_seed"):
         model = adapter_drawn_here(model)
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
@@ -144,6 +147,19 @@ def train(run: dict[str, Any], folder: str, processes: int, rank: int) -> dict[s
         "eval": trainer.evaluate() if run.get("eval_rows") else {},
         "weights": {name: weight.flatten().tolist() for name, weight in adapter_weights(trainer).items()},
     }
+
+
+def in_4_bits() -> Any:
+    """NF4 with double quantization, which computes in float32."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
 
 
 def figures(predictions: Any) -> dict[str, float]:
