@@ -128,9 +128,6 @@ class Job:
                     f"main_process_port={port} of {host} can't be used: {str(error).splitlines()[0]} Give another one."
                 ) from error
             port = store.port
-        # Modules beside the user's files stand for nothing of ours, unless they do in this process too.
-        safe = [] if os.getcwd() in sys.path else ["-P"]
-        command = [sys.executable, *safe, "-m", __package__, "train", *argv]
         shared = self.env | {"MASTER_ADDR": host, "MASTER_PORT": str(port), JOB: str(folder)}
         shared |= {"WORLD_SIZE": str(self.processes), "LOCAL_WORLD_SIZE": str(len(self.ranks))}
         for local, rank in enumerate(self.ranks):
@@ -138,7 +135,12 @@ class Job:
             with (folder / f"{rank}.log").open("wb") as log:
                 output = None if local == 0 else log
                 self._workers[rank] = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
+                    command(argv),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=env,
+                    start_new_session=True,
                 )
         for number in self._received:  # one may have come in between
             self._send(number)
@@ -223,6 +225,13 @@ class Job:
         print(printable("\n".join(lines)), file=sys.stderr)
 
 
+def command(argv: Sequence[str]) -> list[str]:
+    """Returns the command line of each process."""
+    # Modules beside the user's files stand for nothing of ours, unless they do in this process too.
+    safe = [] if os.getcwd() in sys.path else ["-P"]
+    return [sys.executable, *safe, "-m", str(__package__), "train", *argv]
+
+
 def _read(file: Path) -> str:
     return file.read_text("utf-8", "replace") if file.is_file() else ""
 
@@ -236,7 +245,7 @@ def _modified(file: Path) -> int:
 said: list[str] = []  # errors, for the job to print
 
 
-def worker(command: Callable[[], int]) -> NoReturn:
+def worker(run: Callable[[], int]) -> NoReturn:
     """Runs a command as one process of a job, says how it ended, and ends."""
     folder, rank = Path(os.environ[JOB]), os.environ["RANK"]
     if sys.platform == "linux":  # if the job is killed, this process is told
@@ -248,7 +257,7 @@ def worker(command: Callable[[], int]) -> NoReturn:
     logging.getLogger("dpo_peft").addHandler(warnings)
     text = ""
     try:
-        code = command()
+        code = run()
     except SystemExit as end:
         code, text = (int(end.code or 0), "") if not isinstance(end.code, str) else (1, end.code)
     except BaseException:
