@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 430,
     "conversion": 450,
     "preview": 965,
-    "cli": 3540,
+    "cli": 3965,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 37_850
+MAX_PACKAGE_LINES = 38_280
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
