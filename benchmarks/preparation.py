@@ -11,10 +11,11 @@ prepared, and of the second start, which finds both in the cache. Those times ar
 
     python benchmarks/preparation.py --tiny 100000 300000 1000000 --tiny_chats 100000
 
-instead prepares so many rows of a few words, as text and as conversations: by the way from the file to what a trainer holds (prepared, counted, its
-fingerprint, the look whether the model embeds them), and by TRL's own `DPOTrainer._prepare_dataset`, in turns, each in
-a process and a cache of its own. CPU and wall seconds, peak memory, bytes in the cache, the ratio to TRL's, and how
-far one row's cost at each size is from that at the first. Writes benchmarks/results/preparation_tiny_cpu.json.
+instead prepares so many rows of a few words, as text and as conversations: all the way to what a trainer holds
+(prepared, counted, its fingerprint, the look whether the model embeds them), and by TRL's own
+`DPOTrainer._prepare_dataset`, in turns, each in a process and a cache of its own. CPU and wall seconds, peak memory,
+bytes in the cache, the ratio to TRL's, and how far one row's cost at each size is from that at the first. Writes
+benchmarks/results/preparation_tiny_cpu.json.
 """
 
 import argparse
