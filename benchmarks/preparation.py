@@ -190,25 +190,19 @@ def peak_mib() -> float:
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) / 1024
 
 
-def tiny(kind: str, counts: list[int], tokenizer: str) -> dict[str, Any]:
-    """Returns what `job` finds by size, and the ratios."""
+def tiny(kind: str, count: int, tokenizer: str) -> dict[str, Any]:
+    """Returns what `job` finds, and the ratio."""
     found: dict[str, Any] = {}
-    for count in counts:
-        of_size: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as home:
-            write_tiny(path := Path(home, f"{kind}.jsonl"), count, kind == "chats")
-            for who in ("ours", "trl"):
-                command = [sys.executable, __file__, "--job", who, str(path), "--tokenizer", tokenizer]
-                env = {**os.environ, "HF_DATASETS_CACHE": f"{home}/{who}"}
-                done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-                of_size[who] = {k: round(v, 3) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
-        ours, trl = (of_size[who]["prepare_s"] for who in ("ours", "trl"))
-        whole = ours + of_size["ours"]["prepare_look_s"]
-        of_size |= {"us_a_row": round(1e6 * whole / count, 1), "ratio_to_trl": round(whole / trl, 3)}
-        first = next(iter(found.values()), of_size)["us_a_row"]
-        of_size["one_costs_times_as_much_as_at_first"] = round(of_size["us_a_row"] / first, 3)
-        found[str(count)] = of_size
-        print(f"{count:,} rows, {kind}: {of_size}", flush=True)
+    with tempfile.TemporaryDirectory() as home:
+        write_tiny(path := Path(home, f"{kind}.jsonl"), count, kind == "chats")
+        for who in ("ours", "trl"):
+            command = [sys.executable, __file__, "--job", who, str(path), "--tokenizer", tokenizer]
+            env = {**os.environ, "HF_DATASETS_CACHE": f"{home}/{who}"}
+            done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+            found[who] = {name: round(value, 3) for name, value in json.loads(done.stdout.splitlines()[-1]).items()}
+    whole = found["ours"]["prepare_s"] + found["ours"]["prepare_look_s"]
+    found |= {"us_a_row": round(1e6 * whole / count, 1), "ratio_to_trl": round(whole / found["trl"]["prepare_s"], 3)}
+    print(f"{count:,} rows, {kind}: {found}", flush=True)
     return found
 
 
@@ -231,10 +225,17 @@ def main() -> None:
     if args.tiny or args.tiny_chats:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         about = {"device": "CPU", "versions": framework_versions(), "commit": commit.stdout.strip()}
-        facts = {**about, "tokenizer": Path(args.tokenizer).name, "results": {}}
+        file = HERE / "results" / "preparation_tiny_cpu.json"
+        kept = json.loads(file.read_text())["results"] if file.exists() else {}  # of other sizes
         for kind, counts in {"text": args.tiny, "chats": args.tiny_chats}.items():
-            facts["results"][kind] = tiny(kind, counts, args.tokenizer)
-        (HERE / "results" / "preparation_tiny_cpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+            for count in counts:
+                of_kind = {**kept.get(kind, {}), str(count): tiny(kind, count, args.tokenizer)}
+                kept[kind] = dict(sorted(of_kind.items(), key=lambda item: int(item[0])))
+                first = next(iter(kept[kind].values()))["us_a_row"]
+                for of_size in kept[kind].values():
+                    of_size["one_costs_times_as_much_as_at_first"] = round(of_size["us_a_row"] / first, 3)
+                facts = {**about, "tokenizer": Path(args.tokenizer).name, "results": kept}
+                file.write_text(json.dumps(facts, indent=1) + "\n")
         return
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "versions": framework_versions()}
     results |= {"tokenizer": Path(args.tokenizer).name, "tokens": args.tokens, "repeats": args.repeats}
