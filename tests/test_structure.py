@@ -37,7 +37,7 @@ BUDGETS = {
     "objective": 485,
     "distributed": 375,
     "losses": 1100,
-    "data": 4955,
+    "data": 5000,
     "forward": 2665,
     "reference": 1590,
     "model": 3345,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 38_280
+MAX_PACKAGE_LINES = 38_330
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
