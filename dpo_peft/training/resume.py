@@ -44,8 +44,8 @@ _HARMLESS = (
     "hub_ load_best metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num "
     "dataloader_pin dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
-    "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib "
-    "max_unusable_share on_unusable restore_callback jit_mode"
+    "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib fsdp "
+    "stream_layers max_unusable_share on_unusable restore_callback jit_mode"
 ).split()
 PROCESSES = "number of processes"
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", PROCESSES)  # their product is a step's rows
