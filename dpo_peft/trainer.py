@@ -190,7 +190,7 @@ class DPOTrainer(Trainer):
         coupled = inputs.get("coupled")
         batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
         totals = num_items_in_batch or self.objective.kind.totals([inputs])
-        ref, policy = self.reference.beside_policy(batch, coupled, **self.objective.reads)
+        ref, policy = self.reference.beside_policy(batch, coupled, self.policy_logps, **self.objective.reads)
         loss, output = self.objective.loss(policy, ref, batch, totals, coupled)
         self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss
@@ -275,7 +275,7 @@ class DPOTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of one optimizer step, and its `Totals`."""
         entries, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return self.step.begin(entries) if entries else (entries, None)
+        return self.step.begin(entries, num_batches) if entries else (entries, None)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs forward and backward of one micro-batch. Returns this process's part of the loss, detached."""

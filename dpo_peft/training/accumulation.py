@@ -99,14 +99,15 @@ class OptimizerStep:
 
     # ---- Forward and backward ------------------------------------------------------------------------------------
 
-    def begin(self, entries: list[Entry]) -> tuple[list[Entry], Totals]:
+    def begin(self, entries: list[Entry], number: int) -> tuple[list[Entry], Totals]:
         """Lays out what came from the data loader. An objective that couples rows takes its loss here, over all.
 
         Returns:
-            As many entries for the training loop, and the step's totals over all processes.
+            Entries for the training loop, and the step's totals over all processes. Where a stream ended before
+            `number` of them, the rest are empty: the loop steps after as many.
         """
         self.model.train()
-        self._entries, self._cuts = self.lay_out(entries), 0
+        self._entries, self._cuts = [*self.lay_out(entries), *hang([], [], 1) * (number - len(entries))], 0
         self._totals = self.totals(_micro_batches(self._entries))
         self._metrics_before = self.metrics.snapshot()
         self._start_over()
