@@ -180,14 +180,14 @@ class ReferencePolicy:
     def beside_policy(
         self, batch: PackedBatch, coupled: Coupled | None, policy: Callable[[PackedBatch], Scores], **reads: bool
     ) -> tuple[Scores | None, Scores]:
-        """Returns `logps`, if they are not known from a `coupled` batch, and what `policy` gives. Where layers come and
-        go, both passes go through them side by side, and `reads` says what the losses read (`completion_logps`)."""
+        """Returns `logps`, if they are not known from a `coupled` batch, and what `policy` gives. Where layers come
+        and go, both passes go through them side by side, and `reads` says what losses read (`completion_logps`)."""
         scorer = self.plan.scorer
         if coupled is not None:
             return coupled.ref, policy(batch)
         if self.needed and self.store is None and self.lockstep and isinstance(scorer, Decoder) and batch.shared:
-            policy, reference = logps_with_reference(self.model, batch, scorer, self.adapter, **reads)
-            return reference, policy
+            own, reference = logps_with_reference(self.model, batch, scorer, self.adapter, **reads)
+            return reference, own
         return self.logps(batch), policy(batch)
 
     def compute(self, batch: PackedBatch) -> Scores:
