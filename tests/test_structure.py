@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 430,
     "conversion": 450,
     "preview": 965,
-    "cli": 3970,
+    "cli": 3985,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 38_210
+MAX_PACKAGE_LINES = 38_225
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
