@@ -295,6 +295,7 @@ def _place(
     for i, index in enumerate(chosen):
         _attach(layers[index], placement, i)
     vars(causal_lm)["_placement"] = placement
+    vars(model)["to"] = lambda *_, **__: model  # it is there; the trainer would copy what is elsewhere just now
     return placement
 
 

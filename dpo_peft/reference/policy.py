@@ -32,12 +32,11 @@ from ..forward import (
     PackedBatch,
     Sample,
     Scores,
-    completion_logps,
     logps_with_reference,
     pad_rows,
 )
 from ..forward.rotary import fixed_rope_length
-from ..objective import TrainingObjective
+from ..objective import Coupled, TrainingObjective
 from .adapter_off import (
     ADAPTER_OFF,
     Reference,
@@ -178,14 +177,18 @@ class ReferencePolicy:
         token_logps_N = torch.from_numpy(np.concatenate(own)) if own else torch.empty(0)
         return Scores(token_logps_N.to(batch.input_ids.device), logps_C.to(batch.input_ids.device))
 
-    def beside_policy(self, batch: PackedBatch, **reads: bool) -> tuple[Scores | None, Scores]:
-        """Returns `logps`, and the policy's log-probs with what else the losses read (see `completion_logps`). Where
-        layers come and go, both passes go through them side by side."""
+    def beside_policy(
+        self, batch: PackedBatch, coupled: Coupled | None, policy: Callable[[PackedBatch], Scores], **reads: bool
+    ) -> tuple[Scores | None, Scores]:
+        """Returns `logps`, if they are not known from a `coupled` batch, and what `policy` gives. Where layers come and
+        go, both passes go through them side by side, and `reads` says what the losses read (`completion_logps`)."""
         scorer = self.plan.scorer
+        if coupled is not None:
+            return coupled.ref, policy(batch)
         if self.needed and self.store is None and self.lockstep and isinstance(scorer, Decoder) and batch.shared:
             policy, reference = logps_with_reference(self.model, batch, scorer, self.adapter, **reads)
             return reference, policy
-        return self.logps(batch), completion_logps(self.model, batch, scorer, **reads)
+        return self.logps(batch), policy(batch)
 
     def compute(self, batch: PackedBatch) -> Scores:
         """Returns the log-probs of a forward pass under the reference."""
