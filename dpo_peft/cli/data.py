@@ -16,6 +16,7 @@ from ..preview import look
 from ..preview.advice import advise, leak_advice, named
 from ..preview.reading import SIDES
 from ..rowfiles import find_files
+from .launch import LaunchArguments
 from .mixture import DataArguments, load_datasets
 from .options import made, option, option_of, parse_groups, printable, required, show
 from .train import ModelArguments, OutputArguments
@@ -86,7 +87,10 @@ def data(argv: Sequence[str]) -> None:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words = ["--dataset_name", *words]
-    groups, unread = (LookArguments, DataArguments, TrainedAs), (ModelArguments, OutputArguments, DPOConfig)
+    groups, unread = (
+        (LookArguments, DataArguments, TrainedAs),
+        (ModelArguments, OutputArguments, LaunchArguments, DPOConfig),
+    )
     usage = "[DATASET_NAME] [--config FILE.yaml] [--option value ...]"
     options, _ = parse_groups(words, groups, "data", usage, about, EXAMPLES, unread)
     required(options, *([] if options.datasets else ["dataset_name"]))

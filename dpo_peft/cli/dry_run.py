@@ -80,7 +80,8 @@ def _steps(args: DPOConfig, rows: int | None, processes: int) -> dict[str, Any]:
     else:
         in_epoch = max(rows // batch if args.dataloader_drop_last else math.ceil(rows / batch), 1)
         total = math.ceil(args.num_train_epochs * in_epoch)
-    return {"rows": batch, "total": total, "warmup": args.get_warmup_steps(total), "processes": processes}
+    several = {"processes": processes} if processes > 1 else {}
+    return {"rows": batch, "total": total, "warmup": args.get_warmup_steps(total), **several}
 
 
 def _memory(args: DPOConfig, model: Any, report: DataReport, lora: LoraConfig | None) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _table(figures: dict[str, Any], args: DPOConfig, reports: dict[str, DataRepo
         if cut := reports[name].rows_truncated:
             lines.append(("", f"{cut:,} rows are cut to max_length ({args.truncation_mode})"))
     total = f"{steps['total']:,} of {steps['rows']} rows"
-    total += f" in {steps['processes']} processes" if steps["processes"] > 1 else ""
+    total += f" in {steps['processes']} processes" if "processes" in steps else ""
     total += "" if args.max_steps > 0 else f", {args.num_train_epochs:g} epochs"
     lines += [
         ("steps", f"{total}, {steps['warmup']} of warmup, to {args.learning_rate:g}"),

@@ -348,18 +348,7 @@ def _resolve(given: dict[str, Any], use_cpu: bool, dry_run: bool) -> Job | None:
     except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         raise OptionError(f"accelerate_config={name!r}: {error}") from error
     total, machines, machine = args.num_processes, args.num_machines or 1, int(args.machine_rank or 0)
-    if total < 1 or machines < 1 or total % machines:
-        raise OptionError(
-            f"num_processes={total} on num_machines={machines}: give a whole number of processes, as many on each "
-            "machine; num_processes counts those of all."
-        )
-    if not 0 <= machine < machines:
-        raise OptionError(f"machine_rank={machine}: machines are counted from 0 to {machines - 1} (num_machines - 1).")
-    if machines > 1 and (args.main_process_ip is None or not address[1]):
-        raise OptionError(
-            f"num_machines={machines}: give main_process_ip and main_process_port, the address of machine 0 and a "
-            "free port there, the same on all machines."
-        )
+    _check_machines(total, machines, machine, args.main_process_ip is not None and address[1] > 0)
     if total == 1 and kind != "FSDP":
         return None
     local = total // machines
@@ -377,6 +366,21 @@ def _resolve(given: dict[str, Any], use_cpu: bool, dry_run: bool) -> Job | None:
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # the store is the job's
     return Job(total, range(machine * local, (machine + 1) * local), env, address, dry_run)
+
+
+def _check_machines(total: int, machines: int, machine: int, has_address: bool) -> None:
+    if total < 1 or machines < 1 or total % machines:
+        raise OptionError(
+            f"num_processes={total} on num_machines={machines}: give a whole number of processes, as many on each "
+            "machine; num_processes counts those of all."
+        )
+    if not 0 <= machine < machines:
+        raise OptionError(f"machine_rank={machine}: machines are counted from 0 to {machines - 1} (num_machines - 1).")
+    if machines > 1 and not has_address:
+        raise OptionError(
+            f"num_machines={machines}: give main_process_ip and main_process_port, the address of machine 0 and a "
+            "free port there, the same on all machines."
+        )
 
 
 def _config(name: str) -> Path:

@@ -10,6 +10,7 @@ from ..planning.gpus import SOLD_AS
 from ..planning.memory import GIB, HEAD_PHASE, LAYER_PHASE, RESERVE
 from ..planning.run import DEFAULTS, Plan, PlanOptions
 from ..planning.run import plan as make_plan
+from .launch import LaunchArguments
 from .mixture import DataArguments
 from .options import option, parse_groups, show
 from .train import ModelArguments, target_modules
@@ -60,7 +61,7 @@ def plan(argv: Sequence[str]) -> None:
     usage = "[--config FILE.yaml] [--gpu GPU] [--option value ...]"
     # Options are read by name. No `DPOConfig` is made: that asks for the hardware of training.
     groups = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
-    options, from_file = parse_groups(argv, groups, "plan", usage, about, EXAMPLES)
+    options, from_file = parse_groups(argv, groups, "plan", usage, about, EXAMPLES, [LaunchArguments])
     # The command line overrides the file: a shape there stands for the model that the file names.
     if options.shape != from_file.get("shape") and options.model_name_or_path == from_file.get("model_name_or_path"):
         options.model_name_or_path = ""

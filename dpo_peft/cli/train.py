@@ -38,8 +38,7 @@ EXAMPLES = [
     "dpo-peft train --config dpo_qlora_8b --beta 0.2 --output_dir outputs/beta-0.2",
     "dpo-peft train --model_name_or_path Qwen/Qwen3-8B --dataset_name pairs.jsonl --output_dir outputs/run",
     "dpo-peft train --config FILE.yaml --resume_from_checkpoint latest",
-    "dpo-peft train --config FILE.yaml --json > result.json",
-    "dpo-peft train --config FILE.yaml --num_processes 2",
+    "dpo-peft train --config FILE.yaml --num_processes 2 --json > result.json",
 ]
 
 
@@ -245,7 +244,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
     about = (
         "Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a "
-        "FILE.yaml to begin with, --dry_run checks it."
+        "FILE.yaml, --dry_run checks it."
     )
     groups = (DataArguments, ModelArguments, OutputArguments, LaunchArguments, DPOConfig)
     return parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)[0]

@@ -101,4 +101,4 @@ def test_the_schema_is_that_of_the_options_and_knows_every_recipe() -> None:
         assert not fitting(value, made["properties"][name]), name
     for name, value in {"eval_strategy": False, "learning_rate": "1e-5", "loss_type": ["sigmoid", "sft"]}.items():
         assert fitting(value, made["properties"][name]), name
-    assert "fsdp" not in made["properties"] and str(REPO) not in json.dumps(made)
+    assert "deepspeed" not in made["properties"] and str(REPO) not in json.dumps(made)
