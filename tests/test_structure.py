@@ -55,17 +55,14 @@ BUDGETS = {
     "chat": 430,
     "conversion": 450,
     "preview": 965,
-<<<<<<< HEAD
-    "cli": 3985,
-=======
-    "cli": 3965,
->>>>>>> main
+    "cli": 3975,
+    "cli": 3975,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 225,
 }
 <<<<<<< HEAD
-MAX_PACKAGE_LINES = 38_225
+MAX_PACKAGE_LINES = 38_330
 =======
 MAX_PACKAGE_LINES = 38_330
 >>>>>>> main
