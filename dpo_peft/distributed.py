@@ -1,8 +1,9 @@
-"""Training in several processes, each with the whole model: only the gradients of the adapter cross.
+"""Training in several processes, each with the whole adapter: its gradients cross, and what is gathered of the base.
 
 There is no wrapper around the model. Every process reads the same global micro-batch in the same order, keeps its
 share of the rows, and divides its losses by the items of the whole optimizer batch; after the last micro-batch the
 gradients are summed. So a step is that of one process with the same global batch, an uneven last batch included.
+Where the base is sharded (`model.placement`), a process that waits for the others takes part in their gathers.
 
 Every function but the checks is the identity in a single process. Those that communicate are collectives: all
 processes must call them, in the same order.

@@ -130,6 +130,7 @@ class DPOTrainer(Trainer):
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers, tiny)
         plan, objective = self.forward_plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
+        self.reference.lockstep = placement_of(self.model) is not None
         self._build_parts(data_collator)
         trained = partial(trained_with, self.model, args, self.objective, as_given, self.prepare.as_chat)
         self._record = lambda: record_training(self.model, self.policy_adapter, trained())
@@ -189,8 +190,10 @@ class DPOTrainer(Trainer):
         coupled = inputs.get("coupled")
         batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
         totals = num_items_in_batch or self.objective.kind.totals([inputs])
-        ref = coupled.ref if coupled else self.reference.logps(batch)
-        policy = self.policy_logps(batch)
+        if coupled:
+            ref, policy = coupled.ref, self.policy_logps(batch)
+        else:
+            ref, policy = self.reference.beside_policy(batch, **self.objective.reads)
         loss, output = self.objective.loss(policy, ref, batch, totals, coupled)
         self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss

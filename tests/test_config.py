@@ -99,8 +99,10 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"label_names": ["x"]}, r"label_names.*no labels"),
     "inputs for metrics": ({"include_for_metrics": ["inputs"]}, r"include_for_metrics.*rewards"),
     "grouping": ({"train_sampling_strategy": "group_by_length"}, r"train_sampling_strategy.*'random', 'sequential'"),
-    "fsdp": ({"fsdp": "full_shard"}, r"fsdp='full_shard'.*several processes"),
-    "deepspeed": ({"deepspeed": "zero.json"}, r"deepspeed='zero\.json'.*several processes"),
+    "fsdp": ({"fsdp": "shard_grad_op"}, r"fsdp='shard_grad_op'.*'full_shard'"),
+    "fsdp_config": ({"fsdp_config": {"version": 2}}, r"fsdp_config.*fsdp='full_shard'.*leave it out"),
+    "streamed and sharded": ({"fsdp": True, "stream_layers": 2}, r"stream_layers=2 with fsdp=True.*Set one"),
+    "deepspeed": ({"deepspeed": "zero.json"}, r"deepspeed='zero\.json'.*fsdp='full_shard'.*recipes fsdp2"),
 }
 
 

@@ -329,7 +329,6 @@ def test_interleave_undoes_any_split() -> None:
 @pytest.mark.parametrize(
     "env, word",
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is not offered"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not offered"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not offered"),
         ({"WORLD_SIZE": "4"}, "use_cpu=True"),
@@ -357,7 +356,6 @@ def test_data_parallel_launches_are_accepted(kind: str) -> None:
 @pytest.mark.parametrize(
     "option, value",
     [
-        ("fsdp", "full_shard"),
         ("deepspeed", "zero.json"),
         ("model_init_kwargs", {"tp_plan": "auto"}),
         ("parallelism_config", SimpleNamespace(tp_size=1, cp_size=1, sp_size=1, dp_shard_size=2)),

@@ -31,20 +31,20 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 400,
-    "config": 330,
+    "trainer": 415,
+    "config": 345,
     "config_checks": 380,
     "objective": 485,
-    "distributed": 275,
+    "distributed": 345,
     "losses": 1100,
     "data": 4955,
-    "forward": 2595,
-    "reference": 1565,
-    "model": 2980,
-    "training": 2890,
+    "forward": 2665,
+    "reference": 1585,
+    "model": 3340,
+    "training": 2910,
     "evaluation": 1520,
-    "fused": 2560,
-    "planning": 1515,
+    "fused": 2595,
+    "planning": 1505,
     "artifacts": 1365,
     "reward": 865,
     "merge": 655,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 37_180
+MAX_PACKAGE_LINES = 37_780
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

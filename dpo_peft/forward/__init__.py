@@ -5,7 +5,15 @@ Nothing here knows dataset formats, losses or configs.
 
 from .layout import PackedBatch, Sample, content_keys, halves, pack, pad_rows
 from .probe import ForwardPlan, plan_forward, recheck
-from .score import Decoder, Scores, completion_logps, has_routers, sequence_logps, sum_by_completion
+from .score import (
+    Decoder,
+    Scores,
+    completion_logps,
+    has_routers,
+    logps_with_reference,
+    sequence_logps,
+    sum_by_completion,
+)
 
 __all__ = [
     "Decoder",
@@ -17,6 +25,7 @@ __all__ = [
     "content_keys",
     "halves",
     "has_routers",
+    "logps_with_reference",
     "pack",
     "pad_rows",
     "plan_forward",

@@ -4,7 +4,7 @@ Shape suffixes: N predicted tokens, C completions, H hidden size; in `sequence_l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,13 @@ class Decoder(ABC):
 
         What each router computes, (T, X), is added to `router_logits`.
         """
+
+    @abstractmethod
+    def with_reference(
+        self, batch: PackedBatch, adapter: str | None, router_logits: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `hidden_states`, and those of `reference(adapter)` without a gradient, in one walk over the layers:
+        where their weights come and go, each comes once for both."""
 
     @abstractmethod
     def reference(self, adapter: str | None) -> "Decoder":
@@ -80,7 +87,6 @@ def completion_logps(
         CannotShareError: the model's attention can't read a shared batch.
     """
     causal_lm = unwrap(model)
-    head = read_head(causal_lm)
     logits: list[Tensor] = []
     if isinstance(backend, Decoder) and batch.shared:
         hidden_NH = backend.hidden_states(batch, logits)
@@ -88,6 +94,39 @@ def completion_logps(
         outputs = _run(causal_lm, batch, backend.attention if isinstance(backend, Decoder) else backend, routing)
         hidden_NH = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.pred_pos)
         logits = outputs.router_logits if routing else []
+    return _read(causal_lm, batch, hidden_NH, logits, chunk_rows, log_sum_sq, routing)
+
+
+def logps_with_reference(
+    model: nn.Module,
+    batch: PackedBatch,
+    backend: Decoder,
+    adapter: str | None,
+    chunk_rows: int = CHUNK_ROWS,
+    log_sum_sq: bool = False,
+    routing: bool = False,
+) -> tuple[Scores, Scores]:
+    """Returns `completion_logps` of a shared batch, and the reference's, from one walk over the decoder's layers.
+
+    `adapter` is the reference's, or None for none; the other arguments are those of `completion_logps`.
+    """
+    causal_lm, logits = unwrap(model), list[Tensor]()
+    own_NH, reference_NH = backend.with_reference(batch, adapter, logits)
+    with torch.no_grad():
+        reference = _read(causal_lm, batch, reference_NH, [], chunk_rows, False, False)
+    return _read(causal_lm, batch, own_NH, logits, chunk_rows, log_sum_sq, routing), reference
+
+
+def _read(
+    causal_lm: PreTrainedModel,
+    batch: PackedBatch,
+    hidden_NH: Tensor,
+    logits: Sequence[Tensor],
+    chunk_rows: int,
+    log_sum_sq: bool,
+    routing: bool,
+) -> Scores:
+    head = read_head(causal_lm)
     chosen = causal_lm.config.get_text_config().num_experts_per_tok if routing else 0
     routed = read_routing(logits, batch, chosen) if routing else None
     log_sum_sq_N = torch.empty_like(batch.target, dtype=torch.float32) if log_sum_sq else None

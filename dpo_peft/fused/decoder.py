@@ -16,7 +16,7 @@ Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from ..forward.attention import AttentionBackend, AttentionPlan
-from ..forward.images import Embedded, block_ids, embedded, encoder_parts
+from ..forward.images import block_ids, embedded, encoder_parts
 from ..forward.layout import PackedBatch
 from ..forward.modules import bring_in, leaving, text_decoder
 from ..forward.score import Decoder
@@ -265,47 +265,81 @@ class FusedModel(Decoder):
 
     def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
         """See the base class."""
-        # Frozen, also where a hook for plain checkpointing asks for its gradient.
-        parts = [] if batch.images is None else encoder_parts(self.causal_lm)
-        with exchanged(nn.ModuleList(parts), self._only) if parts else nullcontext():
-            given = embedded(self.causal_lm, batch)
-        x_TH, plan = given.x_TH, AttentionPlan(batch, self.backend)
-        plan.blocks = block_ids(self.causal_lm.config, batch)
-        around = Surroundings.now(x_TH.device.type, plan, self._only)
-        with torch.autocast(x_TH.device.type, enabled=False):
-            if self.parts.embedding != 1:
-                x_TH = x_TH * self.parts.embedding
-            x_TH = self._decode(given._replace(x_TH=x_TH), batch, around, router_logits)
-            return RMSNorm.apply(x_TH.index_select(0, batch.pred_pos), self.parts.norm)
+        return self._through([_Pass(self, batch, router_logits)])[0]
 
-    def _decode(
-        self, given: Embedded, batch: PackedBatch, around: Surroundings, router_logits: list[Tensor] | None
-    ) -> Tensor:
-        layers, x_TH = self.parts.layers, given.x_TH
-        prepared = iter(
-            prepare([p for layer in layers for p in layer.projections], x_TH.dtype, x_TH.device, self._only)
-        )
-        mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
-        attention = bind(around.plan, {mixer.kind for mixer in mixers if mixer})
-        kinds = {mixer.rope for mixer in mixers if mixer and mixer.rope}
-        angles = {kind: self.parts.angles(x_TH[None], given.positions, kind) for kind in sorted(kinds)}
-        checkpointed = self.checkpointed(batch) if torch.is_grad_enabled() else 0
-        for i, (layer, mixer) in enumerate(zip(layers, mixers, strict=True)):
-            parts = [next(prepared) for _ in layer.projections]
-            turned = angles[mixer.rope] if mixer and mixer.rope else (None, None)
-            one = LayerPass(layer, parts, attention[mixer.kind] if mixer else None, turned, around)
-            bring_in(self.modules[i])
-            if i < checkpointed:
-                # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
-                with save_on_cpu(pin_memory=x_TH.is_cuda) if self.offload else nullcontext():
-                    x_TH, *logits = _Checkpointed.apply(x_TH, one, *one.parameters)
-            elif torch.is_grad_enabled():
-                x_TH, *logits = one(x_TH)
-            else:
-                x_TH, *logits = _without_keeping(one, x_TH)
-            x_TH = leaving(self.modules[i], x_TH)
-            if router_logits is not None:
-                router_logits += logits
-            if i < len(given.added):
-                x_TH = x_TH + given.added[i]
-        return x_TH
+    def with_reference(
+        self, batch: PackedBatch, adapter: str | None, router_logits: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        with torch.no_grad():
+            reference = _Pass(self.reference(adapter), batch, None)
+        own, other = self._through([_Pass(self, batch, router_logits), reference])
+        return own, other
+
+    def _through(self, passes: Sequence["_Pass"]) -> list[Tensor]:
+        with torch.autocast(passes[0].x_TH.device.type, enabled=False):
+            for i, module in enumerate(self.modules):
+                bring_in(module)
+                for one in passes:
+                    with torch.set_grad_enabled(one.differentiable):
+                        one.run(i)
+                        one.x_TH = leaving(module, one.x_TH)
+            return [one.read_off() for one in passes]
+
+
+class _Pass:
+    """A pass over the model, layer by layer: the residual stream and what the layers find around them.
+
+    Args:
+        decoder: whose layers and adapters.
+        batch: a shared one.
+        router_logits: where those of each layer are added.
+    """
+
+    def __init__(self, decoder: FusedModel, batch: PackedBatch, router_logits: list[Tensor] | None):
+        self.decoder, self.batch, self.router_logits = decoder, batch, router_logits
+        self.differentiable = torch.is_grad_enabled()
+        causal_lm, only, layers = decoder.causal_lm, decoder._only, decoder.parts.layers
+        # Frozen, also where a hook for plain checkpointing asks for its gradient.
+        parts = [] if batch.images is None else encoder_parts(causal_lm)
+        with exchanged(nn.ModuleList(parts), only) if parts else nullcontext():
+            given = embedded(causal_lm, batch)
+        self.x_TH, self.added, plan = given.x_TH, given.added, AttentionPlan(batch, decoder.backend)
+        plan.blocks = block_ids(causal_lm.config, batch)
+        self.around = Surroundings.now(self.x_TH.device.type, plan, only)
+        self.mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
+        with torch.autocast(self.x_TH.device.type, enabled=False):
+            if decoder.parts.embedding != 1:
+                self.x_TH = self.x_TH * decoder.parts.embedding
+            projections = [p for layer in layers for p in layer.projections]
+            self.prepared = iter(prepare(projections, self.x_TH.dtype, self.x_TH.device, only))
+            self.attention = bind(plan, {mixer.kind for mixer in self.mixers if mixer})
+            kinds = {mixer.rope for mixer in self.mixers if mixer and mixer.rope}
+            self.angles = {
+                kind: decoder.parts.angles(self.x_TH[None], given.positions, kind) for kind in sorted(kinds)
+            }
+        self.checkpointed = decoder.checkpointed(batch) if self.differentiable else 0
+
+    def run(self, i: int) -> None:
+        """Runs layer `i`, after the one before it."""
+        layer, mixer, x_TH = self.decoder.parts.layers[i], self.mixers[i], self.x_TH
+        parts = [next(self.prepared) for _ in layer.projections]
+        turned = self.angles[mixer.rope] if mixer and mixer.rope else (None, None)
+        one = LayerPass(layer, parts, self.attention[mixer.kind] if mixer else None, turned, self.around)
+        if i < self.checkpointed:
+            # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
+            with save_on_cpu(pin_memory=x_TH.is_cuda) if self.decoder.offload else nullcontext():
+                self.x_TH, *logits = _Checkpointed.apply(x_TH, one, *one.parameters)
+        elif self.differentiable:
+            self.x_TH, *logits = one(x_TH)
+        else:
+            self.x_TH, *logits = _without_keeping(one, x_TH)
+        if self.router_logits is not None:
+            self.router_logits += logits
+        if i < len(self.added):
+            self.x_TH = self.x_TH + self.added[i]
+
+    def read_off(self) -> Tensor:
+        """Returns the normed hidden states that predict, (N, H)."""
+        with torch.set_grad_enabled(self.differentiable):
+            return RMSNorm.apply(self.x_TH.index_select(0, self.batch.pred_pos), self.decoder.parts.norm)

@@ -161,6 +161,7 @@ class Placement:
 
     def __init__(self, layers: Sequence[Bytes], control: dist.ProcessGroup | None = None):
         self.layers, self._control = layers, control
+        self._present: list[Bytes] = []
         self._direction, self._at = _DONE, len(layers) - 1  # the pass under way, and how many layers it has behind it
         if control is not None:
             serve_while_waiting(self)
@@ -198,16 +199,17 @@ class Placement:
         return int(flag)
 
     def _go_to(self, place: int) -> None:
+        order = self.layers if self._direction == _FORWARD else self.layers[::-1]
         while self._at < place:
             self._at += 1
-            order = self.layers if self._direction == _FORWARD else self.layers[::-1]
-            for layer in order[: self._at]:
-                layer.close()
-            for layer in order[self._at + 2 :]:
-                layer.close()
-            order[self._at].open()
-            if self._at + 1 < len(order):
-                order[self._at + 1].prefetch()
+            now, *following = order[self._at : self._at + 2]
+            for layer in self._present:
+                if layer not in (now, *following):
+                    layer.close()
+            now.open()
+            for layer in following:
+                layer.prefetch()
+            self._present = [now, *following]
 
 
 class Leave(torch.autograd.Function):
@@ -242,7 +244,7 @@ def shard(model: nn.Module, device: torch.device, by_machine: bool = False) -> P
     """
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     shape = (world_size() // machine, machine) if by_machine and machine < world_size() else (world_size(),)
-    mesh = init_device_mesh(device.type, shape)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     placed = _place(model, device, None, lambda flat: Sharded(flat.to(device), mesh), dist.new_group(backend="gloo"))
     logger.info(
         "The base's %d decoder layers, %.1f MiB, are sharded: each process holds one part in %d.",

@@ -26,7 +26,16 @@ from ..config import DPOConfig
 from ..data.collator import chunks
 from ..distributed import rank, world_size
 from ..errors import ReferenceMismatchError
-from ..forward import ForwardPlan, PackedBatch, Sample, Scores, pad_rows
+from ..forward import (
+    Decoder,
+    ForwardPlan,
+    PackedBatch,
+    Sample,
+    Scores,
+    completion_logps,
+    logps_with_reference,
+    pad_rows,
+)
 from ..forward.rotary import fixed_rope_length
 from ..objective import TrainingObjective
 from .adapter_off import (
@@ -75,6 +84,7 @@ class ReferencePolicy:
     Attributes:
         identity: fingerprints of the reference, if it is needed.
         store: its log-probs on disk, if they are kept.
+        lockstep: whether its passes go with the policy's, layer by layer.
 
     Raises:
         ReferenceMismatchError: the adapter was trained against another reference than this one.
@@ -95,6 +105,7 @@ class ReferencePolicy:
         self.store: ReferenceCache | None = None
         self.start_checked = not self.needed
         self.reads_tokens = objective.reads_reference_tokens
+        self.lockstep = False
         if self.needed:
             self.identity = self._identify()
             if args.caches_reference:
@@ -166,6 +177,15 @@ class ReferencePolicy:
         own = [entry.token_logps for entry in entries if entry.token_logps is not None] if self.store.tokens else []
         token_logps_N = torch.from_numpy(np.concatenate(own)) if own else torch.empty(0)
         return Scores(token_logps_N.to(batch.input_ids.device), logps_C.to(batch.input_ids.device))
+
+    def beside_policy(self, batch: PackedBatch, **reads: bool) -> tuple[Scores | None, Scores]:
+        """Returns `logps`, and the policy's log-probs with what else the losses read (see `completion_logps`). Where
+        layers come and go, both passes go through them side by side."""
+        scorer = self.plan.scorer
+        if self.needed and self.store is None and self.lockstep and isinstance(scorer, Decoder) and batch.shared:
+            policy, reference = logps_with_reference(self.model, batch, scorer, self.adapter, **reads)
+            return reference, policy
+        return self.logps(batch), completion_logps(self.model, batch, scorer, **reads)
 
     def compute(self, batch: PackedBatch) -> Scores:
         """Returns the log-probs of a forward pass under the reference."""

@@ -54,6 +54,7 @@ def own(why: str) -> Tried:
 EVAL = {"eval_strategy": "steps", "eval_steps": 1}
 SAVE = {"save_strategy": "steps", "save_steps": 1}
 WORKERS = {"dataloader_num_workers": 1}
+FSDP = "`fsdp: full_shard` shards the frozen base (docs/several-cards.md)"
 DDP = "several processes train without DDP's wrapper; `recipes/accelerate/ddp.yaml`"
 FUSED = "`fused_layers` take its place"
 COMPILE = "the trainer calls the backbone itself, which is not compiled"
@@ -166,7 +167,7 @@ OPTIONS: dict[str, Tried] = {
     "dataloader_in_order": same(False),
     "remove_unused_columns": own("prepared rows have no unused columns"),
     "accelerator_config": same({"even_batches": False}),
-    "parallelism_config": own("of several processes; FSDP's and tensor parallelism are refused"),
+    "parallelism_config": own("of several processes; sharded data (see `fsdp`) and tensor parallelism are refused"),
     "ddp_find_unused_parameters": refused(DDP, False),
     "ddp_bucket_cap_mb": refused(DDP, 25),
     "ddp_broadcast_buffers": refused(DDP, True),
@@ -174,9 +175,9 @@ OPTIONS: dict[str, Tried] = {
     "ddp_backend": own("of several processes, as in TRL"),
     "ddp_timeout": same(60),
     "local_rank": own("set by the launcher"),
-    "fsdp": refused(DDP, "full_shard"),
-    "fsdp_config": refused(DDP, {"min_num_params": 1}),
-    "deepspeed": refused(DDP, {"zero_optimization": {"stage": 2}}),
+    "fsdp": own("of several processes: the frozen base alone is sharded, by FSDP2"),
+    "fsdp_config": refused(FSDP, {"min_num_params": 1}),
+    "deepspeed": refused(FSDP, {"zero_optimization": {"stage": 2}}),
     "do_train": same(True),
     "do_eval": same(True),
     "do_predict": same(True),
