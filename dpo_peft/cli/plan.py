@@ -185,8 +185,8 @@ def _placement(found: dict[str, Any], plan: Plan) -> str:
     )
     return (
         f"{said}, at {found['bandwidth'] / 1e9:,.4g} GB/s beside the work: {hidden}.\n"
-        f"  Expected at {found['flops'] / 1e12:,.3g} TFLOP/s (half of an {found['speed_of']}'s products), not measured: "
-        f"{speed.format(**found)} layers: {found['lost']:.0%} are lost."
+        f"  Expected at {found['flops'] / 1e12:,.3g} TFLOP/s, half of an {found['speed_of']}'s, not measured: "
+        f"{speed.format(**found)} layers. {found['lost']:.0%} are lost."
     )
 
 

@@ -88,7 +88,7 @@ def parse_gpu(text: str) -> Gpu:
 
 
 def of_size(name: str, total: float) -> Gpu:
-    """Returns a GPU of so many bytes: as fast as the one of its name, as drivers write it, or the slowest of its size."""
+    """Returns a GPU of so many bytes: as fast as the one that its driver's name says, or the slowest of that size."""
     series = {known: _plain(known.split("-")[0]) for known in GPUS}
     named = [known for known in GPUS if series[known] in _plain(name)]  # of an A100 also the A10
     named = [known for known in named if len(series[known]) == max(len(series[one]) for one in named)]

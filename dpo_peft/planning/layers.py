@@ -1,4 +1,4 @@
-"""The layers of a base that is sharded or streamed: the bytes that come and go, and what a token is multiplied with."""
+"""The layers of a base that is sharded or streamed: the bytes that come and go, and what multiplies a token."""
 
 from torch import Tensor
 
@@ -43,7 +43,7 @@ def layer_bytes(sketch: Sketch, quantize: bool, nested: bool, weight_bytes: int)
 
 
 def active_weights(sketch: Sketch) -> float:
-    """Returns how many weights of the decoder layers a token is multiplied with: of experts, those that it is sent to."""
+    """Returns how many weights of the decoder layers multiply a token: of experts, those that it is sent to."""
     layers, text = decoder_layers(sketch.base), vars(sketch.config.get_text_config(decoder=True))
     chosen = next((n for name in ("num_experts_per_tok", "top_k_experts") if (n := text.get(name))), 1)
     experts = {id(weight): len(weight) for weight in expert_weights(sketch.base).values()}

@@ -9,7 +9,7 @@ from ..errors import OptionError
 from ..losses import find_objective
 from .gpus import Gpu
 from .memory import MemoryModel
-from .steps import StepPlan, hiding_tokens, layers_to_stream, plan_step
+from .steps import StepPlan, copies_of, hiding_tokens, layers_to_stream, plan_step
 
 Sizes = tuple[int, int, int]  # T, S and P of a sample
 MOST_GPUS = 64  # of those that are tried
@@ -89,6 +89,7 @@ def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes
         pace.seconds(one, model, passes) for one in (step, step._replace(cost=step.cost - step.waiting))
     )
     checkpointed = min(batch.checkpoint_layers for batch in step.micro_batches) / model.layers
+    copies = copies_of(model, 1 + passes)
     return {
         **found,
         "speed_of": gpu.like,
@@ -97,7 +98,7 @@ def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes
         "samples_per_second": samples / seconds,
         "samples_per_second_without_waiting": samples / working,
         "lost": 1 - working / seconds,
-        "hiding_tokens": hiding_tokens(pace.copy_tokens(model), checkpointed, 1 + passes),
+        "hiding_tokens": hiding_tokens(pace.copy_tokens(model), checkpointed, 1 + passes, copies),
     }
 
 

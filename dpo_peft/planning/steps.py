@@ -69,16 +69,21 @@ class Pace(NamedTuple):
         return (((2 + reference_passes) * tokens + plan.cost) * model.token_flops + head) / self.flops
 
 
-def hiding_tokens(copy_tokens: float, checkpointed: float, passes: int = 2, copies: int | None = None) -> float:
+def copies_of(model: MemoryModel, forward_passes: int) -> int:
+    """Returns how often layers come for the forward passes: fused ones serve policy and reference side by side."""
+    return 1 if model.fused else forward_passes
+
+
+def hiding_tokens(copy_tokens: float, checkpointed: float, passes: int, copies: int) -> float:
     """Returns from how many tokens of a micro-batch on no pass waits for its layers.
 
     Args:
         copy_tokens: see `plan_step`.
         checkpointed: the share of layers that are checkpointed.
-        passes, copies: of the forward passes, see `plan_step`.
+        passes, copies: forward passes, and how often layers come for them.
     """
     backward = 1 + RECOMPUTED * (checkpointed == 1)
-    return max(copy_tokens / min(passes / (copies or passes), backward) - PASS_TOKENS, 0.0)
+    return max(copy_tokens / min(passes / copies, backward) - PASS_TOKENS, 0.0)
 
 
 def layers_to_stream(
@@ -105,13 +110,13 @@ def layers_to_stream(
     Returns:
         The number; all layers if fewer don't do.
     """
-    layers = model.layers
+    layers, passes = model.layers, 1 + reference_passes
 
     def has_room(number: int) -> bool:
         some = replace(model, streamed=number, shards=1)
         if row is not None and some.longest_row(limit, layers) < row:
             return False
-        hidden = hiding_tokens(pace.copy_tokens(some), 1, 1 + reference_passes, forward_copies)
+        hidden = hiding_tokens(pace.copy_tokens(some), 1, passes, forward_copies or copies_of(model, passes))
         wanted = max(hidden, pace.least_tokens(some) - PASS_TOKENS)
         return some.largest_tokens(limit, layers) >= min(wanted, step_tokens)
 
@@ -145,15 +150,14 @@ def plan_step(
         least_tokens: below which a pass gets no shorter.
         copy_tokens: how long all layers take that come in one pass, in tokens of a forward pass: they come beside the
             work, and what takes longer counts.
-        forward_copies: how often layers come for the forward passes, fewer than these where passes share a layer;
-            None: once for each.
+        forward_copies: how often layers come for the forward passes; None: as `copies_of` says.
 
     Returns:
         Every sample in exactly one micro-batch. A sample that doesn't fit alone stands alone all the same.
     """
     most = math.inf if max_tokens is None else max_tokens
     tokens, passes = [sample[0] for sample in samples], 2 + reference_passes
-    copies = forward_copies or passes - 1
+    copies = forward_copies or copies_of(model, passes - 1)
 
     def micro_batch(indices: Sequence[int]) -> MicroBatch:
         T, S, P = (sum(samples[i][k] for i in indices) for k in range(3))
