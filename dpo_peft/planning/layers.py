@@ -22,9 +22,10 @@ def placed_bytes(weights: int, nested: bool = True, experts: int = 1) -> int:
         nested: whether its scales are quantized too.
         experts: how many are in it.
     """
-    blocks = experts * -(-weights // NF4_BLOCK)
+    blocks = -(-weights // NF4_BLOCK)
     constants = [(blocks, 1), (-(-blocks // NF4_NESTED_BLOCK), 4)] if nested else [(blocks, 4)]
-    large = (aligned(number * each) for number, each in constants if number > _SMALL)
+    # Those of experts have a row for each, and count as matrices.
+    large = (aligned(experts * number * each) for number, each in constants if number > _SMALL or experts > 1)
     return aligned(experts * -(-weights // 2)) + sum(large)
 
 

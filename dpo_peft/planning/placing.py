@@ -1,5 +1,6 @@
 """Where a run's options put the base's layers, what that costs in time, and where to put them if they don't fit."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -75,10 +76,11 @@ def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes
     """Returns where layers lie, and what it costs: the memory of all processes, and the samples per second of all."""
     size = sum(model.placed)
     sharded = model.shards > 1
+    pinned = sum(2 ** math.ceil(math.log2(one)) for one in model.placed)  # PyTorch rounds up
     found: dict[str, Any] = {
         "layers": len(model.placed),
         "shards": model.shards,
-        "pinned_memory": 0 if sharded else o.num_processes * size,
+        "pinned_memory": 0 if sharded else o.num_processes * pinned,
         "bytes_per_pass": size - size / model.shards if sharded else size,
     }
     if gpu is None or not (step := cut(o, model, gpu, sample)).fits:
