@@ -41,10 +41,10 @@ BUDGETS = {
     "forward": 2665,
     "reference": 1585,
     "model": 3340,
-    "training": 2910,
+    "training": 2975,
     "evaluation": 1520,
     "fused": 2595,
-    "planning": 1505,
+    "planning": 1860,
     "artifacts": 1365,
     "reward": 865,
     "merge": 655,
@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 430,
     "conversion": 450,
     "preview": 965,
-    "cli": 3540,
+    "cli": 3580,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 37_780
+MAX_PACKAGE_LINES = 38_235
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
