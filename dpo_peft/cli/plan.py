@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import DPOConfig
 from ..errors import OptionError
@@ -19,12 +20,15 @@ EXAMPLES = [
     "dpo-peft plan --config dpo_qlora_8b --gpu RTX4090",
     "dpo-peft plan --model_name_or_path Qwen/Qwen3-8B --gpu 24GB --lora_r 64",
     "dpo-peft plan --shape 70b --gpu H100 --optim adamw_8bit",
+    "dpo-peft plan --shape 70b --gpu RTX4090 --optim adamw_8bit --stream_layers auto",
     "dpo-peft plan --shape 8b --gpu 24GB --pairs 60000 --pairs_per_second 4 --json",
 ]
 LENGTHS = ("prompt_tokens", "answer_tokens", "answers")  # what is read off the dataset if none is given
 LABELS = {
     "quantized_weights": "4-bit weights and their constants",
     "unquantized_weights": "weights not in 4 bits",
+    "shard": "shard of the base",
+    "open_layers": "layers that are present",
     "adapter": "adapter, float32 masters",
     "adapter_working_copy": "adapter, copy that computes",
     "optimizer_state": "optimizer state",
@@ -95,6 +99,8 @@ def render(plan: Plan) -> str:
     parts = [_about(plan)]
     if plan.figures["gpu"]:
         parts += [_fits(plan), _step(plan)]
+    if "placement" in plan.figures:
+        parts.append(_placement(plan.figures["placement"], plan))
     parts += [_components(plan), _methods(plan)]
     if time := plan.figures["time"]:
         each = f"An epoch of {time['samples']:,} samples at {time['samples_per_second']:,.4g} a second"
@@ -142,15 +148,47 @@ def _step(plan: Plan) -> str:
     step = plan.figures["step"]
     title = f"An optimizer step of {step['samples']:,} samples ({step['tokens']:,} tokens)"
     if not step["fits"]:
-        return (
+        said = (
             f"{title}: a single sample does not fit, it takes {_gib(step['peak'])} GiB. Take a larger GPU or a "
             "smaller model, optim=adamw_8bit, a lower lora_r, or shorter samples."
         )
+        return "\n".join([said, *map(_remedy, plan.figures["remedies"])])
     low, high = min(step["checkpoint_layers"]), max(step["checkpoint_layers"])
     which = f"{low}" if low == high else f"{low} to {high}"
     number = "1 micro-batch" if step["micro_batches"] == 1 else f"{step['micro_batches']:,} micro-batches"
     most = f"{number} of at most {step['max_tokens']:,} tokens"
     return f"{title}: {most}, {which} of {plan.model.layers} layers checkpointed."
+
+
+def _remedy(found: dict[str, Any]) -> str:
+    speed = f"about {found['samples_per_second']:.2g} samples a second."
+    if "fsdp" in found:
+        number = found["num_processes"]
+        return f"  It fits with the layers sharded over {number} GPUs, fsdp=full_shard num_processes={number}: {speed}"
+    memory = f"{_gib(found['pinned_memory'])} GiB of the CPU's memory"
+    return f"  It fits with {found['layers']} layers in {memory}, stream_layers={found['stream_layers']}: {speed}"
+
+
+def _placement(found: dict[str, Any], plan: Plan) -> str:
+    layers, processes = plan.model.layers, plan.options.num_processes
+    if not found["layers"]:
+        return "All layers fit on the GPU: none is streamed."
+    where = f"{found['layers']} of {layers} layers lie in the CPU's memory, {_gib(found['pinned_memory'])} GiB, pinned"
+    where += f" by {processes} processes" if processes > 1 else ""
+    if found["shards"] > 1:
+        where = f"The {layers} layers are sharded over {found['shards']} GPUs"
+    said = f"{where}. {_gib(found['bytes_per_pass'])} GiB come to a GPU in each pass over the model"
+    if "lost" not in found:
+        return f"{said}."
+    hidden = f"hidden from micro-batches of {math.ceil(found['hiding_tokens']):,} tokens on"
+    speed = (
+        "{samples_per_second:,.3g} samples a second, {samples_per_second_without_waiting:,.3g} without the wait for"
+    )
+    return (
+        f"{said}, at {found['bandwidth'] / 1e9:,.4g} GB/s beside the work: {hidden}.\n"
+        f"  Expected at {found['flops'] / 1e12:,.3g} TFLOP/s, half of an {found['speed_of']}'s, not measured: "
+        f"{speed.format(**found)} layers. {found['lost']:.0%} are lost."
+    )
 
 
 def _components(plan: Plan) -> str:

@@ -5,11 +5,12 @@ from dpo_peft.planning import plan
 plan(shape="8b", gpu="24GB", lora_r=64).figures["peak"]  # bytes
 """
 
+from .gpus import of_size
 from .memory import GIB, RESERVE, MemoryModel
 from .run import Plan, PlanOptions, plan
 from .shapes import PRESETS, Lora, Shape
 from .sketch import Sketch
-from .steps import plan_step
+from .steps import layers_to_stream, plan_step
 
 __all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "Sketch"]
-__all__ += ["plan", "plan_step"]
+__all__ += ["layers_to_stream", "of_size", "plan", "plan_step"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..errors import OptionError
 from .memory import GIB, RESERVE
+from .steps import Pace
 
 # GiB that CUDA reports in all, which is less than is printed on the box.
 GPUS = {
@@ -15,6 +16,26 @@ GPUS = {
     "L40": 44.4, "L40S": 44.4, "A100-40GB": 39.39, "A100-80GB": 79.15, "H100": 79.1, "H100-NVL": 93.1,
     "H200": 139.7, "GH200": 94.5, "B200": 178.3,
 }  # fmt: skip
+# TFLOP/s of products in 16 bits, accumulated in float32, not sparse, as the makers' data sheets have them.
+TFLOPS = {
+    "T4": 65, "V100-16GB": 125, "V100-32GB": 125, "A10": 125, "A10G": 70, "L4": 121, "A30": 165, "RTX3060": 25.5,
+    "RTX3080": 59.5, "RTX3090": 71, "RTX4070": 58, "RTX4080": 97.5, "RTX4090": 165, "RTX5080": 112.5,
+    "RTX5090": 209.5, "RTXA6000": 155, "RTX6000Ada": 364, "RTXPRO6000": 504, "A40": 150, "L40": 181, "L40S": 362,
+    "A100-40GB": 312, "A100-80GB": 312, "H100": 989, "H100-NVL": 835, "H200": 989, "GH200": 990, "B200": 2250,
+}  # fmt: skip
+# Of them, what training reaches: 57 to 70 % of what large products reach on an H100, which is 773 of 989.
+REACHED = 0.5
+# GB/s (10^9) from pinned CPU memory, measured by nvbandwidth: 24.8 on an A100 and 26 on an RTX 4090 (PCIe 4), 56 on an
+# RTX 5090 (PCIe 5); half of PCIe 4 on PCIe 3. Rounded down.
+PCIE3, PCIE4, PCIE5, C2C = 12, 25, 50, 350
+_LINKS = {
+    **dict.fromkeys(("T4", "V100-16GB", "V100-32GB"), PCIE3),
+    **dict.fromkeys(("RTX5080", "RTX5090", "RTXPRO6000", "H100", "H100-NVL", "H200", "B200"), PCIE5),
+    "GH200": C2C,
+}
+# GB/s from another GPU of the machine: by NVLink where it is built in, else by PCIe (22 to 26 on RTX A6000).
+NVLINK, PEERS = 200, 20
+_NVLINKED = ("A100-40GB", "A100-80GB", "H100", "H200", "B200")
 HOPPER = ("H100", "H200", "GH200")  # those that attention's own kernels run on
 SOLD_AS = 0.98  # of a GPU that is sold as 24 GB, what CUDA reports of 24 GiB
 
@@ -24,6 +45,13 @@ class Gpu(NamedTuple):
 
     name: str
     total: float  # bytes
+    like: str  # the GPU whose speed it has
+
+    def pace(self, sharded: bool, gb_per_second: float | None = None) -> Pace:
+        """Returns how fast it computes, and how fast layers come: from other GPUs if they are sharded, else from the
+        CPU's memory. `gb_per_second` is what was measured of the latter."""
+        link = (NVLINK if self.like in _NVLINKED else PEERS) if sharded else _LINKS.get(self.like, PCIE4)
+        return Pace(REACHED * TFLOPS[self.like] * 1e12, (gb_per_second or link) * 1e9)
 
     @property
     def usable(self) -> float:
@@ -41,7 +69,7 @@ def parse_gpu(text: str) -> Gpu:
         number, exact = float(size[1]), size[2].lower() == "gib"
         if not 1 <= number <= 10000:
             raise OptionError(f"gpu={text!r}: a GPU has 1 to 10000 GB.")
-        return Gpu(text.strip(), number * GIB * (1 if exact else SOLD_AS))
+        return of_size(text.strip(), number * GIB * (1 if exact else SOLD_AS))
     known, wanted = {_plain(name): name for name in GPUS}, _plain(text)
     if f"rtx{wanted}" in known:  # "4090"
         wanted = f"rtx{wanted}"
@@ -56,7 +84,20 @@ def parse_gpu(text: str) -> Gpu:
         close = close or [known[name] for name in difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)]
         hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(GPUS)}."
         raise OptionError(f"gpu={text!r} is not a GPU that is known here. {hint} Or give its size, as in --gpu 24GB.")
-    return Gpu(known[wanted], GPUS[known[wanted]] * GIB)
+    return Gpu(known[wanted], GPUS[known[wanted]] * GIB, known[wanted])
+
+
+def of_size(name: str, total: float) -> Gpu:
+    """Returns a GPU of so many bytes: as fast as the one that its driver's name says, or the slowest of that size."""
+    series = {known: _plain(known.split("-")[0]) for known in GPUS}
+    named = [known for known in GPUS if series[known] in _plain(name)]  # of an A100 also the A10
+    named = [known for known in named if len(series[known]) == max(len(series[one]) for one in named)]
+
+    def unlike(known: str) -> tuple[float, float]:
+        away = abs(GPUS[known] * GIB - total)
+        return away if away > 0.05 * total else 0.0, TFLOPS[known]
+
+    return Gpu(name, total, min(named or GPUS, key=unlike))
 
 
 def is_hopper(gpu: str | None) -> bool:

@@ -10,11 +10,12 @@ group of linear layers together, e bytes of an element that is computed with.
 import copy
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from .layers import active_weights, aligned, layer_bytes, placed_bytes
 from .shapes import GROUPS, Lora, NotPlainError, Shape
 from .sketch import LayerCost, Sketch, nf4_bytes
 
@@ -79,6 +80,9 @@ class MemoryModel:
     offload: bool = False  # the inputs of checkpointed layers are in the CPU's memory
     chunk_rows: int = CHUNK_ROWS
     row: float | None = None  # tokens of a row, by which attention that keeps its probabilities keeps more; a sketch's
+    layer_bytes: tuple[float, ...] = field(default=(), compare=False)  # of each decoder layer, what can come and go
+    streamed: int = 0  # of these layers, so many lie in the CPU's memory, spread evenly
+    shards: int = 1  # processes over which all of these layers are sharded
 
     @classmethod
     def of_sketch(
@@ -96,7 +100,8 @@ class MemoryModel:
         Others are as for `of_shape`.
         """
         small, rest = sketch.stored(quantize, nested, weight_bytes)
-        return cls(sketch, Lora({}), small, rest, sketch.trained, 4 * reference, **options)
+        layers = layer_bytes(sketch, quantize, nested, weight_bytes)
+        return cls(sketch, Lora({}), small, rest, sketch.trained, 4 * reference, layer_bytes=layers, **options)
 
     @classmethod
     def of_shape(
@@ -119,10 +124,13 @@ class MemoryModel:
             nested: whether with double quantization.
             weight_bytes: of a weight that isn't quantized.
             reference: a frozen adapter beside the trained one.
-            options: the fields `optimizer`, `element`, `fused`, `packed`, `offload`, `chunk_rows`, `row`.
+            options: the fields `optimizer`, `element`, `fused`, `packed`, `offload`, `chunk_rows`, `row`, `streamed`,
+                `shards`.
         """
         lora = lora or Lora.of(shape)
-        small = shape.layers * sum(nf4_bytes(linear.weights, nested) for linear in shape.linears)
+        sizes = [linear.weights for linear in shape.linears]
+        small = shape.layers * sum(nf4_bytes(size, nested) for size in sizes)
+        placed = sum(placed_bytes(size, nested) if quantize else aligned(weight_bytes * size) for size in sizes)
         return cls(
             shape,
             lora,
@@ -130,6 +138,7 @@ class MemoryModel:
             unquantized=weight_bytes * (shape.unquantized_weights if quantize else shape.weights),
             trained=lora.weights(shape),
             reference=4 * reference.weights(shape) if reference else 0,
+            layer_bytes=(placed,) * shape.layers,
             **options,
         )
 
@@ -140,7 +149,7 @@ class MemoryModel:
         Args:
             model: the model.
             stored: `storage_report(model)`, whose bytes are taken.
-            options: as for `of_shape`.
+            options: as for `of_shape`, and `layer_bytes`.
 
         Raises:
             OptionError: a model whose memory can't be predicted.
@@ -173,6 +182,21 @@ class MemoryModel:
         return self.shape.layers
 
     @property
+    def placed(self) -> tuple[float, ...]:
+        """Bytes of each layer that comes and goes; none if all are there at all times."""
+        count = len(self.layer_bytes)
+        if self.shards > 1:
+            return self.layer_bytes
+        return tuple(self.layer_bytes[i * count // self.streamed] for i in range(self.streamed))
+
+    @property
+    def token_flops(self) -> float:
+        """Floating-point operations of a token's way through the decoder layers; attention's own are not counted."""
+        if isinstance(self.shape, Sketch):
+            return 2 * active_weights(self.shape)
+        return 2 * self.layers * sum(linear.weights for linear in self.shape.linears)
+
+    @property
     def ranks(self) -> list[int]:
         """Which ranks layers have."""
         if isinstance(self.shape, Sketch):
@@ -191,15 +215,29 @@ class MemoryModel:
                 f"optim={self.optimizer!r}: how much memory it takes is not known to the planner. Use one of "
                 f"{', '.join(OPTIMIZERS)}."
             )
+        away = sum(self.placed)
+        of_quantized = min(away, self.quantized)
         return {
-            "quantized_weights": self.quantized,
-            "unquantized_weights": self.unquantized,
+            "quantized_weights": self.quantized - of_quantized,
+            "unquantized_weights": self.unquantized - (away - of_quantized),
+            **self._present,
             "adapter": 4 * self.trained,
             "adapter_working_copy": self._working_copy(),
             "optimizer_state": OPTIMIZERS[self.optimizer] * self.trained,
             "gradients": 4 * self.trained,
             "reference_adapter": self.reference,
         }
+
+    @property
+    def _present(self) -> dict[str, float]:
+        """Bytes that there are of layers that come and go: this process's shards, and the layers that are open."""
+        if not (placed := self.placed):
+            return {}
+        # The one that runs and the next; and FSDP2 gathers into a buffer, from which it copies.
+        two = max(sum(placed[i : i + 2]) for i in range(len(placed)))
+        if self.shards == 1:
+            return {"open_layers": two}
+        return {"shard": sum(-(-one // self.shards) for one in placed), "open_layers": two + max(placed)}
 
     def components(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> dict[str, float]:
         """Returns the bytes by component when a micro-batch of T, S and P is back-propagated; their sum is above the

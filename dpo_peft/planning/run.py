@@ -14,11 +14,11 @@ from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.checkpoint_formats import FORMATS
-from .gpus import Gpu, is_hopper, parse_gpu
+from .gpus import Gpu, is_hopper, of_size, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
+from .placing import cut, needs_reference, place, price, remedies
 from .shapes import PRESETS, Lora, NotPlainError, Shape
 from .sketch import Sketch
-from .steps import plan_step
 
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}  # bytes
 # Training every weight with AdamW in mixed precision: gradients 2, float32 masters 4, moments 8 bytes per weight.
@@ -35,6 +35,13 @@ class PlanOptions:
     prompt_tokens: int = whole(200, 1, "Mean length of a prompt.")
     answer_tokens: int = whole(300, 1, "Mean length of a completion.")
     answers: int = whole(2, 1, "Completions of a prompt: 2 for pairs.")
+    num_processes: int = whole(1, 1, "GPUs, with a process each; with fsdp='hybrid_shard', those of a machine.")
+    layer_gb_per_second: float | None = number(
+        None,
+        "Rate in 10^9 bytes at which layers come to a GPU, from the CPU's memory or the other GPUs. Default: that of "
+        "PCIe, or of NVLink where the GPU has it.",
+        above=0,
+    )
     pairs: int | None = whole(None, 1, "Samples of the dataset, for the time of an epoch.")
     pairs_per_second: float | None = number(None, "Throughput: samples in a second.", above=0)
     tokens_per_second: float | None = number(None, "Throughput: tokens of packed samples in a second.", above=0)
@@ -83,6 +90,7 @@ def plan(**options: object) -> Plan:
     sample = tokens, tokens + prompts * o.share_prompts, predicted
     time = _time(o, tokens)
     name, model, weights = _model(o)
+    model = place(o, model, gpu, sample)
     T, S, P = (o.per_device_train_batch_size * n for n in sample)
     checkpointed = model.layers if o.gradient_checkpointing else 0
     fits: list[dict[str, int]] = []
@@ -94,9 +102,7 @@ def plan(**options: object) -> Plan:
             row = model.longest_row(gpu.usable, layers, o.answers)
             fits.append({"checkpoint_layers": layers, "tokens": most, "samples": most // tokens, "longest_row": row})
         number = o.per_device_train_batch_size * o.gradient_accumulation_steps
-        max_tokens = None if o.max_tokens_per_microbatch == "auto" else o.max_tokens_per_microbatch
-        passes = int(_needs_reference(o) and not o.precompute_ref_log_probs)
-        best = plan_step([sample] * number, model, gpu.usable, max_tokens=max_tokens, reference_passes=passes)
+        best = cut(o, model, gpu, sample)
         _, T, S, P, checkpointed, _ = best.micro_batches[0]
         step = {
             "samples": number,
@@ -122,8 +128,12 @@ def plan(**options: object) -> Plan:
         "components": model.components(**size),
         "peak": model.peak(**size),
         "time": time,
-        "methods": compare_methods(model),
+        "methods": compare_methods(replace(model, streamed=0, shards=1)),
     }
+    if o.fsdp or o.stream_layers is not None:
+        figures["placement"] = price(o, model, gpu, sample)
+    if gpu is not None and step is not None and not step["fits"]:
+        figures["remedies"] = remedies(o, model, gpu, sample)
     return Plan(figures, o, model)
 
 
@@ -146,10 +156,13 @@ def _check(o: SimpleNamespace) -> None:
 
 def _gpu(o: SimpleNamespace) -> Gpu | None:
     """The smaller one of the GPU and the limit."""
-    given = [] if o.gpu is None else [parse_gpu(o.gpu)]
-    if o.max_memory_gib is not None:
-        given.append(Gpu(f"max_memory_gib={o.max_memory_gib:g}", o.max_memory_gib * GIB + RESERVE))
-    return min(given, key=lambda gpu: gpu.total, default=None)
+    given = None if o.gpu is None else parse_gpu(o.gpu)
+    if o.max_memory_gib is None:
+        return given
+    part = of_size(f"max_memory_gib={o.max_memory_gib:g}", o.max_memory_gib * GIB + RESERVE)
+    if given is None:
+        return part
+    return given if given.total <= part.total else part._replace(like=given.like)
 
 
 def _time(o: SimpleNamespace, tokens: int) -> dict[str, float] | None:
@@ -166,10 +179,6 @@ def _time(o: SimpleNamespace, tokens: int) -> dict[str, float] | None:
     speed = o.pairs_per_second or o.tokens_per_second / tokens
     epoch = {"samples": o.pairs, "samples_per_second": speed, "seconds_per_epoch": o.pairs / speed}
     return {**epoch, "epochs": o.num_train_epochs, "seconds": o.num_train_epochs * epoch["seconds_per_epoch"]}
-
-
-def _needs_reference(o: SimpleNamespace) -> bool:
-    return any(find_objective(name).needs_reference for name in o.loss_type)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
@@ -201,9 +210,9 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
             shape = Shape.of(config, o.trust_remote_code)
     lora = _lora_config(o) if adapter is None else adapter
     reference = None
-    if _needs_reference(o) and o.reference not in (None, "initial", "base"):
+    if needs_reference(o) and o.reference not in (None, "initial", "base"):
         reference = read_config(o.reference)
-    elif _needs_reference(o) and o.reference != "base" and (adapter is not None or o.sync_ref_model):
+    elif needs_reference(o) and o.reference != "base" and (adapter is not None or o.sync_ref_model):
         reference = lora  # a frozen copy; else it is the adapter switched off
     element = 2 if o.bf16 is not False or o.fp16 else ELEMENT[o.dtype]
     plain = o.use_dora or o.lora_modules_to_save or element != ELEMENT[o.dtype] or not o.share_prompts

@@ -6,6 +6,7 @@ the same code.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..distributed import longest_first
@@ -18,6 +19,7 @@ RECOMPUTED = 0.73  # of a checkpointed layer's forward pass that its backward re
 # What a pass over the weights costs beside its tokens' work, in tokens, and below which number of tokens it gets no
 # shorter, since launching its kernels takes as long. From an 8B shape on an H100: weights are dequantized in 6 ms.
 PASS_TOKENS, LEAST_TOKENS = 400, 4000
+LAUNCH_SECONDS = 3.5e-3  # the same for a layer: as long as 4,000 tokens there
 
 
 class MicroBatch(NamedTuple):
@@ -37,11 +39,88 @@ class StepPlan(NamedTuple):
     micro_batches: tuple[MicroBatch, ...]
     cost: float  # what the plan adds to the samples' own work, in tokens of a forward pass
     fits: bool  # whether every micro-batch is within the limit; one that isn't holds a single sample
+    waiting: float = 0  # what of the cost is waiting for layers
 
     @property
     def max_tokens(self) -> int:
         """Tokens of the largest micro-batch."""
         return max((batch.tokens for batch in self.micro_batches), default=0)
+
+
+class Pace(NamedTuple):
+    """How fast a GPU computes, and how fast layers come to it that are not there."""
+
+    flops: float  # floating-point operations in a second, of large products
+    bandwidth: float  # bytes in a second
+
+    def copy_tokens(self, model: MemoryModel) -> float:
+        """Returns how long all layers take that come in one pass, in tokens of a forward pass."""
+        of_others = 1 - 1 / model.shards if model.shards > 1 else 1
+        return of_others * sum(model.placed) / self.bandwidth * self.flops / model.token_flops
+
+    def least_tokens(self, model: MemoryModel) -> float:
+        """Returns below which number of tokens a pass gets no shorter."""
+        return LAUNCH_SECONDS * model.layers * self.flops / model.token_flops
+
+    def seconds(self, plan: "StepPlan", model: MemoryModel, reference_passes: int) -> float:
+        """Returns how long a step takes: the decoder's passes as `plan` counts them, and the head's three products."""
+        tokens, predicted = (sum(getattr(one, name) for one in plan.micro_batches) for name in ("tokens", "predicted"))
+        head = 2 * (2 + reference_passes) * predicted * model.shape.vocab * model.shape.hidden
+        return (((2 + reference_passes) * tokens + plan.cost) * model.token_flops + head) / self.flops
+
+
+def copies_of(model: MemoryModel, forward_passes: int) -> int:
+    """Returns how often layers come for the forward passes: fused ones serve policy and reference side by side."""
+    return 1 if model.fused else forward_passes
+
+
+def hiding_tokens(copy_tokens: float, checkpointed: float, passes: int, copies: int) -> float:
+    """Returns from how many tokens of a micro-batch on no pass waits for its layers.
+
+    Args:
+        copy_tokens: see `plan_step`.
+        checkpointed: the share of layers that are checkpointed.
+        passes, copies: forward passes, and how often layers come for them.
+    """
+    backward = 1 + RECOMPUTED * (checkpointed == 1)
+    return max(copy_tokens / min(passes / copies, backward) - PASS_TOKENS, 0.0)
+
+
+def layers_to_stream(
+    model: MemoryModel,
+    limit: float,
+    pace: Pace,
+    row: int | None,
+    step_tokens: float,
+    reference_passes: int = 1,
+    forward_copies: int | None = None,
+) -> int:
+    """Returns the fewest layers to stream so that, with all of them checkpointed, there is room for what trains well.
+
+    That is the longest row, and a micro-batch whose passes are neither too small for the GPU nor wait for copies.
+
+    Args:
+        model: predicts the memory; what it says of layers that come and go is not read.
+        limit: bytes that tensors may take.
+        pace: of the GPU.
+        row: tokens of the longest row, prompt + completion; None: there is no limit.
+        step_tokens: of a step; no micro-batch needs more room.
+        reference_passes, forward_copies: as for `plan_step`.
+
+    Returns:
+        The number; all layers if fewer don't do.
+    """
+    layers, passes = model.layers, 1 + reference_passes
+
+    def has_room(number: int) -> bool:
+        some = replace(model, streamed=number, shards=1)
+        if row is not None and some.longest_row(limit, layers) < row:
+            return False
+        hidden = hiding_tokens(pace.copy_tokens(some), 1, passes, forward_copies or copies_of(model, passes))
+        wanted = max(hidden, pace.least_tokens(some) - PASS_TOKENS)
+        return some.largest_tokens(limit, layers) >= min(wanted, step_tokens)
+
+    return next(filter(has_room, range(layers)), layers)
 
 
 def plan_step(
@@ -53,6 +132,8 @@ def plan_step(
     reference_passes: int = 1,
     pass_tokens: float = PASS_TOKENS,
     least_tokens: float = LEAST_TOKENS,
+    copy_tokens: float = 0,
+    forward_copies: int | None = None,
 ) -> StepPlan:
     """Finds the cheapest way to run an optimizer step within memory.
 
@@ -67,12 +148,16 @@ def plan_step(
         reference_passes: forward passes of the reference per micro-batch: 0 without one, or with its values cached.
         pass_tokens: what a pass over the weights costs beside its tokens' work, in tokens of a forward pass.
         least_tokens: below which a pass gets no shorter.
+        copy_tokens: how long all layers take that come in one pass, in tokens of a forward pass: they come beside the
+            work, and what takes longer counts.
+        forward_copies: how often layers come for the forward passes; None: as `copies_of` says.
 
     Returns:
         Every sample in exactly one micro-batch. A sample that doesn't fit alone stands alone all the same.
     """
     most = math.inf if max_tokens is None else max_tokens
     tokens, passes = [sample[0] for sample in samples], 2 + reference_passes
+    copies = forward_copies or copies_of(model, passes - 1)
 
     def micro_batch(indices: Sequence[int]) -> MicroBatch:
         T, S, P = (sum(samples[i][k] for i in indices) for k in range(3))
@@ -85,7 +170,14 @@ def plan_step(
     def cost(batch: MicroBatch) -> float:
         # Passes over the weights, and recomputation, beyond the samples' own work; in tokens of a forward pass.
         repeated = RECOMPUTED * batch.checkpoint_layers / model.layers
-        return (passes + repeated) * max(batch.tokens + pass_tokens, least_tokens) - passes * batch.tokens
+        of_pass = max(batch.tokens + pass_tokens, least_tokens)
+        return (passes + repeated) * of_pass - passes * batch.tokens + waiting(batch)
+
+    def waiting(batch: MicroBatch) -> float:
+        of_pass, share = max(batch.tokens + pass_tokens, least_tokens), batch.checkpoint_layers / model.layers
+        forward = copies * max(copy_tokens - (passes - 1) / copies * of_pass, 0)
+        recomputed = share * max(copy_tokens - (1 + RECOMPUTED) * of_pass, 0)
+        return forward + recomputed + (1 - share) * max(copy_tokens - of_pass, 0)
 
     single = [micro_batch([i]) for i in range(len(samples))]
     alone = [batch for batch in single if not fits(batch)]
@@ -105,4 +197,5 @@ def plan_step(
             if (costs := sum(map(cost, tried))) < best_cost:
                 best, best_cost = tried, costs
     batches = sorted(alone + best, key=lambda batch: (-batch.tokens, batch.samples))
-    return StepPlan(tuple(batches), sum(map(cost, batches)), all(batch.peak <= limit for batch in batches))
+    within = all(batch.peak <= limit for batch in batches)
+    return StepPlan(tuple(batches), sum(map(cost, batches)), within, sum(map(waiting, batches)))

@@ -6,20 +6,22 @@ is checkpointed.
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
 from peft import PeftModel
 
 from ..config import DPOConfig
+from ..distributed import gather_over_processes, world_size
 from ..errors import OptionError
 from ..forward import ForwardPlan, PackedBatch
 from ..forward.modules import decoder_layers, unwrap
-from ..model.loading import storage_report
-from ..model.placement import shard, stream
-from ..wings import wing
+from ..model.loading import StorageReport, storage_report
+from ..model.placement import _ALIGNMENT, _frozen, placement_of, shard, stream
+from ..wings import required, wing
 from .arguments import autocast_dtype
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ class Memory(Protocol):
     def layers(self) -> int: ...
 
     @property
+    def placed(self) -> tuple[float, ...]: ...
+
+    @property
     def fixed(self) -> Mapping[str, float]: ...
 
     def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int: ...
@@ -59,6 +64,7 @@ class MemoryBudget:
         checkpoint_layers: a number of layers, or "auto": the fewest that keep a micro-batch within the limit.
         max_tokens: of a micro-batch; "auto": what makes a step cheapest within the limit.
         reference_passes: forward passes of the reference per micro-batch, 0 or 1.
+        waiting: of layers that come and go, what `planning.plan_step` takes of their time.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class MemoryBudget:
         checkpoint_layers: int | str,
         max_tokens: int | str | None,
         reference_passes: int,
+        waiting: Mapping[str, Any] | None = None,
     ):
         if max_tokens == "auto" and memory is None:
             why = "the planner does not know this model's shape" if wing("planning") else NO_PLANNER
@@ -78,7 +85,7 @@ class MemoryBudget:
                 "'auto'."
             )
         self.memory, self.layers, self.max_tokens = memory, checkpoint_layers, max_tokens
-        self.reference_passes = reference_passes
+        self.reference_passes, self.waiting = reference_passes, waiting or {}
         self._keep_within(limit)
         automatic = memory is not None and "auto" in (checkpoint_layers, max_tokens)
         if memory is not None and automatic and (fixed := sum(memory.fixed.values())) > limit:
@@ -126,7 +133,8 @@ class MemoryBudget:
             return self.max_tokens
         planning = wing("planning")
         assert planning is not None  # `memory` came from it
-        plan = planning.plan_step(samples, self.memory, self.limit, reference_passes=self.reference_passes)
+        passes = self.reference_passes
+        plan = planning.plan_step(samples, self.memory, self.limit, reference_passes=passes, **self.waiting)
         return max(plan.max_tokens, 1)
 
 
@@ -149,10 +157,81 @@ def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: flo
 
 
 def layers_to_stream(model: PeftModel, args: DPOConfig, frozen: str | None) -> int:
-    """Returns how many decoder layers' frozen weights stay in CPU memory: the option's, or what the GPU can't hold."""
+    """Returns how many decoder layers' frozen weights stay in CPU memory: the option's, or what the GPU can't hold.
+
+    The same in all processes, whatever each has free; all of them must call it.
+
+    Args:
+        model: the PEFT model, in the CPU's memory.
+        args: the options.
+        frozen: the reference's adapter, if it has one.
+    """
     if isinstance(args.stream_layers, int):
         return args.stream_layers
-    return len(decoder_layers(unwrap(model)))
+    layers, number = decoder_layers(unwrap(model)), 0
+    if args.device.type != "cpu":  # whose memory they lie in anyway
+        stored = storage_report(model, reference=frozen)
+        limit = memory_limit(args.device, args.max_memory_gib, 0)
+        package, kind = wing("fused"), model.config.get_text_config(decoder=True).model_type
+        fused = args.fused_layers is not False and package is not None and kind in package.recognition.MODEL_TYPES
+        sizes = tuple(sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in _frozen(layer)) for layer in layers)
+        memory = _predicted(model, args, stored, fused, layer_bytes=sizes)
+        number = len(layers) if memory is None else _fewest(memory, limit, args)
+    number = max(gather_over_processes(number))
+    logger.info("stream_layers='auto': %d of %d decoder layers are streamed.", number, len(layers))
+    return number
+
+
+def _fewest(memory: Any, limit: float, args: DPOConfig) -> int:
+    planning = required("planning", "stream_layers='auto'")
+    most = float(args.per_device_train_batch_size * args.gradient_accumulation_steps * 2 * (args.max_length or 10**6))
+    if isinstance(args.max_tokens_per_microbatch, int):
+        most = min(most, args.max_tokens_per_microbatch)
+    passes = int(not args.caches_reference)
+    return planning.layers_to_stream(memory, limit, _pace(args), args.max_length, most, passes)
+
+
+def _pace(args: DPOConfig) -> Any:
+    """Returns how fast this process's GPU is, as far as its name tells."""
+    gpu = torch.cuda.get_device_properties(args.device)
+    return required("planning", "stream_layers").of_size(gpu.name, gpu.total_memory).pace(bool(args.fsdp))
+
+
+def _predicted(
+    model: PeftModel, args: DPOConfig, stored: StorageReport, fused: bool, packed: bool = False, **more: Any
+) -> Any:
+    """Returns the planner's memory of a model; None where it can't be predicted."""
+    try:
+        if (planning := wing("planning")) is None:
+            raise OptionError(f"{NO_PLANNER}.")
+        found = planning.MemoryModel.of_model(
+            model,
+            stored,
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            element=(autocast_dtype(args) or model.get_input_embeddings().weight.dtype).itemsize,
+            fused=fused,
+            packed=packed,
+            offload=args.activation_offloading,
+            row=args.max_length,
+            **more,
+        )
+        if fused or "auto" in (args.max_tokens_per_microbatch, args.stream_layers):
+            found.peak(1, 1, 1, 0)  # what its layers keep is found out when it is needed
+        return found if found.fixed else None
+    except OptionError as error:  # not a model that the planner knows, or not an optimizer
+        logger.info("Memory can't be predicted: %s", error)
+        return None
+
+
+def _where_layers_are(model: PeftModel, args: DPOConfig) -> dict[str, Any]:
+    """Returns what the planner is told of layers that come and go."""
+    if (placement := placement_of(model)) is None:
+        return {}
+    sizes = tuple(layer.flat.numel() for layer in placement.layers)
+    if not args.fsdp:
+        return {"layer_bytes": sizes, "streamed": len(sizes)}
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return {"layer_bytes": sizes, "shards": machine if args.fsdp == "hybrid_shard" else world_size()}
 
 
 def place_layers(model: PeftModel, args: DPOConfig, frozen: str | None) -> None:
@@ -193,27 +272,14 @@ def plan_memory(
         raise OptionError("activation_offloading has no effect on a CPU: leave it out.")
     stored = storage_report(model, reference=frozen)
     limit = memory_limit(args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable)
-    memory: Memory | None = None
-    try:
-        if (planning := wing("planning")) is None:
-            raise OptionError(f"{NO_PLANNER}.")
-        found = planning.MemoryModel.of_model(
-            model,
-            stored,
-            optimizer=str(getattr(args.optim, "value", args.optim)),
-            element=(autocast_dtype(args) or model.get_input_embeddings().weight.dtype).itemsize,
-            fused=fused is not None,
-            packed=fused is not None and fused.attention == "packed",
-            offload=args.activation_offloading,
-            row=args.max_length,
-        )
-        if fused is not None or args.max_tokens_per_microbatch == "auto":
-            found.peak(1, 1, 1, 0)  # what its layers keep is found out when it is needed
-        memory = found if found.fixed else None
-    except OptionError as error:  # not a model that the planner knows, or not an optimizer
-        logger.info("Memory can't be predicted: %s", error)
+    packed = fused is not None and fused.attention == "packed"
+    memory = _predicted(model, args, stored, fused is not None, packed, **_where_layers_are(model, args))
     passes = int(needs_reference and not args.caches_reference)  # of the reference, per micro-batch
-    budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes)
+    waiting = {}
+    if memory is not None and memory.placed and args.device.type == "cuda":
+        pace = _pace(args)
+        waiting = {"copy_tokens": pace.copy_tokens(memory), "least_tokens": pace.least_tokens(memory)}
+    budget = MemoryBudget(memory, limit, layers, args.max_tokens_per_microbatch, passes, waiting)
     if fused is not None:
         fused.checkpointed, fused.offload = budget.checkpointed, args.activation_offloading
     return budget

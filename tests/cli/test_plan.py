@@ -186,7 +186,7 @@ def test_nothing_fits(plan: Any, text: Any) -> None:
 def test_the_docs_show_what_is_printed(text: Any) -> None:
     page = (REPO / "docs" / "planning.md").read_text(encoding="utf-8")
     shown = re.findall(r"^```console\n\$ dpo-peft plan (.*?)\n(.*?)```$", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(shown) == 2
+    assert len(shown) == 3
     for words, output in shown:
         assert text(*words.split()) == output
 
