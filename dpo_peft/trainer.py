@@ -340,7 +340,9 @@ class DPOTrainer(Trainer):
         pairs of `eval_examples.jsonl`, and their first prompts the completions of `samples.jsonl`."""
         own, step = eval_dataset is None or isinstance(eval_dataset, str), self.state.global_step
         with self.evaluation.under_way(own, step if eval_dataset is None else None):
-            return super().evaluate(eval_dataset, *args, **kwargs)
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        meet()  # one process has completed samples
+        return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
@@ -351,7 +353,6 @@ class DPOTrainer(Trainer):
         self.gather_function = lambda tensor: tensor  # what `prediction_step` gives is gathered already
         output = super().evaluation_loop(*args, **kwargs)
         self.evaluation.finish(prefix, self.state.global_step)
-        meet()  # one process has completed samples
         metrics = self.objective.of_evaluation(self.metric_store.pop("eval"))
         output.metrics.update({f"{prefix}_{name}": value for name, value in metrics.items()})
         return output
