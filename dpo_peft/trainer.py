@@ -245,6 +245,8 @@ class DPOTrainer(Trainer):
 
     def _prepare_run(self) -> None:
         check_callbacks(self.callback_handler.callbacks)
+        if self.args.fsdp:
+            _ = self.reference.base_fingerprint  # later one process alone reads it, to save; now all gather the layers
         # What was added to the model since it was probed is heeded.
         plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:

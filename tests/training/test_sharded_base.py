@@ -56,6 +56,7 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         short("own layers", options=OWN, eval_rows=7, metrics=True),
         short("stored", options={"precompute_ref_log_probs": True}),
         short("samples", eval_rows=5, options={**EVERY_OTHER, **SAMPLED}),
+        short("no reference", "orpo", options={"save_strategy": "steps", "save_steps": 2}),
         SAVED,
         short("turns", broken="turns"),  # last: it ends the processes
     ],
