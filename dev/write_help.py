@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import transformers
 
 from dpo_peft.cli import COMMANDS, help
+from dpo_peft.cli.launch import LaunchArguments
 from dpo_peft.cli.train import DataArguments, ModelArguments, OutputArguments
 from dpo_peft.config import DPOConfig
 from dpo_peft.config_checks import INHERITED, NOT_OFFERED, Rule
@@ -37,6 +38,8 @@ def kept_help() -> dict[str, Any]:
             getattr(import_module(f"dpo_peft.cli.{command}"), command)(["--help=json"])
         told[command] = json.loads(printed.getvalue())
         groups = told[command]["groups"]
+        if command == "train":
+            told[command]["names"] = " ".join(one["option"] for entries in groups.values() for one in entries)
         told[command]["groups"] = {
             title: [{name: one[name] for name in ("name", "help", "first")} for one in first]
             for title, entries in groups.items()
@@ -57,7 +60,7 @@ def schema() -> dict[str, Any]:
     """Returns a JSON schema (2020-12): types, choices, ranges, defaults and help of every option."""
     properties = {
         f.name: _of_field(f, hint)
-        for f, hint in help.all_fields([DataArguments, ModelArguments, OutputArguments, DPOConfig])
+        for f, hint in help.all_fields([DataArguments, ModelArguments, OutputArguments, LaunchArguments, DPOConfig])
     }
     losses = {"anyOf": [{"enum": [*REGISTRY]}, {"type": "string", "pattern": ":"}]}
     properties["loss_type"]["anyOf"] = [losses, {"type": "array", "items": losses, "minItems": 1}]

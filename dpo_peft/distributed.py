@@ -9,6 +9,7 @@ Every function but the checks is the identity in a single process. Those that co
 processes must call them, in the same order.
 """
 
+import heapq
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -66,6 +67,13 @@ def meet() -> None:
     for server in _serving:
         if (alive := server()) is not None:
             alive.serve()
+
+
+def wait_for_all() -> None:
+    """Waits until all processes are here."""
+    if world_size() > 1:
+        meet()
+        dist.barrier()
 
 
 def world_size() -> int:
@@ -190,28 +198,50 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
-class ShareCollator:
-    """Keeps this process's rows of a global batch, every `world_size`-th from `rank`, and collates them.
+def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
+    """Spreads items over bins that are level: each item goes into the emptiest one (Graham 1969).
 
-    An uneven batch may leave none: then `{"empty": True}`.
+    Args:
+        order: items as indices into `sizes`, the largest first.
+        sizes: of all items.
+        number: of bins.
+    """
+    bins: list[list[int]] = [[] for _ in range(number)]
+    loads = [(0, b) for b in range(number)]  # a heap
+    for i in order:
+        load, b = loads[0]
+        bins[b].append(i)
+        heapq.heapreplace(loads, (load + sizes[i], b))
+    return bins
+
+
+def shares(sizes: Sequence[int], processes: int) -> list[list[int]]:
+    """Returns for each process which rows of a batch are its own, in their order, level by size; of rows of one size
+    every `processes`-th. It depends on the sizes alone, so each process finds the same."""
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    return [sorted(share) for share in longest_first(order, sizes, processes)]
+
+
+class ShareCollator:
+    """Keeps this process's rows of a global batch and collates them, with their places in it as `order`.
+
+    A small batch may leave none: then `{"empty": True}`.
+
+    Args:
+        collator: of rows.
+        size: of a row, in tokens.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]):
-        self.collator = collator
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], size: Callable[[Any], int]):
+        self.collator, self.size = collator, size
         # Read here: a data loader's workers are processes of their own, which are not connected.
         self.rank = rank()
         self.world_size = world_size()
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Collates this process's part of a global batch's rows."""
-        share = list(rows[self.rank :: self.world_size])
-        return self.collator(share) if share else {"empty": True}
-
-
-def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Returns a global batch's rows in their order, from the shares of all ranks: undoes `ShareCollator`."""
-    total = sum(len(share) for share in shares)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+        share = shares([self.size(row) for row in rows], self.world_size)[self.rank]
+        return {**self.collator([rows[i] for i in share]), "order": share} if share else {"empty": True}
 
 
 def unshard(dataloader: Any, dataset: Any = None) -> None:

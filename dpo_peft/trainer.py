@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .config import DPOConfig
 from .data.collator import PREPARED_COLUMNS, PreferenceCollator
-from .distributed import check_same, copy_from_first, meet, unshard, world_size
+from .distributed import check_same, copy_from_first, unshard, wait_for_all, world_size
 from .errors import OptionError
 from .forward import PackedBatch, Scores, completion_logps, plan_forward, recheck
 from .model.loading import storage_report
@@ -190,10 +190,7 @@ class DPOTrainer(Trainer):
         coupled = inputs.get("coupled")
         batch = PackedBatch(**{name: value for name, value in inputs.items() if name != "coupled"})
         totals = num_items_in_batch or self.objective.kind.totals([inputs])
-        if coupled:
-            ref, policy = coupled.ref, self.policy_logps(batch)
-        else:
-            ref, policy = self.reference.beside_policy(batch, **self.objective.reads)
+        ref, policy = self.reference.beside_policy(batch, coupled, **self.objective.reads)
         loss, output = self.objective.loss(policy, ref, batch, totals, coupled)
         self.record(batch, output, policy, ref)
         return (loss, output) if return_outputs else loss
@@ -234,7 +231,7 @@ class DPOTrainer(Trainer):
                 if self.reference.restore(Path(folder)):
                     self._record()
                 self.reference.check_resumable(Path(folder))
-                self.run_state.compare(Path(folder))
+                self.run_state.compare(Path(folder), self.aux_loss_enabled)
             with self.step.running(), self.signal.listening():
                 output = super().train(folder, *args, **kwargs)
             if self.signal.agree():
@@ -245,8 +242,6 @@ class DPOTrainer(Trainer):
 
     def _prepare_run(self) -> None:
         check_callbacks(self.callback_handler.callbacks)
-        if self.args.fsdp:
-            _ = self.reference.base_fingerprint  # later one process alone reads it, to save; now all gather the layers
         # What was added to the model since it was probed is heeded.
         plan = recheck(self.forward_plan, self.model, autocast_dtype(self.args))
         if plan is not self.forward_plan:
@@ -259,8 +254,7 @@ class DPOTrainer(Trainer):
             self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
             if self.args.precompute_ref_log_probs:
                 self.reference.precompute(rows_ahead(self, self.prepare.evaluated, self.step), self.collate)
-        meet()
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
 
     def hyperparameter_search(self, *args: object, **kwargs: object) -> Any:
         """Is refused: transformers would train each trial on from the adapter of the one before."""
@@ -278,10 +272,6 @@ class DPOTrainer(Trainer):
 
     # ---- Hooks of transformers.Trainer ---------------------------------------------------------------------------
 
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if placement_of(model) is None:
-            super()._move_model_to_device(model, device)
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Returns the micro-batches of one optimizer step, and its `Totals`."""
         entries, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -293,7 +283,7 @@ class DPOTrainer(Trainer):
         return self.step.run(inputs, lambda part, totals: backward(model, part, totals))
 
     def compute_loss_context_manager(self) -> Any:
-        """Mixed precision around both passes: they call the backbone, past the `forward` that accelerate wraps."""
+        """Mixed precision around both passes: they call the backbone itself."""
         return self.accelerator.autocast()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -338,13 +328,10 @@ class DPOTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, rewards, labels)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `transformers.Trainer`. Once `train()` has begun, the trainer's own evaluation datasets also give the
-        pairs of `eval_examples.jsonl`, and their first prompts the completions of `samples.jsonl`."""
+        """As in `transformers.Trainer`; the own datasets also give the pairs of `eval_examples.jsonl` and samples."""
         own, step = eval_dataset is None or isinstance(eval_dataset, str), self.state.global_step
         with self.evaluation.under_way(own, step if eval_dataset is None else None):
-            metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        meet()  # one process has completed samples
-        return metrics
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`, with the loss and the metrics as means over the whole dataset."""
@@ -378,7 +365,6 @@ class DPOTrainer(Trainer):
         load_best(self.model, self.policy_adapter, self.state, self.reference)
         if not str(self.state.best_model_checkpoint).endswith(f"checkpoint-{self.state.global_step}"):
             self.evaluation.renew(self.state.global_step)  # the newest are to be of the adapter that is saved
-            meet()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves the policy's adapter, without a frozen copy that the model holds as its reference."""
@@ -386,8 +372,7 @@ class DPOTrainer(Trainer):
             save_adapter(self, self.policy_adapter, Path(output_dir or self.args.output_dir))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter and the tokenizer; called by a user also the files of `dpo_peft.artifacts`, whole or not
-        at all, and publishes with `push_to_hub`. A `PublishError` leaves what is saved."""
+        """Saves adapter, tokenizer and, called by a user, the run's files, whole or not at all; then publishes."""
         folder = output_dir or self.args.output_dir
         if _internal_call:
             self._save(folder)
@@ -397,8 +382,7 @@ class DPOTrainer(Trainer):
             self._publisher().publish(folder, "Model save")
 
     def create_model_card(self, model_name: str | None = None, dataset_name: Any = None, tags: Any = None) -> None:
-        """Writes the model card and what belongs to it into the output folder. `model_name` is its title,
-        `dataset_name` one or several Hub ids or paths of the data, `tags` are further ones."""
+        """Writes the card and what belongs to it. `model_name` is its title, `dataset_name` one or several ids."""
         save_result(self, self.args.output_dir, False, model_name=model_name, dataset_name=dataset_name, tags=tags)
 
     def _publisher(self) -> Any:

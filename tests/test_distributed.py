@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,8 @@ from dpo_peft.distributed import (
     check_same,
     copy_from_first,
     gather_over_processes,
-    interleave,
     rank,
+    shares,
     sum_gradients,
     sum_over_processes,
     unshard,
@@ -149,7 +150,7 @@ def work() -> dict[str, Any]:
 
     PartialState(cpu=True)  # connects the processes
     me = rank()
-    share = ShareCollator(lambda rows: {"rows": rows})
+    share = ShareCollator(lambda rows: {"rows": rows}, lambda row: 1)
     weights = parameters(me)
     copy_from_first(weights)
     # Every process reaches the end of each of these, whatever the others raise: nobody waits for ever.
@@ -164,8 +165,8 @@ def work() -> dict[str, Any]:
         "gradients in small buckets": gradients(20),
         "copied": [weight.flatten().tolist() for weight in weights],
         "shares": [share(list(range(size))) for size in GLOBAL_BATCHES],
-        "pickled share": pickle.dumps(ShareCollator(list)).hex(),
-        "interleaved": [interleave(gather_over_processes(list(range(n))[me::PROCESSES])) for n in GLOBAL_BATCHES],
+        "shares by size": ShareCollator(lambda rows: {"rows": rows}, int)([5, 1, 1, 9, 4, 4]),
+        "pickled share": pickle.dumps(ShareCollator(dict.fromkeys, int)).hex(),
         "whole": loaders(True),
         "sharded": loaders(False),
         "without dataset": error_of(unshard, DataLoader(Stream(3), batch_size=2)),
@@ -242,17 +243,25 @@ def test_every_process_gets_the_trainable_weights_of_the_first(results: list[dic
 
 def test_shares_are_every_row_once(results: list[dict[str, Any]]) -> None:
     for case, size in enumerate(GLOBAL_BATCHES):
-        shares = [result["shares"][case] for result in results]
-        assert shares == [
-            {"rows": list(range(index, size, 3))} if index < size else {"empty": True} for index in range(PROCESSES)
-        ]
-        assert all(result["interleaved"][case] == list(range(size)) for result in results)
+        for index, result in enumerate(results):
+            own = list(range(index, size, 3))
+            assert result["shares"][case] == ({"rows": own, "order": own} if own else {"empty": True})
+
+
+def test_shares_are_level(results: list[dict[str, Any]]) -> None:
+    """By hand: 9 alone; 5, then a 1; 4 and 4 to the lightest, and the other 1 to 5 + 1 = 6 < 8."""
+    shared = [result["shares by size"] for result in results]
+    assert shared == [
+        {"rows": [9], "order": [3]},
+        {"rows": [5, 1, 1], "order": [0, 1, 2]},
+        {"rows": [4, 4], "order": [4, 5]},
+    ]
 
 
 def test_a_share_goes_to_a_worker_that_is_not_connected(results: list[dict[str, Any]]) -> None:
     assert world_size() == 1
     collators = [pickle.loads(bytes.fromhex(result["pickled share"])) for result in results]
-    assert [collator([5, 6, 7, 8]) for collator in collators] == [[5, 8], [6], [7]]
+    assert [list(collator([5, 6, 7, 8])) for collator in collators] == [[8, "order"], [7, "order"], [5, 6, "order"]]
 
 
 def test_every_process_reads_the_batches_of_a_single_one(results: list[dict[str, Any]]) -> None:
@@ -314,16 +323,34 @@ def test_a_single_process_is_left_as_it_is() -> None:
     for weight, grad in zip(weights, before, strict=True):
         assert (weight.grad is None and grad is None) or torch.equal(weight.grad, grad)
         assert torch.all(weight == 1.0)
-    assert ShareCollator(tuple)([1, 2, 3]) == (1, 2, 3)
+    assert ShareCollator(dict.fromkeys, int)([1, 2, 3]) == {1: None, 2: None, 3: None, "order": [0, 1, 2]}
     unshard(DataLoader([1, 2, 3], batch_size=2))
 
 
-def test_interleave_undoes_any_split() -> None:
-    draw = random.Random(0)
-    for _ in range(50):
-        rows = [draw.random() for _ in range(draw.randrange(9))]
-        processes = draw.randint(1, 4)
-        assert interleave([rows[index::processes] for index in range(processes)]) == rows
+def spread(sizes: list[int], split: list[list[int]]) -> float:
+    """How far the largest share is above the mean."""
+    loads = [sum(sizes[i] for i in share) for share in split]
+    return max(loads) * len(loads) / sum(loads) - 1
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("each, most, usual", [(8, 0.07, 0.03), (32, 0.01, 0.003)])
+def test_shares_of_real_rows_are_level(data_dir: Path, processes: int, each: int, most: float, usual: float) -> None:
+    """Characters of 299 pairs of one set and 1,100 short ones of another. The control: every n-th row for each."""
+    long = json.loads((data_dir / "llama-factory-demo/dpo_en_demo.json").read_text())
+    short = json.loads((data_dir / "rasbt-instruction-preference/instruction-data-with-preference.json").read_text())
+    lengths = [
+        [len(json.dumps([row["conversations"], row["chosen"], row["rejected"]])) for row in long],
+        [sum(len(row[name]) for name in ("instruction", "input", "chosen", "rejected")) for row in short],
+    ]
+    for of_set in lengths:
+        draws = [random.Random(seed).sample(of_set, processes * each) for seed in range(60)]
+        level = [spread(sizes, shares(sizes, processes)) for sizes in draws]
+        strided = [spread(sizes, [list(range(r, len(sizes), processes)) for r in range(processes)]) for sizes in draws]
+        assert max(level) < most and statistics.mean(level) < usual
+        assert statistics.mean(strided) > max(0.03, 10 * statistics.mean(level) if each == 32 else 0)
+        for sizes in draws[:5]:
+            assert sorted(i for share in shares(sizes, processes) for i in share) == list(range(len(sizes)))
 
 
 @pytest.mark.parametrize(

@@ -31,18 +31,18 @@ ONLY = {"losses": {"errors", "imports"}, "forward": {"errors", "wings"}}
 # Lines of a folder, docstrings and blanks included. These are ceilings on the way to those of the design, which
 # dev/LOG.md lists; a feature that needs a higher one has to say why there.
 BUDGETS = {
-    "trainer": 415,
+    "trainer": 400,
     "config": 345,
     "config_checks": 380,
     "objective": 485,
-    "distributed": 345,
+    "distributed": 375,
     "losses": 1100,
-    "data": 4955,
+    "data": 5000,
     "forward": 2665,
-    "reference": 1585,
-    "model": 3340,
-    "training": 2910,
-    "evaluation": 1520,
+    "reference": 1590,
+    "model": 3345,
+    "training": 2960,
+    "evaluation": 1525,
     "fused": 2595,
     "planning": 1505,
     "artifacts": 1365,
@@ -55,12 +55,12 @@ BUDGETS = {
     "chat": 430,
     "conversion": 450,
     "preview": 965,
-    "cli": 3540,
+    "cli": 3965,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 37_780
+MAX_PACKAGE_LINES = 38_330
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -19,6 +19,7 @@ from . import help
 
 __all__ = ["main"]
 
+JOB = "DPO_PEFT_JOB"  # an environment variable: the folder of the job that this process belongs to (`launch`)
 WRONG_INPUT = (
     errors.OptionError,
     errors.DataError,
@@ -55,6 +56,14 @@ dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or one of `help.EXIT_CODES`; 141 where what reads the output has
     ended, as `| head` does."""
+    if JOB in os.environ:
+        from .launch import worker
+
+        worker(lambda: _main(argv))
+    return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         try:
             return _run(argv)
@@ -64,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
-        print(f"dpo-peft: standard output can't be written: {error}.", file=sys.stderr)
+        _say(f"standard output can't be written: {error}.")
         return 3
 
 
@@ -84,7 +93,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if {"-h", "--help"} & {*rest} and (kept := help.kept(command)):
         print(help.render(kept))
         raise SystemExit(0)
-    from .options import printable, show_progress  # which import what reads rows: a help should wait for nothing
+    from .options import show_progress  # which imports what reads rows: a help should wait for nothing
 
     show_progress()
     before = signal.getsignal(signal.SIGTERM)
@@ -94,12 +103,12 @@ def _run(argv: Sequence[str] | None) -> int:
         # A command's module is loaded when the command is called: `help` should wait for nothing.
         getattr(import_module(f".{command}", __package__), command)(rest)
     except (*WRONG_INPUT, *REFUSED) as error:
-        print(printable(f"dpo-peft: {_of_home(error) or error}"), file=sys.stderr)
+        _say(_of_home(error) or str(error))
         # A checkpoint that can't be written, as the disk is full, has a cause; one that can't be resumed has none.
         unwritten = isinstance(error, errors.CheckpointError) and error.__cause__ is not None
         return 3 if unwritten or isinstance(error, REFUSED) else 2
     except KeyboardInterrupt:  # training saves a checkpoint first, and leaves as TrainingInterrupted
-        print("dpo-peft: stopped.", file=sys.stderr)
+        _say("stopped.")
         return 130
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported here
@@ -108,18 +117,31 @@ def _run(argv: Sequence[str] | None) -> int:
         if not told.startswith("Out of memory"):  # as training says it, with what to lower
             told = told.partition(" GPU ")[0]  # behind it torch says much of its allocator
             told += " Close other programs on the GPU, load the base in 4 bits, or lower lengths and batches."
-        print(printable(f"dpo-peft: {told}"), file=sys.stderr)
+        _say(told)
         return 3
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             raise
         told = _of_home(error) or f"{error}. Mend that, then give the same command again."
-        print(printable(f"dpo-peft: {told}"), file=sys.stderr)
+        _say(told)
         return 3
     finally:
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _say(text: str) -> None:
+    """Prints an error; in one of several processes it is kept, for their job to print it once."""
+    from .options import printable
+
+    line = printable(f"dpo-peft: {text}")
+    if JOB in os.environ:
+        from .launch import said
+
+        said.append(line)
+    else:
+        print(line, file=sys.stderr)
 
 
 def _of_home(error: Exception) -> str:

@@ -21,13 +21,14 @@ from ..training.building import Preparation
 from .measure import sample
 
 
-def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any], processes: int) -> tuple[dict[str, Any], str]:
     """Checks a run without its weights. Returns its figures, and a table of them for people.
 
     Args:
         args: the options of training.
         model: those of the model, a `ModelArguments`.
         inputs: the arguments of `DPOTrainer`.
+        processes: how many will train.
 
     Raises:
         OptionError, DataError: what would stop the run, with the remedy.
@@ -41,7 +42,7 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any]) -> tuple[dict[s
     figures: dict[str, Any] = {
         "model": _model(name, args, inputs["peft_config"]),
         "rows": {one: _rows(report) for one, report in prepare.reports.items()},
-        "steps": _steps(args, None if args.max_steps > 0 else len(prepared)),
+        "steps": _steps(args, None if args.max_steps > 0 else len(prepared), processes),
         "memory": _memory(args, model, prepare.reports["train"], inputs["peft_config"]),
         "writes": str(Path(args.output_dir)),
         "hub": _hub(args, name) if args.push_to_hub else None,
@@ -71,15 +72,15 @@ def _rows(report: DataReport) -> dict[str, Any]:
     return {**told, "format": report.format, "longest": report.longest, **sample(report)}
 
 
-def _steps(args: DPOConfig, rows: int | None) -> dict[str, Any]:
+def _steps(args: DPOConfig, rows: int | None, processes: int) -> dict[str, Any]:
     """Returns how many steps there are, of how many rows; `rows` is None where max_steps says it."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     if rows is None:
         total = args.max_steps
     else:
         in_epoch = max(rows // batch if args.dataloader_drop_last else math.ceil(rows / batch), 1)
         total = math.ceil(args.num_train_epochs * in_epoch)
-    return {"rows": batch, "total": total, "warmup": args.get_warmup_steps(total)}
+    return {"rows": batch, "total": total, "warmup": args.get_warmup_steps(total), "processes": processes}
 
 
 def _memory(args: DPOConfig, model: Any, report: DataReport, lora: LoraConfig | None) -> dict[str, Any]:
@@ -142,6 +143,7 @@ def _table(figures: dict[str, Any], args: DPOConfig, reports: dict[str, DataRepo
         if cut := reports[name].rows_truncated:
             lines.append(("", f"{cut:,} rows are cut to max_length ({args.truncation_mode})"))
     total = f"{steps['total']:,} of {steps['rows']} rows"
+    total += f" in {steps['processes']} processes" if steps["processes"] > 1 else ""
     total += "" if args.max_steps > 0 else f", {args.num_train_epochs:g} epochs"
     lines += [
         ("steps", f"{total}, {steps['warmup']} of warmup, to {args.learning_rate:g}"),

@@ -132,7 +132,7 @@ def parse_options(
         words = [f"--{names[0]}", *words]
     usage = f"[{names[0].upper()}] [--config FILE.yaml] [--option value ...]"
     text = {"command": command, "usage": usage, "description": description, "examples": [*examples]}
-    found = made(options, _parse([*_as_words(from_file), *words], {}, [options], check, text))
+    found = made(options, _parse([*as_words(from_file), *words], {}, [options], check, text))
     required(found, *needed)
     return found
 
@@ -173,35 +173,23 @@ def parse_groups(
     return _parse(words, from_file, groups, check, text), from_file
 
 
-# Options of several processes, which `trl dpo` hands to `accelerate launch`, and what they may be for one.
-_LAUNCHER: dict[str, tuple[str, ...]] = {
-    "num_processes": ("1",),
-    "accelerate_config": ("single_gpu",),
-    "config_file": (),
-    "num_machines": ("1",),
-    "machine_rank": ("0",),
-    "main_process_ip": (),
-    "main_process_port": (),
-    "multi_gpu": ("false",),
-    "gpu_ids": (),
-    "ignore_bias_buffers": ("false",),  # of TRL's scripts
+# Options of `trl dpo` on processes: what they may be here, and the remedy.
+_LAUNCHER: dict[str, tuple[str, str]] = {
+    "config_file": ("", "Give it as accelerate_config."),
+    "multi_gpu": ("false", "Give num_processes, and leave it out."),
+    "ignore_bias_buffers": ("false", "Leave it out: no model is wrapped."),
 }
 
 
 def refuse_launcher(given: Mapping[str, object]) -> dict[str, object]:
-    """Returns options without those of the launcher that ask for what there is: one process.
+    """Returns options without those of TRL's launcher that change nothing.
 
     Raises:
-        OptionError: several processes are asked for, with the line that starts them.
+        OptionError: one would.
     """
-    for name, value in given.items():
-        if name in _LAUNCHER and str(value).lower() not in _LAUNCHER[name]:
-            number = value if name == "num_processes" and str(value).isdecimal() else "N"
-            raise OptionError(
-                f"{name}={value!r} is for several processes: leave it out, and start them by `accelerate launch "
-                f"--config_file {find_recipe('ddp')} --num_processes {number} -m dpo_peft.cli train ...`. FSDP and "
-                "DeepSpeed are not offered: each process holds the base as a whole."
-            )
+    for name, (harmless, remedy) in _LAUNCHER.items():
+        if name in given and str(given[name]).lower() != harmless:
+            raise OptionError(f"{name}={given[name]!r} is an option of TRL that isn't offered here. {remedy}")
     return {name: value for name, value in given.items() if name not in _LAUNCHER}
 
 
@@ -250,7 +238,7 @@ def made(options: type[Options], parsed: object) -> Options:
     return options(**{f.name: getattr(parsed, f.name) for f in fields(options) if f.init})  # type: ignore[arg-type]
 
 
-def _as_words(given: Mapping[str, object]) -> list[str]:
+def as_words(given: Mapping[str, object]) -> list[str]:
     """Returns options of a file as words of a command line, so that both are checked alike."""
     words = []
     for name, value in given.items():
@@ -329,6 +317,13 @@ def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             "out, and set them in the shell: NAME=value dpo-peft ..."
         )
     return words[:at] + words[at + 2 :], options
+
+
+def known(command: str, argv: Sequence[str]) -> bool:
+    """Returns whether the kept help knows every option that is given, by name; a newer transformers may have more."""
+    words, from_file = split_config(argv)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return given | from_file.keys() <= {*(help.kept(command) or {}).get("names", "").split()}
 
 
 def required(options: object, *names: str) -> None:

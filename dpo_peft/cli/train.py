@@ -4,6 +4,7 @@ A YAML file holds any of the options; the command line overrides it. Each option
 `DPOConfig` (training), `DataArguments` and `ModelArguments`.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from ..disk import one_writer
 from ..errors import CheckpointError, OptionError
 from ..files import as_list
+from .launch import LaunchArguments, job
 from .mixture import DataArguments, load_datasets
-from .options import made, option, parse_groups, required, show
+from .options import known, made, option, parse_groups, required, show
 
 if TYPE_CHECKING:  # importing them takes seconds, which a help should not
     from peft import LoraConfig
@@ -37,6 +39,7 @@ EXAMPLES = [
     "dpo-peft train --model_name_or_path Qwen/Qwen3-8B --dataset_name pairs.jsonl --output_dir outputs/run",
     "dpo-peft train --config FILE.yaml --resume_from_checkpoint latest",
     "dpo-peft train --config FILE.yaml --json > result.json",
+    "dpo-peft train --config FILE.yaml --num_processes 2",
 ]
 
 
@@ -88,12 +91,19 @@ def train(argv: Sequence[str]) -> "DPOTrainer | None":
         OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
         TrainingInterrupted: after a signal, with a checkpoint saved.
     """
+    started = job(argv)
+    if started is not None and not started.dry_run:
+        if not known("train", argv):
+            _options(argv)  # which takes seconds, and says what is wrong with them
+        started.run(argv)
+        return None
     data, args, model, output = _parse(argv)
     if output.dry_run:
         from .dry_run import dry_run
 
         with _claimed(args):
-            show(*dry_run(args, model, _inputs(data, args, model)), output.json)
+            processes = started.processes if started is not None else args.world_size
+            show(*dry_run(args, model, _inputs(data, args, model), processes), output.json)
         return None
     from ..evaluation.log_file import SHOWN  # after parsing: these take seconds
     from . import COMMANDS
@@ -221,18 +231,24 @@ def parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgumen
 def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments, OutputArguments]:
     from ..config import DPOConfig
 
-    about = (
-        "Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a "
-        "FILE.yaml to begin with, --dry_run checks it."
-    )
-    groups = (DataArguments, ModelArguments, OutputArguments, DPOConfig)
-    options, _ = parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)
+    options = _options(argv)
     required(options, *([] if options.datasets else ["dataset_name"]), "model_name_or_path")
     if options.eval_share is not None and str(options.eval_strategy) == "no":
         options.eval_strategy, options.eval_steps = "steps", options.eval_steps or EVAL_STEPS
         logger.info("eval_share: evaluation is on (eval_strategy steps, eval_steps %g).", options.eval_steps)
     data, args = made(DataArguments, options), made(DPOConfig, options)
     return data, args, made(ModelArguments, options), made(OutputArguments, options)
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    from ..config import DPOConfig
+
+    about = (
+        "Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a "
+        "FILE.yaml to begin with, --dry_run checks it."
+    )
+    groups = (DataArguments, ModelArguments, OutputArguments, LaunchArguments, DPOConfig)
+    return parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)[0]
 
 
 def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfig | None":

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
@@ -32,7 +33,7 @@ from .summary import DataSummary
 from .tokenize import check_tokenizer
 from .truncate import check_truncation
 from .unread import SAMPLED, check_unread
-from .worker import COUNTERS, RowWorker, rows_of
+from .worker import RowWorker, rows_of
 
 # Raise it whenever the same inputs give other records.
 SCHEMA_VERSION = 5
@@ -134,9 +135,7 @@ def prepare_dataset(
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, worker, summary, max_share, columns), summary
     records = _map_records(dataset, worker, first, num_proc, load_from_cache_file)
-    for batch in records.select_columns(["row", "drop", "left_out", *COUNTERS]).iter(batch_size=10_000):
-        for record in rows_of(batch):
-            summary.add(record)
+    summary.add_all(records.data)
     summary.check()
     summary.check_share(max_share)
     summary.warn()
@@ -144,7 +143,7 @@ def prepare_dataset(
     if summary.dropped or unpair:
         kept = _rows_where(records, "drop", empty=True)
         if unpair:
-            found = set(kept)
+            found = set(kept.to_pylist())
             kept = [place for place in _unpaired_order(records["row"][:]) if place in found]
         prepared = prepared.select(kept)
     if images is not None:
@@ -241,7 +240,8 @@ def _map_records(
         **options,
     )
     if bad := _rows_where(checked, "problem", empty=False):
-        problems = [(RowProblem(*json.loads(checked[row]["problem"])), row) for row in bad[:PROBLEMS_NAMED]]
+        first_bad = bad[:PROBLEMS_NAMED].to_pylist()
+        problems = [(RowProblem(*json.loads(checked[row]["problem"])), row) for row in first_bad]
         count = f"{worker.name}: {len(bad)} malformed rows of {len(checked)}. " if len(bad) > 1 else ""
         raise DataError(count + " | ".join(str(problem.located(worker.name, row)) for problem, row in problems))
     records = rows.map(
@@ -255,10 +255,10 @@ def _map_records(
     return records.with_format(None)
 
 
-def _rows_where(mapped: Dataset, column: str, empty: bool) -> list[int]:
+def _rows_where(mapped: Dataset, column: str, empty: bool) -> pa.UInt64Array:
     """Returns the numbers of the rows whose text in `column` is empty (or is not), without reading other columns."""
     texts = mapped.data.column(column)
-    return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, "")).to_pylist()
+    return pc.indices_nonzero((pc.equal if empty else pc.not_equal)(texts, ""))
 
 
 def _unpaired_order(rows: Sequence[int]) -> list[int]:

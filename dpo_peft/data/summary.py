@@ -1,11 +1,13 @@
 """What became of every source row: kept, or dropped for a named reason; and what truncation took away."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import get_worker_info
 
@@ -65,11 +67,10 @@ def explain(reason: str) -> str:
     return f"{reason}: {meaning}. Remedy: {remedy}"
 
 
-# What is added up over the rows under the name that a row's record has for it.
-ADDED = (
-    "completions ends_lost foreign_turns unended spelled swapped ties desirable undesirable prompt_tokens "
-    "completion_tokens"
-).split()
+# What is added up over the rows: the name that a row's record has for it, and that of the sum.
+_same = "completions ends_lost foreign_turns unended spelled swapped ties desirable undesirable prompt_tokens"
+ADDED = {name: name for name in [*_same.split(), "completion_tokens"]}
+ADDED |= {"completions_cut": "completions_trimmed", "resplits": "boundary_resplits"}
 
 
 @dataclass
@@ -172,24 +173,45 @@ class DataSummary:
                 named.append(record["row"])
             return
         self.kept_rows += 1
-        for counter in ADDED:
-            setattr(self, counter, getattr(self, counter) + record[counter])
+        for name, target in ADDED.items():
+            setattr(self, target, getattr(self, target) + record[name])
         for key in filter(None, record["left_out"].split(", ")):
             self.left_out[key] = self.left_out.get(key, 0) + 1
-        if self.unended and not self._warned:
+        self._warn_unended([record["row"]] if self.unended else [])
+        self.rows_truncated += bool(record["prompt_cut"] or record["completions_cut"])
+        self.prompts_trimmed += bool(record["prompt_cut"])
+        self.unshared_tokens += record["prompt_tokens"] * record["completions"] + record["completion_tokens"]
+        self.longest = max(self.longest, record["longest"])
+
+    def add_all(self, records: pa.Table) -> None:
+        """Counts the rows of a table by its columns, as `add` does one by one."""
+        drop, prompt_cut, cut = (records.column(name) for name in ("drop", "prompt_cut", "completions_cut"))
+        self.source_rows += len(drop)
+        self.kept_rows += len(drop)
+        for reason, count in _counts(drop):
+            self.kept_rows -= count
+            self.dropped[reason] = count
+            self.dropped_rows[reason] = _rows_with(records, pc.equal(drop, reason), ROWS_NAMED)
+        for name, target in ADDED.items():
+            setattr(self, target, getattr(self, target) + _sum(records.column(name)))
+        for keys, count in _counts(records.column("left_out")):
+            for key in keys.split(", "):
+                self.left_out[key] = self.left_out.get(key, 0) + count
+        self._warn_unended(_rows_with(records, pc.not_equal(records.column("unended"), 0), 1))
+        self.rows_truncated += _sum(pc.not_equal(pc.add(prompt_cut, cut), 0))
+        self.prompts_trimmed += _sum(pc.not_equal(prompt_cut, 0))
+        prompts, completions = (records.column(name).cast("int64") for name in ("prompt_tokens", "completions"))
+        self.unshared_tokens += _sum(pc.multiply(prompts, completions)) + _sum(records.column("completion_tokens"))
+        self.longest = max(self.longest, pc.max(records.column("longest")).as_py() or 0)
+
+    def _warn_unended(self, rows: Sequence[int]) -> None:
+        if rows and not self._warned:
             self._warned = True
             logger.warning(
                 "%s: the chat template ends the assistant's turn with no token (e.g. in row %d): the model does not "
                 "learn to stop. Use a template that puts the end token behind the turn.",
-                self.name,
-                record["row"],
+                *(self.name, rows[0]),
             )
-        self.rows_truncated += bool(record["prompt_cut"] or record["completions_cut"])
-        self.prompts_trimmed += bool(record["prompt_cut"])
-        self.completions_trimmed += record["completions_cut"]
-        self.boundary_resplits += record["resplits"]
-        self.unshared_tokens += record["prompt_tokens"] * record["completions"] + record["completion_tokens"]
-        self.longest = max(self.longest, record["longest"])
 
     def reset(self) -> None:
         """Starts counting again; what describes the dataset stays."""
@@ -259,6 +281,19 @@ class DataSummary:
         if self.unused_columns:
             lines.append(f"  unused columns: {', '.join(self.unused_columns)}")
         return "\n".join(lines)
+
+
+def _sum(column: Any) -> int:
+    return pc.sum(column).as_py() or 0
+
+
+def _counts(texts: Any) -> Iterator[tuple[str, int]]:
+    """Yields the texts of a column but the empty one, each with the number of its rows, in order of appearance."""
+    yield from ((one["values"], one["counts"]) for one in pc.value_counts(texts).to_pylist() if one["values"])
+
+
+def _rows_with(records: pa.Table, mask: Any, most: int) -> list[int]:
+    return records.column("row").take(pc.indices_nonzero(mask).slice(0, most)).to_pylist()
 
 
 # What worker processes tell of beside the drops. The first is not 0 once there is something to tell.

@@ -7,9 +7,9 @@ its own, and that is accepted only if it decodes to the same text.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import DataError, OptionError
 from .fields import RowProblem
@@ -53,8 +53,20 @@ def check_tokenizer(tokenizer: object, need_eos: bool) -> None:
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of `text` without the tokenizer's special tokens, never truncated."""
+    if _calls_library(type(tokenizer)):  # type: ignore[arg-type]
+        backend = tokenizer.backend_tokenizer
+        settings = backend.truncation, backend.padding, backend.encode_special_tokens
+        if settings == (None, None, tokenizer.split_special_tokens):  # else the call below puts them right
+            return list(backend.encode_batch([text], add_special_tokens=False)[0].ids)
     encoded = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, verbose=False)
     return list(encoded["input_ids"])
+
+
+@cache
+def _calls_library(kind: type[PreTrainedTokenizerBase]) -> bool:
+    """Says whether a tokenizer's call does no more than call the tokenizers library, which takes half as long."""
+    made_by = PreTrainedTokenizerBase.__call__, PreTrainedTokenizerFast._encode_plus
+    return issubclass(kind, PreTrainedTokenizerFast) and (kind.__call__, kind._encode_plus) == made_by
 
 
 class Borders:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..config import DPOConfig
+from ..distributed import meet
 from ..forward import PackedBatch
 from ..objective import LossOutput, TrainingObjective
 from ..training.building import Preparation
@@ -75,6 +76,7 @@ class Evaluation:
             yield
         if step is not None and self.records.begun:
             self.samples.take(step)
+            meet()  # one process has completed samples
             self.warnings.compare()
 
     @property
@@ -98,6 +100,7 @@ class Evaluation:
     def renew(self, step: int) -> None:
         """Samples a step again, if it was sampled: another adapter has been loaded."""
         self.samples.renew(step)
+        meet()
 
 
 def take_over(callbacks: list[TrainerCallback], *of_shows: Any) -> Shows | None:

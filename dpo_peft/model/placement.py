@@ -150,11 +150,10 @@ class Sharded:
 class _Turns:
     """Whose pass comes next.
 
-    Shards are gathered by all processes in one order, whatever each of them is doing: one may have more
-    micro-batches than another, or find the reference's log-probs in its cache, or complete a sample. So before a pass
-    the processes agree on what comes next. One that has nothing to do serves the others' gathers; so it does while it
-    waits for them at a meeting (`distributed.py`), until all are there. A pass that is left early, because memory ran
-    out or the gradient ends above the first layer, is served to its end.
+    All processes gather in one order, whatever each is doing: one may have more micro-batches than another, or find
+    the reference's log-probs in its cache, or complete a sample. So before a pass they agree on what comes next, and
+    one that has nothing to do serves the others' gathers; so it does while it waits for them at a meeting
+    (`distributed.py`). A pass that is left early, as memory ran out or the gradient ended, is served to its end.
     """
 
     def __init__(self) -> None:
@@ -163,7 +162,6 @@ class _Turns:
         self._running: weakref.ref[Placement] | None = None  # whose pass is under way
 
     def join(self, placement: "Placement") -> None:
-        """Adds a model's layers; all processes must call it."""
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
             serve_while_waiting(self)
@@ -174,7 +172,6 @@ class _Turns:
         self._until(0)
 
     def wait_for(self, placement: "Placement", direction: int) -> None:
-        """Serves what others want first, until all processes begin this pass."""
         at = self._sharded.index(weakref.ref(placement))
         self._until(2 * at + direction)
         self._running = self._sharded[at]
@@ -187,8 +184,7 @@ class _Turns:
                 return
             at, direction = (agreed - 1) // 2, 2 - agreed % 2
             self._running, other = self._sharded[at], self._sharded[at]()
-            if other is None:
-                raise RuntimeError("Another process uses a model with sharded layers that this one has dropped.")
+            assert other is not None, "another process uses a sharded model that this one has dropped"
             other.begin(direction)
 
     def _agree(self, wanted: int) -> int:
@@ -202,12 +198,7 @@ _TURNS = _Turns()
 
 
 class Placement:
-    """Brings the layers in, in the order in which passes over the model need them.
-
-    Args:
-        layers: what is brought in, in the order of the model.
-        together: whether this takes all processes; all must make it then.
-    """
+    """Brings the layers in, in the order in which passes over the model need them; `together`: all processes do."""
 
     def __init__(self, layers: Sequence[Bytes], together: bool = False):
         self.layers, self._together = layers, together
@@ -337,14 +328,13 @@ def _place(
     vars(causal_lm)["_placement"] = placement
     for whole in (causal_lm, *([model.base_model] if isinstance(model, PeftModel) else [])):
         vars(whole).update(dict.fromkeys(_AT_ONCE, _refused))
+    vars(model)["to"] = lambda *_, **__: model  # it is there; the trainer would copy what is elsewhere just now
     return placement
 
 
 def _refused(*_: object, **__: object) -> None:
-    raise OptionError(
-        "The base's layers come and go (fsdp, stream_layers), so it can't be merged or saved as a whole: save the "
-        "adapter (`save_model`), and merge it by `dpo-peft merge`."
-    )
+    why = "The base's layers come and go (fsdp, stream_layers), so it can't be merged or saved as a whole"
+    raise OptionError(f"{why}: save the adapter (`save_model`), and merge it by `dpo-peft merge`.")
 
 
 def placement_of(model: nn.Module) -> Placement | None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..training.packing import longest_first
+from ..distributed import longest_first
 from .memory import GIB, RESERVE, MemoryModel
 from .shapes import PRESETS, Lora, Shape
 

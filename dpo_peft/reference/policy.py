@@ -37,7 +37,7 @@ from ..forward import (
     pad_rows,
 )
 from ..forward.rotary import fixed_rope_length
-from ..objective import TrainingObjective
+from ..objective import Coupled, TrainingObjective
 from .adapter_off import (
     ADAPTER_OFF,
     Reference,
@@ -178,10 +178,14 @@ class ReferencePolicy:
         token_logps_N = torch.from_numpy(np.concatenate(own)) if own else torch.empty(0)
         return Scores(token_logps_N.to(batch.input_ids.device), logps_C.to(batch.input_ids.device))
 
-    def beside_policy(self, batch: PackedBatch, **reads: bool) -> tuple[Scores | None, Scores]:
-        """Returns `logps`, and the policy's log-probs with what else the losses read (see `completion_logps`). Where
-        layers come and go, both passes go through them side by side."""
+    def beside_policy(
+        self, batch: PackedBatch, coupled: Coupled | None = None, **reads: bool
+    ) -> tuple[Scores | None, Scores]:
+        """Returns `logps`, if they are not known from a `coupled` batch, and the policy's log-probs with what else the
+        losses read (see `completion_logps`). Where layers come and go, both passes go through them side by side."""
         scorer = self.plan.scorer
+        if coupled is not None:
+            return coupled.ref, completion_logps(self.model, batch, scorer, **reads)
         if self.needed and self.store is None and self.lockstep and isinstance(scorer, Decoder) and batch.shared:
             policy, reference = logps_with_reference(self.model, batch, scorer, self.adapter, **reads)
             return reference, policy
@@ -231,6 +235,8 @@ class ReferencePolicy:
         Raises:
             ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
         """
+        if self.args.fsdp:
+            _ = self.base_fingerprint  # one process alone reads it, to save; now all gather the layers for it
         if self.start_checked:
             return
         self.start_checked = True

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from ..config import DPOConfig
 from ..data.collator import mismatch
-from ..distributed import gather_over_processes, interleave, rank, sum_gradients, sum_over_processes, world_size
+from ..distributed import gather_over_processes, rank, shares, sum_gradients, sum_over_processes, world_size
 from ..forward import PackedBatch, Scores, halves
 from ..objective import LossOutput, Scored, Totals, TrainingObjective
 from .arguments import longest_allowed
 from .memory_budget import MemoryBudget
 from .metrics import Mean, MetricStore
-from .packing import Entry, MicroBatch, Row, as_entry, describe, hang, pack_rows, size_of, to_device
+from .packing import Entry, MicroBatch, Row, as_entry, describe, hang, pack_rows, size_of, to_device, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -197,12 +197,22 @@ class OptimizerStep:
             self.mismatched_cut += cut
             self.evaluated, rows = [] if self.model.training else flat[-1:], iter(found)
             kept = [list(itertools.islice(rows, len(part))) for part in kept]
-        # The rows that `ShareCollator` would keep, so that predictions find their places again.
-        kept = [part[self._rank :: self._processes] for part in kept]
+        if self._pads is None:
+            self._pads = self.collate(next(part[:1] for part in kept if part)).get("attention_mask") is not None
         if self.args.max_tokens_per_microbatch is not None or self.args.full_determinism:
             return self._pack(kept)
-        batches = [self.collate(part) if part else {"empty": True} for part in kept]
-        return [as_entry(to_device(batch, self.args.device)) for batch in batches]
+        entries = []
+        for part in kept:
+            share = self._share(part)
+            batch = {**self.collate([part[i] for i in share]), "order": share} if share else {"empty": True}
+            entries.append(as_entry(to_device(batch, self.args.device)))
+        return entries
+
+    def _share(self, rows: Sequence[Row]) -> list[int]:
+        """Returns which rows are this process's own."""
+        # No bit of an evaluation may depend on its batch size under `full_determinism`.
+        level = self._processes > 1 and not (self.args.full_determinism and not self.model.training)
+        return shares([tokens_of(row, not self._pads) if level else 1 for row in rows], self._processes)[self._rank]
 
     def _pack(self, parts: list[list[Row]]) -> list[Entry]:
         """Packs this process's rows of a step into micro-batches within the budget, hung on as many entries.
@@ -210,20 +220,21 @@ class OptimizerStep:
         With `full_determinism` each row is one, in their order, and the last entry has all: whatever the number of
         entries, the same numbers are added in the same order.
         """
-        rows, part_of = [row for part in parts for row in part], [i for i, part in enumerate(parts) for _ in part]
+        everyone, part_of = [row for part in parts for row in part], [i for i, part in enumerate(parts) for _ in part]
+        share = self._share(everyone)
+        rows = [everyone[i] for i in share]
         if not rows:
             return hang([], [], len(parts))
         if self.args.full_determinism:
             budget, idle, bins = None, len(parts) - 1, [[i] for i in range(len(rows))]
         else:
-            if self._pads is None:
-                self._pads = self.collate(rows[:1]).get("attention_mask") is not None
             budget = self.budget.microbatch_tokens([size_of(row, not self._pads) for row in rows])
             idle, bins = 0, pack_rows(rows, budget, shared=not self._pads)
         packs = [to_device(self.collate([rows[i] for i in one]), self.args.device) for one in bins]
         if budget is not None and self.model.training and not self._packing_logged:
             self._packing_logged = True
             logger.info("The first optimizer step is packed: %s", describe(packs, budget))
+        bins = [[share[i] for i in one] for one in bins]
         entries = [*hang([], [], 1) * idle, *hang(packs, bins, len(parts) - idle)]
         return [{**entry, "parts": [part_of[i] for i in entry["order"]]} for entry in entries]
 
@@ -284,9 +295,8 @@ class OptimizerStep:
                 rows += self.objective.kind.predictions_by_row(output.scored, output.rewards_C, batch["rows"])
             loss = loss + part.float()
             _release(batch)
-        if "order" in entry:
-            rows = [row for _, row in sorted(zip(entry["order"], rows, strict=True), key=lambda placed: placed[0])]
-        rows = interleave(gather_over_processes(rows))
+        everyone = itertools.chain(*gather_over_processes(list(zip(entry["order"], rows, strict=True))))
+        rows = [row for _, row in sorted(everyone, key=lambda placed: placed[0])]
         rewards, labels = (torch.cat(parts).to(self.args.device) for parts in zip(*rows, strict=True))
         return loss, rewards, labels
 

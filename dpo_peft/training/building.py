@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from .arguments import (
     fix_rope_by_rows,
 )
 from .memory_budget import place_layers
+from .packing import tokens_of
 from .results import asks_to_resume
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,7 @@ def collators(
     args: DPOConfig, objective: TrainingObjective, collate: Collate, images: Images | None = None
 ) -> tuple[Collate, Collate]:
     """Returns what lays out a micro-batch, and what the data loader makes of this process's rows."""
+    size = partial(tokens_of, shared=getattr(collate, "shared", True))
     if args.caches_reference:
         collate = KeyedCollator(collate)
     # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
@@ -213,7 +215,7 @@ def collators(
         logger.info("full_determinism: each row is a micro-batch of its own, whatever the batch options (slower).")
     if objective.needs_mismatched or args.max_tokens_per_microbatch is not None or args.full_determinism:
         return collate, KeepRows(images)
-    return collate, collate if world_size() == 1 else ShareCollator(collate)
+    return collate, collate if world_size() == 1 else ShareCollator(collate, size)
 
 
 def loading_options(args: DPOConfig, quantized: bool) -> dict[str, Any]:

@@ -7,13 +7,14 @@ alone: a resumed run packs as the straight one does.
 A bin is the rows of one micro-batch, by their indices. A row that is larger than the budget gets a bin of its own.
 """
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+
+from ..distributed import longest_first
 
 Row = dict[str, Any]  # a prepared one
 MicroBatch = dict[str, Any]  # fields of a `PackedBatch`
@@ -52,13 +53,18 @@ def size_of(row: Row, shared: bool) -> Size:
     return Size(tokens, tokens + completions * prompt, answers - unscored)
 
 
+def tokens_of(row: Row, shared: bool) -> int:
+    """Returns the positions that a prepared row takes in the forward pass."""
+    return size_of(row, shared).tokens
+
+
 def pack_rows(rows: Sequence[Row], budget: int, shared: bool) -> list[list[int]]:
     """Packs prepared rows into bins of at most `budget` tokens, the largest first; indices ascend in each.
 
     The largest comes first, so that what does not fit into memory is known at once, and its blocks are used again.
     """
     if shared:
-        return level_bins([size_of(row, shared).tokens for row in rows], budget)
+        return level_bins([tokens_of(row, shared) for row in rows], budget)
     return padded_bins([shape_of(row) for row in rows], budget)
 
 
@@ -83,23 +89,6 @@ def level_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
             break
     bins.sort(key=lambda one: (-sum(sizes[i] for i in one), one[0]))
     return [[i] for i in alone] + [sorted(one) for one in bins]
-
-
-def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
-    """Spreads items over bins that are level: each item goes into the emptiest one (Graham 1969).
-
-    Args:
-        order: items as indices into `sizes`, the largest first.
-        sizes: of all items.
-        number: of bins.
-    """
-    bins: list[list[int]] = [[] for _ in range(number)]
-    loads = [(0, b) for b in range(number)]  # a heap
-    for i in order:
-        load, b = loads[0]
-        bins[b].append(i)
-        heapq.heapreplace(loads, (load + sizes[i], b))
-    return bins
 
 
 def _first_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -183,7 +172,11 @@ def hang(packs: Sequence[MicroBatch], bins: Sequence[Sequence[int]], number: int
 
 def as_entry(batch: MicroBatch) -> Entry:
     """Returns the entry of a single micro-batch, whose fields it has too; or of none, for a process without a row."""
-    return hang([], [], 1)[0] if "empty" in batch else {**batch, "packs": [batch]}
+    if "empty" in batch:
+        return hang([], [], 1)[0]
+    order = batch.get("order", range(len(batch["rows"])))
+    fields = {name: value for name, value in batch.items() if name != "order"}
+    return {**fields, "packs": [fields], "order": list(order)}
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

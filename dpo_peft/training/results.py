@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
 from ..config import DPOConfig
 from ..errors import CheckpointError, OptionError
@@ -143,14 +144,17 @@ def checkpoints_kept(args: DPOConfig) -> Iterator[None]:
 
 @contextmanager
 def no_false_alarm() -> Iterator[None]:
-    """Inside, transformers does not say that the best checkpoint is gone: it looks where that once was."""
+    """Inside, transformers does not say that the best checkpoint is gone: it looks where that once was. Nor which
+    options a resumed run has changed: `RunState.compare` does, and knows which of them change it."""
 
     def passes(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("The best checkpoint")
+        return not str(record.msg).startswith(("The best checkpoint", "Warning: The following arguments do not match"))
 
-    log = logging.getLogger(Trainer.__module__)
-    log.addFilter(passes)
+    logs = [logging.getLogger(module.__module__) for module in (Trainer, compare_trainer_and_checkpoint_args)]
+    for log in logs:
+        log.addFilter(passes)
     try:
         yield
     finally:
-        log.removeFilter(passes)
+        for log in logs:
+            log.removeFilter(passes)

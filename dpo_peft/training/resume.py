@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from math import gcd
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,9 +44,11 @@ _HARMLESS = (
     "hub_ load_best metric_for_best greater_is_better sample_ eval_accumulation per_device_eval dataloader_num "
     "dataloader_pin dataloader_prefetch dataloader_persistent dataloader_multiprocessing remove_unused resume_from "
     "debug skip_memory include_ torch_empty_cache ddp_ local_rank ref_cache cache_ref precompute_ref dataset_num_proc "
-    "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib "
-    "max_unusable_share on_unusable restore_callback jit_mode"
+    "activation_checkpointing activation_offloading gradient_checkpointing checkpoint_layers max_memory_gib fsdp "
+    "stream_layers max_unusable_share on_unusable restore_callback jit_mode"
 ).split()
+PROCESSES = "number of processes"
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", PROCESSES)  # their product is a step's rows
 _ADAPTER_SHAPE = "r lora_alpha target_modules use_rslora use_dora modules_to_save rank_pattern alpha_pattern".split()
 
 
@@ -68,17 +71,13 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: Mapping[str, str], ba
     # Drawing an evaluation's order moves the random numbers that dropout reads.
     harmless = (*_HARMLESS, "eval_") if args.disable_dropout else tuple(_HARMLESS)
     kept = {name: value for name, value in options.items() if not name.startswith(harmless)}
-    if args.full_determinism:  # the split is not part of it
-        batch = kept.pop("per_device_train_batch_size") * kept.pop("gradient_accumulation_steps")
-        kept["rows of an optimizer batch, per process"] = batch
-        kept.pop("max_tokens_per_microbatch")
     config = adapter.to_dict()
     for name in _ADAPTER_SHAPE:
         value = config[name]
         kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
     if (trained := read_training(adapter)) is not None and trained.rope_length is not None:
         kept["rotary frequencies of rows of"] = f"{trained.rope_length} tokens"
-    return {**kept, "number of processes": world_size(), **rows, "base model": base}
+    return {**kept, PROCESSES: world_size(), **rows, "base model": base}
 
 
 class RunState:
@@ -164,9 +163,13 @@ class RunState:
         found, _ = checkpoints.newest_whole(self.run_dir)
         return f"The newest whole checkpoint is {found}." if found else "There is no whole one in output_dir."
 
-    def compare(self, folder: Path) -> None:
+    def compare(self, folder: Path, routers: bool) -> None:
         """Says in what the run's `trajectory` differs from a checkpoint's. A run that began with what used to be the
         default of `learning_rate` keeps it, in `args` too, where the option is left out.
+
+        Args:
+            folder: the checkpoint.
+            routers: whether there is a loss of routers, which is of each batch of the data loader.
 
         Raises:
             OptionError: one that the checkpoint's tensors would overrule.
@@ -178,6 +181,9 @@ class RunState:
             logger.info("learning_rate stays %g: the default when the run began.", OLD_LEARNING_RATE)
         now = self.trajectory()
         changed = [name for name in now if name in before and now[name] != before[name]]
+        rows, rows_before = rows_of_a_step(now), rows_of_a_step(before)
+        free = self._free(routers) if rows == rows_before else ()
+        changed = [name for name in changed if name not in free]
         lines = {name: f"{name}: {before[name]!r} before, {now[name]!r} now" for name in changed}
         fixed = [name for name in changed if name in _RESTORED or name.startswith(_OF_THE_MODEL)]
         if fixed:
@@ -186,19 +192,34 @@ class RunState:
                 "follows from them, so the new ones would have no effect. Leave them as they were, or start a new run "
                 "from the checkpoint's adapter (model=<checkpoint folder>, reference=...)."
             )
-        if changed:
+        if changed or rows != rows_before:
             remedy = (
                 " The rows were made before the checkpoint was known: give it as "
                 "DPOConfig(resume_from_checkpoint=...), and its date is used again."
                 if DATE in changed
                 else ""
             )
+            if rows != rows_before:
+                lines["rows"] = f"rows of an optimizer batch: {rows_before} before, {rows} now"
+                remedy += _same_batch(rows_before, now)
+            elif PROCESSES in changed and not args.disable_dropout:
+                remedy += " Dropout draws other random numbers on another number of processes."
             logger.warning("Resuming with options that change the run: %s.%s", "; ".join(lines.values()), remedy)
         if not (folder / "optimizer.pt").is_file():
             raise CheckpointError(
                 f"{folder} has no optimizer state: it was saved with save_only_model=True and can't be resumed. Start "
                 "a new run from its adapter (model=<checkpoint folder>, reference=...)."
             )
+
+    def _free(self, routers: bool) -> Sequence[str]:
+        """Returns the options that only say how the rows of a step are split, and change it by rounding at most."""
+        args = self.args
+        if args.full_determinism:  # not by a bit, but gradients of other processes are summed in another order
+            return (*_BATCH[:2], "max_tokens_per_microbatch")
+        drawn = args.train_sampling_strategy == "random" and not args.accelerator_config.use_seedable_sampler
+        if routers or drawn or args.dataloader_drop_last or not args.disable_dropout:
+            return ()
+        return (*_BATCH, "max_tokens_per_microbatch")
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -289,9 +310,27 @@ def place_in_data(trainer: Trainer, counted: tuple[int, int], folder: str | None
         return counted
     state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
     passes, part = divmod(state.epoch or 0.0, 1)
-    before = _read(Path(folder))["trajectory"]  # under full_determinism it names no split: the new one counts
-    batches = before.get("gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
-    return int(passes), 0 if trainer.args.ignore_data_skip else round(part * state.max_steps * batches)
+    rows = part * state.max_steps * rows_of_a_step(_read(Path(folder))["trajectory"])
+    batch = trainer.args.per_device_train_batch_size * world_size()
+    return int(passes), 0 if trainer.args.ignore_data_skip else round(rows / batch)
+
+
+def rows_of_a_step(trajectory: Mapping[str, Any]) -> int:
+    """Returns the rows of an optimizer batch, all processes' together."""
+    own = trajectory.get("rows of an optimizer batch, per process")  # up to 0.3, with full_determinism
+    return trajectory[PROCESSES] * (own or trajectory[_BATCH[0]] * trajectory[_BATCH[1]])
+
+
+def _same_batch(rows: int, now: Mapping[str, Any]) -> str:
+    """Returns a sentence on how a step keeps its number of rows."""
+    own, left = divmod(rows, now[PROCESSES])
+    if left:
+        return f" {rows} rows are no multiple of {now[PROCESSES]} processes: take a number of them that divides it."
+    each = gcd(own, now[_BATCH[0]])
+    return (
+        f" To keep the batch on this number of processes ({now[PROCESSES]}): per_device_train_batch_size={each}, "
+        f"gradient_accumulation_steps={own // each}."
+    )
 
 
 def save_adapter(trainer: Trainer, adapter: str, folder: Path) -> None:

@@ -9,6 +9,7 @@ does the runs of the case one after the other (see `train`), and writes what cam
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -150,11 +151,16 @@ def train(run: dict[str, Any], folder: str, processes: int, rank: int) -> dict[s
     output = f"{folder}/outputs-{run['name']}-{processes}"
     trainer = ours(model, rows(run["rows"], seed=0), tokenizer, output, **options)
     break_on_purpose(trainer, run.get("broken", ""), rank)
+    heard, ear = logging.getLogger("dpo_peft.training.resume"), Ear(logging.WARNING)
+    heard.addHandler(ear)
     try:
         result = trainer.train(resume_from_checkpoint=f"{folder}/{run['resume']}" if run.get("resume") else None)
     except ValueError as error:
         return {"error": type(error).__name__, "step": trainer.state.global_step}
+    finally:
+        heard.removeHandler(ear)
     return {
+        **({"warnings": ear.said} if run.get("resume") else {}),
         "loss": result.training_loss,
         "logs": trainer.state.log_history,
         "eval": trainer.evaluate() if run.get("eval_rows") else {},
@@ -173,6 +179,17 @@ def in_4_bits() -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
+
+
+class Ear(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, level: int):
+        super().__init__(level)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 def figures(predictions: Any) -> dict[str, float]:

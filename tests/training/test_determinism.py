@@ -116,7 +116,7 @@ def test_another_optimizer_batch_is_told(runs: Runs, caplog: Any) -> None:
     case = {"loss_type": "sigmoid", "save_strategy": "steps", "save_steps": STOP}
     runs.train("a", case, **WHOLE, callbacks=[StopAt(STOP)])
     runs.train("a", case, resume=True, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert "rows of an optimizer batch, per process: 8 before, 4 now" in caplog.text
+    assert "rows of an optimizer batch: 8 before, 4 now" in caplog.text
 
 
 @pytest.mark.slow
