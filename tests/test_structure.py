@@ -39,9 +39,9 @@ BUDGETS = {
     "losses": 1100,
     "data": 5000,
     "forward": 2665,
-    "reference": 1590,
-    "model": 3345,
-    "training": 2960,
+    "reference": 1600,
+    "model": 3385,
+    "training": 2965,
     "evaluation": 1525,
     "fused": 2595,
     "planning": 1505,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 38_330
+MAX_PACKAGE_LINES = 38_390
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

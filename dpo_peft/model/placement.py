@@ -312,13 +312,13 @@ def _place(
     layers = list(decoder_layers(causal_lm))
     frozen = [_frozen(layer) for layer in layers]
     uses = Counter(id(tensor) for tensors in frozen for tensor in tensors)
+    frozen = [[tensor for tensor in tensors if uses[id(tensor)] == 1] for tensors in frozen]  # others stay
     chosen = range(len(layers)) if indices is None else indices
     laid = []
     for index in chosen:
-        tensors = [tensor for tensor in frozen[index] if uses[id(tensor)] == 1]
-        one: Bytes = lay(_flatten(tensors))
+        one: Bytes = lay(_flatten(frozen[index]))
         one.open()
-        _view(one.flat, tensors)
+        _view(one.flat, frozen[index])
         one.close()
         laid.append(one)
     _move(causal_lm, device, {id(tensor) for index in chosen for tensor in frozen[index]})

@@ -237,6 +237,7 @@ def break_on_purpose(trainer: Any, what: str, rank: int) -> None:
     if what == "turns" and trainer.args.world_size > 1:
         placement._TURNS._agree = lambda wanted: wanted
         threading.Timer(STUCK, leave).start()
+        sys.excepthook = lambda *_: leave()
     if what == "nan":
 
         class Lose(TrainerCallback):

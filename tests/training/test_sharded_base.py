@@ -19,8 +19,8 @@ from run_figures import TOLERANCE, largest_difference, run, without_comparisons
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-STEPS = {"max_steps": 30, "fsdp": "full_shard"}
-LIMIT = 150  # seconds for one start; processes that wait for each other would do so for ever
+STEPS = {"max_steps": 30, "fsdp": "full_shard", "learning_rate": 0.1}
+LIMIT = 240  # seconds for one start; processes that wait for each other would do so for ever
 
 
 def sharded(name: str, *loss: str, options: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def sharded(name: str, *loss: str, options: dict[str, Any] | None = None, **more
 
 
 def short(name: str, *loss: str, options: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """Two epochs of 7 rows: 4 steps, of which two leave the last process without a row."""
-    return sharded(name, *loss, options={"max_steps": -1, **(options or {})}, **{"rows": 7, **more})
+    """Two epochs of 5 rows: 4 steps, of which two leave processes without a row."""
+    return sharded(name, *loss, options={"max_steps": -1, **(options or {})}, **{"rows": 5, **more})
 
 
 OWN = {"fused_layers": False, "gradient_accumulation_steps": 2}
@@ -117,20 +117,18 @@ def single(folder: Path) -> Callable[[str], dict[str, Any]]:
 
 @pytest.mark.parametrize(("group", "name"), COMPARED)
 def test_processes_with_a_share_of_the_base_train_as_one(group: str, name: str, parallel: Any, single: Any) -> None:
-    ranks, alone = parallel(group, name), single(name)
+    alone, *ranks = map(without_counts, (single(name), *parallel(group, name)))
     assert len(ranks) == int(group[0])
     for rank in ranks[1:]:
         assert largest_difference(ranks[0], rank)[0] == 0.0
     if name == "kto":
         alone, *ranks = (without_comparisons(result) for result in (alone, *ranks))
-    if name == "some cached":
-        alone, *ranks = (without_counts(result) for result in (alone, *ranks))
     difference, where = largest_difference(alone, ranks[0])
     assert difference <= TOLERANCE, where
 
 
 def without_counts(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without how often a log-prob was found."""
+    """A result without how often a process found a log-prob."""
     logs = [{key: value for key, value in log.items() if not key.startswith("ref_cache")} for log in result["logs"]]
     return {**result, "logs": logs}
 
@@ -183,7 +181,7 @@ def test_accelerate_starts_it_by_a_config_of_fsdp_2(folder: Path, single: Any) -
     here = folder / "accelerate"
     here.mkdir()
     (here / "model").symlink_to(folder / "model")
-    one = short("by config", rows=5, options={"fsdp": None, "num_train_epochs": 1})
+    one = short("by config", rows=5, options={"fsdp": None, "num_train_epochs": 1, "save_strategy": "epoch"})
     (here / "case.json").write_text(json.dumps([one]))
     config = {
         "compute_environment": "LOCAL_MACHINE",
@@ -211,4 +209,5 @@ def test_accelerate_starts_it_by_a_config_of_fsdp_2(folder: Path, single: Any) -
     assert largest_difference(*results)[0] == 0.0
     difference, where = largest_difference(train(one, str(folder), 1, 0), results[0])
     assert difference <= TOLERANCE, where
-    assert "are sharded: each process holds one part in 2" in (here / "output.txt").read_text()
+    (saved,) = here.glob("outputs-by config-2/checkpoint-*/training_args.json")
+    assert json.loads(saved.read_text())["fsdp"] == "full_shard"
