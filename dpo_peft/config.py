@@ -258,6 +258,7 @@ class DPOConfig(TrainingArguments):
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
             if getattr(self, name) is False:  # what YAML reads an unquoted `no` as
                 setattr(self, name, "no")
+        self.fsdp_config = self.fsdp_config or None  # type: ignore[has-type]
         check_inherited(self)
         losses = check_loss_type(self.loss_type, self.loss_weights)
         check_fields(self, losses)

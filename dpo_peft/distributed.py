@@ -145,6 +145,7 @@ def copy_from_first(parameters: Iterable[nn.Parameter]) -> None:
     """Gives every process the trainable weights of rank 0: without a seed each has drawn an adapter of its own."""
     if world_size() == 1:
         return
+    meet()
     for parameter in parameters:
         if parameter.requires_grad:
             sent = parameter.detach().to(_device()).contiguous()

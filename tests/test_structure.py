@@ -39,9 +39,9 @@ BUDGETS = {
     "losses": 1100,
     "data": 5000,
     "forward": 2665,
-    "reference": 1590,
-    "model": 3345,
-    "training": 3025,
+    "reference": 1595,
+    "model": 3380,
+    "training": 3030,
     "evaluation": 1525,
     "fused": 2595,
     "planning": 1860,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 38_790
+MAX_PACKAGE_LINES = 38_840
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -11,11 +11,12 @@ Two ways to bring bytes in: PyTorch's `fully_shard` (FSDP2) gathers them from al
 pinned CPU memory, on a stream of their own. Adapter, norms, biases, embeddings and head stay where they are.
 
 A gather needs all processes. Each of them goes through all layers in every pass, and these passes need not be the
-same in number: see `Placement`.
+same in number: see `_Turns`.
 """
 
 import logging
 import os
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
@@ -23,6 +24,7 @@ from typing import Any, Protocol, cast
 import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -35,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256  # bytes; views start at multiples of it
 _SMALL = 1024  # elements of a quantization constant that stays resident: codes and offsets
-_FORWARD, _BACKWARD, _DONE = 2, 1, 0  # passes; of several that processes want, the largest comes first
+_FORWARD, _BACKWARD = 2, 1  # passes
+_AT_ONCE = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "save_pretrained")  # they read all layers
 
 
 class Bytes(Protocol):
@@ -144,27 +147,64 @@ class Sharded:
             self.module.reshard()
 
 
-class Placement:
-    """Brings the layers in, in the order in which passes over the model need them.
+class _Turns:
+    """Whose pass comes next.
 
-    Shards are gathered by all processes in one order, whatever each of them is doing: one may have more
-    micro-batches than another, or find the reference's log-probs in its cache, or complete a sample. So before a pass
-    the processes agree on what comes next. A forward pass that any of them has to do comes before a backward pass,
-    and one that has nothing to do serves the others' gathers; so it does while it waits for them at a meeting
-    (`distributed.py`), until all are there. A pass that is left early, because memory ran out or the gradient ends
-    above the first layer, is served to its end.
-
-    Args:
-        layers: what is brought in, in the order of the model.
-        control: the group by which processes agree; None for one that needs no other.
+    All processes gather in one order, whatever each is doing: one may have more micro-batches than another, or find
+    the reference's log-probs in its cache, or complete a sample. So before a pass they agree on what comes next, and
+    one that has nothing to do serves the others' gathers; so it does while it waits for them at a meeting
+    (`distributed.py`). A pass that is left early, as memory ran out or the gradient ended, is served to its end.
     """
 
-    def __init__(self, layers: Sequence[Bytes], control: dist.ProcessGroup | None = None):
-        self.layers, self._control = layers, control
-        self._present: list[Bytes] = []
-        self._direction, self._at = _DONE, len(layers) - 1  # the pass under way, and how many layers it has behind it
-        if control is not None:
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._sharded: list[weakref.ref[Placement]] = []  # made in the same order in all processes
+        self._running: weakref.ref[Placement] | None = None  # whose pass is under way
+
+    def join(self, placement: "Placement") -> None:
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
             serve_while_waiting(self)
+        self._sharded.append(weakref.ref(placement))
+
+    def serve(self) -> None:
+        """Takes part in the others' passes until no process has one to do. All processes must call it."""
+        self._until(0)
+
+    def wait_for(self, placement: "Placement", direction: int) -> None:
+        at = self._sharded.index(weakref.ref(placement))
+        self._until(2 * at + direction)
+        self._running = self._sharded[at]
+
+    def _until(self, wanted: int) -> None:
+        while True:
+            if self._running is not None and (running := self._running()) is not None:
+                running.finish()
+            if (agreed := self._agree(wanted)) == wanted:
+                return
+            at, direction = (agreed - 1) // 2, 2 - agreed % 2
+            self._running, other = self._sharded[at], self._sharded[at]()
+            assert other is not None, "another process uses a sharded model that this one has dropped"
+            other.begin(direction)
+
+    def _agree(self, wanted: int) -> int:
+        """Returns the largest of what the processes want: forward passes come before backward ones."""
+        flag = torch.tensor([wanted])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return int(flag)
+
+
+_TURNS = _Turns()
+
+
+class Placement:
+    """Brings the layers in, in the order in which passes over the model need them; `together`: all processes do."""
+
+    def __init__(self, layers: Sequence[Bytes], together: bool = False):
+        self.layers, self._together = layers, together
+        self._direction, self._at = 0, len(layers) - 1  # the pass under way, and how many layers it has behind it
+        if together:
+            _TURNS.join(self)
 
     @property
     def nbytes(self) -> int:
@@ -177,39 +217,30 @@ class Placement:
         backward = torch._C._current_graph_task_id() != -1
         direction, place = (_BACKWARD, len(self.layers) - 1 - index) if backward else (_FORWARD, index)
         if direction != self._direction or place < self._at:
-            self._begin(direction)
+            if self._together:
+                _TURNS.wait_for(self, direction)
+            self.begin(direction)
         self._go_to(place)
 
-    def serve(self) -> None:
-        """Takes part in the others' passes until no process has one to do. All processes must call it."""
-        self._begin(_DONE)
+    def begin(self, direction: int) -> None:
+        """Begins a pass."""
+        self._direction, self._at = direction, -1
 
-    def _begin(self, direction: int) -> None:
+    def finish(self) -> None:
+        """Brings in what is left of the pass under way."""
         self._go_to(len(self.layers) - 1)
-        while (agreed := self._agree(direction)) != direction:
-            self._direction, self._at = agreed, -1
-            self._go_to(len(self.layers) - 1)
-        self._direction, self._at = direction, len(self.layers) - 1 if direction == _DONE else -1
-
-    def _agree(self, wanted: int) -> int:
-        if self._control is None:
-            return wanted
-        flag = torch.tensor([wanted])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control)
-        return int(flag)
 
     def _go_to(self, place: int) -> None:
-        order = self.layers if self._direction == _FORWARD else self.layers[::-1]
         while self._at < place:
             self._at += 1
-            now, *following = order[self._at : self._at + 2]
-            for layer in self._present:
-                if layer not in (now, *following):
-                    layer.close()
-            now.open()
-            for layer in following:
-                layer.prefetch()
-            self._present = [now, *following]
+            order = self.layers if self._direction == _FORWARD else self.layers[::-1]
+            for layer in order[: self._at]:
+                layer.close()
+            for layer in order[self._at + 2 :]:
+                layer.close()
+            order[self._at].open()
+            if self._at + 1 < len(order):
+                order[self._at + 1].prefetch()
 
 
 class Leave(torch.autograd.Function):
@@ -245,7 +276,7 @@ def shard(model: nn.Module, device: torch.device, by_machine: bool = False) -> P
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     shape = (world_size() // machine, machine) if by_machine and machine < world_size() else (world_size(),)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    placed = _place(model, device, None, lambda flat: Sharded(flat.to(device), mesh), dist.new_group(backend="gloo"))
+    placed = _place(model, device, None, lambda flat: Sharded(flat.to(device), mesh), True)
     logger.info(
         "The base's %d decoder layers, %.1f MiB, are sharded: each process holds one part in %d.",
         *(len(placed.layers), placed.nbytes / 2**20, shape[-1]),
@@ -275,28 +306,35 @@ def stream(model: nn.Module, device: torch.device, number: int) -> Placement:
 
 
 def _place(
-    model: nn.Module, device: torch.device, indices: Sequence[int] | None, lay: Any, control: Any = None
+    model: nn.Module, device: torch.device, indices: Sequence[int] | None, lay: Any, together: bool = False
 ) -> Placement:
     causal_lm = unwrap(model)
     layers = list(decoder_layers(causal_lm))
     frozen = [_frozen(layer) for layer in layers]
     uses = Counter(id(tensor) for tensors in frozen for tensor in tensors)
+    frozen = [[tensor for tensor in tensors if uses[id(tensor)] == 1] for tensors in frozen]  # others stay
     chosen = range(len(layers)) if indices is None else indices
     laid = []
     for index in chosen:
-        tensors = [tensor for tensor in frozen[index] if uses[id(tensor)] == 1]
-        one: Bytes = lay(_flatten(tensors))
+        one: Bytes = lay(_flatten(frozen[index]))
         one.open()
-        _view(one.flat, tensors)
+        _view(one.flat, frozen[index])
         one.close()
         laid.append(one)
     _move(causal_lm, device, {id(tensor) for index in chosen for tensor in frozen[index]})
-    placement = Placement(laid, control)
+    placement = Placement(laid, together)
     for i, index in enumerate(chosen):
         _attach(layers[index], placement, i)
     vars(causal_lm)["_placement"] = placement
+    for whole in (causal_lm, *([model.base_model] if isinstance(model, PeftModel) else [])):
+        vars(whole).update(dict.fromkeys(_AT_ONCE, _refused))
     vars(model)["to"] = lambda *_, **__: model  # it is there; the trainer would copy what is elsewhere just now
     return placement
+
+
+def _refused(*_: object, **__: object) -> None:
+    why = "The base's layers come and go (fsdp, stream_layers), so it can't be merged or saved as a whole"
+    raise OptionError(f"{why}: save the adapter (`save_model`), and merge it by `dpo-peft merge`.")
 
 
 def placement_of(model: nn.Module) -> Placement | None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteError, OptionError, ReferenceMismatchError
 from ..forward.layout import PackedBatch
-from ..forward.modules import eval_mode
+from ..forward.modules import bring_in, eval_mode
 from ..forward.probe import token_rounding
 from ..forward.score import Backend, Decoder, Scores, completion_logps
-from .frozen_adapter import AdapterLayer, adapter_layers, holds_adapter, layer_tensors, same_values
+from .frozen_adapter import AdapterLayer, holds_adapter, layer_tensors, same_values
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,11 @@ def is_identity(model: nn.Module, adapter: str) -> bool:
     Zero LoRA products and modules or token rows that equal the base's are proof. False means "not known": a fresh DoRA
     changes nothing either, but its magnitudes show that only up to rounding.
     """
-    return all(_adds_nothing(layer, adapter) for _, layer in adapter_layers(model))
+    for module in model.modules():
+        bring_in(module)  # a module that was saved is compared with the base's
+        if isinstance(module, AdapterLayer) and not _adds_nothing(module, adapter):
+            return False
+    return True
 
 
 def _adds_nothing(layer: AdapterLayer, adapter: str) -> bool:

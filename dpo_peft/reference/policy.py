@@ -234,6 +234,8 @@ class ReferencePolicy:
         Raises:
             ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
         """
+        if self.args.fsdp:
+            _ = self.base_fingerprint  # one process alone reads it, to save; now all gather the layers for it
         if self.start_checked:
             return
         self.start_checked = True

@@ -27,6 +27,7 @@ from ..forward.rotary import fixed_rope_length
 from ..model.adapter_source import plain_fingerprint
 from ..model.experts import has_packed_experts
 from ..model.loading import attach_adapter, disable_dropout, load_model
+from ..model.placement import placement_of
 from ..model.rebuilding import BaseAsGiven, base_as_given, base_class, check_class, quantization_options
 from ..model.training_record import TrainedWith, read_training
 from ..objective import TrainingObjective
@@ -259,6 +260,11 @@ def build_model(
         device = torch.device("cpu") if placed else args.device
         model = load_model(model, quantization_config, quantize, init_kwargs, args.trust_remote_code, device)
     check_class(model)
+    if placement_of(model) is not None:
+        raise OptionError(
+            "model: an earlier trainer shards or streams its layers (fsdp, stream_layers). Load it again: its name or "
+            "folder, or that of an adapter that was saved."
+        )
     by_name = name is not None and not isinstance(model, PeftModel)
     as_given = BaseAsGiven(base_class(model)) if by_name else base_as_given(model)
     if as_given.base_changed:

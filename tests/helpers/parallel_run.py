@@ -11,10 +11,12 @@ does the runs of the case one after the other (see `train`), and writes what cam
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from paths import REPO
 
 SCRIPT = Path(__file__).resolve()
 HOST = "127.0.0.1"
+STUCK = 6  # seconds after which processes that are to wait for each other in vain are ended
 
 
 # ---- Starting processes ---------------------------------------------------------------------------------------------
@@ -44,13 +47,16 @@ def child_environment(**changed: str) -> dict[str, str]:
     return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path), **changed}
 
 
-def launch(script: Path, arguments: Sequence[str], folder: Path, processes: int = 2, timeout: float = 300) -> None:
-    """Run `python script *arguments` in several connected processes, to the end of all of them.
+def launch(
+    script: Path, arguments: Sequence[str], folder: Path, processes: int = 2, timeout: float = 300, **changed: str
+) -> None:
+    """Run `python script *arguments` in several connected processes, to the end of all of them. `changed` goes into
+    their environment.
 
     Raises:
         AssertionError: one failed, or they ran out of time. The others are killed then: they would wait for ever.
     """
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), **changed}
     shared |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(script), *arguments]
     logs = [folder / f"output-{rank}.txt" for rank in range(processes)]
@@ -104,7 +110,9 @@ def train(run: dict[str, Any], folder: str, processes: int, rank: int) -> dict[s
         run: `name`, `loss` (names), `rows` and `eval_rows` (numbers), `batch` (rows of a global micro-batch); if given
             also `options` (of `DPOConfig`), `metrics` (evaluate with `figures`), `stream` (number of shards of a
             streaming dataset), `nf4` (a base in 4 bits), `own_seed` (each process draws an adapter of its own),
-            `resume` (a checkpoint below the folder) and `broken` (see `break_on_purpose`).
+            `resume` (a checkpoint below the folder), `cache` (log-probs of the reference are kept in a folder of this
+            name, one per process; `cache_lost`: but for the first one they are gone) and `broken` (see
+            `break_on_purpose`).
         folder: holds `model`, and gets the run's outputs.
         processes: how many share a batch.
         rank: which of them this one is.
@@ -125,6 +133,11 @@ def train(run: dict[str, Any], folder: str, processes: int, rank: int) -> dict[s
     options |= NEEDED.get(run["loss"][0], {}) | run.get("options", {})
     if processes == 1:
         options.pop("fsdp", None)
+    if run.get("cache"):
+        cache = Path(f"{folder}/{run['cache']}-{processes}-{rank}")
+        options |= {"cache_ref_log_probs": True, "ref_cache_dir": str(cache)}
+        if run.get("cache_lost") and rank:
+            shutil.rmtree(cache)
     if run.get("eval_rows"):
         options["eval_dataset"] = rows(run["eval_rows"], seed=1)
     if run.get("metrics"):
@@ -194,9 +207,14 @@ def adapter_drawn_here(model: Any) -> Any:
 
 
 def break_on_purpose(trainer: Any, what: str, rank: int) -> None:
-    """`gradients`: they don't cross; `nan`: the weights of rank 1 (or of the only process) are lost at step 2."""
+    """`gradients`: they don't cross; `nan`: the weights of the last rank (or of the only process) are lost at step 2;
+    `memory`: it runs out once in the last of several ranks, in the middle of a forward pass; `turns`: the processes
+    don't agree whose pass comes next."""
     import torch
     from transformers import TrainerCallback
+
+    from dpo_peft.forward.modules import decoder_layers, unwrap
+    from dpo_peft.model import placement
 
     if what == "gradients":
         sent = torch.distributed.all_reduce
@@ -205,6 +223,21 @@ def break_on_purpose(trainer: Any, what: str, rank: int) -> None:
             return None if tensor.dtype == torch.float32 and tensor.numel() > 100 else sent(tensor, *args, **kwargs)
 
         torch.distributed.all_reduce = send_no_gradients
+    if what == "memory" and rank and rank == trainer.args.world_size - 1:
+        passes, layers = [], decoder_layers(unwrap(trainer.model))
+        arrive = vars(layers[1])["bring_in"]
+
+        def run_out(*_: Any) -> None:
+            arrive()
+            passes.append(1)
+            if len(passes) == 9:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        vars(layers[1])["bring_in"] = run_out
+    if what == "turns" and trainer.args.world_size > 1:
+        placement._TURNS._agree = lambda wanted: wanted
+        threading.Timer(STUCK, leave).start()
+        sys.excepthook = lambda *_: leave()
     if what == "nan":
 
         class Lose(TrainerCallback):
