@@ -284,7 +284,7 @@ class DPOConfig(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise OptionError(str(error)) from error
-        self.fsdp, self.fsdp_config = sharded, {} if sharded else None  # type: ignore[var-annotated]
+        self.fsdp, self.fsdp_config = sharded, {} if sharded else None
         for name in ("model_init_kwargs", "loss_options"):  # text of a command line is parsed by now
             if not isinstance(getattr(self, name), (dict, type(None))):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be a dict, or JSON like '{{...}}'.")
