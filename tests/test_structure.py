@@ -37,7 +37,7 @@ BUDGETS = {
     "objective": 485,
     "distributed": 275,
     "losses": 1100,
-    "data": 4955,
+    "data": 5000,
     "forward": 2595,
     "reference": 1565,
     "model": 2980,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 37_180
+MAX_PACKAGE_LINES = 37_225
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
