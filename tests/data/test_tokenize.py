@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_peft.data import prepare_dataset, preprocess_dpo_sample
-from dpo_peft.data.tokenize import leading_ids, split_at_border
+from dpo_peft.data.tokenize import leading_ids, plain_ids, split_at_border
 from dpo_peft.errors import DataError, OptionError
 
 
@@ -187,3 +187,30 @@ class TestSample:
     def test_refusals(self, arguments, error, words):
         with pytest.raises(error, match=words):
             preprocess_dpo_sample(word_tokenizer(), **{"prompt": "a ", "chosen": "b", "rejected": "c", **arguments})
+
+
+def test_ids_are_those_of_a_call_whatever_was_called_before():
+    """The tokenizers library is asked directly, and keeps the truncation, padding and splitting of the last call."""
+    tokenizer, text = metaspace_tokenizer(), "hi io</s> hi"
+    tokenizer.pad_token = "</s>"
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert plain_ids(tokenizer, text) == whole
+    tokenizer(text, truncation=True, max_length=2)
+    assert plain_ids(tokenizer, text) == whole
+    tokenizer(text, padding="max_length", max_length=40)
+    assert plain_ids(tokenizer, text) == whole
+    tokenizer.split_special_tokens = True
+    split = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert split != whole
+    tokenizer.split_special_tokens = False
+    assert plain_ids(tokenizer, text) == whole
+    tokenizer.split_special_tokens = True
+    assert plain_ids(tokenizer, text) == split
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called():
+    class Own(PreTrainedTokenizerFast):
+        def __call__(self, *args, **kwargs):
+            return {"input_ids": [7]}
+
+    assert plain_ids(Own(tokenizer_object=metaspace_tokenizer().backend_tokenizer), "hi") == [7]
