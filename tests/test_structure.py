@@ -37,7 +37,7 @@ BUDGETS = {
     "objective": 485,
     "distributed": 375,
     "losses": 1100,
-    "data": 5005,
+    "data": 5000,
     "forward": 2665,
     "reference": 1595,
     "model": 3380,
@@ -60,7 +60,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 38_850
+MAX_PACKAGE_LINES = 38_840
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -53,11 +53,7 @@ def check_tokenizer(tokenizer: object, need_eos: bool) -> None:
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of `text` without the tokenizer's special tokens, never truncated."""
-<<<<<<< HEAD
-    if _calls_library(type(tokenizer)):  # type: ignore[arg-type]
-=======
     if _calls_library(type(tokenizer)):  # type: ignore[arg-type]  # of mypy: a type is hashable
->>>>>>> h-scale
         backend = tokenizer.backend_tokenizer
         settings = backend.truncation, backend.padding, backend.encode_special_tokens
         if settings == (None, None, tokenizer.split_special_tokens):  # else the call below puts them right
