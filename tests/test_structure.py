@@ -44,7 +44,7 @@ BUDGETS = {
     "training": 3030,
     "evaluation": 1525,
     "fused": 2595,
-    "planning": 1860,
+    "planning": 1855,
     "artifacts": 1365,
     "reward": 865,
     "merge": 655,

@@ -9,9 +9,6 @@ interprets on the way.
 
 Two ways to bring bytes in: PyTorch's `fully_shard` (FSDP2) gathers them from all processes; or they are copied from
 pinned CPU memory, on a stream of their own. Adapter, norms, biases, embeddings and head stay where they are.
-
-A gather needs all processes. Each of them goes through all layers in every pass, and these passes need not be the
-same in number: see `_Turns`.
 """
 
 import logging
@@ -36,7 +33,7 @@ from ..reference.fingerprint import base_parts
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256  # bytes; views start at multiples of it
-_SMALL = 1024  # elements of a quantization constant that stays resident: codes and offsets
+SMALL = 1024  # elements of a quantization constant that stays resident: codes and offsets
 _FORWARD, _BACKWARD = 2, 1  # passes
 _AT_ONCE = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "save_pretrained")  # they read all layers
 
@@ -234,9 +231,7 @@ class Placement:
         while self._at < place:
             self._at += 1
             order = self.layers if self._direction == _FORWARD else self.layers[::-1]
-            for layer in order[: self._at]:
-                layer.close()
-            for layer in order[self._at + 2 :]:
+            for layer in (*order[: self._at], *order[self._at + 2 :]):
                 layer.close()
             order[self._at].open()
             if self._at + 1 < len(order):
@@ -310,7 +305,7 @@ def _place(
 ) -> Placement:
     causal_lm = unwrap(model)
     layers = list(decoder_layers(causal_lm))
-    frozen = [_frozen(layer) for layer in layers]
+    frozen = [frozen_tensors(layer) for layer in layers]
     uses = Counter(id(tensor) for tensors in frozen for tensor in tensors)
     frozen = [[tensor for tensor in tensors if uses[id(tensor)] == 1] for tensors in frozen]  # others stay
     chosen = range(len(layers)) if indices is None else indices
@@ -333,8 +328,8 @@ def _place(
 
 
 def _refused(*_: object, **__: object) -> None:
-    why = "The base's layers come and go (fsdp, stream_layers), so it can't be merged or saved as a whole"
-    raise OptionError(f"{why}: save the adapter (`save_model`), and merge it by `dpo-peft merge`.")
+    why = "The base's layers come and go (fsdp, stream_layers): it can't be merged or saved as a whole"
+    raise OptionError(f"{why}. Save the adapter (`save_model`), and merge it by `dpo-peft merge`.")
 
 
 def placement_of(model: nn.Module) -> Placement | None:
@@ -342,7 +337,7 @@ def placement_of(model: nn.Module) -> Placement | None:
     return vars(unwrap(model)).get("_placement")
 
 
-def _frozen(layer: nn.Module) -> list[Tensor]:
+def frozen_tensors(layer: nn.Module) -> list[Tensor]:
     """Returns what comes and goes of a layer: matrices, and the large quantization constants of 4-bit ones."""
     found = []
     for name, tensor in base_parts(layer):
@@ -353,9 +348,14 @@ def _frozen(layer: nn.Module) -> list[Tensor]:
                 f"A base stored as {type(tensor).__name__} can't be sharded or streamed ({name}): load it in 4 bits "
                 "(quantize_base, the default), or in 16."
             )
-        if tensor.ndim > 1 or (".quant." in name and tensor.numel() > _SMALL):
+        if tensor.ndim > 1 or (".quant." in name and tensor.numel() > SMALL):
             found.append(tensor)
     return found
+
+
+def aligned(size: int) -> int:
+    """Returns the bytes that a tensor of `size` bytes takes in its layer's."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -370,7 +370,7 @@ def _view(flat: Tensor, tensors: Sequence[Tensor]) -> None:
         shape, size = tensor.shape, tensor.nbytes
         # Set as a whole, without reading it: PyTorch does the same for a parameter that moves to another device.
         tensor.data = flat.narrow(0, start, size).view(tensor.dtype).view(shape)
-        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+        start += aligned(size)
 
 
 def _attach(layer: nn.Module, placement: Placement, index: int) -> None:

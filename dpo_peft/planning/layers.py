@@ -4,13 +4,8 @@ from torch import Tensor
 
 from ..forward.modules import decoder_layers
 from ..model.experts import expert_weights
-from ..model.placement import _ALIGNMENT, _SMALL
+from ..model.placement import SMALL, aligned
 from .sketch import NF4_BLOCK, NF4_NESTED_BLOCK, Sketch
-
-
-def aligned(size: int) -> int:
-    """Returns the bytes that a tensor takes among those of its layer."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def placed_bytes(weights: int, nested: bool = True, experts: int = 1) -> int:
@@ -25,7 +20,7 @@ def placed_bytes(weights: int, nested: bool = True, experts: int = 1) -> int:
     blocks = -(-weights // NF4_BLOCK)
     constants = [(blocks, 1), (-(-blocks // NF4_NESTED_BLOCK), 4)] if nested else [(blocks, 4)]
     # Those of experts have a row for each, and count as matrices.
-    large = (aligned(experts * number * each) for number, each in constants if number > _SMALL or experts > 1)
+    large = (aligned(experts * number * each) for number, each in constants if number > SMALL or experts > 1)
     return aligned(experts * -(-weights // 2)) + sum(large)
 
 

@@ -20,7 +20,7 @@ from ..errors import OptionError
 from ..forward import ForwardPlan, PackedBatch
 from ..forward.modules import decoder_layers, unwrap
 from ..model.loading import StorageReport, storage_report
-from ..model.placement import _ALIGNMENT, _frozen, placement_of, shard, stream
+from ..model.placement import aligned, frozen_tensors, placement_of, shard, stream
 from ..wings import required, wing
 from .arguments import autocast_dtype
 
@@ -174,7 +174,7 @@ def layers_to_stream(model: PeftModel, args: DPOConfig, frozen: str | None) -> i
         limit = memory_limit(args.device, args.max_memory_gib, 0)
         package, kind = wing("fused"), model.config.get_text_config(decoder=True).model_type
         fused = args.fused_layers is not False and package is not None and kind in package.recognition.MODEL_TYPES
-        sizes = tuple(sum(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in _frozen(layer)) for layer in layers)
+        sizes = tuple(sum(aligned(part.nbytes) for part in frozen_tensors(layer)) for layer in layers)
         memory = _predicted(model, args, stored, fused, layer_bytes=sizes)
         number = len(layers) if memory is None else _fewest(memory, limit, args)
     number = max(gather_over_processes(number))
