@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-import bitsandbytes as bnb
 import torch
 import torch.distributed as dist
 from peft import PeftModel
@@ -39,10 +38,7 @@ _AT_ONCE = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "save_pretra
 
 
 class Bytes(Protocol):
-    """The bytes of one layer.
-
-    `flat` is (n,) uint8 on the layer's device. Its storage is empty unless they are there.
-    """
+    """The bytes of one layer: `flat` is (n,) uint8 on its device, with an empty storage unless they are there."""
 
     flat: Tensor
 
@@ -339,11 +335,13 @@ def placement_of(model: nn.Module) -> Placement | None:
 
 def frozen_tensors(layer: nn.Module) -> list[Tensor]:
     """Returns what comes and goes of a layer: matrices, and the large quantization constants of 4-bit ones."""
+    from bitsandbytes.nn import Params4bit
+
     found = []
     for name, tensor in base_parts(layer):
         if not isinstance(tensor, Tensor):
             continue
-        if type(tensor) not in (Tensor, nn.Parameter, bnb.nn.Params4bit) or tensor.dtype == torch.int8:
+        if type(tensor) not in (Tensor, nn.Parameter, Params4bit) or tensor.dtype == torch.int8:
             raise OptionError(
                 f"A base stored as {type(tensor).__name__} can't be sharded or streamed ({name}): load it in 4 bits "
                 "(quantize_base, the default), or in 16."
