@@ -46,13 +46,12 @@ FAMILIES = [
 SAVED = short("saved", options={"save_strategy": "steps", "save_steps": 2})
 GROUPS: dict[str, list[dict[str, Any]]] = {
     "2": [
-        SIGMOID,
         short("caching", cache="cache"),
         short("some cached", cache="cache", cache_lost=True),
         short("memory", broken="memory"),
     ],
     "2, more": [
-        *FAMILIES[1:],
+        *FAMILIES,
         short("own layers", options=OWN, eval_rows=7, metrics=True),
         short("stored", options={"precompute_ref_log_probs": True}),
         short("samples", eval_rows=5, options={**EVERY_OTHER, **SAMPLED}),
