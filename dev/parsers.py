@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from typing import Any
 
 
 class Found(BaseException):
@@ -12,7 +13,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     """Returns the parser of a command, as it builds it."""
     parse = argparse.ArgumentParser.parse_known_args
 
-    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+    def stop(parser: argparse.ArgumentParser, *given: Any) -> Any:
+        if parser.prog != f"dpo-peft {command}":  # of options that are read before all others
+            return parse(parser, *given)
         raise Found(parser)
 
     argparse.ArgumentParser.parse_known_args = stop  # type: ignore[method-assign, assignment]

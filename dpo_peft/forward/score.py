@@ -38,12 +38,15 @@ class Decoder(ABC):
         What each router computes, (T, X), is added to `router_logits`.
         """
 
-    @abstractmethod
     def with_reference(
         self, batch: PackedBatch, adapter: str | None, router_logits: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns `hidden_states`, and those of `reference(adapter)` without a gradient, in one walk over the layers:
-        where their weights come and go, each comes once for both."""
+        """Returns `hidden_states`, and those of `reference(adapter)` without a gradient.
+
+        A decoder that goes through its layers once for both needs weights that come and go once."""
+        with torch.no_grad():
+            reference_NH = self.reference(adapter).hidden_states(batch)
+        return self.hidden_states(batch, router_logits), reference_NH
 
     @abstractmethod
     def reference(self, adapter: str | None) -> "Decoder":

@@ -163,7 +163,7 @@ class RunState:
         found, _ = checkpoints.newest_whole(self.run_dir)
         return f"The newest whole checkpoint is {found}." if found else "There is no whole one in output_dir."
 
-    def compare(self, folder: Path, routers: bool) -> None:
+    def compare(self, folder: Path, routers: bool = False) -> None:
         """Says in what the run's `trajectory` differs from a checkpoint's. A run that began with what used to be the
         default of `learning_rate` keeps it, in `args` too, where the option is left out.
 

@@ -229,8 +229,8 @@ def break_on_purpose(trainer: Any, what: str, rank: int) -> None:
 
         def run_out(*_: Any) -> None:
             arrive()
-            passes.append(1)
-            if len(passes) == 9:
+            if trainer.state.global_step == 2 and torch.is_grad_enabled() and not passes:
+                passes.append(1)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         vars(layers[1])["bring_in"] = run_out

@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from reference_helpers import perturb
 from torch import Tensor
 from trainer_helpers import StopAt, adapter_weights, history, id_pairs, lora, options, ours
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from dpo_peft import DPOConfig, DPOTrainer, OptionError, distributed
 from dpo_peft.forward.modules import decoder_layers, unwrap
@@ -28,6 +28,7 @@ from dpo_peft.model.placement import Streamed, placement_of
 from dpo_peft.reference.adapter_off import is_identity
 
 LAYERS = 3
+ALL = 0
 JUNK = 61  # as a byte of floats: small numbers, so that what is computed from them is finite
 
 
@@ -128,9 +129,9 @@ SINGLE = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4b
 OWN = {"fused_layers": False}
 # Base, number of layers, options. Each is 4 bits with double quantization unless it says otherwise.
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "fused": ("llama", "auto", {}),
-    "own layers": ("llama", "auto", OWN),
-    "own layers, checkpointed": ("llama", "auto", {**OWN, "gradient_checkpointing": True}),
+    "fused": ("llama", ALL, {}),
+    "own layers": ("llama", ALL, OWN),
+    "own layers, checkpointed": ("llama", ALL, {**OWN, "gradient_checkpointing": True}),
     "own layers, checkpointed reentrant": ("llama", 3, {**OWN, **REENTRANT}),
     "fused, some checkpointed": ("llama", 2, {"gradient_checkpointing": True, "checkpoint_layers": 2}),
     "one layer": ("llama", 1, {"gradient_checkpointing": True}),
@@ -160,15 +161,15 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "coupled": ("llama", 3, {"loss_type": "aot", "gradient_accumulation_steps": 2}),
     "packed": ("llama", 3, {"max_tokens_per_microbatch": 60}),
     "tied": ("tied", 3, {}),
-    "mixture": ("qwen3_moe", "auto", {"router_aux_loss_coef": 0.01}),
-    "mixture, own layers": ("qwen3_moe", "auto", {"router_aux_loss_coef": 0.01, **OWN}),
-    "mixture, adapted experts": ("qwen3_moe", "auto", {"lora_experts": True, "router_aux_loss_coef": 0.01}),
-    "Gemma 3": ("gemma3_text", "auto", {}),
-    "Gemma 4": ("gemma4_text", "auto", {}),
-    "states": ("qwen3_5_text", "auto", {"gradient_checkpointing": True}),
-    "states, own layers": ("qwen3_5_text", "auto", OWN),
-    "images": ("qwen2_5_vl-vl", "auto", {"lora_vision": True, "gradient_checkpointing": True}),
-    "images, own layers": ("gemma3-vl", "auto", OWN),
+    "mixture": ("qwen3_moe", ALL, {"router_aux_loss_coef": 0.01}),
+    "mixture, own layers": ("qwen3_moe", ALL, {"router_aux_loss_coef": 0.01, **OWN}),
+    "mixture, adapted experts": ("qwen3_moe", ALL, {"lora_experts": True, "router_aux_loss_coef": 0.01}),
+    "Gemma 3": ("gemma3_text", ALL, {}),
+    "Gemma 4": ("gemma4_text", ALL, {}),
+    "states": ("qwen3_5_text", ALL, {"gradient_checkpointing": True}),
+    "states, own layers": ("qwen3_5_text", ALL, OWN),
+    "images": ("qwen2_5_vl-vl", ALL, {"lora_vision": True, "gradient_checkpointing": True}),
+    "images, own layers": ("gemma3-vl", ALL, OWN),
     "stored reference": ("llama", 3, {"precompute_ref_log_probs": True}),
     "cached reference": ("llama", 3, {"cache_ref_log_probs": True, "num_train_epochs": 2, "max_steps": 4}),
     "samples": (
@@ -181,6 +182,8 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 def run_of(case: str, folder: Path, bases: Any, tokenizer: Any, streamed: bool) -> DPOTrainer:
     base, number, changed = CASES[case]
+    if streamed and not number:
+        number = AutoConfig.from_pretrained(bases(base)).get_text_config().num_hidden_layers
     changed = {**changed, **({"stream_layers": number} if streamed else {})}
     given = adapted(bases("llama")) if base == "adapted" else bases(base)
     return trainer_of(folder / ("streamed" if streamed else "resident"), given, tokenizer, **changed)
@@ -276,7 +279,7 @@ def test_two_layers_are_there_at_a_time(
 ) -> None:
     monkeypatch.setattr(placement, "Streamed", Watched)
     model, steps = tiny_llama(num_hidden_layers=4), Steps()
-    placed = {"stream_layers": "auto", "callbacks": [steps], "max_steps": 3}
+    placed = {"stream_layers": 4, "callbacks": [steps], "max_steps": 3}
     Watched.there, Watched.most = {}, 0
     trainer = ours(model, id_pairs(8), make_tokenizer(), tmp_path, **placed, **changed)
     layers = placement_of(trainer.model).layers  # type: ignore[union-attr]

@@ -58,6 +58,7 @@ SCRIPTS = {
     "dpo_then_grpo.py": "test_dpo_then_grpo",
     "smollm2_tulu.py": "test_human_judgments",
     "accelerate/ddp.yaml": "test_both_configs_of_accelerate_start_the_same_run",
+    "accelerate/fsdp2.yaml": "test_both_configs_of_accelerate_start_the_same_run",
 }
 # Run by other tests.
 ELSEWHERE = {
@@ -402,3 +403,8 @@ def test_both_configs_of_accelerate_start_the_same_run() -> None:
     """The one for GPUs can't be run here: it is the CPU's but for what picks the device."""
     gpu, cpu = (yaml.safe_load((RECIPES / "accelerate" / name).read_text()) for name in ("ddp.yaml", "ddp_cpu.yaml"))
     assert {**gpu, "use_cpu": True} == {**cpu, "gpu_ids": "all"}
+    sharded = yaml.safe_load(
+        (RECIPES / "accelerate" / "fsdp2.yaml").read_text()
+    )  # run in training/test_sharded_base.py
+    assert sharded.pop("distributed_type") == "FSDP" and sharded.pop("fsdp_config")["fsdp_version"] == 2
+    assert {**sharded, "distributed_type": "MULTI_GPU"} == gpu

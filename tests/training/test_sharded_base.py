@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from parallel_run import SCRIPT, child_environment, free_port, launch, start, train, wait_for
+from paths import REPO
 from peft import PeftModel
 from run_figures import TOLERANCE, largest_difference, run, without_comparisons
 from safetensors.torch import load_file
@@ -182,22 +183,8 @@ def test_accelerate_starts_it_by_a_config_of_fsdp_2(folder: Path, single: Any) -
     (here / "model").symlink_to(folder / "model")
     one = short("by config", rows=5, options={"fsdp": None, "num_train_epochs": 1, "save_strategy": "epoch"})
     (here / "case.json").write_text(json.dumps([one]))
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "FSDP",
-        "use_cpu": True,
-        "num_processes": 2,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "mixed_precision": "no",
-        "fsdp_config": {
-            "fsdp_version": 2,
-            "fsdp_reshard_after_forward": True,
-            "fsdp_offload_params": False,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-        },
-    }
+    config = yaml.safe_load((REPO / "recipes" / "accelerate" / "fsdp2.yaml").read_text()) | {"use_cpu": True}
+    del config["gpu_ids"]
     (here / "fsdp2.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(here / "fsdp2.yaml")]
     command += ["--main_process_port", str(free_port()), str(SCRIPT), str(here / "case.json")]
