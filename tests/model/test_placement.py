@@ -200,7 +200,7 @@ def test_a_streamed_run_is_the_resident_one(
     streamed = run_of(case, tmp_path, bases, make_tokenizer(), True)
     assert str(streamed.forward_plan) == str(resident.forward_plan)
     assert is_identity(streamed.model, "default") == at_start
-    assert streamed.reference.identity == resident.reference.identity
+    assert streamed.reference.base_fingerprint == resident.reference.base_fingerprint
     assert str(storage_report(streamed.model)) == str(storage_report(resident.model))
     assert same(figures(streamed), expected)
 
