@@ -74,7 +74,7 @@ every_command = pytest.mark.parametrize("command", WORDS)
 
 @pytest.mark.attack("killed while writing")
 @pytest.mark.slow
-@pytest.mark.sampled(99, slow=2)
+@pytest.mark.sampled(99, slow=4)
 @every_command
 def test_killed_before_any_file_operation(attacked: Any, command: str) -> None:
     tries, through = attacked(command)["killed"]
@@ -83,6 +83,7 @@ def test_killed_before_any_file_operation(attacked: Any, command: str) -> None:
 
 @pytest.mark.attack("full disk")
 @pytest.mark.slow
+@pytest.mark.sampled(99, slow=2)
 @every_command
 def test_no_room_from_any_file_operation_on(attacked: Any, command: str) -> None:
     tries, through = attacked(command)["full"]
