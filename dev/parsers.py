@@ -14,7 +14,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser.parse_known_args
 
     def stop(parser: argparse.ArgumentParser, *given: Any) -> Any:
-        if parser.prog != f"dpo-peft {command}":  # of options that are read before all others
+        if not parser.prog.startswith("dpo-peft "):  # of options that are read before all others
             return parse(parser, *given)
         raise Found(parser)
 
