@@ -53,6 +53,7 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     ],
     "2, more": [
         *FAMILIES,
+        {**SIGMOID, "name": "whole", "options": {**SIGMOID["options"], "fsdp": None}},
         short("own layers", options=OWN, eval_rows=7, metrics=True),
         short("stored", options={"precompute_ref_log_probs": True}),
         short("samples", eval_rows=5, options={**EVERY_OTHER, **SAMPLED}),
@@ -70,7 +71,7 @@ COMPARED = [
     pytest.param(group, one["name"], marks=[] if group == "2" else pytest.mark.slow)
     for group, runs in GROUPS.items()
     for one in runs
-    if one["name"] not in ("caching", "turns", "resumed")
+    if one["name"] not in ("caching", "whole", "turns", "resumed")
 ]
 
 
@@ -138,6 +139,12 @@ def test_memory_has_run_out_and_passes_differed_in_number(parallel: Any, folder:
     parallel("2", "memory")
     said = [(folder / "2" / f"output-{rank}.txt").read_text() for rank in range(2)]
     assert ["Out of memory with" in text for text in said] == [False, True]
+
+
+@pytest.mark.slow
+def test_shares_of_the_base_change_no_bit(parallel: Any) -> None:
+    """Two processes that hold the base between them, and two that hold all of it."""
+    assert largest_difference(parallel("2, more", "sigmoid")[0], parallel("2, more", "whole")[0])[0] == 0.0
 
 
 @pytest.mark.slow
