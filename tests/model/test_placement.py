@@ -1,6 +1,5 @@
 """Layers that are streamed from the CPU's memory train as layers that are there: bit for bit, whatever the run is."""
 
-import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -303,7 +302,7 @@ def test_streamed_layers_are_spread_evenly(tiny_llama: Any) -> None:
 
 
 def test_what_is_left_of_a_streamed_run(bases: Any, make_tokenizer: Any, tmp_path: Path) -> None:
-    """The same files, and a model that completes texts as the resident one; it is let go of with its trainer."""
+    """The same files, and a model that completes texts as the resident one."""
     files, completed = [], []
     for streamed in (False, True):
         trainer = run_of("fused", tmp_path, bases, make_tokenizer(), streamed)
@@ -325,10 +324,6 @@ def test_what_is_left_of_a_streamed_run(bases: Any, make_tokenizer: Any, tmp_pat
             ours(base, id_pairs(4), make_tokenizer(), tmp_path / "second")
     again = {"model_init_kwargs": {"dtype": "float32"}, "peft_config": None, "stream_layers": 2, "reference": "base"}
     ours(str(saved), id_pairs(4), make_tokenizer(), tmp_path / "third", **again)
-    placed = placement.weakref.ref(placement_of(trainer.model))
-    del trainer, base
-    gc.collect()
-    assert placed() is None
     assert not distributed._serving  # of one process
 
 
