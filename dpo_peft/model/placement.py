@@ -191,12 +191,12 @@ _TURNS = _Turns()
 
 
 class Placement:
-    """Brings the layers in, in the order in which passes over the model need them; `together`: all processes do."""
+    """Brings the layers in, in the order in which passes over the model need them; all processes do, of `shards`."""
 
-    def __init__(self, layers: Sequence[Bytes], together: bool = False):
-        self.layers, self._together = layers, together
+    def __init__(self, layers: Sequence[Bytes], shards: int = 1):
+        self.layers, self.shards = layers, shards
         self._direction, self._at = 0, len(layers) - 1  # the pass under way, and how many layers it has behind it
-        if together:
+        if shards > 1:
             _TURNS.join(self)
 
     @property
@@ -210,7 +210,7 @@ class Placement:
         backward = torch._C._current_graph_task_id() != -1
         direction, place = (_BACKWARD, len(self.layers) - 1 - index) if backward else (_FORWARD, index)
         if direction != self._direction or place < self._at:
-            if self._together:
+            if self.shards > 1:
                 _TURNS.wait_for(self, direction)
             self.begin(direction)
         self._go_to(place)
@@ -259,18 +259,19 @@ def shard(model: nn.Module, device: torch.device, by_machine: bool = False) -> P
     Args:
         model: a PEFT model, or a transformers causal LM, the same in all processes, in CPU memory or on `device`.
         device: this process's.
-        by_machine: the processes of each machine hold the whole base between them, and gather from each other alone.
+        by_machine: the processes of each machine hold the whole base between them, and gather from each other alone;
+            without effect where a machine has one process.
 
     Raises:
         OptionError: a base that is stored in another way than in 4, 16 or 32 bits.
     """
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    shape = (world_size() // machine, machine) if by_machine and machine < world_size() else (world_size(),)
+    shape = (world_size() // machine, machine) if by_machine and 1 < machine < world_size() else (world_size(),)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    placed = _place(model, device, None, lambda flat: Sharded(flat.to(device), mesh), True)
+    placed = _place(model, device, None, lambda flat: Sharded(flat.to(device), mesh), shape[-1])
     logger.info(
         "The base's %d decoder layers, %.1f MiB, are sharded: each process holds one part in %d.",
-        *(len(placed.layers), placed.nbytes / 2**20, shape[-1]),
+        *(len(placed.layers), placed.nbytes / 2**20, placed.shards),
     )
     return placed
 
@@ -297,7 +298,7 @@ def stream(model: nn.Module, device: torch.device, number: int) -> Placement:
 
 
 def _place(
-    model: nn.Module, device: torch.device, indices: Sequence[int] | None, lay: Any, together: bool = False
+    model: nn.Module, device: torch.device, indices: Sequence[int] | None, lay: Any, shards: int = 1
 ) -> Placement:
     causal_lm = unwrap(model)
     layers = list(decoder_layers(causal_lm))
@@ -313,7 +314,7 @@ def _place(
         one.close()
         laid.append(one)
     _move(causal_lm, device, {id(tensor) for index in chosen for tensor in frozen[index]})
-    placement = Placement(laid, together)
+    placement = Placement(laid, shards)
     for i, index in enumerate(chosen):
         _attach(layers[index], placement, i)
     vars(causal_lm)["_placement"] = placement

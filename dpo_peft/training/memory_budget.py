@@ -6,7 +6,6 @@ is checkpointed.
 """
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from ..config import DPOConfig
-from ..distributed import gather_over_processes, world_size
+from ..distributed import gather_over_processes
 from ..errors import OptionError
 from ..forward import ForwardPlan, PackedBatch
 from ..forward.modules import decoder_layers, unwrap
@@ -223,15 +222,13 @@ def _predicted(
         return None
 
 
-def _where_layers_are(model: PeftModel, args: DPOConfig) -> dict[str, Any]:
+def _where_layers_are(model: PeftModel) -> dict[str, Any]:
     """Returns what the planner is told of layers that come and go."""
     if (placement := placement_of(model)) is None:
         return {}
     sizes = tuple(layer.flat.numel() for layer in placement.layers)
-    if not args.fsdp:
-        return {"layer_bytes": sizes, "streamed": len(sizes)}
-    machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return {"layer_bytes": sizes, "shards": machine if args.fsdp == "hybrid_shard" else world_size()}
+    streamed = len(sizes) if placement.shards == 1 else 0
+    return {"layer_bytes": sizes, "streamed": streamed, "shards": placement.shards}
 
 
 def place_layers(model: PeftModel, args: DPOConfig, frozen: str | None) -> None:
@@ -273,7 +270,7 @@ def plan_memory(
     stored = storage_report(model, reference=frozen)
     limit = memory_limit(args.device, args.max_memory_gib, stored.quantized + stored.unquantized + stored.trainable)
     packed = fused is not None and fused.attention == "packed"
-    memory = _predicted(model, args, stored, fused is not None, packed, **_where_layers_are(model, args))
+    memory = _predicted(model, args, stored, fused is not None, packed, **_where_layers_are(model))
     passes = int(needs_reference and not args.caches_reference)  # of the reference, per micro-batch
     waiting = {}
     if memory is not None and memory.placed and args.device.type == "cuda":
