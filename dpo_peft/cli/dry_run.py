@@ -37,7 +37,7 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any], processes: int)
     name, train, evaluated = (inputs[one] for one in ("model", "train_dataset", "eval_dataset"))
     given = name, None, args, train, evaluated, None, inputs["quantization_config"]
     _, _, tokenizer, images, objective = check_constructor(*given, own_metrics=False)
-    prepare = Preparation(args, objective, tokenizer, images)
+    prepare = Preparation(args, objective, tokenizer, images, (name, inputs["peft_config"]))
     prepared, _ = prepare.training(train), prepare.evaluation(evaluated)
     figures: dict[str, Any] = {
         "model": _model(name, args, inputs["peft_config"]),
