@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from ..forward.layout import PackedBatch, Sample, content_keys, pack, pad_rows
+from ..forward.content import content_keys
+from ..forward.layout import PackedBatch, Sample, pack, pad_rows
 from .fields import Row, Values
 from .images import Images
 from .worker import EXTRAS, IDS
@@ -65,6 +66,7 @@ def _sample(row: Row) -> Sample:
         margin=row.get("margin"),
         mismatched=row.get("mismatched_ids", ()),
         images=row.get("pixels"),
+        adapter_start=row.get("adapter_start"),
     )
 
 

@@ -3,7 +3,8 @@
 Nothing here knows dataset formats, losses or configs.
 """
 
-from .layout import PackedBatch, Sample, content_keys, halves, pack, pad_rows
+from .content import content_keys
+from .layout import PackedBatch, Sample, halves, pack, pad_rows
 from .probe import ForwardPlan, plan_forward, recheck
 from .score import (
     Decoder,

@@ -11,7 +11,7 @@ gathered as [prompt; own tokens]) and "dense" (any device; the mask predicate it
 for the others). To add one, put its record into the list, before those that it is to be preferred to.
 
 Shape suffixes: H query heads, G key/value heads, T packed tokens, S gathered keys, D head size, E samples, B longest
-sample in tokens.
+sample in tokens, Q most queries of a sample.
 """
 
 import inspect
@@ -69,6 +69,7 @@ class AttentionBackend:
     attend: Callable[..., Tensor]
     gathers: bool = False  # its keys and values are those of `kv_index`: [prompt; own tokens] for each segment
     windows: bool = True
+    continues: bool = True  # takes queries of completions alone, with all keys
     takes: frozenset[str] = frozenset()
     otherwise: str = "dense"
 
@@ -79,10 +80,11 @@ class AttentionPlan:
     Args:
         batch: a batch from `pack`, on the model's device.
         backend: a record, or the name of one in `BACKENDS`.
+        given: tokens before the queries, whose keys and values are given (`scope.split`).
     """
 
-    def __init__(self, batch: PackedBatch, backend: str | AttentionBackend):
-        self.batch = batch
+    def __init__(self, batch: PackedBatch, backend: str | AttentionBackend, given: int = 0):
+        self.batch, self.given = batch, given
         self.backend = backend_named(backend) if isinstance(backend, str) else backend
         self.trace: list[tuple[int | None, HeadShape]] | None = None  # for the probe: window and heads of each call
         self.blocks: Blocks | None = None  # of tokens that see each other both ways, from `images.block_ids`
@@ -92,7 +94,11 @@ class AttentionPlan:
     def backend_for(self, window: int | None, extra: Collection[str] = ()) -> AttentionBackend:
         """Returns the backend that takes a call with such keywords: the plan's, or the one that does what it can't."""
         backend = self.backend
-        while (window is not None and not backend.windows) or not backend.takes.issuperset(extra):
+        while (
+            (window is not None and not backend.windows)
+            or not backend.takes.issuperset(extra)
+            or (self.given and not backend.continues)
+        ):
             backend = backend_named(backend.otherwise)
         return backend
 
@@ -108,33 +114,37 @@ class AttentionPlan:
 
 
 class BySample(NamedTuple):
-    """A packed batch cut into its samples, each padded to the longest."""
+    """A packed batch cut into its samples, each padded to the longest; Q queries of them."""
 
-    index_EB: Tensor  # flat positions of their tokens
-    filled_T: Tensor  # where the tokens are in (E, B). Samples follow each other in the packed row: this is its order
-    mask_EBB: Tensor  # who sees whom. Padding queries see position 0, so no row is empty
+    query_EQ: Tensor  # flat positions of the queries, counted without the tokens before them
+    key_EB: Tensor  # and of the keys
+    place_T: Tensor  # where each query is in (E, Q)
+    mask_EQB: Tensor  # who sees whom. Padding queries see position 0, so no row is empty
 
 
-def by_sample(
-    batch: PackedBatch, window: int | None, chunk: int | None = None, blocks: Blocks | None = None
-) -> BySample:
+def by_sample(plan: AttentionPlan, window: int | None, chunk: int | None = None) -> BySample:
     """Cuts a packed batch into its samples, and applies the mask predicate to each one's own tokens."""
+    batch, blocks = plan.batch, plan.blocks_for(window)
     assert batch.sample_index is not None and batch.segment is not None and batch.context is not None
-    filled_EB, index_EB = batch.sample_index >= 0, batch.sample_index.clamp(min=0)
-    segment, context, pos = batch.segment[index_EB], batch.context[index_EB], batch.position_ids[0][index_EB]
-    mask_EBB = visible(
-        segment[:, :, None],
-        context[:, :, None],
-        pos[:, :, None],
-        segment[:, None],
-        pos[:, None],
+    queries = batch.query_index if plan.given else batch.sample_index
+    assert queries is not None
+    filled_EB, key_EB = batch.sample_index >= 0, batch.sample_index.clamp(min=0)
+    asks_EQ, at_EQ = queries >= 0, queries.clamp(min=plan.given)
+    mask_EQB = visible(
+        batch.segment[at_EQ][:, :, None],
+        batch.context[at_EQ][:, :, None],
+        batch.position_ids[0][at_EQ][:, :, None],
+        batch.segment[key_EB][:, None],
+        batch.position_ids[0][key_EB][:, None],
         window,
         chunk,
-        None if blocks is None else (blocks.ids_T[index_EB][:, :, None], blocks.ids_T[index_EB][:, None], blocks.cut),
+        None if blocks is None else (blocks.ids_T[at_EQ][:, :, None], blocks.ids_T[key_EB][:, None], blocks.cut),
     )
-    mask_EBB &= filled_EB[:, None]
-    mask_EBB[:, :, 0] |= ~filled_EB
-    return BySample(index_EB, filled_EB.flatten().nonzero()[:, 0], mask_EBB)
+    mask_EQB &= filled_EB[:, None]
+    mask_EQB[:, :, 0] |= ~asks_EQ
+    query_EQ, place_T = at_EQ - plan.given, asks_EQ.flatten().nonzero()[:, 0]
+    # Prompts that stand before all completions part the tokens of a sample.
+    return BySample(query_EQ, key_EB, place_T[query_EQ.flatten()[place_T].argsort()], mask_EQB)
 
 
 def layout_marker(device: torch.device) -> Tensor:
@@ -249,22 +259,22 @@ def attend_dense(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """Attends sample by sample under the mask predicate; (T, H, D)."""
-    samples = plan.once(("by sample", window, chunk), lambda: by_sample(plan.batch, window, chunk, blocks))
+    samples = plan.once(("by sample", window, chunk), lambda: by_sample(plan, window, chunk))
     groups = q_THD.shape[1] // k_TGD.shape[1]
-    q_EHBD, k_EGBD, v_EGBD = (x[samples.index_EB].transpose(1, 2) for x in (q_THD, k_TGD, v_TGD))
-    k_EHBD, v_EHBD = (x.repeat_interleave(groups, 1) for x in (k_EGBD, v_EGBD))
-    mask_E1BB = samples.mask_EBB[:, None]
+    q_EHQD = q_THD[samples.query_EQ].transpose(1, 2)
+    k_EHBD, v_EHBD = (x[samples.key_EB].transpose(1, 2).repeat_interleave(groups, 1) for x in (k_TGD, v_TGD))
+    mask_E1QB = samples.mask_EQB[:, None]
     if sinks is not None:
         scaling = scaling or q_THD.shape[2] ** -0.5
-        q_EHBD, k_EHBD, v_EHBD = _with_sinks(q_EHBD, k_EHBD, v_EHBD, sinks / scaling)
-        mask_E1BB = F.pad(mask_E1BB, (0, 1), value=True)
-    given = (q_EHBD, k_EHBD, v_EHBD, mask_E1BB)
+        q_EHQD, k_EHBD, v_EHBD = _with_sinks(q_EHQD, k_EHBD, v_EHBD, sinks / scaling)
+        mask_E1QB = F.pad(mask_E1QB, (0, 1), value=True)
+    given = (q_EHQD, k_EHBD, v_EHBD, mask_E1QB)
     if softcap is None:
-        out_EHBD = F.scaled_dot_product_attention(*given, dropout_p=dropout, scale=scaling)
+        out_EHQD = F.scaled_dot_product_attention(*given, dropout_p=dropout, scale=scaling)
     else:  # recomputed in the backward pass, so that one layer's scores exist at a time
-        scaling = scaling or q_EHBD.shape[3] ** -0.5
-        out_EHBD = checkpoint(_attend_capped, *given, scaling, softcap, dropout, use_reentrant=False)
-    return out_EHBD.transpose(1, 2).flatten(0, 1).index_select(0, samples.filled_T)
+        scaling = scaling or q_EHQD.shape[3] ** -0.5
+        out_EHQD = checkpoint(_attend_capped, *given, scaling, softcap, dropout, use_reentrant=False)
+    return out_EHQD.transpose(1, 2).flatten(0, 1).index_select(0, samples.place_T)
 
 
 def _with_sinks(q_EHBD: Tensor, k_EHBD: Tensor, v_EHBD: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:

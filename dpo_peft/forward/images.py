@@ -226,14 +226,17 @@ def rotary_positions(causal_lm: PreTrainedModel, batch: Any) -> Tensor | None:
         return None
 
     def make() -> Tensor:
-        found = []
+        first, found = list[Tensor](), list[Tensor]()
         for sample in batch.samples.kept:
             prompt_3P, end = _prompt_positions(body, sample)
+            alone = sample.alone if batch.shared else 0
+            if alone:  # before all completions, for an answer-only adapter
+                (found if sample.adapter_start is None else first).append(prompt_3P[:, :alone])
+            again_3P = prompt_3P[:, alone:]
             lengths = [len(ids) for ids in (*sample.completions, *sample.mismatched)]
-            completions = [end + torch.arange(length).expand(3, -1) for length in lengths]
-            found += [prompt_3P, *completions] if batch.shared else [torch.cat([prompt_3P, c], 1) for c in completions]
+            found += [torch.cat([again_3P, end + torch.arange(length).expand(3, -1)], 1) for length in lengths]
         if batch.shared:
-            return torch.cat(found, 1)[:, None]
+            return torch.cat([*first, *found], 1)[:, None]
         length = batch.input_ids.shape[1]
         return torch.stack([F.pad(row, (0, length - row.shape[1])) for row in found], 1)
 

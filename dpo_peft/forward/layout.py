@@ -13,6 +13,11 @@ In both layouts log-probs need no label shifting: `pred_pos` holds the flat posi
 completion in `pred_pos`. Tokens of a completion that the model did not write (another speaker's turn in a trajectory)
 are read but not predicted. Two trajectories that share no beginning are completions of an empty prompt.
 
+Of an answer-only adapter (`scope.py`) the tokens that it acts on are the row's last ones: all prompts stand first, and
+each completion begins with the tokens of its prompt from the invocation on:
+
+    p0 p0 | p1 | p0 a0 a0 | p0 b0 b0 b0 | p1 a1 | p1 b1 ...
+
 A batch keeps its samples, so that it can be laid out again in two (`halves`) and its completions be named for a cache
 of their log-probs (`content_keys`).
 
@@ -20,11 +25,9 @@ Shape suffixes: R rows, L row length, T = R * L flat positions, S segments (a pr
 B longest sample in tokens, C completions, N predicted tokens, M most copies of a token among the keys.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,10 +39,6 @@ from .images import BatchImages, SampleImages, kept_images
 _long = partial(torch.as_tensor, dtype=torch.int64)
 _int32 = partial(torch.as_tensor, dtype=torch.int32)
 _double = partial(torch.as_tensor, dtype=torch.float64)
-
-KEY_BYTES = 16
-# Hashed into every key. Another number for another way to hash, so that stored keys of the old way are never found.
-KEY_VERSION = 1
 
 
 class Sample(NamedTuple):
@@ -57,6 +56,12 @@ class Sample(NamedTuple):
     margin: float | None = None  # by how much its reward should be ahead
     mismatched: Sequence[Sequence[int]] = ()  # completions of other prompts, laid out as further completions
     images: SampleImages | None = None  # whose tokens the prompt holds
+    adapter_start: int | None = None  # place in the prompt from which an answer-only adapter acts
+
+    @property
+    def alone(self) -> int:
+        """Returns how many of the prompt's tokens are laid out once for all completions."""
+        return len(self.prompt) if self.adapter_start is None else self.adapter_start
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,12 @@ class PackedBatch:
     margin: Tensor | None = None  # (E,) float64, in rewards
     mismatched: Tensor | None = None  # (C,) bool, True for a completion of another prompt
     attention_mask: Tensor | None = None  # (R, L) 1 for tokens, 0 for padding; None when prompts are shared
+    alora_offsets: Sequence[int] | None = None  # (R,) last positions of each row that an answer-only adapter acts on
     # The rest exists only when prompts are shared.
     segment: Tensor | None = None  # (T,) segment of each token
     context: Tensor | None = None  # (T,) the prompt segment that each token may also see
     sample_index: Tensor | None = None  # (E, B) flat positions of each sample's tokens, -1 where shorter than B
+    query_index: Tensor | None = None  # the same of its completions, where all prompts stand first
     kv_index: Tensor | None = None  # (sum of keys,) flat positions of [prompt; own tokens] for each segment in turn
     kv_copies: Tensor | None = None  # (T, M) places of each token in kv_index, -1 where it has fewer than M
     cu_seq_q: Tensor | None = None  # (S + 1,) int32 bounds of the segments among the queries
@@ -177,7 +184,7 @@ def _problem(sample: Sample) -> str | None:
     return None
 
 
-def _scored(sample: Sample) -> list[tuple[np.ndarray, np.ndarray]]:
+def scored_places(sample: Sample) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns for each completion, mismatched ones last, its ids and the places in it that are predicted."""
     ids = [np.asarray(c) for c in (*sample.completions, *sample.mismatched)]
     if sample.steps is None:
@@ -193,49 +200,67 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         ValueError: no samples, or a sample in which nothing can predict or be predicted.
     """
     _check(samples)
-    ids: list[np.ndarray] = []  # of each segment
-    contexts: list[int] = []  # of each segment: its prompt, or itself where there is none
-    own: list[int] = []  # the segment of each completion
-    scored: list[np.ndarray] = []
-    segment_bounds = [0]  # of the samples
+    parts: list[_Segment] = []
     for sample in samples:
-        prompt = len(ids)
-        if len(sample.prompt):
-            ids.append(np.asarray(sample.prompt))
-            contexts.append(prompt)
-        for completion, places in _scored(sample):
-            contexts.append(prompt if len(sample.prompt) else len(ids))
-            own.append(len(ids))
-            scored.append(places)
-            ids.append(completion)
-        segment_bounds.append(len(ids))
-    lengths, context = np.array([len(x) for x in ids]), np.array(contexts)
+        first, again = len(parts), np.asarray(sample.prompt[sample.alone :], dtype=np.int64)
+        if sample.alone:
+            parts.append(_Segment(np.asarray(sample.prompt[: sample.alone]), first, None))
+        for completion, places in scored_places(sample):
+            prompt = first if sample.alone else len(parts)
+            parts.append(_Segment(np.append(again, completion), prompt, len(again) + places))
+    members = np.repeat(np.arange(len(samples)), [bool(s.alone) + len(scored_places(s)) for s in samples])
+    scoped = samples[0].adapter_start is not None
+    if scoped:  # prompts first
+        order = np.argsort([part.scored is not None for part in parts], kind="stable")
+        moved, members = np.argsort(order).tolist(), members[order]
+        parts = [parts[i]._replace(context=moved[parts[i].context]) for i in order]
+    lengths, context = np.array([len(part.ids) for part in parts]), np.array([part.context for part in parts])
     bounds = np.append(0, lengths.cumsum())
     starts, ends = bounds[:-1], bounds[1:]
-    before = np.where(context == np.arange(len(ids)), 0, lengths[context])  # tokens of the context
+    before = np.where(context == np.arange(len(parts)), 0, lengths[context])  # tokens of the context
     # The keys of a segment are its context's tokens and then its own.
     keys = _ranges(np.stack([starts[context], starts], 1).ravel(), np.stack([before, lengths], 1).ravel())
+    own = [i for i, part in enumerate(parts) if part.scored is not None]
+    scored = [part.scored for part in parts if part.scored is not None]
     # A token is predicted by the one before it, a completion's first token by the last one of the prompt.
     place_N, segment_N = np.concatenate(scored), np.repeat(own, [len(places) for places in scored])
     pred_pos = np.where(place_N == 0, ends[context[segment_N]], starts[segment_N] + place_N) - 1
-    target = [ids[segment][places] for segment, places in zip(own, scored, strict=True)]
+    target = [parts[segment].ids[places] for segment, places in zip(own, scored, strict=True)]
+    tokens_E = np.bincount(members, lengths, len(samples)).astype(np.int64)
+    sample_index = _table_of_ranges(np.append(0, tokens_E.cumsum()))
+    found: dict[str, Any] = {}
+    if scoped:
+        by_sample = np.argsort(np.repeat(members, lengths), kind="stable")
+        sample_index = np.where(sample_index < 0, -1, by_sample[sample_index])
+        acted_E = np.bincount(members[own], lengths[own], len(samples)).astype(np.int64)
+        query_index = _table_of_ranges(bounds[own[0]] + np.append(0, acted_E.cumsum()))
+        found = {"alora_offsets": (int(lengths[own].sum()),), "query_index": _long(query_index)}
     return PackedBatch(
-        input_ids=_long(np.concatenate(ids))[None],
+        input_ids=_long(np.concatenate([part.ids for part in parts]))[None],
         position_ids=_long(_ranges(before, lengths))[None],
         pred_pos=_long(pred_pos),
         target=_long(np.concatenate(target)),
         **_labels(samples, target),
-        segment=_long(np.repeat(np.arange(len(ids)), lengths)),
+        **found,
+        segment=_long(np.repeat(np.arange(len(parts)), lengths)),
         context=_long(np.repeat(context, lengths)),
-        sample_index=_long(_table_of_ranges(bounds[segment_bounds])),
+        sample_index=_long(sample_index),
         kv_index=_long(keys),
         kv_copies=_long(_places_of_values(keys)),
-        segments=tuple(zip(lengths.tolist(), contexts, strict=True)),
+        segments=tuple(zip(lengths.tolist(), context.tolist(), strict=True)),
         cu_seq_q=_int32(bounds),
         cu_seq_k=_int32(np.append(0, (before + lengths).cumsum())),
         max_q=int(lengths.max()),
         max_k=int((before + lengths).max()),
     )
+
+
+class _Segment(NamedTuple):
+    """A prompt or a completion in the packed row."""
+
+    ids: np.ndarray
+    context: int  # index of its prompt's segment, or its own where there is none
+    scored: np.ndarray | None  # places of its predicted tokens; None of a prompt
 
 
 def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
@@ -245,7 +270,7 @@ def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
         ValueError: no samples, or a sample in which nothing can predict or be predicted.
     """
     _check(samples)
-    rows = [(sample.prompt, completion, places) for sample in samples for completion, places in _scored(sample)]
+    rows = [(sample.prompt, completion, places) for sample in samples for completion, places in scored_places(sample)]
     starts = np.array([len(prompt) for prompt, _, _ in rows])  # of the completions
     ends = starts + [len(completion) for _, completion, _ in rows]
     length = ends.max()
@@ -254,6 +279,9 @@ def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
     input_ids[filled] = np.concatenate([ids for prompt, completion, _ in rows for ids in (prompt, completion)])
     pred_pos = [r * length + starts[r] - 1 + places for r, (_, _, places) in enumerate(rows)]
     target = [completion[places] for _, completion, places in rows]
+    acts_from = [
+        sample.adapter_start for sample in samples for _ in scored_places(sample) if sample.adapter_start is not None
+    ]
     return PackedBatch(
         input_ids=_long(input_ids),
         position_ids=_long(np.arange(length)).repeat(len(rows), 1),
@@ -261,6 +289,7 @@ def pad_rows(samples: Sequence[Sample], pad_token_id: int = 0) -> PackedBatch:
         target=_long(np.concatenate(target)),
         **_labels(samples, target),
         attention_mask=_long(filled),
+        alora_offsets=tuple(int(length) - start for start in acts_from) or None,
     )
 
 
@@ -319,7 +348,8 @@ def _table_of_ranges(bounds_E1: np.ndarray) -> np.ndarray:
 # ---- A batch again, from its samples --------------------------------------------------------------------------------
 
 
-def _samples(batch: PackedBatch) -> tuple[Sample, ...]:
+def kept_samples(batch: PackedBatch) -> tuple[Sample, ...]:
+    """Returns the samples that a batch was laid out from; a batch without them is a ValueError."""
     if batch.samples is None:
         raise ValueError(
             "This batch does not hold its samples. A collator of your own should return all fields of what `pack` or "
@@ -334,7 +364,7 @@ def halves(batch: PackedBatch) -> list[PackedBatch]:
     Raises:
         ValueError: the batch has one sample only, or does not hold its samples.
     """
-    samples = _samples(batch)
+    samples = kept_samples(batch)
     if len(samples) < 2:
         raise ValueError(
             f"A batch of one sample (row {samples[0].row}, {batch.input_ids.numel()} tokens) can't be halved."
@@ -350,32 +380,3 @@ def halves(batch: PackedBatch) -> list[PackedBatch]:
             half = replace(half, mismatched=batch.mismatched[own_C].cpu())
         result.append(half.to(batch.input_ids.device))
     return result
-
-
-def content_keys(batch: PackedBatch) -> tuple[bytes, ...]:
-    """Returns one 16-byte digest per completion of what its log-probs depend on, given the model.
-
-    That is the ids of prompt + completion, which of them are predicted, and the prompt's images. Where the prompt ends
-    counts by the predicted ones alone. Labels, row numbers, the other completions, the layout and the padding don't
-    count.
-
-    Raises:
-        ValueError: the batch does not hold its samples.
-    """
-    keys = []
-    for sample in _samples(batch):
-        prompt = _little_endian(np.asarray(sample.prompt))
-        for completion, places in _scored(sample):
-            tokens = len(sample.prompt) + len(completion)
-            # The two counts come first, so that no two contents are one string of bytes.
-            digest = blake2b(struct.pack("<3q", KEY_VERSION, tokens, len(places)), digest_size=KEY_BYTES)
-            digest.update(prompt)
-            digest.update(_little_endian(completion))
-            digest.update(_little_endian(len(sample.prompt) + places))
-            digest.update(sample.images.key if sample.images else b"")
-            keys.append(digest.digest())
-    return tuple(keys)
-
-
-def _little_endian(numbers: np.ndarray) -> bytes:
-    return numbers.astype("<i8").tobytes()

@@ -25,6 +25,7 @@ from .layout import PackedBatch, Sample, pack, pad_rows
 from .lengths import ATTENDING, CARRYING, FarText, kinds_of, random_ids, short_chunks
 from .modules import eval_mode, unwrap
 from .rotary import beyond_reach, refuse_crossing
+from .scope import acting, is_answer_only
 from .score import Backend, Decoder, NotRecognizedError, completion_logps
 from .states import mixer_difference, read_layouts, read_rows
 
@@ -192,6 +193,8 @@ class _Probe:
         self.causal_lm = unwrap(model)
         self.config = self.causal_lm.config.get_text_config()
         self.samples = [*_probe_samples(self.config.vocab_size), *images]
+        if any(map(is_answer_only, model.modules())):
+            self.samples = [sample._replace(adapter_start=len(sample.prompt) - 2) for sample in self.samples]
         self.own_N = self.own_logps(pad_rows(self.samples))
         if not torch.isfinite(self.own_N).all():
             raise NonFiniteError(
@@ -216,7 +219,8 @@ class _Probe:
             given["position_ids"] = batch.position_ids
         if batch.images is not None:
             given |= own_inputs(self.causal_lm, batch)
-        logits = self.causal_lm(**given).logits
+        with acting(self.causal_lm, batch.alora_offsets):
+            logits = self.causal_lm(**given).logits
         logps = logits.flatten(0, 1).index_select(0, batch.pred_pos).float().log_softmax(-1)
         return logps.gather(1, batch.target[:, None])[:, 0]
 

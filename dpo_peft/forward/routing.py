@@ -80,10 +80,10 @@ def _uses(batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return batch.sample_of.repeat_interleave(length), (batch.attention_mask * own_C[:, None]).flatten()
     assert batch.sample_index is not None and batch.segment is not None
     assert batch.kv_copies is not None and batch.cu_seq_q is not None
-    positions_T = torch.arange(len(batch.segment), device=batch.segment.device)
-    sample_T = torch.searchsorted(batch.sample_index[:, 0].contiguous(), positions_T, right=True) - 1
+    filled_EB, sample_T = batch.sample_index >= 0, torch.empty_like(batch.segment)
+    sample_T[batch.sample_index[filled_EB]] = filled_EB.nonzero()[:, 0]
     own_E = own_C.new_zeros(batch.num_samples).index_add(0, batch.sample_of, own_C)
-    # A prompt is among the keys of its completions too; the segments between the prompts are the completions in turn.
+    # A prompt is among the keys of its completions too; the other segments are the completions in turn.
     prompt_T = (batch.kv_copies[:, 1:] >= 0).any(1)
     completion_S = (~prompt_T[batch.cu_seq_q[:-1]]).cumsum(0) - 1
     return sample_T, torch.where(prompt_T, own_E[sample_T], own_C[completion_S[batch.segment]])

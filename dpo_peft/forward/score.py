@@ -18,6 +18,7 @@ from .layout import PackedBatch, Sample, pad_rows
 from .logprobs import CHUNK_ROWS, read_head, token_logps
 from .modules import eval_mode, text_decoder, unwrap
 from .routing import Routing, read_routing
+from .scope import acting
 
 
 class NotRecognizedError(Exception):
@@ -176,7 +177,8 @@ def _run(causal_lm: PreTrainedModel, batch: PackedBatch, backend: str | Attentio
     backbone = causal_lm.base_model
     if backbone is causal_lm:  # its declared prefix names another class's attribute (Llama 4)
         backbone = text_decoder(causal_lm)
-    return backbone(**kwargs)
+    with acting(causal_lm, batch.alora_offsets):
+        return backbone(**kwargs)
 
 
 def sequence_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

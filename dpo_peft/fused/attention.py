@@ -223,7 +223,11 @@ def attend_packed(
 
 
 # Fused layers take it where the model's own take "varlen".
-PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, otherwise="varlen")
+PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, continues=False, otherwise="varlen")
+
+
+def _joined(given: Tensor, own: Tensor) -> Tensor:
+    return torch.cat([given, own])
 
 
 class Attention(NamedTuple):
@@ -231,6 +235,7 @@ class Attention(NamedTuple):
 
     attend: Callable[..., Tensor]  # q, k, v, scaling, window, and the keywords that it was bound for, to (T, A, D)
     places: Places | None = None  # where it wants keys and values gathered from
+    joined: Callable[[Tensor, Tensor], Tensor] = _joined  # of keys or values that are given, and its own
 
 
 Kind = tuple[int | None, tuple[str, ...]]  # the window of some layers, and the keywords of their attention
@@ -238,33 +243,49 @@ Kind = tuple[int | None, tuple[str, ...]]  # the window of some layers, and the 
 
 def bind(plan: AttentionPlan, kinds: Iterable[Kind]) -> dict[Kind, Attention]:
     """Returns attention over a batch for each kind; what its layers share is made here."""
-    batch, bound, samples = plan.batch, {}, {}
+    batch, bound, samples = plan.batch, {}, dict[int | None, BySample]()
     for kind in kinds:
         window, extra = kind
         blocks = plan.blocks_for(window)
         given = {} if blocks is None else {"blocks": blocks}
         taken, places = plan.backend_for(window, (*extra, *given)), None
         if taken.attend is attend_dense and not extra:
-            samples[window] = by_sample(batch, window, blocks=blocks)
+            samples[window] = by_sample(plan, window)
             bound[kind] = Attention(partial(attend_by_sample, samples))
             continue
-        if taken.gathers:  # in the same pass that turns the heads by their positions
+        joined = _joined
+        if taken.gathers:
             assert batch.kv_index is not None and batch.kv_copies is not None
-            places = Places(batch.kv_index, batch.kv_copies)
-        bound[kind] = Attention(partial(taken.attend, plan, **given), places)
+            joined = partial(_Gathered.apply, batch.kv_index, batch.kv_copies[plan.given :, 0] - plan.given)
+            # Without given ones in the same pass that turns the heads by their positions.
+            places = None if plan.given else Places(batch.kv_index, batch.kv_copies)
+        bound[kind] = Attention(partial(taken.attend, plan, **given), places, joined)
     return bound
+
+
+class _Gathered(torch.autograd.Function):
+    """The rows `index_S` of [given; own], each own one once, at `place_T`: so the gradient is gathered too."""
+
+    @staticmethod
+    def forward(ctx: Any, index_S: Tensor, place_T: Tensor, given: Tensor, own: Tensor) -> Tensor:
+        ctx.save_for_backward(place_T)
+        return torch.cat([given, own]).index_select(0, index_S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, grad_outputs[0].index_select(0, ctx.saved_tensors[0])
 
 
 def attend_by_sample(
     samples: Mapping[int | None, BySample], q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None
 ) -> Tensor:
     """Attends as `attend_dense` does, (T, A, D), with nothing to make or to look up for each layer."""
-    index_EB, filled_T, mask_EBB = samples[window]
-    group = q.shape[1] // k.shape[1]
-    q_EABD, k_EGBD, v_EGBD = (x[index_EB].transpose(1, 2) for x in (q, k, v))
-    k_EABD, v_EABD = (x.repeat_interleave(group, 1) for x in (k_EGBD, v_EGBD))
-    out_EABD = F.scaled_dot_product_attention(q_EABD, k_EABD, v_EABD, mask_EBB[:, None], scale=scaling)
-    return out_EABD.transpose(1, 2).flatten(0, 1).index_select(0, filled_T)
+    query_EQ, key_EB, place_T, mask_EQB = samples[window]
+    group, q_EAQD = q.shape[1] // k.shape[1], q[query_EQ].transpose(1, 2)
+    k_EABD, v_EABD = (x[key_EB].transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
+    out_EAQD = F.scaled_dot_product_attention(q_EAQD, k_EABD, v_EABD, mask_EQB[:, None], scale=scaling)
+    return out_EAQD.transpose(1, 2).flatten(0, 1).index_select(0, place_T)
 
 
 def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The decoder of a model with LoRA, written out: transformers' function in fewer passes over memory.
+"""The layers of a model with LoRA, written out: transformers' function in fewer passes over memory.
 
 A layer is four projections (`lora.py`) with element-wise kernels between them (`elementwise.py`, `heads.py`). Llama's:
 
@@ -7,36 +7,23 @@ A layer is four projections (`lora.py`) with element-wise kernels between them (
 `DecoderLayer` says in what others differ. Where a half of a layer is nothing of the kind (experts, states), the
 model's own modules run in its place. A checkpointed layer keeps its input alone. Its recomputation stops before the
 last product where nothing follows it, whose result the backward pass doesn't need: a quarter of the layer's weights
-less.
-
-`FusedModel` reads the loaded model's own weights and adapters at every call, in whatever state they are; it holds no
-copy of them. `recognition.py` says which models it is right for.
+less. `model.py` walks over the layers.
 
 Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention heads, D head size.
 """
 
-import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import save_on_cpu
-from transformers import PreTrainedModel
 
-from ..forward.attention import AttentionBackend, AttentionPlan
-from ..forward.images import block_ids, embedded, encoder_parts
-from ..forward.layout import PackedBatch
-from ..forward.modules import bring_in, leaving, text_decoder
-from ..forward.score import Decoder
-from .attention import Attention, Kind, bind
+from .attention import Attention, Kind
 from .elementwise import Norm, RMSNorm
 from .heads import Angles, Heads, queries_keys_values
-from .lora import Projection, ProjectionPass, prepare
-from .own import Own, Surroundings, exchanged
+from .lora import Projection, ProjectionPass
+from .own import Own, Surroundings
 from .products import (
     ActivateProjectAdd,
     NormAdd,
@@ -114,6 +101,9 @@ class LayerPass:
     attention: Attention | None
     angles: tuple[Angles | None, Angles | None]  # of queries and of keys
     around: Surroundings
+    given: tuple[Tensor, Tensor] | None = None  # keys and values of the tokens before the queries
+    gives: bool = False  # whether its own are kept, for other passes
+    keys_values: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     parameters: tuple[Tensor, ...] = field(init=False)  # the adapters' masters, those of the last projection last
 
     def __post_init__(self) -> None:
@@ -135,6 +125,10 @@ class LayerPass:
         """Returns what attention makes of q, k and v, (T, N) to (T, A * D)."""
         assert self.attention is not None
         q, k, v, *gate = queries_keys_values(qkv, mixer.heads, *self.angles, self.attention.places)
+        if self.gives:
+            self.keys_values = k, v
+        if self.given is not None:
+            k, v = (self.attention.joined(*pair) for pair in zip(self.given, (k, v), strict=True))
         out = self.attention.attend(q, k, v, mixer.scaling, mixer.window, **mixer.extra)
         for gate_TAD in gate:
             out = out * torch.sigmoid(gate_TAD)
@@ -174,14 +168,14 @@ def _norm(x_TH: Tensor, norm: Norm | None) -> Tensor:
     return x_TH if norm is None else RMSNorm.apply(x_TH, norm)
 
 
-class _Checkpointed(torch.autograd.Function):
+class Checkpointed(torch.autograd.Function):
     """A layer that keeps its input alone (Chen et al. 2016), and whose recomputation ends before its last product."""
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, layer: LayerPass, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TH)
         ctx.layer = layer
-        return _without_keeping(layer, x_TH)
+        return without_keeping(layer, x_TH)
 
     @staticmethod
     @once_differentiable
@@ -209,7 +203,7 @@ class _Checkpointed(torch.autograd.Function):
         return grad_x_TH, None, *grads, *down_grads
 
 
-def _without_keeping(layer: LayerPass, x_TH: Tensor) -> tuple[Tensor, ...]:
+def without_keeping(layer: LayerPass, x_TH: Tensor) -> tuple[Tensor, ...]:
     mlp = layer.layer.mlp
     with torch.no_grad():
         if not layer.layer.ends_in_product or not isinstance(mlp, FeedForward):
@@ -217,129 +211,3 @@ def _without_keeping(layer: LayerPass, x_TH: Tensor) -> tuple[Tensor, ...]:
         residual_TH, gate_up = layer.until_down(x_TH)
         times = layer.layer.times
         return (activate_project_add(residual_TH, gate_up, layer.parts[-1], mlp.activation, times, in_place=True),)
-
-
-# ---- The model ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Parts:
-    """What a recognized model's decoder is made of."""
-
-    layers: list[DecoderLayer]
-    norm: Norm
-    embedding: float  # factor of what is embedded
-    # Of hidden states (1, T, H), positions (1, T) or (3, 1, T), and the name of a kind: the angles of its queries and
-    # of its keys.
-    angles: Callable[[Tensor, Tensor, str], tuple[Angles, Angles]]
-
-
-class FusedModel(Decoder):
-    """A recognized model's decoder, as a backend of `completion_logps`.
-
-    Args:
-        causal_lm: the transformers model inside the PEFT model.
-        parts: from `recognize`.
-        backend: of attention.
-    """
-
-    def __init__(self, causal_lm: PreTrainedModel, parts: Parts, backend: AttentionBackend):
-        self.causal_lm = causal_lm
-        self.parts = parts
-        self.backend = backend
-        self.attention = backend.name
-        self.modules = list(text_decoder(causal_lm).layers)
-        # The last layers' activations are freed first, so the first ones are checkpointed.
-        self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
-        self.offload = False
-        self._only: tuple[str, ...] | None = None  # adapters in the place of the active one
-
-    def __str__(self) -> str:
-        return f"fused, {self.attention}"
-
-    def reference(self, adapter: str | None) -> "FusedModel":
-        """Returns the same with the frozen `adapter` in the place of the active one, or with none."""
-        other = copy.copy(self)
-        other._only = () if adapter is None else (adapter,)
-        return other
-
-    def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
-        """See the base class."""
-        return self._through([_Pass(self, batch, router_logits)])[0]
-
-    def with_reference(
-        self, batch: PackedBatch, adapter: str | None, router_logits: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See the base class."""
-        with torch.no_grad():
-            reference = _Pass(self.reference(adapter), batch, None)
-        own, other = self._through([_Pass(self, batch, router_logits), reference])
-        return own, other
-
-    def _through(self, passes: Sequence["_Pass"]) -> list[Tensor]:
-        with torch.autocast(passes[0].x_TH.device.type, enabled=False):
-            for i, module in enumerate(self.modules):
-                bring_in(module)
-                for one in passes:
-                    with torch.set_grad_enabled(one.differentiable):
-                        one.run(i)
-                        one.x_TH = leaving(module, one.x_TH)
-            return [one.read_off() for one in passes]
-
-
-class _Pass:
-    """A pass over the model, layer by layer: the residual stream and what the layers find around them.
-
-    Args:
-        decoder: whose layers and adapters.
-        batch: a shared one.
-        router_logits: where those of each layer are added.
-    """
-
-    def __init__(self, decoder: FusedModel, batch: PackedBatch, router_logits: list[Tensor] | None):
-        self.decoder, self.batch, self.router_logits = decoder, batch, router_logits
-        self.differentiable = torch.is_grad_enabled()
-        causal_lm, only, layers = decoder.causal_lm, decoder._only, decoder.parts.layers
-        # Frozen, also where a hook for plain checkpointing asks for its gradient.
-        parts = [] if batch.images is None else encoder_parts(causal_lm)
-        with exchanged(nn.ModuleList(parts), only) if parts else nullcontext():
-            given = embedded(causal_lm, batch)
-        self.x_TH, self.added, plan = given.x_TH, given.added, AttentionPlan(batch, decoder.backend)
-        plan.blocks = block_ids(causal_lm.config, batch)
-        self.around = Surroundings.now(self.x_TH.device.type, plan, only)
-        self.mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
-        with torch.autocast(self.x_TH.device.type, enabled=False):
-            if decoder.parts.embedding != 1:
-                self.x_TH = self.x_TH * decoder.parts.embedding
-            projections = [p for layer in layers for p in layer.projections]
-            self.prepared = iter(prepare(projections, self.x_TH.dtype, self.x_TH.device, only))
-            self.attention = bind(plan, {mixer.kind for mixer in self.mixers if mixer})
-            kinds = {mixer.rope for mixer in self.mixers if mixer and mixer.rope}
-            self.angles = {
-                kind: decoder.parts.angles(self.x_TH[None], given.positions, kind) for kind in sorted(kinds)
-            }
-        self.checkpointed = decoder.checkpointed(batch) if self.differentiable else 0
-
-    def run(self, i: int) -> None:
-        """Runs layer `i`, after the one before it."""
-        layer, mixer, x_TH = self.decoder.parts.layers[i], self.mixers[i], self.x_TH
-        parts = [next(self.prepared) for _ in layer.projections]
-        turned = self.angles[mixer.rope] if mixer and mixer.rope else (None, None)
-        one = LayerPass(layer, parts, self.attention[mixer.kind] if mixer else None, turned, self.around)
-        if i < self.checkpointed:
-            # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
-            with save_on_cpu(pin_memory=x_TH.is_cuda) if self.decoder.offload else nullcontext():
-                self.x_TH, *logits = _Checkpointed.apply(x_TH, one, *one.parameters)
-        elif self.differentiable:
-            self.x_TH, *logits = one(x_TH)
-        else:
-            self.x_TH, *logits = _without_keeping(one, x_TH)
-        if self.router_logits is not None:
-            self.router_logits += logits
-        if i < len(self.added):
-            self.x_TH = self.x_TH + self.added[i]
-
-    def read_off(self) -> Tensor:
-        """Returns the normed hidden states that predict, (N, H)."""
-        with torch.set_grad_enabled(self.differentiable):
-            return RMSNorm.apply(self.x_TH.index_select(0, self.batch.pred_pos), self.decoder.parts.norm)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward.attention import AttentionPlan
+from ..forward.scope import acting
 from ..reference.adapter_off import reference_mode
 from ..reference.frozen_adapter import adapter_layers, holds_adapter
 
@@ -23,11 +24,14 @@ class Surroundings(NamedTuple):
     autocast: torch.dtype | None  # None: it is off
     plan: AttentionPlan
     only: tuple[str, ...] | None  # adapters in the place of the active one
+    acts_on: tuple[int, ...] | None  # last positions that an answer-only adapter acts on (`scope.acting`)
 
     @classmethod
-    def now(cls, device: str, plan: AttentionPlan, only: tuple[str, ...] | None) -> "Surroundings":
+    def now(
+        cls, device: str, plan: AttentionPlan, only: tuple[str, ...] | None, acts_on: tuple[int, ...] | None
+    ) -> "Surroundings":
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(device, dtype, plan, only)
+        return cls(device, dtype, plan, only, acts_on)
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Own:
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(around.device, around.autocast, enabled=around.autocast is not None))
             stack.enter_context(exchanged(self.modules, around.only))
+            stack.enter_context(acting(self.modules, around.acts_on))
             for router, index in self.routers:
                 stack.callback(router.register_forward_hook(_recorder(logits, index)).remove)
             out = self.call(around.plan, normed_TH[None], residual_TH[None])

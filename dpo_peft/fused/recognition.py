@@ -1,4 +1,4 @@
-"""Says which models the written-out decoder of `decoder.py` is right for.
+"""Says which models the written-out decoder of `model.py` is right for.
 
 `families.py` has an entry for each model type whose layers' `forward` was read. A model of such a type must also show
 nothing that changes what the entry says: modules of other classes, hooks, dropout, adapters of another kind. The
@@ -12,19 +12,22 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..forward.attention import HeadShape, backend_named
+from ..forward.scope import is_answer_only
 from ..forward.score import NotRecognizedError
 from .attention import PACKED
-from .decoder import DecoderLayer, FeedForward, FusedModel, Parts, SelfAttention
+from .decoder import DecoderLayer, FeedForward, SelfAttention
 from .elementwise import ACTIVATIONS
 from .families import FAMILIES, MODEL_TYPES, NORMS, Family
 from .heads import Angles, Heads
 from .lora import Projection
+from .model import FusedModel, Parts
 from .own import Own
 
 # They change no value: for plain checkpointing, and to record what routers compute.
@@ -76,11 +79,16 @@ def recognize(causal_lm: PreTrainedModel, compute_dtype: torch.dtype) -> Parts:
         raise NotRecognizedError("its attention has dropout")
     _check_modules(causal_lm, backbone)
     reader = _Reader(family, config, compute_dtype, _routers(backbone))
+    layers = [reader.layer(layer, i) for i, layer in enumerate(backbone.layers)]
+    answer_only = any(map(is_answer_only, backbone.modules()))
+    if answer_only and any(isinstance(layer.mixer, Own) for layer in layers):
+        raise NotRecognizedError("an answer-only adapter on layers with a state")
     return Parts(
-        [reader.layer(layer, i) for i, layer in enumerate(backbone.layers)],
+        layers,
         reader.norm(backbone, "norm"),
         getattr(config, family.embedding_multiplier) if family.embedding_multiplier else 1.0,
         _angles(family, config, backbone.rotary_emb),
+        answer_only,
     )
 
 
@@ -249,7 +257,8 @@ def _against(module: Any, compute_dtype: torch.dtype) -> Iterator[str]:
         if not isinstance(module, LoraLayer):
             yield f"has an adapter of the kind {type(module).__name__}"
             return
-        if type(module).__name__ not in ("Linear", "Linear4bit") or getattr(module, "lora_variant", None):
+        variants = [one for one in module.lora_variant.values() if not isinstance(one, ALoraLinearVariant)]
+        if type(module).__name__ not in ("Linear", "Linear4bit") or variants:
             yield "has an adapter that is not plain LoRA"
         if module.merged:
             yield "is merged with an adapter"

@@ -258,7 +258,11 @@ class ReferencePolicy:
         # The stored values come from batches of a third shape. In 16 bits a few short rows may agree to the last bit
         # in two shapes, and yet not beside a longer row: how far the plain layout moves them counts as well.
         assert whole.samples is not None  # the store's keys are made of them
-        firsts = [Sample(s.prompt, s.completions[:1], steps=s.steps and s.steps[:1]) for s in whole.samples.kept]
+        samples = whole.samples.kept
+        firsts = [
+            Sample(s.prompt, s.completions[:1], steps=s.steps and s.steps[:1], adapter_start=s.adapter_start)
+            for s in samples
+        ]
         first_E = torch.searchsorted(whole.sample_of, torch.arange(len(firsts), device=whole.sample_of.device))
         plain_E = self.compute(pad_rows(firsts).to(self.args.device)).logps_C
         shapes = (computed_C, apart_C), (computed_C[first_E], plain_E)

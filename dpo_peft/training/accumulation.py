@@ -24,6 +24,7 @@ from ..config import DPOConfig
 from ..data.collator import mismatch
 from ..distributed import gather_over_processes, rank, shares, sum_gradients, sum_over_processes, world_size
 from ..forward import PackedBatch, Scores, halves
+from ..forward.scope import acting
 from ..objective import LossOutput, Scored, Totals, TrainingObjective
 from .arguments import longest_allowed
 from .memory_budget import MemoryBudget
@@ -136,7 +137,8 @@ class OptimizerStep:
         for i in range(self._done, index + 1):
             loss = torch.zeros((), device=self.args.device)
             for part in self._entries[i]["packs"]:
-                loss = loss + backward(part, self._totals)
+                with acting(self.model, part.get("alora_offsets")):  # also where layers are computed again
+                    loss = loss + backward(part, self._totals)
                 _release(part)
             # The mean is over steps: one process counts each step once, with its last entry.
             steps = float(i == len(self._entries) - 1 and self._rank == 0)

@@ -49,8 +49,10 @@ def size_of(row: Row, shared: bool) -> Size:
     completions, longest = shape_of(row)
     if not shared:
         return Size(completions * longest, completions * longest, answers - unscored)
-    tokens, prompt = len(row["prompt_ids"]) + answers, len(row["prompt_ids"])
-    return Size(tokens, tokens + completions * prompt, answers - unscored)
+    prompt = len(row["prompt_ids"])
+    alone = row.get("adapter_start", prompt)  # what follows in it stands before each completion
+    tokens = alone + completions * (prompt - alone) + answers
+    return Size(tokens, tokens + completions * alone, answers - unscored)
 
 
 def tokens_of(row: Row, shared: bool) -> int:

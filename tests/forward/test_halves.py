@@ -307,7 +307,7 @@ def test_the_version_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
             b"".join(x.to_bytes(8, "little") for x in [1, 5, 2, 5, 6, 7, 20, 21, 3, 4]), digest_size=16
         ).hexdigest()
     )
-    monkeypatch.setattr("dpo_peft.forward.layout.KEY_VERSION", 2)
+    monkeypatch.setattr("dpo_peft.forward.content.KEY_VERSION", 2)
     assert content_keys(pack([BASE]))[0] != before
 
 

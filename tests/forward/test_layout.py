@@ -9,7 +9,7 @@ from forward_models import random_samples
 from torch import Tensor
 
 from dpo_peft.forward import PackedBatch, Sample, pack, pad_rows
-from dpo_peft.forward.attention import by_sample
+from dpo_peft.forward.attention import AttentionPlan, by_sample
 from dpo_peft.forward.layout import visible
 
 # Two prompts; the first with two completions, the second with one.
@@ -162,7 +162,7 @@ def test_segments_match_the_walk() -> None:
 def test_dense_mask_is_the_predicate_cut_into_samples(window: int | None) -> None:
     for samples in BATCHES[:15]:
         batch = pack(samples)
-        mask, whole = by_sample(batch, window).mask_EBB, token_mask(batch, window)
+        mask, whole = by_sample(AttentionPlan(batch, "dense"), window).mask_EQB, token_mask(batch, window)
         assert bool(mask.any(2).all())  # no empty row, which would give NaN
         for e, row in enumerate(batch.sample_index.tolist()):
             own = [i for i in row if i >= 0]

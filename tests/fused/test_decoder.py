@@ -17,8 +17,8 @@ from dpo_peft.errors import OptionError
 from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
 from dpo_peft.forward.attention import backend_named
 from dpo_peft.fused import decoder, products, recognition
-from dpo_peft.fused.decoder import FusedModel
 from dpo_peft.fused.heads import queries_keys_values
+from dpo_peft.fused.model import FusedModel
 from dpo_peft.model.loading import keep_weights
 from dpo_peft.reference.adapter_off import reference_logps, reference_mode
 

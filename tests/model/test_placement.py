@@ -223,7 +223,7 @@ def test_the_comparison_sees_a_layer_that_is_not_there(
     monkeypatch.setattr(placement, "Streamed", Poisoned)
     trainer = run_of("fused", tmp_path, bases, make_tokenizer(), True)
     if broken == "forward":
-        monkeypatch.setattr("dpo_peft.fused.decoder.bring_in", lambda module: None)
+        monkeypatch.setattr("dpo_peft.fused.model.bring_in", lambda module: None)
         trainer.reference.start_checked = True  # it would see it
     elif broken == "leaving":
         monkeypatch.setattr(placement.Leave, "backward", staticmethod(lambda ctx, gradient: (gradient, None, None)))
