@@ -1,11 +1,14 @@
-"""What an answer-only adapter (PEFT's aLoRA, see `forward.scope`) can't be, and what it can't be on."""
+"""What an answer-only adapter (aLoRA, see `forward.scope`) can't be or be on; and which layers there are for one."""
+
+import re
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora.variants import ALoraLinearVariant
+from transformers import PreTrainedModel
 
 from ..errors import OptionError
-from ..forward.modules import eval_mode, text_decoder
+from ..forward.modules import decoder_layers, eval_mode, text_decoder
 from ..forward.scope import invocation_tokens
 from ..reference.frozen_adapter import adapter_layers, holds_adapter
 
@@ -84,3 +87,49 @@ def check_attached(model: PeftModel, adapter: str) -> None:
         raise OptionError(
             f"PEFT can't run an answer-only adapter (alora_invocation_tokens) on these layers: {error} {remedy}"
         ) from error
+
+
+# ---- Layers ---------------------------------------------------------------------------------------------------------
+
+
+def layer_numbers(given: object, count: int) -> list[int] | None:
+    """Returns the layers that an adapter is to be on, for `LoraConfig.layers_to_transform`; None for all.
+
+    Args:
+        given: numbers, ranges (16-31), or one share of the layers (0.5), the upper ones.
+        count: how many layers the model has.
+
+    Raises:
+        OptionError: something else, or a layer that the model doesn't have.
+    """
+    if given is None:
+        return None
+    words = [str(word) for word in (given if isinstance(given, list | tuple) else [given])]
+    found: list[int] = []
+    for word in words:
+        if re.fullmatch(r"0?\.\d+", word) and len(words) == 1:
+            found += range(count - round(float(word) * count), count)
+        elif numbers := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
+            found += range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)
+        else:
+            found.append(count)
+    if not found or max(found) >= count:
+        raise OptionError(
+            f"lora_layers_to_transform={given!r}: the model has {count} layers, 0 to {count - 1}. Give numbers, "
+            f"ranges such as {count // 2}-{count - 1}, or one share such as 0.5, the upper half."
+        )
+    return sorted(set(found))
+
+
+def check_layers(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises an OptionError for layers that the model doesn't have, or beside a pattern: PEFT overlooks both."""
+    layers, targets = config.layers_to_transform, config.target_modules
+    if layers is None:
+        return
+    if isinstance(targets, str) and targets != "all-linear":
+        raise OptionError(
+            "lora_layers_to_transform has no effect beside a pattern of target_modules: give names or all-linear, or "
+            "put the layers into the pattern."
+        )
+    if not config.layers_pattern:
+        layer_numbers(layers if isinstance(layers, int) else [*layers], len(decoder_layers(model)))

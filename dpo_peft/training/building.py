@@ -26,7 +26,7 @@ from ..forward import has_routers
 from ..forward.rotary import fixed_rope_length
 from ..forward.scope import invocation_tokens
 from ..model.adapter_source import plain_fingerprint
-from ..model.adapters import is_adapter, read_config
+from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.experts import has_packed_experts
 from ..model.loading import attach_adapter, disable_dropout, hub_place, load_model
 from ..model.placement import placement_of
@@ -182,6 +182,8 @@ class Preparation:
 
 def _invocation(model: object, peft_config: PeftConfig | None, args: DPOConfig) -> tuple[int, ...]:
     """Returns the tokens that the adapter to be trained acts from, before its model is loaded."""
+    if peft_config is not None:
+        check_adapter(peft_config)
     configs = {"": peft_config}
     if isinstance(model, PeftModel):
         configs = {"": model.peft_config[model.active_adapters[0]]}
@@ -266,8 +268,11 @@ def build_model(
             "gradient_checkpointing_kwargs: with use_reentrant=True adapters in a tower may get no gradient. Leave it "
             "out, or lora_vision."
         )
-    if args.lora_vision and invocation_tokens({"": peft_config}, ""):
-        raise OptionError("lora_vision=True: an answer-only adapter can't be on a tower of images. Leave out one.")
+    if (args.lora_vision or args.lora_experts) and invocation_tokens({"": peft_config}, ""):
+        name = "lora_vision" if args.lora_vision else "lora_experts"
+        raise OptionError(
+            f"{name}=True: an answer-only adapter is on linear layers of the decoder alone. Leave it out."
+        )
     # The adapter's start is drawn at random; and cuBLAS reads how it should work when it is first used.
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
     name = model if isinstance(model, str) else None
