@@ -98,7 +98,7 @@ class DPOTrainer(Trainer):
         self.model_name = "" if isinstance(model, PeftModel) else name
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
-        self.prepare = Preparation(args, self.objective, self.tokenizer, self.images)
+        self.prepare = Preparation(args, self.objective, self.tokenizer, self.images, (model, peft_config))
         self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
         train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
         compared = self.objective.needs_reference
