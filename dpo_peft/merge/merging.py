@@ -108,7 +108,7 @@ def merge_adapter(
         source = AdapterSource(adapter, **made)
         if source.config.alora_invocation_tokens:
             raise OptionError(
-                f"{adapter!r} acts on completions alone (alora_invocation_tokens), and merged weights would act on the "
+                f"{adapter!r} acts on completions alone (alora_invocation_tokens), merged weights would act on the "
                 "prompt too. Serve the adapter: `dpo-peft export` for llama.cpp's llama-server, or by PEFT."
             )
         if source.reference is not None and dataset is None:
