@@ -5,10 +5,9 @@ import re
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora.variants import ALoraLinearVariant
-from transformers import PreTrainedModel
 
 from ..errors import OptionError
-from ..forward.modules import decoder_layers, eval_mode, text_decoder
+from ..forward.modules import eval_mode, text_decoder
 from ..forward.scope import invocation_tokens
 from ..reference.frozen_adapter import adapter_layers, holds_adapter
 
@@ -121,8 +120,8 @@ def layer_numbers(given: object, count: int) -> list[int] | None:
     return sorted(set(found))
 
 
-def check_layers(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Raises an OptionError for layers that the model doesn't have, or beside a pattern: PEFT overlooks both."""
+def check_layers(config: LoraConfig, count: int) -> None:
+    """Raises an OptionError for layers beyond the `count` of the model, or beside a pattern: PEFT overlooks both."""
     layers, targets = config.layers_to_transform, config.target_modules
     if layers is None:
         return
@@ -132,4 +131,4 @@ def check_layers(config: LoraConfig, model: PreTrainedModel) -> None:
             "put the layers into the pattern."
         )
     if not config.layers_pattern:
-        layer_numbers(layers if isinstance(layers, int) else [*layers], len(decoder_layers(model)))
+        layer_numbers(layers if isinstance(layers, int) else [*layers], count)
