@@ -76,9 +76,13 @@ def sample_completions(
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config()  # a model of text and images has one inside its own
     training, use_cache, configured = model.training, config.use_cache, base.generation_config
+    # PEFT leaves hooks of an answer-only adapter on checkpointed layers until a backward pass, and refuses the next.
+    checkpointed = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
     model.eval()
     config.use_cache = True
     base.generation_config = GenerationConfig()
+    for layer in checkpointed:
+        layer.gradient_checkpointing = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed if isinstance(seed, int) else 0)
@@ -93,6 +97,8 @@ def sample_completions(
     finally:
         model.train(training)
         config.use_cache, base.generation_config = use_cache, configured
+        for layer in checkpointed:
+            layer.gradient_checkpointing = True
     completions = output[:, longest:].tolist()
     return [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in completions]
 

@@ -8,7 +8,7 @@ from peft.tuners.lora.variants import ALoraLinearVariant
 
 from ..errors import OptionError
 from ..forward.modules import eval_mode, text_decoder
-from ..forward.scope import invocation_tokens
+from ..forward.scope import acting, invocation_tokens
 from ..reference.frozen_adapter import adapter_layers, holds_adapter
 
 # Options of a LoraConfig that act on every token, or for which PEFT has no aLoRA.
@@ -80,8 +80,8 @@ def check_attached(model: PeftModel, adapter: str) -> None:
         raise OptionError(f"alora_invocation_tokens={tokens} are not of this model, which has {size} tokens.")
     row = torch.tensor([[tokens[0], *tokens, tokens[-1]]] * 2, device=base.get_input_embeddings().weight.device)
     try:
-        with torch.no_grad(), eval_mode(model):
-            model(input_ids=row, use_cache=False)
+        with torch.no_grad(), eval_mode(model), acting(base, [len(tokens) + 1] * 2):
+            base(input_ids=row, use_cache=False)
     except (IndexError, RuntimeError) as error:
         raise OptionError(
             f"PEFT can't run an answer-only adapter (alora_invocation_tokens) on these layers: {error} {remedy}"
