@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..forward import PackedBatch, completion_logps
+from ..forward.scope import invocation_start
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
 from ..trainer import DPOTrainer
@@ -48,6 +49,8 @@ def sampled_kl(trainer: DPOTrainer, prompts: list[Messages], answers: list[list[
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         for ids in [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)]
     ]
+    if tokens := trainer.prepare.invocation:
+        rows = [{**row, "adapter_start": invocation_start(row["prompt_ids"], tokens)} for row in rows]
     total = 0.0
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
