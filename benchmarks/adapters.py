@@ -44,7 +44,9 @@ def samples_of(number: int, answer_only: bool, vocab: int) -> list[Sample]:
     draw = torch.Generator().manual_seed(0)
     found = []
     for prompt, *completions in lengths("longprompt", number):
-        ids = [torch.randint(4, vocab, (n,), generator=draw).tolist() for n in (prompt - len(INVOCATION), *completions)]
+        ids = [
+            torch.randint(4, vocab, (n,), generator=draw).tolist() for n in (prompt - len(INVOCATION), *completions)
+        ]
         found.append(Sample(ids[0] + INVOCATION, ids[1:], adapter_start=len(ids[0]) if answer_only else None))
     return found
 

@@ -241,6 +241,7 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
     sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts, vision=o.lora_vision)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens
+    options["first"] = min(lora.layers_to_transform or [0])
     return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options), sketch.weights
 
 
