@@ -4,6 +4,8 @@ On a GPU in bfloat16; elsewhere through Triton's interpreter, in a process of it
 tiles are held against the mask predicate everywhere.
 """
 
+import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,17 @@ from dpo_peft.fused.attention import (
     Tiles,
     attend_backward,
     attend_forward,
+    can_run,
+    launches_for,
+    padded_head,
     plan_tiles,
     shared_attention,
     supports,
 )
 
+compiles = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="Triton does not compile here"
+)
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 STRETCH = 1 if INTERPRETED else 9  # on a GPU blocks are larger
@@ -70,7 +78,7 @@ def segments(batch: PackedBatch) -> np.ndarray:
 
 
 def tiles_for(batch: PackedBatch, group: int, head: int, hot: int = 1) -> Tiles:
-    sizes = small(hot) if INTERPRETED else Launches(*(x._replace(hot=hot) for x in LAUNCHES[64]))
+    sizes = small(hot) if INTERPRETED else Launches(*(x._replace(hot=hot) for x in launches_for(64, DEVICE)))
     return plan_tiles(segments(batch), group, head, DEVICE, sizes)
 
 
@@ -158,6 +166,72 @@ def test_a_key_or_query_too_few_would_be_noticed(table: str, column: int) -> Non
     assert min(errors[i] for i in affected) > 2 * ROUNDING[q.dtype]
 
 
+# Each of the table that this device can run, by head size: all of them in the interpreter.
+TABLE = [(head, kib) for head, table in LAUNCHES.items() for kib in table]
+
+
+def table_case(head: int) -> tuple[PackedBatch, list[Tensor]]:
+    """Segments of several blocks, of less than one, and of one token; q, k, v and the output's gradient."""
+    batch = make_batch([(150, 140, 1), (0, 9)])
+    shapes = [(4, head), (1, head), (1, head), (4, head)]
+    return batch, [random(batch.input_ids.shape[1], *shape) for shape in shapes]
+
+
+@here
+@pytest.mark.parametrize(("head", "kib"), TABLE)
+def test_every_launch_of_the_table(head: int, kib: int) -> None:
+    if kib > max(k for k, x in LAUNCHES[head].items() if x == launches_for(head, DEVICE)):
+        pytest.skip("this card has not the shared memory for it")
+    launches, (batch, given) = LAUNCHES[head][kib], table_case(head)
+    exact = oracle(batch, *given, None)
+    tiles = plan_tiles(segments(batch), 4, head, DEVICE, launches)
+    assert max(distances(compute(*given, tiles, None), exact)) < ROUNDING[given[0].dtype]
+
+
+@here
+def test_tiles_of_another_launch_would_be_noticed() -> None:
+    """Negative control: a tile of more rows or keys than the kernel has."""
+    batch, given = table_case(64)
+    (launches,) = LAUNCHES[64].values()
+    tiles = plan_tiles(segments(batch), 4, 64, DEVICE, launches)
+    halved = Launches(*(x._replace(rows=x.rows // 2, keys=x.keys // 2) for x in launches))
+    q, k, v, grad = given
+    poisoned = compute(q, k, v, grad, tiles._replace(launches=halved), None)
+    exact = oracle(batch, q, k, v, grad, None)
+    assert all(not (a.double() - b).norm() / b.norm() < 0.1 for a, b in zip(poisoned, exact, strict=True))
+
+
+def prompts_first(batch: PackedBatch) -> tuple[Tensor, int]:
+    """Flat positions of the prompts' tokens and then the completions', and how many are the prompts'."""
+    assert batch.segment is not None and batch.context is not None
+    a_prompt = set(batch.context[batch.context != batch.segment].tolist())
+    of_prompt_T = torch.tensor([s in a_prompt for s in batch.segment.tolist()])
+    order = torch.cat([of_prompt_T.nonzero()[:, 0], (~of_prompt_T).nonzero()[:, 0]])
+    return order, int(of_prompt_T.sum())
+
+
+@here
+@pytest.mark.parametrize(("lengths", "hot"), [(PAIRS, 1), (LISTS, 0), (LISTS, 2)])
+def test_completions_alone_on_their_prompts_keys(lengths: Any, hot: int) -> None:
+    """Against the whole row, whose prompts' outputs get no gradient and whose prompts' keys give none."""
+    batch = make_batch(lengths, STRETCH)
+    order, before = prompts_first(batch)
+    order = order.to(DEVICE)
+    tokens, own = len(order), order[before:]
+    q, k, v, grad = random(tokens, 4, 16), random(tokens, 2, 16), random(tokens, 2, 16), random(tokens, 4, 16)
+    grad[order[:before]] = 0
+    exact = [x[own] for x in oracle(batch, q, k, v, grad, 0.4)]
+    sizes = tiles_for(batch, 2, 16, hot).launches
+    tiles = plan_tiles(segments(batch), 2, 16, DEVICE, sizes, completions_only=True)
+    assert (tiles.before, tiles.tokens) == (before, tokens - before)
+    found = compute(q[own], k[order], v[order], grad[own], tiles, 0.4)
+    assert not any(x[:before].any() for x in found[2:])
+    found[2:] = [x[before:] for x in found[2:]]
+    assert max(distances(found, exact)) < 2 * ROUNDING[q.dtype]
+    others = compute(q[own], k, v[order], grad[own], tiles, 0.4)  # negative control: keys in the packed row's order
+    assert distances(others[:1], exact[:1])[0] > 0.1
+
+
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="programs run one by one in the interpreter")
 def test_results_are_the_same_in_every_run() -> None:
     batch = make_batch(LISTS, STRETCH)
@@ -216,6 +290,100 @@ def test_tiles_worked_by_hand() -> None:
     ]
     assert tiles.grad_kv.tolist() == [[0, 20, 40], [23, 40, 40], [20, 23, 23]]
     assert (tiles.tokens, tiles.longest) == (40, 40)
+
+
+@pytest.mark.parametrize("lengths", [PAIRS, LISTS])
+@pytest.mark.parametrize("group", [1, 3])
+def test_tiles_of_completions_hold_their_rows_of_the_mask(lengths: Any, group: int) -> None:
+    batch = make_batch(lengths)
+    order, before = prompts_first(batch)
+    tiles = plan_tiles(segments(batch), group, 16, "cpu", small(1), completions_only=True)
+    mask = mask_of(batch)[order[before:]][:, order]
+    for table in (tiles.forward, tiles.grad_q):
+        rebuilt = np.zeros_like(mask)
+        for start, end, base, before_gap, gap in table.tolist():
+            keys = np.arange(end - base - gap) + base  # counted from the first completion
+            keys[before_gap:] += gap
+            for token in range(start, end):
+                rebuilt[token, keys[keys <= token] + before] = True
+        assert (rebuilt == mask).all()
+    rebuilt = np.zeros_like(mask)
+    for start, end, seen_until in tiles.grad_kv.tolist():
+        for key in range(start, end):
+            rebuilt[key:seen_until, key + before] = True
+    assert (rebuilt[:, before:] == mask[:, before:]).all() and not rebuilt[:, :before].any()
+
+
+@pytest.mark.parametrize(("kib", "taken"), [(227, 162), (163, 162), (99, 98)])  # H100; A100; 4090, 5090 and A10
+def test_launches_are_chosen_by_the_card_s_shared_memory(kib: int, taken: int, monkeypatch: Any) -> None:
+    found = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert launches_for(256, "cuda") == LAUNCHES[256][taken]
+    assert launches_for(64, "cuda:1") == launches_for(17, "cuda") == LAUNCHES[64][82]
+    assert launches_for(80, "cuda") == LAUNCHES[128][82]
+
+
+def needed_kib(head: int, launches: Launches) -> float:
+    """What the kernels keep in shared memory: 2 bytes of each element of the tile's own blocks, and of those of the
+    loop once for each stage; for the keys' gradient also two float32 sums for each row, in whole KiB."""
+    blocks = {"forward": (1, 2), "grad_q": (2, 2), "grad_kv": (2, 2)}
+    found = []
+    for name, (own, loop) in blocks.items():
+        x = getattr(launches, name)
+        tile, block = (x.keys, x.rows) if name == "grad_kv" else (x.rows, x.keys)
+        sums = -(-8 * x.rows * x.stages // 1024) if name == "grad_kv" else 0
+        found.append(2 * head * (own * tile + loop * block * x.stages) / 1024 + sums)
+    return max(found)
+
+
+@pytest.mark.parametrize(("head", "kib"), TABLE)
+def test_stated_shared_memory_is_enough_and_no_more_than_needed(head: int, kib: int) -> None:
+    assert needed_kib(head, LAUNCHES[head][kib]) <= kib <= needed_kib(head, LAUNCHES[head][kib]) + 2
+
+
+@compiles
+def test_kernels_run_from_sm80_on_and_are_taken_on_hopper(monkeypatch: Any) -> None:
+    cuda, bf16, heads = torch.device("cuda"), torch.bfloat16, HeadShape(32, 8, 128)
+    for capability, runs, taken in [((7, 5), 0, 0), ((8, 0), 1, 0), ((8, 9), 1, 0), ((9, 0), 1, 1), ((12, 0), 1, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (can_run(cuda, bf16, heads), supports(cuda, bf16, heads)) == (runs, taken)
+    assert not can_run(cuda, torch.float32, heads) and not can_run(cuda, bf16, HeadShape(34, 2, 128))
+
+
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize(
+    ("head", "kib", "capability"),
+    [*((head, kib, 90) for head, kib in TABLE), (256, 98, 89)],  # Hopper takes most: it multiplies from there
+)
+def test_compiled_kernels_need_no_more_shared_memory_than_stated(
+    head: int, kib: int, capability: int, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """Triton's compiler says what a kernel takes; it needs no GPU."""
+    from dpo_peft.fused import attention_triton as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pairs = zip((kernels.attend, kernels.grad_queries, kernels.grad_keys), LAUNCHES[head][kib], strict=True)
+    taken = [compiled_shared(kernel, launch, head, capability) / 1024 for kernel, launch in pairs]
+    assert max(taken) <= kib
+    if capability == 90:  # and the arithmetic above is the compiler's own
+        assert max(taken) == pytest.approx(needed_kib(head, LAUNCHES[head][kib]), abs=1)
+
+
+def compiled_shared(kernel: Any, launch: Launch, head: int, capability: int) -> int:
+    """Bytes of shared memory that a kernel takes on bfloat16 with 4 query heads per key head."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict(GROUP=4, HEAD=head, WIDTH=padded_head(head), ROWS=launch.rows, KEYS=launch.keys, HOT=launch.hot)
+    kinds = {"tiles_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "score_scale": "fp32"}
+    signature = {name: kinds.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    whole = [i for i, name in enumerate(kernel.arg_names) if name not in (*constants, "tiles_ptr", "T", *kinds)]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in whole})
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
