@@ -1,4 +1,4 @@
-"""How the attention kernels are cut for a card: by the shared memory that they need, which Triton's compiler confirms."""
+"""How the attention kernels are cut for a card: by the shared memory that they need, as Triton's compiler confirms."""
 
 import importlib.util
 from types import SimpleNamespace
