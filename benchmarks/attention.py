@@ -5,15 +5,16 @@
 
 `CANDIDATES` are backends for `dpo_peft.forward.attention`. `speed.py` takes them for whole steps, where a case has the
 key `attention`: that decides. Here each runs one layer's attention, forward and backward, on the lengths of
-speed_models.py, after its outputs and gradients were held against dense float32. `--sweep` also tries our kernels in
-other sizes, one kernel at a time: what a card without figures needs. Every line is printed as `RESULT {...}`, and the
-run appended to `benchmarks/results/attention_<card>.json`, rewritten as lines come.
+speed_models.py, after its outputs and gradients were held against dense float32. Every line is printed as `RESULT
+{...}` and added to `benchmarks/results/attention_<card>.json`. `--sweep` also tries our kernels in other sizes, one
+kernel at a time: what a card without figures needs.
 
 - packed: kernels of our own, on any card that they run on.
 - varlen: FlashAttention 2 on gathered keys, in one call. The gather itself is not timed here: fused layers do it in
   the pass that turns queries and keys by their positions.
 - flex: FlexAttention with a block mask.
 - merged: FlashAttention 2 in two calls, as attention_merged.py says.
+- packed, completions alone: no candidate, but what adapters that act on completions only would need.
 
 Shape suffixes: T tokens, H query heads, G key heads, D head size, Q blocks of queries, K blocks of keys.
 """
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the checkout's package, where it isn't installed
 
-from attention_merged import attend_merged
+from attention_merged import attend_merged, parts_of
 
 from dpo_peft.forward import Sample, pack
 from dpo_peft.forward.attention import AttentionBackend, AttentionPlan, HeadShape, attend_dense, backend_named
@@ -198,6 +199,21 @@ def measure(record: AttentionBackend, batch: PackedBatch, qkv: list[Tensor], gra
     return found
 
 
+def completions_alone(batch: PackedBatch, qkv: list[Tensor], grad: Tensor) -> dict[str, Any]:
+    """Our kernels for queries of completions on all keys, of which prompts' get no gradient."""
+    parts, (q, k, v) = parts_of(batch), qkv
+    keys, scale = torch.cat([parts.prompt_P, parts.completion_C]), q.shape[2] ** -0.5
+    shape = q.shape[1] // k.shape[1], q.shape[2], q.device
+    tiles = plan_tiles(np.array(batch.segments), *shape, completions_only=True)
+    given, grad = (q[parts.completion_C], k[keys], v[keys]), grad[parts.completion_C]
+    out, lse = attend_forward(*given, tiles, scale)
+    forward_ms, backward_ms = milliseconds(
+        lambda: attend_forward(*given, tiles, scale),
+        lambda: attend_backward(grad, *given, out, lse, tiles, scale),
+    )
+    return {"forward_ms": forward_ms, "backward_ms": backward_ms}
+
+
 def sweep(batch: PackedBatch, qkv: list[Tensor], grad: Tensor) -> Iterator[dict[str, Any]]:
     """Our kernels with another size of one of them at a time, the table's own first."""
     group, head, scale = qkv[0].shape[1] // qkv[1].shape[1], qkv[0].shape[2], qkv[0].shape[2] ** -0.5
@@ -218,9 +234,8 @@ def sweep(batch: PackedBatch, qkv: list[Tensor], grad: Tensor) -> Iterator[dict[
             yield found
 
 
-def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def lines(args: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
     heads = HeadShape(*map(int, args.heads.split(",")))
-    device = torch.device("cuda")
     for name, work in WORKS.items():
         batch = batch_of(*work).to(device)
         tokens = batch.input_ids.shape[1]
@@ -229,14 +244,16 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             torch.randn(tokens, n, heads.size, device=device, dtype=torch.bfloat16)
             for n in (heads.queries, heads.keys, heads.keys, heads.queries)
         )
-        shape = {"work": name, "tokens": tokens, "keys": len(batch.kv_index), "heads": list(heads)}
-        for candidate, record in CANDIDATES.items():
+        about = {"work": name, "tokens": tokens, "keys": len(batch.kv_index), "heads": list(heads)}
+        figures: dict[str, Callable[..., dict[str, Any]]] = {n: partial(measure, x) for n, x in CANDIDATES.items()}
+        figures["packed, completions alone"] = completions_alone
+        for candidate, measured in figures.items():
             if not re.search(args.only, candidate):
                 continue
             try:
-                yield {"candidate": candidate, **shape, **measure(record, batch, [q, k, v], grad)}
+                yield {"candidate": candidate, **about, **measured(batch, [q, k, v], grad)}
             except Exception as error:  # whatever a compiler raises: the others go on
-                yield {"candidate": candidate, **shape, "error": f"{type(error).__name__}: {error}"[:600]}
+                yield {"candidate": candidate, **about, "error": f"{type(error).__name__}: {error}"[:600]}
         if args.sweep:
             yield from ({"work": name, **line} for line in sweep(batch, [q, k, v], grad))
 
@@ -272,7 +289,7 @@ def main() -> None:
     commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
     run: dict[str, Any] = {"started": time.time(), "device": device, "torch": torch.__version__, "commit": commit}
     run["lines"] = []
-    for line in lines(args):
+    for line in lines(args, "cuda"):
         run["lines"].append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()})
         append(out, run)
         print("RESULT " + json.dumps(run["lines"][-1]), flush=True)
