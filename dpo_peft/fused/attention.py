@@ -47,12 +47,16 @@ class Launches(NamedTuple):
     grad_kv: Launch
 
 
-# By head size, padded to a power of 2. Those of 128 are the best for long and short segments alike of eight each that
-# were measured on an H100.
+# By head size, padded to a power of 2, and by the KiB of shared memory that a block of threads needs at most, as
+# Triton compiles them for sm80 to sm120. Those of 128 are the best for long and short segments alike of eight each
+# that were measured on an H100; nobody measured on other cards.
 LAUNCHES = {
-    64: Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
-    128: Launches(Launch(128, 32, 8, 3), Launch(64, 32, 4, 2), Launch(32, 64, 4, 3)),
-    256: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
+    64: {82: Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3))},
+    128: {82: Launches(Launch(128, 32, 8, 3), Launch(64, 32, 4, 2), Launch(32, 64, 4, 3))},
+    256: {
+        162: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
+        98: Launches(Launch(64, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
+    },
 }
 
 
@@ -62,11 +66,12 @@ class Tiles(NamedTuple):
     forward: Tensor  # (tiles, 5) int32: start, end, first key, keys before the gap, length of the gap
     grad_q: Tensor  # the same in the size of that kernel
     grad_kv: Tensor  # (tiles, 3) int32: start, end, end of the queries that see it
-    tokens: int  # T
-    longest: int  # sample, in tokens
+    tokens: int  # T, of the queries
+    longest: int  # from a sample's first key to its last, in tokens
     group: int  # R
     head: int  # D
     launches: Launches
+    before: int = 0  # keys that stand before the first query
 
 
 def padded_head(head: int) -> int:
@@ -74,10 +79,28 @@ def padded_head(head: int) -> int:
     return max(16, 1 << (head - 1).bit_length())
 
 
-def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
-    """Whether the kernels run: half precision, up to 16 query heads per key head, head size up to 256, on Hopper.
+def launches_for(head: int, device: torch.device | str) -> Launches:
+    """Returns the first of `LAUNCHES` for a head size that the device has the shared memory for."""
+    limit = 227 * 1024  # an H100's
+    if torch.device(device).type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)  # whose stubs miss this one
+        limit = properties.shared_memory_per_block_optin
+    fitting = LAUNCHES[max(64, padded_head(head))].items()
+    return next(launches for kib, launches in fitting if kib * 1024 <= limit)
 
-    `LAUNCHES` takes more shared memory than most other GPUs have.
+
+def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
+    """Whether the kernels are taken: where they `can_run`, on Hopper.
+
+    On other cards nobody has measured whether they win. `benchmarks/attention.py` takes them there all the same.
+    """
+    return can_run(device, dtype, heads) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def can_run(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
+    """Whether the kernels run: half precision, up to 16 query heads per key head, head size up to 256, sm80 or later.
+
+    All of these cards have the shared memory for one of `LAUNCHES` at least.
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -87,14 +110,19 @@ def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool
         from . import attention_triton as triton_attention  # noqa: F401
     except ImportError:
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # ---- Tiles ----------------------------------------------------------------------------------------------------------
 
 
 def plan_tiles(
-    segments_S2: np.ndarray, group: int, head: int, device: torch.device | str, launches: Launches | None = None
+    segments_S2: np.ndarray,
+    group: int,
+    head: int,
+    device: torch.device | str,
+    launches: Launches | None = None,
+    completions_only: bool = False,
 ) -> Tiles:
     """Cuts a batch into tiles.
 
@@ -104,7 +132,8 @@ def plan_tiles(
         group: R, query heads per key head.
         head: D, size of a head.
         device: where the tiles go.
-        launches: sizes of the kernels' blocks; from `LAUNCHES` by default.
+        launches: sizes of the kernels' blocks; `launches_for` the device by default.
+        completions_only: for queries of the completions alone, over keys of all prompts and then all completions.
 
     Raises:
         ValueError: heads that the kernels don't do, or completions that don't follow their prompt.
@@ -114,8 +143,8 @@ def plan_tiles(
             f"The attention kernels do up to {MAX_GROUP} query heads per key head of size up to {MAX_HEAD}, not "
             f"{group} of size {head}: use varlen attention."
         )
-    launches = launches or LAUNCHES[max(64, padded_head(head))]
-    spans = _Spans.of(segments_S2)
+    launches = launches or launches_for(head, device)
+    spans = _Spans.of(segments_S2, completions_only)
     tables = [
         _query_tiles(spans, launches.forward.rows // group),
         _query_tiles(spans, launches.grad_q.rows // group),
@@ -126,34 +155,39 @@ def plan_tiles(
         flat = flat.pin_memory()  # or the copy would wait for the kernels before it
     parts = flat.to(device, non_blocking=True).split([table.size for table in tables])
     forward, grad_q, grad_kv = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
-    return Tiles(forward, grad_q, grad_kv, int(spans.end.max()), spans.longest, group, head, launches)
+    before, tokens = -int(spans.start.min()), int(spans.end.max())
+    return Tiles(forward, grad_q, grad_kv, tokens, spans.longest, group, head, launches, before)
 
 
 class _Spans(NamedTuple):
-    """Where each segment stands in the packed row, (S,) each."""
+    """Where each segment stands among the keys, (S,) each, counted from the first query."""
 
     start: np.ndarray
     end: np.ndarray
     context: np.ndarray
     seen_until: np.ndarray  # end of the queries that see it: of the sample for a prompt, its own for a completion
     longest: int  # sample
+    computed: np.ndarray  # whether it is cut into tiles
 
     @classmethod
-    def of(cls, segments_S2: np.ndarray) -> "_Spans":
+    def of(cls, segments_S2: np.ndarray, completions_only: bool) -> "_Spans":
         length, context = segments_S2.T.astype(np.int64)
         index = np.arange(len(length))
         latest = np.maximum.accumulate(np.where(context == index, index, -1))
         if (context != latest).any():
             raise ValueError("A completion must follow its prompt or another completion of it.")
-        end = np.cumsum(length)
+        outside = np.isin(index, context[context != index]) & completions_only  # prompts: they stand first then
+        order = np.argsort(~outside, kind="stable")
+        end = np.empty_like(length)
+        end[order] = np.cumsum(length[order]) - length[outside].sum()
         start = end - length
         seen_until = end.copy()
         np.maximum.at(seen_until, context, end)
-        return cls(start, end, context, seen_until, int((seen_until - start).max()))
+        return cls(start, end, context, seen_until, int((seen_until - start).max()), ~outside)
 
     def cut(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cuts every segment into pieces of `size` tokens: segment, start and end of each."""
-        pieces = -(-(self.end - self.start) // size)
+        """Cuts what is computed into pieces of `size` tokens: segment, start and end of each."""
+        pieces = -(-(self.end - self.start) // size) * self.computed
         segment = np.repeat(np.arange(len(pieces)), pieces)
         within = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         start = self.start[segment] + within * size
@@ -187,7 +221,8 @@ def shared_attention(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, 
     """Attends from every token to its prompt and its own segment; (T, A, D), differentiable.
 
     Args:
-        q_TAD, k_TGD, v_TGD: may be parts of wider matrices, if the last dimension is contiguous.
+        q_TAD, k_TGD, v_TGD: may be parts of wider matrices, if the last dimension is contiguous. With tiles for
+            completions only, k and v hold the prompts too, whose gradient is then zero.
         tiles: from `plan_tiles`, on the same device, for these heads.
         scaling: factor of the scores, > 0; 1 / sqrt(D) by default.
 
@@ -210,6 +245,8 @@ class _SharedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR = ctx.saved_tensors
         grads = attend_backward(grad_outputs[0], q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR, ctx.tiles, ctx.scaling)
+        if before := ctx.tiles.before:
+            grads[1:] = (F.pad(x, (0, 0, 0, 0, before, 0)) for x in grads[1:])
         return *grads, None, None
 
 
@@ -293,8 +330,7 @@ def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, sc
 
     `lse` holds the logarithm to base 2 of each row's sum of exponentials.
     """
-    q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
-    _check(q_TAD, k_TGD, v_TGD, tiles, scaling)
+    q_TAD, k_TGD, v_TGD = _from_first_query(q_TAD, k_TGD, v_TGD, tiles, scaling)
     out_TAD = torch.empty(q_TAD.shape, dtype=q_TAD.dtype, device=q_TAD.device)
     lse_GTR = torch.empty(k_TGD.shape[1], tiles.tokens, tiles.group, dtype=torch.float32, device=q_TAD.device)
     _kernels().attend[_grid(k_TGD, tiles.forward)](
@@ -314,10 +350,12 @@ def attend_backward(
     tiles: Tiles,
     scaling: float,
 ) -> list[Tensor]:
-    """Returns the gradients to q, k and v from that of the output and what `attend_forward` gave."""
-    q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
+    """Returns the gradients to q, k and v from that of the output and what `attend_forward` gave.
+
+    Those of k and v begin where the queries do: prompts outside them get none.
+    """
+    q_TAD, k_TGD, v_TGD = _from_first_query(q_TAD, k_TGD, v_TGD, tiles, scaling)
     grad_TAD = grad_TAD.contiguous()
-    _check(q_TAD, k_TGD, v_TGD, tiles, scaling)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TAD, k_TGD, v_TGD)]
     delta_GTR = torch.empty_like(lse_GTR)
     strides = _strides(q_TAD, k_TGD, v_TGD)
@@ -359,14 +397,18 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> None:
-    tokens, kv_heads, head = k_TGD.shape
+def _from_first_query(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> list[Tensor]:
+    """Checks what the kernels read. Keys and values become views from the first query on: tiles count from there."""
+    keys, kv_heads, head = k_TGD.shape
     wanted = (tiles.tokens, kv_heads * tiles.group, tiles.head)
-    if tuple(q_TAD.shape) != wanted or v_TGD.shape != k_TGD.shape or (tokens, head) != (tiles.tokens, tiles.head):
+    fits = tuple(q_TAD.shape) == wanted and (keys, head) == (tiles.before + tiles.tokens, tiles.head)
+    if not fits or v_TGD.shape != k_TGD.shape:
         raise ValueError(
             f"Queries {tuple(q_TAD.shape)}, keys {tuple(k_TGD.shape)} and values {tuple(v_TGD.shape)} don't fit tiles "
-            f"for {tiles.tokens} tokens with {tiles.group} query heads per key head of size {tiles.head}."
+            f"for {tiles.tokens} tokens behind {tiles.before} keys with {tiles.group} query heads per key head of "
+            f"size {tiles.head}."
         )
+    q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
     if scaling <= 0:
         raise ValueError(f"The scores' factor must be positive, not {scaling}.")
     if tiles.longest * max(x.stride(0) for x in (q_TAD, k_TGD, v_TGD)) >= 2**31:
@@ -374,3 +416,4 @@ def _check(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: f
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q_TAD.dtype not in (torch.float16, torch.bfloat16) and not interpreted:
         raise ValueError(f"The attention kernels run in half precision, not in {q_TAD.dtype}.")
+    return [q_TAD, k_TGD[tiles.before :], v_TGD[tiles.before :]]
