@@ -8,6 +8,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
+from run_figures import TIMED
 from transformers import TrainerCallback
 
 from dpo_peft import DPOConfig, DPOTrainer
@@ -127,7 +128,7 @@ class StopAt(TrainerCallback):
 
 def history(trainer: Any) -> list[dict[str, float]]:
     """The logs without times and rates."""
-    timed = ("runtime", "per_second", "total_flos")
+    timed = (*TIMED, "total_flos")
     return [{k: v for k, v in log.items() if not k.endswith(timed)} for log in trainer.state.log_history]
 
 
