@@ -99,8 +99,8 @@ def theirs(model: Any, rows: Any, tokenizer: Any, folder: Path | str, **changed:
 
 
 def step_logs(trainer: Any) -> list[dict[str, float]]:
-    """The training logs, one per step."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    """The training logs, one per step, without times and rates."""
+    return [entry for entry in history(trainer) if "loss" in entry]
 
 
 def largest_difference(a: Any, b: Any, names: list[str] = REWARDS, relative: bool = False) -> float:

@@ -15,8 +15,8 @@ from family_matrix import words
 from objective_rows import NEEDED, rows_for
 from peft import PeftModel, get_peft_model
 from reference_helpers import perturb
-from torch import Tensor
 from run_figures import TIMED
+from torch import Tensor
 from trainer_helpers import StopAt, adapter_weights, history, id_pairs, lora, options, ours
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 

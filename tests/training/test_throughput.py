@@ -1,4 +1,4 @@
-"""Tokens a second and the share of the bound: by hand on a clock of the test's own, and against what a run computed."""
+"""Tokens a second and the share of the bound: by hand on a clock of the tests, and against what a run computed."""
 
 import math
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ import torch
 from forward_models import build
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from trainer_helpers import adapter_weights, history, id_pairs, lora, ours, step_logs
+from trainer_helpers import adapter_weights, history, id_pairs, lora, ours
 from transformers import PrinterCallback
 
 from dpo_peft.training import throughput
@@ -131,6 +131,10 @@ def test_the_rate_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- In a run -------------------------------------------------------------------------------------------------------
 
 
+def training_logs(trainer: Any) -> list[dict[str, float]]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
 def timed(model: Any, tokenizer: Any, folder: Any, **options: Any) -> tuple[Any, Clock, list[int]]:
     """A trainer, its clock (a micro-batch takes 1 s, an evaluation 100 s, a checkpoint 1,000 s, a logger 10,000 s),
     and the tokens of each pass of the policy: those that the embedding looks up with gradients on."""
@@ -163,19 +167,19 @@ def test_logs_have_the_tokens_of_the_forward_pass(tiny_llama, make_tokenizer, tm
     if not console:
         trainer.remove_callback(PrinterCallback)
     trainer.train()
-    logs = step_logs(trainer)
+    logs = training_logs(trainer)
     assert len(seen) == 8 and [log["tokens_per_second"] * 4 for log in logs] == [sum(seen[:4]), sum(seen[4:])]
     assert not {"share_of_bound", "peak_memory_gib"} & {name for log in logs for name in log}  # on a CPU
     assert not any("tokens_per_second" in log for log in trainer.state.log_history if log not in logs)
 
 
 def test_without_taking_evaluations_out_it_would_be_slower(tiny_llama, make_tokenizer, tmp_path) -> None:
-    """Negative control: 4 s of steps, with an evaluation (which is logged) and a checkpoint between them, or two and the
+    """Negative control: 4 s of steps, between them an evaluation, which is logged, and a checkpoint; or two, and the
     time of the training log."""
     trainer, _, seen = timed(tiny_llama(), make_tokenizer(), tmp_path)
     trainer.throughput.apart = nullcontext
     trainer.train()
-    first, second = (log["tokens_per_second"] for log in step_logs(trainer))
+    first, second = (log["tokens_per_second"] for log in training_logs(trainer))
     assert first == pytest.approx(sum(seen[:4]) / (4 + 11_100))
     assert second == pytest.approx(sum(seen[4:]) / (4 + 2 * 11_100 + 10_000))
 
@@ -196,20 +200,20 @@ def test_a_resumed_run_counts_its_own_steps(tiny_llama, make_tokenizer, tmp_path
     resumed, clock, again = timed(tiny_llama(), make_tokenizer(), tmp_path, logging_steps=3, max_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert again == seen[2:]
-    rates = [[log["tokens_per_second"] for log in step_logs(one)] for one in (straight, resumed)]
+    rates = [[log["tokens_per_second"] for log in training_logs(one)] for one in (straight, resumed)]
     assert rates == [[sum(seen[:6]) / 6, sum(seen[6:]) / 6], [sum(seen[2:6]) / 4, sum(seen[6:]) / 6]]
     assert history(straight) == history(resumed)
     other = adapter_weights(resumed)
     assert all(torch.equal(weight, other[name]) for name, weight in adapter_weights(straight).items())
 
 
-def test_share_in_a_run(tiny_llama, make_tokenizer, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a rate that is given: logged, and of all passes of the run, without a reference two."""
-    for loss, passes in (("sigmoid", 3), ("simpo", 2)):
-        trainer, _, _ = timed(tiny_llama(), make_tokenizer(), tmp_path / loss, loss_type=loss)
-        done, begin = trainer.throughput, trainer.throughput.begin
-        monkeypatch.setattr(done, "begin", lambda: (begin(), setattr(done, "rate", 1e9)))
-        trainer.train()
-        of_all, of_head = weights_per_token(trainer.model) or (math.nan, 0)
-        shares = [log["share_of_bound"] for log in step_logs(trainer)]
-        assert sum(shares) * 4 * 1e9 == pytest.approx(2 * passes * (of_all * done.tokens + of_head * done.predicted))
+@pytest.mark.parametrize(("loss", "passes"), [("sigmoid", 3), ("simpo", 2)])
+def test_share_in_a_run(loss: str, passes: int, tiny_llama, make_tokenizer, tmp_path, monkeypatch) -> None:
+    """Of a rate that is given."""
+    trainer, _, _ = timed(tiny_llama(), make_tokenizer(), tmp_path, loss_type=loss)
+    done, begin = trainer.throughput, trainer.throughput.begin
+    monkeypatch.setattr(done, "begin", lambda: (begin(), setattr(done, "rate", 1e9)))
+    trainer.train()
+    of_all, of_head = weights_per_token(trainer.model) or (math.nan, 0)
+    shares = [log["share_of_bound"] for log in training_logs(trainer)]
+    assert sum(shares) * 4 * 1e9 == pytest.approx(2 * passes * (of_all * done.tokens + of_head * done.predicted))
