@@ -134,8 +134,7 @@ def _product(kind: str, a: torch.Tensor, b: torch.Tensor) -> float | None:
             x, y = a.to(dtype), b.to(dtype)
             return seconds_of(lambda: x @ y, a.device)
         x, y, one = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t(), a.new_ones(())
-        options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
-        return seconds_of(lambda: torch._scaled_mm(x, y, **options), a.device)
+        return seconds_of(lambda: torch._scaled_mm(x, y, one, one, out_dtype=torch.bfloat16), a.device)
     except RuntimeError:
         return None
     finally:
@@ -177,6 +176,7 @@ def train(name: str, device: torch.device, end: float) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
             max_length=None,
+            train_sampling_strategy="sequential",  # the same steps on every machine
             use_cpu=not on_gpu,
             fp16=fp16,
             bf16=dtype == torch.bfloat16,
