@@ -37,10 +37,8 @@ def bench(argv: Sequence[str]) -> None:
     )
     options = parse_options(argv, BenchArguments, "bench", about, EXAMPLES)
     output = Path(options.output)
-    if output.exists() and not options.overwrite:
-        raise OptionError(f"output={options.output!r} exists: give another --output, or --overwrite to replace it.")
-    if not output.parent.is_dir() or output.is_dir():
-        raise OptionError(f"output={options.output!r}: give a file in a folder that exists.")
+    if output.exists() and not options.overwrite or not output.parent.is_dir():
+        raise OptionError(f"output={options.output!r}: give a new file in a folder that exists, or --overwrite.")
     if options.minutes <= 0:
         raise OptionError(f"minutes={options.minutes:g} must be above 0.")
     from ..planning.bench import bench as measure
@@ -77,4 +75,4 @@ def render(found: Mapping[str, Any]) -> str:
 def _how_to_share(found: Mapping[str, Any], output: str) -> str:
     if not found["gpu"]:
         return f"These are figures of a CPU: they say nothing about a GPU. They are in {output}."
-    return f"To share it, attach {output} to an issue ({ISSUES}): it holds the above, the versions and the date alone."
+    return f"To share it, attach {output} to an issue ({ISSUES}): it holds the above, versions and the date."

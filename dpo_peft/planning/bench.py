@@ -28,8 +28,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
 )
 
 from ..config import DPOConfig
@@ -46,6 +44,10 @@ PROMPT, COMPLETION = (190, 1.0, 1024), (300, 0.7, 1024)
 SAMPLES, CPU_SAMPLES, ROWS = 8, 2, 512  # of a step; in all, read over and over
 FIRST_ID = 4  # below stand the special tokens
 WARM, LEAST = 3, 3  # steps that don't count, and how many do at least
+# Whatever the machine, the same steps.
+OPTIONS: dict[str, Any] = {"max_steps": 100_000, "max_length": None, "train_sampling_strategy": "sequential"}
+OPTIONS |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+OPTIONS |= {"max_tokens_per_microbatch": "auto"}
 
 
 def bench(shape: str | None = None, minutes: float = 5) -> dict[str, Any]:
@@ -62,30 +64,17 @@ def bench(shape: str | None = None, minutes: float = 5) -> dict[str, Any]:
         OptionError: an unknown shape, or a large one on a CPU.
     """
     end, device = time.monotonic() + 60 * minutes, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
-    if shape is None:
-        total = torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
-        shape = "tiny" if not on_gpu else "8b" if total >= LARGE else "1b"
+    has: Any = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    shape = shape or ("tiny" if has is None else "8b" if has.total_memory >= LARGE else "1b")
     if shape not in SHAPES:
         raise OptionError(f"shape={shape!r} is not one of {', '.join(SHAPES)}.")
-    if not on_gpu and shape != "tiny":
+    if has is None and shape != "tiny":
         raise OptionError(f"shape={shape!r} would take hours on a CPU: give --shape tiny.")
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    found = {
-        "date": date.today().isoformat(),
-        "versions": {"dpo-peft": __version__, "python": platform.python_version(), "CUDA": torch.version.cuda}
-        | {name: version(name) for name in packages},
-        "gpu": gpu(device) if on_gpu else None,
-        "rates": rates(device),
-    }
+    about = has and {"name": has.name, "total": has.total_memory, "driver": driver()}
+    versions = {"dpo-peft": __version__, "python": platform.python_version(), "CUDA": torch.version.cuda}
+    versions |= {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    found = {"date": date.today().isoformat(), "versions": versions, "gpu": about, "rates": rates(device)}
     return {**found, "run": train(shape, device, end)}
-
-
-def gpu(device: torch.device) -> dict[str, Any]:
-    """Returns name, bytes of memory, compute capability and driver of a GPU."""
-    has = torch.cuda.get_device_properties(device)
-    about = {"name": has.name, "total": has.total_memory, "compute_capability": f"{has.major}.{has.minor}"}
-    return {**about, "driver": driver()}
 
 
 def driver() -> str:
@@ -97,9 +86,6 @@ def driver() -> str:
         return "none found"
 
 
-# ---- Rates ----------------------------------------------------------------------------------------------------------
-
-
 def rates(device: torch.device) -> dict[str, Any]:
     """Returns `flops` of large matrix products by format, and what is read or written, or unpacked, in a second."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -107,21 +93,20 @@ def rates(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     m, k, n = PRODUCT if on_gpu else (512, 512, 512)
     a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
-    flops = {
-        name: 2 * m * k * n / seconds
-        for name in (("bfloat16", "float16", "tf32", "fp8") if on_gpu else ("float32",))
-        if (seconds := _product(name, a, b)) is not None
-    }
+    formats = ("bfloat16", "float16", "tf32", "fp8") if on_gpu else ("float32",)
+    products = {name: seconds for name in formats if (seconds := _product(name, a, b)) is not None}
     codes, state = quantize_4bit(a.bfloat16(), quant_type="nf4", compress_statistics=True)
-    unpacked = m * k / seconds_of(lambda: dequantize_4bit(codes, state), device)
     block = torch.empty(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(block)
-    found = {"flops": flops, "nf4_weights_per_second": unpacked}
-    found["copy_bytes_per_second"] = 2 * block.nbytes / seconds_of(lambda: target.copy_(block), device)
+    found = {
+        "flops": {name: 2 * m * k * n / seconds for name, seconds in products.items()},
+        "nf4_weights_per_second": m * k / seconds_of(lambda: dequantize_4bit(codes, state), device),
+        "copy_bytes_per_second": 2 * block.nbytes / seconds_of(lambda: target.copy_(block), device),
+    }
     if on_gpu:
-        pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        seconds = seconds_of(lambda: target[: len(pinned)].copy_(pinned, non_blocking=True), device)
-        found["host_to_device_bytes_per_second"] = len(pinned) / seconds
+        pinned = torch.empty_like(block, device="cpu", pin_memory=True)
+        seconds = seconds_of(lambda: target.copy_(pinned, non_blocking=True), device)
+        found["host_to_device_bytes_per_second"] = block.nbytes / seconds
     return found
 
 
@@ -130,8 +115,7 @@ def _product(kind: str, a: torch.Tensor, b: torch.Tensor) -> float | None:
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, kind == "tf32"
     try:
         if kind != "fp8":
-            dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-            x, y = a.to(dtype), b.to(dtype)
+            x, y = (one.to(torch.float32 if kind == "tf32" else getattr(torch, kind)) for one in (a, b))
             return seconds_of(lambda: x @ y, a.device)
         x, y, one = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t(), a.new_ones(())
         return seconds_of(lambda: torch._scaled_mm(x, y, one, one, out_dtype=torch.bfloat16), a.device)
@@ -145,45 +129,26 @@ def _product(kind: str, a: torch.Tensor, b: torch.Tensor) -> float | None:
 
 
 def train(name: str, device: torch.device, end: float) -> dict[str, Any]:
-    """Trains by DPO, with rank 16 on all linear layers and everything else by default, until a time.
-
-    Args:
-        name: of the shape.
-        device: where.
-        end: when to stop, on the monotonic clock; after at least `WARM + LEAST` steps.
+    """Trains a shape by DPO, with rank 16 on all linear layers, until a time of the monotonic clock and for at least
+    `WARM + LEAST` steps.
 
     Returns:
-        What a second did, the share of the bound (see `Throughput`; None where unknown), and the peak of memory beside
-        what was predicted (bytes; None on a CPU).
+        What a second did, the share of the bound (see `Throughput`; None where unknown), and on a GPU the peak of
+        memory beside what was predicted, bytes.
     """
     from ..trainer import DPOTrainer
 
-    on_gpu, shape = device.type == "cuda", SHAPES[name]
+    on_gpu, shape, dtype = device.type == "cuda", SHAPES[name], torch.float32
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    fp16 = on_gpu and torch.cuda.get_device_capability(device) < (8, 0)
-    dtype = torch.float16 if fp16 else torch.bfloat16 if on_gpu else torch.float32
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    how: dict[str, Any] = {"use_cpu": not on_gpu, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     samples = SAMPLES if on_gpu else CPU_SAMPLES
     with tempfile.TemporaryDirectory() as folder:
-        args = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=samples,
-            max_tokens_per_microbatch="auto",
-            max_steps=100_000,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            max_length=None,
-            train_sampling_strategy="sequential",  # the same steps on every machine
-            use_cpu=not on_gpu,
-            fp16=fp16,
-            bf16=dtype == torch.bfloat16,
-        )
         trainer = DPOTrainer(
             random_model(shape, device, dtype),
-            args=args,
+            args=DPOConfig(folder, per_device_train_batch_size=samples, **OPTIONS, **how),
             train_dataset=Dataset.from_list(rows(ROWS, shape.vocab)),
             processing_class=_tokenizer(shape.vocab),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -193,17 +158,10 @@ def train(name: str, device: torch.device, end: float) -> dict[str, Any]:
         trainer.add_callback(watch)
         trainer.train()
     steps, tokens, predicted, seconds = (last - first for first, last in zip(watch.first, watch.last, strict=True))
-    return {
-        "shape": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "samples_per_step": samples,
-        "steps": steps,
-        "samples_per_second": steps * samples / seconds,
-        "tokens_per_second": tokens / seconds,
-        "share_of_bound": trainer.throughput.share_of_bound(tokens, predicted, seconds),
-        "peak": trainer.throughput.peak if on_gpu else None,
-        "predicted_peak": watch.predicted if on_gpu else None,
-    }
+    speed: dict[str, Any] = {"samples_per_second": steps * samples / seconds, "tokens_per_second": tokens / seconds}
+    speed["share_of_bound"] = trainer.throughput.share_of_bound(tokens, predicted, seconds)
+    memory = {"peak": trainer.throughput.peak, "predicted_peak": watch.predicted} if on_gpu else {}
+    return {"shape": name, "dtype": str(dtype), "samples_per_step": samples, "steps": steps, **speed, **memory}
 
 
 class _Watch(TrainerCallback):
@@ -213,40 +171,34 @@ class _Watch(TrainerCallback):
         self.done, self.end = trainer.throughput, end
         self.first = self.last = (0, 0.0, 0.0, 0.0)
         self.predicted: float | None = None
-        memory, fused = trainer.step.budget.memory, trainer.forward_plan.fused
-        if memory is None or fused is None:
-            return
-        decide = fused.checkpointed
+        self.memory, fused = trainer.step.budget.memory, trainer.forward_plan.fused
+        if self.memory is not None and fused is not None:
+            self.decide, fused.checkpointed = fused.checkpointed, self.checkpointed
 
-        def checkpointed(batch: Any) -> int:
-            layers = decide(batch)
-            peak = memory.peak(batch.input_ids.numel(), len(batch.kv_index), len(batch.target), layers)
-            self.predicted = max(self.predicted or 0.0, peak)
-            return layers
+    def checkpointed(self, batch: Any) -> int:
+        """Returns how many layers are checkpointed, and predicts the memory of a micro-batch."""
+        layers = self.decide(batch)
+        peak = self.memory.peak(batch.input_ids.numel(), len(batch.kv_index), len(batch.target), layers)
+        self.predicted = max(self.predicted or 0.0, peak)
+        return layers
 
-        fused.checkpointed = checkpointed
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads."""
         self.last = state.global_step, self.done.tokens, self.done.predicted, self.done.seconds
-        if state.global_step == WARM:
-            self.first = self.last
+        self.first = self.last if state.global_step == WARM else self.first
         control.should_training_stop |= state.global_step >= WARM + LEAST and time.monotonic() > self.end
 
 
 def rows(number: int, vocab: int) -> list[dict[str, list[int]]]:
     """Returns rows of random ids, the same every time."""
-    draw = random.Random(0)
+    draw, names = random.Random(0), {"prompt_ids": PROMPT, "chosen_ids": COMPLETION, "rejected_ids": COMPLETION}
 
     def ids(mean: float, variation: float, longest: int) -> list[int]:
         variance = math.log(1 + variation**2)
         length = int(draw.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance)))
         return draw.choices(range(FIRST_ID, vocab), k=max(8, min(longest, length)))
 
-    return [
-        {"prompt_ids": ids(*PROMPT), "chosen_ids": ids(*COMPLETION), "rejected_ids": ids(*COMPLETION)}
-        for _ in range(number)
-    ]
+    return [{name: ids(*lengths) for name, lengths in names.items()} for _ in range(number)]
 
 
 def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:

@@ -5,9 +5,9 @@ read its metrics.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,16 +19,14 @@ from ..distributed import gather_over_processes, world_size
 from ..model.experts import expert_weights, experts_per_token
 from ..objective import TrainingObjective
 
+Clock = Callable[[], float]  # seconds
 PRODUCT = (8192, 4096, 8192)  # of the matrices that a GPU's rate is measured with: as large as those of an 8B model
 
 
 def passes_over_weights(objective: TrainingObjective, args: DPOConfig) -> int:
-    """Returns how many products with each frozen weight a token needs.
-
-    One of the policy's forward pass, one of the backward pass, which goes on to the layer's input (frozen weights get
-    no gradient), and one of the reference, unless there is none or its log-probs are cached (while the cache is still
-    being filled too).
-    """
+    """Returns how many products with each frozen weight a token needs: of the policy's forward pass, of the backward
+    pass, which goes on to the layer's input alone, and of the reference, unless there is none or it is cached (also
+    while the cache is still being filled)."""
     return 2 + int(objective.needs_reference and not args.caches_reference)
 
 
@@ -65,11 +63,6 @@ class Throughput:
     (`passes_over_weights`), weight and token, the head's weights for predicted tokens only. Attention, the adapter,
     recomputed layers, norms and unpacking 4-bit weights are no part of it, though they take time: 1 is out of reach.
 
-    Args:
-        model: that is trained.
-        objective, args: what is minimized, and the options.
-        clock: gives seconds.
-
     Attributes:
         rate: FLOP/s of all GPUs; None where the share of the bound is not known.
         tokens, predicted, seconds: of all steps since `begin` that a log has told of.
@@ -77,28 +70,19 @@ class Throughput:
         parameters: of the model, without embeddings, as transformers counts them.
     """
 
-    def __init__(
-        self,
-        model: PeftModel,
-        objective: TrainingObjective,
-        args: DPOConfig,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self._device, self._clock, self._started = args.device, clock, False
+    def __init__(self, model: PeftModel, objective: TrainingObjective, args: DPOConfig, clock: Clock = perf_counter):
+        self._device, self._clock = args.device, clock
         self._passes, self._weights = passes_over_weights(objective, args), weights_per_token(model)
         self.parameters = model.num_parameters(exclude_embeddings=True)
         self.rate: float | None = None
-        self.tokens = self.predicted = self.seconds = 0.0
-        self.peak = 0.0
+        self.tokens = self.predicted = self.seconds = self.peak = 0.0
 
     def begin(self) -> None:
         """Begins a run, or resumes one."""
-        known = self._device.type == "cuda" and self._weights is not None
-        self.rate = gpu_rate(self._device) if known else None
+        self.rate = gpu_rate(self._device) if self._device.type == "cuda" and self._weights is not None else None
         self.tokens = self.predicted = self.seconds = 0.0
         self._counted: list[float | Tensor] = [0, 0]
-        self._since = self._left = self._clock()
-        self._started = False
+        self._since, self._left, self._started = 0.0, 0.0, False
 
     def count(self, entry: Mapping[str, Any]) -> None:
         """Counts the micro-batches of an entry of the training loop (see `accumulation.py`) that is about to run."""
@@ -119,22 +103,20 @@ class Throughput:
     def figures(self) -> dict[str, float]:
         """Returns what a training log gets, of the steps since the last one; all processes must call it.
 
-        - `tokens_per_second`: of all processes together.
-        - `share_of_bound`: between 0 and 1, where it is known.
-        - `peak_memory_gib`: GiB of tensors on the fullest GPU, the highest since the process began.
+        `tokens_per_second`; `share_of_bound`, between 0 and 1, where it is known; on GPUs `peak_memory_gib`, GiB of
+        tensors on the fullest one, the highest since the process began.
         """
         own = [float(number) for number in self._counted]
-        now, cuda = self._clock(), self._device.type == "cuda"
+        now = self._clock()
         seconds, self._since, self._left, self._counted = now - self._since, now, now, [0, 0]
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else 0
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
         of_each = gather_over_processes((*own, peak))
         tokens, predicted = (sum(one[i] for one in of_each) for i in (0, 1))
         self.tokens, self.predicted = self.tokens + tokens, self.predicted + predicted
         self.seconds, self.peak = self.seconds + seconds, max(one[2] for one in of_each)
-        found = {"tokens_per_second": tokens / seconds} if tokens and seconds > 0 else {}
-        if found and (share := self.share_of_bound(tokens, predicted, seconds)) is not None:
-            found["share_of_bound"] = share
-        return found | ({"peak_memory_gib": self.peak / 2**30} if self.peak else {})
+        share = self.share_of_bound(tokens, predicted, seconds)
+        found = {"tokens_per_second": tokens / seconds, "share_of_bound": share, "peak_memory_gib": self.peak / 2**30}
+        return {name: figure for name, figure in found.items() if figure}
 
     def share_of_bound(self, tokens: float, predicted: float, seconds: float) -> float | None:
         """Returns the share of the bound that so much work in so long is; None where it is not known."""
@@ -160,12 +142,12 @@ def gpu_rate(device: torch.device) -> float | None:
 def seconds_of(work: Callable[[], object], device: torch.device, times: int = 5, repeats: int = 4) -> float:
     """Returns how long work takes on a device: the best of `times`, each the mean of `repeats`."""
     best = math.inf
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else int
     for _ in range(times):
-        wait(device)
-        start = time.perf_counter()
+        wait()
+        start = perf_counter()
         for _ in range(repeats):
             work()
-        wait(device)
-        best = min(best, (time.perf_counter() - start) / repeats)
+        wait()
+        best = min(best, (perf_counter() - start) / repeats)
     return best

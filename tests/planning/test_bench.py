@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import get_peft_model
+from trainer_helpers import lora
 from transformers import PreTrainedModel
 
 from dpo_peft import OptionError, cli
 from dpo_peft.cli.bench import render
 from dpo_peft.planning import Shape, bench, plan
 from dpo_peft.planning.gpus import OF_PRODUCTS, parse_gpu
+from dpo_peft.training.throughput import weights_per_token
 
 CPU = torch.device("cpu")
-GPU = {"name": "NVIDIA GeForce RTX 4090", "total": 24 * 2**30, "compute_capability": "8.9", "driver": "580.95"}
+GPU = {"name": "NVIDIA GeForce RTX 4090", "total": 24 * 2**30, "driver": "580.95"}
 RATES = {"flops": {"bfloat16": 1.6e14, "float16": 1.5e14, "fp8": 3e14}, "nf4_weights_per_second": 4e11}
 RATES |= {"copy_bytes_per_second": 9.1e11, "host_to_device_bytes_per_second": 2.2e10}
 RUN = {"shape": "8b", "samples_per_step": 8, "steps": 20, "samples_per_second": 2.5, "tokens_per_second": 2000.0}
@@ -44,7 +47,7 @@ def measured() -> dict[str, Any]:
 def test_a_tiny_run(measured: dict[str, Any]) -> None:
     """The tokens of a sample are those of the rows that it was given."""
     run, rows = measured["run"], bench.rows(bench.ROWS, 1000)
-    assert (run["shape"], measured["gpu"], run["peak"], run["share_of_bound"]) == ("tiny", None, None, None)
+    assert (run["shape"], measured["gpu"], run["share_of_bound"]) == ("tiny", None, None)
     first = bench.WARM * bench.CPU_SAMPLES
     counted = rows[first : first + run["steps"] * bench.CPU_SAMPLES]
     tokens = statistics.mean(sum(map(len, row.values())) for row in counted)
@@ -82,7 +85,8 @@ def test_lengths_are_those_that_are_said() -> None:
 def test_the_model_is_in_nf4_and_random(tied: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
-    model: PreTrainedModel = bench.random_model(Shape.llama(64, 128, 2, 4, 2, 100, tied=tied), CPU, torch.float32)
+    shape = Shape.llama(64, 128, 2, 4, 2, 100, tied=tied)
+    model: PreTrainedModel = bench.random_model(shape, CPU, torch.float32)
     small = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(small) == 14 and not any(parameter.is_meta for parameter in model.parameters())
     weights = [dequantize_4bit(one.weight.data, one.weight.quant_state) for one in small]
@@ -90,6 +94,9 @@ def test_the_model_is_in_nf4_and_random(tied: bool) -> None:
     assert all(weight.std() == pytest.approx(0.02, rel=0.1) for weight in weights)
     assert not torch.equal(weights[0], weights[7])
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    adapted = get_peft_model(model, lora())
+    of_layers = 2 * sum(linear.weights for linear in shape.linears) + shape.others
+    assert weights_per_token(adapted) == (of_layers, 100 * 64)  # packed ones count as what they stand for
 
 
 def test_what_is_shown_of_a_gpu() -> None:
