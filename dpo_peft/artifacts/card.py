@@ -32,7 +32,8 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 REWARDS = {"log_ratio": "β·log(π/π_ref)", "logp": "β·log π", "mean_logp": "β·log π per token"}
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
-BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
+_EXACT = "epoch|step|total_flos|learning_rate|share_of_bound|peak_memory_gib"
+BOOKKEEPING = re.compile(rf"^({_EXACT}|train_.*|.*(runtime|_per_second|preparation_time))$")
 # Metric of an evaluation -> its type and name in the Hub's model-index.
 MODEL_INDEX = {
     "rewards/accuracies": ("accuracy", "Preference accuracy"),

@@ -90,7 +90,7 @@ def _note(one: HeldOut, saved: Mapping[str, Any]) -> str:
 
 def _work(trainer: Any, saved: Mapping[str, Any]) -> Iterator[str]:
     """Yields what the run took."""
-    rows, pace, seconds = saved["data"].get("train", {}), trainer.evaluation.pace, saved["seconds"]
+    rows, pace, seconds = saved["data"].get("train", {}), trainer.throughput, saved["seconds"]
     passes = f", {trainer.state.epoch:.3g} passes" if trainer.state.epoch else ""
     used = f"{rows['kept_rows']:,} of {rows['source_rows']:,} rows" if rows else "rows of a stream"
     yield f"{trainer.state.global_step:,} steps on {used}{passes}"
