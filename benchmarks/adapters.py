@@ -3,10 +3,10 @@
     python benchmarks/adapters.py                      # on the CPU, a few minutes
     python benchmarks/adapters.py --shape 8b --device cuda --samples 8
 
-A step is policy, reference, loss and backward pass over pairs with `longprompt`'s lengths (speed_models.py) on a random
-NF4 model, once with each adapter in turn. Operations are counted by `torch.utils.flop_counter`, and beside them stands
-what they should be: `predicted` counts products of weights and of attention by hand. Wall times are medians over the
-turns, ratios are taken within each turn. Writes benchmarks/results/adapters_<device>.json.
+A step is policy, reference, loss and backward pass over pairs with `longprompt`'s lengths (speed_models.py) on a
+random NF4 model, with each adapter in turn. Operations are counted by `torch.utils.flop_counter`; `predicted` counts
+products of weights and of attention by hand. Ratios of wall times are taken within each turn; their median counts.
+Writes benchmarks/results/adapters_<device>.json.
 """
 
 import argparse

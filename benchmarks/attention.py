@@ -48,7 +48,8 @@ from attention_merged import attend_merged, parts_of
 from dpo_peft.forward import Sample, pack
 from dpo_peft.forward.attention import AttentionBackend, AttentionPlan, HeadShape, attend_dense, backend_named
 from dpo_peft.forward.layout import PackedBatch, visible
-from dpo_peft.fused.attention import PACKED, Launch, attend_backward, attend_forward, can_run, launches_for, plan_tiles
+from dpo_peft.fused.attention import PACKED, attend_backward, attend_forward, can_run
+from dpo_peft.fused.tiles import Launch, launches_for, plan_tiles
 
 # ---- FlexAttention --------------------------------------------------------------------------------------------------
 
@@ -204,7 +205,11 @@ def completions_alone(batch: PackedBatch, qkv: list[Tensor], grad: Tensor) -> di
     parts, (q, k, v) = parts_of(batch), qkv
     keys, scale = torch.cat([parts.prompt_P, parts.completion_C]), q.shape[2] ** -0.5
     shape = q.shape[1] // k.shape[1], q.shape[2], q.device
-    tiles = plan_tiles(np.array(batch.segments), *shape, completions_only=True)
+    assert batch.segments is not None
+    lengths, contexts = zip(*batch.segments, strict=True)
+    order = sorted(range(len(lengths)), key=lambda i: contexts[i] != i)  # prompts first
+    ordered = np.array([[lengths[i], order.index(contexts[i])] for i in order])
+    tiles = plan_tiles(ordered, *shape, given=len(parts.prompt_P))
     given, grad = (q[parts.completion_C], k[keys], v[keys]), grad[parts.completion_C]
     out, lse = attend_forward(*given, tiles, scale)
     forward_ms, backward_ms = milliseconds(

@@ -1,6 +1,6 @@
 """Attention over the packed layout in kernels of our own: no gathered keys, and tiles that suit short segments.
 
-`plan_tiles` turns a batch's segments into lists of tiles, once per batch; `shared_attention` runs
+`tiles.plan_tiles` turns a batch's segments into lists of tiles, once per batch; `shared_attention` runs
 `attention_triton.py` on them. The kernels' numbers of programs are known on the host: nothing waits for the GPU.
 
 What is computed is `attention.attend_dense`, without windows and dropout. Scores and sums are float32; probabilities
@@ -24,69 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from ..forward.attention import AttentionBackend, AttentionPlan, BySample, HeadShape, attend_dense, by_sample
 from .heads import Places
+from .tiles import MAX_GROUP, MAX_HEAD, Launch, Tiles, padded_head, plan_tiles
 
-MAX_HEAD, MAX_GROUP = 256, 16
 _LOG2_E = math.log2(math.e)
-
-
-class Launch(NamedTuple):
-    """How one kernel is cut and compiled."""
-
-    rows: int  # of a block of queries: tokens times query heads per key head
-    keys: int  # of a block of keys
-    warps: int
-    stages: int
-    hot: int = 1  # blocks without mask: 0 none; 1 those before the gap; 2 all. To keys: 0 none; else all
-
-
-class Launches(NamedTuple):
-    """One for each kernel."""
-
-    forward: Launch
-    grad_q: Launch
-    grad_kv: Launch
-
-
-# By head size, padded to a power of 2, and by the KiB of shared memory that a block of threads needs at most, as
-# Triton compiles them for sm80 to sm120. Those of 128 are the best for long and short segments alike of eight each
-# that were measured on an H100; nobody measured on other cards.
-LAUNCHES = {
-    64: {82: Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3))},
-    128: {82: Launches(Launch(128, 32, 8, 3), Launch(64, 32, 4, 2), Launch(32, 64, 4, 3))},
-    256: {
-        162: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
-        98: Launches(Launch(64, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)),
-    },
-}
-
-
-class Tiles(NamedTuple):
-    """A batch's tiles, the longest work first, for one shape of heads."""
-
-    forward: Tensor  # (tiles, 5) int32: start, end, first key, keys before the gap, length of the gap
-    grad_q: Tensor  # the same in the size of that kernel
-    grad_kv: Tensor  # (tiles, 3) int32: start, end, end of the queries that see it
-    tokens: int  # T, of the queries
-    longest: int  # from a sample's first key to its last, in tokens
-    group: int  # R
-    head: int  # D
-    launches: Launches
-    before: int = 0  # keys that stand before the first query
-
-
-def padded_head(head: int) -> int:
-    """Returns the power of 2 that the kernels compute with."""
-    return max(16, 1 << (head - 1).bit_length())
-
-
-def launches_for(head: int, device: torch.device | str) -> Launches:
-    """Returns the first of `LAUNCHES` for a head size that the device has the shared memory for."""
-    limit = 227 * 1024  # an H100's
-    if torch.device(device).type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(device)  # whose stubs miss this one
-        limit = properties.shared_memory_per_block_optin
-    fitting = LAUNCHES[max(64, padded_head(head))].items()
-    return next(launches for kib, launches in fitting if kib * 1024 <= limit)
 
 
 def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
@@ -111,107 +51,6 @@ def can_run(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
     except ImportError:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-# ---- Tiles ----------------------------------------------------------------------------------------------------------
-
-
-def plan_tiles(
-    segments_S2: np.ndarray,
-    group: int,
-    head: int,
-    device: torch.device | str,
-    launches: Launches | None = None,
-    completions_only: bool = False,
-) -> Tiles:
-    """Cuts a batch into tiles.
-
-    Args:
-        segments_S2: length of each segment in tokens and index of its context, the prompt's segment (its own index
-            for a prompt and for a completion of an empty prompt), on the host.
-        group: R, query heads per key head.
-        head: D, size of a head.
-        device: where the tiles go.
-        launches: sizes of the kernels' blocks; `launches_for` the device by default.
-        completions_only: for queries of the completions alone, over keys of all prompts and then all completions.
-
-    Raises:
-        ValueError: heads that the kernels don't do, or completions that don't follow their prompt.
-    """
-    if not 0 < group <= MAX_GROUP or not 0 < head <= MAX_HEAD:
-        raise ValueError(
-            f"The attention kernels do up to {MAX_GROUP} query heads per key head of size up to {MAX_HEAD}, not "
-            f"{group} of size {head}: use varlen attention."
-        )
-    launches = launches or launches_for(head, device)
-    spans = _Spans.of(segments_S2, completions_only)
-    tables = [
-        _query_tiles(spans, launches.forward.rows // group),
-        _query_tiles(spans, launches.grad_q.rows // group),
-        _key_tiles(spans, launches.grad_kv.keys),
-    ]
-    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]).astype(np.int32))
-    if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()  # or the copy would wait for the kernels before it
-    parts = flat.to(device, non_blocking=True).split([table.size for table in tables])
-    forward, grad_q, grad_kv = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
-    before, tokens = -int(spans.start.min()), int(spans.end.max())
-    return Tiles(forward, grad_q, grad_kv, tokens, spans.longest, group, head, launches, before)
-
-
-class _Spans(NamedTuple):
-    """Where each segment stands among the keys, (S,) each, counted from the first query."""
-
-    start: np.ndarray
-    end: np.ndarray
-    context: np.ndarray
-    seen_until: np.ndarray  # end of the queries that see it: of the sample for a prompt, its own for a completion
-    longest: int  # sample
-    computed: np.ndarray  # whether it is cut into tiles
-
-    @classmethod
-    def of(cls, segments_S2: np.ndarray, completions_only: bool) -> "_Spans":
-        length, context = segments_S2.T.astype(np.int64)
-        index = np.arange(len(length))
-        latest = np.maximum.accumulate(np.where(context == index, index, -1))
-        if (context != latest).any():
-            raise ValueError("A completion must follow its prompt or another completion of it.")
-        outside = np.isin(index, context[context != index]) & completions_only  # prompts: they stand first then
-        order = np.argsort(~outside, kind="stable")
-        end = np.empty_like(length)
-        end[order] = np.cumsum(length[order]) - length[outside].sum()
-        start = end - length
-        seen_until = end.copy()
-        np.maximum.at(seen_until, context, end)
-        return cls(start, end, context, seen_until, int((seen_until - start).max()), ~outside)
-
-    def cut(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cuts what is computed into pieces of `size` tokens: segment, start and end of each."""
-        pieces = -(-(self.end - self.start) // size) * self.computed
-        segment = np.repeat(np.arange(len(pieces)), pieces)
-        within = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        start = self.start[segment] + within * size
-        return segment, start, np.minimum(start + size, self.end[segment])
-
-
-def _query_tiles(spans: _Spans, size: int) -> np.ndarray:
-    segment, start, end = spans.cut(size)
-    prompt = spans.context[segment]
-    base = spans.start[prompt]
-    has_prompt = prompt != segment
-    before_gap = np.where(has_prompt, spans.end[prompt], start) - base
-    gap = np.where(has_prompt, spans.start[segment] - spans.end[prompt], 0)
-    return _longest_first(np.stack([start, end, base, before_gap, gap], 1), end - base - gap)
-
-
-def _key_tiles(spans: _Spans, size: int) -> np.ndarray:
-    segment, start, end = spans.cut(size)
-    seen_until = spans.seen_until[segment]
-    return _longest_first(np.stack([start, end, seen_until], 1), seen_until - start)
-
-
-def _longest_first(table: np.ndarray, work: np.ndarray) -> np.ndarray:
-    return table[np.argsort(-work, kind="stable")]
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -245,7 +84,7 @@ class _SharedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR = ctx.saved_tensors
         grads = attend_backward(grad_outputs[0], q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR, ctx.tiles, ctx.scaling)
-        if before := ctx.tiles.before:
+        if before := ctx.tiles.given:
             grads[1:] = (F.pad(x, (0, 0, 0, 0, before, 0)) for x in grads[1:])
         return *grads, None, None
 
@@ -255,12 +94,14 @@ def attend_packed(
 ) -> Tensor:
     """Attends over the packed row as it is, (T, A, D); the batch's tiles are made once for all layers."""
     segments, group, head = plan.batch.segments, q_TAD.shape[1] // k_TGD.shape[1], q_TAD.shape[2]
-    tiles = plan.once(("tiles", group, head), lambda: plan_tiles(np.array(segments), group, head, q_TAD.device))
+    tiles = plan.once(
+        ("tiles", group, head), lambda: plan_tiles(np.array(segments), group, head, q_TAD.device, given=plan.given)
+    )
     return shared_attention(q_TAD, k_TGD, v_TGD, tiles, scaling)
 
 
 # Fused layers take it where the model's own take "varlen".
-PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, continues=False, otherwise="varlen")
+PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, otherwise="varlen")
 
 
 def _joined(given: Tensor, own: Tensor) -> Tensor:
@@ -401,11 +242,11 @@ def _from_first_query(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles,
     """Checks what the kernels read. Keys and values become views from the first query on: tiles count from there."""
     keys, kv_heads, head = k_TGD.shape
     wanted = (tiles.tokens, kv_heads * tiles.group, tiles.head)
-    fits = tuple(q_TAD.shape) == wanted and (keys, head) == (tiles.before + tiles.tokens, tiles.head)
+    fits = tuple(q_TAD.shape) == wanted and (keys, head) == (tiles.given + tiles.tokens, tiles.head)
     if not fits or v_TGD.shape != k_TGD.shape:
         raise ValueError(
             f"Queries {tuple(q_TAD.shape)}, keys {tuple(k_TGD.shape)} and values {tuple(v_TGD.shape)} don't fit tiles "
-            f"for {tiles.tokens} tokens behind {tiles.before} keys with {tiles.group} query heads per key head of "
+            f"for {tiles.tokens} tokens behind {tiles.given} keys with {tiles.group} query heads per key head of "
             f"size {tiles.head}."
         )
     q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
@@ -416,4 +257,4 @@ def _from_first_query(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles,
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q_TAD.dtype not in (torch.float16, torch.bfloat16) and not interpreted:
         raise ValueError(f"The attention kernels run in half precision, not in {q_TAD.dtype}.")
-    return [q_TAD, k_TGD[tiles.before :], v_TGD[tiles.before :]]
+    return [q_TAD, k_TGD[tiles.given :], v_TGD[tiles.given :]]

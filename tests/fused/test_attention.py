@@ -15,18 +15,8 @@ from torch import Tensor
 from dpo_peft.forward import Sample, pack
 from dpo_peft.forward.attention import AttentionPlan, HeadShape, attend_dense
 from dpo_peft.forward.layout import PackedBatch, visible
-from dpo_peft.fused.attention import (
-    LAUNCHES,
-    Launch,
-    Launches,
-    Tiles,
-    attend_backward,
-    attend_forward,
-    launches_for,
-    plan_tiles,
-    shared_attention,
-    supports,
-)
+from dpo_peft.fused.attention import attend_backward, attend_forward, shared_attention, supports
+from dpo_peft.fused.tiles import LAUNCHES, Launch, Launches, Tiles, launches_for, plan_tiles
 
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -203,6 +193,16 @@ def prompts_first(batch: PackedBatch) -> tuple[Tensor, int]:
     return order, int(of_prompt_T.sum())
 
 
+def in_that_order(batch: PackedBatch) -> np.ndarray:
+    """The segments, as `segments` gives them."""
+    assert batch.segment is not None and batch.context is not None
+    order, _ = prompts_first(batch)
+    numbers = torch.unique_consecutive(batch.segment[order]).tolist()
+    context = {int(s): int(c) for s, c in zip(batch.segment, batch.context, strict=True)}
+    sizes = segments(batch)[:, 0]
+    return np.array([[sizes[number], numbers.index(context[number])] for number in numbers])
+
+
 @here
 @pytest.mark.parametrize(("lengths", "hot"), [(PAIRS, 1), (LISTS, 0), (LISTS, 2)])
 def test_completions_alone_on_their_prompts_keys(lengths: Any, hot: int) -> None:
@@ -215,8 +215,8 @@ def test_completions_alone_on_their_prompts_keys(lengths: Any, hot: int) -> None
     grad[order[:before]] = 0
     exact = [x[own] for x in oracle(batch, q, k, v, grad, 0.4)]
     sizes = tiles_for(batch, 2, 16, hot).launches
-    tiles = plan_tiles(segments(batch), 2, 16, DEVICE, sizes, completions_only=True)
-    assert (tiles.before, tiles.tokens) == (before, tokens - before)
+    tiles = plan_tiles(in_that_order(batch), 2, 16, DEVICE, sizes, given=before)
+    assert (tiles.given, tiles.tokens) == (before, tokens - before)
     found = compute(q[own], k[order], v[order], grad[own], tiles, 0.4)
     assert not any(x[:before].any() for x in found[2:])
     found[2:] = [x[before:] for x in found[2:]]
@@ -290,7 +290,7 @@ def test_tiles_worked_by_hand() -> None:
 def test_tiles_of_completions_hold_their_rows_of_the_mask(lengths: Any, group: int) -> None:
     batch = make_batch(lengths)
     order, before = prompts_first(batch)
-    tiles = plan_tiles(segments(batch), group, 16, "cpu", small(1), completions_only=True)
+    tiles = plan_tiles(in_that_order(batch), group, 16, "cpu", small(1), given=before)
     mask = mask_of(batch)[order[before:]][:, order]
     for table in (tiles.forward, tiles.grad_q):
         rebuilt = np.zeros_like(mask)

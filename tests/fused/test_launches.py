@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dpo_peft.forward.attention import HeadShape
-from dpo_peft.fused.attention import LAUNCHES, Launch, Launches, can_run, launches_for, padded_head, supports
+from dpo_peft.fused.attention import can_run, supports
+from dpo_peft.fused.tiles import LAUNCHES, Launch, Launches, launches_for, padded_head
 
 TABLE = [(head, kib) for head, table in LAUNCHES.items() for kib in table]
 compiles = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
