@@ -169,6 +169,12 @@ class DPOConfig(TrainingArguments):
     fused_layers: bool | None = flag(
         None, "Compute decoder layers by our own kernels. Default: yes, on models that they are right for."
     )
+    fp8_products: bool = flag(
+        False,
+        "Experimental: multiply frozen weights in FP8, which changes what is learned a little (docs/quantization.md). "
+        "For GPUs from Ada and Hopper on; a CPU does it slowly, for tests.",
+        needs="fused_layers",
+    )
 
     # Objective; docs/objectives.md has an entry for each loss
     loss_type: list[str] = free(

@@ -11,6 +11,8 @@ from dataclasses import Field, dataclass, field, fields
 from enum import EnumMeta
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from .errors import OptionError, refuse
 from .losses import REGISTRY, Objective, find_objective
 from .losses.registry import load_objective
@@ -364,6 +366,12 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         f"stream_layers={o.stream_layers!r} with fsdp={o.fsdp!r}: the layers are sharded already. Set one.": (
             o.stream_layers is not None and o.fsdp
         ),
+        "fp8_products=True goes with bfloat16: leave it out, or fp16 and bf16=False.": (
+            o.fp8_products and (o.fp16 or o.bf16 is False)
+        ),
+        "fp8_products=True needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell): leave it out.": (
+            o.fp8_products and not o.use_cpu and not _multiplies_fp8()
+        ),
         f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": layered,
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,
@@ -378,3 +386,10 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         ),
     }
     refuse(problems)
+
+
+def _multiplies_fp8() -> bool:
+    """Whether this machine's GPU does; or it has none, and the CPU takes its place."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 9)
+    return not torch.accelerator.is_available()

@@ -72,6 +72,15 @@ class ForwardPlan:
         """Returns the backend for `completion_logps`."""
         return self.fused or self.backend
 
+    def fp8(self, wanted: bool) -> "ForwardPlan":
+        """Returns itself, with frozen weights multiplied in FP8 if wanted. The probe compared without, as it would take
+        rounding to e4m3 for an error."""
+        if wanted and self.fused is None:
+            raise OptionError(f"fp8_products=True, but {self.unfused or self.reason}: leave it out.")
+        if wanted and self.fused is not None:
+            self.fused.use_fp8()
+        return self
+
     def __str__(self) -> str:
         if not self.shared:
             return f"One padded row per completion: {self.reason}."

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
+from ..errors import OptionError
 from ..forward.attention import AttentionBackend, AttentionPlan
 from ..forward.images import block_ids, embedded, encoder_parts
 from ..forward.layout import PackedBatch
@@ -34,6 +35,7 @@ from ..forward.modules import bring_in, leaving, text_decoder
 from ..forward.score import Decoder
 from .attention import Attention, Kind, bind
 from .elementwise import Norm, RMSNorm
+from .fp8 import MULTIPLE, FP8Pass
 from .heads import Angles, Heads, queries_keys_values
 from .lora import Projection, ProjectionPass, prepare
 from .own import Own, Surroundings, exchanged
@@ -252,10 +254,22 @@ class FusedModel(Decoder):
         # The last layers' activations are freed first, so the first ones are checkpointed.
         self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
         self.offload = False
+        self.products = ""
         self._only: tuple[str, ...] | None = None  # adapters in the place of the active one
 
     def __str__(self) -> str:
-        return f"fused, {self.attention}"
+        return f"fused, {self.attention}{self.products}"
+
+    def use_fp8(self) -> None:
+        """See the base class."""
+        self.products = ", products in FP8"
+        for projection in (p for layer in self.parts.layers for p in layer.projections):
+            if any(n % MULTIPLE for n in (projection.inputs, sum(projection.outputs))):
+                raise OptionError(
+                    f"fp8_products=True, but a layer has a weight of {sum(projection.outputs)} x {projection.inputs}, "
+                    f"and FP8 products need multiples of {MULTIPLE}: leave it out."
+                )
+            projection.kind = FP8Pass
 
     def reference(self, adapter: str | None) -> "FusedModel":
         """Returns the same with the frozen `adapter` in the place of the active one, or with none."""
