@@ -2,7 +2,7 @@
 
     python benchmarks/fp8.py [--model FOLDER] [--steps 30] [--pairs 4]
 
-Errors: the adapter of a bfloat16 run is put into each variant; log-probs, margins and gradients of 8 held-out pairs
+Errors: the adapter of a bfloat16 run is put into each variant; log-probs, margins and gradients of held-out pairs
 are compared with float32's. Drift: the same run in each variant, its margins beside those of fused layers in bfloat16.
 The yardstick is the model's own layers, which differ in rounding alone. The bundled model unless --model says
 otherwise, its rows, NF4. A GPU also times products of Llama 3.1 8B's shapes on 8,192 tokens, dequantization included.
@@ -36,9 +36,7 @@ PLAIN, FP8 = {"fused_layers": True}, {"fused_layers": True, "fp8_products": True
 
 
 class ForwardOnly(fp8.FP8Pass):
-    """dx = dy W in bfloat16, of the weight as it was before e4m3."""
-
-    backward = ProjectionPass.backward
+    backward = ProjectionPass.backward  # by the weight as it was before e4m3
 
 
 class Inside(fp8.FP8Pass):
@@ -67,17 +65,22 @@ def trainer_of(args: argparse.Namespace, given: dict[str, Any], kind: type[Proje
         per_device_eval_batch_size=args.pairs, **given,
     )  # fmt: skip
     train, test = read_rows(quickstart.train_file()), read_rows(quickstart.test_file())
-    trainer = DPOTrainer(args.model, args=config, train_dataset=train.select(range(512)), eval_dataset=test)
+    trainer = DPOTrainer(
+        args.model,
+        args=config,
+        train_dataset=train.select(range(512)),
+        eval_dataset=test.select(range(16 * args.pairs)),
+    )
     if kind is not None:
         for projection in (p for layer in trainer.forward_plan.fused.parts.layers for p in layer.projections):
             projection.kind = kind
     return trainer
 
 
-def scored(trainer: DPOTrainer, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Log-probs of tokens, margins and all gradients of 8 held-out pairs under an adapter."""
+def scored(trainer: DPOTrainer, state: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
+    """Log-probs of tokens, margins and all gradients of held-out pairs under an adapter."""
     trainer.model.load_state_dict(state, strict=False)
-    fields = trainer.collate([trainer.eval_dataset[i] for i in range(8)])
+    fields = trainer.collate([trainer.eval_dataset[i] for i in range(pairs)])
     batch = PackedBatch(**{k: v for k, v in fields.items() if k != "coupled"}).to(trainer.args.device)
     policy, reference = trainer.policy_logps(batch), trainer.reference.logps(batch)
     ratio_C = policy.logps_C - reference.logps_C
@@ -88,20 +91,29 @@ def scored(trainer: DPOTrainer, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    off = {f"{k}_off": float((found[k] - exact[k]).double().square().mean().sqrt()) for k in ("tokens", "margins")}
-    size = {"margins_size": float(exact["margins"].double().square().mean().sqrt())}
-    cosine = {"grads_cosine": float(torch.cosine_similarity(found["grads"], exact["grads"], dim=0))}
-    return off | size | cosine | {"grads_off": float((found["grads"] - exact["grads"]).norm() / exact["grads"].norm())}
+    """Of log-probs and margins in nats, root mean square; of gradients relative to their norm, and their cosine."""
+    off = {key: float((found[key] - exact[key]).double().square().mean().sqrt()) for key in ("tokens", "margins")}
+    grads, given = exact["grads"], found["grads"]
+    return off | {
+        "margins_exact": float(exact["margins"].double().square().mean().sqrt()),
+        "grads_cosine": float(torch.cosine_similarity(given, grads, dim=0)),
+        "grads": float((given - grads).norm() / grads.norm()),
+    }
 
 
-def run(trainer: DPOTrainer) -> dict[str, Any]:
+def run(trainer: DPOTrainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Margins, held-out figures and seconds of a run, and its adapter."""
     started = time.time()
     trainer.train()
     seconds = round(time.time() - started, 1)
-    logs, held_out = [entry for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()
-    curves = {key: [entry[key] for entry in logs] for key in ("loss", "rewards/margins")}
-    names = ("loss", "rewards/margins", "rewards/accuracies")
-    return curves | {"held_out": {key: held_out[f"eval_{key}"] for key in names}, "seconds": seconds}
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    state = {k: v.detach().clone() for k, v in trainer.model.state_dict().items() if "lora_" in k}
+    return {"margins": margins, "held_out": held_out(trainer), "seconds": seconds}, state
+
+
+def held_out(trainer: DPOTrainer) -> dict[str, float]:
+    found = trainer.evaluate()
+    return {key: found[f"eval_{key}"] for key in ("loss", "rewards/margins", "rewards/accuracies")}
 
 
 def products() -> dict[str, float]:
@@ -129,23 +141,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--rate", type=float, default=5e-4)
-    args, runs = parser.parse_args(), {}
+    args, runs, states = parser.parse_args(), {}, {}
     for name in ("bfloat16", "bfloat16, own layers", "FP8"):
-        trainer = trainer_of(args, *VARIANTS[name])
-        runs[name] = run(trainer)
-        if name == "bfloat16":
-            state = {k: v.detach().clone() for k, v in trainer.model.state_dict().items() if "lora_" in k}
-        plain, own = (torch.tensor(runs[n]["rewards/margins"], dtype=torch.float64) for n in ("bfloat16", name))
-        runs[name]["apart"] = float((own - plain).square().mean().sqrt() / plain.square().mean().sqrt())
-        print(name, runs[name]["apart"], runs[name]["held_out"], runs[name]["seconds"], flush=True)
-    exact = scored(trainer_of(args, EXACT, None), state)
-    off = {name: errors(scored(trainer_of(args, *variant), state), exact) for name, variant in VARIANTS.items()}
-    print(json.dumps(off, indent=1))
+        runs[name], states[name] = run(trainer_of(args, *VARIANTS[name]))
+        plain, own = (torch.tensor(runs[n]["margins"], dtype=torch.float64) for n in ("bfloat16", name))
+        runs[name]["apart"] = float((own - plain).norm() / plain.norm())
+        print(name, {k: v for k, v in runs[name].items() if k != "margins"}, flush=True)
+    plain_trainer = trainer_of(args, *VARIANTS["bfloat16"])
+    plain_trainer.model.load_state_dict(states["FP8"], strict=False)
+    runs["FP8"]["held_out_in_bfloat16"] = held_out(plain_trainer)  # as the adapter will be served
+    state, pairs = states["bfloat16"], 2 * args.pairs
+    exact = scored(trainer_of(args, EXACT, None), state, pairs)
+    off = {name: errors(scored(trainer_of(args, *variant), state, pairs), exact) for name, variant in VARIANTS.items()}
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     options = {k: v for k, v in vars(args).items() if k != "model"}
     case = {"options": options, "versions": framework_versions(), "errors": off, "runs": runs}
-    found[Path(args.model).resolve().name] = case
+    found["bundled" if args.model == quickstart.model_path() else Path(args.model).resolve().name] = case
     RESULT.write_text(json.dumps(found | ({"products": products()} if DEVICE == "cuda" else {}), indent=1) + "\n")
+    print(json.dumps([off, runs["FP8"]["held_out_in_bfloat16"]], indent=1))
 
 
 if __name__ == "__main__":

