@@ -68,8 +68,8 @@ def trainer_of(args: argparse.Namespace, given: dict[str, Any], kind: type[Proje
     trainer = DPOTrainer(
         args.model,
         args=config,
-        train_dataset=train.select(range(512)),
-        eval_dataset=test.select(range(16 * args.pairs)),
+        train_dataset=train.select(range(args.steps * args.pairs)),
+        eval_dataset=test.select(range(8 * args.pairs)),
     )
     if kind is not None:
         for projection in (p for layer in trainer.forward_plan.fused.parts.layers for p in layer.projections):
@@ -141,24 +141,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--rate", type=float, default=5e-4)
-    args, runs, states = parser.parse_args(), {}, {}
-    for name in ("bfloat16", "bfloat16, own layers", "FP8"):
-        runs[name], states[name] = run(trainer_of(args, *VARIANTS[name]))
-        plain, own = (torch.tensor(runs[n]["margins"], dtype=torch.float64) for n in ("bfloat16", name))
-        runs[name]["apart"] = float((own - plain).norm() / plain.norm())
-        print(name, {k: v for k, v in runs[name].items() if k != "margins"}, flush=True)
-    plain_trainer = trainer_of(args, *VARIANTS["bfloat16"])
-    plain_trainer.model.load_state_dict(states["FP8"], strict=False)
-    runs["FP8"]["held_out_in_bfloat16"] = held_out(plain_trainer)  # as the adapter will be served
-    state, pairs = states["bfloat16"], 2 * args.pairs
-    exact = scored(trainer_of(args, EXACT, None), state, pairs)
-    off = {name: errors(scored(trainer_of(args, *variant), state, pairs), exact) for name, variant in VARIANTS.items()}
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    args, states = parser.parse_args(), {}
     options = {k: v for k, v in vars(args).items() if k != "model"}
-    case = {"options": options, "versions": framework_versions(), "errors": off, "runs": runs}
-    found["bundled" if args.model == quickstart.model_path() else Path(args.model).resolve().name] = case
-    RESULT.write_text(json.dumps(found | ({"products": products()} if DEVICE == "cuda" else {}), indent=1) + "\n")
-    print(json.dumps([off, runs["FP8"]["held_out_in_bfloat16"]], indent=1))
+    case: dict[str, Any] = {"options": options, "versions": framework_versions(), "runs": {}, "errors": {}}
+    for name in ("bfloat16", "bfloat16, own layers", "FP8"):
+        case["runs"][name], states[name] = run(trainer_of(args, *VARIANTS[name]))
+        plain, own = (torch.tensor(case["runs"][n]["margins"], dtype=torch.float64) for n in ("bfloat16", name))
+        case["runs"][name]["apart"] = float((own - plain).norm() / plain.norm())
+        write(args.model, case)
+    exact = scored(trainer_of(args, EXACT, None), states["bfloat16"], 2 * args.pairs)
+    for name, variant in VARIANTS.items():
+        trainer = trainer_of(args, *variant)
+        case["errors"][name] = errors(scored(trainer, states["bfloat16"], 2 * args.pairs), exact)
+        if name == "bfloat16":  # as an adapter that FP8 trained is served
+            trainer.model.load_state_dict(states["FP8"], strict=False)
+            case["runs"]["FP8"]["held_out_in_bfloat16"] = held_out(trainer)
+        write(args.model, case)
+
+
+def write(model: str, case: dict[str, Any]) -> None:
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found["bundled" if model == quickstart.model_path() else Path(model).resolve().name] = case
+    if DEVICE == "cuda" and "products" not in found:
+        found["products"] = products()
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

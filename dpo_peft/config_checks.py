@@ -366,12 +366,6 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         f"stream_layers={o.stream_layers!r} with fsdp={o.fsdp!r}: the layers are sharded already. Set one.": (
             o.stream_layers is not None and o.fsdp
         ),
-        "fp8_products=True goes with bfloat16: leave it out, or fp16 and bf16=False.": (
-            o.fp8_products and (o.fp16 or o.bf16 is False)
-        ),
-        "fp8_products=True needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell): leave it out.": (
-            o.fp8_products and not o.use_cpu and not _multiplies_fp8()
-        ),
         f"{layered}: no effect without gradient_checkpointing: set it, or leave it out.": layered,
         f"max_memory_gib={o.max_memory_gib} has no effect: nothing is 'auto'. Set checkpoint_layers or "
         "max_tokens_per_microbatch to 'auto', or leave it out.": o.max_memory_gib is not None and not automatic,
@@ -388,8 +382,11 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
     refuse(problems)
 
 
-def _multiplies_fp8() -> bool:
-    """Whether this machine's GPU does; or it has none, and the CPU takes its place."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 9)
-    return not torch.accelerator.is_available()
+def check_fp8(o: Any) -> None:
+    """Refuses FP8 products in another dtype than bfloat16, and on a GPU that has none."""
+    cuda = torch.cuda.is_available()
+    slow = o.use_cpu or not (cuda or torch.accelerator.is_available())
+    has = slow or (cuda and torch.cuda.get_device_capability() >= (8, 9))
+    needs = "fp8_products=True needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell): leave it out."
+    other = "fp8_products=True computes the rest in bfloat16: leave it out, or fp16 and bf16=False."
+    refuse({needs: o.fp8_products and not has, other: o.fp8_products and (o.fp16 or o.bf16 is False)})

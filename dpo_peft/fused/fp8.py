@@ -3,9 +3,9 @@
     y = s_x s_W q(x) q(W)^T + u B^T        dx = s_dy s_W q(dy) q(W) + du A
 
 W has one scale for all of the projection, x and dy one a row: a token's result must not depend on what else is in its
-batch, or rewards would move with how rows are packed. What trains stays in the run's dtype: u B^T is far smaller than
-the rounding of e4m3 beside x W^T, and so are gradients of A and B, which get x as it is. While B = 0, or for an
-adapter that is off, nothing is added: policy and reference are equal bit for bit.
+batch, or rewards would move with how rows are packed. What trains stays in bfloat16: B, of a thousandth of W, could
+vanish under its scale, and gradients of A and B get x as it is. While B = 0 policy and reference are equal bit for
+bit, as u B^T adds nothing.
 
 Shape suffixes: T tokens, K inputs, N outputs, R adapter ranks.
 """
