@@ -73,8 +73,7 @@ class ForwardPlan:
         return self.fused or self.backend
 
     def fp8(self, wanted: bool) -> "ForwardPlan":
-        """Returns itself, with frozen weights multiplied in FP8 if wanted. The probe compared without: it would take
-        rounding to e4m3 for an error."""
+        """Returns itself, with frozen weights multiplied in FP8 if wanted: the probe would take that for an error."""
         if wanted and self.fused is None:
             raise OptionError(f"fp8_products=True, but {self.unfused or self.reason}: leave it out.")
         if wanted and self.fused is not None:

@@ -264,10 +264,10 @@ class FusedModel(Decoder):
         """See the base class."""
         self.products = ", products in FP8"
         for projection in (p for layer in self.parts.layers for p in layer.projections):
-            if any(n % MULTIPLE for n in (projection.inputs, sum(projection.outputs))):
+            shape = sum(projection.outputs), projection.inputs
+            if any(n % MULTIPLE for n in shape):
                 raise OptionError(
-                    f"fp8_products=True, but a layer has a weight of {sum(projection.outputs)} x {projection.inputs}, "
-                    f"and FP8 products need multiples of {MULTIPLE}: leave it out."
+                    f"fp8_products=True: a weight of {shape} is no multiple of {MULTIPLE}; leave it out."
                 )
             projection.kind = FP8Pass
 

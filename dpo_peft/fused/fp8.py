@@ -3,9 +3,8 @@
     y = s_x s_W q(x) q(W)^T + u B^T        dx = s_dy s_W q(dy) q(W) + du A
 
 W has one scale for all of the projection, x and dy one a row: a token's result must not depend on what else is in its
-batch, or rewards would move with how rows are packed. What trains stays in bfloat16: B, of a thousandth of W, could
-vanish under its scale, and gradients of A and B get x as it is. While B = 0 policy and reference are equal bit for
-bit, as u B^T adds nothing.
+batch, or rewards would move with how rows are packed. What trains stays in bfloat16: B is so small that it could vanish
+under W's scale. While B = 0, u B^T adds nothing: policy and reference are equal bit for bit.
 
 Shape suffixes: T tokens, K inputs, N outputs, R adapter ranks.
 """
@@ -26,8 +25,7 @@ class FP8Pass(ProjectionPass):
         """Returns W in e4m3, (N, K), and its scale, a float32 number on the device of `like`."""
         projection = self.projection
         if projection.scale is None:
-            largest = torch.linalg.vector_norm(self.weight(like)[:, : self.inputs], torch.inf)
-            projection.scale = largest.float() / LARGEST
+            projection.scale = self.weight(like)[:, : self.inputs].abs().max().float() / LARGEST
         weight_NK = torch.empty(sum(projection.outputs), self.inputs, dtype=E4M3, device=like.device)
         for base, rows in zip(projection.bases, weight_NK.split(projection.outputs), strict=True):
             weight_into(base, None, rows, projection.scale)
@@ -59,11 +57,7 @@ class FP8Pass(ProjectionPass):
 
 
 def product(x_TK: Tensor, weight_NK: Tensor, scale: Tensor) -> Tensor:
-    """Returns x W^T, (T, N), in the dtype of x, which is rounded to e4m3 a row at a time.
-
-    Args:
-        weight_NK: W divided by `scale`, e4m3, contiguous.
-    """
+    """Returns x W^T, (T, N), in the dtype of x, for contiguous W / scale in e4m3."""
     rounded_TK, scales_T1 = quantize_rows(x_TK)
     scales_1N = scale.expand(1, len(weight_NK)).contiguous()
     return torch._scaled_mm(rounded_TK, weight_NK.T, scale_a=scales_T1, scale_b=scales_1N, out_dtype=x_TK.dtype)
