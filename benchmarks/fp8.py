@@ -64,13 +64,9 @@ def trainer_of(args: argparse.Namespace, given: dict[str, Any], kind: type[Proje
         model_init_kwargs={"dtype": dtype}, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
         per_device_eval_batch_size=args.pairs, **given,
     )  # fmt: skip
-    train, test = read_rows(quickstart.train_file()), read_rows(quickstart.test_file())
-    trainer = DPOTrainer(
-        args.model,
-        args=config,
-        train_dataset=train.select(range(args.steps * args.pairs)),
-        eval_dataset=test.select(range(8 * args.pairs)),
-    )
+    train = read_rows(quickstart.train_file()).select(range(args.steps * args.pairs))
+    test = read_rows(quickstart.test_file()).select(range(8 * args.pairs))
+    trainer = DPOTrainer(args.model, args=config, train_dataset=train, eval_dataset=test)
     if kind is not None:
         for projection in (p for layer in trainer.forward_plan.fused.parts.layers for p in layer.projections):
             projection.kind = kind
