@@ -3,7 +3,7 @@
     y = s_x s_W q(x) q(W)^T + u B^T        dx = s_dy s_W q(dy) q(W) + du A
 
 W has one scale for all of the projection, x and dy one a row: a token's result must not depend on what else is in its
-batch, or rewards would move with how rows are packed. What trains stays in bfloat16: B is so small that it could vanish
+batch, or rewards would move with how rows are packed. What trains stays in bfloat16: B is small and could vanish
 under W's scale. While B = 0, u B^T adds nothing: policy and reference are equal bit for bit.
 
 Shape suffixes: T tokens, K inputs, N outputs, R adapter ranks.
