@@ -127,9 +127,9 @@ class DPOTrainer(Trainer):
         copy_from_first(self.model.parameters())
         check_same("train_dataset", self.prepare.told_by)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
-        tiny = self.images.probe_samples() if self.images else []
-        self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers, tiny)
-        plan, objective = self.forward_plan, self.objective
+        dtype, tiny = autocast_dtype(args), self.images.probe_samples() if self.images else []
+        plan = plan_forward(self.model, args.share_prompts, dtype, args.fused_layers, tiny).fp8(args.fp8_products)
+        self.forward_plan, objective = plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self.reference.lockstep = placement_of(self.model) is not None or plan.shares_work
         self._build_parts(data_collator)

@@ -78,6 +78,14 @@ class ForwardPlan:
         """Returns whether a policy and its reference have parts of their passes in common."""
         return self.fused is not None and self.fused.shares_work
 
+    def fp8(self, wanted: bool) -> "ForwardPlan":
+        """Returns itself, with frozen weights multiplied in FP8 if wanted: the probe would take that for an error."""
+        if wanted and self.fused is None:
+            raise OptionError(f"fp8_products=True, but {self.unfused or self.reason}: leave it out.")
+        if wanted and self.fused is not None:
+            self.fused.use_fp8()
+        return self
+
     def __str__(self) -> str:
         if not self.shared:
             return f"One padded row per completion: {self.reason}."
