@@ -15,9 +15,9 @@ Each case is a process of its own that prints a line `RESULT {...}`; speed.py is
 `command`. It starts if the seconds that it took last time, or that it declares, fit into what is left of the minutes.
 It is killed, with the processes that it started, after twice that and half a minute, and ends with the queue, however
 that ends. Files are replaced after each case: DIR/speed_<card>.json holds the last figure of each case, and its last
-error if that is newer; an error's log stands beside it. DIR starts as a copy of benchmarks/results, which is the
-default and for which the tables and the chart of docs/performance.md are written at the end. Without a GPU one line
-says so, and the exit status is 1.
+error if that is newer; an error's log stands beside it. DIR starts with the card's file of benchmarks/results, which
+is the default: for it the tables and the chart of docs/performance.md are written at the end. For another DIR, put the
+file there and run speed_report.py. Without a GPU one line says so, and the exit status is 1.
 """
 
 import argparse
@@ -176,18 +176,9 @@ def rounded(value: Any) -> Any:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     part.write_text(json.dumps(rounded(result), indent=1) + "\n")
     part.replace(out)
-
-
-def start_from(out: Path) -> None:
-    """Copies the committed results that a folder doesn't hold yet."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in RESULTS.glob("speed_*.json"):
-        if not (out / path.name).exists():
-            shutil.copy(path, out)
 
 
 # ---- The command
@@ -219,8 +210,10 @@ def main() -> None:
     facts = machine_facts(device, args.commit)
     if rehearsal:
         cases, facts["device"] = tiny(cases), "rehearsal"
-    start_from(out)
     path = out / f"speed_{slug(facts['device'])}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and (RESULTS / path.name).exists():
+        shutil.copy(RESULTS / path.name, path)
     chosen = [case for case in cases if re.search(args.only or "", case["name"])]
     if not args.only:
         chosen = [case for case in chosen if not is_current(case, read(path), facts["commit"])]

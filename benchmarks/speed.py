@@ -80,9 +80,10 @@ def in_processes(case: Case, device: str) -> dict[str, Any]:
     started = []
     for rank in range(number):
         env = {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_PORT": port}
-        env |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", **os.environ}
+        env |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # all on one device
         command = [sys.executable, str(HERE / "speed.py"), one, "--device", device]
-        started.append(subprocess.Popen(command, env=env, stdout=-1, text=True, preexec_fn=end_with_parent))
+        given: dict[str, Any] = dict(env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen(command, **given, preexec_fn=end_with_parent))
     printed = [process.communicate()[0] for process in started]
     figures = [json.loads(line[7:]) for out in printed for line in out.splitlines() if line.startswith("RESULT ")]
     if errors := [one["error"] for one in figures if "error" in one] or ["a process ended"] * (len(figures) < number):

@@ -159,7 +159,7 @@ def cpu() -> list[Case]:
 
 def tiny(cases: list[Case]) -> list[Case]:
     """The cases that train and need nothing of a GPU, on tiny models: to see that they run."""
-    few = {"shape": "tiny", "work": "demo", "samples": 2, "warm": 1, "steps": 2, "turns": 1, "seconds": 30}
+    few = {"shape": "tiny", "work": "demo", "samples": 2, "warm": 1, "steps": 2, "turns": 1, "seconds": 60}
     found = []
     for one in cases:
         if "work" in one and "attention" not in one and one.get("engine") not in ("unsloth", "trl+liger"):
