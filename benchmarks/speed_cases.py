@@ -27,10 +27,10 @@ SMALLER_CARD = 23.0  # GiB that a process gets of a card of 24 GB
 # GiB that the fastest of the peers takes at its peak, on an H100 and lengths of the same distributions. Ours is given
 # 2 % less: predictions are a little off.
 PEERS_PEAK = {"uf": 15.4, "longprompt": 12.1, "hh": 21.6}
-AUTO = {"max_tokens_per_microbatch": "auto"}
-FEW = {"warm": 1, "steps": 3}
+AUTO: dict[str, Any] = {"max_tokens_per_microbatch": "auto"}
+FEW: dict[str, Any] = {"warm": 1, "steps": 3}
 ADAPTERS = ("answer-only", "upper half", "answer-only, upper half")
-ATTENTIONS = ("packed", "flex", "varlen", "two-call")
+ATTENTIONS = ("packed", "flex", "varlen", "merged")
 
 
 def case(engine: str, work: str, note: str = "", shape: str = "8b", seconds: float = 40, **more: Any) -> Case:

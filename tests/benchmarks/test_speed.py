@@ -6,7 +6,8 @@ import math
 import random
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from paths import REPO
 from transformers import AutoTokenizer
 
 from dpo_peft.data import from_sharegpt, prepare_dataset
+from dpo_peft.forward import attention
 
 BENCHMARKS = REPO / "benchmarks"
 
@@ -280,3 +282,17 @@ def test_adapters_on_less_get_their_rows(scripts) -> None:
     assert upper["losses"][0] == pytest.approx(whole["losses"][0], abs=1e-6)  # both start from the base
     assert upper["losses"][1] != whole["losses"][1]
     assert upper["bound_flops_per_step"] < whole["bound_flops_per_step"]
+
+
+@pytest.mark.slow
+def test_attention_by_name_is_what_is_measured(scripts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that the trainer's probe refuses is an error, not a figure of the backend that it falls back on."""
+    record = attention.backend_named("dense")
+    broken = replace(record, attend=lambda plan, q, *_: q + 1)
+    candidates = SimpleNamespace(CANDIDATES={"mine": record, "broken": broken})
+    monkeypatch.setitem(sys.modules, "attention", candidates)
+    monkeypatch.setattr(attention, "BACKENDS", [*attention.BACKENDS])
+    case = {"engine": "ours", "work": "demo", "shape": "tiny", "samples": 2, "dtype": "float32", "warm": 1, "steps": 1}
+    assert "'mine, by name'" in scripts["speed"].measure({**case, "attention": "mine"}, "cpu")["plan"]
+    with pytest.raises(RuntimeError, match="own layers|rows|backend 'dense'|by name"):
+        scripts["speed"].measure({**case, "attention": "broken"}, "cpu")
