@@ -8,8 +8,8 @@
 
 Order: cases without a figure on a card of this name, by value (their order in speed_cases.py); then those whose figure
 is of another commit, the oldest first; then those that failed at this very commit. A failure at another commit counts
-as no figure, since it may be mended. A figure of this commit is not measured again, unless `--only` names the case or
-the checkout has changes.
+as no figure, since it may be mended. What has a figure of this commit is not measured again, nor a peer that has one of
+these versions, unless `--only` names it. Where measured code differs from the commit, no figure is of it.
 
 Each case is a process of its own that prints a line `RESULT {...}`; speed.py is one, a case may name another
 `command`. It starts if the seconds that it took last time, or that it declares, fit into what is left of the minutes.
@@ -67,11 +67,12 @@ def in_order(cases: list[Case], records: list[Record], commit: str) -> list[Case
     return sorted(cases, key=rank)
 
 
-def is_current(case: Case, records: list[Record], commit: str) -> bool:
-    """Whether the case has a figure of this commit, and nothing newer than that."""
-    known = bool(commit) and not commit.endswith("-dirty")
+def is_current(case: Case, records: list[Record], facts: dict[str, Any]) -> bool:
+    """Whether the case has a figure of this commit, or one of a peer of these versions, and nothing newer than that."""
+    what = "commit" if case.get("engine", "ours") == "ours" else "versions"
+    known = bool(facts[what]) and not facts[what].endswith("-dirty")
     last = [record for record in records if record["name"] == case["name"]][-1:]
-    return known and any("error" not in record and record["commit"] == commit for record in last)
+    return known and any("error" not in record and record[what] == facts[what] for record in last)
 
 
 def expected(case: Case, records: list[Record]) -> float:
@@ -216,7 +217,7 @@ def main() -> None:
         shutil.copy(RESULTS / path.name, path)
     chosen = [case for case in cases if re.search(args.only or "", case["name"])]
     if not args.only:
-        chosen = [case for case in chosen if not is_current(case, read(path), facts["commit"])]
+        chosen = [case for case in chosen if not is_current(case, read(path), facts)]
     print(f"{facts['device']}: {len(chosen)} of {len(cases)} cases to run; results in {path}.", flush=True)
     work(chosen, path, facts, device, START + 60 * args.minutes)
     if out.resolve() == RESULTS:

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import socket
 import statistics
 import subprocess
@@ -143,6 +144,17 @@ def matmul_flops(device: str, dtype: str) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
+def commit_here() -> str:
+    """Returns the checkout's commit, marked where code that is measured differs from it; "" without git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=HERE.parent).stdout.strip()
+
+    if shutil.which("git") is None or not (commit := git("rev-parse", "HEAD")):
+        return ""
+    return commit + "-dirty" * bool(git("status", "--porcelain", "dpo_peft", "benchmarks/*.py"))
+
+
 def describe(device: str, commit: str | None = None) -> dict[str, Any]:
     """Returns where and on what a figure was measured, and the rate of large matrix products there.
 
@@ -150,14 +162,12 @@ def describe(device: str, commit: str | None = None) -> dict[str, Any]:
     """
     import torch
 
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip() if not commit else commit
     installed = {dist.name.lower(): dist.version for dist in metadata.distributions()}
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "total_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 2) if device == "cuda" else None,
-        "commit": here,
+        "commit": commit or commit_here(),
         "versions": ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed),
         "load_average": round(os.getloadavg()[0], 2),
         "matmul_flops": {dtype: matmul_flops(device, dtype) for dtype in DTYPES[device]},

@@ -76,13 +76,17 @@ def test_order(queue: ModuleType) -> None:
     assert [case["name"] for case in queue.in_order(cases, records, "new")] == [*"deg", *"cb", *"af"]
 
 
-def test_a_figure_of_this_commit_is_current(queue: ModuleType) -> None:
-    case = {"name": "a"}
-    assert queue.is_current(case, [record("a", "new", 1)], "new")
-    assert not queue.is_current(case, [record("a", "old", 1)], "new")
-    assert not queue.is_current(case, [record("a", "new", 1), record("a", "new", 2, error="no")], "new")
+def test_what_is_current(queue: ModuleType) -> None:
+    case, facts = {"name": "a"}, {"commit": "new", "versions": "trl 1"}
+    assert queue.is_current(case, [record("a", "new", 1)], facts)
+    assert not queue.is_current(case, [record("a", "old", 1)], facts)
+    assert not queue.is_current(case, [record("a", "new", 1), record("a", "new", 2, error="no")], facts)
     for unknown in ("", "new-dirty"):  # the code may be another
-        assert not queue.is_current(case, [record("a", unknown, 1)], unknown)
+        assert not queue.is_current(case, [record("a", unknown, 1)], {**facts, "commit": unknown})
+    peer, measured = {"name": "a", "engine": "trl"}, [record("a", "old", 1, versions="trl 1")]
+    assert queue.is_current(peer, measured, facts)
+    assert not queue.is_current({**peer, "engine": "ours"}, measured, facts)
+    assert not queue.is_current(peer, measured, {**facts, "versions": "trl 2"})
 
 
 def test_seconds_are_those_of_the_last_figure(queue: ModuleType) -> None:
@@ -213,7 +217,7 @@ def test_a_killed_queue_keeps_its_results_and_goes_on(queue: ModuleType, tmp_pat
     assert names(path) == ["a"]
     assert ends(int(pid.read_text()))
     cases[1] = program("b", result(2))
-    left = [case for case in cases if not queue.is_current(case, queue.read(path), "new")]
+    left = [case for case in cases if not queue.is_current(case, queue.read(path), FACTS)]
     queue.work(left, path, FACTS, "cpu")
     assert names(path) == ["a", "b", "c"]
 
