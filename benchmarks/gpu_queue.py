@@ -8,8 +8,8 @@
 
 Order: cases without a figure on a card of this name, by value (their order in speed_cases.py); then those whose figure
 is of another commit, the oldest first; then those that failed at this very commit. A failure at another commit counts
-as no figure, since it may be mended. What has a figure of this commit is not measured again, nor a peer that has one of
-these versions, unless `--only` names it. Where measured code differs from the commit, no figure is of it.
+as no figure, since it may be mended. What has a figure of this commit is not measured again, nor a peer that has one
+of these versions, unless `--only` names it. Where measured code differs from the commit, no figure is of it.
 
 Each case is a process of its own that prints a line `RESULT {...}`; speed.py is one, a case may name another
 `command`. It starts if the seconds that it took last time, or that it declares, fit into what is left of the minutes.
@@ -68,7 +68,7 @@ def in_order(cases: list[Case], records: list[Record], commit: str) -> list[Case
 
 
 def is_current(case: Case, records: list[Record], facts: dict[str, Any]) -> bool:
-    """Whether the case has a figure of this commit, or one of a peer of these versions, and nothing newer than that."""
+    """Whether the case has a figure of this commit, or of a peer of these versions, and nothing newer."""
     what = "commit" if case.get("engine", "ours") == "ours" else "versions"
     known = bool(facts[what]) and not facts[what].endswith("-dirty")
     last = [record for record in records if record["name"] == case["name"]][-1:]
