@@ -90,6 +90,7 @@ def in_processes(case: Case, device: str) -> dict[str, Any]:
     if errors := [one["error"] for one in figures if "error" in one] or ["a process ended"] * (len(figures) < number):
         raise RuntimeError(errors[0])
     figures[0]["losses"] = [sum(parts) for parts in zip(*(one["losses"] for one in figures), strict=True)]
+    figures[0]["loss"] = figures[0]["losses"][-1]
     if "peak_gib" in figures[0]:
         figures[0]["peak_gib"] = max(one["peak_gib"] for one in figures)
     return figures[0]

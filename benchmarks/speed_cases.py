@@ -163,7 +163,8 @@ def tiny(cases: list[Case]) -> list[Case]:
     found = []
     for one in cases:
         if "work" in one and "attention" not in one and one.get("engine") not in ("unsloth", "trl+liger"):
-            options = {name: value for name, value in one.get("options", {}).items() if name != "max_memory_gib"}
+            of_gpus = ("max_memory_gib", "activation_offloading")
+            options = {name: value for name, value in one.get("options", {}).items() if name not in of_gpus}
             if "stream_layers" in options:
                 options |= {"stream_layers": 2, "optim": "adamw_torch"}
             if "per_device_train_batch_size" in options:
