@@ -16,8 +16,9 @@ Each case is a process of its own that prints a line `RESULT {...}`; speed.py is
 It is killed, with the processes that it started, after twice that and half a minute, and ends with the queue, however
 that ends. Files are replaced after each case: DIR/speed_<card>.json holds the last figure of each case, and its last
 error if that is newer; an error's log stands beside it. DIR starts with the card's file of benchmarks/results, which
-is the default: for it the tables and the chart of docs/performance.md are written at the end. For another DIR, put the
-file there and run speed_report.py. Without a GPU one line says so, and the exit status is 1.
+is the default: for it logs are in outputs/gpu, and the tables and the chart of docs/performance.md are written at the
+end. For another DIR, put the file there and run speed_report.py. Without a GPU one line says so, and the exit status
+is 1.
 """
 
 import argparse
@@ -138,6 +139,8 @@ def work(cases: list[Case], path: Path, facts: dict[str, Any], device: str, dead
         deadline: on the clock of `time.monotonic`.
     """
     card, facts = facts["device"], {name: value for name, value in facts.items() if name != "device"}
+    logs = HERE.parent / "outputs" / "gpu" if path.parent == RESULTS else path.parent
+    logs.mkdir(parents=True, exist_ok=True)
     waiting = []
     for case in in_order(cases, records := read(path), facts["commit"]):
         needed, started = expected(case, records), time.monotonic()
@@ -146,7 +149,7 @@ def work(cases: list[Case], path: Path, facts: dict[str, Any], device: str, dead
             waiting.append(case["name"])
             continue
         try:
-            found = run(case, device, min(own, left), path.with_name(f"{slug(case['name'])}.log"))
+            found = run(case, device, min(own, left), logs / f"{slug(case['name'])}.log")
         except subprocess.TimeoutExpired:
             if left < own:
                 waiting.append(case["name"])  # it may need no more than it says: the minutes are over
@@ -207,7 +210,7 @@ def main() -> None:
     cases = SETS[args.cases]() if args.cases in SETS else json.loads(Path(args.cases).read_text("utf-8"))
     device = args.device or ("cpu" if args.cases == "cpu" else "cuda")
     rehearsal = device == "cpu" and args.cases == "gpu"
-    out = args.out or (HERE.parent / "outputs" / "rehearsal" if rehearsal else RESULTS)
+    out = args.out.resolve() if args.out else (HERE.parent / "outputs" / "rehearsal" if rehearsal else RESULTS)
     facts = machine_facts(device, args.commit)
     if rehearsal:
         cases, facts["device"] = tiny(cases), "rehearsal"
@@ -220,7 +223,7 @@ def main() -> None:
         chosen = [case for case in chosen if not is_current(case, read(path), facts)]
     print(f"{facts['device']}: {len(chosen)} of {len(cases)} cases to run; results in {path}.", flush=True)
     work(chosen, path, facts, device, START + 60 * args.minutes)
-    if out.resolve() == RESULTS:
+    if out == RESULTS:
         from speed_report import write_page
 
         write_page()
