@@ -153,7 +153,7 @@ def test_values_and_gradients_are_those_of_peft(kind: str, way: str) -> None:
         assert (WAYS[way](model, shifted) - own_N).abs().max() > 1e-3
 
 
-@pytest.mark.sampled(8, slow=8)
+@pytest.mark.sampled(12, slow=5)
 @pytest.mark.parametrize("name", [n for n in SHARING if n not in ("gpt2", "gpt-neox", "opt", "mamba2")])
 def test_families(name: str) -> None:
     """Windows, soft caps, sinks, experts, states: whoever computes the layers."""
