@@ -33,7 +33,7 @@ class PlanOptions:
 
     _argument_group_name = "the prediction"  # the heading in the help
     gpu: str | None = free(
-        None, "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB; or a file of `dpo-peft bench`."
+        None, "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB; or a file of `bench`."
     )
     shape: str | None = free(None, f"Instead of a model, one of these shapes: {', '.join(PRESETS)}.")
     prompt_tokens: int = whole(200, 1, "Mean length of a prompt.")
