@@ -1,0 +1,271 @@
+"""What adapters that act on less cost in quality: upper half of the layers, answer only, both, at equal steps.
+
+    python benchmarks/scopes.py [--variants full upper_half] [--seeds 0 1 2] [--device cuda] [--show]
+    python benchmarks/scopes.py --task rewrites --model SMOLLM2 --data instruction-data-with-preference.json
+
+Variants have the same rank, rate, steps, rows and order of rows; a control that must be worse (rank 1 on the lowest
+quarter of the layers) shows that the measures can tell. "quickstart" trains the bundled model; its worth is the true
+reward of a fresh completion to each of 192 held-out prompts. "rewrites" trains SmolLM2-135M-Instruct (a folder, see
+smollm2_dpo.py) in NF4 on rasbt's pairs; its worth is the held-out pairs' margin in nats, its KL what the trainer logs
+of them. A run is judged several times along the way: worth over KL is its frontier.
+
+Adds what is missing to benchmarks/results/scopes_<device>.json, run by run, and prints the table: mean ± standard
+deviation over seeds, and in brackets the difference to the full adapter with its 95 % interval over items and seeds.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from objectives import commit
+from peft import LoraConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+
+from dpo_peft import DPOConfig, DPOTrainer, from_alpaca, quickstart
+from dpo_peft.artifacts.card import framework_versions
+from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
+
+RESULTS = Path(__file__).parent / "results"
+VARIANTS = ("full", "upper_half", "answer_only", "answer_only_upper_half", "control")
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179, 20: 2.086, 40: 2.021}
+Run = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+class Task(NamedTuple):
+    """Says how a task is trained and judged."""
+
+    judged: tuple[int, ...]  # after these steps; the last one ends the training
+    pairs: int  # a step
+    held_out: int  # pairs
+    levels: tuple[float, ...]  # of KL, in nats a completion, at which the frontiers are compared
+
+
+TASKS = {
+    "quickstart": Task((16, 26, 40), 16, 128, (0.5, 1.0, 2.0)),
+    "rewrites": Task((5, 10), 8, 96, (0.5,)),
+}
+
+
+# ---- One run --------------------------------------------------------------------------------------------------------
+
+
+def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
+    """Returns the adapter of a variant, for a model of so many layers."""
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if variant == "control":
+        config.r, config.lora_alpha, config.layers_to_transform = 1, 2, list(range(layers // 4))
+    if variant.endswith("upper_half"):
+        config.layers_to_transform = list(range(layers // 2, layers))
+    if variant.startswith("answer_only"):
+        of_prompt, opened = (
+            tokenizer.apply_chat_template(says("?"), add_generation_prompt=opens, return_dict=True)["input_ids"]
+            for opens in (False, True)
+        )
+        config.alora_invocation_tokens = opened[len(of_prompt) :]
+    return config
+
+
+def says(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def read_pairs(task: str, data: str) -> tuple[Rows, Rows]:
+    """Returns the rows of a task to train on and those held out, no prompt in both."""
+    if task == "quickstart":
+        lines = [Path(f).read_text("utf-8").splitlines() for f in (quickstart.train_file(), quickstart.test_file())]
+        train, test = (
+            [{c: json.loads(line)[c] for c in ("prompt", "chosen", "rejected")} for line in f] for f in lines
+        )
+        return train, test[: TASKS[task].held_out]
+    found = [from_alpaca(row) for row in json.loads(Path(data).read_text("utf-8")) if row["chosen"] != row["rejected"]]
+    random.Random(0).shuffle(found)
+    test = found[: TASKS[task].held_out]
+    asked = [row["prompt"] for row in test]
+    return [row for row in found if row["prompt"] not in asked], test
+
+
+class Judge(TrainerCallback):
+    """Judges the policy along the training."""
+
+    def __init__(self, trainer: DPOTrainer, judged: tuple[int, ...], samples: bool, seed: int):
+        self.trainer, self.judged, self.samples, self.seed, self.points = trainer, judged, samples, seed, list[Run]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Adds a point: KL and worth; where they are cheap or needed, the held-out pairs' margins too."""
+        if state.global_step not in self.judged:
+            return
+        trainer, point = self.trainer, {"step": state.global_step}
+        if not self.samples or state.global_step == self.judged[-1]:
+            output = trainer.predict(trainer.eval_dataset)
+            chosen, rejected = (torch.as_tensor(output.predictions) / trainer.beta).T
+            point["kl"] = output.metrics["test_kl"]
+            point["length_balanced"] = output.metrics["test_accuracies/length_balanced"]
+            point["margins"] = packed(chosen - rejected)
+        if self.samples:
+            prompts = quickstart.eval_prompts()[:192]
+            answers = sample_answers(trainer.model, trainer.processing_class, prompts, seed=1 + self.seed)
+            texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
+            point["kl"] = sampled_kl(trainer, prompts, answers)
+            point["fluency"] = quickstart.known_trigram_share(texts)
+            point["rewards"] = packed(torch.tensor([quickstart.true_reward(text) for text in texts]))
+        self.points.append(point)
+
+
+def packed(values: Tensor) -> str:
+    """Writes numbers in one line of text; `unpacked` reads it."""
+    return " ".join(f"{value:.2f}" for value in values.tolist())
+
+
+def unpacked(text: str) -> Tensor:
+    return torch.tensor([float(word) for word in text.split()], dtype=torch.float64)
+
+
+def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
+    """Trains one variant, and judges it along the way."""
+    started, task, bundled = time.time(), TASKS[args.task], args.task == "quickstart"
+    model, (train, test) = quickstart.model_path() if bundled else args.model, read_pairs(args.task, args.data)
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        beta=args.beta,
+        max_steps=task.judged[-1],
+        per_device_train_batch_size=task.pairs,
+        per_device_eval_batch_size=32,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=task.judged[-1] // 8,
+        seed=seed,
+        max_length=256,
+        model_init_kwargs={"dtype": "float32" if bundled else "bfloat16"},
+        gradient_checkpointing=False,
+        bf16=not bundled,
+        use_cpu=args.device == "cpu",
+        cache_ref_log_probs=not bundled,  # for the variants that follow
+        ref_cache_tokens=None if bundled else True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    layers, tokenizer = AutoConfig.from_pretrained(model).num_hidden_layers, AutoTokenizer.from_pretrained(model)
+    trainer = DPOTrainer(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(train[: task.judged[-1] * task.pairs]),
+        eval_dataset=Dataset.from_list(test),
+        peft_config=adapter(variant, layers, tokenizer),
+    )
+    judge = Judge(trainer, task.judged, bundled, seed)
+    trainer.add_callback(judge)
+    trainer.train()
+    trained = trainer.model.num_parameters(only_trainable=True)
+    return {"points": judge.points, "trained": trained, "seconds": round(time.time() - started, 1), "commit": commit()}
+
+
+# ---- What the runs say ----------------------------------------------------------------------------------------------
+
+
+def interval(values_SI: Tensor) -> tuple[float, float]:
+    """Returns the mean and the half width of its 95 % interval, when other seeds and other items might be drawn.
+
+    Both variances of the mean are added, that by seeds and that by items, which counts what is of neither twice: the
+    interval is rather too wide. Degrees of freedom are Satterthwaite's, rounded down.
+    """
+    means = [m for m in (values_SI.mean(1), values_SI.mean(0)) if len(m) > 1]
+    parts = [float(m.var() / len(m)) for m in means]
+    if not sum(parts):
+        return float(values_SI.mean()), 0.0
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(m) - 1) for part, m in zip(parts, means, strict=True))
+    quantile = next(q for df, q in reversed(QUANTILES.items()) if df <= freedom + 1e-9)
+    return float(values_SI.mean()), quantile * sum(parts) ** 0.5
+
+
+def worth(point: Run) -> Tensor:
+    """Returns what a point is good for, by held-out items: true rewards, or margins in nats."""
+    return unpacked(point["rewards"] if "rewards" in point else point["margins"])
+
+
+def at_level(points: list[Run], level: float) -> Tensor | None:
+    """Returns the items' worth where the frontier first reaches a KL, between the points beside it; None if never."""
+    for low, high in zip(points, points[1:], strict=False):
+        if low["kl"] <= level <= high["kl"]:
+            return worth(low) + (worth(high) - worth(low)) * (level - low["kl"]) / (high["kl"] - low["kl"])
+    return None
+
+
+def measures(levels: tuple[float, ...]) -> dict[str, Callable[[list[Run]], Tensor | None]]:
+    """Returns what is compared: name to a function of a run's points that gives values by item, or None."""
+    last = {name: lambda run, name=name: torch.tensor([run[-1][name]]) for name in ("length_balanced", "kl")}
+    return {
+        "accuracy": lambda run: (unpacked(run[-1]["margins"]).sign() + 1) / 2,
+        **last,
+        "worth": lambda run: worth(run[-1]),
+        **{f"worth at KL {level:g}": lambda run, level=level: at_level(run, level) for level in levels},
+    }
+
+
+def summarize(runs: dict[str, Run]) -> dict[str, Run]:
+    """Returns by task and variant the measures: mean and standard deviation over seeds, and the difference to `full`
+    with the same seeds, with the half width of its interval."""
+    summary: dict[str, Run] = {}
+    for of, variant in [(group, v) for group in dict.fromkeys(key.split("/")[0] for key in runs) for v in VARIANTS]:
+        for name, measured in measures(TASKS[of.partition("@")[0]].levels).items():
+            points = {seed: [runs.get(f"{of}/{v}/{seed}") for v in (variant, "full")] for seed in range(100)}
+            found = {s: [None if run is None else measured(run["points"]) for run in two] for s, two in points.items()}
+            means = [float(own.mean()) for own, _ in found.values() if own is not None]
+            beside = [own - full for own, full in found.values() if own is not None and full is not None]
+            if means:
+                line = {"seeds": len(means), "mean": statistics.mean(means)}
+                line |= {"std": statistics.stdev(means)} if len(means) > 1 else {}
+                if beside and variant != "full":
+                    line["difference"], line["half_width"] = interval(torch.stack(beside))
+                summary.setdefault(f"{of}/{variant}", {})[name] = line
+    return summary
+
+
+def cell(line: Run | None) -> str:
+    if line is None:
+        return ""
+    beside = f" ({line['difference']:+.3f} ± {line['half_width']:.3f})" if "difference" in line else ""
+    return f"{line['mean']:.3f} ± {line.get('std', float('nan')):.3f}{beside}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="quickstart")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--model", default="", help="folder of SmolLM2-135M-Instruct, for rewrites")
+    parser.add_argument("--data", default="", help="instruction-data-with-preference.json, for rewrites")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--show", action="store_true", help="measure nothing: the table of what is there")
+    args = parser.parse_args()
+    disable_progress_bars()
+    file = RESULTS / f"scopes_{args.device}.json"
+    results = json.loads(file.read_text("utf-8")) if file.is_file() else {"runs": {}}
+    for variant, seed in [(variant, seed) for seed in args.seeds for variant in args.variants if not args.show]:
+        key = f"{args.task}@{args.beta:g}/{variant}/{seed}"
+        if key not in results["runs"]:
+            run = results["runs"][key] = measure(args, variant, seed)
+            print(key, [(p["step"], p["kl"], float(worth(p).mean())) for p in run["points"]], flush=True)
+            results |= {"summary": summarize(results["runs"]), "versions": framework_versions()}
+            file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    summary = summarize(results["runs"])
+    names = list(dict.fromkeys(name for line in summary.values() for name in line))
+    print("| run | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names))
+    for run_of, line in summary.items():
+        print(f"| {run_of} | " + " | ".join(cell(line.get(name)) for name in names) + " |")
+
+
+if __name__ == "__main__":
+    main()
