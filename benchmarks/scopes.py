@@ -9,8 +9,8 @@ reward of a fresh completion to each of 192 held-out prompts. "rewrites" trains 
 smollm2_dpo.py) in NF4 on rasbt's pairs; its worth is the held-out pairs' margin in nats, its KL what the trainer logs
 of them. A run is judged several times along the way: worth over KL is its frontier.
 
-Adds what is missing to benchmarks/results/scopes_<device>.json, run by run, and prints the table: mean ± standard
-deviation over seeds, and in brackets the difference to the full adapter with its 95 % interval over items and seeds.
+Adds what is missing to benchmarks/results/scopes_<device>.json, run by run, and prints mean ± standard deviation over
+seeds, and the difference to the full adapter with its 95 % interval over held-out items and seeds.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,6 @@ VARIANTS = ("full", "upper_half", "answer_only", "answer_only_upper_half", "cont
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179, 20: 2.086, 40: 2.021}
 Run = dict[str, Any]
-Rows = list[dict[str, Any]]
 
 
 class Task(NamedTuple):
@@ -57,9 +57,6 @@ TASKS = {
 }
 
 
-# ---- One run --------------------------------------------------------------------------------------------------------
-
-
 def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
     """Returns the adapter of a variant, for a model of so many layers."""
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -68,25 +65,18 @@ def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> Lo
     if variant.endswith("upper_half"):
         config.layers_to_transform = list(range(layers // 2, layers))
     if variant.startswith("answer_only"):
-        of_prompt, opened = (
-            tokenizer.apply_chat_template(says("?"), add_generation_prompt=opens, return_dict=True)["input_ids"]
-            for opens in (False, True)
-        )
-        config.alora_invocation_tokens = opened[len(of_prompt) :]
+        says = [{"role": "user", "content": "?"}]
+        asked = tokenizer.apply_chat_template(says, tokenize=False)
+        opens = tokenizer.apply_chat_template(says, tokenize=False, add_generation_prompt=True)
+        config.alora_invocation_tokens = tokenizer(opens.removeprefix(asked), add_special_tokens=False)["input_ids"]
     return config
 
 
-def says(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-def read_pairs(task: str, data: str) -> tuple[Rows, Rows]:
+def read_pairs(task: str, data: str) -> tuple[list[Run], list[Run]]:
     """Returns the rows of a task to train on and those held out, no prompt in both."""
     if task == "quickstart":
-        lines = [Path(f).read_text("utf-8").splitlines() for f in (quickstart.train_file(), quickstart.test_file())]
-        train, test = (
-            [{c: json.loads(line)[c] for c in ("prompt", "chosen", "rejected")} for line in f] for f in lines
-        )
+        files = [Path(file).read_text("utf-8") for file in (quickstart.train_file(), quickstart.test_file())]
+        train, test = ([json.loads(line) for line in file.splitlines()] for file in files)
         return train, test[: TASKS[task].held_out]
     found = [from_alpaca(row) for row in json.loads(Path(data).read_text("utf-8")) if row["chosen"] != row["rejected"]]
     random.Random(0).shuffle(found)
@@ -123,7 +113,6 @@ class Judge(TrainerCallback):
 
 
 def packed(values: Tensor) -> str:
-    """Writes numbers in one line of text; `unpacked` reads it."""
     return " ".join(f"{value:.2f}" for value in values.tolist())
 
 
@@ -167,11 +156,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     judge = Judge(trainer, task.judged, bundled, seed)
     trainer.add_callback(judge)
     trainer.train()
-    trained = trainer.model.num_parameters(only_trainable=True)
-    return {"points": judge.points, "trained": trained, "seconds": round(time.time() - started, 1), "commit": commit()}
-
-
-# ---- What the runs say ----------------------------------------------------------------------------------------------
+    return {"points": judge.points, "seconds": round(time.time() - started, 1), "commit": commit()}
 
 
 def interval(values_SI: Tensor) -> tuple[float, float]:
@@ -180,7 +165,7 @@ def interval(values_SI: Tensor) -> tuple[float, float]:
     Both variances of the mean are added, that by seeds and that by items, which counts what is of neither twice: the
     interval is rather too wide. Degrees of freedom are Satterthwaite's, rounded down.
     """
-    means = [m for m in (values_SI.mean(1), values_SI.mean(0)) if len(m) > 1]
+    means = [m for m in (values_SI.mean(1), values_SI.mean(0)) if len(m) > 1]  # a KL is no item's
     parts = [float(m.var() / len(m)) for m in means]
     if not sum(parts):
         return float(values_SI.mean()), 0.0
@@ -204,39 +189,37 @@ def at_level(points: list[Run], level: float) -> Tensor | None:
 
 def measures(levels: tuple[float, ...]) -> dict[str, Callable[[list[Run]], Tensor | None]]:
     """Returns what is compared: name to a function of a run's points that gives values by item, or None."""
-    last = {name: lambda run, name=name: torch.tensor([run[-1][name]]) for name in ("length_balanced", "kl")}
     return {
         "accuracy": lambda run: (unpacked(run[-1]["margins"]).sign() + 1) / 2,
-        **last,
+        "length_balanced": lambda run: torch.tensor([run[-1]["length_balanced"]]),
+        "kl": lambda run: torch.tensor([run[-1]["kl"]]),
         "worth": lambda run: worth(run[-1]),
-        **{f"worth at KL {level:g}": lambda run, level=level: at_level(run, level) for level in levels},
+        **{f"worth at KL {level:g}": partial(at_level, level=level) for level in levels},
     }
 
 
 def summarize(runs: dict[str, Run]) -> dict[str, Run]:
     """Returns by task and variant the measures: mean and standard deviation over seeds, and the difference to `full`
     with the same seeds, with the half width of its interval."""
+    by: dict[str, dict[str, list[Run]]] = {}
+    for key, run in runs.items():
+        by.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = run["points"]
     summary: dict[str, Run] = {}
-    for of, variant in [(group, v) for group in dict.fromkeys(key.split("/")[0] for key in runs) for v in VARIANTS]:
-        for name, measured in measures(TASKS[of.partition("@")[0]].levels).items():
-            points = {seed: [runs.get(f"{of}/{v}/{seed}") for v in (variant, "full")] for seed in range(100)}
-            found = {s: [None if run is None else measured(run["points"]) for run in two] for s, two in points.items()}
-            means = [float(own.mean()) for own, _ in found.values() if own is not None]
-            beside = [own - full for own, full in found.values() if own is not None and full is not None]
-            if means:
-                line = {"seeds": len(means), "mean": statistics.mean(means)}
-                line |= {"std": statistics.stdev(means)} if len(means) > 1 else {}
-                if beside and variant != "full":
-                    line["difference"], line["half_width"] = interval(torch.stack(beside))
-                summary.setdefault(f"{of}/{variant}", {})[name] = line
+    for name in sorted(by, key=lambda name: (name.split("/")[0], VARIANTS.index(name.split("/")[1]))):
+        full = by.get(f"{name.split('/')[0]}/full", {})
+        for measure_name, of in measures(TASKS[name.partition("@")[0]].levels).items():
+            found = {seed: items for seed, points in by[name].items() if (items := of(points)) is not None}
+            if not found:
+                continue
+            means = [float(items.mean()) for items in found.values()]
+            line = {"seeds": len(means), "mean": statistics.mean(means)}
+            line |= {"std": statistics.stdev(means)} if len(means) > 1 else {}
+            pairs = [(items, of(full[seed])) for seed, items in found.items() if seed in full]
+            beside = [items - others for items, others in pairs if others is not None]
+            if len(beside) > 1 and not name.endswith("/full"):
+                line["difference"], line["half_width"] = interval(torch.stack(beside))
+            summary.setdefault(name, {})[measure_name] = {word: round(value, 4) for word, value in line.items()}
     return summary
-
-
-def cell(line: Run | None) -> str:
-    if line is None:
-        return ""
-    beside = f" ({line['difference']:+.3f} ± {line['half_width']:.3f})" if "difference" in line else ""
-    return f"{line['mean']:.3f} ± {line.get('std', float('nan')):.3f}{beside}"
 
 
 def main() -> None:
@@ -260,11 +243,7 @@ def main() -> None:
             print(key, [(p["step"], p["kl"], float(worth(p).mean())) for p in run["points"]], flush=True)
             results |= {"summary": summarize(results["runs"]), "versions": framework_versions()}
             file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    summary = summarize(results["runs"])
-    names = list(dict.fromkeys(name for line in summary.values() for name in line))
-    print("| run | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names))
-    for run_of, line in summary.items():
-        print(f"| {run_of} | " + " | ".join(cell(line.get(name)) for name in names) + " |")
+    print(json.dumps(summarize(results["runs"]), indent=1))
 
 
 if __name__ == "__main__":
