@@ -47,13 +47,14 @@ class Task(NamedTuple):
 
     judged: tuple[int, ...]  # after these steps; the last one ends the training
     pairs: int  # a step
+    rate: float
     held_out: int  # pairs
     levels: tuple[float, ...]  # of KL, in nats a completion, at which the frontiers are compared
 
 
 TASKS = {
-    "quickstart": Task((16, 26, 40), 16, 128, (0.5, 1.0, 2.0)),
-    "rewrites": Task((5, 10), 8, 96, (0.5,)),
+    "quickstart": Task((16, 24, 40), 16, 6e-4, 128, (0.5, 1.0, 2.0)),
+    "rewrites": Task((5, 10), 8, 3e-4, 96, (0.5,)),
 }
 
 
@@ -92,7 +93,6 @@ class Judge(TrainerCallback):
         self.trainer, self.judged, self.samples, self.seed, self.points = trainer, judged, samples, seed, list[Run]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Adds a point: KL and worth; where they are cheap or needed, the held-out pairs' margins too."""
         if state.global_step not in self.judged:
             return
         trainer, point = self.trainer, {"step": state.global_step}
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
         max_steps=task.judged[-1],
         per_device_train_batch_size=task.pairs,
         per_device_eval_batch_size=32,
-        learning_rate=3e-4,
+        learning_rate=task.rate,
         lr_scheduler_type="cosine",
         warmup_steps=task.judged[-1] // 8,
         seed=seed,
