@@ -17,6 +17,7 @@ _HOME = {
     "ImplicitReward": "reward",
     "dpo_loss": "losses",
     "sequence_logps": "forward",
+    "answer_only": "data",
     "preprocess_dpo_sample": "data",
     "prepare_dataset": "data",
     "from_alpaca": "data",

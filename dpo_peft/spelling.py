@@ -24,6 +24,7 @@ _ALSO_CALLED = {
     "lora_r": "lora_rank rank r lora_dim",
     "lora_alpha": "alpha",
     "lora_target_modules": "lora_target target_modules lora_modules",
+    "lora_layers_to_transform": "layers_to_transform peft_layers_to_transform lora_layers",
     "quantize_base": "load_in_4bit quantization_bit quantize",
     "report_to": "wandb use_wandb",
     "resume_from_checkpoint": "resume auto_resume_from_checkpoints",

@@ -98,7 +98,7 @@ class DPOTrainer(Trainer):
         self.model_name = "" if isinstance(model, PeftModel) else name
         self.command_options: dict[str, Any] | None = None
         # Data comes before the model: a bad row is found in seconds, not after minutes of loading.
-        self.prepare = Preparation(args, self.objective, self.tokenizer, self.images)
+        self.prepare = Preparation(args, self.objective, self.tokenizer, self.images, (model, peft_config))
         self.data_reports, self.data_sources = self.prepare.reports, self.prepare.sources
         train_dataset, eval_dataset = self.prepare.training(train_dataset), self.prepare.evaluation(eval_dataset)
         compared = self.objective.needs_reference
@@ -130,7 +130,7 @@ class DPOTrainer(Trainer):
         self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers, tiny)
         plan, objective = self.forward_plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
-        self.reference.lockstep = placement_of(self.model) is not None
+        self.reference.lockstep = placement_of(self.model) is not None or plan.shares_work
         self._build_parts(data_collator)
         trained = partial(trained_with, self.model, args, self.objective, as_given, self.prepare.as_chat)
         self._record = lambda: record_training(self.model, self.policy_adapter, trained())

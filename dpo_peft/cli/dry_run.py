@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig
 
 from ..config import DPOConfig
 from ..data import DataReport
 from ..errors import OptionError
 from ..model.adapters import is_adapter
+from ..model.base import base_config
 from ..planning.memory import GIB, RESERVE
 from ..planning.run import DEFAULTS, plan
 from ..planning.sketch import Sketch
@@ -37,7 +37,7 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any], processes: int)
     name, train, evaluated = (inputs[one] for one in ("model", "train_dataset", "eval_dataset"))
     given = name, None, args, train, evaluated, None, inputs["quantization_config"]
     _, _, tokenizer, images, objective = check_constructor(*given, own_metrics=False)
-    prepare = Preparation(args, objective, tokenizer, images)
+    prepare = Preparation(args, objective, tokenizer, images, (name, inputs["peft_config"]))
     prepared, _ = prepare.training(train), prepare.evaluation(evaluated)
     figures: dict[str, Any] = {
         "model": _model(name, args, inputs["peft_config"]),
@@ -54,12 +54,7 @@ def _model(name: str, args: DPOConfig, lora: LoraConfig | None) -> dict[str, Any
     """Puts the adapter on the model without numbers: which layers get one, and how many weights it has."""
     if lora is None:
         return {"name": name, "adapter": "the one that is given is trained further"}
-    kwargs: Any = args.model_init_kwargs
-    revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=args.trust_remote_code, **revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
+    config = base_config(name, args.model_init_kwargs, args.trust_remote_code)
     sketch = Sketch(config, lora, args.trust_remote_code, experts=args.lora_experts, vision=args.lora_vision)
     layers = {path.split(".lora_A")[0] for path, _ in sketch.adapted.named_parameters() if ".lora_A" in path}
     kinds = sorted({path.rsplit(".", 1)[-1] for path in layers})

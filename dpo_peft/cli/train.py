@@ -61,6 +61,17 @@ class ModelArguments:
     )
     lora_target_parameters: list[str] | None = option(None, "Parameters that get an adapter, such as fused experts'.")
     lora_modules_to_save: list[str] | None = option(None, "Modules to train in full.")
+    lora_layers_to_transform: None | str | list[str] = option(
+        None, "Layers that get an adapter: numbers, ranges as 16-31, or a share as 0.5, the upper half. Default: all."
+    )
+    adapter_scope: str = option(
+        "all",
+        "Tokens that the adapter acts on: completions leaves prompts to the base.",
+        choices=["all", "completions"],
+    )
+    adapter_invocation: str | None = option(
+        None, "adapter_scope completions: the text before each completion, if not the chat template's."
+    )
     lora_task_type: str = option("CAUSAL_LM", "The only one.", choices=["CAUSAL_LM"])
     use_peft: bool | None = option(None, "An adapter is trained in any case.", nargs="?", const=True)
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(lora_r).")
@@ -296,7 +307,7 @@ def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None"
             "below it is the reference. Set use_peft to true, or leave it out."
         )
     if is_adapter(model.model_name_or_path, revision=model.model_revision):
-        of_new = [f for f in fields(model) if f.name.startswith(("lora_", "use_rslora", "use_dora"))]
+        of_new = [f for f in fields(model) if f.name.startswith(("lora_", "use_rslora", "use_dora", "adapter_"))]
         if given := [f.name for f in of_new if getattr(model, f.name) != f.default]:
             raise OptionError(
                 f"{', '.join(given)}: no effect, {model.model_name_or_path} is an adapter and keeps its own. Leave "
@@ -306,7 +317,7 @@ def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None"
     # With use_peft the options are those of a file for TRL, where the dropout is turned off without a word.
     if model.lora_dropout and args.disable_dropout and not model.use_peft:
         raise OptionError("lora_dropout has no effect while disable_dropout is true: set disable_dropout to false.")
-    return LoraConfig(
+    config = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
@@ -317,6 +328,28 @@ def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None"
         use_dora=model.use_dora,
         task_type="CAUSAL_LM",
     )
+    return _scoped(config, model, args)
+
+
+def _scoped(config: "LoraConfig", model: ModelArguments, args: "DPOConfig") -> "LoraConfig":
+    """Puts the layers that the adapter is on into its config, and the tokens that it acts from."""
+    from ..data import answer_only
+    from ..model.base import base_config
+    from ..model.scope import layer_numbers
+    from ..training.arguments import load_tokenizer
+
+    name, kwargs = model.model_name_or_path, args.model_init_kwargs
+    if model.lora_layers_to_transform is not None:
+        shape = base_config(name, kwargs, args.trust_remote_code).get_text_config(decoder=True)
+        # PEFT takes it beside names alone, which "all-linear" becomes once the model is there.
+        config.layers_to_transform = layer_numbers(model.lora_layers_to_transform, shape.num_hidden_layers)
+    if model.adapter_scope == "completions":
+        tokenizer = load_tokenizer(name, kwargs, args.trust_remote_code)
+        config.alora_invocation_tokens = answer_only(tokenizer, model.adapter_invocation)
+        logger.info("The adapter acts from %r on.", tokenizer.decode(config.alora_invocation_tokens))
+    elif model.adapter_invocation is not None:
+        raise OptionError("adapter_invocation: no effect with adapter_scope all. Set completions, or leave it out.")
+    return config
 
 
 def target_modules(given: "None | str | list[str]") -> "None | str | list[str]":

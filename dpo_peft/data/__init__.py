@@ -12,6 +12,7 @@ _HOME = {
     "TRUNCATION_MODES": "truncate",
     "DataReport": "summary",
     "DataSummary": "summary",
+    "answer_only": "invocation",
     "convert_dataset": "published",
     "from_alpaca": "converters",
     "from_hh": "converters",

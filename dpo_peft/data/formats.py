@@ -73,6 +73,7 @@ class Wanted:
     single_best: bool = False
     unpair: bool = False
     images: bool = False  # a processor is there to read them
+    invocation: tuple[int, ...] = ()  # that each prompt must hold, see `invocation.py`
 
     def __post_init__(self) -> None:
         if self.data not in DATA_KINDS:

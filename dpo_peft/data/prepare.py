@@ -60,6 +60,7 @@ def prepare_dataset(
     unpair: bool = False,
     as_chat: bool | None = False,
     images: Images | None = None,
+    invocation: Sequence[int] = (),
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
     """Tokenizes a preference dataset.
 
@@ -88,6 +89,7 @@ def prepare_dataset(
             None: if the tokenizer has one, and most prompts aren't rendered already. `summary.as_chat` says which.
         images: The model's processor, if rows may hold images (`images.py`); `tokenizer` is its own. It remembers
             where the images of the prepared rows are found.
+        invocation: Tokens that an answer-only adapter acts from (`invocation.py`): each prompt must hold them.
 
     Returns:
         The prepared rows and the summary. A row has `prompt_ids` (list of int), `completion_ids` (one list per
@@ -113,7 +115,8 @@ def prepare_dataset(
     check_truncation(max_length, truncation_mode)
     _check_options(on_unusable, max_unusable_share, num_proc)
     check_tokenizer(tokenizer, need_eos=False)
-    wanted = Wanted(data, tuple(label_columns), discount_unit, single_best, unpair, images is not None)
+    labels, begins = tuple(label_columns), tuple(invocation)
+    wanted = Wanted(data, labels, discount_unit, single_best, unpair, images is not None, begins)
     dataset = dataset if images is None else undecoded(dataset)
     columns, first = _first_row(dataset, name)
     rows = _sample(dataset, first)

@@ -52,11 +52,15 @@ REASONS = {
         "truncation would take away an image, or a part of one",
         "raise max_length or use truncation_mode='keep_start'",
     ),
+    "invocation_cut": (
+        "truncation would take away the tokens that an answer-only adapter acts from",
+        "raise max_length or use truncation_mode='keep_start'",
+    ),
 }
 # Their names, in this order.
 EMPTY_COMPLETION, IDENTICAL, IDENTICAL_AFTER, PROMPT_TOO_LONG, COMPLETION_TOO_LONG, *_others = REASONS
 TRANSCRIPTS_DIFFER, NO_COMMON_PROMPT, NO_RANKING, NO_SINGLE_BEST, SAME_TEXT, MISSING_VALUE, *_others = _others
-NOTHING_SCORED, UNREADABLE_IMAGE, IMAGE_CUT = _others
+NOTHING_SCORED, UNREADABLE_IMAGE, IMAGE_CUT, INVOCATION_CUT = _others
 ROWS_NAMED = 5
 NOTABLE = 0.01  # share of rows
 

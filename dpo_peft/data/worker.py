@@ -10,18 +10,21 @@ from typing import Any
 from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..forward.scope import invocation_start
 from .chat import UNENDED, Chat, Place
 from .encode import Encoder
 from .fields import NoValue, Row, RowProblem, Values, check_size, read_number, read_preference
 from .formats import ASKING_ROLES, IMAGE_COLUMNS, Example, RowFormat, Wanted
 from .image_rows import ImageFile, place_images, take_images
 from .images import Images
+from .invocation import check_invoked
 from .parse import Parsed
 from .summary import (
     EMPTY_COMPLETION,
     IDENTICAL,
     IDENTICAL_AFTER,
     IMAGE_CUT,
+    INVOCATION_CUT,
     MISSING_VALUE,
     NO_RANKING,
     NO_SINGLE_BEST,
@@ -225,7 +228,9 @@ class RowWorker:
         encoded = self._encode(example)
         if isinstance(encoded, str):
             return encoded
-        whole = encoded.prompt_ids, encoded.completion_ids
+        whole, begins = (encoded.prompt_ids, encoded.completion_ids), self.wanted.invocation
+        named = dict(zip(example.fields, encoded.completion_ids, strict=True))
+        check_invoked(self.tokenizer, begins, encoded.prompt_ids, named)
         fitted = fit(*whole, self.max_length, self.truncation_mode, encoded.steps)
         if isinstance(fitted, str):
             return fitted
@@ -233,6 +238,8 @@ class RowWorker:
             return IDENTICAL_AFTER
         if self.images is not None and self.images.cuts(encoded.prompt_ids, fitted.prompt_cut):
             return IMAGE_CUT
+        if begins and invocation_start(fitted.prompt_ids, begins) is None:
+            return INVOCATION_CUT
         steps = fitted.steps
         if not fitted.prompt_ids:  # nothing predicts the first token
             steps = [[GIVEN, *values[1:]] for values in steps]

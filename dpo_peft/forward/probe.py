@@ -73,6 +73,11 @@ class ForwardPlan:
         """Returns the backend for `completion_logps`."""
         return self.fused or self.backend
 
+    @property
+    def shares_work(self) -> bool:
+        """Returns whether a policy and its reference have parts of their passes in common."""
+        return self.fused is not None and self.fused.shares_work
+
     def __str__(self) -> str:
         if not self.shared:
             return f"One padded row per completion: {self.reason}."

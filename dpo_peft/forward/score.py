@@ -32,6 +32,11 @@ class Decoder(ABC):
     checkpointed: Callable[[PackedBatch], int]  # how many of the first layers keep their input alone
     offload: bool  # keep those inputs in the CPU's memory
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether `with_reference` computes less than two passes."""
+        return False
+
     @abstractmethod
     def hidden_states(self, batch: PackedBatch, router_logits: list[Tensor] | None = None) -> Tensor:
         """Returns the normed hidden states that predict, (N, H), for a shared batch on the model's device.

@@ -15,7 +15,8 @@ and while B = 0 both are equal bit for bit.
 Shape suffixes: T tokens, K inputs, N outputs, R adapter ranks of all layers together (rounded up to a multiple of 8).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ class Projection:
         self.outputs: list[int] = [base.out_features for base in self.bases]
         most = [max(m.r.values(), default=0) if isinstance(m, LoraLayer) else 0 for m in modules]
         self.rank = -(sum(most) // -_ALIGNMENT) * _ALIGNMENT
+        self.keeps = False  # see `kept_weights`
+        self.kept: Tensor | None = None
         self.bias_N: Tensor | None = None
         if biases := [base.bias.detach() for base in self.bases if base.bias is not None]:
             zeros = [biases[0].new_zeros(n) for n in self.outputs]
@@ -79,11 +82,16 @@ class ProjectionPass:
 
     def weight(self, like: Tensor) -> Tensor:
         """Returns [W, B], (N, K + R), in dtype and on device of `like`."""
-        outputs = self.projection.outputs
+        outputs, out = self.projection.outputs, self.projection.kept
+        if out is not None:
+            if self.b_NR is not None:  # without, u is 0 beside the B of another pass
+                out[:, self.inputs :] = self.b_NR
+            return out
         out = like.new_empty(sum(outputs), self.inputs + self.projection.rank)
         beside = [None] * len(outputs) if self.b_NR is None else self.b_NR.split(outputs)
         for base, b_nR, rows in zip(self.projection.bases, beside, out.split(outputs), strict=True):
             weight_into(base, b_nR, rows)
+        self.projection.kept = out if self.projection.keeps else None
         return out
 
     def empty_input(self, like: Tensor) -> Tensor:
@@ -152,6 +160,18 @@ class ProjectionPass:
         for rows, ranks, scale in self.blocks:
             grads += [grad_a_RK[ranks] * scale, grad_b_NR[rows, ranks].contiguous()]
         return grads
+
+
+@contextmanager
+def kept_weights(projections: Sequence[Projection]) -> Iterator[None]:
+    """Inside, the matrices of these projections are made once for all passes that read them."""
+    for one in projections:
+        one.keeps = True
+    try:
+        yield
+    finally:
+        for one in projections:
+            one.keeps, one.kept = False, None
 
 
 def _product(a_TM: Tensor, b_TN: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ from .attention import bind
 from .decoder import Checkpointed, DecoderLayer, LayerPass, SelfAttention, without_keeping
 from .elementwise import Norm, RMSNorm
 from .heads import Angles
-from .lora import prepare
+from .lora import kept_weights, prepare
 from .own import Surroundings, exchanged
 
 
@@ -72,6 +72,11 @@ class FusedModel(Decoder):
     def __str__(self) -> str:
         return f"fused, {self.attention}"
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether `with_reference` computes less than two passes."""
+        return self.parts.answer_only or not _adapted(self.parts.layers[0], None)
+
     def reference(self, adapter: str | None) -> "FusedModel":
         """Returns the same with the frozen `adapter` in the place of the active one, or with none."""
         other = copy.copy(self)
@@ -99,8 +104,9 @@ class FusedModel(Decoder):
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             for i, module in enumerate(self.modules):
                 bring_in(module)
-                for one in walking:
-                    if one.trunk is None or i >= one.first:
+                here = [one for one in walking if one.trunk is None or i >= one.first]
+                with kept_weights(self.parts.layers[i].projections if len(here) > 1 else []):
+                    for one in here:
                         with torch.set_grad_enabled(one.differentiable and i >= one.first):
                             one.run(i)
                             one.x_TH = leaving(module, one.x_TH)
@@ -134,6 +140,12 @@ def _passes(decoders: Sequence[FusedModel], batch: PackedBatch, routed: bool) ->
     if others and 0 < own.first <= others[0].first:
         own.trunk = others[0]
     return prompts, found
+
+
+def _adapted(layer: DecoderLayer, only: tuple[str, ...] | None) -> bool:
+    """Returns whether adapters may be on in a layer; `only` as in `Projection.active`."""
+    own = (half for half in layer.own if only != () and any(adapter_layers(half.modules)))
+    return any(projection.active(only) for projection in layer.projections) or any(own)
 
 
 class _Rows(NamedTuple):
@@ -197,13 +209,9 @@ class _Pass:
             kinds = {mixer.rope for mixer in self.mixers if mixer and mixer.rope}
             at = rows.embedded.positions
             self.angles = {kind: parts.angles(self.x_TH[None], at, kind) for kind in sorted(kinds)}
-        adapted = (i for i, layer in enumerate(layers) if any(p.blocks for p in self.prepared[i]) or self._own(layer))
+        adapted = (i for i, layer in enumerate(layers) if _adapted(layer, only))
         # Adapters in a tower are before the first layer.
         self.first = 0 if self.x_TH.requires_grad else next(adapted, len(layers))
-
-    def _own(self, layer: DecoderLayer) -> bool:
-        """Returns whether modules that run as they are have adapters which may be on."""
-        return self.decoder._only != () and any(True for half in layer.own for _ in adapter_layers(half.modules))
 
     def run(self, i: int) -> None:
         """Runs layer `i`, after the one before it."""

@@ -21,6 +21,7 @@ from ..errors import OptionError
 from ..manifests import check_one_run, settle
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors, holds_adapter, same_values, unused_name
 from .experts import group_adapters
+from .scope import check_answer_only, check_same_scope
 from .targets import targets_as_named
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def check_adapter(config: PeftConfig) -> None:
     """Refuses an adapter, to be trained or to be the reference, that no reference can be kept for.
 
     Raises:
-        OptionError: not a LoRA adapter, or one that trains the base's biases or acts on some tokens only.
+        OptionError: not a LoRA adapter, one that trains the base's biases, or an answer-only one of a kind that
+            PEFT does not know.
     """
     if not isinstance(config, LoraConfig):
         raise OptionError(
@@ -65,11 +67,7 @@ def check_adapter(config: PeftConfig) -> None:
             f"peft_config.bias={config.bias!r} trains the base model's own biases, and switching the adapter off does "
             'not restore them: the reference would drift unnoticed. Set bias="none".'
         )
-    if config.alora_invocation_tokens:
-        raise OptionError(
-            "peft_config.alora_invocation_tokens is not supported: an activated LoRA acts only after its invocation "
-            "tokens, which packed prompts don't keep track of. Leave it out."
-        )
+    check_answer_only(config)
 
 
 def moved_base(config: LoraConfig) -> str | None:
@@ -143,6 +141,7 @@ def load_frozen(model: PeftModel, folder: str) -> str:
     ours, its = model.get_base_model().config._name_or_path, config.base_model_name_or_path
     if ours and its and ours != its:
         logger.warning("The reference %s was trained on %s and is used on %s: is it the same base?", folder, its, ours)
+    check_same_scope(model, model.active_adapters[0], config, f"reference={folder!r}")
     name = unused_name(model)
     config.inference_mode = True
     remedy = "Choose an adapter of the same base; where PEFT can't wrap the same module in both, one of other targets."

@@ -38,6 +38,16 @@ def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def base_config(name: str, init_kwargs: object = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Returns the config of a model by name, found where `init_kwargs` say; an OptionError if it can't be read."""
+    given = init_kwargs if isinstance(init_kwargs, dict) else {}
+    where = {key: given[key] for key in _FILES if given.get(key) is not None}
+    try:
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": trust_remote_code, **where})
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
+
+
 def load_base(
     name: str,
     quantization_config: QuantizationConfigMixin | None = None,

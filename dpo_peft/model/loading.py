@@ -38,6 +38,7 @@ from .base import load_base, unloadable_refused
 from .checkpoint_formats import Checkpoint
 from .experts import group_adapters, target_experts
 from .rebuilding import keep_weights, resize_as_saved
+from .scope import check_attached
 from .targets import choose_targets, log_targets, save_as_parameters, starred, targets_as_named
 from .training_record import UNRECORDED, read_training
 
@@ -65,7 +66,7 @@ def load_model(
         OptionError: as `load_base`; the base is not named or not found, or the adapter does not fit it.
     """
     kwargs = dict(init_kwargs or {})
-    from_hub = {key: kwargs[key] for key in FROM_HUB if kwargs.get(key) is not None}
+    from_hub = hub_place(kwargs)
     if not is_adapter(name, **from_hub):
         return load_base(name, quantization_config, quantize, init_kwargs, trust_remote_code, device)
     config = read_config(name, **from_hub)
@@ -102,7 +103,7 @@ def check_checkpoint(
         OptionError: such a base, or no model.
     """
     kwargs: dict[str, object] = dict(init_kwargs or {})
-    from_hub = {key: kwargs[key] for key in FROM_HUB if kwargs.get(key) is not None}
+    from_hub = hub_place(kwargs)
     given: Any = kwargs.get("quantization_config", quantization_config)
     if not is_adapter(name, **from_hub):
         with unloadable_refused(name):
@@ -110,6 +111,12 @@ def check_checkpoint(
     elif (base := (config := read_config(name, **from_hub)).base_model_name_or_path) is not None:
         with suppress(OSError):
             Checkpoint(base, given, quantize, {**kwargs, "revision": config.revision})
+
+
+def hub_place(init_kwargs: object) -> dict[str, Any]:
+    """Returns the part of `model_init_kwargs` that says where a name's files are on the Hub."""
+    given = init_kwargs if isinstance(init_kwargs, dict) else {}
+    return {key: given[key] for key in FROM_HUB if given.get(key) is not None}
 
 
 def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, object], *how: Any) -> PeftModel:
@@ -200,6 +207,7 @@ def attach_adapter(
         check_adapter(peft_config)
         _check_reference(peft_config, reference, fresh=True)
         model, starts_at_base = _new_adapter(model, peft_config, reference, vision)
+    check_attached(model, model.active_adapters[0])
     group_adapters(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:

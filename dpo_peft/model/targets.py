@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import _find_minimal_target_modules
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft.utils import transformers_weight_conversion as conversion
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ from ..forward.images import check_takes_images, own_inputs
 from ..forward.layout import Sample, pad_rows
 from ..forward.modules import eval_mode, text_decoder
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
+from .scope import check_layers
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,10 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel, vision: Sample | 
         The linear layers that are left out, name to reason; empty for other targets.
 
     Raises:
-        OptionError: `vision` is given for other targets, or to a model that takes no images.
+        OptionError: `vision` is given for other targets, or to a model that takes no images; a layer is named that the
+            model doesn't have.
     """
+    check_layers(config, model)
     if vision is not None:
         check_takes_images(model)
         if config.target_modules != ALL_LINEAR:
@@ -72,9 +75,19 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel, vision: Sample | 
     reached = _reached(model, fit, vision)
     left_out |= {name: "the log-probs of a short text do not depend on it" for name in fit if name not in reached}
     others = {name for name, _ in model.named_modules()} - reached
-    in_layers = config.layers_to_transform is not None or bool(_renamed(model))  # PEFT reads patterns otherwise there
-    config.target_modules = reached if in_layers else _shortest(reached, others)
+    if config.layers_to_transform is not None:
+        config.target_modules = in_layers(config, model, reached)
+    else:
+        config.target_modules = reached if _renamed(model) else _shortest(reached, others)  # PEFT reads patterns anew
     return left_out
+
+
+def in_layers(config: LoraConfig, model: PreTrainedModel, targets: set[str]) -> set[str]:
+    """Returns the targets of some layers as PEFT finds them: by their last names, or by their whole names where other
+    modules of these layers are called so too. Of whole names PEFT doesn't look at the layer."""
+    config.target_modules = {name.rpartition(".")[2] for name in targets}
+    found = {name for name, _ in model.named_modules() if check_target_module_exists(config, name) is True}
+    return found & targets if found - targets or _renamed(model) else config.target_modules
 
 
 def unfit_layers(

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..config import DPOConfig
 from ..config_checks import Rule, check_option_names, free, number, whole
 from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
+from ..model.base import base_config
 from ..model.checkpoint_formats import FORMATS
+from ..model.scope import layer_numbers
 from .gpus import Gpu, is_hopper, of_size, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
 from .placing import cut, needs_reference, place, price, remedies
@@ -52,7 +54,9 @@ FIELDS = (*fields(DPOConfig), *fields(PlanOptions))
 DEFAULTS: dict[str, object] = {
     **{f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in FIELDS},
     **{"model_name_or_path": "", "model_revision": None, "dtype": "bfloat16", "lora_r": 16, "use_dora": False},
-    **dict.fromkeys("lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora".split()),
+    **dict.fromkeys(
+        "lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora lora_layers_to_transform".split()
+    ),
 }
 # What those may be whose fields don't say it.
 RULES = {
@@ -200,15 +204,13 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
 
         name, adapter = _base_of(o)
         revision = o.model_revision if adapter is None else None
-        try:
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=o.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
+        config = base_config(name, {"revision": revision}, o.trust_remote_code)
         recognized = config.get_text_config(decoder=True).model_type in MODEL_TYPES
         stored |= _stored(config, name)
         with suppress(NotPlainError):
             shape = Shape.of(config, o.trust_remote_code)
-    lora = _lora_config(o) if adapter is None else adapter
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    lora = _lora_config(o, layers) if adapter is None else adapter
     reference = None
     if needs_reference(o) and o.reference not in (None, "initial", "base"):
         reference = read_config(o.reference)
@@ -242,17 +244,20 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
     return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options), sketch.weights
 
 
-def _lora_config(o: SimpleNamespace) -> LoraConfig:
+def _lora_config(o: SimpleNamespace, layers: int) -> LoraConfig:
     """The adapter that the options describe."""
     if o.lora_r < 1:
         raise OptionError(f"lora_r={o.lora_r} must be at least 1.")
-    return LoraConfig(
+    config = LoraConfig(
         r=o.lora_r,
         target_modules=list(o.lora_target_modules) if o.lora_target_modules else "all-linear",
         use_dora=o.use_dora,
         modules_to_save=list(o.lora_modules_to_save) if o.lora_modules_to_save else None,
         task_type="CAUSAL_LM",
     )
+    # PEFT takes it beside names alone, which "all-linear" becomes once the model is there.
+    config.layers_to_transform = layer_numbers(o.lora_layers_to_transform, layers)
+    return config
 
 
 def _base_of(o: SimpleNamespace) -> tuple[str, PeftConfig | None]:

@@ -26,7 +26,7 @@ from ..forward.modules import decoder_layers, text_decoder
 from ..model.adapters import misfits_refused
 from ..model.base import all_linear_quantized, class_of, fitted, nf4_config
 from ..model.experts import expert_weights, experts_in_4_bits
-from ..model.targets import is_linear, starred, targets_as_named, unfit_layers
+from ..model.targets import in_layers, is_linear, starred, targets_as_named, unfit_layers
 
 ROW = 64  # tokens of a row on fake tensors, some of whose layers take them one by one
 # bitsandbytes: weights share a scale in blocks of 64, scales one in blocks of 256; code tables are float32.
@@ -170,7 +170,8 @@ class Sketch:
         config, model = copy.deepcopy(self.lora), self._build()
         if config.target_modules == "all-linear":
             layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-            config.target_modules = layers.keys() - unfit_layers(config, model, layers, self.vision).keys()
+            fit = {*layers} - unfit_layers(config, model, layers, self.vision).keys()
+            config.target_modules = fit if config.layers_to_transform is None else in_layers(config, model, fit)
         elif not isinstance(config.target_modules, str):
             names = {part for path, layer in model.named_modules() if is_linear(layer) for part in _ends(path)}
             names |= {"embed_tokens", *(part for path, _ in model.named_parameters() for part in _ends(path))}

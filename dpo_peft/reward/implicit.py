@@ -30,6 +30,7 @@ from ..data.collator import PreferenceCollator
 from ..data.fields import RowProblem
 from ..data.formats import CHAT_COLUMNS, IMAGE_COLUMNS
 from ..data.images import Images
+from ..data.invocation import check_invoked
 from ..data.prompts import PROMPT_COLUMNS, encode_completions
 from ..data.summary import IMAGE_CUT
 from ..data.tokenize import check_tokenizer
@@ -39,6 +40,7 @@ from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
 from ..forward.modules import unwrap
 from ..forward.rotary import fixed_rope, rope_length
+from ..forward.scope import invocation_tokens
 from ..forward.states import read_layouts, read_rows
 from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, rope_length_of, trained_in
 from ..model.loading import disable_dropout
@@ -327,7 +329,11 @@ class ImplicitReward:
         """Returns token ids of one prompt and its completions, which begin at number `first` of the call."""
         try:
             as_chat = bool(self.adapter.setup.as_chat)
-            return encode_completions(self.tokenizer, entries, first, self._vocab_size, as_chat, self.images)
+            row = encode_completions(self.tokenizer, entries, first, self._vocab_size, as_chat, self.images)
+            named = {f"completion {number}": ids for number, ids in enumerate(row["completion_ids"], first)}
+            begins = invocation_tokens(self.model.peft_config, self.adapter.policy)
+            check_invoked(self.tokenizer, begins, row["prompt_ids"], named)
+            return row
         except RowProblem as problem:
             raise DataError(
                 f"implicit reward of {problem.field}: {problem.problem}. Remedy: {problem.remedy}."

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.fields import read_grades
 from ..data.formats import GRADE_COLUMNS
+from ..forward.scope import invocation_tokens
 from ..model.adapter_source import UNRECORDED, AdapterSource
 from ..training.arguments import hold_images
 from ..training.tally import Tally, tally_singles
@@ -54,7 +55,8 @@ def score_dataset(
     # Rows first: a bad one is found in seconds, not after minutes of loading the model.
     images = source.images(needed=hold_images(rows))
     tokenizer = images.tokenizer if images else source.tokenizer()
-    data = prepare_rows(rows, tokenizer, setup, limit, unneeded_columns, images)
+    invocation = invocation_tokens({"": source.config}, "")
+    data = prepare_rows(rows, tokenizer, setup, limit, unneeded_columns, images, invocation)
     logger.info("%s", data.summary)
     reward = ImplicitReward(source, tokenizer=images, beta=beta, max_length=limit, max_tokens=max_tokens)
     logger.info("%s", reward.plan)

@@ -55,6 +55,7 @@ def prepare_rows(
     max_length: int | None,
     unneeded_columns: Sequence[str] = (),
     images: Images | None = None,
+    invocation: Sequence[int] = (),
 ) -> RowsToScore:
     """Prepares rows as the training of an adapter would; whatever can't be used is dropped and counted.
 
@@ -79,6 +80,7 @@ def prepare_rows(
         unneeded_columns=unneeded_columns,
         as_chat=setup.as_chat,
         images=images,
+        invocation=invocation,
     )
     numbers = prepared["completion"] if data == "unlabeled" else [0] * len(prepared)
     places = [Place(*place) for place in zip(prepared["row"], numbers, strict=True)]

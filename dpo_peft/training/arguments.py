@@ -37,7 +37,7 @@ from ..errors import OptionError, refuse
 from ..forward import PackedBatch
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..manifests import settle
-from ..model.loading import FROM_HUB, check_checkpoint
+from ..model.loading import check_checkpoint, hub_place
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
 from ..wings import required, wing
@@ -208,8 +208,7 @@ def hold_images(dataset: object) -> bool:
 
 def _load(auto: Any, kind: str, name: str, init_kwargs: object, trust_remote_code: bool) -> Any:
     settle(Path(name))
-    given = init_kwargs if isinstance(init_kwargs, dict) else {}
-    where = {key: given[key] for key in FROM_HUB if given.get(key) is not None}
+    where = hub_place(init_kwargs)
     config = Path(name, "adapter_config.json")
     if config.is_file() and not Path(name, "tokenizer_config.json").is_file():
         adapter = json.loads(config.read_text())

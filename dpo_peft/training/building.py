@@ -24,9 +24,11 @@ from ..distributed import ShareCollator, world_size
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward import has_routers
 from ..forward.rotary import fixed_rope_length
+from ..forward.scope import invocation_tokens
 from ..model.adapter_source import plain_fingerprint
+from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.experts import has_packed_experts
-from ..model.loading import attach_adapter, disable_dropout, load_model
+from ..model.loading import attach_adapter, disable_dropout, hub_place, load_model
 from ..model.placement import placement_of
 from ..model.rebuilding import BaseAsGiven, base_as_given, base_class, check_class, quantization_options
 from ..model.training_record import TrainedWith, read_training
@@ -70,6 +72,7 @@ class Preparation:
         objective: which labels it reads, and which kind of data.
         tokenizer: of the model.
         images: its processor, if rows may hold images.
+        adapter: the model and the config of a new adapter, as the trainer was given them.
 
     Attributes:
         reports: dataset name to what became of its rows.
@@ -84,7 +87,9 @@ class Preparation:
         objective: TrainingObjective,
         tokenizer: PreTrainedTokenizerBase,
         images: Images | None = None,
+        adapter: tuple[object, PeftConfig | None] = (None, None),
     ):
+        self.invocation = _invocation(*adapter, args)
         self.args, self.objective, self.tokenizer, self.images = args, objective, tokenizer, images
         keep_date(tokenizer, args.output_dir, args.resume_from_checkpoint)
         self.reports: dict[str, DataReport] = {}
@@ -105,6 +110,7 @@ class Preparation:
                 name=name,
                 num_proc=args.dataset_num_proc,
                 images=self.images,
+                invocation=self.invocation,
                 **{**row_options(args, objective), "as_chat": self.as_chat},
             )
         self.reports[name] = report
@@ -172,6 +178,18 @@ class Preparation:
             return {name: self.evaluated[f"eval_{name}"] for name in rows}
         self.evaluated = {} if rows is None else {"eval": self(rows, "eval")}
         return self.evaluated.get("eval")
+
+
+def _invocation(model: object, peft_config: PeftConfig | None, args: DPOConfig) -> tuple[int, ...]:
+    """Returns the tokens that the adapter to be trained acts from, before its model is loaded."""
+    if peft_config is not None:
+        check_adapter(peft_config)
+    configs = {"": peft_config}
+    if isinstance(model, PeftModel):
+        configs = {"": model.peft_config[model.active_adapters[0]]}
+    elif isinstance(model, str) and is_adapter(model, **(where := hub_place(args.model_init_kwargs))):
+        configs = {"": read_config(model, **where)}
+    return invocation_tokens(configs, "")
 
 
 def _recorded_as_chat(output_dir: str | None, checkpoint: str | bool | None) -> bool | None:
@@ -249,6 +267,11 @@ def build_model(
         raise OptionError(
             "gradient_checkpointing_kwargs: with use_reentrant=True adapters in a tower may get no gradient. Leave it "
             "out, or lora_vision."
+        )
+    if (args.lora_vision or args.lora_experts) and invocation_tokens({"": peft_config}, ""):
+        name = "lora_vision" if args.lora_vision else "lora_experts"
+        raise OptionError(
+            f"{name}=True: an answer-only adapter is on linear layers of the decoder alone. Leave it out."
         )
     # The adapter's start is drawn at random; and cuBLAS reads how it should work when it is first used.
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)

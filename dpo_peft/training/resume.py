@@ -49,7 +49,10 @@ _HARMLESS = (
 ).split()
 PROCESSES = "number of processes"
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", PROCESSES)  # their product is a step's rows
-_ADAPTER_SHAPE = "r lora_alpha target_modules use_rslora use_dora modules_to_save rank_pattern alpha_pattern".split()
+_ADAPTER_SHAPE = (
+    "r lora_alpha target_modules use_rslora use_dora modules_to_save rank_pattern alpha_pattern layers_to_transform "
+    "alora_invocation_tokens"
+).split()
 
 
 class Part(Protocol):
@@ -73,8 +76,8 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: Mapping[str, str], ba
     kept = {name: value for name, value in options.items() if not name.startswith(harmless)}
     config = adapter.to_dict()
     for name in _ADAPTER_SHAPE:
-        value = config[name]
-        kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
+        value, ordered = config[name], name == "alora_invocation_tokens"
+        kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) and not ordered else value
     if (trained := read_training(adapter)) is not None and trained.rope_length is not None:
         kept["rotary frequencies of rows of"] = f"{trained.rope_length} tokens"
     return {**kept, PROCESSES: world_size(), **rows, "base model": base}

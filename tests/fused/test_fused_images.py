@@ -7,7 +7,7 @@ import torch
 import vision_models as vm
 
 from dpo_peft.forward import completion_logps, images, pack, plan_forward
-from dpo_peft.fused import decoder
+from dpo_peft.fused import model as decoder
 from dpo_peft.reference.adapter_off import reference_logps
 
 # Whose text has no entry in `families.py`, or is one that its entry is not for.

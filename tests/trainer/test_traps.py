@@ -130,11 +130,6 @@ def test_t2_a_trained_adapter_goes_on_against_itself(tiny_llama, make_tokenizer,
     assert any(not torch.equal(tensor, incoming[key]) for key, tensor in named(trainer.model, name).items())
 
 
-def test_activated_lora_is_refused(tiny_llama):
-    with pytest.raises(OptionError, match="alora_invocation_tokens"):
-        attach_adapter(tiny_llama(), lora(alora_invocation_tokens=[5, 6]))
-
-
 # ---- The step-0 gate ------------------------------------------------------------------------------------------------
 
 
