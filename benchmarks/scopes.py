@@ -31,7 +31,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
-from dpo_peft import DPOConfig, DPOTrainer, from_alpaca, quickstart
+from dpo_peft import DPOConfig, DPOTrainer, answer_only, from_alpaca, quickstart
 from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
 
@@ -48,13 +48,14 @@ class Task(NamedTuple):
     judged: tuple[int, ...]  # after these steps; the last one ends the training
     pairs: int  # a step
     rate: float
+    beta: float
     held_out: int  # pairs
     levels: tuple[float, ...]  # of KL, in nats a completion, at which the frontiers are compared
 
 
 TASKS = {
-    "quickstart": Task((16, 24, 40), 16, 6e-4, 128, (0.5, 1.0, 2.0)),
-    "rewrites": Task((5, 10), 8, 3e-4, 96, (0.5,)),
+    "quickstart": Task((12, 20, 40), 16, 6e-4, 0.5, 128, (0.5, 1.0, 2.0)),
+    "rewrites": Task((5, 10), 8, 3e-4, 0.1, 96, (0.5,)),
 }
 
 
@@ -66,10 +67,7 @@ def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> Lo
     if variant.endswith("upper_half"):
         config.layers_to_transform = list(range(layers // 2, layers))
     if variant.startswith("answer_only"):
-        says = [{"role": "user", "content": "?"}]
-        asked = tokenizer.apply_chat_template(says, tokenize=False)
-        opens = tokenizer.apply_chat_template(says, tokenize=False, add_generation_prompt=True)
-        config.alora_invocation_tokens = tokenizer(opens.removeprefix(asked), add_special_tokens=False)["input_ids"]
+        config.alora_invocation_tokens = answer_only(tokenizer)
     return config
 
 
@@ -126,7 +124,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     model, (train, test) = quickstart.model_path() if bundled else args.model, read_pairs(args.task, args.data)
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
-        beta=args.beta,
+        beta=task.beta,
         max_steps=task.judged[-1],
         per_device_train_batch_size=task.pairs,
         per_device_eval_batch_size=32,
@@ -206,8 +204,8 @@ def summarize(runs: dict[str, Run]) -> dict[str, Run]:
         by.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = run["points"]
     summary: dict[str, Run] = {}
     for name in sorted(by, key=lambda name: (name.split("/")[0], VARIANTS.index(name.split("/")[1]))):
-        full = by.get(f"{name.split('/')[0]}/full", {})
-        for measure_name, of in measures(TASKS[name.partition("@")[0]].levels).items():
+        full = by.get(f"{name.partition('/')[0]}/full", {})
+        for measure_name, of in measures(TASKS[name.partition("/")[0]].levels).items():
             found = {seed: items for seed, points in by[name].items() if (items := of(points)) is not None}
             if not found:
                 continue
@@ -227,7 +225,6 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="quickstart")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--model", default="", help="folder of SmolLM2-135M-Instruct, for rewrites")
     parser.add_argument("--data", default="", help="instruction-data-with-preference.json, for rewrites")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -237,7 +234,7 @@ def main() -> None:
     file = RESULTS / f"scopes_{args.device}.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {"runs": {}}
     for variant, seed in [(variant, seed) for seed in args.seeds for variant in args.variants if not args.show]:
-        key = f"{args.task}@{args.beta:g}/{variant}/{seed}"
+        key = f"{args.task}/{variant}/{seed}"
         if key not in results["runs"]:
             run = results["runs"][key] = measure(args, variant, seed)
             print(key, [(p["step"], p["kl"], float(worth(p).mean())) for p in run["points"]], flush=True)
