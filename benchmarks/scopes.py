@@ -75,7 +75,9 @@ def read_pairs(task: str, data: str) -> tuple[list[Run], list[Run]]:
     """Returns the rows of a task to train on and those held out, no prompt in both."""
     if task == "quickstart":
         files = [Path(file).read_text("utf-8") for file in (quickstart.train_file(), quickstart.test_file())]
-        train, test = ([json.loads(line) for line in file.splitlines()] for file in files)
+        # One sampled completion of each file opens an assistant's turn itself, which an answer-only adapter can't learn.
+        lines = ([line for line in file.splitlines() if "<|im_start|>" not in line] for file in files)
+        train, test = ([json.loads(line) for line in one] for one in lines)
         return train, test[: TASKS[task].held_out]
     found = [from_alpaca(row) for row in json.loads(Path(data).read_text("utf-8")) if row["chosen"] != row["rejected"]]
     random.Random(0).shuffle(found)
