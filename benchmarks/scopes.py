@@ -75,7 +75,7 @@ def read_pairs(task: str, data: str) -> tuple[list[Run], list[Run]]:
     """Returns the rows of a task to train on and those held out, no prompt in both."""
     if task == "quickstart":
         files = [Path(file).read_text("utf-8") for file in (quickstart.train_file(), quickstart.test_file())]
-        # One sampled completion of each file opens an assistant's turn itself, which an answer-only adapter can't learn.
+        # A sampled completion in each file opens a turn itself, where an answer-only adapter would begin anew.
         lines = ([line for line in file.splitlines() if "<|im_start|>" not in line] for file in files)
         train, test = ([json.loads(line) for line in one] for one in lines)
         return train, test[: TASKS[task].held_out]
