@@ -53,6 +53,7 @@ EXTRAS = {
     "grades": Sequence(Value("float64")),
     "steps": Sequence(Sequence(Value("int32"))),
     "completion": Value("int64"),  # which of its row, where nobody judged them
+    "adapter_start": Value("int32"),  # place in the prompt from which an answer-only adapter acts
     "images": Value("string"),  # name of the prompt's images; "" for none
     # Of a stream's rows, which are not found again.
     "image_files": [{"content": Value("binary"), "path": Value("string")}],
@@ -60,7 +61,7 @@ EXTRAS = {
 BY_DATA = {"lists": ["grades"], "singles": ["grades"], "trajectories": ["steps"], "unlabeled": ["completion"]}
 # What a row that is dropped holds instead.
 NOTHING: Values = {**dict.fromkeys([*IDS, *EXTRAS], []), "preference": 0.0, "margin": 0.0}
-NOTHING |= {"left_out": "", "images": ""}
+NOTHING |= {"left_out": "", "images": "", "adapter_start": 0}
 TOO_DEEP = RowProblem("row", "is nested too deeply", "store what is nested as JSON text")
 READ_LABEL: dict[str, Callable[[Row], float]] = {
     "preference": read_preference,
@@ -94,6 +95,7 @@ class RowWorker:
         self.tried: dict[Place, set[str]] = {}  # what the template leaves out of turns, by where they stand
         self.special = special_tokens(tokenizer)
         extras = [*wanted.label_columns, *BY_DATA.get(wanted.data, ())]
+        extras += ["adapter_start"] if wanted.invocation else []
         extras += (["images", "image_files"] if stream else ["images"]) if images else []
         self.features = Features({**IDS, **{extra: EXTRAS[extra] for extra in extras}, **STATISTICS})
         self.prepared_columns = [*IDS, *extras]
@@ -278,6 +280,8 @@ class RowWorker:
             "longest": len(fitted.prompt_ids) + max(lengths),
             "ties": int(labels.get("preference") == 0.5),
         }
+        if self.wanted.invocation:
+            record["adapter_start"] = invocation_start(fitted.prompt_ids, self.wanted.invocation)
         if self.wanted.data == "singles" and example.grades:
             record |= {"desirable": example.grades.count(1.0), "undesirable": example.grades.count(0.0)}
         if labels.get("preference", 1.0) < 0.5:  # the completion that is likely the better one stands first
