@@ -5,7 +5,7 @@
 
 Variants have the same rank, rate, steps, rows and order of rows; a control that must be worse (rank 1 on the lowest
 quarter of the layers) shows that the measures can tell. "quickstart" trains the bundled model; its worth is the true
-reward of a fresh completion to each of 192 held-out prompts. "rewrites" trains SmolLM2-135M-Instruct (a folder, see
+reward of a fresh completion to each of 128 held-out prompts. "rewrites" trains SmolLM2-135M-Instruct (a folder, see
 smollm2_dpo.py) in NF4 on rasbt's pairs; its worth is the held-out pairs' margin in nats, its KL what the trainer logs
 of them. A run is judged several times along the way: worth over KL is its frontier.
 
@@ -54,8 +54,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "quickstart": Task((12, 20, 40), 16, 6e-4, 0.5, 128, (0.5, 1.0, 2.0)),
-    "rewrites": Task((5, 10), 8, 3e-4, 0.1, 96, (0.5,)),
+    "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.5, 1.0, 2.0)),
+    "rewrites": Task((6, 10), 4, 5e-4, 0.1, 64, (0.5,)),
 }
 
 
@@ -103,7 +103,7 @@ class Judge(TrainerCallback):
             point["length_balanced"] = output.metrics["test_accuracies/length_balanced"]
             point["margins"] = packed(chosen - rejected)
         if self.samples:
-            prompts = quickstart.eval_prompts()[:192]
+            prompts = quickstart.eval_prompts()[:128]
             answers = sample_answers(trainer.model, trainer.processing_class, prompts, seed=1 + self.seed)
             texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
             point["kl"] = sampled_kl(trainer, prompts, answers)
