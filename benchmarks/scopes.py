@@ -3,11 +3,11 @@
     python benchmarks/scopes.py [--variants full upper_half] [--seeds 0 1 2] [--device cuda] [--show]
     python benchmarks/scopes.py --task rewrites --model SMOLLM2 --data instruction-data-with-preference.json
 
-Variants have the same rank, rate, steps, rows and order of rows; a control that must be worse (rank 1 on the lowest
-quarter of the layers) shows that the measures can tell. "quickstart" trains the bundled model; its worth is the true
-reward of a fresh completion to each of 128 held-out prompts. "rewrites" trains SmolLM2-135M-Instruct (a folder, see
-smollm2_dpo.py) in NF4 on rasbt's pairs; its worth is the held-out pairs' margin in nats, its KL what the trainer logs
-of them. A run is judged several times along the way: worth over KL is its frontier.
+Variants have the same rank, steps, order of rows and, but for those that say so, rate; a control that must be worse
+(rank 1, lowest quarter of the layers) shows that the measures can tell. "quickstart" trains the bundled model; worth
+is the true reward of a fresh completion to each of 128 held-out prompts. "rewrites" trains SmolLM2-135M-Instruct (a
+folder, see smollm2_dpo.py) in NF4 on rasbt's pairs; worth is the held-out pairs' margin in nats, KL what the trainer
+logs of them. A run is judged several times along the way: worth over KL is its frontier.
 
 Adds what is missing to benchmarks/results/scopes_<device>.json, run by run, and prints mean ± standard deviation over
 seeds, and the difference to the full adapter with its 95 % interval over held-out items and seeds.
@@ -36,7 +36,8 @@ from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
 
 RESULTS = Path(__file__).parent / "results"
-VARIANTS = ("full", "upper_half", "answer_only", "answer_only_upper_half", "control")
+HALVES = ("upper_half", "answer_only_upper_half")
+VARIANTS = ("full", "answer_only", *HALVES, *(f"{half}_at_twice_the_rate" for half in HALVES), "control")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179, 20: 2.086, 40: 2.021}
 Run = dict[str, Any]
@@ -54,7 +55,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.5, 1.0, 2.0)),
+    "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.7, 2.0)),
     "rewrites": Task((6, 10), 4, 5e-4, 0.1, 64, (0.5,)),
 }
 
@@ -64,7 +65,7 @@ def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> Lo
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if variant == "control":
         config.r, config.lora_alpha, config.layers_to_transform = 1, 2, list(range(layers // 4))
-    if variant.endswith("upper_half"):
+    if "upper_half" in variant:
         config.layers_to_transform = list(range(layers // 2, layers))
     if variant.startswith("answer_only"):
         config.alora_invocation_tokens = answer_only(tokenizer)
@@ -130,7 +131,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
         max_steps=task.judged[-1],
         per_device_train_batch_size=task.pairs,
         per_device_eval_batch_size=32,
-        learning_rate=task.rate,
+        learning_rate=task.rate * (2 if variant.endswith("twice_the_rate") else 1),
         lr_scheduler_type="cosine",
         warmup_steps=task.judged[-1] // 8,
         seed=seed,
