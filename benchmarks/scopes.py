@@ -56,7 +56,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.7, 2.0)),
-    "rewrites": Task((6, 10), 4, 5e-4, 0.1, 64, (0.5,)),
+    "rewrites": Task((8,), 4, 5e-4, 0.1, 56, ()),
 }
 
 
@@ -136,9 +136,9 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
         warmup_steps=task.judged[-1] // 8,
         seed=seed,
         max_length=256,
-        model_init_kwargs={"dtype": "float32" if bundled else "bfloat16"},
+        model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
-        bf16=not bundled,
+        bf16=False,
         use_cpu=args.device == "cpu",
         cache_ref_log_probs=not bundled,  # for the variants that follow
         ref_cache_tokens=None if bundled else True,
