@@ -1,10 +1,11 @@
 # Every target works as the only command on a machine with Python and make: the first one that needs it builds .venv.
-#   make quickstart | test | test-all | check | docs | dist | format | clean | help
+#   make quickstart | test | test-all | check | docs | dist | gpu | format | clean | help
 # PYTHON=…    interpreter to build .venv with (default: the first below that runs, is >= 3.11 and has venv)
 # PIP_ARGS=…  passed on to pip install
 # CONSTRAINTS=…  the versions: constraints.txt, or constraints-lowest.txt (as .ci/lowest, with a VENV of its own)
 # JOBS=…      test processes, one thread each
 # TESTS=…     what pytest runs
+# MINUTES=…   for `make gpu`: start no case that would end later
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -33,7 +34,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c $(CONSTRAINTS) $(
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help quickstart test test-all check docs dist format clean
+.PHONY: help quickstart test test-all check docs dist gpu format clean
 help:
 	@echo "make quickstart  train the embedded model in 4 bits with DPO; report and adapter in outputs/quickstart"
 	@echo "make test        run the tests                    (TESTS=tests/test_x.py, JOBS=$(JOBS))"
@@ -41,6 +42,7 @@ help:
 	@echo "make check       lint, formatting and types"
 	@echo "make docs        the documentation as a site in outputs/site; a broken link is an error"
 	@echo "make dist        wheel and sdist in dist, the same bytes wherever this commit is built"
+	@echo "make gpu         measure what has no figure on this GPU, and write docs/performance.md   (MINUTES=9)"
 	@echo "make format      apply the formatter and the lint fixes"
 	@echo "make clean       remove .venv, outputs and caches"
 
@@ -67,6 +69,9 @@ dist: $(VENV)/.dev
 	rm -rf dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --no-isolation
 	cd dist && sha256sum *
+
+gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_queue.py $(if $(MINUTES),--minutes $(MINUTES))
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,8 @@ Each engine builds the same random layer in a process of its own, in turn, so ma
 the family's eager code, its weights in bfloat16. Interface: transformers' grouped_mm on them. Ours: NF4. Each also
 with an adapter of rank 16 on its experts, PEFT's (which adds it to all weights) beside the first two. `tokens_per_s`
 is of forward and backward together; `peak_gib` what the process, or on a GPU its allocator, has at its peak beyond
-what it had before the layer was built. Writes benchmarks/results/experts_<device>.json and prints the table.
+what it had before the layer was built. Prints the table, and writes
+it to benchmarks/results/experts_cpu.json on a CPU.
 """
 
 import argparse
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="30b-a3b" if device.type == "cuda" else "small")
     parser.add_argument("--tokens", type=int, help="of a pass; default: the shape's own")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/experts_<device>.json")
+    parser.add_argument("--out", type=Path, help="on a CPU, default: benchmarks/results/experts_cpu.json")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # of a process of its own
     args = parser.parse_args()
     tokens = args.tokens or SHAPES[args.shape][4]
@@ -155,8 +156,11 @@ def main() -> None:
     commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
     facts = {"device": name, "threads": torch.get_num_threads(), "shape": args.shape, "tokens": tokens}
     facts |= {"commit": commit, "versions": framework_versions(), "results": found}
-    out = args.out or HERE / "results" / f"experts_{device.type}.json"
-    out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if device.type == "cpu" or args.out:
+        out = args.out or HERE / "results" / "experts_cpu.json"
+        out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    beside = {f"{engine}, {key}": found[engine][key] for engine in ("ours", "ours+lora") for key in found[engine]}
+    print("RESULT " + json.dumps({"shape": args.shape, "tokens": tokens, "found": found, **beside}))
 
 
 if __name__ == "__main__":

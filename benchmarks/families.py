@@ -23,8 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in speed.py, before to
 
 import torch
 from datasets import Dataset
+from gpu_queue import write
 from peft import LoraConfig
-from speed import clean, compare, describe, write
+from speed import clean, compare, describe
 from speed_models import lengths, make_rows, make_tokenizer, same_start
 from speed_peers import Clock, keep_losses, train_options
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, set_seed
@@ -144,10 +145,8 @@ def main() -> None:
     parser.add_argument("--commit", default=os.environ.get("COMMIT", ""))
     for option, default in {"--samples": 2, "--warm": 1, "--steps": 3, "--turns": 3}.items():
         parser.add_argument(option, type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "families_cpu.json")
     args = parser.parse_args()
-    args.cases = "families"
-    result = describe(args)
+    result = {**describe(args.device, args.commit), "results": []}
     for name in args.only:
         turns: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
         with saved(name, args) as folder:
@@ -156,11 +155,11 @@ def main() -> None:
                     clean(args.device)
                     found.append(turn(engine, name, folder, args))
         compared = compare(turns)
-        print(
-            name, json.dumps({key: compared[key] for key in ("medians", "times_as_fast", "losses_apart")}), flush=True
-        )
-        result["results"].append({"name": name, "dtype": args.dtype, "samples": args.samples, **compared})
-        write(result, args.out)
+        found = {"dtype": args.dtype, "samples": args.samples, **compared}
+        print("RESULT " + json.dumps({"family": name, **found}), flush=True)
+        result["results"].append({"name": name, **found})
+        if args.device == "cpu":
+            write(result, Path(__file__).parent / "results" / "families_cpu.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast pairs with pictures train, beside TRL's trainer: seconds per step, encodings of pictures, peak memory.
 
     python benchmarks/images.py                                    # on the CPU; writes results/images_cpu.json
-    python benchmarks/images.py --shape 8b --device cuda           # writes results/images_cuda.json
+    python benchmarks/images.py --shape 8b --device cuda           # prints them, for gpu_queue.py
 
 Both trainers get the same model (the shape of Qwen2.5-VL with random weights, its linear layers in NF4), the same
 pairs (a picture of 1,000 tokens, a question of 50, answers of 150) and the same adapter, in turn, `--turns` times;
@@ -31,9 +31,10 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
+from gpu_queue import write
 from peft import LoraConfig
 from PIL import Image
-from speed import describe, write
+from speed import describe
 from speed_models import make_tokenizer, same_start, synchronize
 from speed_peers import Clock, keep_losses
 from torch import nn
@@ -229,14 +230,18 @@ def main() -> None:
     parser.add_argument("--commit", help="of this checkout, where there is no git")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.cases = "images"
     disable_progress_bars()
-    result = {**describe(args), "shape": args.shape, "question": QUESTION, "answers": ANSWERS}
+    fixed = {"shape": args.shape, "question": QUESTION, "answers": ANSWERS}
+    result: dict[str, Any] = {**describe(args.device, args.commit), **fixed, "results": []}
     for same_size in (True, False):
         found = in_turn(args, same_size)
         result["results"].append(found)
-        write(result, args.out or HERE / "results" / f"images_{args.device}.json")
-        print("RESULT " + json.dumps({name: value for name, value in found.items() if name != "turns"}), flush=True)
+        if args.device == "cpu":
+            write(result, args.out or HERE / "results" / "images_cpu.json")
+    faster = {
+        f"times TRL, {one['pictures']}": one["trl_by_ours"]["seconds_per_step"]["median"] for one in result["results"]
+    }
+    print("RESULT " + json.dumps({**fixed, **faster, "found": result["results"]}), flush=True)
 
 
 if __name__ == "__main__":

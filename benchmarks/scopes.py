@@ -72,19 +72,18 @@ def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> Lo
     return config
 
 
-def read_pairs(task: str, data: str) -> tuple[list[Run], list[Run]]:
+def read_pairs(task: str, data: str, held_out: int) -> tuple[list[Run], list[Run]]:
     """Returns the rows of a task to train on and those held out, no prompt in both."""
     if task == "quickstart":
         files = [Path(file).read_text("utf-8") for file in (quickstart.train_file(), quickstart.test_file())]
         # A sampled completion in each file opens a turn itself, where an answer-only adapter would begin anew.
         lines = ([line for line in file.splitlines() if "<|im_start|>" not in line] for file in files)
         train, test = ([json.loads(line) for line in one] for one in lines)
-        return train, test[: TASKS[task].held_out]
+        return train, test[:held_out]
     found = [from_alpaca(row) for row in json.loads(Path(data).read_text("utf-8")) if row["chosen"] != row["rejected"]]
     random.Random(0).shuffle(found)
-    test = found[: TASKS[task].held_out]
-    asked = [row["prompt"] for row in test]
-    return [row for row in found if row["prompt"] not in asked], test
+    asked = [row["prompt"] for row in found[:held_out]]
+    return [row for row in found if row["prompt"] not in asked], found[:held_out]
 
 
 class Judge(TrainerCallback):
@@ -124,16 +123,20 @@ def unpacked(text: str) -> Tensor:
 def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     """Trains one variant, and judges it along the way."""
     started, task, bundled = time.time(), TASKS[args.task], args.task == "quickstart"
-    model, (train, test) = quickstart.model_path() if bundled else args.model, read_pairs(args.task, args.data)
+    model, judged = (
+        quickstart.model_path() if bundled else args.model,
+        tuple(args.times * step for step in task.judged),
+    )
+    train, test = read_pairs(args.task, args.data, args.times * task.held_out)
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
         beta=task.beta,
-        max_steps=task.judged[-1],
+        max_steps=judged[-1],
         per_device_train_batch_size=task.pairs,
         per_device_eval_batch_size=32,
         learning_rate=task.rate * (2 if variant.endswith("twice_the_rate") else 1),
         lr_scheduler_type="cosine",
-        warmup_steps=task.judged[-1] // 8,
+        warmup_steps=judged[-1] // 8,
         seed=seed,
         max_length=256,
         model_init_kwargs={"dtype": "float32"},
@@ -150,11 +153,11 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     trainer = DPOTrainer(
         model,
         args=config,
-        train_dataset=Dataset.from_list(train[: task.judged[-1] * task.pairs]),
+        train_dataset=Dataset.from_list(train[: judged[-1] * task.pairs]),
         eval_dataset=Dataset.from_list(test),
         peft_config=adapter(variant, layers, tokenizer),
     )
-    judge = Judge(trainer, task.judged, bundled, seed)
+    judge = Judge(trainer, judged, bundled, seed)
     trainer.add_callback(judge)
     trainer.train()
     return {"points": judge.points, "seconds": round(time.time() - started, 1), "commit": commit()}
@@ -231,10 +234,13 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder of SmolLM2-135M-Instruct, for rewrites")
     parser.add_argument("--data", default="", help="instruction-data-with-preference.json, for rewrites")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--times", type=int, default=1, help="that many steps and held-out pairs, in a file of their own"
+    )
     parser.add_argument("--show", action="store_true", help="measure nothing: the table of what is there")
     args = parser.parse_args()
     disable_progress_bars()
-    file = RESULTS / f"scopes_{args.device}.json"
+    file = RESULTS / f"scopes_{args.device}{f'_{args.times}' if args.times > 1 else ''}.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {"runs": {}}
     for variant, seed in [(variant, seed) for seed in args.seeds for variant in args.variants if not args.show]:
         key = f"{args.task}/{variant}/{seed}"

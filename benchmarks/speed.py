@@ -1,29 +1,27 @@
-"""How fast our trainer is beside others: pairs per second, peak memory and the share of the bound, in one run.
+"""How fast our trainer is beside others: one case's pairs per second, peak memory, losses, in this process.
 
-    python benchmarks/speed.py --cases gpu-short --out benchmarks/results/speed_h100.json
-    python benchmarks/speed.py --cases cpu
+    python benchmarks/speed.py "8b uf ours free"                    a case of speed_cases.py by its name
+    python benchmarks/speed.py '{"engine": "ours", "work": "demo", "shape": "tiny"}' --device cpu
 
-`--cases` names a set of speed_cases.py or a JSON file with a list of cases. Models have random NF4 weights and are
-made on the device; rows are random ids with fixed lengths. The JSON is written after every case and a line
-`RESULT {...}` printed; a case that fails is recorded with its error and the others go on. On the CPU, ours and TRL are
-measured in turn on one model, and the losses of their steps are compared. `python benchmarks/speed_report.py` turns
-the files into docs/performance.md.
-
-Engines that patch transformers for the whole process (Liger layers, Unsloth) run in a process of their own.
+gpu_queue.py runs the sets of speed_cases.py so, one process each, and keeps the figures. Models have random NF4
+weights and are made on the device; rows are random ids with fixed lengths. Prints a line `RESULT {...}`, with the
+error of a case that fails. A case with several engines measures them in turn and compares the losses of their steps.
 """
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import platform
-import re
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +30,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in recipes/quickstart.py, before torch is imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+from gpu_queue import end_with_parent, rounded, without_folders
 from speed_cases import SETS, Case
 
+PACKAGES = "torch transformers peft trl bitsandbytes datasets accelerate triton liger-kernel unsloth".split()
+DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32", "bfloat16"]}
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the checkout's package, where it isn't installed
-ISOLATED = {"trl+liger": "liger_kernel", "unsloth": "unsloth"}  # engine to the package that it needs
-TIMEOUT = 400  # seconds for a case in a process of its own
-PROCESS_START = time.monotonic()
-
-
-def run_here(case: Case, device: str, profile: bool) -> dict[str, Any]:
-    """The figures of a case, or its error."""
-    import torch
-    from speed_peers import run_case
-
-    try:
-        if device == "cuda":
-            total = torch.cuda.mem_get_info()[1] / 2**30
-            torch.cuda.set_per_process_memory_fraction(min(1.0, case.get("memory_gib", total) / total))
-        return run_case(case, device, profile)
-    except Exception as error:  # out of memory, or whatever an engine raises: the other cases go on
-        return {"error": without_folders(f"{type(error).__name__}: {error}")[:600]}
-
-
-def without_folders(text: str) -> str:
-    """Files by their names alone: results are committed, and say nothing of the machine's folders."""
-    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
 
 
 def clean(device: str) -> None:
+    """Frees what the run before held."""
     import torch
 
     gc.collect()
@@ -68,51 +48,60 @@ def clean(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def run_apart(case: Case, device: str, profile: bool) -> dict[str, Any]:
-    """The same in a process of its own."""
-    if importlib.util.find_spec(ISOLATED[case["engine"]]) is None:
-        return {"error": "not importable"}
-    command = [sys.executable, str(HERE / "speed.py"), "--child", json.dumps(case), "--device", device]
-    try:
-        done = subprocess.run([*command, *["--profile"] * profile], capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {TIMEOUT} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("CHILD ")]
-    ended = f"exit status {done.returncode}: {without_folders(done.stderr.strip())[-600:]}"
-    return json.loads(lines[-1][6:]) if lines else {"error": ended}
-
-
-def child(args: argparse.Namespace) -> None:
-    case = json.loads(args.child)
-    if case["engine"] == "unsloth":
-        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-        import unsloth
-
-        unsloth.PatchDPOTrainer()
-    print("CHILD " + json.dumps(run_here(case, args.device, args.profile)), flush=True)
-
-
-def measure(case: Case, device: str, profile: bool) -> dict[str, Any]:
-    """One case, or for one with several engines, all its turns."""
+def measure(case: Case, device: str) -> dict[str, Any]:
+    """Returns the figures of a case, or for one with several engines the comparison of all its turns."""
+    if "processes" in case:
+        return in_processes(case, device)
     if "engines" not in case:
-        clean(device)  # of the case before, whose tensors an error may have held until now
-        run = run_apart if case["engine"] in ISOLATED else run_here
-        return run(case, device, profile and case["engine"] == "ours")
-    turns: dict[str, list[dict[str, Any]]] = {engine: [] for engine in case["engines"]}
+        import torch
+        from speed_peers import run_case
+
+        clean(device)
+        if device == "cuda" and "memory_gib" in case:
+            total = torch.cuda.mem_get_info()[1] / 2**30
+            torch.cuda.set_per_process_memory_fraction(min(1.0, case["memory_gib"] / total))
+        return run_case(case, device)
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in case["engines"]}
     shared = {name: value for name, value in case.items() if name not in ("engines", "turns")}
     for _ in range(case.get("turns", 3)):
-        for engine, options in case["engines"].items():
-            found = measure({**shared, "engine": engine, "options": options}, device, profile=False)
-            if "error" in found:
-                return {"error": f"{engine}: {found['error']}"}
-            turns[engine].append(found)
+        for name, given in case["engines"].items():
+            options = {option: value for option, value in given.items() if option != "engine"}
+            found = measure({**shared, "engine": given.get("engine", name), "options": options}, device)
+            turns[name].append(found)
     return compare(turns)
 
 
+def in_processes(case: Case, device: str) -> dict[str, Any]:
+    """Returns the figures of the first of several processes on this one device, with the losses of all."""
+    number = case["processes"]
+    one = json.dumps({name: value for name, value in case.items() if name != "processes"})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    started = []
+    for rank in range(number):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_PORT": port}
+        env |= {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}  # all on one device
+        command = [sys.executable, str(HERE / "speed.py"), one, "--device", device]
+        given: dict[str, Any] = dict(env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen(command, **given, preexec_fn=end_with_parent))
+    printed = [process.communicate()[0] for process in started]
+    figures = [json.loads(line[7:]) for out in printed for line in out.splitlines() if line.startswith("RESULT ")]
+    if errors := [one["error"] for one in figures if "error" in one] or ["a process ended"] * (len(figures) < number):
+        raise RuntimeError(errors[0])
+    figures[0]["losses"] = [sum(parts) for parts in zip(*(one["losses"] for one in figures), strict=True)]
+    figures[0]["loss"] = figures[0]["losses"][-1]
+    if "peak_gib" in figures[0]:
+        figures[0]["peak_gib"] = max(one["peak_gib"] for one in figures)
+    return figures[0]
+
+
 def compare(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the turns, the ratio to the first engine within each turn, and how far losses are apart."""
+    """Returns medians over the turns, the ratio to the first engine within each turn, and how far losses are apart,
+    and margins where they were logged at each step."""
     first, *others = turns
-    medians, ratios, apart = {}, {}, {}
+    medians, ratios = {}, {}
+    apart: dict[str, dict[str, float]] = {"losses": {}, "margins": {}}
     names = ("seconds_per_step", "cpu_seconds_per_step", "samples_per_s", "tokens_per_s")
     for engine, found in turns.items():
         medians[engine] = {name: statistics.median(turn[name] for turn in found) for name in names}
@@ -122,116 +111,106 @@ def compare(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             name: sorted(theirs[name] / own[name] for theirs, own in pairs)
             for name in ("seconds_per_step", "cpu_seconds_per_step")
         }
-        steps = [zip(theirs["losses"], own["losses"], strict=True) for theirs, own in pairs]
-        apart[engine] = max(abs(a - b) for turn in steps for a, b in turn)
-    losses = turns[first][0]["losses"]
-    moved = {"losses_move_by": max(losses) - min(losses)}  # or equal losses would say little
+        for what in apart:
+            steps = [zip(theirs.get(what, []), own.get(what, []), strict=True) for theirs, own in pairs]
+            if found_apart := [abs(a - b) for turn in steps for a, b in turn]:
+                apart[what][engine] = max(found_apart)
+    moved = {
+        f"{what}_move_by": max(values) - min(values)  # or equal values would say little
+        for what in apart
+        if (values := turns[first][0].get(what))
+    }
     bound = {"bound_flops_per_step": turns[first][0]["bound_flops_per_step"]}
     ratios = {
         engine: {n: dict(median=statistics.median(v), all=v) for n, v in r.items()} for engine, r in ratios.items()
     }
-    return {"medians": medians, "times_as_fast": ratios, "losses_apart": apart, **moved, **bound, "turns": turns}
+    differences = {f"{what}_apart": values for what, values in apart.items() if values}
+    return {"medians": medians, "times_as_fast": ratios, **differences, **moved, **bound, "turns": turns}
 
 
-def add_bound(found: dict[str, Any], rate: float) -> None:
-    """The time that the counted operations would take at the measured rate, as a share of the time taken."""
-    if flops := found.get("bound_flops_per_step"):
-        for figures in found.get("medians", {"": found}).values():
-            figures["share_of_bound"] = flops / rate / figures["seconds_per_step"]
-
-
-def rounded(value: Any) -> Any:
-    """Floats to six significant digits, all through."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
+def matmul_flops(device: str, dtype: str) -> float:
+    """Returns the median rate of large square matrix products, in floating-point operations per second."""
     import torch
-    from speed_models import matmul_flops
 
-    from dpo_peft.artifacts.card import PACKAGES, framework_versions
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    wait, seconds = torch.cuda.synchronize if device == "cuda" else lambda: None, []
+    for _ in range(9):
+        wait()
+        start = time.perf_counter()
+        for _ in range(4):
+            torch.mm(a, b)
+        wait()
+        seconds.append((time.perf_counter() - start) / 4)
+    return 2 * size**3 / statistics.median(seconds)
 
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    if not (commit := args.commit):
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
-    dtypes = ("bfloat16",) if args.device == "cuda" else ("float32", "bfloat16")
+
+def commit_here() -> str:
+    """Returns the checkout's commit, marked where code that is measured differs from it; "" without git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=HERE.parent).stdout.strip()
+
+    if shutil.which("git") is None or not (commit := git("rev-parse", "HEAD")):
+        return ""
+    return commit + "-dirty" * bool(git("status", "--porcelain", "dpo_peft", "benchmarks/*.py"))
+
+
+def describe(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Returns where and on what a figure was measured, and the rate of large matrix products there.
+
+    It imports no more than torch, since the queue waits for it.
+    """
+    import torch
+
+    installed = {dist.name.lower(): dist.version for dist in metadata.distributions()}
     return {
-        "cases": Path(args.cases).stem,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 2) if args.device == "cuda" else None,
-        "commit": commit,
-        "versions": framework_versions([*PACKAGES, "triton", "liger-kernel", "unsloth"]),
+        "total_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 2) if device == "cuda" else None,
+        "commit": commit or commit_here(),
+        "versions": ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed),
         "load_average": round(os.getloadavg()[0], 2),
-        "matmul_flops": {dtype: matmul_flops(args.device, getattr(torch, dtype)) for dtype in dtypes},
-        "results": [],
+        "matmul_flops": {dtype: matmul_flops(device, dtype) for dtype in DTYPES[device]},
     }
 
 
-def read_cases(args: argparse.Namespace) -> list[Case]:
-    cases = SETS[args.cases]() if args.cases in SETS else json.loads(Path(args.cases).read_text("utf-8"))
-    given = {name: getattr(args, name) for name in ("warm", "steps", "turns") if getattr(args, name) is not None}
-    return [{**case, **given} for case in cases if re.search(args.only, case["name"])]
-
-
-def write(result: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(rounded(result), indent=1) + "\n")
-    part.replace(out)
-
-
-def run_all(args: argparse.Namespace) -> None:
-    cases, result = read_cases(args), describe(args)
-    for case in cases:
-        if time.monotonic() - PROCESS_START > args.budget:
-            found: dict[str, Any] = {"error": "not run: out of time"}
-        else:
-            found = measure(case, args.device, args.profile)
-        add_bound(found, result["matmul_flops"].get(case.get("dtype", "bfloat16"), float("inf")))
-        if profile := found.get("profile"):
-            name = re.sub(r"\W+", "_", case["name"])
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.with_name(f"{args.out.stem}.{name}.profile.txt").write_text(profile.pop("table"))
-        result["results"].append({**case, **found})
-        result["seconds"] = time.monotonic() - PROCESS_START
-        write(result, args.out)
-        shown = {name: value for name, value in found.items() if name not in ("turns", "losses", "profile")}
-        print("RESULT " + json.dumps(rounded({"name": case["name"], **shown})), flush=True)
-
-
-def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="cpu", help=f"{', '.join(SETS)}, or a JSON file")
-    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_<set>.json")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="start no case after so many seconds")
-    parser.add_argument("--commit", help="of this checkout, where there is no git")
-    parser.add_argument("--profile", action="store_true", help="profile one more step of ours")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    for name in ("warm", "steps", "turns"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the cases' own")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.out = args.out or HERE / "results" / f"speed_{Path(args.cases).stem}.json"
-    return args
+def find_case(text: str) -> Case:
+    """Returns the case of that name, or that JSON."""
+    if text.startswith("{"):
+        return json.loads(text)
+    return {case["name"]: case for make in SETS.values() for case in make()}[text]
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    args = read_arguments()
-    if args.child:
-        return child(args)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", help="a name in speed_cases.py, or a case as JSON")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--describe", action="store_true", help="print where a figure would be measured instead")
+    parser.add_argument("--commit", help="of this checkout, where there is no git")
+    args = parser.parse_args()
+    case = find_case(args.case) if args.case else {}
+    if case.get("engine") == "unsloth":  # before anything that it patches
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+        import unsloth
+
+        unsloth.PatchDPOTrainer()
     import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"No GPU here: torch {torch.__version__} finds none. `--device cpu` runs tiny models instead.")
+    if args.describe:
+        return print(json.dumps(describe(args.device, args.commit)))
     from datasets import disable_progress_bars
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     disable_progress_bars()
-    run_all(args)
+    try:
+        found = measure(case, args.device)
+    except Exception as error:  # out of memory, or whatever an engine raises
+        traceback.print_exc()  # for the log
+        found = {"error": without_folders(f"{type(error).__name__}: {error}")[:600]}
+    print("RESULT " + json.dumps(rounded(found)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import copy
 import itertools
 import math
 import random
-import statistics
-import time
 from typing import Any
 
 import bitsandbytes as bnb
@@ -201,35 +199,26 @@ def same_start(model: nn.Module, dtype: torch.dtype | None) -> None:
             parameter.copy_(start if "lora_A" in name else torch.zeros_like(start))
 
 
-def bound_flops(shape: str, sizes: list[Lengths]) -> float:
+def bound_flops(shape: str, sizes: list[Lengths], adapter: str = "") -> float:
     """6 floating-point operations per decoder weight and distinct token, and per head weight and predicted token.
 
-    That is a policy forward pass, a reference forward pass and the backward pass to the inputs, two each. Attention
-    itself, LoRA and recomputation are not counted.
+    That is a policy forward pass, a reference forward pass and the backward pass to the inputs, two each. Two are left
+    where an adapter isn't: on an answer-only adapter's prompts, and in layers below the first one with an adapter, the
+    passes are one and nothing goes back. Attention itself, LoRA and recomputation are not counted.
     """
     c = SHAPES[shape]
     head_dim = c["hidden_size"] // c["num_attention_heads"]
     attention = 2 * c["hidden_size"] * (c["hidden_size"] + c["num_key_value_heads"] * head_dim)
     decoder = c["num_hidden_layers"] * (attention + 3 * c["hidden_size"] * c["intermediate_size"])
-    distinct, predicted = sum(map(sum, sizes)), sum(sum(size[1:]) for size in sizes)
-    return 6.0 * (decoder * distinct + c["vocab_size"] * c["hidden_size"] * predicted)
+    prompts, predicted = sum(size[0] for size in sizes), sum(sum(size[1:]) for size in sizes)
+    adapted = 2.0 + 4.0 * (
+        (c["num_hidden_layers"] + 1) // 2 / c["num_hidden_layers"] if "upper half" in adapter else 1
+    )
+    on_prompts = 2.0 if "answer-only" in adapter else adapted
+    head = 6.0 * c["vocab_size"] * c["hidden_size"]
+    return decoder * (on_prompts * prompts + adapted * predicted) + head * predicted
 
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def matmul_flops(device: str, dtype: torch.dtype, repeats: int = 9) -> float:
-    """Median rate of large square matrix products, in floating-point operations per second."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(4):
-            torch.mm(a, b)
-        synchronize(device)
-        seconds.append((time.perf_counter() - start) / 4)
-    return 2 * size**3 / statistics.median(seconds)

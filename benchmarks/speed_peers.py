@@ -7,6 +7,7 @@ an engine imports is imported when it runs, since Unsloth has to come before the
 import itertools
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from speed_models import (
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 
 GIB = 2**30
+TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 LONGEST = 65536  # longer than any row: nothing is cut
+INVOCATION = 3  # the token that starts an answer-only adapter, of those that no row holds
 # What makes the CPU wait for the GPU, by the profiler's names.
 WAITS = (
     "aten::item aten::_local_scalar_dense aten::nonzero cudaStreamSynchronize cudaDeviceSynchronize "
@@ -70,7 +73,7 @@ class Clock(TrainerCallback):
 
 def describe_profile(clock: Clock) -> dict[str, Any]:
     """Of the profiled step: what made it wait for the device (the profiler itself waits once, at the end), and the
-    kernels that took longest, also as a table."""
+    kernels that took longest."""
     assert clock.profiler is not None
     events, on_gpu = clock.profiler.key_averages(), clock.device == "cuda"
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -82,20 +85,22 @@ def describe_profile(clock: Clock) -> dict[str, Any]:
         "launches": sum(e.count for e in events if e.key.startswith(("cudaLaunchKernel", "cuLaunchKernel"))),
         "busy_ms": round(sum(getattr(e, attribute) for e in ranked) / 1000, 2),
         "top": [[e.key[:100], e.count, round(getattr(e, attribute) / 1000, 3)] for e in ranked[:30]],
-        "table": events.table(sort_by=attribute, row_limit=30, max_name_column_width=90),
     }
 
 
-def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[str, Any]:
+def run_case(case: dict[str, Any], device: str) -> dict[str, Any]:
     """Train for the case's steps and return its figures.
 
     `case` is as in speed_cases, with one `engine` and its `options`.
     """
-    warm, steps = case.get("warm", 3), case.get("steps", 6)
+    warm, steps, profile = case.get("warm", 3), case.get("steps", 6), case.get("profile", False)
     samples, work, shape = case.get("samples", SAMPLES[case["work"]]), case["work"], case["shape"]
     total = warm + steps + profile
     sizes = lengths(work, samples * total)
     rows = make_rows(sizes, SHAPES[shape]["vocab_size"])
+    if "answer-only" in case.get("adapter", ""):
+        for row in rows:
+            row["prompt_ids"][-1] = INVOCATION
     given = rows if case["engine"] == "ours" else as_pairs(rows)  # the same work, for trainers that know pairs only
     clock = Clock(warm, steps, device, profile)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,13 +120,16 @@ def run_case(case: dict[str, Any], device: str, profile: bool = False) -> dict[s
         **clock.figures,
         "samples_per_s": samples / seconds,
         "tokens_per_s": sum(map(sum, timed)) / steps / seconds,
-        "bound_flops_per_step": bound_flops(shape, timed) / steps,
+        "bound_flops_per_step": bound_flops(shape, timed, case.get("adapter", "")) / steps,
         "loaded_gib": loaded,
         "samples": samples,
         "losses": [float(loss) for loss in losses.values()][: warm + steps],
         "adapter_dtype": str(next(p.dtype for p in trainer.model.parameters() if p.requires_grad)),
     }
     found["loss"] = found["losses"][-1]
+    if config["logging_steps"] == 1:
+        logs = trainer.state.log_history
+        found["margins"] = [log["rewards/margins"] for log in logs if "rewards/margins" in log]
     if case["engine"] == "ours":
         found |= {"plan": str(trainer.forward_plan), "halvings": trainer.step.halvings}
         found |= {"micro_batches": len(micro_batches), "limit_gib": trainer.step.budget.limit / GIB}
@@ -190,8 +198,17 @@ def loaded_gib(device: str) -> float:
 def local_parts(case: dict[str, Any], device: str) -> tuple[dict[str, Any], float]:
     """Arguments of a trainer's constructor, and the memory that the model takes."""
     dtype = getattr(torch, case.get("dtype", "bfloat16"))
-    model = make_model(case["shape"], device, dtype)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    away = {"stream_layers", "fsdp"} & case.get("options", {}).keys()  # made in the CPU's memory, where it is loaded
+    model = make_model(case["shape"], "cpu" if away else device, dtype)
+    adapter, layers = case.get("adapter", ""), SHAPES[case["shape"]]["num_hidden_layers"]
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+        layers_to_transform=[*range(layers // 2, layers)] if "upper half" in adapter else None,
+        alora_invocation_tokens=[INVOCATION] if "answer-only" in adapter else None,
+    )
     tokenizer = make_tokenizer(SHAPES[case["shape"]]["vocab_size"])
     return {"model": model, "peft_config": lora, "processing_class": tokenizer}, loaded_gib(device)
 
@@ -201,10 +218,25 @@ def ours(case: dict[str, Any], device: str, config: dict[str, Any], rows: list[d
 
     from dpo_peft import DPOConfig, DPOTrainer
 
+    asked = take_attention(case["attention"]) if "attention" in case else ""
     parts, loaded = local_parts(case, device)
     loss = {"loss_type": "multi_negative"} if case["work"] == "multi" else {}
     args = DPOConfig(**{**loss, **config})
-    return DPOTrainer(args=args, train_dataset=Dataset.from_list(rows), **parts), loaded
+    trainer = DPOTrainer(args=args, train_dataset=Dataset.from_list(rows), **parts)
+    if asked and trainer.forward_plan.backend != asked:  # a kernel that the probe refused
+        raise RuntimeError(str(trainer.forward_plan))
+    return trainer, loaded
+
+
+def take_attention(name: str) -> str:
+    """Puts a candidate of attention.py first, under a name that no other rule knows, and returns that."""
+    from attention import CANDIDATES
+
+    from dpo_peft.forward.attention import BACKENDS
+
+    chosen = f"{name}, by name"
+    BACKENDS.insert(0, replace(CANDIDATES[name], name=chosen, supports=lambda *_: True))
+    return chosen
 
 
 def trl(case: dict[str, Any], device: str, config: dict[str, Any], rows: list[dict]) -> tuple[Any, float]:
@@ -238,14 +270,13 @@ def unsloth(case: dict[str, Any], device: str, config: dict[str, Any], rows: lis
     )
     loaded = loaded_gib(device)
     checkpointing = config.pop("gradient_checkpointing", "unsloth")
-    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     model = FastLanguageModel.get_peft_model(
         model,
         r=16,
         lora_alpha=32,
         lora_dropout=0,
         bias="none",
-        target_modules=targets,
+        target_modules=TARGETS,
         use_gradient_checkpointing=checkpointing,
         random_state=0,
         **limits,

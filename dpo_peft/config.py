@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from .config_checks import (
     OF_OTHER_CONFIGS,
     check_fields,
+    check_fp8,
     check_inherited,
     check_loss_options,
     check_loss_type,
@@ -169,6 +170,11 @@ class DPOConfig(TrainingArguments):
     fused_layers: bool | None = flag(
         None, "Compute decoder layers by our own kernels. Default: yes, on models that they are right for."
     )
+    fp8_products: bool = flag(
+        False,
+        "Experimental: multiply frozen weights in FP8, on GPUs that can (docs/quantization.md). A CPU does it slowly.",
+        needs="fused_layers",
+    )
 
     # Objective; docs/objectives.md has an entry for each loss
     loss_type: list[str] = free(
@@ -265,6 +271,7 @@ class DPOConfig(TrainingArguments):
         self.beta = resolve_beta(self.loss_type, self.beta)
         self.checkpoint_layers = "auto" if self.checkpoint_layers is None else self.checkpoint_layers
         check_together(self, losses)
+        check_fp8(self)
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:  # type: ignore[has-type]
             self.metric_for_best_model = "eval_rewards/margins"
         # transformers knows only that a loss should be small.

@@ -11,6 +11,8 @@ from dataclasses import Field, dataclass, field, fields
 from enum import EnumMeta
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from .errors import OptionError, refuse
 from .losses import REGISTRY, Objective, find_objective
 from .losses.registry import load_objective
@@ -378,3 +380,12 @@ def check_together(o: Any, losses: Sequence[Objective]) -> None:
         ),
     }
     refuse(problems)
+
+
+def check_fp8(o: Any) -> None:
+    """Refuses FP8 products in another dtype than bfloat16, and on a GPU that has none."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    has = capability >= (8, 9) or o.use_cpu or not torch.accelerator.is_available()
+    needs = "fp8_products=True needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell): leave it out."
+    other = "fp8_products=True computes the rest in bfloat16: leave it out, or fp16 and bf16=False."
+    refuse({needs: o.fp8_products and not has, other: o.fp8_products and (o.fp16 or o.bf16 is False)})

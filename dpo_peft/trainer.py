@@ -44,6 +44,7 @@ from .training.memory_budget import MemoryBudget, plan_memory
 from .training.metrics import MetricStore
 from .training.results import checkpoints_kept, load_best, save_result
 from .training.resume import RunState, place_in_data, save_adapter, trajectory
+from .training.throughput import Throughput
 from .wings import required, wing
 
 logger = logging.getLogger(__name__)
@@ -119,16 +120,16 @@ class DPOTrainer(Trainer):
         self.model._is_accelerate_prepared = world_size() > 1 or placement_of(self.model) is not None
         self.model_accepts_loss_kwargs = True  # the loss is divided by the samples of the whole optimizer batch
         self._signature_columns = PREPARED_COLUMNS
-        self._weights = self.model.num_parameters(exclude_embeddings=True)
+        self.throughput = Throughput(self.model, self.objective, args)
         check_optimizer(self.optimizer, self.model)
         self.model.add_model_tags([*self._tag_names, *{"kto", "orpo", "cpo"}.intersection(args.loss_type)])
         self.policy_adapter = self.model.active_adapters[0]
         copy_from_first(self.model.parameters())
         check_same("train_dataset", self.prepare.told_by)
         # The model is on its device now, and shows by a probe how its batches can be laid out.
-        tiny = self.images.probe_samples() if self.images else []
-        self.forward_plan = plan_forward(self.model, args.share_prompts, autocast_dtype(args), args.fused_layers, tiny)
-        plan, objective = self.forward_plan, self.objective
+        dtype, tiny = autocast_dtype(args), self.images.probe_samples() if self.images else []
+        plan = plan_forward(self.model, args.share_prompts, dtype, args.fused_layers, tiny).fp8(args.fp8_products)
+        self.forward_plan, objective = plan, self.objective
         self.reference = ReferencePolicy(self.model, held, self.policy_adapter, args, plan, objective)
         self.reference.lockstep = placement_of(self.model) is not None or plan.shares_work
         self._build_parts(data_collator)
@@ -145,20 +146,13 @@ class DPOTrainer(Trainer):
         collate = data_collator or PreferenceCollator(self.forward_plan.shared, tokenizer.pad_token_id or 0, images)
         self.collate, self.data_collator = collators(args, self.objective, collate, images)
         self.metric_store, autocast = MetricStore(), self.compute_loss_context_manager
-        self.step = OptimizerStep(
-            model,
-            args,
-            self.objective,
-            self._plan_memory(),
-            self.metric_store,
-            self.collate,
-            policy=lambda batch: self.policy_logps(batch),
-            reference=self.reference.logps,
-            autocast=autocast,
-        )
+        parts = self.objective, self._plan_memory(), self.metric_store, self.collate
+        policy, reference = (lambda batch: self.policy_logps(batch)), self.reference.logps
+        self.step = OptimizerStep(model, args, *parts, policy, reference, autocast)
         found = required("evaluation", "sample_prompts") if args.sample_prompts else wing("evaluation")
         evaluation, callbacks = NoEvaluation if found is None else found.Evaluation, self.callback_handler.callbacks
-        self.evaluation = evaluation(model, tokenizer, args, self.objective, self.prepare, autocast, callbacks)
+        shown = self.objective, self.prepare, self.throughput
+        self.evaluation = evaluation(model, tokenizer, args, *shown, autocast, callbacks)
         self.signal, watching = StopOnSignal(), [*EarlyStop.from_options(args), *self.evaluation.parts]
         self.run_state = RunState(args, self.metric_store, [self.step, self.reference, *watching], self.trajectory)
         counting = [CountStream(self.prepare.count)] * isinstance(self.train_dataset, IterableDataset)
@@ -254,6 +248,7 @@ class DPOTrainer(Trainer):
             self.reference.check_start(list(itertools.islice(self.train_dataset, 4)), self.collate)
             if self.args.precompute_ref_log_probs:
                 self.reference.precompute(rows_ahead(self, self.prepare.evaluated, self.step), self.collate)
+        self.throughput.begin()
         wait_for_all()
 
     def hyperparameter_search(self, *args: object, **kwargs: object) -> Any:
@@ -279,6 +274,7 @@ class DPOTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs forward and backward of one micro-batch. Returns this process's part of the loss, detached."""
+        self.throughput.count(inputs)
         backward = super().training_step
         return self.step.run(inputs, lambda part, totals: backward(model, part, totals))
 
@@ -291,7 +287,7 @@ class DPOTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Counts two forward passes, and the backward pass that skips the frozen weights: 6 per weight and token."""
-        return 6 * inputs["input_ids"].numel() * self._weights
+        return 6 * inputs["input_ids"].numel() * self.throughput.parameters
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         return place_in_data(self, super()._init_training_state(*args), args[3])
@@ -304,14 +300,16 @@ class DPOTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        with self.throughput.apart():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
         # With save_strategy="best" an evaluation decides, and may have decided against what the signal asked for.
         if self.signal.agreed and self.run_state.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs; a training log gets the metrics since the last one, and counts of the cache and of cuts."""
-        logs |= {**self.reference.counts(), **self.step.counts()} if "loss" in logs else {}
+        """Logs; a training log gets the metrics since the last one, counts of the cache and of cuts, and the speed."""
+        if "loss" in logs:
+            logs |= {**self.reference.counts(), **self.step.counts(), **self.throughput.figures()}
         logs |= self.metric_store.of_log(logs)  # in place: at the end, transformers returns them
         super().log(logs, start_time)
 

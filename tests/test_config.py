@@ -102,6 +102,9 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "fsdp": ({"fsdp": "shard_grad_op"}, r"fsdp='shard_grad_op'.*'full_shard'"),
     "fsdp_config": ({"fsdp_config": {"version": 2}}, r"fsdp_config.*fsdp='full_shard'.*leave it out"),
     "streamed and sharded": ({"fsdp": True, "stream_layers": 2}, r"stream_layers=2 with fsdp=True.*Set one"),
+    "fp8 alone": ({"fp8_products": True}, r"fp8_products=True has no effect without fused_layers: set it too"),
+    "fp8 in float32": ({"fp8_products": True, "fused_layers": True, "bf16": False}, r"fp8_products=True.*bfloat16"),
+    "fp8 in float16": ({"fp8_products": True, "fused_layers": True, "fp16": True}, r"fp8_products=True.*bfloat16"),
     "deepspeed": ({"deepspeed": "zero.json"}, r"deepspeed='zero\.json'.*fsdp='full_shard'.*recipes fsdp2"),
 }
 

@@ -32,7 +32,8 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 REWARDS = {"log_ratio": "β·log(π/π_ref)", "logp": "β·log π", "mean_logp": "β·log π per token"}
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
-BOOKKEEPING = re.compile(r"^(epoch|step|total_flos|learning_rate|train_.*|.*(runtime|_per_second|preparation_time))$")
+_EXACT = "epoch|step|total_flos|learning_rate|share_of_bound|peak_memory_gib"
+BOOKKEEPING = re.compile(rf"^({_EXACT}|train_.*|.*(runtime|_per_second|preparation_time))$")
 # Metric of an evaluation -> its type and name in the Hub's model-index.
 MODEL_INDEX = {
     "rewards/accuracies": ("accuracy", "Preference accuracy"),
@@ -53,7 +54,7 @@ LOCAL_NOTE = (
 # LoraConfig's names, and what a reader calls them.
 ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 ADAPTER_OPTIONS |= {"target_modules": "target modules", "modules_to_save": "modules to save"}
-ADAPTER_OPTIONS |= {"target_parameters": "target parameters"}
+ADAPTER_OPTIONS |= {"target_parameters": "target parameters", "layers_to_transform": "layers"}
 ADAPTER_OPTIONS |= {name: name for name in ("use_rslora", "use_dora")}
 SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 
@@ -148,7 +149,10 @@ def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
     """Returns the options of a `LoraConfig` (its fields) as a reader should see them; what is off is left out."""
     facts = {shown: config.get(name) for name, shown in ADAPTER_OPTIONS.items()}
     facts = {name: sorted(value) if isinstance(value, list | set) else value for name, value in facts.items()}
-    return {name: value for name, value in facts.items() if value not in (None, False) or name == "dropout"}
+    facts = {name: value for name, value in facts.items() if value not in (None, False) or name == "dropout"}
+    if tokens := config.get("alora_invocation_tokens"):
+        facts["acts on"] = f"completions alone, from the tokens {tokens} on: prompts are the base's (aLoRA)"
+    return facts
 
 
 def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

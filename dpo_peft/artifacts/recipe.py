@@ -14,9 +14,11 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from ..config import DPOConfig
 from ..credentials import without_secrets
+from ..data import answer_only
 from ..files import write_atomically
 from .card import ADAPTER_OPTIONS, shown_name
 
@@ -95,10 +97,15 @@ def changed_options(args: DPOConfig) -> dict[str, Any]:
     return public(changed)
 
 
-def lora_options(config: LoraConfig) -> dict[str, Any]:
-    """Returns the options of `dpo-peft train` that describe an adapter."""
+def lora_options(config: LoraConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns the options of `dpo-peft train` that describe an adapter; its scope by the tokenizer's template."""
     options = {option: plain(getattr(config, name)) for name, option in _LORA_OPTIONS.items()}
-    return {option: value for option, value in options.items() if value not in (None, False, 0.0)}
+    options = {option: value for option, value in options.items() if value not in (None, False, 0.0)}
+    if tokens := config.alora_invocation_tokens:
+        options["adapter_scope"] = "completions"
+        if not tokenizer.chat_template or answer_only(tokenizer) != tokens:
+            options["adapter_invocation"] = tokenizer.decode(tokens)
+    return options
 
 
 def _is_local(value: object, is_path: bool = False) -> bool:

@@ -158,7 +158,7 @@ class SaveResults:
         continued = bool(name) and is_adapter(name)
         notes = []
         source = {"model_name_or_path": name or self.base_model, "dtype": self.trained.dtype}
-        source |= {} if continued else lora_options(self.lora)
+        source |= {} if continued else lora_options(self.lora, trainer.tokenizer)
         if not name:
             notes.append("model_name_or_path: the model was given in Python; this is its base.")
         for option, split in (("dataset_name", "train"), ("eval_dataset_name", "eval")):

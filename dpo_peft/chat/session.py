@@ -21,7 +21,7 @@ from ..data.prompts import Prompt, encode_prompts, image_columns, open_images
 from ..errors import DataError, OptionError
 from ..forward.images import SampleImages
 from ..model.adapter_source import TrainedAdapter
-from ..model.generation import check_sampling, end_tokens, generation_inputs
+from ..model.generation import check_begins, check_sampling, end_tokens, generation_inputs
 from ..reference.adapter_off import reference_mode
 
 MAX_NEW_TOKENS = 512  # if neither the settings nor the model's generation_config say
@@ -193,6 +193,7 @@ class Session:
                     f"The message has {len(prompt_ids)} tokens, and the model's context {self.context}: shorten it."
                 )
             config.max_new_tokens = min(config.max_new_tokens, room)
+        check_begins(self.trained.model, prompt_ids, "The message")
         replies = []
         for on in sides:
             replies.append(self._write(prompt_ids, pixels, config, partial(show, on), on, dropped))

@@ -29,7 +29,7 @@ WRONG_INPUT = (
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
 COMMANDS = (
     *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "chat", "compare", "score", "report"),
-    *("merge", "export", "push", "cache", "env"),
+    *("merge", "export", "push", "cache", "bench", "env"),
 )
 USAGE = """usage: dpo-peft COMMAND [options]
 
@@ -48,6 +48,7 @@ USAGE = """usage: dpo-peft COMMAND [options]
   export      write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama
   push        publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache       show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
+  bench       measure this GPU, for the planner and for others:  dpo-peft bench
   env         show versions and machine, for reports of faults:  dpo-peft env
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""

@@ -90,7 +90,7 @@ def _note(one: HeldOut, saved: Mapping[str, Any]) -> str:
 
 def _work(trainer: Any, saved: Mapping[str, Any]) -> Iterator[str]:
     """Yields what the run took."""
-    rows, pace, seconds = saved["data"].get("train", {}), trainer.evaluation.pace, saved["seconds"]
+    rows, pace, seconds = saved["data"].get("train", {}), trainer.throughput, saved["seconds"]
     passes = f", {trainer.state.epoch:.3g} passes" if trainer.state.epoch else ""
     used = f"{rows['kept_rows']:,} of {rows['source_rows']:,} rows" if rows else "rows of a stream"
     yield f"{trainer.state.global_step:,} steps on {used}{passes}"
@@ -115,5 +115,7 @@ def _next(trainer: "DPOTrainer", folder: Path, commands: Sequence[str]) -> Itera
             options.append(f"--unneeded_columns {shlex.join(trainer.args.unneeded_columns)}")
         yield " ".join([f"dpo-peft score {here} --dataset_name {shlex.quote(one)}", *options])
     yield f"dpo-peft report {here}"
-    yield f"dpo-peft merge {here} --output_dir {shlex.quote(str(folder.parent / (folder.resolve().name + '-merged')))}"
+    if not trainer.prepare.invocation:  # which can't be merged
+        merged = folder.parent / (folder.resolve().name + "-merged")
+        yield f"dpo-peft merge {here} --output_dir {shlex.quote(str(merged))}"
     yield f"dpo-peft push {here} --repo_id YOUR_NAME/{shlex.quote(folder.resolve().name)}"

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ def env(argv: Sequence[str]) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from ..artifacts.card import framework_versions
+    from ..planning.bench import driver
     from ..reference.cache import default_folder
 
     memory = psutil.virtual_memory()
@@ -55,12 +55,3 @@ def gpu(number: int) -> str:
 
     has = torch.cuda.get_device_properties(number)
     return f"{has.name}, {has.total_memory / 2**30:.1f} GiB, compute capability {has.major}.{has.minor}"
-
-
-def driver() -> str:
-    """Returns the version of the GPU's driver, as its own tool says it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "none found"

@@ -181,12 +181,13 @@ def _placement(found: dict[str, Any], plan: Plan) -> str:
     if "lost" not in found:
         return f"{said}."
     hidden = f"hidden from micro-batches of {math.ceil(found['hiding_tokens']):,} tokens on"
+    rate = "0.6 of its large products'" if found["measured"] else f"half of an {found['speed_of']}'s, not measured"
     speed = (
         "{samples_per_second:,.3g} samples a second, {samples_per_second_without_waiting:,.3g} without the wait for"
     )
     return (
         f"{said}, at {found['bandwidth'] / 1e9:,.4g} GB/s beside the work: {hidden}.\n"
-        f"  Expected at {found['flops'] / 1e12:,.3g} TFLOP/s, half of an {found['speed_of']}'s, not measured: "
+        f"  Expected at {found['flops'] / 1e12:,.3g} TFLOP/s, {rate}: "
         f"{speed.format(**found)} layers. {found['lost']:.0%} are lost."
     )
 

@@ -335,7 +335,7 @@ def _scoped(config: "LoraConfig", model: ModelArguments, args: "DPOConfig") -> "
     """Puts the layers that the adapter is on into its config, and the tokens that it acts from."""
     from ..data import answer_only
     from ..model.base import base_config
-    from ..model.scope import layer_numbers
+    from ..model.scope import check_layers, layer_numbers
     from ..training.arguments import load_tokenizer
 
     name, kwargs = model.model_name_or_path, args.model_init_kwargs
@@ -343,6 +343,7 @@ def _scoped(config: "LoraConfig", model: ModelArguments, args: "DPOConfig") -> "
         shape = base_config(name, kwargs, args.trust_remote_code).get_text_config(decoder=True)
         # PEFT takes it beside names alone, which "all-linear" becomes once the model is there.
         config.layers_to_transform = layer_numbers(model.lora_layers_to_transform, shape.num_hidden_layers)
+        check_layers(config, shape.num_hidden_layers)
     if model.adapter_scope == "completions":
         tokenizer = load_tokenizer(name, kwargs, args.trust_remote_code)
         config.alora_invocation_tokens = answer_only(tokenizer, model.adapter_invocation)

@@ -16,7 +16,8 @@ from ..distributed import meet
 from ..forward import PackedBatch
 from ..objective import LossOutput, TrainingObjective
 from ..training.building import Preparation
-from .console import Console, Pace, PlainConsole, Shows, label_of
+from ..training.throughput import Throughput
+from .console import Console, PlainConsole, Shows, label_of
 from .diagnostics import Warnings
 from .log_file import open_log
 from .pair_records import PairRecords
@@ -35,6 +36,7 @@ class Evaluation:
         args: the options.
         objective: what is minimized.
         datasets: the prepared datasets and what became of their rows.
+        throughput: of the run.
         autocast: mixed precision around sampling.
         callbacks: of the trainer; those of `report_to` get the samples as tables, and ours takes the place of the one
             that prints.
@@ -50,6 +52,7 @@ class Evaluation:
         args: DPOConfig,
         objective: TrainingObjective,
         datasets: Preparation,
+        throughput: Throughput,
         autocast: Callable[[], AbstractContextManager[object]],
         callbacks: list[TrainerCallback],
     ):
@@ -57,11 +60,9 @@ class Evaluation:
         self.samples = Samples(model, tokenizer, args, first, autocast, callbacks, datasets.images)
         self.records = PairRecords(args.output_dir)
         self.warnings = Warnings(args, objective, datasets.reports, datasets.evaluated, self.samples)
-        passes = 3 if objective.needs_reference and not args.caches_reference else 2
         without = [] if objective.needs_reference else ["KL"]
-        self.pace = Pace(model, passes)
         evaluated = list(datasets.evaluated) if args.eval_strategy != "no" else []
-        self.console = take_over(callbacks, self.pace, evaluated, without)
+        self.console = take_over(callbacks, throughput, evaluated, without)
         self.parts = [self.samples, self.records, self.warnings]
 
     @contextmanager

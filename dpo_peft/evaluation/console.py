@@ -11,19 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 
-from ..distributed import world_size
+from ..training.throughput import Throughput
 from .log_file import SHOWN
 
 # Column to its width, in their order; "step" is as wide as the number of steps and the names of sets need.
@@ -31,9 +23,9 @@ WIDTHS = {"step": 0, "epoch": 5, "loss": 6, "margin": 6, "acc": 5, "KL": 5, "gra
 WIDTHS |= {"tok/s": 6, "bound": 5, "GiB": 5, "left": 6}
 IMPORTANCE = "step loss margin acc KL left tok/s GiB bound lr epoch grad".split()  # the last go first
 METRICS = {"loss": "loss", "margin": "rewards/margins", "acc": "rewards/accuracies", "KL": "kl", "grad": "grad_norm"}
+METRICS |= {"GiB": "peak_memory_gib"}
 GAP, LONGEST_LABEL = "  ", 16
 HEADED = 20  # lines between two heads
-PRODUCT = (8192, 4096, 8192)  # of the matrices that a GPU's rate is measured with: as large as those of an 8B model
 
 
 def figure(value: float | None, width: int = 6) -> str:
@@ -80,12 +72,16 @@ class Columns:
         """Returns the names of the columns."""
         return self._row({name: name for name in self.names}, self.names)
 
-    def training(self, step: int, logs: Mapping[str, float], about: Mapping[str, str]) -> str:
-        """Returns the line of a training log; `about` are cells of columns that it doesn't fill itself."""
+    def training(self, step: int, logs: Mapping[str, float], left: float | None = None) -> str:
+        """Returns the line of a training log; `left` are the seconds that the run will take from here, if known."""
         cells = {name: figure(logs.get(key), self.widths[name]) for name, key in METRICS.items()}
         cells |= {"step": f"{step}/{self.max_steps}", "epoch": figure(logs.get("epoch"), 5)}
         cells["lr"] = f"{logs['learning_rate']:.1e}" if "learning_rate" in logs else "-"
-        return self._row({**cells, **about}, self.names)
+        if speed := logs.get("tokens_per_second"):
+            cells["tok/s"] = f"{speed:,.0f}" if speed < 99_999.5 else f"{speed / 1000:,.0f}k"
+        if "share_of_bound" in logs:
+            cells["bound"] = f"{logs['share_of_bound']:.0%}"
+        return self._row(cells | ({} if left is None else {"left": span(left)}), self.names)
 
     def evaluation(self, step: int, prefix: str, logs: Mapping[str, float]) -> str:
         """Returns the line of an evaluation: under the columns of the training's, and beside them its own."""
@@ -111,92 +107,6 @@ def label_of(prefix: str) -> str:
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
-class Pace:
-    """Measures how fast a run is: tokens a second, share of the bound, memory and time left.
-
-    Args:
-        model: that is trained.
-        passes: over the weights, for a token: 3 with a reference pass (two forward passes, and the backward pass,
-            which skips the frozen weights), else 2.
-        clock: gives seconds.
-    """
-
-    def __init__(self, model: PreTrainedModel, passes: int, clock: Callable[[], float] = time.perf_counter):
-        self._model, self._passes, self._clock = model, passes, clock
-        self.rate: float | None = None  # FLOP/s of all GPUs; None where the share of the bound is not known
-        self.peak = 0  # bytes
-        self.tokens = self.seconds = 0.0  # of the steps since `begin`
-
-    def begin(self, state: TrainerState) -> None:
-        """Begins a run, or resumes one."""
-        self._counted = self._model.num_parameters(exclude_embeddings=True)  # as `floating_point_ops` does
-        self._flops, self.tokens, self.seconds = state.total_flos, 0.0, 0.0
-        head, embedded = self._model.get_output_embeddings().weight, self._model.get_input_embeddings().weight
-        self._weights = self._counted - (0 if head is embedded else head.numel())  # completions alone pass the head
-        experts = getattr(self._model.config.get_text_config(), "num_experts_per_tok", None)
-        on_gpu = self._model.device.type == "cuda"
-        self.rate = gpu_rate(self._model.device) if on_gpu and not experts else None
-        self._first = self._since = self._stopped = self._clock()
-        self._begun_at, self._paused, self._started = state.global_step, False, False
-
-    def step_begins(self) -> None:
-        """Takes out of the time what an evaluation or a checkpoint took."""
-        now = self._clock()
-        if not self._started:
-            self._started, self._first, self._since = True, now, now
-        if self._paused:
-            self._since += now - self._stopped
-            self._paused = False
-
-    def step_ends(self) -> None:
-        """Stops the time, should an evaluation or a checkpoint follow."""
-        self._stopped = self._clock()
-
-    def pause(self) -> None:
-        """An evaluation or a checkpoint has taken place since the last step."""
-        self._paused = True
-
-    def cells(self, state: TrainerState) -> dict[str, str]:
-        """Returns what is known since the last log, by column."""
-        now = self._clock()
-        seconds, self._since, self._stopped = now - self._since, now, now
-        tokens, self._flops = (state.total_flos - self._flops) / (6 * self._counted), state.total_flos
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        done, cells = state.global_step - self._begun_at, {}
-        if tokens and seconds > 0:
-            speed = tokens / seconds
-            cells["tok/s"] = f"{speed:,.0f}" if speed < 99_999.5 else f"{speed / 1000:,.0f}k"
-            if self.rate:
-                share = 2 * self._passes * self._weights * speed / self.rate
-                cells["bound"] = f"{share:.0%}"
-        if self._model.device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self._model.device))
-            cells["GiB"] = figure(self.peak / 2**30, 5)
-        if done:
-            cells["left"] = span((now - self._first) / done * (state.max_steps - state.global_step))
-        return cells
-
-
-def gpu_rate(device: torch.device) -> float | None:
-    """Returns the rate of large bfloat16 matrix products, FLOP/s of all GPUs of the run; None if there is no memory to
-    measure it. It takes some 50 ms."""
-    m, k, n = PRODUCT
-    try:
-        # No random numbers: those of the run would be others.
-        a, b = (torch.linspace(-1, 1, r * c, device=device).view(r, c).bfloat16() for r, c in ((m, k), (k, n)))
-        seconds = []
-        for _ in range(5):
-            torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(4):
-                a @ b
-            torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
-        return None
-    return 4 * 2 * m * k * n / min(seconds) * world_size()
-
-
 # ---- Callbacks ------------------------------------------------------------------------------------------------------
 
 
@@ -204,14 +114,21 @@ class Shows(TrainerCallback):
     """Shows logs in columns; what it shows goes to `log_file` too.
 
     Args:
-        pace: of the run.
+        throughput: of the run; which columns are known.
         labels: prefixes of the metrics of what is evaluated.
         without: columns about which nothing is known.
+        clock: gives seconds.
     """
 
-    def __init__(self, pace: Pace, labels: Sequence[str], without: Sequence[str] = ()):
+    def __init__(
+        self,
+        throughput: Throughput,
+        labels: Sequence[str],
+        without: Sequence[str] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         super().__init__()
-        self.pace, self.labels, self.without = pace, labels, list(without)
+        self.throughput, self.labels, self.without, self._clock = throughput, labels, list(without), clock
         self.columns = Columns(0, labels, None, self.without)
         self._since_head = HEADED
         self.evaluating = ""  # what it is called
@@ -222,36 +139,23 @@ class Shows(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begins a run."""
-        self.pace.begin(state)
-        unknown = [] if self.pace.rate else ["bound"]
+        self._begun_at, self._begun = state.global_step, 0.0
+        unknown = [] if self.throughput.rate else ["bound"]
         unknown += [] if args.device.type == "cuda" else ["GiB"]
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         self.columns = Columns(state.max_steps, map(label_of, self.labels), width, {*self.without, *unknown})
         self._since_head = HEADED
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Lets the time run."""
-        self.pace.step_begins()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops the time."""
-        super().on_step_end(*args, **kwargs)
-        self.pace.step_ends()
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        """Takes a checkpoint out of the time."""
-        self.pace.pause()
-
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Takes an evaluation out of the time."""
-        super().on_evaluate(*args, **kwargs)
-        self.pace.pause()
+        """Begins the time of which what is left is estimated: evaluations and checkpoints are in both."""
+        self._begun = self._begun or self._clock()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Shows a line."""
         if "loss" in logs:
-            cells = self.pace.cells(state)
-            self._show(state, self.columns.training(state.global_step, logs, cells))
+            done = max(state.global_step - self._begun_at, 1)
+            left = (self._clock() - self._begun) / done * (state.max_steps - state.global_step)
+            self._show(state, self.columns.training(state.global_step, logs, left))
         for name in logs:
             if name.endswith("_runtime") and name != "train_runtime":
                 prefix = name.removesuffix("_runtime")

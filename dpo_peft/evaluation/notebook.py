@@ -54,7 +54,6 @@ class NotebookConsole(Shows, NotebookProgressCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Takes away the evaluation's bar."""
-        self.pace.pause()
         if self.training_tracker is not None:
             self.training_tracker.remove_child()
         elif self.prediction_bar is not None:

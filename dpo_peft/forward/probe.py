@@ -78,6 +78,14 @@ class ForwardPlan:
         """Returns whether a policy and its reference have parts of their passes in common."""
         return self.fused is not None and self.fused.shares_work
 
+    def fp8(self, wanted: bool) -> "ForwardPlan":
+        """Returns itself, with frozen weights multiplied in FP8 if wanted: the probe would take that for an error."""
+        if wanted and self.fused is None:
+            raise OptionError(f"fp8_products=True, but {self.unfused or self.reason}: leave it out.")
+        if wanted and self.fused is not None:
+            self.fused.use_fp8()
+        return self
+
     def __str__(self) -> str:
         if not self.shared:
             return f"One padded row per completion: {self.reason}."
@@ -200,7 +208,16 @@ class _Probe:
         self.samples = [*_probe_samples(self.config.vocab_size), *images]
         if any(map(is_answer_only, model.modules())):
             self.samples = [sample._replace(adapter_start=len(sample.prompt) - 2) for sample in self.samples]
-        self.own_N = self.own_logps(pad_rows(self.samples))
+        try:
+            self.own_N = self.own_logps(pad_rows(self.samples))
+        except IndexError as error:
+            if self.samples[0].adapter_start is None:
+                raise
+            raise OptionError(
+                "An answer-only adapter must be on layers that read whole rows, and one of its target_modules gets "
+                f"single tokens, as experts do (PEFT: {error}). Take those of attention alone: target_modules="
+                "['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+            ) from error
         if not torch.isfinite(self.own_N).all():
             raise NonFiniteError(
                 f"The log-probs of {type(self.causal_lm).__name__} are not finite: a weight is NaN or infinite, or "

@@ -58,6 +58,10 @@ class Decoder(ABC):
     def reference(self, adapter: str | None) -> "Decoder":
         """Returns the same with the frozen `adapter` in the place of the active one, or with none."""
 
+    @abstractmethod
+    def use_fp8(self) -> None:
+        """Multiplies frozen weights in FP8 from now on. Raises OptionError where their shapes don't allow it."""
+
 
 Backend = str | AttentionPlan | Decoder
 

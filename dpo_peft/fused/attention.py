@@ -1,6 +1,6 @@
 """Attention over the packed layout in kernels of our own: no gathered keys, and tiles that suit short segments.
 
-`plan_tiles` turns a batch's segments into lists of tiles, once per batch; `shared_attention` runs
+`tiles.plan_tiles` turns a batch's segments into lists of tiles, once per batch; `shared_attention` runs
 `attention_triton.py` on them. The kernels' numbers of programs are known on the host: nothing waits for the GPU.
 
 What is computed is `attention.attend_dense`, without windows and dropout. Scores and sums are float32; probabilities
@@ -24,60 +24,23 @@ from torch.autograd.function import once_differentiable
 
 from ..forward.attention import AttentionBackend, AttentionPlan, BySample, HeadShape, attend_dense, by_sample
 from .heads import Places
+from .tiles import MAX_GROUP, MAX_HEAD, Launch, Tiles, padded_head, plan_tiles
 
-MAX_HEAD, MAX_GROUP = 256, 16
 _LOG2_E = math.log2(math.e)
 
 
-class Launch(NamedTuple):
-    """How one kernel is cut and compiled."""
-
-    rows: int  # of a block of queries: tokens times query heads per key head
-    keys: int  # of a block of keys
-    warps: int
-    stages: int
-    hot: int = 1  # blocks without mask: 0 none; 1 those before the gap; 2 all. To keys: 0 none; else all
-
-
-class Launches(NamedTuple):
-    """One for each kernel."""
-
-    forward: Launch
-    grad_q: Launch
-    grad_kv: Launch
-
-
-# By head size, padded to a power of 2. Those of 128 are the best for long and short segments alike of eight each that
-# were measured on an H100.
-LAUNCHES = {
-    64: Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 3), Launch(64, 128, 8, 3)),
-    128: Launches(Launch(128, 32, 8, 3), Launch(64, 32, 4, 2), Launch(32, 64, 4, 3)),
-    256: Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
-}
-
-
-class Tiles(NamedTuple):
-    """A batch's tiles, the longest work first, for one shape of heads."""
-
-    forward: Tensor  # (tiles, 5) int32: start, end, first key, keys before the gap, length of the gap
-    grad_q: Tensor  # the same in the size of that kernel
-    grad_kv: Tensor  # (tiles, 3) int32: start, end, end of the queries that see it
-    tokens: int  # T
-    longest: int  # sample, in tokens
-    group: int  # R
-    head: int  # D
-    launches: Launches
-
-
-def padded_head(head: int) -> int:
-    """Returns the power of 2 that the kernels compute with."""
-    return max(16, 1 << (head - 1).bit_length())
-
-
 def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
-    """Whether the kernels run: half precision, up to 16 query heads per key head, head size up to 256, on Hopper.
+    """Whether the kernels are taken: where they `can_run`, on Hopper.
 
-    `LAUNCHES` takes more shared memory than most other GPUs have.
+    On other cards nobody has measured whether they win. `benchmarks/attention.py` takes them there all the same.
+    """
+    return can_run(device, dtype, heads) and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def can_run(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool:
+    """Whether the kernels run: half precision, up to 16 query heads per key head, head size up to 256, sm80 or later.
+
+    All of these cards have the shared memory for one of `LAUNCHES` at least.
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -87,97 +50,7 @@ def supports(device: torch.device, dtype: torch.dtype, heads: HeadShape) -> bool
         from . import attention_triton as triton_attention  # noqa: F401
     except ImportError:
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
-# ---- Tiles ----------------------------------------------------------------------------------------------------------
-
-
-def plan_tiles(
-    segments_S2: np.ndarray, group: int, head: int, device: torch.device | str, launches: Launches | None = None
-) -> Tiles:
-    """Cuts a batch into tiles.
-
-    Args:
-        segments_S2: length of each segment in tokens and index of its context, the prompt's segment (its own index
-            for a prompt and for a completion of an empty prompt), on the host.
-        group: R, query heads per key head.
-        head: D, size of a head.
-        device: where the tiles go.
-        launches: sizes of the kernels' blocks; from `LAUNCHES` by default.
-
-    Raises:
-        ValueError: heads that the kernels don't do, or completions that don't follow their prompt.
-    """
-    if not 0 < group <= MAX_GROUP or not 0 < head <= MAX_HEAD:
-        raise ValueError(
-            f"The attention kernels do up to {MAX_GROUP} query heads per key head of size up to {MAX_HEAD}, not "
-            f"{group} of size {head}: use varlen attention."
-        )
-    launches = launches or LAUNCHES[max(64, padded_head(head))]
-    spans = _Spans.of(segments_S2)
-    tables = [
-        _query_tiles(spans, launches.forward.rows // group),
-        _query_tiles(spans, launches.grad_q.rows // group),
-        _key_tiles(spans, launches.grad_kv.keys),
-    ]
-    flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables]).astype(np.int32))
-    if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()  # or the copy would wait for the kernels before it
-    parts = flat.to(device, non_blocking=True).split([table.size for table in tables])
-    forward, grad_q, grad_kv = (part.view(table.shape) for part, table in zip(parts, tables, strict=True))
-    return Tiles(forward, grad_q, grad_kv, int(spans.end.max()), spans.longest, group, head, launches)
-
-
-class _Spans(NamedTuple):
-    """Where each segment stands in the packed row, (S,) each."""
-
-    start: np.ndarray
-    end: np.ndarray
-    context: np.ndarray
-    seen_until: np.ndarray  # end of the queries that see it: of the sample for a prompt, its own for a completion
-    longest: int  # sample
-
-    @classmethod
-    def of(cls, segments_S2: np.ndarray) -> "_Spans":
-        length, context = segments_S2.T.astype(np.int64)
-        index = np.arange(len(length))
-        latest = np.maximum.accumulate(np.where(context == index, index, -1))
-        if (context != latest).any():
-            raise ValueError("A completion must follow its prompt or another completion of it.")
-        end = np.cumsum(length)
-        start = end - length
-        seen_until = end.copy()
-        np.maximum.at(seen_until, context, end)
-        return cls(start, end, context, seen_until, int((seen_until - start).max()))
-
-    def cut(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cuts every segment into pieces of `size` tokens: segment, start and end of each."""
-        pieces = -(-(self.end - self.start) // size)
-        segment = np.repeat(np.arange(len(pieces)), pieces)
-        within = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        start = self.start[segment] + within * size
-        return segment, start, np.minimum(start + size, self.end[segment])
-
-
-def _query_tiles(spans: _Spans, size: int) -> np.ndarray:
-    segment, start, end = spans.cut(size)
-    prompt = spans.context[segment]
-    base = spans.start[prompt]
-    has_prompt = prompt != segment
-    before_gap = np.where(has_prompt, spans.end[prompt], start) - base
-    gap = np.where(has_prompt, spans.start[segment] - spans.end[prompt], 0)
-    return _longest_first(np.stack([start, end, base, before_gap, gap], 1), end - base - gap)
-
-
-def _key_tiles(spans: _Spans, size: int) -> np.ndarray:
-    segment, start, end = spans.cut(size)
-    seen_until = spans.seen_until[segment]
-    return _longest_first(np.stack([start, end, seen_until], 1), seen_until - start)
-
-
-def _longest_first(table: np.ndarray, work: np.ndarray) -> np.ndarray:
-    return table[np.argsort(-work, kind="stable")]
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -187,7 +60,8 @@ def shared_attention(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, 
     """Attends from every token to its prompt and its own segment; (T, A, D), differentiable.
 
     Args:
-        q_TAD, k_TGD, v_TGD: may be parts of wider matrices, if the last dimension is contiguous.
+        q_TAD, k_TGD, v_TGD: may be parts of wider matrices, if the last dimension is contiguous. With tiles for
+            completions only, k and v hold the prompts too, whose gradient is then zero.
         tiles: from `plan_tiles`, on the same device, for these heads.
         scaling: factor of the scores, > 0; 1 / sqrt(D) by default.
 
@@ -210,6 +84,8 @@ class _SharedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR = ctx.saved_tensors
         grads = attend_backward(grad_outputs[0], q_TAD, k_TGD, v_TGD, out_TAD, lse_GTR, ctx.tiles, ctx.scaling)
+        if before := ctx.tiles.given:
+            grads[1:] = (F.pad(x, (0, 0, 0, 0, before, 0)) for x in grads[1:])
         return *grads, None, None
 
 
@@ -218,12 +94,14 @@ def attend_packed(
 ) -> Tensor:
     """Attends over the packed row as it is, (T, A, D); the batch's tiles are made once for all layers."""
     segments, group, head = plan.batch.segments, q_TAD.shape[1] // k_TGD.shape[1], q_TAD.shape[2]
-    tiles = plan.once(("tiles", group, head), lambda: plan_tiles(np.array(segments), group, head, q_TAD.device))
+    tiles = plan.once(
+        ("tiles", group, head), lambda: plan_tiles(np.array(segments), group, head, q_TAD.device, given=plan.given)
+    )
     return shared_attention(q_TAD, k_TGD, v_TGD, tiles, scaling)
 
 
 # Fused layers take it where the model's own take "varlen".
-PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, continues=False, otherwise="varlen")
+PACKED = AttentionBackend("packed", supports, attend_packed, windows=False, otherwise="varlen")
 
 
 def _joined(given: Tensor, own: Tensor) -> Tensor:
@@ -293,8 +171,7 @@ def attend_forward(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, sc
 
     `lse` holds the logarithm to base 2 of each row's sum of exponentials.
     """
-    q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
-    _check(q_TAD, k_TGD, v_TGD, tiles, scaling)
+    q_TAD, k_TGD, v_TGD = _from_first_query(q_TAD, k_TGD, v_TGD, tiles, scaling)
     out_TAD = torch.empty(q_TAD.shape, dtype=q_TAD.dtype, device=q_TAD.device)
     lse_GTR = torch.empty(k_TGD.shape[1], tiles.tokens, tiles.group, dtype=torch.float32, device=q_TAD.device)
     _kernels().attend[_grid(k_TGD, tiles.forward)](
@@ -314,10 +191,12 @@ def attend_backward(
     tiles: Tiles,
     scaling: float,
 ) -> list[Tensor]:
-    """Returns the gradients to q, k and v from that of the output and what `attend_forward` gave."""
-    q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
+    """Returns the gradients to q, k and v from that of the output and what `attend_forward` gave.
+
+    Those of k and v begin where the queries do: prompts outside them get none.
+    """
+    q_TAD, k_TGD, v_TGD = _from_first_query(q_TAD, k_TGD, v_TGD, tiles, scaling)
     grad_TAD = grad_TAD.contiguous()
-    _check(q_TAD, k_TGD, v_TGD, tiles, scaling)
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TAD, k_TGD, v_TGD)]
     delta_GTR = torch.empty_like(lse_GTR)
     strides = _strides(q_TAD, k_TGD, v_TGD)
@@ -359,14 +238,18 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> None:
-    tokens, kv_heads, head = k_TGD.shape
+def _from_first_query(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: float) -> list[Tensor]:
+    """Checks what the kernels read. Keys and values become views from the first query on: tiles count from there."""
+    keys, kv_heads, head = k_TGD.shape
     wanted = (tiles.tokens, kv_heads * tiles.group, tiles.head)
-    if tuple(q_TAD.shape) != wanted or v_TGD.shape != k_TGD.shape or (tokens, head) != (tiles.tokens, tiles.head):
+    fits = tuple(q_TAD.shape) == wanted and (keys, head) == (tiles.given + tiles.tokens, tiles.head)
+    if not fits or v_TGD.shape != k_TGD.shape:
         raise ValueError(
             f"Queries {tuple(q_TAD.shape)}, keys {tuple(k_TGD.shape)} and values {tuple(v_TGD.shape)} don't fit tiles "
-            f"for {tiles.tokens} tokens with {tiles.group} query heads per key head of size {tiles.head}."
+            f"for {tiles.tokens} tokens behind {tiles.given} keys with {tiles.group} query heads per key head of "
+            f"size {tiles.head}."
         )
+    q_TAD, k_TGD, v_TGD = (_rows_contiguous(x) for x in (q_TAD, k_TGD, v_TGD))
     if scaling <= 0:
         raise ValueError(f"The scores' factor must be positive, not {scaling}.")
     if tiles.longest * max(x.stride(0) for x in (q_TAD, k_TGD, v_TGD)) >= 2**31:
@@ -374,3 +257,4 @@ def _check(q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, tiles: Tiles, scaling: f
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q_TAD.dtype not in (torch.float16, torch.bfloat16) and not interpreted:
         raise ValueError(f"The attention kernels run in half precision, not in {q_TAD.dtype}.")
+    return [q_TAD, k_TGD[tiles.given :], v_TGD[tiles.given :]]

@@ -1,4 +1,4 @@
-"""Attention over the packed layout as Triton kernels: what `shared_attention.py` runs.
+"""Attention over the packed layout as Triton kernels: what `attention.py` runs.
 
 FlashAttention's algorithm (Dao et al. 2022, 2023): scores are made block by block and never stored, the backward pass
 makes them again from the logarithms of their sums. Three things are particular to the layout.

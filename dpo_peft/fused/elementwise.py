@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _COLUMNS = 2048  # of a matrix that one kernel program works on
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
 
 
 class Norm(NamedTuple):
@@ -40,7 +42,7 @@ def triton_kernels() -> Any:
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether Triton kernels run on this tensor."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and triton_kernels() is not None
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, E4M3) and triton_kernels() is not None
 
 
 def power_of_2(n: int) -> int:
@@ -182,35 +184,53 @@ def _launch_activation(kernel: Any, gate_up: Tensor, out_TF: Tensor, name: str) 
 # ---- Weights --------------------------------------------------------------------------------------------------------
 
 
-def weight_into(linear: nn.Module, beside_NR: Tensor | None, out: Tensor) -> None:
+def weight_into(linear: nn.Module, beside_NR: Tensor | None, out: Tensor, scale: Tensor | None = None) -> None:
     """Writes [W, B] into `out`, (N, K + R): a linear layer's weight, dequantized if it is in 4 bits, and a matrix.
 
     Args:
         linear: with a weight of (N, K).
         beside_NR: contiguous; zeros if None.
         out: contiguous rows.
+        scale: a float32 number that W is divided by, for an `out` in e4m3.
     """
     weight: Any = linear.weight
     state = getattr(weight, "quant_state", None)
     if state is not None and uses_kernels(out) and _kernel_reads(weight, state):
-        _launch_dequantize(weight, state, beside_NR, out)
+        _launch_dequantize(weight, state, beside_NR, out, scale)
         return
     inputs = linear.in_features
-    out[:, :inputs] = weight if state is None else dequantize_4bit(weight.data, state)
+    weight_NK = weight if state is None else dequantize_4bit(weight.data, state)
+    out[:, :inputs] = weight_NK if scale is None else weight_NK.float() / scale
     out[:, inputs:] = 0 if beside_NR is None else beside_NR
 
 
-def _launch_dequantize(weight: Tensor, state: Any, beside_NR: Tensor | None, out: Tensor) -> None:
+def _launch_dequantize(
+    weight: Tensor, state: Any, beside_NR: Tensor | None, out: Tensor, scale: Tensor | None
+) -> None:
     rows, columns = state.shape
     nested = state.state2 if state.nested else None
     scales = (nested.code, nested.absmax, state.offset) if nested else (state.code,) * 3
     ranks = out.shape[1] - columns
     triton_kernels().dequantize_4bit[(rows, -(columns // -_COLUMNS))](
-        weight, state.absmax, state.code, *scales, out if beside_NR is None else beside_NR, out, out.stride(0),
-        columns, ranks, BLOCK=_COLUMNS, QUANT_BLOCK=state.blocksize, NESTED_BLOCK=nested.blocksize if nested else 0,
+        weight, state.absmax, state.code, *scales, out if beside_NR is None else beside_NR,
+        state.code if scale is None else scale, out, out.stride(0), columns, ranks, BLOCK=_COLUMNS,
+        QUANT_BLOCK=state.blocksize, NESTED_BLOCK=nested.blocksize if nested else 0,
         STORED=_triton_dtype(state.dtype), R_BLOCK=power_of_2(max(ranks, 1)), BESIDE=beside_NR is not None,
-        enable_fp_fusion=False,
+        SCALED=scale is not None, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns x in e4m3, each row divided by its scale, and the scales, (T, 1) float32."""
+    if uses_kernels(x_TK):
+        tokens, width = x_TK.shape
+        out_TK = torch.empty(tokens, width, dtype=E4M3, device=x_TK.device)
+        scales_T1 = torch.empty(tokens, 1, dtype=torch.float32, device=x_TK.device)
+        triton_kernels().quantize_row[(tokens,)](x_TK, out_TK, scales_T1, x_TK.stride(0), width, BLOCK=_COLUMNS)
+        return out_TK, scales_T1
+    wide_TK = x_TK.float()
+    scales_T1 = (wide_TK.abs().amax(1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide_TK / scales_T1).to(E4M3), scales_T1
 
 
 def _kernel_reads(weight: Tensor, state: Any) -> bool:

@@ -231,9 +231,9 @@ def _activation(x, KIND: tl.constexpr):
 
 @triton.jit
 def dequantize_4bit(
-    packed_ptr, absmax_ptr, code_ptr, absmax_code_ptr, absmax2_ptr, offset_ptr, beside_ptr, out_ptr, out_stride, K,
-    R, BLOCK: tl.constexpr, QUANT_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, STORED: tl.constexpr,
-    R_BLOCK: tl.constexpr, BESIDE: tl.constexpr,
+    packed_ptr, absmax_ptr, code_ptr, absmax_code_ptr, absmax2_ptr, offset_ptr, beside_ptr, scale_ptr, out_ptr,
+    out_stride, K, R, BLOCK: tl.constexpr, QUANT_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
+    STORED: tl.constexpr, R_BLOCK: tl.constexpr, BESIDE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """4-bit codes to values, one row of the weight at a time; the high half of a byte comes first.
 
@@ -259,7 +259,10 @@ def dequantize_4bit(
     packed = tl.load(packed_ptr + (row * K + first) // 2 + byte, mask=inside, other=0).to(tl.int32)
     high = (tl.load(code_ptr + (packed >> 4)) * scale[:, None]).to(STORED)
     low = (tl.load(code_ptr + (packed & 15)) * scale[:, None]).to(STORED)
-    both = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+    both = tl.interleave(high, low)
+    if SCALED:  # to e4m3
+        both = tl.div_rn(both.to(tl.float32), tl.load(scale_ptr))
+    both = both.to(out_ptr.dtype.element_ty)
     col = block[:, None] * QUANT_BLOCK + tl.arange(0, QUANT_BLOCK)[None, :]
     tl.store(out_ptr + row * out_stride + first + col, both, mask=block_inside[:, None] & (col >= 0))
     if tl.program_id(1) == 0:
@@ -268,6 +271,23 @@ def dequantize_4bit(
         if BESIDE:
             beside = tl.load(beside_ptr + row * R + rank, mask=rank < R, other=0.0)
         tl.store(out_ptr + row * out_stride + K + rank, beside, mask=rank < R)
+
+
+@triton.jit
+def quantize_row(x_ptr, out_ptr, scale_ptr, x_stride, K, BLOCK: tl.constexpr):
+    """A row to e4m3, divided by its scale, which its largest number decides."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, K, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = tl.maximum(tl.div_rn(tl.max(largest, 0), 448.0), 1.1754943508222875e-38)
+    tl.store(scale_ptr + row, scale)
+    for first in range(0, K, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < K, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * K + cols, tl.div_rn(x, scale).to(out_ptr.dtype.element_ty), mask=cols < K)
 
 
 @triton.jit

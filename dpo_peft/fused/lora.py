@@ -45,6 +45,8 @@ class Projection:
         self.rank = -(sum(most) // -_ALIGNMENT) * _ALIGNMENT
         self.keeps = False  # see `kept_weights`
         self.kept: Tensor | None = None
+        self.kind: type[ProjectionPass] = ProjectionPass
+        self.scale: Tensor | None = None  # of the weight in FP8, once it is known
         self.bias_N: Tensor | None = None
         if biases := [base.bias.detach() for base in self.bases if base.bias is not None]:
             zeros = [biases[0].new_zeros(n) for n in self.outputs]
@@ -187,7 +189,7 @@ def prepare(
     """Returns every projection with the adapters that are on (see `Projection.active`), cast once for the pass."""
     active = [projection.active(only) for projection in projections]
     if not any(active):
-        return [ProjectionPass(projection) for projection in projections]
+        return [projection.kind(projection) for projection in projections]
     sizes = [(p.rank * p.inputs, sum(p.outputs) * p.rank) for p in projections]
     room = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device).split([n for pair in sizes for n in pair])
     result, cast_to, masters, scales = [], [], [], []
@@ -204,6 +206,6 @@ def prepare(
             scales += [scale, 1.0]
             blocks.append((rows, ranks, scale))
         parameters = tuple(p for _, a, b, _ in adapters for p in (a, b))
-        result.append(ProjectionPass(projection, a_RK, b_NR, parameters, tuple(blocks)))
+        result.append(projection.kind(projection, a_RK, b_NR, parameters, tuple(blocks)))
     torch._foreach_copy_(cast_to, torch._foreach_mul(masters, scales))
     return result

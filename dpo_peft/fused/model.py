@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
+from ..errors import OptionError
 from ..forward.attention import AttentionBackend, AttentionPlan
 from ..forward.images import Embedded, block_ids, embedded, encoder_parts
 from ..forward.layout import PackedBatch
@@ -31,6 +32,7 @@ from ..reference.frozen_adapter import adapter_layers
 from .attention import bind
 from .decoder import Checkpointed, DecoderLayer, LayerPass, SelfAttention, without_keeping
 from .elementwise import Norm, RMSNorm
+from .fp8 import MULTIPLE, FP8Pass
 from .heads import Angles
 from .lora import kept_weights, prepare
 from .own import Surroundings, exchanged
@@ -67,10 +69,22 @@ class FusedModel(Decoder):
         # The last layers' activations are freed first, so the first ones are checkpointed.
         self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
         self.offload = False
+        self.products = ""
         self._only: tuple[str, ...] | None = None  # adapters in the place of the active one
 
     def __str__(self) -> str:
-        return f"fused, {self.attention}"
+        return f"fused, {self.attention}{self.products}"
+
+    def use_fp8(self) -> None:
+        """See the base class."""
+        self.products = ", products in FP8"
+        for projection in (p for layer in self.parts.layers for p in layer.projections):
+            shape = sum(projection.outputs), projection.inputs
+            if any(n % MULTIPLE for n in shape):
+                raise OptionError(
+                    f"fp8_products=True: a weight of {shape} is no multiple of {MULTIPLE}; leave it out."
+                )
+            projection.kind = FP8Pass
 
     @property
     def shares_work(self) -> bool:

@@ -106,6 +106,11 @@ def merge_adapter(
     output = _check(output_dir, onto, dtype, max_drift, max_shard_size)
     with _unfinished(output) as folder:
         source = AdapterSource(adapter, **made)
+        if source.config.alora_invocation_tokens:
+            raise OptionError(
+                f"{adapter!r} acts on completions alone (alora_invocation_tokens), merged weights would act on the "
+                "prompt too. Serve the adapter: `dpo-peft export` for llama.cpp's llama-server, or by PEFT."
+            )
         if source.reference is not None and dataset is None:
             raise OptionError("reference has no effect without a dataset: leave it out.")
         # Rows come before the model: a bad row is found in seconds, not after minutes of loading.

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.accelerate import get_device
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -41,6 +41,12 @@ def expert_weights(model: nn.Module) -> dict[str, Tensor]:
             if len(shape) == 3 and min(shape[1:]) > 1:
                 found[f"{path}.{name}"] = weight
     return found
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """Returns how many experts of a layer a token is sent to; None if the config, that of the text, doesn't tell."""
+    names = "num_experts_per_tok", "top_k_experts"
+    return next((number for name in names if (number := getattr(config, name, None))), None)
 
 
 def pack(weight: Tensor, device: torch.device | str, quant_type: str, double: bool, storage: torch.dtype) -> Tensor:

@@ -27,6 +27,7 @@ from .serving import gguf_problems
 
 CONVERTER = "convert_lora_to_gguf.py"
 GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
+INVOCATION = b"adapter.alora.invocation_tokens"  # the key of a GGUF file; since August 2025 (llama.cpp #15327)
 NAMES = ("Pm4aSystem", "Pm4aFirst", "Pm4aReply", "Pm4aSecond")  # stand for messages while a template is taken apart
 
 
@@ -92,6 +93,11 @@ def export_adapter(
             f"{source.adapter!r} can't be served as it is. {' '.join(problems)} First `{merged}`; then llama.cpp's "
             "convert_hf_to_gguf.py makes a GGUF model of the folder merged, and Ollama takes that in FROM."
         )
+    if to == "ollama" and source.config.alora_invocation_tokens:
+        raise OptionError(
+            f"{source.adapter!r} acts on completions alone (alora_invocation_tokens), which llama.cpp's llama-server "
+            "honors and Ollama would overlook. Give --to gguf, and serve it by llama-server."
+        )
     converter = find_converter(llama_cpp)
     base = _folder_of(source.base_name, CONFIG_NAME, {})
     if to == "ollama" and served_base is None:
@@ -108,6 +114,11 @@ def export_adapter(
         made = Path(work, "made")
         made.mkdir()
         _convert(converter, _as_read(source, Path(work)), base, made / "adapter.gguf")
+        if source.config.alora_invocation_tokens and INVOCATION not in (made / "adapter.gguf").read_bytes():
+            raise OptionError(
+                f"{converter} does not know answer-only adapters (alora_invocation_tokens): the file would act on the "
+                f"prompt too. Get a newer llama.cpp: {GET_IT}"
+            )
         if to == "ollama":
             tokenizer = source.tokenizer()
             by_name = not Path(str(served_base)).exists()

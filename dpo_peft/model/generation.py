@@ -20,6 +20,7 @@ from transformers import (
 
 from ..errors import OptionError
 from ..forward.images import SampleImages, merge_inputs
+from ..forward.scope import invocation_start, invocation_tokens
 
 
 def sample_completions(
@@ -49,12 +50,13 @@ def sample_completions(
         images: of each prompt, whose token ids hold theirs; none if there are none at all.
 
     Raises:
-        OptionError: an empty prompt, or a number out of range.
+        OptionError: an empty prompt, one where the adapter would not begin to act, or a number out of range.
     """
     check_sampling(max_new_tokens, temperature, top_p, top_k)
     for number, ids in enumerate(prompt_ids):
         if not ids:
             raise OptionError(f"Prompt {number} has no tokens: give each at least one.")
+        check_begins(model, ids, f"Prompt {number}")
     if not isinstance(seed, int) and len(seed) != len(prompt_ids):
         raise OptionError(f"{len(seed)} seeds for {len(prompt_ids)} prompts: give each one, or one number for all.")
     if not prompt_ids:
@@ -74,9 +76,13 @@ def sample_completions(
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config()  # a model of text and images has one inside its own
     training, use_cache, configured = model.training, config.use_cache, base.generation_config
+    # PEFT leaves hooks of an answer-only adapter on checkpointed layers until a backward pass, and refuses the next.
+    checkpointed = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
     model.eval()
     config.use_cache = True
     base.generation_config = GenerationConfig()
+    for layer in checkpointed:
+        layer.gradient_checkpointing = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed if isinstance(seed, int) else 0)
@@ -91,8 +97,21 @@ def sample_completions(
     finally:
         model.train(training)
         config.use_cache, base.generation_config = use_cache, configured
+        for layer in checkpointed:
+            layer.gradient_checkpointing = True
     completions = output[:, longest:].tolist()
     return [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in completions]
+
+
+def check_begins(model: PreTrainedModel | PeftModel, ids: Sequence[int], name: str) -> None:
+    """Raises an OptionError for a prompt without the tokens that an answer-only adapter acts from: PEFT's `generate`
+    would leave it off."""
+    tokens = invocation_tokens(model.peft_config, model.active_adapters[0]) if isinstance(model, PeftModel) else ()
+    if tokens and invocation_start(ids, tokens) is None:
+        raise OptionError(
+            f"{name} does not hold the tokens {[*tokens]} from which the adapter acts (alora_invocation_tokens): it "
+            "would stay off. Give prompts as in training, such as conversations instead of text."
+        )
 
 
 def generation_inputs(model: Any, input_ids: Tensor, images: Sequence[SampleImages | None]) -> dict[str, Tensor]:

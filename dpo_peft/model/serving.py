@@ -66,6 +66,12 @@ def _problems(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     if init is not False and (moved := moved_base(SimpleNamespace(init_lora_weights=init))):
         text = f"{both} add the adapter to the original base, but {moved}: merge it, or convert it by PEFT."
         found.append(("both", text))
+    if options.get("alora_invocation_tokens"):
+        text = (
+            "vLLM refuses an answer-only adapter (alora_invocation_tokens), and where it doesn't know them, acts on "
+            "the prompt too: serve it by PEFT or llama.cpp's llama-server."
+        )
+        found.append(("vllm", text))
     if options.get("layer_replication"):
         found.append(("both", f"{both} know no layer_replication."))
     targets = options.get("target_modules") or ()

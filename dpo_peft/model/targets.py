@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import OptionError
 from ..forward.images import check_takes_images, own_inputs
 from ..forward.layout import Sample, pad_rows
-from ..forward.modules import eval_mode, text_decoder
+from ..forward.modules import decoder_layers, eval_mode, text_decoder
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 from .scope import check_layers
 
@@ -57,7 +57,7 @@ def choose_targets(config: LoraConfig, model: PreTrainedModel, vision: Sample | 
         OptionError: `vision` is given for other targets, or to a model that takes no images; a layer is named that the
             model doesn't have.
     """
-    check_layers(config, model)
+    check_layers(config, len(decoder_layers(model)))
     if vision is not None:
         check_takes_images(model)
         if config.target_modules != ALL_LINEAR:

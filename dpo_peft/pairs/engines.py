@@ -215,8 +215,10 @@ def _served_length(source: ModelSource, longest: int) -> int:
 
 def _served_rank(name: str, config: PeftConfig) -> int:
     """Returns what vLLM's `max_lora_rank` must be."""
-    if config.use_dora or config.modules_to_save:
-        what = "DoRA" if config.use_dora else "modules_to_save"
+    if config.use_dora or config.modules_to_save or config.alora_invocation_tokens:
+        what = (
+            "DoRA" if config.use_dora else "modules_to_save" if config.modules_to_save else "alora_invocation_tokens"
+        )
         raise OptionError(f"vLLM can't serve {name!r}, an adapter with {what}: use engine 'transformers'.")
     rank = max_lora_rank(config)
     if rank > VLLM_RANKS[-1]:

@@ -1,7 +1,9 @@
 """GPUs by name, and how much of their memory tensors can take."""
 
 import difflib
+import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import OptionError
@@ -37,6 +39,7 @@ _LINKS = {
 NVLINK, PEERS = 200, 20
 _NVLINKED = ("A100-40GB", "A100-80GB", "H100", "H200", "B200")
 HOPPER = ("H100", "H200", "GH200")  # those that attention's own kernels run on
+OF_PRODUCTS = 0.6  # of the rate of large products that was measured, what training reaches: rounded from the same
 SOLD_AS = 0.98  # of a GPU that is sold as 24 GB, what CUDA reports of 24 GiB
 
 
@@ -46,12 +49,16 @@ class Gpu(NamedTuple):
     name: str
     total: float  # bytes
     like: str  # the GPU whose speed it has
+    measured: tuple[float, float] | None = None  # by `bench`: FLOP/s of training, bytes/s from pinned CPU memory
 
     def pace(self, sharded: bool, gb_per_second: float | None = None) -> Pace:
         """Returns how fast it computes, and how fast layers come: from other GPUs if they are sharded, else from the
         CPU's memory. `gb_per_second` is what was measured of the latter."""
         link = (NVLINK if self.like in _NVLINKED else PEERS) if sharded else _LINKS.get(self.like, PCIE4)
-        return Pace(REACHED * TFLOPS[self.like] * 1e12, (gb_per_second or link) * 1e9)
+        flops, bandwidth = REACHED * TFLOPS[self.like] * 1e12, (gb_per_second or link) * 1e9
+        if self.measured is not None:
+            flops, bandwidth = self.measured[0], bandwidth if sharded or gb_per_second else self.measured[1]
+        return Pace(flops, bandwidth)
 
     @property
     def usable(self) -> float:
@@ -60,11 +67,14 @@ class Gpu(NamedTuple):
 
 
 def parse_gpu(text: str) -> Gpu:
-    """Reads a GPU's name ("H100", "rtx 4090", "A100-40GB") or size ("24GB" as it is sold, "23.5GiB" exactly).
+    """Reads a GPU's name ("H100", "rtx 4090", "A100-40GB"), its size ("24GB" as it is sold, "23.5GiB" exactly), or a
+    file of `dpo-peft bench` ("bench.json").
 
     Raises:
-        OptionError: no such GPU, or a size that none has.
+        OptionError: no such GPU, or a size that none has; or a file that says nothing of one.
     """
+    if text.endswith(".json"):
+        return _measured(text)
     if size := re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(GB|GiB|G)\s*", text, flags=re.IGNORECASE):
         number, exact = float(size[1]), size[2].lower() == "gib"
         if not 1 <= number <= 10000:
@@ -98,6 +108,20 @@ def of_size(name: str, total: float) -> Gpu:
         return away if away > 0.05 * total else 0.0, TFLOPS[known]
 
     return Gpu(name, total, min(named or GPUS, key=unlike))
+
+
+def _measured(file: str) -> Gpu:
+    try:
+        found = json.loads(Path(file).read_text("utf-8"))
+        if (gpu := found["gpu"]) is not None:
+            flops = OF_PRODUCTS * max(found["rates"]["flops"][name] for name in ("bfloat16", "float16"))
+            measured = flops, found["rates"]["host_to_device_bytes_per_second"]
+            return of_size(gpu["name"], gpu["total"])._replace(measured=measured)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"gpu={file!r} is not a file that `dpo-peft bench` wrote ({error!r}).") from error
+    raise OptionError(
+        f"gpu={file!r} was measured on a CPU: measure where there is a GPU, or give one by name or size."
+    )
 
 
 def is_hopper(gpu: str | None) -> bool:

@@ -1,11 +1,22 @@
-"""The layers of a base that is sharded or streamed: the bytes that come and go, and what multiplies a token."""
+"""Decoder layers: which have adapters, the bytes of those that come and go, and what multiplies a token."""
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..forward.modules import decoder_layers
-from ..model.experts import expert_weights
+from ..forward.modules import decoder_layers, unwrap
+from ..model.experts import expert_weights, experts_per_token
 from ..model.placement import SMALL, aligned
 from .sketch import NF4_BLOCK, NF4_NESTED_BLOCK, Sketch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def first_adapted(model: "PeftModel") -> int:
+    """Returns the number of the first decoder layer that has an adapter."""
+    layers = enumerate(decoder_layers(unwrap(model)))
+    return next((i for i, layer in layers if any(hasattr(one, "lora_A") for one in layer.modules())), 0)
 
 
 def placed_bytes(weights: int, nested: bool = True, experts: int = 1) -> int:
@@ -40,8 +51,7 @@ def layer_bytes(sketch: Sketch, quantize: bool, nested: bool, weight_bytes: int)
 
 def active_weights(sketch: Sketch) -> float:
     """Returns how many weights of the decoder layers multiply a token: of experts, those that it is sent to."""
-    layers, text = decoder_layers(sketch.base), vars(sketch.config.get_text_config(decoder=True))
-    chosen = next((n for name in ("num_experts_per_tok", "top_k_experts") if (n := text.get(name))), 1)
+    layers, chosen = decoder_layers(sketch.base), experts_per_token(sketch.config.get_text_config(decoder=True)) or 1
     experts = {id(weight): len(weight) for weight in expert_weights(sketch.base).values()}
     weights = [weight for weight in layers.parameters() if weight.ndim > 1]
     return sum(weight.numel() * min(1.0, chosen / experts.get(id(weight), 1)) for weight in weights)

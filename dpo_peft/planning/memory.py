@@ -15,7 +15,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from .layers import active_weights, aligned, layer_bytes, placed_bytes
+from .fused_layer import FusedLayer
+from .layers import active_weights, aligned, first_adapted, layer_bytes, placed_bytes
 from .shapes import GROUPS, Lora, NotPlainError, Shape
 from .sketch import LayerCost, Sketch, nf4_bytes
 
@@ -83,6 +84,7 @@ class MemoryModel:
     layer_bytes: tuple[float, ...] = field(default=(), compare=False)  # of each decoder layer, what can come and go
     streamed: int = 0  # of these layers, so many lie in the CPU's memory, spread evenly
     shards: int = 1  # processes over which all of these layers are sharded
+    first: int = 0  # the first layer with an adapter: fused layers below keep nothing, nor do they compute twice
 
     @classmethod
     def of_sketch(
@@ -155,6 +157,7 @@ class MemoryModel:
             OptionError: a model whose memory can't be predicted.
         """
         stored_bytes = stored.quantized, stored.unquantized, stored.trainable_count, stored.reference_adapter
+        first = first_adapted(model)
         try:
             if not options.get("fused", True):
                 raise NotPlainError("its own layers run")
@@ -167,14 +170,14 @@ class MemoryModel:
                 for name, module in model.named_modules()
                 if hasattr(module, "lora_A") and not hasattr(module, "parameter_name")  # of experts
             }
-            return cls(Sketch(model.config, adapter), Lora({}), *stored_bytes, **options)
+            return cls(Sketch(model.config, adapter), Lora({}), *stored_bytes, first=first, **options)
         ranks = {linear.name: 0 for linear in shape.linears}
         for path, module in model.named_modules():
             if hasattr(module, "lora_A") and (name := path.rsplit(".", 1)[-1]) in ranks:
                 ranks[name] = max([ranks[name], *(module.r.get(adapter, 0) for adapter in module.active_adapters)])
         lora = Lora({name: rank for name, rank in ranks.items() if rank})
         lora = Lora(lora.ranks, stored.trainable_count - lora.weights(shape))
-        return cls(shape, lora, *stored_bytes, **options)
+        return cls(shape, lora, *stored_bytes, first=first, **options)
 
     @property
     def layers(self) -> int:
@@ -239,19 +242,23 @@ class MemoryModel:
             return {"open_layers": two}
         return {"shard": sum(-(-one // self.shards) for one in placed), "open_layers": two + max(placed)}
 
-    def components(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> dict[str, float]:
+    def components(
+        self, tokens: float, keys: float, predicted: float, checkpoint_layers: int, given: float = 0
+    ) -> dict[str, float]:
         """Returns the bytes by component when a micro-batch of T, S and P is back-propagated; their sum is above the
         peak, see there.
 
-        Of the first `checkpoint_layers` layers the input alone is kept.
+        Of the first `checkpoint_layers` layers the input alone is kept; of the first `given` tokens, which an
+        answer-only adapter leaves to the base, the keys and values that these layers read.
         """
         T, S, P, shape, e = tokens, keys, predicted, self.shape, self.element
+        own, read = T - given, S - given
         per_logit = e if self.fused else e + HEAD_PLAIN
         states = 3 * e * P * shape.hidden  # before and after the final norm, and the gradient
         return {
             **self.fixed,
-            "saved_activations": self._saved(T, S, checkpoint_layers),
-            "layer_backward": self._backward(T, S),
+            "saved_activations": self._saved(own, read, checkpoint_layers, given),
+            "layer_backward": max(self._backward(own, read), self._forward(max(given, own)) if given else 0),
             "dequantized_weights": self._scratch,
             "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
             # int64: ids, positions, segments, contexts, samples and places per token, sources of keys, targets; the
@@ -259,21 +266,24 @@ class MemoryModel:
             "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
         }
 
-    def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int) -> float:
+    def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int, given: float = 0) -> float:
         """Returns the bytes at the worst moment: all components, but of the head and a layer's backward the larger."""
-        parts = self.components(tokens, keys, predicted, checkpoint_layers)
+        parts = self.components(tokens, keys, predicted, checkpoint_layers, given)
         head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
         return sum(parts.values()) - min(head, layer)
 
-    def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int:
+    def checkpoint_layers_for(
+        self, tokens: float, keys: float, predicted: float, limit: float, given: float = 0
+    ) -> int:
         """Returns the fewest layers to checkpoint so that the peak is within `limit` bytes; all if none is enough.
 
         Layers that aren't fused are checkpointed all or none, as transformers does it.
         """
-        others = self.peak(tokens, keys, predicted, 0) - self._saved(tokens, keys, 0)
+        own, read = tokens - given, keys - given
+        others = self.peak(tokens, keys, predicted, 0, given) - self._saved(own, read, 0, given)
 
         def fits(layers: int) -> bool:
-            return others + self._saved(tokens, keys, layers) <= limit
+            return others + self._saved(own, read, layers, given) <= limit
 
         if not self.fused:
             return 0 if fits(0) else self.layers
@@ -324,21 +334,35 @@ class MemoryModel:
         groups = self.shape.groups.items()
         return self.element * max((inputs + self._ranks[name]) * outputs for name, (inputs, outputs) in groups)
 
-    def _saved(self, T: float, S: float, checkpoint_layers: int) -> float:
-        """Returns the bytes of saved activations."""
+    def _saved(self, T: float, S: float, checkpoint_layers: int, given: float = 0) -> float:
+        """Returns the bytes of saved activations; of `given` tokens keys and values alone."""
+        below = self.first if self.fused else 0  # the first layer that keeps anything
+        checkpointed = max(checkpoint_layers - below, 0)
+        read = checkpointed * 2 * self.element * given * self._kv
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
         if isinstance(self.shape, Shape):
-            input_of_one, kept = self.element * T * self.shape.hidden, self._kept(T, S)
-            input_of_one, others = 0.0 if self.offload else input_of_one, self.shape.layers - checkpoint_layers
-            return checkpoint_layers * input_of_one + max(others * kept, kept - input_of_one)
+            input_of_one, kept = self.element * T * self.shape.hidden, self._layer.kept(T, S)
+            input_of_one, others = 0.0 if self.offload else input_of_one, self.shape.layers - below - checkpointed
+            return read + checkpointed * input_of_one + max(others * kept, kept - input_of_one)
         costs = self.shape.costs
-        whole = [self._own(one, T, S) for one in costs.layers]
-        held = [0.0 if self.offload else one.inputs.at(T) for one in costs.layers]
-        first = checkpoint_layers
+        whole = [self._own(one, T, S) for one in costs.layers[below:]]
+        held = [0.0 if self.offload else one.inputs.at(T) for one in costs.layers[below:]]
+        first = checkpointed
         # Before the backward pass; and when a checkpointed layer is recomputed and those after it are done.
         moments = [sum(held[:first]) + sum(whole[first:]), *(sum(held[:i]) + whole[i] for i in range(first))]
-        return MARGIN * self.element / 2 * (max(moments) + costs.rest.at(T))
+        return read + MARGIN * self.element / 2 * (max(moments) + costs.rest.at(T))
+
+    @cached_property
+    def _layer(self) -> FusedLayer:
+        assert isinstance(self.shape, Shape)
+        return FusedLayer(self.shape, self.element, self.packed, self._ranks)
+
+    def _forward(self, T: float) -> float:
+        """Returns the bytes that a layer needs to compute tokens of which it keeps nothing."""
+        if isinstance(self.shape, Shape):
+            return self._layer.forward(T)
+        return self.element / 2 * max(self._own(one, T, T) for one in self.shape.costs.layers)
 
     def _own(self, layer: LayerCost, T: float, S: float) -> float:
         """Returns what one of the model's own layers keeps, with keys and values gathered."""
@@ -348,40 +372,17 @@ class MemoryModel:
     def _backward(self, T: float, S: float) -> float:
         """Returns the bytes that a layer's backward needs beside what is kept."""
         if isinstance(self.shape, Shape):
-            return max(self.phases(T, S).values())
+            return max(self._layer.phases(T, S).values())
         more = max(S - T, 0)
         layers = set(self.shape.costs.layers)
         return self.element / 2 * max(one.backward.at(T, self.row) + one.keys.per_token * more for one in layers)
 
-    def _kept(self, T: float, S: float) -> float:
-        """Returns the bytes that a fused layer keeps for its backward if it isn't checkpointed."""
-        assert isinstance(self.shape, Shape)
-        shape, e = self.shape, self.element
-        H, Q, G = shape.hidden, shape.q, shape.kv
-        # q, attention's output and its float32 log-sum-exp; k and v gathered.
-        attention = T * (2 * e * Q + 4 * shape.heads) + 2 * e * (T if self.packed else S) * G
-        # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
-        return attention + e * T * (2 * H + shape.groups["up"].outputs + (Q + 2 * G) * shape.qk_norm)
-
-    def phases(self, T: float, S: float) -> dict[str, float]:
-        """Returns the bytes that a fused layer's backward needs beside what is kept, by phase; the largest counts."""
-        assert isinstance(self.shape, Shape)
-        shape, e = self.shape, self.element
-        H, Q, G = shape.hidden, shape.q, shape.kv
-        N = Q + 2 * G
-        gradient = e * T * 2 * H  # of the layer's output and of the residual stream
-        # The flash kernel: gradients of output and of q, the latter also in float32; of k and v for every query head.
-        flash = T * (e * 2 * Q + 4 * Q) + 2 * e * S * (Q + (G if G < Q else 0))
-        if self.packed:  # gradients of output, q, k and v, and a float32 number per query
-            flash = T * (e * (2 * Q + 2 * G) + 4 * shape.heads)
-        extended = {name: e * T * (one.inputs + self._ranks[name]) for name, one in shape.groups.items()}
-        return {
-            "down": gradient + extended["down"],  # gradient of [activation, ranks], the activation after that
-            "up": gradient + 2 * extended["up"],  # normed input and its gradient, with ranks
-            "o": gradient + 2 * extended["o"],
-            "attention": gradient + flash,
-            "qkv": gradient + 2 * extended["qkv"] + e * T * N,
-        }
+    @property
+    def _kv(self) -> float:
+        """The elements of a token's keys in a layer."""
+        if isinstance(self.shape, Shape):
+            return self.shape.kv
+        return max(one.keys.per_token for one in self.shape.costs.layers) / (2 * self.element)
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

@@ -95,6 +95,7 @@ def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes
     return {
         **found,
         "speed_of": gpu.like,
+        "measured": gpu.measured is not None,
         "flops": pace.flops,
         "bandwidth": pace.bandwidth,
         "samples_per_second": samples / seconds,

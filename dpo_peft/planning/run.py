@@ -32,7 +32,9 @@ class PlanOptions:
     """What the prediction is for, beside the options of training."""
 
     _argument_group_name = "the prediction"  # the heading in the help
-    gpu: str | None = free(None, "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB.")
+    gpu: str | None = free(
+        None, "A GPU by name or size: H100, A100-40GB, RTX4090, 24GB, 23.5GiB; or a file of `dpo-peft bench`."
+    )
     shape: str | None = free(None, f"Instead of a model, one of these shapes: {', '.join(PRESETS)}.")
     prompt_tokens: int = whole(200, 1, "Mean length of a prompt.")
     answer_tokens: int = whole(300, 1, "Mean length of a completion.")
@@ -161,12 +163,13 @@ def _check(o: SimpleNamespace) -> None:
 def _gpu(o: SimpleNamespace) -> Gpu | None:
     """The smaller one of the GPU and the limit."""
     given = None if o.gpu is None else parse_gpu(o.gpu)
+    o.gpu = given and given.name  # a file's
     if o.max_memory_gib is None:
         return given
     part = of_size(f"max_memory_gib={o.max_memory_gib:g}", o.max_memory_gib * GIB + RESERVE)
     if given is None:
         return part
-    return given if given.total <= part.total else part._replace(like=given.like)
+    return given if given.total <= part.total else part._replace(like=given.like, measured=given.measured)
 
 
 def _time(o: SimpleNamespace, tokens: int) -> dict[str, float] | None:
@@ -241,6 +244,7 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
     sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts, vision=o.lora_vision)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens
+    options["first"] = min(lora.layers_to_transform or [0])
     return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options), sketch.weights
 
 

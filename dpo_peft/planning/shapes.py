@@ -250,8 +250,8 @@ class Lora:
         """Reads PEFT's config; None if it trains something else too, or not the same in all layers."""
         known, targets = [linear.name for linear in shape.linears], config.target_modules
         targets = known if targets == "all-linear" else targets
-        more = config.rank_pattern, config.use_dora, config.modules_to_save, config.trainable_token_indices
-        more += (config.layers_to_transform,)
+        more = [config.rank_pattern, config.use_dora, config.modules_to_save, config.trainable_token_indices]
+        more.append(config.layers_to_transform)
         if any(more) or isinstance(targets, str) or not {*(targets or ())} <= {*known} or config.target_parameters:
             return None
         return cls({name: config.r for name in known if name in (targets or ())})

@@ -124,7 +124,7 @@ def layers_to_stream(
 
 
 def plan_step(
-    samples: Sequence[tuple[int, int, int]],
+    samples: Sequence[tuple[int, ...]],
     model: MemoryModel,
     limit: float,
     *,
@@ -141,7 +141,8 @@ def plan_step(
     micro-batches are tried from 1 on, with the samples spread evenly by tokens.
 
     Args:
-        samples: T, S and P of each, which add up (prompts are shared).
+        samples: T, S and P of each, which add up (prompts are shared); and the tokens that are left to the base, if
+            an adapter acts on answers only.
         model: predicts the memory.
         limit: bytes that tensors may take.
         max_tokens: of a micro-batch, beside the limit. A larger sample stands alone.
@@ -160,9 +161,9 @@ def plan_step(
     copies = forward_copies or copies_of(model, passes - 1)
 
     def micro_batch(indices: Sequence[int]) -> MicroBatch:
-        T, S, P = (sum(samples[i][k] for i in indices) for k in range(3))
-        layers = model.checkpoint_layers_for(T, S, P, limit)
-        return MicroBatch(tuple(sorted(indices)), T, S, P, layers, model.peak(T, S, P, layers))
+        T, S, P, *given = (sum(sizes) for sizes in zip(*(samples[i] for i in indices), strict=True))
+        layers = model.checkpoint_layers_for(T, S, P, limit, *given)
+        return MicroBatch(tuple(sorted(indices)), T, S, P, layers, model.peak(T, S, P, layers, *given))
 
     def fits(batch: MicroBatch) -> bool:
         return batch.peak <= limit and batch.tokens <= most

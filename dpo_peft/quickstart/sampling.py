@@ -3,14 +3,12 @@
 Shape suffix: C completions.
 """
 
-from typing import Any
-
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..forward import PackedBatch, completion_logps
-from ..forward.scope import invocation_start, invocation_tokens
+from ..forward.scope import invocation_start
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
 from ..trainer import DPOTrainer
@@ -46,13 +44,13 @@ def sampled_kl(trainer: DPOTrainer, prompts: list[Messages], answers: list[list[
     Unbiased if `answers` were sampled from the policy at temperature 1, one per prompt.
     """
     tokenizer, backend = trainer.tokenizer, trainer.forward_plan.scorer
-    begins = invocation_tokens(trainer.model.peft_config, trainer.policy_adapter)
-    rows: list[dict[str, Any]] = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        rows.append({"prompt_ids": ids, "completion_ids": [answer], "row": i})
-        if begins:
-            rows[i]["adapter_start"] = invocation_start(ids, begins)
+    rows = [
+        {"prompt_ids": ids["input_ids"], "completion_ids": [answer], "row": i}
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for ids in [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)]
+    ]
+    if tokens := trainer.prepare.invocation:
+        rows = [{**row, "adapter_start": invocation_start(row["prompt_ids"], tokens)} for row in rows]
     total = 0.0
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():

@@ -40,7 +40,7 @@ from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
 from ..forward.modules import unwrap
 from ..forward.rotary import fixed_rope, rope_length
-from ..forward.scope import invocation_tokens
+from ..forward.scope import invocation_start, invocation_tokens
 from ..forward.states import read_layouts, read_rows
 from ..model.adapter_source import AdapterSource, TrainedAdapter, TrainedWith, rope_length_of, trained_in
 from ..model.loading import disable_dropout
@@ -149,6 +149,7 @@ class ImplicitReward:
         self.truncation_mode = setup.truncation_mode
         check_truncation(self.max_length, self.truncation_mode)
         self.max_tokens = max_tokens
+        self._invocation = invocation_tokens(self.model.peft_config, adapter.policy)
         self.cut = 0  # completions or their prompts that were cut to max_length so far
         self._vocab_size = len(unwrap(self.model).get_input_embeddings().weight)
         self._dtype = None if setup.precision == "no" else getattr(torch, setup.precision)
@@ -246,7 +247,7 @@ class ImplicitReward:
             fixed_rope(self.model, self.rope_length),
             tqdm(total=total, desc="Scoring", unit="row", disable=not progress) as bar,
         ):
-            while window := list(islice(source, WINDOW)):
+            while window := [self._begun(row) for row in islice(source, WINDOW)]:
                 self._check_lengths(window)
                 units = list(units_of(window, self.max_tokens, plan.shared))
                 flat: list[list[CompletionScore]] = [[] for _ in units]
@@ -273,6 +274,11 @@ class ImplicitReward:
                 "score means little. Give max_length=%d to cut such rows.",
                 *(rows[0]["row"], longest, self.rope_length, self.rope_length),
             )
+
+    def _begun(self, row: Row) -> Row:
+        """Returns a row that says from where an answer-only adapter acts, as prepared ones do."""
+        start = invocation_start(row["prompt_ids"], self._invocation) if self._invocation else None
+        return row if start is None else {**row, "adapter_start": start}
 
     # ---- How ------------------------------------------------------------------------------------------------------
 
@@ -331,8 +337,7 @@ class ImplicitReward:
             as_chat = bool(self.adapter.setup.as_chat)
             row = encode_completions(self.tokenizer, entries, first, self._vocab_size, as_chat, self.images)
             named = {f"completion {number}": ids for number, ids in enumerate(row["completion_ids"], first)}
-            begins = invocation_tokens(self.model.peft_config, self.adapter.policy)
-            check_invoked(self.tokenizer, begins, row["prompt_ids"], named)
+            check_invoked(self.tokenizer, self._invocation, row["prompt_ids"], named)
             return row
         except RowProblem as problem:
             raise DataError(

@@ -96,7 +96,7 @@ def units_of(rows: Sequence[Row], budget: int, shared: bool) -> Iterator[dict[st
     size = 0
     for row in rows:
         names = [name for name in ("completion_ids", "steps") if name in row]
-        kept = {name: row[name] for name in ("images", "image_files") if name in row}
+        kept = {name: row[name] for name in ("images", "image_files", "adapter_start") if name in row}
         for number, ids in enumerate(row["completion_ids"]):
             alike = bool(unit) and unit["prompt_ids"] == row["prompt_ids"] and ("steps" in unit) == ("steps" in row)
             alike = alike and unit.get("images") == row.get("images")

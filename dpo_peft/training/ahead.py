@@ -60,5 +60,6 @@ def _mismatched(batches: Iterable[list[Row]], max_length: int | None, held_out: 
     for rows in batches:
         for row in mismatch(rows, before, max_length)[0]:
             if others := row.get("mismatched_ids"):
-                yield {"prompt_ids": row["prompt_ids"], "completion_ids": others, "row": row["row"]}
+                kept: Row = {name: row[name] for name in ("prompt_ids", "row", "adapter_start") if name in row}
+                yield {**kept, "completion_ids": others}
         before = rows[-1:] if held_out else []

@@ -269,9 +269,8 @@ def build_model(
             "out, or lora_vision."
         )
     if (args.lora_vision or args.lora_experts) and invocation_tokens({"": peft_config}, ""):
-        name = "lora_vision" if args.lora_vision else "lora_experts"
         raise OptionError(
-            f"{name}=True: an answer-only adapter is on linear layers of the decoder alone. Leave it out."
+            "lora_vision, lora_experts: not with an answer-only adapter (adapter_scope). Leave them out."
         )
     # The adapter's start is drawn at random; and cuBLAS reads how it should work when it is first used.
     (enable_full_determinism if args.full_determinism else set_seed)(args.seed)

@@ -49,7 +49,9 @@ class Memory(Protocol):
     @property
     def fixed(self) -> Mapping[str, float]: ...
 
-    def checkpoint_layers_for(self, tokens: float, keys: float, predicted: float, limit: float) -> int: ...
+    def checkpoint_layers_for(
+        self, tokens: float, keys: float, predicted: float, limit: float, given: float = 0
+    ) -> int: ...
 
     def largest_tokens(self, limit: float, layers: int, keys_per_token: float, predicted_share: float, /) -> int: ...
 
@@ -111,7 +113,8 @@ class MemoryBudget:
         tokens, keys, predicted = batch.input_ids.numel(), len(batch.kv_index), len(batch.target)
         if tokens <= self._unchecked and keys <= KEYS_OF_PAIRS * self._unchecked:
             return 0
-        return self.memory.checkpoint_layers_for(tokens, keys, predicted, self.limit)
+        given = tokens - batch.alora_offsets[0] if batch.alora_offsets else 0
+        return self.memory.checkpoint_layers_for(tokens, keys, predicted, self.limit, given)
 
     def tighten(self, held: float) -> bool:
         """Keeps a tenth below the bytes that tensors `held` when memory ran out, from now on.
@@ -125,8 +128,9 @@ class MemoryBudget:
         self._keep_within(_TIGHTENED * held)
         return True
 
-    def microbatch_tokens(self, samples: Sequence[tuple[int, int, int]]) -> int:
-        """Returns the tokens of a micro-batch, for an optimizer step's rows by tokens, keys and predicted tokens."""
+    def microbatch_tokens(self, samples: Sequence[tuple[int, ...]]) -> int:
+        """Returns the tokens of a micro-batch, for an optimizer step's rows by tokens, keys, predicted and given
+        tokens."""
         if self.max_tokens != "auto":
             assert isinstance(self.max_tokens, int)
             return self.max_tokens

@@ -27,6 +27,7 @@ class Size(NamedTuple):
     tokens: int  # positions of the forward pass, padding included
     keys: int  # keys that its segments read: a shared prompt counts for itself and once more for each completion
     predicted: int  # tokens with a log-prob
+    given: int = 0  # tokens that an answer-only adapter leaves to the base
 
 
 class Shape(NamedTuple):
@@ -52,7 +53,7 @@ def size_of(row: Row, shared: bool) -> Size:
     prompt = len(row["prompt_ids"])
     alone = row.get("adapter_start", prompt)  # what follows in it stands before each completion
     tokens = alone + completions * (prompt - alone) + answers
-    return Size(tokens, tokens + completions * alone, answers - unscored)
+    return Size(tokens, tokens + completions * alone, answers - unscored, alone if "adapter_start" in row else 0)
 
 
 def tokens_of(row: Row, shared: bool) -> int:

@@ -76,8 +76,8 @@ def trajectory(args: DPOConfig, adapter: PeftConfig, rows: Mapping[str, str], ba
     kept = {name: value for name, value in options.items() if not name.startswith(harmless)}
     config = adapter.to_dict()
     for name in _ADAPTER_SHAPE:
-        value, ordered = config[name], name == "alora_invocation_tokens"
-        kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) and not ordered else value
+        value = config[name]
+        kept[f"peft_config.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
     if (trained := read_training(adapter)) is not None and trained.rope_length is not None:
         kept["rotary frequencies of rows of"] = f"{trained.rope_length} tokens"
     return {**kept, PROCESSES: world_size(), **rows, "base model": base}

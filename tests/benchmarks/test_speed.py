@@ -4,9 +4,11 @@ import importlib.util
 import json
 import math
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from paths import REPO
 from transformers import AutoTokenizer
 
 from dpo_peft.data import from_sharegpt, prepare_dataset
+from dpo_peft.forward import attention
 
 BENCHMARKS = REPO / "benchmarks"
 
@@ -30,7 +33,7 @@ def load(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ["speed_models", "speed_cases", "speed_peers", "speed", "speed_report"]
+    names = ["speed_models", "speed_cases", "gpu_queue", "speed_peers", "speed", "speed_report"]
     yield {name: load(name) for name in names}
     for name in names:
         del sys.modules[name]
@@ -116,6 +119,11 @@ def test_bound_counts_the_model_it_is_for(scripts) -> None:
     models = scripts["speed_models"]
     decoder = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert models.bound_flops("tiny", [(5, 3, 4)]) == 6 * (decoder * 12 + 64 * 1000 * 7)
+    head = 6 * 64 * 1000 * 7
+    # Answer-only: 5 prompt tokens pass once; upper half: so do the lower of two layers.
+    assert models.bound_flops("tiny", [(5, 3, 4)], "answer-only") == decoder * (2 * 5 + 6 * 7) + head
+    assert models.bound_flops("tiny", [(5, 3, 4)], "upper half") == decoder * 4 * 12 + head
+    assert models.bound_flops("tiny", [(5, 3, 4)], "answer-only, upper half") == decoder * (2 * 5 + 4 * 7) + head
     layers = models.make_model("tiny", "cpu", torch.float32).model.layers.modules()
     assert sum(m.in_features * m.out_features for m in layers if hasattr(m, "in_features")) == decoder
 
@@ -136,78 +144,178 @@ def test_turns_are_compared_within_each(scripts) -> None:
     assert found["medians"]["ours"]["seconds_per_step"] == 2.0
     assert found["losses_apart"]["trl"] == pytest.approx(0.01)
     assert found["losses_move_by"] == pytest.approx(0.2)
-    scripts["speed"].add_bound(found, rate=1e9)
-    assert found["medians"]["ours"]["share_of_bound"] == 0.5 and found["medians"]["trl"]["share_of_bound"] == 0.25
+    assert "margins_apart" not in found
+    own[0]["margins"], trl[0]["margins"] = [0.0, 0.5], [0.0, 0.75]
+    found = scripts["speed"].compare({"own": own[:1], "fused": trl[:1]})
+    assert found["margins_apart"] == {"fused": 0.25} and found["margins_move_by"] == 0.5
 
 
-def test_an_error_names_files_without_folders(scripts) -> None:
-    text = 'File "/some/where/lib.so-1/core.py", line 3: 2/3 of a/b.py'
-    assert scripts["speed"].without_folders(text) == 'File "core.py", line 3: 2/3 of a/b.py'
+MACHINE = {
+    "machine": "x, 2 threads",
+    "commit": "0123456789abcdef",
+    "measured": "2026-01-01",
+    "versions": "torch 2.11",
+    "matmul_flops": {"bfloat16": 1e12},
+}
 
 
 def finished(engine: str, samples_per_s: float, **more: object) -> dict:
     figures = {"samples_per_s": samples_per_s, "tokens_per_s": 1234.5, "seconds_per_step": 8 / samples_per_s}
     fixed = {"shape": "8b", "work": "uf", "samples": 8, "peak_gib": 12.04, "predicted_gib": 13.0, "loss": 0.69}
-    return {"name": f"{engine}", "engine": engine, **fixed, **figures, "share_of_bound": 0.375, **more}
+    # At this rate and these seconds: 3/8 of the bound.
+    work = {"bound_flops_per_step": 0.375e12 * 8 / samples_per_s}
+    return {**MACHINE, "name": f"8b uf {engine}", "engine": engine, **fixed, **figures, **work, **more}
 
 
 @pytest.fixture
-def run(scripts) -> dict:
+def card(scripts) -> dict:
+    """A card with a case of each kind, two of them in the list of the GPU's cases and one of a smaller card."""
     turns = {"ours": [turn(1.0, [0.7])], "trl": [turn(2.5, [0.7])]}
     compared = scripts["speed"].compare(turns)
-    scripts["speed"].add_bound(compared, rate=1e10)
-    failed = {"name": "big", "engine": "trl", "shape": "8b", "work": "ctx32k"}
+    failed = {**MACHINE, "engine": "trl", "shape": "8b", "work": "ctx32k"}
+    oom = "OutOfMemoryError: CUDA out of memory. Tried to allocate"
     return {
-        "device": "Card",
-        "machine": "x, 2 threads",
-        "commit": "0123456789abcdef",
-        "versions": {"torch": "2.11"},
-        "matmul_flops": {"bfloat16": 7.76e14},
+        "device": "NVIDIA Card 80GB",
         "results": [
-            finished("ours", 8.0, options={"gradient_checkpointing": False}),
+            finished("ours", 8.0, name="8b uf ours free", options={"gradient_checkpointing": False}),
             finished("trl", 2.0),
-            finished("ours", 99.0, memory_gib=23.0),  # no TRL under this limit: nothing to compare with
-            {**failed, "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate"},
-            {**failed, "engine": "unsloth", "error": "not importable"},
-            {"name": "small demo", "engines": {}, **compared},
+            finished(
+                "ours", 99.0, name="smaller", memory_gib=23.0
+            ),  # no TRL under this limit: nothing to compare with
+            finished("ours", 98.0, name="larger", samples=16),  # nor on steps of 16 pairs
+            finished("ours", 97.0, name="less", adapter="answer-only"),
+            {**failed, "name": "8b ctx32k trl", "error": oom},
+            {
+                **failed,
+                "name": "odd",
+                "engine": "unsloth",
+                "error": "exit status 1: Traceback\nModuleNotFoundError: a|b",
+            },
+            {**MACHINE, "name": "small demo", "engines": {}, **compared},
+            {
+                **MACHINE,
+                "name": "pytest -m gpu",
+                "command": ["x"],
+                "passed": 12,
+                "failed": 0,
+                "failing": [],
+                "took": 9.0,
+            },
         ],
     }
 
 
-def test_table(scripts, run) -> None:
-    text = scripts["speed_report"].table(run)
+def test_table(scripts, card) -> None:
+    text = scripts["speed_report"].table(card)
     same = "| 8 | {} | {} | 1,234 | {} | 12.0 | 13.0 | 38% | 0.6900 |"
     lines = text.splitlines()
-    assert "| 8b uf | dpo-peft | gradient_checkpointing=False " + same.format("8", "4.00", "1") in lines
-    assert "| 8b uf | TRL | defaults " + same.format("2", "1.00", "4") in lines
-    assert "| 8b uf, 23 GiB | dpo-peft | defaults " + same.format("99", "", "0.0808") in lines
-    assert any("| 8b ctx32k | TRL | defaults |  | out of memory |" in line for line in lines)
-    assert any("| Unsloth | defaults |  | not importable |" in line for line in lines)
-    assert "| small demo | 1 | 1.00 | 2.50 | 2.50 (2.50 to 2.50) | 2.50 | 0.0e+00 | 10% |" in lines
+    assert "| 0123456 | 8b uf ours free " + same.format("8", "4.00", "1") in lines
+    assert "| 0123456 | 8b uf trl " + same.format("2", "1.00", "4") in lines
+    assert "| 0123456 | smaller " + same.format("99", "", "0.0808") in lines
+    assert any("| 0123456 | larger | 16 | 98 |  |" in line for line in lines)
+    assert any("| 0123456 | 8b ctx32k trl |  | out of memory |" in line for line in lines)
+    assert any("| odd |  | ModuleNotFoundError: a/b |" in line for line in lines)
+    demo = "| 0123456 | small demo | 1 | ours 1.00 | trl 2.50 | 2.50 (2.50 to 2.50) | 2.50 | 0.0e+00 |  | 0% |"
+    assert demo in lines
+    assert "| 0123456 | pytest -m gpu | passed 12, failed 0 |" in lines
     for block in text.split("\n\n")[1:]:
         assert len({line.count("|") for line in block.splitlines()}) == 1, block  # as many cells in every row
 
 
-def test_page_keeps_what_is_written_by_hand(scripts, run, tmp_path, monkeypatch) -> None:
-    results, page = tmp_path / "speed_card.json", tmp_path / "performance.md"
-    results.write_text(json.dumps(run))
-    paths = [str(results), "--page", str(page), "--chart", str(tmp_path / "chart.png")]
-    monkeypatch.setattr("sys.argv", ["speed_report.py", *paths])
-    scripts["speed_report"].main()
+def test_what_is_not_measured_stands_in_the_table(scripts, card) -> None:
+    """In the order of the cases; what the list doesn't know comes last."""
+    lines = scripts["speed_report"].table(card).splitlines()
+    names = [line.split(" | ")[1] for line in lines if line.startswith(("| 0123456 |", "|  |"))]
+    listed = [case["name"] for case in scripts["speed_cases"].gpu() if "engine" in case]
+    assert names[: len(listed)] == listed and names[len(listed)] == "smaller"
+    assert any(line.startswith("|  | 8b outlier ours 24gb |  | not measured |") for line in lines)
+    missing = sum("not measured" in line for line in lines)
+    assert missing == len(scripts["speed_cases"].gpu()) - 4
+
+
+def test_page_keeps_what_is_written_by_hand(scripts, card, tmp_path) -> None:
+    results, page, chart = (tmp_path / name for name in ("speed_card.json", "performance.md", "chart.png"))
+    page.write_text("# Performance\n\nWords by hand.\n")
+    results.write_text(json.dumps(card))
+    scripts["speed_report"].write_page([results], page, chart)
     first = page.read_text()
-    assert first.startswith("# Performance") and first.count("| 8b uf | TRL |") == 1
-    page.write_text(first.replace("## Figures", "## Figures\n\nWords by hand.") + "\nMore words.\n")
-    results.write_text(json.dumps({**run, "results": [finished("trl", 4.0)]}))
-    scripts["speed_report"].main()
+    assert first.startswith("# Performance\n\nWords by hand.\n") and first.count("| 8b uf trl |") == 1
+    page.write_text(first + "\nMore words.\n")
+    results.write_text(json.dumps({**card, "results": [finished("trl", 4.0)]}))
+    scripts["speed_report"].write_page([results], page, chart)
     second = page.read_text()
     assert "Words by hand." in second and second.endswith("More words.\n")
-    assert "| 8 | 4 | 1.00 |" in second and "dpo-peft" not in second.partition("<!-- table")[2]
-    assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| 8b uf trl | 8 | 4 | 1.00 |" in second and "smaller" not in second
+    assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_chart_takes_the_fastest_of_each_engine(scripts, run) -> None:
-    run["results"].insert(1, finished("ours", 6.0))
-    assert scripts["speed_report"].speedups([run]) == {
-        "8b uf": {"ours": 4.0, "trl": 1.0},
+def test_chart_takes_the_fastest_of_each_engine(scripts, card) -> None:
+    card["results"].insert(1, finished("ours", 6.0, name="slower"))
+    assert scripts["speed_report"].speedups([card]) == {
+        "8b uf\nCard": {"ours": 4.0, "trl": 1.0},
         "small demo": {"ours": 2.5, "trl": 1.0},
     }
+
+
+def test_the_page_holds_the_committed_results(scripts) -> None:
+    """What `speed_report.py` would write stands there."""
+    page = (REPO / "docs" / "performance.md").read_text("utf-8")
+    for path in sorted((BENCHMARKS / "results").glob("speed_*.json")):
+        content = scripts["speed_report"].table(json.loads(path.read_text("utf-8")))
+        assert scripts["speed_report"].place(page, path.stem, content) == page, path.name
+
+
+# ---- one case
+
+
+def test_description(scripts) -> None:
+    found = scripts["speed"].describe("cpu", "abc")
+    assert found["device"] == "cpu" and found["commit"] == "abc" and f"torch {torch.__version__}," in found["versions"]
+    assert 1e8 < found["matmul_flops"]["float32"] < 1e14
+
+
+def test_results_do_not_make_the_commit_another(scripts, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the queue writes is committed too; only code that differs does."""
+
+    def git(*command: str) -> str:
+        given = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *command]
+        return subprocess.run(given, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    for folder in ("dpo_peft", "benchmarks/results"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(scripts["speed"], "HERE", tmp_path / "benchmarks")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert scripts["speed"].commit_here() == ""
+    (tmp_path / "dpo_peft" / "a.py").write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    (tmp_path / "benchmarks" / "results" / "speed_card.json").write_text("{}")
+    assert scripts["speed"].commit_here() == git("rev-parse", "HEAD")
+    (tmp_path / "dpo_peft" / "a.py").write_text("2\n")
+    assert scripts["speed"].commit_here() == git("rev-parse", "HEAD") + "-dirty"
+
+
+@pytest.mark.slow
+def test_adapters_on_less_get_their_rows(scripts) -> None:
+    """The upper layers alone are trained; an answer-only adapter's rows all hold the token that it acts from."""
+    case = {"engine": "ours", "work": "demo", "shape": "tiny", "samples": 2, "dtype": "float32", "warm": 1, "steps": 1}
+    whole = scripts["speed"].measure(case, "cpu")
+    upper = scripts["speed"].measure({**case, "adapter": "upper half"}, "cpu")
+    assert upper["losses"][0] == pytest.approx(whole["losses"][0], abs=1e-6)  # both start from the base
+    assert upper["losses"][1] != whole["losses"][1]
+    assert upper["bound_flops_per_step"] < whole["bound_flops_per_step"]
+
+
+@pytest.mark.slow
+def test_attention_by_name_is_what_is_measured(scripts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that the trainer's probe refuses is an error, not a figure of the backend that it falls back on."""
+    record = attention.backend_named("dense")
+    broken = replace(record, attend=lambda plan, q, *_: q + 1)
+    candidates = SimpleNamespace(CANDIDATES={"mine": record, "broken": broken})
+    monkeypatch.setitem(sys.modules, "attention", candidates)
+    monkeypatch.setattr(attention, "BACKENDS", [*attention.BACKENDS])
+    case = {"engine": "ours", "work": "demo", "shape": "tiny", "samples": 2, "dtype": "float32", "warm": 1, "steps": 1}
+    assert "'mine, by name'" in scripts["speed"].measure({**case, "attention": "mine"}, "cpu")["plan"]
+    with pytest.raises(RuntimeError, match="backend 'dense'"):
+        scripts["speed"].measure({**case, "attention": "broken"}, "cpu")

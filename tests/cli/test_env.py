@@ -28,7 +28,7 @@ def test_it_says_what_is_here(capsys: pytest.CaptureFixture, monkeypatch: pytest
 
 
 def test_a_driver_is_named_or_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    from dpo_peft.cli.env import driver
+    from dpo_peft.planning.bench import driver
 
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && echo 580.95.05 && echo 580.95.05\n')

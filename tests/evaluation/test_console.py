@@ -18,7 +18,7 @@ from trainer_helpers import id_pairs, ours
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from dpo_peft import OptionError
-from dpo_peft.evaluation.console import Columns, Console, Pace, PlainConsole, figure, span
+from dpo_peft.evaluation.console import Columns, Console, PlainConsole, figure, span
 from dpo_peft.evaluation.log_file import SHOWN
 from dpo_peft.evaluation.samples import Conversation
 
@@ -29,6 +29,9 @@ LOGS = {
     "rewards/margins": -0.01234,
     "rewards/accuracies": 0.875,
     "kl": 12.3456,
+    "tokens_per_second": 12345.4,
+    "share_of_bound": 0.574,
+    "peak_memory_gib": 15.3,
     "epoch": 0.5,
 }
 EVALUATED = {
@@ -40,16 +43,16 @@ EVALUATED = {
     "eval_hard_runtime": 62.34,
     "epoch": 0.5,
 }
-ABOUT = {"tok/s": "12,345", "bound": "57%", "GiB": "15.30", "left": "1h23m"}
+LEFT = 103 * 60.0
 
 # With a GPU at 80 columns the last in importance, epoch and the gradient's norm, are left out.
 AT_80 = """\
      step    loss  margin    acc     KL       lr   tok/s  bound    GiB    left
-1200/5000  0.6931  -0.012  0.875  12.35  2.0e-05  12,345    57%  15.30   1h23m
+1200/5000  0.6931  -0.012  0.875  12.35  2.0e-05  12,345    57%  15.30   1h43m
      hard  0.5000  1.5000  0.900  3.000  length alone 0.470, 62.3 s, step 1200"""
 AT_120 = """\
      step  epoch    loss  margin    acc     KL    grad       lr   tok/s  bound    GiB    left
-1200/5000  0.500  0.6931  -0.012  0.875  12.35  1.2500  2.0e-05  12,345    57%  15.30   1h23m
+1200/5000  0.500  0.6931  -0.012  0.875  12.35  1.2500  2.0e-05  12,345    57%  15.30   1h43m
      hard         0.5000  1.5000  0.900  3.000  length alone 0.470, 62.3 s, step 1200"""
 # Without a reference there is no KL; numbers that are not finite, large or small; no accuracy in a batch of ties.
 ODD = """\
@@ -58,7 +61,7 @@ step  epoch    loss  margin    acc    grad       lr   tok/s    left
 
 
 def lines(columns: Columns) -> str:
-    found = [columns.head, columns.training(1200, LOGS, ABOUT), columns.evaluation(1200, "eval_hard", EVALUATED)]
+    found = [columns.head, columns.training(1200, LOGS, LEFT), columns.evaluation(1200, "eval_hard", EVALUATED)]
     return "\n".join(found)
 
 
@@ -73,7 +76,7 @@ def test_lines_fit_80_and_120_columns() -> None:
 def test_lines_of_odd_figures() -> None:
     logs = {"loss": float("nan"), "rewards/margins": 12345.6, "grad_norm": 1.2e-5}
     columns = Columns(9, [], None, without=["KL", "bound", "GiB"])
-    assert f"{columns.head}\n{columns.training(1, logs, {})}" == ODD
+    assert f"{columns.head}\n{columns.training(1, logs)}" == ODD
 
 
 @pytest.mark.parametrize(
@@ -102,33 +105,25 @@ class Clock:
         return self.now
 
 
-def test_pace_by_hand() -> None:
-    """10 weights, 3 of them the head's: 600 tokens are 6 * 10 * 600 = 36,000 operations, as transformers counts."""
-    clock, head = Clock(), SimpleNamespace(weight=torch.zeros(3))
-    model: Any = SimpleNamespace(
-        num_parameters=lambda exclude_embeddings: 10,
-        get_output_embeddings=lambda: head,
-        get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(5)),
-        device=torch.device("cpu"),
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()),
-    )
-    pace, state = Pace(model, passes=3, clock=clock), TrainerState(max_steps=10)
-    pace.begin(state)
-    clock.now += 50  # samples before the first step are no part of it
-    pace.step_begins()
-    clock.now += 4
-    pace.step_ends()
-    state.global_step, state.total_flos, pace.rate = 2, 36_000, 84_000.0
-    # 150 tokens/s; 2 * 3 passes * 7 weights * 150 = 6,300 of 84,000; 8 steps of 2 s are left.
-    assert pace.cells(state) == {"tok/s": "150", "bound": "8%", "left": "16s"}
-    clock.now += 30  # an evaluation
-    pace.pause()
-    pace.step_begins()
+def test_time_left_by_hand(capsys: pytest.CaptureFixture) -> None:
+    """Resumed at step 2 of 10: what came before the first step is no part of it, an evaluation is."""
+    clock, args = Clock(), SimpleNamespace(device=torch.device("cpu"))
+    console: Any = PlainConsole(SimpleNamespace(rate=None), [], clock=clock)
+    state, control = TrainerState(max_steps=10, global_step=2, is_world_process_zero=True), TrainerControl()
+    console.on_train_begin(args, state, control)
+    clock.now += 50
+    for step in (3, 4):
+        console.on_step_begin(args, state, control)
+        clock.now += 4
+        state.global_step = step
+    console.on_log(args, state, control, logs=LOGS)
+    clock.now += 30
+    console.on_step_begin(args, state, control)
     clock.now += 2
-    pace.step_ends()
-    state.global_step, state.total_flos = 3, 72_000
-    assert pace.cells(state) == {"tok/s": "300", "bound": "15%", "left": "84s"}  # 36 s for 3 steps; 7 are left
-    assert (pace.tokens, pace.seconds) == (1200, 6)
+    state.global_step = 5
+    console.on_log(args, state, control, logs=LOGS)
+    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["left", "24s", "67s"]  # 8 s for 2 steps, 6 are left; 40 s for 3, 5 are left
 
 
 # ---- Bars -----------------------------------------------------------------------------------------------------------
@@ -169,14 +164,10 @@ def drive(console: Any, process_zero: bool = True) -> None:
     console.on_train_end(args, state, control)
 
 
-@pytest.fixture
-def pace() -> Any:
-    """Knows nothing of the pace."""
-    nothing = dict.fromkeys(("begin", "step_begins", "step_ends", "pause"), lambda *_: None)
-    return SimpleNamespace(rate=None, cells=lambda state: {}, **nothing)
+PACE: Any = SimpleNamespace(rate=None)
 
 
-def test_no_line_tears_a_bar(pace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_line_tears_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, of which all is read: the lines stand whole above the one bar that is left."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -184,7 +175,7 @@ def test_no_line_tears_a_bar(pace: Any, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(sys, "stdout", terminal)
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setattr(tqdm, "monitor_interval", 0)
-        drive(Console(pace, ["eval_hard"]))
+        drive(Console(PACE, ["eval_hard"]))
         terminal.flush()
         monkeypatch.undo()
     written = b""
@@ -202,17 +193,17 @@ def test_no_line_tears_a_bar(pace: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert bar.startswith("train: 100%")
 
 
-def test_a_file_gets_lines_and_no_bars(pace: Any, capsys: pytest.CaptureFixture) -> None:
-    drive(Console(pace, ["eval_hard"]))
+def test_a_file_gets_lines_and_no_bars(capsys: pytest.CaptureFixture) -> None:
+    drive(Console(PACE, ["eval_hard"]))
     barred = capsys.readouterr()
     assert "\r" not in barred.out + barred.err
-    drive(PlainConsole(pace, ["eval_hard"]))
+    drive(PlainConsole(PACE, ["eval_hard"]))
     assert capsys.readouterr().out == barred.out and len(barred.out.splitlines()) == 4
 
 
-def test_one_process_shows(pace: Any, capsys: pytest.CaptureFixture) -> None:
+def test_one_process_shows(capsys: pytest.CaptureFixture) -> None:
     for kind in (Console, PlainConsole):
-        drive(kind(pace, ["eval_hard"]), process_zero=False)
+        drive(kind(PACE, ["eval_hard"]), process_zero=False)
     assert capsys.readouterr() == ("", "")
 
 

@@ -246,6 +246,9 @@ class Unscaled(Decoder):
     def reference(self, adapter: str | None) -> Decoder:
         raise NotImplementedError
 
+    def use_fp8(self) -> None:
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize("limit", [64, 4096])
 def test_layers_that_go_wrong_at_some_position_are_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:

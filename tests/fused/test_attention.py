@@ -15,17 +15,8 @@ from torch import Tensor
 from dpo_peft.forward import Sample, pack
 from dpo_peft.forward.attention import AttentionPlan, HeadShape, attend_dense
 from dpo_peft.forward.layout import PackedBatch, visible
-from dpo_peft.fused.attention import (
-    LAUNCHES,
-    Launch,
-    Launches,
-    Tiles,
-    attend_backward,
-    attend_forward,
-    plan_tiles,
-    shared_attention,
-    supports,
-)
+from dpo_peft.fused.attention import attend_backward, attend_forward, shared_attention, supports
+from dpo_peft.fused.tiles import LAUNCHES, Launch, Launches, Tiles, launches_for, plan_tiles
 
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.bfloat16]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -70,7 +61,7 @@ def segments(batch: PackedBatch) -> np.ndarray:
 
 
 def tiles_for(batch: PackedBatch, group: int, head: int, hot: int = 1) -> Tiles:
-    sizes = small(hot) if INTERPRETED else Launches(*(x._replace(hot=hot) for x in LAUNCHES[64]))
+    sizes = small(hot) if INTERPRETED else Launches(*(x._replace(hot=hot) for x in launches_for(64, DEVICE)))
     return plan_tiles(segments(batch), group, head, DEVICE, sizes)
 
 
@@ -158,6 +149,82 @@ def test_a_key_or_query_too_few_would_be_noticed(table: str, column: int) -> Non
     assert min(errors[i] for i in affected) > 2 * ROUNDING[q.dtype]
 
 
+# Each of the table that this device can run, by head size: all of them in the interpreter.
+TABLE = [(head, kib) for head, table in LAUNCHES.items() for kib in table]
+
+
+def table_case(head: int) -> tuple[PackedBatch, list[Tensor]]:
+    """Segments of several blocks, of less than one, and of one token; q, k, v and the output's gradient."""
+    batch = make_batch([(150, 140, 1), (0, 9)])
+    shapes = [(4, head), (1, head), (1, head), (4, head)]
+    return batch, [random(batch.input_ids.shape[1], *shape) for shape in shapes]
+
+
+@here
+@pytest.mark.parametrize(("head", "kib"), TABLE)
+def test_every_launch_of_the_table(head: int, kib: int) -> None:
+    if kib > max(k for k, x in LAUNCHES[head].items() if x == launches_for(head, DEVICE)):
+        pytest.skip("this card has not the shared memory for it")
+    launches, (batch, given) = LAUNCHES[head][kib], table_case(head)
+    exact = oracle(batch, *given, None)
+    tiles = plan_tiles(segments(batch), 4, head, DEVICE, launches)
+    assert max(distances(compute(*given, tiles, None), exact)) < ROUNDING[given[0].dtype]
+
+
+@here
+def test_tiles_of_another_launch_would_be_noticed() -> None:
+    """Negative control: a tile of more rows or keys than the kernel has."""
+    batch, given = table_case(64)
+    (launches,) = LAUNCHES[64].values()
+    tiles = plan_tiles(segments(batch), 4, 64, DEVICE, launches)
+    halved = Launches(*(x._replace(rows=x.rows // 2, keys=x.keys // 2) for x in launches))
+    q, k, v, grad = given
+    poisoned = compute(q, k, v, grad, tiles._replace(launches=halved), None)
+    exact = oracle(batch, q, k, v, grad, None)
+    assert all(not (a.double() - b).norm() / b.norm() < 0.1 for a, b in zip(poisoned, exact, strict=True))
+
+
+def prompts_first(batch: PackedBatch) -> tuple[Tensor, int]:
+    """Flat positions of the prompts' tokens and then the completions', and how many are the prompts'."""
+    assert batch.segment is not None and batch.context is not None
+    a_prompt = set(batch.context[batch.context != batch.segment].tolist())
+    of_prompt_T = torch.tensor([s in a_prompt for s in batch.segment.tolist()])
+    order = torch.cat([of_prompt_T.nonzero()[:, 0], (~of_prompt_T).nonzero()[:, 0]])
+    return order, int(of_prompt_T.sum())
+
+
+def in_that_order(batch: PackedBatch) -> np.ndarray:
+    """The segments, as `segments` gives them."""
+    assert batch.segment is not None and batch.context is not None
+    order, _ = prompts_first(batch)
+    numbers = torch.unique_consecutive(batch.segment[order]).tolist()
+    context = {int(s): int(c) for s, c in zip(batch.segment, batch.context, strict=True)}
+    sizes = segments(batch)[:, 0]
+    return np.array([[sizes[number], numbers.index(context[number])] for number in numbers])
+
+
+@here
+@pytest.mark.parametrize(("lengths", "hot"), [(PAIRS, 1), (LISTS, 0), (LISTS, 2)])
+def test_completions_alone_on_their_prompts_keys(lengths: Any, hot: int) -> None:
+    """Against the whole row, whose prompts' outputs get no gradient and whose prompts' keys give none."""
+    batch = make_batch(lengths, STRETCH)
+    order, before = prompts_first(batch)
+    order = order.to(DEVICE)
+    tokens, own = len(order), order[before:]
+    q, k, v, grad = random(tokens, 4, 16), random(tokens, 2, 16), random(tokens, 2, 16), random(tokens, 4, 16)
+    grad[order[:before]] = 0
+    exact = [x[own] for x in oracle(batch, q, k, v, grad, 0.4)]
+    sizes = tiles_for(batch, 2, 16, hot).launches
+    tiles = plan_tiles(in_that_order(batch), 2, 16, DEVICE, sizes, given=before)
+    assert (tiles.given, tiles.tokens) == (before, tokens - before)
+    found = compute(q[own], k[order], v[order], grad[own], tiles, 0.4)
+    assert not any(x[:before].any() for x in found[2:])
+    found[2:] = [x[before:] for x in found[2:]]
+    assert max(distances(found, exact)) < 2 * ROUNDING[q.dtype]
+    others = compute(q[own], k, v[order], grad[own], tiles, 0.4)  # negative control: keys in the packed row's order
+    assert distances(others[:1], exact[:1])[0] > 0.1
+
+
 @pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="programs run one by one in the interpreter")
 def test_results_are_the_same_in_every_run() -> None:
     batch = make_batch(LISTS, STRETCH)
@@ -216,6 +283,28 @@ def test_tiles_worked_by_hand() -> None:
     ]
     assert tiles.grad_kv.tolist() == [[0, 20, 40], [23, 40, 40], [20, 23, 23]]
     assert (tiles.tokens, tiles.longest) == (40, 40)
+
+
+@pytest.mark.parametrize("lengths", [PAIRS, LISTS])
+@pytest.mark.parametrize("group", [1, 3])
+def test_tiles_of_completions_hold_their_rows_of_the_mask(lengths: Any, group: int) -> None:
+    batch = make_batch(lengths)
+    order, before = prompts_first(batch)
+    tiles = plan_tiles(in_that_order(batch), group, 16, "cpu", small(1), given=before)
+    mask = mask_of(batch)[order[before:]][:, order]
+    for table in (tiles.forward, tiles.grad_q):
+        rebuilt = np.zeros_like(mask)
+        for start, end, base, before_gap, gap in table.tolist():
+            keys = np.arange(end - base - gap) + base  # counted from the first completion
+            keys[before_gap:] += gap
+            for token in range(start, end):
+                rebuilt[token, keys[keys <= token] + before] = True
+        assert (rebuilt == mask).all()
+    rebuilt = np.zeros_like(mask)
+    for start, end, seen_until in tiles.grad_kv.tolist():
+        for key in range(start, end):
+            rebuilt[key:seen_until, key + before] = True
+    assert (rebuilt[:, before:] == mask[:, before:]).all() and not rebuilt[:, :before].any()
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:

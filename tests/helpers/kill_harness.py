@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 from kill_scenarios import Scenario, build
+from run_figures import TIMED
 from transformers import TrainerCallback
 
 TIMEOUT = 300  # seconds without which an attempt ends; longer is a failure
 # Logged figures that are not the run's: times, and what the cache held already (more, after a kill).
-OF_THE_ATTEMPT = re.compile(r"_runtime$|_per_second$|^ref_cache/")
+OF_THE_ATTEMPT = re.compile(rf"({'|'.join(TIMED)})$|^ref_cache/")
 
 Spoil = Callable[[Any], None] | None  # breaks a trainer on purpose
 

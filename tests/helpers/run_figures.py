@@ -6,7 +6,8 @@ TOLERANCE = 1e-6  # of a figure; relative where it is above 1
 
 
 KL_TOLERANCE = 5e-6  # it adds up exponentials of float32 log-ratios, whose rounding depends on the rows beside them
-TIMED = ("_runtime", "_per_second", "_preparation_time")  # ends of the names of figures that differ from run to run
+# Ends of the names of figures that differ from run to run. All that compares runs reads them here.
+TIMED = ("_runtime", "_per_second", "_preparation_time", "share_of_bound", "peak_memory_gib")
 
 
 BY_LENGTH = ("length_only", "chosen_longer", "chosen_shorter", "length_balanced")

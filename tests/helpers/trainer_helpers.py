@@ -8,6 +8,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
+from run_figures import TIMED
 from transformers import TrainerCallback
 
 from dpo_peft import DPOConfig, DPOTrainer
@@ -98,8 +99,8 @@ def theirs(model: Any, rows: Any, tokenizer: Any, folder: Path | str, **changed:
 
 
 def step_logs(trainer: Any) -> list[dict[str, float]]:
-    """The training logs, one per step."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    """The training logs, one per step, without times and rates."""
+    return [entry for entry in history(trainer) if "loss" in entry]
 
 
 def largest_difference(a: Any, b: Any, names: list[str] = REWARDS, relative: bool = False) -> float:
@@ -127,7 +128,7 @@ class StopAt(TrainerCallback):
 
 def history(trainer: Any) -> list[dict[str, float]]:
     """The logs without times and rates."""
-    timed = ("runtime", "per_second", "total_flos")
+    timed = (*TIMED, "total_flos")
     return [{k: v for k, v in log.items() if not k.endswith(timed)} for log in trainer.state.log_history]
 
 

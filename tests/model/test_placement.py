@@ -15,6 +15,7 @@ from family_matrix import words
 from objective_rows import NEEDED, rows_for
 from peft import PeftModel, get_peft_model
 from reference_helpers import perturb
+from run_figures import TIMED
 from torch import Tensor
 from trainer_helpers import StopAt, adapter_weights, history, id_pairs, lora, options, ours
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -109,8 +110,7 @@ def figures(trainer: DPOTrainer) -> dict[str, Any]:
     evaluated = trainer.evaluate()
     logs = history(trainer)
     assert any(gradient.any() for gradient in kept.steps[-1].values())
-    timed = ("runtime", "per_second")
-    evaluated = {name: figure for name, figure in evaluated.items() if not name.endswith(timed)}
+    evaluated = {name: figure for name, figure in evaluated.items() if not name.endswith(TIMED)}
     return {"gradients": kept.steps, "logs": logs, "weights": adapter_weights(trainer), "evaluation": evaluated}
 
 

@@ -44,14 +44,14 @@ def test_what_is_attached_leaves_the_prompt_to_the_base(tiny_llama: Callable[...
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"alora_invocation_tokens": []}, r"at least one.*answer_only\(tokenizer\)"),
+        ({"alora_invocation_tokens": []}, r"at least one: dpo_peft.answer_only"),
         ({"alora_invocation_tokens": [-1]}, "at least one"),
-        ({"task_type": None}, 'Set task_type="CAUSAL_LM"'),
-        ({"modules_to_save": ["lm_head"]}, "goes without modules_to_save: act on the prompt too"),
+        ({"task_type": None}, 'task_type="CAUSAL_LM" alone. Set it'),
+        ({"modules_to_save": ["lm_head"]}, "goes without modules_to_save: it would act on the prompt too"),
         ({"trainable_token_indices": [11]}, "goes without trainable_token_indices"),
-        ({"use_dora": True}, "goes without use_dora: PEFT has no aLoRA"),
+        ({"use_dora": True}, "goes without use_dora: .*PEFT has no aLoRA"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "goes without target_parameters"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base"),
+        ({"init_lora_weights": "pissa"}, "goes without init_lora_weights=.pissa."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -33,6 +33,7 @@ from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, S
 from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE, MARGIN
 from dpo_peft.planning.shapes import NotPlainError
 from dpo_peft.planning.sketch import nf4_bytes
+from dpo_peft.training.packing import size_of
 
 TINY = Shape.llama(hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, vocab=32)
 SMALL = dict(
@@ -87,7 +88,7 @@ def test_components_by_hand() -> None:
     assert model.components(10, 14, 6, 3) == {**fixed, "saved_activations": 1904, **batch}
     # The head is done before the layer's backward begins, and smaller.
     assert model.peak(10, 14, 6, 1) == sum(fixed.values()) + 3328 + 1632 + 1024 + 1152
-    assert list(model.phases(10, 14).values()) == [320 + 480, 320 + 640, 320 + 640, 1632, 320 + 640 + 320]
+    assert list(model._layer.phases(10, 14).values()) == [320 + 480, 320 + 640, 320 + 640, 1632, 320 + 640 + 320]
 
 
 def test_other_settings_by_hand() -> None:
@@ -316,6 +317,65 @@ def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
     parts = [model.components(240, 240, 140, checkpoint)["saved_activations"] for checkpoint in (0, 1)]
     kept = (parts[0] - parts[1]) / MARGIN + 2 * 240 * 128
     assert measured == pytest.approx(kept + 2 * 240 * 240, rel=0.12)
+
+
+# ---- Adapters that act on less --------------------------------------------------------------------------------------
+
+LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+WIDE = dict(hidden_size=128, intermediate_size=320, num_key_value_heads=4, tie_word_embeddings=False)
+
+
+def scoped(tmp_path: Any, prompt: int, layers: int = 4, **adapter: Any) -> tuple[int, MemoryModel, dict[str, int]]:
+    """Bytes that a pass keeps, what predicts them, and the sizes of the batch."""
+    set_seed(0)
+    ids = [1 + i % 300 for i in range(prompt)]
+    start = prompt - 2 if "alora_invocation_tokens" in adapter else None
+    one = Sample(ids, [list(range(60)), list(range(80))], adapter_start=start)
+    config = LlamaConfig(**{**SMALL, **WIDE, "num_hidden_layers": layers})
+    model = load(config, tmp_path / f"{layers} {prompt}", r=16, target_modules=LINEAR, **adapter)
+    model.train()
+    decoder = plan_forward(model, True, torch.bfloat16).fused
+    batch = pack([one])
+    row: dict[str, Any] = {"prompt_ids": ids, "completion_ids": one.completions}
+    size = size_of(row if start is None else {**row, "adapter_start": start}, shared=True)
+    assert size.tokens == batch.input_ids.numel() and size.keys == len(batch.kv_index)
+    assert size.given == (start or 0) and size.predicted == len(batch.target)
+    memory = MemoryModel.of_model(model, storage_report(model), fused=True)
+    return bytes_saved(model, decoder, batch), memory, size._asdict()
+
+
+def predicted(memory: MemoryModel, size: dict[str, int]) -> float:
+    return memory.components(**size, checkpoint_layers=0)["saved_activations"]
+
+
+def test_layers_below_the_first_adapter_keep_nothing(tmp_path: Any) -> None:
+    upper, memory, size = scoped(tmp_path, 100, layers_to_transform=[2, 3])
+    two, other, same = scoped(tmp_path, 100, layers=2)
+    assert memory.first == 2 and other.first == 0 and size == same
+    assert upper == pytest.approx(two, rel=1e-3)
+    assert predicted(memory, size) == predicted(other, size)
+    all_four, full, _ = scoped(tmp_path, 100)
+    assert all_four > 1.8 * upper and predicted(full, size) == pytest.approx(2 * predicted(memory, size))
+
+
+def test_of_prompts_that_are_left_to_the_base_only_keys_and_values_are_kept(tmp_path: Any) -> None:
+    """A longer prompt adds to each layer what its queries read of it, and on a CPU its mask."""
+    answers: dict[str, Any] = {"alora_invocation_tokens": [7, 8]}
+    short, memory, size = scoped(tmp_path, 100, **answers)
+    long, _, longer = scoped(tmp_path, 300, **answers)
+    kv, queries = 2 * 2 * 128, 60 + 80 + 2 * 2  # bytes of a token's key and value
+    masks = 4 * 200 * queries * 2  # and one of truth values, and indices
+    assert long - short - masks == pytest.approx(4 * 200 * kv, rel=0.15)
+    # Where keys are gathered, each completion has a copy of them.
+    assert predicted(memory, longer) - predicted(memory, size) == 4 * 2 * 200 * kv
+    (whole, full, of_100), (grown, _, of_300) = scoped(tmp_path, 100), scoped(tmp_path, 300)
+    assert grown - whole > 3 * (long - short)
+    assert predicted(full, of_300) - predicted(full, of_100) > 3 * (
+        predicted(memory, longer) - predicted(memory, size)
+    )
+    # Checkpointed layers keep the prompts' keys and values once, and of the completions the layer's input.
+    all_of_them = [memory.components(**one, checkpoint_layers=4)["saved_activations"] for one in (size, longer)]
+    assert all_of_them[1] - all_of_them[0] == pytest.approx(4 * 200 * kv + 2 * 200 * kv, rel=1e-6)
 
 
 # ---- Against what was measured on GPUs ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from trainer_helpers import LOGPS, REWARDS, id_pairs, largest_difference, ours, step_logs, text_pairs, theirs
+from trainer_helpers import LOGPS, REWARDS, id_pairs, largest_difference, lora, ours, step_logs, text_pairs, theirs
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from dpo_peft.data import from_hh, from_sharegpt, prepare_dataset
@@ -219,3 +219,44 @@ def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path
     # TRL adds log-probs up in float32: at -500 nats they are 6e-5 apart, and rewards a tenth of that for each of four.
     assert largest_difference(mine, trl) < 2e-5
     assert largest_difference(mine, trl, LOGPS) < 2e-4
+
+
+INVOCATION = [271, 272]
+UPPER = {
+    "layers_to_transform": [1],
+    "target_modules": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
+}
+ON_LESS: dict[str, dict[str, Any]] = {
+    "answers": {"alora_invocation_tokens": INVOCATION},
+    "upper": UPPER,
+    "both": {"alora_invocation_tokens": INVOCATION, **UPPER},
+}
+
+
+def invoked(number: int) -> Dataset:
+    return id_pairs(number).map(lambda row: {"prompt_ids": [*row["prompt_ids"], *INVOCATION]})
+
+
+@pytest.mark.parametrize("kind", ON_LESS)
+def test_adapters_that_act_on_less(tiny_llama, make_tokenizer, tmp_path, kind):
+    """PEFT switches an answer-only adapter on where it finds its tokens; here prompts are the base's, computed once."""
+    rows, tokenizer, how = invoked(24), make_tokenizer(), {"peft_config": lora(**ON_LESS[kind])}
+    mine, trl = both(tiny_llama, rows, tokenizer, tmp_path, **how)
+    assert mine.forward_plan.fused is not None and mine.reference.lockstep
+    assert largest_difference(mine, trl, [*REWARDS, "grad_norm"]) < 1e-5
+    assert largest_difference(mine, trl, LOGPS) < 1e-4
+    assert step_logs(mine)[-1]["rewards/margins"] > 1e-3
+    whole = ours(tiny_llama(), rows, tokenizer, tmp_path)  # negative control: an adapter that acts on everything
+    whole.train()
+    assert largest_difference(whole, trl, ["grad_norm"]) > 1e-2
+    # The model's own layers, of which some are computed again; rows of a budget; a reference that was kept.
+    others = (
+        {"fused_layers": False, "gradient_checkpointing": True},
+        {"share_prompts": False, "gradient_checkpointing": True},
+        {"max_tokens_per_microbatch": 40, "gradient_checkpointing": True, "checkpoint_layers": 1},
+        {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")},
+    )
+    for changed in others:
+        other = ours(tiny_llama(), rows, tokenizer, tmp_path, **how, **changed)
+        other.train()
+        assert largest_difference(other, mine, [*REWARDS, "grad_norm"]) < 1e-5, changed
