@@ -1,6 +1,6 @@
 """What adapters that act on less cost in quality: upper half of the layers, answer only, both, at equal steps.
 
-    python benchmarks/scopes.py [--variants full upper_half] [--seeds 0 1 2] [--device cuda] [--show]
+    python benchmarks/scopes.py [--variants full upper_half] [--seeds 0 1 2] [--device cuda] [--times 3] [--show]
     python benchmarks/scopes.py --task rewrites --model SMOLLM2 --data instruction-data-with-preference.json
 
 Variants have the same rank, steps, order of rows and, but for those that say so, rate; a control that must be worse
@@ -18,7 +18,6 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,6 @@ from dpo_peft import DPOConfig, DPOTrainer, answer_only, from_alpaca, quickstart
 from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
 
-RESULTS = Path(__file__).parent / "results"
 HALVES = ("upper_half", "answer_only_upper_half")
 VARIANTS = ("full", "answer_only", *HALVES, *(f"{half}_at_twice_the_rate" for half in HALVES), "control")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -56,7 +54,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.7, 2.0)),
-    "rewrites": Task((8,), 4, 5e-4, 0.1, 56, ()),
+    "rewrites": Task((4, 8), 4, 5e-4, 0.1, 56, (0.5,)),
 }
 
 
@@ -89,7 +87,7 @@ def read_pairs(task: str, data: str, held_out: int) -> tuple[list[Run], list[Run
 class Judge(TrainerCallback):
     """Judges the policy along the training."""
 
-    def __init__(self, trainer: DPOTrainer, judged: tuple[int, ...], samples: bool, seed: int):
+    def __init__(self, trainer: DPOTrainer, judged: list[int], samples: bool, seed: int):
         self.trainer, self.judged, self.samples, self.seed, self.points = trainer, judged, samples, seed, list[Run]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -122,11 +120,8 @@ def unpacked(text: str) -> Tensor:
 
 def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     """Trains one variant, and judges it along the way."""
-    started, task, bundled = time.time(), TASKS[args.task], args.task == "quickstart"
-    model, judged = (
-        quickstart.model_path() if bundled else args.model,
-        tuple(args.times * step for step in task.judged),
-    )
+    task, bundled = TASKS[args.task], args.task == "quickstart"
+    model, judged = quickstart.model_path() if bundled else args.model, [args.times * step for step in task.judged]
     train, test = read_pairs(args.task, args.data, args.times * task.held_out)
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -138,7 +133,6 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
         lr_scheduler_type="cosine",
         warmup_steps=judged[-1] // 8,
         seed=seed,
-        max_length=256,
         model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
         bf16=False,
@@ -160,14 +154,14 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     judge = Judge(trainer, judged, bundled, seed)
     trainer.add_callback(judge)
     trainer.train()
-    return {"points": judge.points, "seconds": round(time.time() - started, 1), "commit": commit()}
+    return {"points": judge.points, "commit": commit()}
 
 
 def interval(values_SI: Tensor) -> tuple[float, float]:
     """Returns the mean and the half width of its 95 % interval, when other seeds and other items might be drawn.
 
-    Both variances of the mean are added, that by seeds and that by items, which counts what is of neither twice: the
-    interval is rather too wide. Degrees of freedom are Satterthwaite's, rounded down.
+    The variances of the mean by seeds and by items are added, which counts what is of neither twice: the interval is
+    rather too wide. Degrees of freedom are Satterthwaite's, rounded down.
     """
     means = [m for m in (values_SI.mean(1), values_SI.mean(0)) if len(m) > 1]  # a KL is no item's
     parts = [float(m.var() / len(m)) for m in means]
@@ -240,7 +234,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="measure nothing: the table of what is there")
     args = parser.parse_args()
     disable_progress_bars()
-    file = RESULTS / f"scopes_{args.device}{f'_{args.times}' if args.times > 1 else ''}.json"
+    file = Path(__file__).parent / f"results/scopes_{args.device}{f'_{args.times}' if args.times > 1 else ''}.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {"runs": {}}
     for variant, seed in [(variant, seed) for seed in args.seeds for variant in args.variants if not args.show]:
         key = f"{args.task}/{variant}/{seed}"
