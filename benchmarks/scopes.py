@@ -34,8 +34,8 @@ from dpo_peft import DPOConfig, DPOTrainer, answer_only, from_alpaca, quickstart
 from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
 
-HALVES = ("upper_half", "answer_only_upper_half")
-VARIANTS = ("full", "answer_only", *HALVES, *(f"{half}_at_twice_the_rate" for half in HALVES), "control")
+HALVES = ["upper_half", "answer_only_upper_half"]
+VARIANTS = ["full", "answer_only", *HALVES, *(f"{half}_at_twice_the_rate" for half in HALVES), "control"]
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179, 20: 2.086, 40: 2.021}
 Run = dict[str, Any]
@@ -91,9 +91,9 @@ class Judge(TrainerCallback):
         self.trainer, self.judged, self.samples, self.seed, self.points = trainer, judged, samples, seed, list[Run]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, point = self.trainer, {"step": state.global_step}
         if state.global_step not in self.judged:
             return
-        trainer, point = self.trainer, {"step": state.global_step}
         if not self.samples or state.global_step == self.judged[-1]:
             output = trainer.predict(trainer.eval_dataset)
             chosen, rejected = (torch.as_tensor(output.predictions) / trainer.beta).T
@@ -178,10 +178,11 @@ def worth(point: Run) -> Tensor:
 
 
 def at_level(points: list[Run], level: float) -> Tensor | None:
-    """Returns the items' worth where the frontier first reaches a KL, between the points beside it; None if never."""
+    """Returns the items' worth where the frontier first reaches a KL, if it does: linear in the root of the KL."""
     for low, high in zip(points, points[1:], strict=False):
         if low["kl"] <= level <= high["kl"]:
-            return worth(low) + (worth(high) - worth(low)) * (level - low["kl"]) / (high["kl"] - low["kl"])
+            start, end, here = max(low["kl"], 0.0) ** 0.5, high["kl"] ** 0.5, level**0.5
+            return worth(low) + (worth(high) - worth(low)) * (here - start) / (end - start)
     return None
 
 
@@ -229,9 +230,9 @@ def main() -> None:
     parser.add_argument("--data", default="", help="instruction-data-with-preference.json, for rewrites")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--times", type=int, default=1, help="that many steps and held-out pairs, in a file of their own"
+        "--times", type=int, default=1, help="as many steps and held-out pairs, in a file of their own"
     )
-    parser.add_argument("--show", action="store_true", help="measure nothing: the table of what is there")
+    parser.add_argument("--show", action="store_true", help="measure nothing: summarize what is there")
     args = parser.parse_args()
     disable_progress_bars()
     file = Path(__file__).parent / f"results/scopes_{args.device}{f'_{args.times}' if args.times > 1 else ''}.json"
@@ -241,9 +242,10 @@ def main() -> None:
         if key not in results["runs"]:
             run = results["runs"][key] = measure(args, variant, seed)
             print(key, [(p["step"], p["kl"], float(worth(p).mean())) for p in run["points"]], flush=True)
-            results |= {"summary": summarize(results["runs"]), "versions": framework_versions()}
             file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    print(json.dumps(summarize(results["runs"]), indent=1))
+    results |= {"summary": summarize(results["runs"]), "versions": framework_versions()}
+    file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    print(json.dumps(results["summary"], indent=1))
 
 
 if __name__ == "__main__":
