@@ -229,9 +229,7 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder of SmolLM2-135M-Instruct, for rewrites")
     parser.add_argument("--data", default="", help="instruction-data-with-preference.json, for rewrites")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--times", type=int, default=1, help="as many steps and held-out pairs, in a file of their own"
-    )
+    parser.add_argument("--times", type=int, default=1, help="as many steps and held-out pairs, in an own file")
     parser.add_argument("--show", action="store_true", help="measure nothing: summarize what is there")
     args = parser.parse_args()
     disable_progress_bars()
