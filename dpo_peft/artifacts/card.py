@@ -23,7 +23,7 @@ from ..files import write_atomically
 from ..reference.adapter_off import ADAPTER_OFF
 from ..training.metrics import NOISE_NOTE, within_noise
 from ..version import __version__
-from .card_rules import HUB_LICENSES, is_repo_id
+from .card_rules import HUB_LICENSES, MODEL_INDEX, is_repo_id
 from .citations import DPO, LORA, bibtex
 from .rows_kept import spoken
 
@@ -32,17 +32,9 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 REWARDS = {"log_ratio": "β·log(π/π_ref)", "logp": "β·log π", "mean_logp": "β·log π per token"}
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 # What a log entry holds besides figures of the training itself.
-_EXACT = "epoch|step|total_flos|learning_rate|share_of_bound|peak_memory_gib"
-BOOKKEEPING = re.compile(rf"^({_EXACT}|train_.*|.*(runtime|_per_second|preparation_time))$")
-# Metric of an evaluation -> its type and name in the Hub's model-index.
-MODEL_INDEX = {
-    "rewards/accuracies": ("accuracy", "Preference accuracy"),
-    "accuracies/length_balanced": ("accuracy", "Preference accuracy, balanced by length"),
-    "accuracies/length_only": ("accuracy", "Accuracy of picking the longer completion, for comparison"),
-    "rewards/margins": ("reward_margin", "Reward margin, nats"),
-    "kl": ("kl_divergence", "KL to the reference, nats per completion"),
-    "loss": ("loss", "Loss"),
-}
+BOOKKEEPING = re.compile(
+    r"^(epoch|step|total_flos|learning_rate|share_of.*|peak_.*|train_.*|.*(runtime|_second|ion_time))$"
+)
 TASKS = ("text-generation", "image-text-to-text")  # as the Hub calls them: of text, of images and text
 BUNDLED = Path(__file__).parents[1] / "quickstart" / "model"  # the base that the package ships
 BUNDLED_TEXT = "the small chat model that comes with `dpo-peft` (`dpo_peft.quickstart.model_path()`)"
@@ -52,10 +44,11 @@ LOCAL_NOTE = (
     "`dpo-peft push --base_model HUB_ID` publishes the adapter for a base that others can load."
 )
 # LoraConfig's names, and what a reader calls them.
-ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-ADAPTER_OPTIONS |= {"target_modules": "target modules", "modules_to_save": "modules to save"}
-ADAPTER_OPTIONS |= {"target_parameters": "target parameters", "layers_to_transform": "layers"}
-ADAPTER_OPTIONS |= {name: name for name in ("use_rslora", "use_dora")}
+ADAPTER_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "layers_to_transform": "layers"}
+_SPELLED = ("target_modules", "modules_to_save", "target_parameters")
+ADAPTER_OPTIONS |= {name: name.replace("_", " ") for name in _SPELLED} | {
+    name: name for name in ("use_rslora", "use_dora")
+}
 SAMPLES, SAMPLE_LENGTH = 3, 700  # shown in a card; characters of each
 
 

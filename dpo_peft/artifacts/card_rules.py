@@ -23,6 +23,15 @@ HUB_LICENSES, RELATIONS, TEXT_TASKS, KNOWN_KEYS = (
 _TEXTS = ("library_name", "license_name", "license_link", "thumbnail")
 _LISTS = ("tags", "language", "metrics")
 _RESULT = (("task", "type"), ("dataset", "type"), ("dataset", "name"))
+# Metric of an evaluation -> its type and name in the Hub's model-index.
+MODEL_INDEX = {
+    "rewards/accuracies": ("accuracy", "Preference accuracy"),
+    "accuracies/length_balanced": ("accuracy", "Preference accuracy, balanced by length"),
+    "accuracies/length_only": ("accuracy", "Accuracy of picking the longer completion, for comparison"),
+    "rewards/margins": ("reward_margin", "Reward margin, nats"),
+    "kl": ("kl_divergence", "KL to the reference, nats per completion"),
+    "loss": ("loss", "Loss"),
+}
 
 
 def read_head(readme: str) -> dict[str, Any]:

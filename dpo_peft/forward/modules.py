@@ -37,6 +37,12 @@ def decoder_layers(causal_lm: Any) -> nn.ModuleList:
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
 
 
+def first_adapted(model: nn.Module) -> int:
+    """Returns the number of the first decoder layer that has a LoRA adapter; 0 if none has."""
+    layers = enumerate(decoder_layers(unwrap(model)))
+    return next((i for i, layer in layers if any(hasattr(one, "lora_A") for one in layer.modules())), 0)
+
+
 def bring_in(module: nn.Module) -> None:
     """Makes the weights of a decoder layer present, if they come and go (`model.placement`)."""
     if (arrive := vars(module).get("bring_in")) is not None:

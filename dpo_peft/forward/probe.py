@@ -208,16 +208,7 @@ class _Probe:
         self.samples = [*_probe_samples(self.config.vocab_size), *images]
         if any(map(is_answer_only, model.modules())):
             self.samples = [sample._replace(adapter_start=len(sample.prompt) - 2) for sample in self.samples]
-        try:
-            self.own_N = self.own_logps(pad_rows(self.samples))
-        except IndexError as error:
-            if self.samples[0].adapter_start is None:
-                raise
-            raise OptionError(
-                "An answer-only adapter must be on layers that read whole rows, and one of its target_modules gets "
-                f"single tokens, as experts do (PEFT: {error}). Take those of attention alone: target_modules="
-                "['q_proj', 'k_proj', 'v_proj', 'o_proj']."
-            ) from error
+        self.own_N = self.own_logps(pad_rows(self.samples))
         if not torch.isfinite(self.own_N).all():
             raise NonFiniteError(
                 f"The log-probs of {type(self.causal_lm).__name__} are not finite: a weight is NaN or infinite, or "

@@ -106,11 +106,7 @@ def merge_adapter(
     output = _check(output_dir, onto, dtype, max_drift, max_shard_size)
     with _unfinished(output) as folder:
         source = AdapterSource(adapter, **made)
-        if source.config.alora_invocation_tokens:
-            raise OptionError(
-                f"{adapter!r} acts on completions alone (alora_invocation_tokens), merged weights would act on the "
-                "prompt too. Serve the adapter: `dpo-peft export` for llama.cpp's llama-server, or by PEFT."
-            )
+        _check_scope(source)
         if source.reference is not None and dataset is None:
             raise OptionError("reference has no effect without a dataset: leave it out.")
         # Rows come before the model: a bad row is found in seconds, not after minutes of loading.
@@ -295,3 +291,11 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str, sees: 
         f"{drift.adapter_token:.3g}. {drift.greedy_equal} of {drift.greedy_prompts} greedy completions are the same.\n"
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def _check_scope(source: AdapterSource) -> None:
+    if source.config.alora_invocation_tokens:
+        raise OptionError(
+            f"{source.adapter!r} acts on completions alone (alora_invocation_tokens), merged weights would act on the "
+            "prompt too. Serve the adapter: `dpo-peft export` for llama.cpp's llama-server, or by PEFT."
+        )

@@ -1,22 +1,11 @@
-"""Decoder layers: which have adapters, the bytes of those that come and go, and what multiplies a token."""
-
-from typing import TYPE_CHECKING
+"""The layers of a base that is sharded or streamed: the bytes that come and go, and what multiplies a token."""
 
 from torch import Tensor
 
-from ..forward.modules import decoder_layers, unwrap
+from ..forward.modules import decoder_layers
 from ..model.experts import expert_weights, experts_per_token
 from ..model.placement import SMALL, aligned
 from .sketch import NF4_BLOCK, NF4_NESTED_BLOCK, Sketch
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
-def first_adapted(model: "PeftModel") -> int:
-    """Returns the number of the first decoder layer that has an adapter."""
-    layers = enumerate(decoder_layers(unwrap(model)))
-    return next((i for i, layer in layers if any(hasattr(one, "lora_A") for one in layer.modules())), 0)
 
 
 def placed_bytes(weights: int, nested: bool = True, experts: int = 1) -> int:

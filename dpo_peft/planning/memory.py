@@ -15,8 +15,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..forward.modules import first_adapted
 from .fused_layer import FusedLayer
-from .layers import active_weights, aligned, first_adapted, layer_bytes, placed_bytes
+from .layers import active_weights, aligned, layer_bytes, placed_bytes
 from .shapes import GROUPS, Lora, NotPlainError, Shape
 from .sketch import LayerCost, Sketch, nf4_bytes
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import DPOConfig
 from ..distributed import gather_over_processes, world_size
+from ..forward.modules import decoder_layers, first_adapted, unwrap
 from ..model.experts import expert_weights, experts_per_token
 from ..objective import TrainingObjective
 
@@ -50,6 +51,11 @@ def weights_per_token(model: PeftModel) -> tuple[float, int] | None:
     return weights - (0 if head is embedded else head.numel()), head.numel()
 
 
+def share_below(model: PeftModel) -> float:
+    """Returns the share of the decoder layers that are below the first one with an adapter."""
+    return first_adapted(model) / len(decoder_layers(unwrap(model)))
+
+
 class Throughput:
     """Measures a run, from one training log to the next.
 
@@ -60,7 +66,8 @@ class Throughput:
 
     The bound is the speed at which the dense products with frozen weights alone would take the whole time, all of them
     at the rate of large bfloat16 products, which is measured as a run begins. They are 2 FLOPs for each pass
-    (`passes_over_weights`), weight and token, the head's weights for predicted tokens only. Attention, the adapter,
+    (`passes_over_weights`), weight and token, the head's weights for predicted tokens only. What policy and reference
+    have in common needs one pass: prompts of answer-only adapters, layers below the first adapter. Attention, LoRA,
     recomputed layers, norms and unpacking 4-bit weights are no part of it, though they take time: 1 is out of reach.
 
     Attributes:
@@ -73,6 +80,7 @@ class Throughput:
     def __init__(self, model: PeftModel, objective: TrainingObjective, args: DPOConfig, clock: Clock = perf_counter):
         self._device, self._clock = args.device, clock
         self._passes, self._weights = passes_over_weights(objective, args), weights_per_token(model)
+        self._below = share_below(model)
         self.parameters = model.num_parameters(exclude_embeddings=True)
         self.rate: float | None = None
         self.tokens = self.predicted = self.seconds = self.peak = 0.0
@@ -81,7 +89,7 @@ class Throughput:
         """Begins a run, or resumes one."""
         self.rate = gpu_rate(self._device) if self._device.type == "cuda" and self._weights is not None else None
         self.tokens = self.predicted = self.seconds = 0.0
-        self._counted: list[float | Tensor] = [0, 0]
+        self._counted: list[float | Tensor] = [0, 0, 0]
         self._since, self._left, self._started = 0.0, 0.0, False
 
     def count(self, entry: Mapping[str, Any]) -> None:
@@ -92,6 +100,8 @@ class Throughput:
             mask = batch.get("attention_mask")
             self._counted[0] += batch["input_ids"].numel() if mask is None else mask.sum()  # stays on the GPU
             self._counted[1] += batch["target"].numel()
+            if mask is None and batch.get("alora_offsets"):
+                self._counted[2] += batch["input_ids"].numel() - batch["alora_offsets"][0]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -108,22 +118,25 @@ class Throughput:
         """
         own = [float(number) for number in self._counted]
         now = self._clock()
-        seconds, self._since, self._left, self._counted = now - self._since, now, now, [0, 0]
+        seconds, self._since, self._left, self._counted = now - self._since, now, now, [0, 0, 0]
         peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
         of_each = gather_over_processes((*own, peak))
-        tokens, predicted = (sum(one[i] for one in of_each) for i in (0, 1))
+        tokens, predicted, given = (sum(one[i] for one in of_each) for i in range(3))
         self.tokens, self.predicted = self.tokens + tokens, self.predicted + predicted
-        self.seconds, self.peak = self.seconds + seconds, max(one[2] for one in of_each)
-        share = self.share_of_bound(tokens, predicted, seconds)
+        self.seconds, self.peak = self.seconds + seconds, max(one[3] for one in of_each)
+        share = self.share_of_bound(tokens, predicted, seconds, given)
         found = {"tokens_per_second": tokens / seconds, "share_of_bound": share, "peak_memory_gib": self.peak / 2**30}
         return {name: figure for name, figure in found.items() if figure}
 
-    def share_of_bound(self, tokens: float, predicted: float, seconds: float) -> float | None:
-        """Returns the share of the bound that so much work in so long is; None where it is not known."""
+    def share_of_bound(self, tokens: float, predicted: float, seconds: float, given: float = 0) -> float | None:
+        """Returns the share of the bound that so much work in so long is; None where it is not known. `given` tokens
+        are the base's alone."""
         if self.rate is None or self._weights is None:
             return None
         of_all, of_head = self._weights
-        return 2 * self._passes * (of_all * tokens + of_head * predicted) / seconds / self.rate
+        once = of_all * (given + self._below * (tokens - given))
+        products = once + self._passes * (of_all * tokens - once + of_head * predicted)
+        return 2 * products / seconds / self.rate
 
 
 def gpu_rate(device: torch.device) -> float | None:

@@ -96,6 +96,7 @@ def heads_of(kind: str, size: int = 24) -> tuple[Heads, Angles | None, int]:
 
 
 @here
+@pytest.mark.sampled(99, slow=3)
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("dtype", [DTYPE, torch.float32])  # of the angles

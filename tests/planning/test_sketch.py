@@ -59,7 +59,7 @@ def bytes_kept(model: Any, rows: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.sampled(48, slow=8)
+@pytest.mark.sampled(48, slow=12)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in BY_NUMBERS])
 def test_a_sketch_has_the_bytes_of_the_loaded_model(name: str, tmp_path: Path) -> None:
     config, model = loaded(name, tmp_path)

@@ -239,7 +239,7 @@ def invoked(number: int) -> Dataset:
 
 @pytest.mark.parametrize("kind", ON_LESS)
 def test_adapters_that_act_on_less(tiny_llama, make_tokenizer, tmp_path, kind):
-    """PEFT switches an answer-only adapter on where it finds its tokens; here prompts are the base's, computed once."""
+    """PEFT switches an answer-only adapter on where it finds its tokens; here the base computes prompts once."""
     rows, tokenizer, how = invoked(24), make_tokenizer(), {"peft_config": lora(**ON_LESS[kind])}
     mine, trl = both(tiny_llama, rows, tokenizer, tmp_path, **how)
     assert mine.forward_plan.fused is not None and mine.reference.lockstep

@@ -274,6 +274,7 @@ def across_rows(loss: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(99, slow=3)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_any_budget_gives_the_steps_of_the_plain_run(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -45,6 +45,7 @@ def run(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> Any:
 
 
 @pytest.mark.attack("killed while writing")
+@pytest.mark.sampled(99, slow=2)
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] if name != "shuffled" else []) for name in CASES]
 )

@@ -50,10 +50,11 @@ def batch(tokens: int, predicted: int, padding: int | None = None) -> dict[str, 
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> tuple[Throughput, Clock]:
     """70 weights that multiply every token, and 30 of a head."""
     monkeypatch.setattr(throughput, "weights_per_token", lambda model: (70.0, 30))
+    monkeypatch.setattr(throughput, "share_below", lambda model: 0.5)
     clock = Clock()
     made = Throughput(SimpleNamespace(num_parameters=lambda **_: 100), *needs(), clock=clock)  # type: ignore[arg-type]
     made.begin()
-    made.rate = 61_080.0
+    made.rate, made._below = 61_080.0, 0.0
     return made, clock
 
 
@@ -83,9 +84,20 @@ def test_figures_by_hand(by_hand: tuple[Throughput, Clock]) -> None:
     assert (made.tokens, made.seconds, made.rate) == (0, 0, None) and made.figures() == {}
 
 
+def test_what_policy_and_reference_share_counts_once(by_hand: tuple[Throughput, Clock]) -> None:
+    """20 of 50 tokens are left to the base; then half of the layers are below the adapter too."""
+    made, clock = by_hand
+    for below, products in ((0.0, 70 * (20 + 3 * 30)), (0.5, 70 * 20 + 35 * 30 + 3 * 35 * 30)):
+        made._below = below
+        made.count({"packs": [{**batch(50, 10), "alora_offsets": (30,)}]})
+        clock.now += 1
+        share = 2 * (products + 3 * 30 * 10) / 61_080
+        assert made.figures() == pytest.approx({"tokens_per_second": 50.0, "share_of_bound": share})
+
+
 def test_tokens_of_all_processes(by_hand: tuple[Throughput, Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     made, clock = by_hand
-    other = (38.0, 5.0, 3 * 2**30)
+    other = (38.0, 5.0, 0.0, 3 * 2**30)
     monkeypatch.setattr(throughput, "gather_over_processes", lambda own: [own, other])
     made.count({"packs": [batch(62, 25)]})
     clock.now += 10
