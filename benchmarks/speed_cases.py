@@ -108,7 +108,7 @@ def attentions() -> list[Case]:
 
 
 def fp8() -> list[Case]:
-    products = {"fp8_products": True}
+    products = {"fp8_products": True, "fused_layers": True}
     return [make(work, "fp8", options=products) for work in PEERS_PEAK for make in (within, ours)]
 
 

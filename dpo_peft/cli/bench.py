@@ -13,7 +13,6 @@ from .options import option, parse_options, show, show_progress
 EXAMPLES = [
     "dpo-peft bench",
     "dpo-peft bench --shape 1b --minutes 2 --output rtx3060.json",
-    "dpo-peft plan --shape 8b --gpu bench.json --stream_layers auto",
 ]
 ISSUES = "https://github.com/dpo-peft/dpo-peft/issues"
 

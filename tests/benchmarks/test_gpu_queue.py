@@ -194,7 +194,8 @@ def test_a_case_starts_only_if_it_fits(queue: ModuleType, tmp_path: Path, capsys
 
 
 QUEUE = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background ignore it
 sys.path.insert(0, {folder!r})
 import gpu_queue
 gpu_queue.work(json.loads({cases!r}), gpu_queue.Path({path!r}), json.loads({facts!r}), "cpu")

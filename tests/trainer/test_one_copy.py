@@ -10,6 +10,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from trainer_helpers import id_pairs, lora, ours, step_logs
 from transformers import TrainerCallback
@@ -42,9 +43,10 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 def all_tensors() -> list[Tensor]:
-    """Every tensor that Python can reach, gradients and quantization constants included."""
+    """Every tensor that Python can reach, gradients and quantization constants included; fake ones have no bytes."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    kinds = [(thing, type(thing)) for thing in gc.get_objects()]
+    tensors = [thing for thing, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor)]
     return tensors + [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
 
 
