@@ -237,6 +237,7 @@ def invoked(number: int) -> Dataset:
     return id_pairs(number).map(lambda row: {"prompt_ids": [*row["prompt_ids"], *INVOCATION]})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ON_LESS)
 def test_adapters_that_act_on_less(tiny_llama, make_tokenizer, tmp_path, kind):
     """PEFT switches an answer-only adapter on where it finds its tokens; here the base computes prompts once."""
