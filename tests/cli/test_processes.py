@@ -95,16 +95,19 @@ def test_the_kept_help_knows_the_options(tmp_path: Path) -> None:
 
 # Stands for the command of each process: the command line as it is, around a training that does what the case says.
 STUB = """
-import logging, os, signal, sys, time, types
+import logging, os, pathlib, signal, sys, time, types
 rank, case = os.environ["RANK"], sys.argv[1]
 from dpo_peft import cli, errors
+from dpo_peft.cli import launch
 
 def wait():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
 
 def gone():
-    time.sleep(0.2)
+    ends = time.monotonic() + (0.2 if case == "dead" else 30)  # which says nothing before it ends
+    while time.monotonic() < ends and not list(pathlib.Path(os.environ[launch.JOB]).glob("*.end")):
+        time.sleep(0.01)
     raise RuntimeError("Connection closed by peer")
 
 def full():
