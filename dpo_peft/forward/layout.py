@@ -208,7 +208,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         for completion, places in scored_places(sample):
             prompt = first if sample.alone else len(parts)
             parts.append(_Segment(np.append(again, completion), prompt, len(again) + places))
-    members = np.repeat(np.arange(len(samples)), [bool(s.alone) + len(scored_places(s)) for s in samples])
+    sizes = [bool(s.alone) + len(s.completions) + len(s.mismatched) for s in samples]  # in segments
+    members = np.repeat(np.arange(len(samples)), sizes)
     scoped = samples[0].adapter_start is not None
     if scoped:  # prompts first
         order = np.argsort([part.scored is not None for part in parts], kind="stable")
