@@ -28,7 +28,20 @@ WRONG_INPUT = (
 )
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
 COMMANDS = (
-    *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "chat", "compare", "score", "report"),
+    *(
+        "quickstart",
+        "data",
+        "init",
+        "recipes",
+        "plan",
+        "pairs",
+        "train",
+        "sweep",
+        "chat",
+        "compare",
+        "score",
+        "report",
+    ),
     *("merge", "export", "push", "cache", "bench", "env"),
 )
 USAGE = """usage: dpo-peft COMMAND [options]
@@ -40,6 +53,7 @@ USAGE = """usage: dpo-peft COMMAND [options]
   plan        predict memory from the model's config:  dpo-peft plan --config FILE.yaml --gpu 24GB
   pairs       sample completions and make preference pairs of them:  dpo-peft pairs MODEL --prompts FILE --output FILE
   train       train a LoRA adapter on preferences:  dpo-peft train --config FILE.yaml [--any_option value]
+  sweep       train several settings and choose one:  dpo-peft sweep FILE.yaml
   chat        talk to a trained adapter, or to its base:  dpo-peft chat ADAPTER
   compare     show completions before and after training:  dpo-peft compare ADAPTER --prompts FILE
   score       score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE

@@ -113,7 +113,7 @@ def train(argv: Sequence[str]) -> "DPOTrainer | None":
 
         with _claimed(args):
             processes = started.processes if started is not None else args.world_size
-            show(*dry_run(args, model, _inputs(data, args, model), processes), output.json)
+            show(*dry_run(args, model, inputs_of(data, args, model), processes), output.json)
         return None
     from ..evaluation.log_file import SHOWN  # after parsing: these take seconds
     from . import COMMANDS
@@ -205,13 +205,13 @@ def build_trainer(data: DataArguments, args: "DPOConfig", model: ModelArguments)
     """Loads the data and builds the `DPOTrainer` that the options describe."""
     from ..trainer import DPOTrainer  # after parsing: a typing error should not wait for the slowest imports
 
-    trainer = DPOTrainer(**_inputs(data, args, model))
+    trainer = DPOTrainer(**inputs_of(data, args, model))
     groups = ((group, f) for group in (data, model) for f in fields(group))
     trainer.command_options = {f.name: value for group, f in groups if (value := getattr(group, f.name)) != f.default}
     return trainer
 
 
-def _inputs(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> dict[str, Any]:
+def inputs_of(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> dict[str, Any]:
     """Loads the data and returns the arguments of `DPOTrainer`."""
     train_dataset, eval_dataset = load_datasets(data, args.eval_strategy != "no", args.seed)
     args.model_init_kwargs = {"dtype": model.dtype, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]

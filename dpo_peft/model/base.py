@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Of `model_init_kwargs`: where the model's files are found.
 _FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "code_revision", "trust_remote_code")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
+_KEPT: ContextVar[dict[str, tuple[PreTrainedModel, torch.Tensor]] | None] = ContextVar("kept", default=None)
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -46,6 +48,17 @@ def base_config(name: str, init_kwargs: object = None, trust_remote_code: bool =
         return AutoConfig.from_pretrained(name, **{"trust_remote_code": trust_remote_code, **where})
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
+
+
+@contextmanager
+def one_base() -> Iterator[None]:
+    """Inside, a base that is asked for again in the same way is the one in memory, for trainers that follow each other.
+    Each has taken its adapter off (`PeftModel.unload`) before the next one begins."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def load_base(
@@ -76,6 +89,13 @@ def load_base(
     Raises:
         OptionError: contradictory options, a folder without a model, or one with a weight too few.
     """
+    kept, asked = _KEPT.get(), repr((name, quantization_config, quantize, init_kwargs, device, class_name, experts))
+    if kept and asked in kept:
+        model, random_state = kept[asked]
+        torch.set_rng_state(random_state)  # as loading it leaves that
+        return model
+    if kept is not None:
+        kept.clear()
     kwargs = dict(init_kwargs or {})
     dtype = _read_dtype(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
     if quantization_config is not None and "quantization_config" in kwargs:
@@ -99,6 +119,8 @@ def load_base(
             model, info = checkpoint.load(kind, dtype, quantization, **loading)
     _check_complete(name, model, info)
     warn_of_whole_experts(model)
+    if kept is not None:
+        kept[asked] = model, torch.get_rng_state()
     return model
 
 
