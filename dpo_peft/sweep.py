@@ -71,8 +71,8 @@ def run_sweep(
                 if name not in failed and len(results[name]) == at:
                     try:
                         results[name].append(result := _advance(make(name), share))
-                        shown = (f"{one} {value:.3g}" for one, value in result.items() if value is not None)
-                        logger.info("%s: %s", name, ", ".join(shown))
+                        told = (f"{one} {value:.3g}" for one, value in result.items() if value is not None)
+                        logger.info("%s: %s", name, ", ".join(told))
                     except NonFiniteError as error:
                         failed[name] = str(error)
                         logger.warning("%s is given up: %s", name, error)
@@ -126,8 +126,8 @@ class _StopAt(TrainerCallback):
 
 
 def _advance(trainer: DPOTrainer, share: float) -> Json:
-    """Trains a run up to a share of its steps, from where it is; at the end it saves its result. Returns its figures on
-    held-out rows, and takes its adapter off the base."""
+    """Trains a run up to a share of its steps, from where it is, and saves the result at its end. Returns its figures
+    on held-out rows, and takes its adapter off the base."""
     try:
         trainer.add_callback(_StopAt(share))
         trainer.train(resume_from_checkpoint="latest")

@@ -149,7 +149,7 @@ def test_a_file_that_is_wrong_is_refused_before_anything_is_trained(grid, change
 
 def test_settings_are_crossed_with_the_grid(tmp_path):
     settings = [{"loss_type": "ipo"}, {"loss_type": ["sigmoid", "sft"], "beta": 0.2}]
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"grid": {"lora_r": [4, 8]}, "settings": settings}))
+    (tmp_path / "grid.yaml").write_text(json.dumps({"grid": {"lora_r": [4, 8]}, "settings": settings}))
     names = ["loss_type-ipo_lora_r-4", "loss_type-ipo_lora_r-8"]
     names += ["loss_type-sigmoid+sft_beta-0.2_lora_r-4", "loss_type-sigmoid+sft_beta-0.2_lora_r-8"]
     assert [*read_grid(str(tmp_path / "grid.yaml"))[1]] == names

@@ -28,21 +28,8 @@ WRONG_INPUT = (
 )
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
 COMMANDS = (
-    *(
-        "quickstart",
-        "data",
-        "init",
-        "recipes",
-        "plan",
-        "pairs",
-        "train",
-        "sweep",
-        "chat",
-        "compare",
-        "score",
-        "report",
-    ),
-    *("merge", "export", "push", "cache", "bench", "env"),
+    *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "sweep", "chat", "compare", "score"),
+    *("report", "merge", "export", "push", "cache", "bench", "env"),
 )
 USAGE = """usage: dpo-peft COMMAND [options]
 

@@ -44,8 +44,8 @@ def sweep(argv: Sequence[str]) -> None:
         OptionError: the file, or a setting by its name.
     """
     about = (
-        "Train several settings on one base: rows are tokenized once, the reference is computed once, and most steps "
-        "go to settings that do well early. The best on held-out rows is chosen. The same command goes on after a stop."
+        "Train several settings on one base: rows are tokenized and the reference is computed once, and most steps go "
+        "to settings that do well early. The best on held-out rows is chosen. The same command goes on after a stop."
     )
     options = parse_options(argv, SweepArguments, "sweep", about, EXAMPLES, "grid")
     base, settings = read_grid(options.grid)
