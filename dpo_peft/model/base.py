@@ -52,8 +52,8 @@ def base_config(name: str, init_kwargs: object = None, trust_remote_code: bool =
 
 @contextmanager
 def one_base() -> Iterator[None]:
-    """Inside, a base that is asked for again in the same way is the one in memory, for trainers in turn: each takes its
-    adapter off (`PeftModel.unload`) before the next one begins."""
+    """Inside, a base that is asked for again in the same way is the one in memory, for trainers in turn: each takes
+    its adapter off (`PeftModel.unload`) before the next one begins."""
     token = _KEPT.set({})
     try:
         yield
