@@ -32,8 +32,6 @@ def grid(base_folder, tmp_path) -> Path:
         "dataset_name": str(tmp_path / "train.jsonl"),
         "eval_dataset_name": str(tmp_path / "test.jsonl"),
         "ref_cache_dir": str(tmp_path / "cache"),
-        "precompute_ref_log_probs": True,
-        "ref_cache_tokens": True,
         "as_chat": False,
         "per_device_train_batch_size": 2,
         "max_steps": 6,
@@ -88,6 +86,7 @@ def test_the_choice_is_what_its_setting_gives_alone(grid, tmp_path, monkeypatch,
     monkeypatch.undo()
     options = yaml.safe_load(grid.read_text()) | found["settings"][found["choice"]]
     options |= {"output_dir": str(tmp_path / "alone"), "eval_strategy": "steps", "eval_steps": 0.5}
+    options |= {"precompute_ref_log_probs": True, "ref_cache_tokens": True}  # as the sweep does
     del options["grid"]
     (tmp_path / "alone.yaml").write_text(yaml.safe_dump(options))
     train(["--config", str(tmp_path / "alone.yaml")])

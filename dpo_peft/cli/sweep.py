@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import DataError, OptionError
+from ..files import as_list
 from .options import option, parse_options, show, split_config
 
 EXAMPLES = (
@@ -115,8 +116,7 @@ def _named(name: str) -> Iterator[None]:
 
 def _checked(options: dict[str, Any], folder: Path, first: float) -> Callable[[], Any]:
     """Checks a setting without its weights. Returns a function that makes the arguments of `build_trainer` anew."""
-    from ..config import objective_options
-    from ..objective import TrainingObjective
+    from ..losses.registry import find_objective
     from .dry_run import dry_run
     from .train import inputs_of, parse
 
@@ -128,18 +128,17 @@ def _checked(options: dict[str, Any], folder: Path, first: float) -> Callable[[]
 
     held_out = {} if "eval_strategy" in options else {"eval_steps": first}
     options = {**_DEFAULTS, **held_out, **options, "output_dir": str(folder)}
-    data, args, _ = made()
+    compared = any(find_objective(name).needs_reference for name in as_list(options.get("loss_type", "sigmoid")))
+    if compared and not {"precompute_ref_log_probs", "cache_ref_log_probs", "sync_ref_model"} & {*options}:
+        streamed = options.get("dataset_streaming") or options.get("streaming")
+        how = "cache_ref_log_probs" if streamed else "precompute_ref_log_probs"
+        options |= {how: True, "ref_cache_tokens": True}  # tokens: the KL needs them
+    data, args, model = made()
     if args.eval_strategy == "no" or args.save_only_model or args.world_size > 1:
         raise OptionError(
             "a sweep judges runs on held-out rows, stops and resumes them, in one process: leave eval_strategy no, "
             "save_only_model and several processes out."
         )
-    compared = TrainingObjective(args.loss_type, args.loss_weights, **objective_options(args)).needs_reference
-    if compared and not args.sync_ref_model and not {"precompute_ref_log_probs", "cache_ref_log_probs"} & {*options}:
-        streamed = data.dataset_streaming or data.streaming
-        how = "cache_ref_log_probs" if streamed else "precompute_ref_log_probs"
-        options |= {how: True, "ref_cache_tokens": True}  # tokens: the KL needs them
-    data, args, model = made()
     dry_run(args, model, inputs_of(data, args, model), 1)
     return made
 
