@@ -74,7 +74,7 @@ def run(task: str, rate: float, model: str, data: str) -> dict[str, Any]:
         texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
         figures["true_reward"] = statistics.mean(map(quickstart.true_reward, texts))
         figures["fluency"] = quickstart.known_trigram_share(texts)
-        figures["sampled_kl"] = sampled_kl(trainer, prompts, answers)
+        figures["sampled_kl"] = sampled_kl(trainer.model, trainer.tokenizer, prompts, answers)
     warned = [warning["name"] for warning in trainer.warnings_raised]
     return figures | {"warnings": warned, "seconds": round(time.time() - started, 1)}
 

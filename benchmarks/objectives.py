@@ -171,7 +171,7 @@ def measure(run: str, forms: str) -> dict[str, Any]:
         "accuracy_before": before,
         "accuracy": accuracy(trainer),
         **judge_texts(trainer.processing_class.batch_decode(answers, skip_special_tokens=True)),
-        "kl": sampled_kl(trainer, sample_prompts(), answers),
+        "kl": sampled_kl(trainer.model, trainer.tokenizer, sample_prompts(), answers),
         "loss_first": losses[0],
         "loss_last_5": statistics.mean(losses[-5:]),
         "train_seconds": round(trained - started, 1),

@@ -39,7 +39,9 @@ def train_between_samples(trainer: DPOTrainer, prompts: list[Messages]) -> Run:
     print("\n== After ==")
     answers = sample_answers(model, tokenizer, prompts, seed=1)
     after = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return Run(prompts, before, after, start, end, sampled_kl(trainer, prompts, answers))
+    with trainer.compute_loss_context_manager():
+        kl = sampled_kl(model, tokenizer, prompts, answers)
+    return Run(prompts, before, after, start, end, kl)
 
 
 def judge(before: list[str], after: list[str], start: dict[str, float], end: dict[str, float]) -> dict[str, float]:

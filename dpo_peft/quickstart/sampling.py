@@ -3,15 +3,17 @@
 Shape suffix: C completions.
 """
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.collator import PreferenceCollator
 from ..forward import PackedBatch, completion_logps
-from ..forward.scope import invocation_start
+from ..forward.scope import invocation_start, invocation_tokens
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
-from ..trainer import DPOTrainer
 
 Messages = list[dict[str, str]]
 
@@ -38,24 +40,30 @@ def sample_answers(
     return sample_completions(model, tokenizer, prompt_ids, seed, max_new_tokens)
 
 
-def sampled_kl(trainer: DPOTrainer, prompts: list[Messages], answers: list[list[int]], batch_size: int = 32) -> float:
-    """Estimates KL(policy || reference) in nats per completion, as the mean of log(policy / reference) over samples.
+@torch.no_grad()
+def sampled_kl(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Messages],
+    answers: list[list[int]],
+    batch_size: int = 32,
+) -> float:
+    """Estimates KL(policy || base) in nats per completion, as the mean of log(policy / base) over samples.
 
-    Unbiased if `answers` were sampled from the policy at temperature 1, one per prompt.
+    Unbiased if `answers` were sampled from the policy at temperature 1, one per prompt. The adapter is left in
+    evaluation mode.
     """
-    tokenizer, backend = trainer.tokenizer, trainer.forward_plan.scorer
-    rows = [
-        {"prompt_ids": ids["input_ids"], "completion_ids": [answer], "row": i}
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        for ids in [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)]
+    asked = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"] for p in prompts
     ]
-    if tokens := trainer.prepare.invocation:
+    rows: list[dict[str, Any]] = [
+        {"prompt_ids": ids, "completion_ids": [answer]} for ids, answer in zip(asked, answers, strict=True)
+    ]
+    if tokens := invocation_tokens(model.peft_config, model.active_adapters[0]):
         rows = [{**row, "adapter_start": invocation_start(row["prompt_ids"], tokens)} for row in rows]
-    total = 0.0
-    trainer.model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        for start in range(0, len(rows), batch_size):
-            batch = PackedBatch(**trainer.collate(rows[start : start + batch_size])).to(trainer.model.device)
-            policy_C = completion_logps(trainer.model, batch, backend).logps_C
-            total += float((policy_C - reference_logps(trainer.model, batch, backend).logps_C).sum())
+    total, collate = 0.0, PreferenceCollator(shared=False)
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = PackedBatch(**collate(rows[start : start + batch_size])).to(model.device)
+        total += float((completion_logps(model, batch).logps_C - reference_logps(model, batch).logps_C).sum())
     return total / len(rows)
