@@ -22,7 +22,7 @@ import yaml
 from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.cli.sweep import read_grid
 from dpo_peft.quickstart import config_file, model_path, test_file, train_file
-from dpo_peft.sweep import _beyond, _rank
+from dpo_peft.sweep import rank
 from dpo_peft.training.metrics import BALANCED, within_noise
 
 RESULTS = Path(__file__).parent / "results" / "sweep.json"
@@ -75,12 +75,13 @@ def main() -> None:
         (folder / "run.yaml").write_text(yaml.safe_dump({**options, **setting, "output_dir": str(run)}))
         seconds = cpu_seconds("train", "--config", str(folder / "run.yaml"))
         last = json.loads((run / "metrics.json").read_text())["eval_last"]
+        margin = last["rewards/margins"]
         figures = {"accuracy": last["rewards/accuracies"], "balanced": last.get(BALANCED), "kl": last["kl"]}
-        noise = within_noise(last["rewards/margins"], setting["beta"], last["kl"])
+        figures |= {"rows": asked.held_out, "margin": margin, "nats": margin / setting["beta"]}
+        noise = within_noise(margin, setting["beta"], last["kl"])
         alone[name] = {**figures, "noise": noise, "cpu_seconds": seconds}
         print(f"{name}: {alone[name]}", flush=True)
-    fit = [name for name in alone if not _beyond(alone[name], MAX_KL)]
-    best = sorted(fit, key=lambda name: _rank(alone[name]))
+    best = rank(alone, MAX_KL)
     full = sum(one["cpu_seconds"] for one in alone.values())
     result = {
         "versions": framework_versions(),

@@ -53,9 +53,10 @@ def run_sweep(
         max_kl: nats a completion (the `kl` metric on held-out rows) beyond which a setting is not chosen.
 
     Returns:
-        `settings`, `results` (name to one entry for each rung: `steps`, `accuracy`, `balanced`, `kl`, `margin` on the
-        first evaluation set), `failed` (name to why), `order` (names, the best first), `choice` (a name, or None),
-        `reason`, `steps` (trained in all, and those of the full grid), `page`.
+        `settings`, `results` (name to one entry for each rung: `steps`, `of` how many; on the first evaluation set
+        `rows`, `accuracy`, `balanced` by length, `kl`, `margin`, that in `nats`, and whether it is within `noise`),
+        `failed` (name to why), `order` (names, the best first), `choice` (a name, or None), `reason`, `steps`
+        (`trained` in all, and those of the `full` grid), `page`.
 
     Raises:
         OptionError: rungs, keep or max_kl out of range, or a folder with another sweep.
@@ -77,8 +78,7 @@ def run_sweep(
                         failed[name] = str(error)
                         logger.warning("%s is given up: %s", name, error)
                     write_atomically(folder / STATE, json.dumps(found, indent=1))
-            fit = [name for name in alive if name not in failed and not _beyond(results[name][at], max_kl)]
-            ranked = sorted(fit, key=lambda name: _rank(results[name][at]))
+            ranked = rank({name: results[name][at] for name in alive if name not in failed}, max_kl)
             alive = ranked[: math.ceil(keep * len(alive))] if share < 1 else ranked
             logger.info("%d%% of the steps: %s.", round(100 * share), " > ".join(ranked) or "none is left")
         found |= _concluded(found, alive)
@@ -137,9 +137,15 @@ def _advance(trainer: DPOTrainer, share: float) -> Json:
         logs = [entry for entry in trainer.state.log_history if f"{prefix}_loss" in entry]
         names = {"accuracy": "rewards/accuracies", "balanced": BALANCED, "kl": "kl", "margin": "rewards/margins"}
         figures = {own: logs[-1].get(f"{prefix}_{name}") for own, name in names.items()}
-        of_rewards = trainer.args.beta, figures["kl"], trainer.objective.parts[0].reward
-        noise = within_noise(figures["margin"], *of_rewards)
-        return {"steps": trainer.state.global_step, "of": trainer.state.max_steps, **figures, "noise": noise}
+        beta, reward = trainer.args.beta or 1.0, trainer.objective.parts[0].reward
+        return {
+            "steps": trainer.state.global_step,
+            "of": trainer.state.max_steps,
+            "rows": trainer.data_reports[prefix].kept_rows,
+            **figures,
+            "nats": (figures["margin"] or 0.0) / beta,
+            "noise": within_noise(figures["margin"], beta, figures["kl"], reward),
+        }
     finally:
         trainer.model.unload()
         trainer.model = trainer.model_wrapped = None
@@ -165,36 +171,44 @@ def _beyond(result: Json, max_kl: float | None) -> bool:
     return max_kl is not None and result["kl"] is not None and result["kl"] > max_kl
 
 
-def _rank(result: Json) -> tuple[bool, float, float]:
-    """Orders results: the highest length-balanced accuracy first (plain where there is none), then the nearest to the
-    reference. Margins within noise, whose accuracy says nothing of what the model writes, come last."""
-    score = result["accuracy"] if result["balanced"] is None else result["balanced"]
-    return result["noise"], -score, result["kl"] or 0.0
+def rank(results: Mapping[str, Json], max_kl: float | None) -> list[str]:
+    """Returns the names of results within the limit of the KL, the best first.
+
+    Accuracies within a standard error of the highest count as equal to it: of these the widest margin in nats comes
+    first, as the limit says how far a policy may go for it. The others follow by accuracy (balanced by length, plain
+    where that is unknown); margins within noise, whose accuracy says nothing of what the model writes, come last.
+    """
+    fit = {name: one for name, one in results.items() if not _beyond(one, max_kl)}
+    told = [one for one in fit.values() if not one["noise"]]
+    best = max(told, key=_score, default={"accuracy": 0.0, "balanced": None, "rows": 1})
+    limit = _score(best) - math.sqrt(_score(best) * (1 - _score(best)) / best["rows"])
+
+    def place(name: str) -> tuple[bool, bool, float]:
+        one = fit[name]
+        equal = _score(one) >= limit
+        return one["noise"], not equal, -one["nats"] if equal else -_score(one)
+
+    return sorted(fit, key=place)
+
+
+def _score(result: Json) -> float:
+    score: float = result["accuracy"] if result["balanced"] is None else result["balanced"]
+    return score
 
 
 def _concluded(found: Json, finalists: Sequence[str]) -> Json:
-    """Returns order, choice and reason. Those that came farther stand before others, those beyond the limit last."""
-    results, max_kl = found["results"], found["max_kl"]
-    reached = [name for name in found["settings"] if results[name]]
-
-    def place(name: str) -> tuple[Any, ...]:
-        return -len(results[name]), _beyond(results[name][-1], max_kl), _rank(results[name][-1])
-
-    order = sorted(reached, key=lambda name: (name not in finalists, *place(name)))
-    steps = {
-        "trained": sum(results[name][-1]["steps"] for name in reached),
-        "full": sum(results[name][-1]["of"] for name in reached),
-    }
+    """Returns order, choice and reason. Those that came farther stand before others, those beyond the limit behind."""
+    results, max_kl, order = found["results"], found["max_kl"], list[str]()
+    for at in reversed(range(len(found["rungs"]))):
+        here = {name: results[name][at] for name in found["settings"] if len(results[name]) == at + 1}
+        order += rank(here, max_kl)
+        order += [name for name in here if name not in order]
+    steps = {one: sum(results[name][-1][of] for name in order) for one, of in (("trained", "steps"), ("full", "of"))}
     if not finalists:
         limit = "" if max_kl is None else f" or beyond max_kl={max_kl:g}"
         return {"order": order, "choice": None, "steps": steps, "reason": f"every setting failed{limit}"}
     first = results[finalists[0]][-1]
-    kind = "accuracy" if first["balanced"] is None else "balanced"
+    how = "" if first["balanced"] is None else " balanced by length"
     kl = "" if first["kl"] is None else f", KL {first['kl']:.2f}"
-    title = {"accuracy": "held-out accuracy", "balanced": "held-out accuracy balanced by length"}[kind]
-    return {
-        "order": order,
-        "choice": finalists[0],
-        "steps": steps,
-        "reason": f"{finalists[0]} ({title} {first[kind]:.3f}{kl})",
-    }
+    reason = f"{finalists[0]} (held-out accuracy{how} {_score(first):.3f}, margin {first['nats']:.2f} nats{kl})"
+    return {"order": order, "choice": finalists[0], "steps": steps, "reason": reason}

@@ -16,7 +16,7 @@ from dpo_peft.data.worker import RowWorker
 from dpo_peft.errors import OptionError
 from dpo_peft.model import base
 from dpo_peft.reference.policy import ReferencePolicy
-from dpo_peft.sweep import _concluded, _rank, run_sweep
+from dpo_peft.sweep import _concluded, rank, run_sweep
 from dpo_peft.trainer import DPOTrainer
 
 GRID = {"beta": [0.1, 0.4], "learning_rate": [1e-4, 3e-3]}
@@ -101,23 +101,27 @@ def test_the_choice_is_what_its_setting_gives_alone(grid, tmp_path, monkeypatch,
     assert metrics["eval_last"]["rewards/accuracies"] == found["results"][found["choice"]][-1]["accuracy"]
 
 
-def result(accuracy: float, kl: float | None = 1.0, noise: bool = False, balanced: float | None = None) -> dict:
-    return {"steps": 1, "of": 2, "accuracy": accuracy, "balanced": balanced, "kl": kl, "margin": 1.0, "noise": noise}
+def result(accuracy: float, kl: float | None = 1.0, noise: bool = False, nats: float = 1.0, **more: float) -> dict:
+    told = {"accuracy": accuracy, "balanced": None, "kl": kl, "margin": nats, "nats": nats, "noise": noise}
+    return {"steps": 1, "of": 2, "rows": 100, **told, **more}
 
 
 def test_settings_are_ranked_by_balanced_accuracy_and_noise_comes_last():
     results = {
         "noisy": result(0.99, noise=True),
-        "follows length": result(0.9, balanced=0.5),
-        "good": result(0.8, balanced=0.75),
-        "good and near": result(0.8, kl=0.5, balanced=0.75),
+        "follows length": result(0.9, balanced=0.5, nats=9.0),
+        "best": result(0.8, balanced=0.8, nats=2.0),
+        "equal": result(0.7, balanced=0.77, nats=3.0),  # a standard error is sqrt(0.8 * 0.2 / 100) = 0.04
+        "worse": result(0.7, balanced=0.75, nats=5.0),
+        "too far": result(0.9, balanced=0.95, kl=6.0),
     }
-    ranked = sorted(results, key=lambda name: _rank(results[name]))
-    assert ranked == ["good and near", "good", "follows length", "noisy"]
+    assert rank(results, max_kl=5.0) == ["equal", "best", "worse", "follows length", "noisy"]
+    assert rank(results, max_kl=None)[0] == "too far"
+    assert rank({"noisy": results["noisy"]}, None) == ["noisy"] and rank({}, None) == []
 
 
 def test_none_beyond_the_limit_is_chosen():
-    found = {"settings": {"far": {}, "near": {}}, "max_kl": 5.0}
+    found = {"settings": {"far": {}, "near": {}}, "max_kl": 5.0, "rungs": [1.0]}
     found["results"] = {"far": [result(0.9, kl=9.0)], "near": [result(0.8)]}
     assert _concluded(found, ["near"])["choice"] == "near" and _concluded(found, ["near"])["order"] == ["near", "far"]
     nothing = _concluded(found, [])
