@@ -137,7 +137,7 @@ def _advance(trainer: DPOTrainer, share: float) -> Json:
         logs = [entry for entry in trainer.state.log_history if f"{prefix}_loss" in entry]
         names = {"accuracy": "rewards/accuracies", "balanced": BALANCED, "kl": "kl", "margin": "rewards/margins"}
         figures = {own: logs[-1].get(f"{prefix}_{name}") for own, name in names.items()}
-        beta, reward = trainer.args.beta or 1.0, trainer.objective.parts[0].reward
+        beta, reward = float(trainer.args.beta or 1.0), trainer.objective.parts[0].reward
         return {
             "steps": trainer.state.global_step,
             "of": trainer.state.max_steps,
