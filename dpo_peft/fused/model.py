@@ -67,7 +67,7 @@ class FusedModel(Decoder):
         self.attention = backend.name
         self.modules = list(text_decoder(causal_lm).layers)
         # The last layers' activations are freed first, so the first ones are checkpointed.
-        self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
+        self.checkpointed: Callable[[PackedBatch], tuple[int, int]] = lambda batch: (0, 0)
         self.offload = False
         self.products = ""
         self._only: tuple[str, ...] | None = None  # adapters in the place of the active one
@@ -150,7 +150,7 @@ def _passes(decoders: Sequence[FusedModel], batch: PackedBatch, routed: bool) ->
             found.append(_Pass(one, rows, routed, prompts))
     own, others = found[0], found[1:]
     if own.differentiable:
-        own.checkpointed = policy.checkpointed(batch)
+        own.checkpointed, own.attended = policy.checkpointed(batch)
     if others and 0 < own.first <= others[0].first:
         own.trunk = others[0]
     return prompts, found
@@ -198,7 +198,8 @@ class _Pass:
     Attributes:
         first: the first layer that has adapters which are on.
         trunk: the pass that computes the layers below, where that is the same.
-        checkpointed: how many of the first layers keep their input alone.
+        checkpointed: how many of the first layers keep their input alone, of these
+        attended: how many of the last keep what attention gave too.
         gives: whether other passes read its keys and values.
     """
 
@@ -206,7 +207,8 @@ class _Pass:
         self.decoder, self.pred_pos, self.prompts = decoder, rows.pred_pos, prompts
         self.differentiable, self.gives = torch.is_grad_enabled(), False
         self.trunk: _Pass | None = None
-        self.checkpointed, self._routed = 0, list[tuple[int, Tensor]]() if routed else None
+        self.checkpointed = self.attended = 0
+        self._routed = list[tuple[int, Tensor]]() if routed else None
         self.keys_values: tuple[Tensor, Tensor] | None = None  # of the layer that it went through last
         self.x_TH, self.added, only = rows.embedded.x_TH, rows.embedded.added, decoder._only
         parts, layers = decoder.parts, decoder.parts.layers
@@ -239,6 +241,7 @@ class _Pass:
         if not torch.is_grad_enabled():
             self.x_TH, *logits = without_keeping(one, x_TH)
         elif i < self.checkpointed:
+            one.keeps = attention is not None and attention.resumes and i >= self.checkpointed - self.attended
             # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
             with save_on_cpu(pin_memory=x_TH.is_cuda) if self.decoder.offload else nullcontext():
                 self.x_TH, *logits = Checkpointed.apply(x_TH, one, *one.parameters)

@@ -171,16 +171,14 @@ class _Watch(TrainerCallback):
         self.done, self.end = trainer.throughput, end
         self.first = self.last = (0, 0.0, 0.0, 0.0)
         self.predicted: float | None = None
-        self.memory, fused = trainer.step.budget.memory, trainer.forward_plan.fused
-        if self.memory is not None and fused is not None:
-            self.decide, fused.checkpointed = fused.checkpointed, self.checkpointed
+        self.budget, fused = trainer.step.budget, trainer.forward_plan.fused
+        if self.budget.memory is not None and fused is not None:
+            fused.checkpointed = self.checkpointed
 
-    def checkpointed(self, batch: Any) -> int:
-        """Returns how many layers are checkpointed, and predicts the memory of a micro-batch."""
-        layers = self.decide(batch)
-        peak = self.memory.peak(batch.input_ids.numel(), len(batch.kv_index), len(batch.target), layers)
-        self.predicted = max(self.predicted or 0.0, peak)
-        return layers
+    def checkpointed(self, batch: Any) -> tuple[int, int]:
+        """Returns how layers are checkpointed, and predicts the memory of a micro-batch."""
+        self.predicted = max(self.predicted or 0.0, self.budget.peak(batch))
+        return self.budget.checkpointed(batch)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads."""

@@ -25,11 +25,14 @@ from transformers import (
     T5Config,
     set_seed,
 )
+from varlen_kernel import flash_kernel
 
 from dpo_peft import OptionError
-from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
+from dpo_peft.forward import Sample, attention, completion_logps, pack, plan_forward
+from dpo_peft.fused import attention as fused_attention
+from dpo_peft.fused.recognition import fused_decoder
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, plan_step
+from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, checkpoints_for, plan_step
 from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE, MARGIN
 from dpo_peft.planning.shapes import NotPlainError
 from dpo_peft.planning.sketch import nf4_bytes
@@ -293,7 +296,7 @@ def bytes_per_layer(tmp_path: Any, fused: bool, checkpointed: bool = False) -> t
         model.train()
         backend = plan_forward(model, True, torch.bfloat16, fused=fused).scorer
         if checkpointed:
-            backend.checkpointed = lambda batch, layers=layers: layers
+            backend.checkpointed = lambda batch, layers=layers: (layers, 0)
         sizes.append(bytes_saved(model, backend, batch))
     shape = Shape.of(config)
     if not fused:
@@ -309,6 +312,70 @@ def test_fused_layers_keep_what_is_predicted(tmp_path: Any) -> None:
     assert measured == pytest.approx(kept + 2 * 240 * 240 + 2 * 240 * 128, rel=0.01)
     checkpointed, _ = bytes_per_layer(tmp_path, fused=True, checkpointed=True)
     assert checkpointed == 2 * 240 * 128
+
+
+def test_layers_keep_what_is_predicted_with_kernels_for_attention(tmp_path: Any, monkeypatch: Any) -> None:
+    """Everything, their input, or with it what attention gave: within 3 %, of one more layer."""
+    monkeypatch.setattr(attention, "varlen_kernel", flash_kernel)
+    batch = pack([Sample(list(range(100)), [list(range(60)), list(range(80))])])
+    size, found, shape = (240, 440, 140), dict[tuple[int, int], list[int]](), None
+    for layers in (2, 3):
+        set_seed(0)
+        config = LlamaConfig(**{**SMALL, **WIDE, "num_key_value_heads": 2, "num_hidden_layers": layers})
+        model = load(config, tmp_path / str(layers), r=16)
+        model.train()
+        decoder = fused_decoder(model.get_base_model(), torch.bfloat16, "varlen")
+        for keeping in [(0, 0), (1, 0), (1, 1)]:
+            decoder.checkpointed = lambda batch, n=layers, each=keeping: (n * each[0], n * each[1])
+            with monkeypatch.context() as patch:
+                patch.setattr(fused_attention, "saved_tensors_hooks", noted := Noted())
+                found.setdefault(keeping, []).append(bytes_saved(model, decoder, batch) + noted.size)
+        shape = Shape.of(config)
+    layer = MemoryModel.of_shape(shape).layer
+    predicted = {(0, 0): layer.kept(*size[:2]), (1, 0): 2 * 240 * 128}
+    predicted[1, 1] = predicted[1, 0] + layer.attended(240)
+    for keeping, (two, three) in found.items():
+        assert three - two == pytest.approx(predicted[keeping], rel=0.03)
+    model_of = MemoryModel.of_shape(shape)
+    saved = [model_of.components(*size, 2, attended=n)["saved_activations"] for n in (0, 2)]
+    assert saved[1] - saved[0] == 2 * (predicted[1, 1] - predicted[1, 0])
+
+
+class Noted:
+    """`saved_tensors_hooks` that add up the bytes of what is kept: inner hooks hide it from outer ones."""
+
+    size = 0
+
+    def __call__(self, pack: Any, unpack: Any) -> Any:
+        def noting(tensor: torch.Tensor) -> Any:
+            kept = pack(tensor)
+            self.size += kept.nbytes if isinstance(kept, torch.Tensor) else 0
+            return kept
+
+        return torch.autograd.graph.saved_tensors_hooks(noting, unpack)
+
+
+@pytest.mark.parametrize(("pairs", "attends"), [((2, 3000, 250), True), ((8, 190, 300), False)])
+def test_what_is_kept_saves_most_time(pairs: tuple[int, int, int], attends: bool) -> None:
+    """No other choice of the 8B shape that fits within 12 GiB computes less twice, and with long prompts keeping what
+    attention gave is worth more than keeping a few layers whole. By hand: 4 FLOPs for each score and number of the
+    queries, at half the rate of products, which do 2 for each weight."""
+    number, prompt, answer = pairs
+    size = tuple(number * n for n in (prompt + 2 * answer, 3 * prompt + 2 * answer, 2 * answer))
+    scores, limit = number * (prompt**2 / 2 + 2 * answer * (prompt + answer / 2)), 12 * GIB
+
+    def work(layers: int, attended: int) -> float:
+        of_attention = 2 * 4 * scores * 4096 / (2 * 218103808)
+        return 0.73 * layers * size[0] + (layers - attended) * of_attention
+
+    choices = [(n, m) for n in range(33) for m in range(n + 1)]
+    fitting = [one for one in choices if EIGHT.peak(*size, one[0], attended=one[1]) <= limit]
+    best = min(fitting, key=lambda one: work(*one))
+    assert checkpoints_for(EIGHT, *size, limit, scores=scores) == best
+    assert (best[0] == best[1]) is attends
+    assert checkpoints_for(EIGHT, *size, limit) == (fitting[0][0], 0)
+    assert checkpoints_for(EIGHT, *size, 80 * GIB, scores=scores) == (0, 0)
+    assert checkpoints_for(EIGHT, *size, 0, scores=scores) == (32, 0)
 
 
 def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
