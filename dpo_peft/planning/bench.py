@@ -119,6 +119,8 @@ def _product(kind: str, a: torch.Tensor, b: torch.Tensor) -> float | None:
             return seconds_of(lambda: x @ y, a.device)
         x, y, one = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t(), a.new_ones(())
         return seconds_of(lambda: torch._scaled_mm(x, y, one, one, out_dtype=torch.bfloat16), a.device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None
     finally:

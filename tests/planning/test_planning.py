@@ -91,7 +91,7 @@ def test_components_by_hand() -> None:
     assert model.components(10, 14, 6, 3) == {**fixed, "saved_activations": 1904, **batch}
     # The head is done before the layer's backward begins, and smaller.
     assert model.peak(10, 14, 6, 1) == sum(fixed.values()) + 3328 + 1632 + 1024 + 1152
-    assert list(model._layer.phases(10, 14).values()) == [320 + 480, 320 + 640, 320 + 640, 1632, 320 + 640 + 320]
+    assert list(model.layer.phases(10, 14).values()) == [320 + 480, 320 + 640, 320 + 640, 1632, 320 + 640 + 320]
 
 
 def test_other_settings_by_hand() -> None:
@@ -372,7 +372,7 @@ def test_what_is_kept_saves_most_time(pairs: tuple[int, int, int], attends: bool
     fitting = [one for one in choices if EIGHT.peak(*size, one[0], attended=one[1]) <= limit]
     best = min(fitting, key=lambda one: work(*one))
     assert checkpoints_for(EIGHT, *size, limit, scores=scores) == best
-    assert (best[0] == best[1]) is attends
+    assert (best[1] > best[0] / 2) is attends
     assert checkpoints_for(EIGHT, *size, limit) == (fitting[0][0], 0)
     assert checkpoints_for(EIGHT, *size, 80 * GIB, scores=scores) == (0, 0)
     assert checkpoints_for(EIGHT, *size, 0, scores=scores) == (32, 0)
