@@ -7,6 +7,7 @@ bench("8b", minutes=5)  # what `dpo-peft bench` writes
 Nothing is downloaded, and what is written names no user, machine or folder.
 """
 
+import copy
 import math
 import platform
 import random
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -149,7 +151,7 @@ def train(name: str, device: torch.device, end: float) -> dict[str, Any]:
     samples = SAMPLES if on_gpu else CPU_SAMPLES
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            random_model(shape, device, dtype),
+            random_model(shape.config(), device, dtype),
             args=DPOConfig(folder, per_device_train_batch_size=samples, **OPTIONS, **how),
             train_dataset=Dataset.from_list(rows(ROWS, shape.vocab)),
             processing_class=_tokenizer(shape.vocab),
@@ -208,20 +210,26 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(made), **special)
 
 
-def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a model with random weights, its decoder in NF4 with double quantization, made on the device."""
+def random_model(config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a Llama or its like with random weights, its decoder in NF4 with double quantization, made on the device
+    in seconds: one layer is quantized, and the others are copies of it."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    config, how = shape.config(), {"quant_type": "nf4", "compress_statistics": True}
+    how = {"quant_type": "nf4", "compress_statistics": True}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    for path, linear in [*model.model.layers.named_modules()]:
-        if isinstance(linear, nn.Linear):
-            sizes = linear.in_features, linear.out_features
-            small = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta", **how)
-            weight = 0.02 * torch.randn(*reversed(sizes), device=device, dtype=dtype)
-            small.weight = Params4bit(weight, requires_grad=False, module=small, **how).to(device)
-            model.model.layers.set_submodule(path, small)
+    made: dict[str, Any] = {}
+    for layer in model.model.layers:
+        for name, linear in [*layer.named_modules()]:
+            if isinstance(linear, nn.Linear):
+                sizes = linear.in_features, linear.out_features
+                small = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta", **how)
+                if name not in made:
+                    weight = 0.02 * torch.randn(*reversed(sizes), device=device, dtype=dtype)
+                    made[name] = Params4bit(weight, requires_grad=False, module=small, **how)._quantize(weight.device)
+                small.weight = copy.deepcopy(made[name])
+                small.weight.module, small.quant_state = small, small.weight.quant_state
+                layer.set_submodule(name, small)
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)

@@ -123,6 +123,7 @@ def plan(**options: object) -> Plan:
             "micro_batches": len(best.micro_batches),
             "max_tokens": best.max_tokens,
             "checkpoint_layers": [batch.checkpoint_layers for batch in best.micro_batches],
+            "attended": [batch.attended for batch in best.micro_batches],
             "peak": max(batch.peak for batch in best.micro_batches),
             "fits": best.fits,
         }
