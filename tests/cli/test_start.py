@@ -119,6 +119,7 @@ def test_a_dry_run_counts_what_the_run_would_do_and_finds_what_stops_it(
         ("--loss_type", "kto", "--per_device_eval_batch_size", 1): "per_device_eval_batch_size",
         ("--eval_strategy", "steps"): "eval_strategy",
         ("--push_to_hub",): "push_to_hub",
+        ("--resume_from_checkpoint", "true"): "nothing to go on with",
     }.items():
         assert named in run(capsys, *base, *wrong, code=2)[1]
 

@@ -32,10 +32,11 @@ from dpo_peft.forward import Sample, attention, completion_logps, pack, plan_for
 from dpo_peft.fused import attention as fused_attention
 from dpo_peft.fused.recognition import fused_decoder
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, checkpoints_for, plan_step
+from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, checkpoints_for, plan, plan_step
 from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE, MARGIN
 from dpo_peft.planning.shapes import NotPlainError
 from dpo_peft.planning.sketch import nf4_bytes
+from dpo_peft.planning.steps import MicroBatch, Pace, StepPlan
 from dpo_peft.training.packing import size_of
 
 TINY = Shape.llama(hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, vocab=32)
@@ -443,6 +444,35 @@ def test_of_prompts_that_are_left_to_the_base_only_keys_and_values_are_kept(tmp_
     # Checkpointed layers keep the prompts' keys and values once, and of the completions the layer's input.
     all_of_them = [memory.components(**one, checkpoint_layers=4)["saved_activations"] for one in (size, longer)]
     assert all_of_them[1] - all_of_them[0] == pytest.approx(4 * 200 * kv + 2 * 200 * kv, rel=1e-6)
+
+
+def test_a_plan_counts_adapters_that_act_on_less_as_training_does() -> None:
+    """Prompts of 3,000, pairs of 250: of a sample 3,000 tokens pass once, 500 three times; below layer 16 all once.
+
+    In tokens of a forward pass: 3 * 3,500; 3,000 + 3 * 500; 3,500 / 2 + 3 * 3,500 / 2; 3,000 + (500 + 3 * 500) / 2.
+    """
+    lengths = {"prompt_tokens": 3000, "answer_tokens": 250, "per_device_train_batch_size": 1}
+    work = {
+        (): 3 * 3500,
+        (("adapter_scope", "completions"),): 3000 + 3 * 500,
+        (("lora_layers_to_transform", "0.5"),): (3500 + 3 * 3500) / 2,
+        (("adapter_scope", "completions"), ("lora_layers_to_transform", "0.5")): 3000 + (500 + 3 * 500) / 2,
+    }
+    peaks = []
+    for options, tokens in work.items():
+        found = plan(shape="8b", gpu="80GB", **lengths, **dict(options))
+        model, given = found.model, 3000 * ("adapter_scope" in dict(options))
+        size = {"tokens": 3500, "keys": 9500, "predicted": 500, "given": given, "checkpoint_layers": 0, "attended": 0}
+        assert {**found.figures["micro_batch"], "samples": 1} == {"samples": 1, **size}
+        assert found.figures["components"] == model.components(**size)
+        assert model.first == 16 * ("lora_layers_to_transform" in dict(options))
+        assert model.trained == 41943040 // (1 + (model.first > 0))
+        peaks.append(found.figures["peak"])
+        one = MicroBatch((0,), 3500, 9500, 500, given, 0, 0, 0.0, 0.0)
+        head = 3 * 2 * 500 * 128256 * 4096
+        seconds = Pace(1e12, 1).seconds(StepPlan((one,), 0.0, True), model, 1)
+        assert seconds == pytest.approx((tokens * 2 * 32 * 218103808 + head) / 1e12)
+    assert peaks[0] > peaks[2] > peaks[1] > peaks[3]
 
 
 # ---- Against what was measured on GPUs ------------------------------------------------------------------------------
