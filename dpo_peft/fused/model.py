@@ -136,7 +136,7 @@ def _passes(decoders: Sequence[FusedModel], batch: PackedBatch, routed: bool) ->
     rows, alone = None, None
     for one in decoders:
         if rows is None or parts:  # in which adapters differ
-            with exchanged(parts, one._only):
+            with exchanged(parts, one._only) if parts else nullcontext():
                 x = embedded(one.causal_lm, batch)
             rows = _Rows(x, batch, batch.pred_pos, block_ids(one.causal_lm.config, batch))
             if batch.alora_offsets is not None:
