@@ -3,17 +3,15 @@
 Lengths are drawn from fixed distributions with fixed seeds, so every engine and every machine sees the same rows.
 """
 
-import copy
 import itertools
 import math
 import random
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SHAPE_FIELDS = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
@@ -137,51 +135,11 @@ def make_config(shape: str) -> LlamaConfig:
 
 
 def make_model(shape: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of that shape with random weights, its decoder in NF4 with double quantization, made in seconds.
+    """A Llama of that shape, the same at every call."""
+    from dpo_peft.planning.bench import random_model
 
-    One layer is quantized; the others are copies of it in memory of their own.
-    """
-    config = make_config(shape)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     torch.manual_seed(0)
-    quantized: dict[str, bnb.nn.Linear4bit] = {}
-    for layer in model.model.layers:
-        for name, linear in list(layer.named_modules()):
-            if isinstance(linear, nn.Linear):
-                if name not in quantized:
-                    weight = torch.randn(linear.weight.shape, device=device, dtype=dtype) * 0.02
-                    quantized[name] = four_bit(linear, weight)
-                layer.set_submodule(name, copy_four_bit(quantized[name]))
-    for module in model.modules():
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            module.to_empty(device=device, recurse=False)
-            weight = module.weight
-            nn.init.ones_(weight) if weight.ndim == 1 else nn.init.normal_(weight, std=0.02)
-    with torch.device(device):  # its buffers are computed when it is made
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    model.is_loaded_in_4bit = True
-    model.config._name_or_path = model.name_or_path = "random"
-    return model
-
-
-def _empty_four_bit(like: nn.Linear, dtype: torch.dtype) -> bnb.nn.Linear4bit:
-    options = dict(compute_dtype=dtype, quant_type="nf4", compress_statistics=True, device="meta")
-    return bnb.nn.Linear4bit(like.in_features, like.out_features, bias=False, **options)
-
-
-def four_bit(like: nn.Linear, weight: torch.Tensor) -> bnb.nn.Linear4bit:
-    linear = _empty_four_bit(like, weight.dtype)
-    options = dict(requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear)
-    linear.weight = bnb.nn.Params4bit(weight, **options)._quantize(weight.device)
-    return linear
-
-
-def copy_four_bit(linear: bnb.nn.Linear4bit) -> bnb.nn.Linear4bit:
-    new = _empty_four_bit(linear, linear.compute_dtype)
-    new.weight = copy.deepcopy(linear.weight)
-    new.weight.module, new.quant_state = new, new.weight.quant_state
-    return new
+    return random_model(make_config(shape), device, dtype)
 
 
 def same_start(model: nn.Module, dtype: torch.dtype | None) -> None:

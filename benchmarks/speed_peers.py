@@ -134,9 +134,10 @@ def run_case(case: dict[str, Any], device: str) -> dict[str, Any]:
         found |= {"plan": str(trainer.forward_plan), "halvings": trainer.step.halvings}
         found |= {"micro_batches": len(micro_batches), "limit_gib": trainer.step.budget.limit / GIB}
         if micro_batches and trainer.step.budget.memory is not None:
-            found["predicted_gib"] = max(trainer.step.budget.memory.peak(*sizes) for sizes in micro_batches) / GIB
-            found["checkpointed"] = sorted(sizes[-1] for sizes in micro_batches)
-            found["largest_tokens"] = max(sizes[0] for sizes in micro_batches)
+            tokens, checkpointed, peaks = zip(*micro_batches, strict=True)
+            found["predicted_gib"] = max(peaks) / GIB
+            found["checkpointed"] = sorted(checkpointed)
+            found["largest_tokens"] = max(tokens)
     return found | ({"profile": describe_profile(clock)} if profile else {})
 
 
@@ -174,16 +175,16 @@ def keep_losses(trainer: Any) -> dict[int, torch.Tensor]:
     return losses
 
 
-def keep_micro_batches(trainer: Any, first: int, last: int) -> list[tuple[int, int, int, int]]:
-    """Tokens, keys, predicted tokens and checkpointed layers of the timed micro-batches; it fills as the trainer
+def keep_micro_batches(trainer: Any, first: int, last: int) -> list[tuple[int, tuple[int, int], float]]:
+    """Tokens, how layers are checkpointed, and the predicted peak of the timed micro-batches; it fills as the trainer
     trains."""
-    kept: list[tuple[int, int, int, int]] = []
-    decide, fused = trainer.step.budget.checkpointed, trainer.forward_plan.fused
+    kept: list[tuple[int, tuple[int, int], float]] = []
+    budget, fused = trainer.step.budget, trainer.forward_plan.fused
 
-    def checkpointed(batch: Any) -> int:
-        layers = decide(batch)
+    def checkpointed(batch: Any) -> tuple[int, int]:
+        layers = budget.checkpointed(batch)
         if first <= trainer.state.global_step < last:
-            kept.append((batch.input_ids.numel(), len(batch.kv_index), len(batch.target), layers))
+            kept.append((batch.input_ids.numel(), layers, 0.0 if budget.memory is None else budget.peak(batch)))
         return layers
 
     if fused is not None:

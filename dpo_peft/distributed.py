@@ -198,7 +198,7 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
-def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> list[list[int]]:
+def longest_first(order: Sequence[int], sizes: Sequence[float], number: int) -> list[list[int]]:
     """Spreads items over bins that are level: each item goes into the emptiest one (Graham 1969).
 
     Args:
@@ -207,7 +207,7 @@ def longest_first(order: Sequence[int], sizes: Sequence[int], number: int) -> li
         number: of bins.
     """
     bins: list[list[int]] = [[] for _ in range(number)]
-    loads = [(0, b) for b in range(number)]  # a heap
+    loads: list[tuple[float, int]] = [(0, b) for b in range(number)]  # a heap
     for i in order:
         load, b = loads[0]
         bins[b].append(i)

@@ -18,6 +18,8 @@ from ..planning.run import DEFAULTS, plan
 from ..planning.sketch import Sketch
 from ..training.arguments import check_constructor
 from ..training.building import Preparation
+from ..training.metrics import MetricStore
+from ..training.resume import RunState
 from .measure import sample
 
 
@@ -31,7 +33,7 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any], processes: int)
         processes: how many will train.
 
     Raises:
-        OptionError, DataError: what would stop the run, with the remedy.
+        OptionError, DataError, CheckpointError: what would stop the run, with the remedy.
         PublishError: the Hub can't be reached, and push_to_hub is set.
     """
     name, train, evaluated = (inputs[one] for one in ("model", "train_dataset", "eval_dataset"))
@@ -39,12 +41,14 @@ def dry_run(args: DPOConfig, model: Any, inputs: dict[str, Any], processes: int)
     _, _, tokenizer, images, objective = check_constructor(*given, own_metrics=False)
     prepare = Preparation(args, objective, tokenizer, images, (name, inputs["peft_config"]))
     prepared, _ = prepare.training(train), prepare.evaluation(evaluated)
+    resumed = RunState(args, MetricStore(), [], dict).chosen(args.resume_from_checkpoint)
     figures: dict[str, Any] = {
         "model": _model(name, args, inputs["peft_config"]),
         "rows": {one: _rows(report) for one, report in prepare.reports.items()},
         "steps": _steps(args, None if args.max_steps > 0 else len(prepared), processes),
         "memory": _memory(args, model, prepare.reports["train"], inputs["peft_config"]),
         "writes": str(Path(args.output_dir)),
+        "resumes": resumed,
         "hub": _hub(args, name) if args.push_to_hub else None,
     }
     return figures, _table(figures, args, prepare.reports)
@@ -147,6 +151,8 @@ def _table(figures: dict[str, Any], args: DPOConfig, reports: dict[str, DataRepo
         ("memory", peak),
         ("writes", f"{figures['writes']}: adapter, tokenizer, README.md, metrics.json, recipe.yaml, curves.png"),
     ]
+    if figures["resumes"]:
+        lines.append(("resumes", figures["resumes"]))
     if figures["hub"]:
         lines.append(("Hub", f"https://huggingface.co/{figures['hub']}"))
     table = "\n".join(f"  {head:<12}{text}" for head, text in lines)

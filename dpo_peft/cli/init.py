@@ -41,6 +41,7 @@ class Line(NamedTuple):
     name: str
     value: Any
     why: str = ""
+    off: bool = False  # commented out: to choose
 
 
 ON_CPU = [Line("dtype", "float32", "this machine has no GPU, and CPUs no fast bfloat16"), Line("bf16", False)]
@@ -81,8 +82,8 @@ def init(argv: Sequence[str]) -> None:
     else:
         required(options, "model_name_or_path", "dataset_name")
         lines, unknown = propose(options)
-        text, values = as_yaml(options, lines, unknown), {one.name: one.value for one in lines}
-        told = [f"{options.output}: {len(lines)} options.", *(f"  not known: {one}" for one in unknown)]
+        text, values = as_yaml(options, lines, unknown), {one.name: one.value for one in lines if not one.off}
+        told = [f"{options.output}: {len(values)} options.", *(f"  not known: {one}" for one in unknown)]
         told.append(f"Check it: dpo-peft train --config {options.output} --dry_run")
     if options.output is not None:
         write_new("output", options.output, text)
@@ -128,7 +129,24 @@ def propose(options: InitOptions) -> tuple[list[Line], list[str]]:
     ]
     if evaluated:
         lines += [Line("eval_strategy", "epoch"), Line("sample_prompts", 4, "completions before and after, to read")]
-    return [*lines, Line("save_strategy", "epoch"), Line("logging_steps", 5)], unknown
+    return [*lines, Line("save_strategy", "epoch"), Line("logging_steps", 5), *_less(found, loss)], unknown
+
+
+def _less(found: dict[str, int], loss: str) -> list[Line]:
+    """Returns the options for adapters that act on less, which cost something and are for people to choose.
+
+    What they save is counted by products with weights: three passes, and one where policy and reference are one.
+    """
+    if not found or not find_objective(loss).needs_reference:
+        return []
+    prompt, answers = found["prompt_tokens"], found["answers"] * found["answer_tokens"]
+    times = 3 * (prompt + answers) / (prompt + 3 * answers)
+    page = "by a step, see docs/adapters.md"
+    lines = [Line("lora_layers_to_transform", 0.5, f"1.5 times less work, goes half as far {page}", True)]
+    if times > 1.2:
+        why = f"{times:.1f} times less work, goes less far {page}"
+        lines.append(Line("adapter_scope", "completions", why, True))
+    return lines
 
 
 def _rows(o: Any, unknown: list[str]) -> tuple[Dataset | None, list[Line], list[str]]:
@@ -221,7 +239,7 @@ def as_yaml(options: InitOptions, lines: Sequence[Line], unknown: Sequence[str])
     head = [f"# {' '.join(line.split())}" for line in head]
     train = "dpo-peft train --config THIS_FILE"
     head += [f"# Check it:  {train} --dry_run", f"# Train:     {train}"]
-    told = [(f"{one.name}: {_value(one.value)}", one.why) for one in lines]
+    told = [(f"{'# ' * one.off}{one.name}: {_value(one.value)}", one.why) for one in lines]
     width = min(max(len(text) for text, why in told if why), 48)
     return "\n".join([*head, "", *(f"{text:<{width}}  # {why}" if why else text for text, why in told)]) + "\n"
 

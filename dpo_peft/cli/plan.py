@@ -157,7 +157,8 @@ def _step(plan: Plan) -> str:
     which = f"{low}" if low == high else f"{low} to {high}"
     number = "1 micro-batch" if step["micro_batches"] == 1 else f"{step['micro_batches']:,} micro-batches"
     most = f"{number} of at most {step['max_tokens']:,} tokens"
-    return f"{title}: {most}, {which} of {plan.model.layers} layers checkpointed."
+    keeping = f", of which up to {max(step['attended'])} keep what attention gave" if any(step["attended"]) else ""
+    return f"{title}: {most}, {which} of {plan.model.layers} layers checkpointed{keeping}."
 
 
 def _remedy(found: dict[str, Any]) -> str:

@@ -135,24 +135,34 @@ def plan_forward(
             )
         _check_neighbors(probe)
         if not share_prompts:
-            return ForwardPlan(False, "own", rows_difference, "sharing is turned off (share_prompts=False)")
+            return _unshared(rows_difference, "sharing is turned off (share_prompts=False)", bool(fused))
         original = _implementations(causal_lm.config)
         try:
             _check_layer_types(probe.config)
             difference, heads = probe.shared("dense")
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a model's forward may fail in any way; each means that it can't share
             read_rows(causal_lm, original)
             logger.debug("The packed probe failed.", exc_info=True)
-            return ForwardPlan(False, "own", rows_difference, f"this model can't share prompts ({_short(error)})")
+            return _unshared(rows_difference, f"this model can't share prompts ({_short(error)})", bool(fused))
         backend = choose_backend(probe.device, probe.dtype, heads) if heads else "dense"
         if backend != "dense":
             try:
                 difference, _ = probe.shared(backend)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # a kernel may refuse this GPU or this shape
                 logger.warning("The %s attention backend does not work here (%s).", backend, _short(error))
                 backend = "dense"
         plan = ForwardPlan(True, backend, difference, tolerance=probe.tolerance)
         return replace(plan, unfused="fused_layers=False") if fused is False else _with_fused(plan, probe, bool(fused))
+
+
+def _unshared(difference: float, reason: str, fused: bool) -> ForwardPlan:
+    if fused:
+        raise OptionError(f"fused_layers=True, but {reason}: leave it out.")
+    return ForwardPlan(False, "own", difference, reason)
 
 
 def _with_fused(plan: ForwardPlan, probe: "_Probe", required: bool) -> ForwardPlan:

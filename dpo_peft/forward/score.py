@@ -29,7 +29,7 @@ class Decoder(ABC):
     """Decoder layers that stand for a model's own, and read its weights and adapters as they are at every call."""
 
     attention: str  # name of its attention backend
-    checkpointed: Callable[[PackedBatch], int]  # how many of the first layers keep their input alone
+    checkpointed: Callable[[PackedBatch], tuple[int, int]]  # of a batch: see `MemoryBudget.checkpointed`
     offload: bool  # keep those inputs in the CPU's memory
 
     @property

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ..forward.attention import AttentionBackend, AttentionPlan, BySample, HeadShape, attend_dense, by_sample
 from .heads import Places
@@ -114,6 +115,7 @@ class Attention(NamedTuple):
     attend: Callable[..., Tensor]  # q, k, v, scaling, window, and the keywords that it was bound for, to (T, A, D)
     places: Places | None = None  # where it wants keys and values gathered from
     joined: Callable[[Tensor, Tensor], Tensor] = _joined  # of keys or values that are given, and its own
+    resumes: bool = True  # beside q, k and v it keeps only what it gives and sums of exponentials (`Attended`)
 
 
 Kind = tuple[int | None, tuple[str, ...]]  # the window of some layers, and the keywords of their attention
@@ -129,7 +131,7 @@ def bind(plan: AttentionPlan, kinds: Iterable[Kind]) -> dict[Kind, Attention]:
         taken, places = plan.backend_for(window, (*extra, *given)), None
         if taken.attend is attend_dense and not extra:
             samples[window] = by_sample(plan, window)
-            bound[kind] = Attention(partial(attend_by_sample, samples))
+            bound[kind] = Attention(partial(attend_by_sample, samples), resumes=False)
             continue
         joined = _joined
         if taken.gathers:
@@ -137,8 +139,61 @@ def bind(plan: AttentionPlan, kinds: Iterable[Kind]) -> dict[Kind, Attention]:
             joined = partial(_Gathered.apply, batch.kv_index, batch.kv_copies[plan.given :, 0] - plan.given)
             # Without given ones in the same pass that turns the heads by their positions.
             places = None if plan.given else Places(batch.kv_index, batch.kv_copies)
-        bound[kind] = Attention(partial(taken.attend, plan, **given), places, joined)
+        bound[kind] = Attention(partial(taken.attend, plan, **given), places, joined, taken.attend is not attend_dense)
     return bound
+
+
+class Attended:
+    """What attention gave, and what its backward pass needs of it, while q, k and v are let go to be computed again.
+
+    Its graph begins at them and keeps all but them; `resume` ties it to those that were computed again.
+    """
+
+    def __init__(self, attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *how: Any, **extra: Any):
+        self._qkv = qkv = [q, k, v]
+
+        def pack(x: Tensor) -> Tensor | int:
+            same = (i for i, y in enumerate(qkv) if (x.data_ptr(), x.stride()) == (y.data_ptr(), y.stride()))
+            return next((i for i in same if x.shape == qkv[i].shape), x)
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda x: qkv[x] if isinstance(x, int) else x):
+            # No leaves: a graph holds those.
+            begun = _Begun.apply(torch.empty(0, requires_grad=True), q, k, v)
+            self._out: Tensor | None = attend(*begun, *how, **extra)
+        self._edges, self.out = [get_gradient_edge(x) for x in begun], self._out.detach()
+        qkv.clear()
+
+    def resume(self, *qkv: Tensor) -> Tensor:
+        """Returns the output as a function of q, k and v that equal the former ones; once."""
+        return _Resumed.apply(self, *qkv)
+
+    def grads(self, grad_TAD: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients to q, k and v, and lets go of everything."""
+        assert self._out is not None
+        out, self._out, self._qkv[:] = self._out, None, qkv
+        found = torch.autograd.grad(out, self._edges, grad_TAD)
+        self._qkv.clear()
+        return found
+
+
+class _Begun(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, begin: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in qkv)
+
+
+class _Resumed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attended: Attended, *qkv: Tensor) -> Tensor:
+        ctx.save_for_backward(*qkv)
+        ctx.attended, out_TAD = attended, attended.out
+        del attended.out
+        return out_TAD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.attended.grads(grad_outputs[0], *ctx.saved_tensors)
 
 
 class _Gathered(torch.autograd.Function):

@@ -5,9 +5,9 @@ A layer is four projections (`lora.py`) with element-wise kernels between them (
     [q, k, v] = P1(norm(x));  o = attention(...);  h = x + P2(o);  [gate, up] = P3(norm(h));  out = h + P4(swiglu)
 
 `DecoderLayer` says in what others differ. Where a half of a layer is nothing of the kind (experts, states), the
-model's own modules run in its place. A checkpointed layer keeps its input alone. Its recomputation stops before the
-last product where nothing follows it, whose result the backward pass doesn't need: a quarter of the layer's weights
-less. `model.py` walks over the layers.
+model's own modules run in its place. A checkpointed layer keeps its input alone, or also what attention gave, which is
+not computed again then. Its recomputation stops before the last product where nothing follows it, whose result the
+backward pass doesn't need: a quarter of the layer's weights less. `model.py` walks over the layers.
 
 Shape suffixes: T tokens, H hidden size, N outputs of a projection, A attention heads, D head size.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import Attention, Kind
+from .attention import Attended, Attention, Kind
 from .elementwise import Norm, RMSNorm
 from .heads import Angles, Heads, queries_keys_values
 from .lora import Projection, ProjectionPass
@@ -103,6 +103,8 @@ class LayerPass:
     around: Surroundings
     given: tuple[Tensor, Tensor] | None = None  # keys and values of the tokens before the queries
     gives: bool = False  # whether its own are kept, for other passes
+    keeps: bool = False  # whether what attention gave is kept, for when the layer is computed again
+    attended: Attended | None = field(init=False, default=None)
     keys_values: tuple[Tensor, Tensor] | None = field(init=False, default=None)
     parameters: tuple[Tensor, ...] = field(init=False)  # the adapters' masters, those of the last projection last
 
@@ -129,7 +131,14 @@ class LayerPass:
             self.keys_values = k, v
         if self.given is not None:
             k, v = (self.attention.joined(*pair) for pair in zip(self.given, (k, v), strict=True))
-        out = self.attention.attend(q, k, v, mixer.scaling, mixer.window, **mixer.extra)
+        reads = q, k, v, mixer.scaling, mixer.window
+        if self.attended is not None:
+            out = self.attended.resume(q, k, v)
+        elif self.keeps:
+            self.attended = Attended(self.attention.attend, *reads, **mixer.extra)
+            out = self.attended.out
+        else:
+            out = self.attention.attend(*reads, **mixer.extra)
         for gate_TAD in gate:
             out = out * torch.sigmoid(gate_TAD)
         return out.flatten(1)

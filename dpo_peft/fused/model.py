@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..errors import OptionError
 from ..forward.attention import AttentionBackend, AttentionPlan
-from ..forward.images import Embedded, block_ids, embedded, encoder_parts
+from ..forward.images import Blocks, Embedded, block_ids, embedded, encoder_parts
 from ..forward.layout import PackedBatch
 from ..forward.modules import bring_in, leaving, text_decoder
 from ..forward.scope import split
@@ -67,7 +67,7 @@ class FusedModel(Decoder):
         self.attention = backend.name
         self.modules = list(text_decoder(causal_lm).layers)
         # The last layers' activations are freed first, so the first ones are checkpointed.
-        self.checkpointed: Callable[[PackedBatch], int] = lambda batch: 0
+        self.checkpointed: Callable[[PackedBatch], tuple[int, int]] = lambda batch: (0, 0)
         self.offload = False
         self.products = ""
         self._only: tuple[str, ...] | None = None  # adapters in the place of the active one
@@ -132,25 +132,26 @@ class FusedModel(Decoder):
 def _passes(decoders: Sequence[FusedModel], batch: PackedBatch, routed: bool) -> tuple["_Pass | None", list["_Pass"]]:
     """Returns the pass over the prompts, where they are left to the base, and those of policy and reference."""
     policy, prompts, found = decoders[0], None, list[_Pass]()
+    parts = nn.ModuleList([] if batch.images is None else encoder_parts(policy.causal_lm))
+    rows, alone = None, None
     for one in decoders:
-        # Frozen, also where a hook for plain checkpointing asks for its gradient.
-        parts = [] if batch.images is None else encoder_parts(one.causal_lm)
-        with exchanged(nn.ModuleList(parts), one._only) if parts else nullcontext():
-            rows = _Rows(embedded(one.causal_lm, batch), AttentionPlan(batch, one.backend), batch.pred_pos)
-        rows.plan.blocks = block_ids(one.causal_lm.config, batch)
-        if batch.alora_offsets is not None:
-            alone, rows = rows.split()
-            if one is policy and alone is not None:
-                with torch.no_grad():
-                    prompts = _Pass(policy.reference(None), alone, routed)
-                    prompts.gives = True
-        elif policy.parts.answer_only:  # as PEFT leaves it off where it finds no invocation
+        if rows is None or parts:  # in which adapters differ
+            with exchanged(parts, one._only) if parts else nullcontext():
+                x = embedded(one.causal_lm, batch)
+            rows = _Rows(x, batch, batch.pred_pos, block_ids(one.causal_lm.config, batch))
+            if batch.alora_offsets is not None:
+                alone, rows = rows.split()
+        if one is policy and alone is not None:
+            with torch.no_grad():
+                prompts = _Pass(policy.reference(None), alone, routed)
+                prompts.gives = True
+        if batch.alora_offsets is None and policy.parts.answer_only:  # as PEFT leaves it off where none invokes it
             one = policy.reference(None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and one is policy):
             found.append(_Pass(one, rows, routed, prompts))
     own, others = found[0], found[1:]
     if own.differentiable:
-        own.checkpointed = policy.checkpointed(batch)
+        own.checkpointed, own.attended = policy.checkpointed(batch)
     if others and 0 < own.first <= others[0].first:
         own.trunk = others[0]
     return prompts, found
@@ -166,20 +167,25 @@ class _Rows(NamedTuple):
     """Tokens that a pass computes: embedded, how they attend, and which of them predict."""
 
     embedded: Embedded
-    plan: AttentionPlan
+    batch: PackedBatch
     pred_pos: Tensor
+    blocks: Blocks | None  # of tokens that see each other both ways
+    given: int = 0  # tokens before them, whose keys and values are given
+
+    def plan(self, backend: AttentionBackend) -> AttentionPlan:
+        """Returns what attention reads in one pass."""
+        plan = AttentionPlan(self.batch, backend, self.given)
+        plan.blocks = self.blocks
+        return plan
 
     def split(self) -> tuple["_Rows | None", "_Rows"]:
         """Returns the prompts, if there are any, and the completions."""
-        given, alone, completions = split(self.plan.batch)
-        plan, blocks = AttentionPlan(completions, self.plan.backend, given), self.plan.blocks
-        plan.blocks = blocks
-        own = _Rows(self._embedded(slice(given, None)), plan, self.pred_pos - given)
+        given, alone, completions = split(self.batch)
+        own = _Rows(self._embedded(slice(given, None)), completions, self.pred_pos - given, self.blocks, given)
         if alone is None:
             return None, own
-        prompts = _Rows(self._embedded(slice(given)), AttentionPlan(alone, self.plan.backend), self.pred_pos[:0])
-        prompts.plan.blocks = blocks and blocks._replace(ids_T=blocks.ids_T[:given])
-        return prompts, own
+        blocks = self.blocks and self.blocks._replace(ids_T=self.blocks.ids_T[:given])
+        return _Rows(self._embedded(slice(given)), alone, self.pred_pos[:0], blocks), own
 
     def _embedded(self, rows: slice) -> Embedded:
         x_TH, positions, added = self.embedded
@@ -198,7 +204,8 @@ class _Pass:
     Attributes:
         first: the first layer that has adapters which are on.
         trunk: the pass that computes the layers below, where that is the same.
-        checkpointed: how many of the first layers keep their input alone.
+        checkpointed: how many of the first layers keep their input alone, of these
+        attended: how many of the last keep what attention gave too.
         gives: whether other passes read its keys and values.
     """
 
@@ -206,12 +213,14 @@ class _Pass:
         self.decoder, self.pred_pos, self.prompts = decoder, rows.pred_pos, prompts
         self.differentiable, self.gives = torch.is_grad_enabled(), False
         self.trunk: _Pass | None = None
-        self.checkpointed, self._routed = 0, list[tuple[int, Tensor]]() if routed else None
+        self.checkpointed = self.attended = 0
+        self._routed = list[tuple[int, Tensor]]() if routed else None
         self.keys_values: tuple[Tensor, Tensor] | None = None  # of the layer that it went through last
         self.x_TH, self.added, only = rows.embedded.x_TH, rows.embedded.added, decoder._only
         parts, layers = decoder.parts, decoder.parts.layers
-        acts_on = (len(self.x_TH),) if rows.plan.batch.alora_offsets is not None else None
-        self.around = Surroundings.now(self.x_TH.device.type, rows.plan, only, acts_on)
+        acts_on = (len(self.x_TH),) if rows.batch.alora_offsets is not None else None
+        plan = rows.plan(decoder.backend)
+        self.around = Surroundings.now(self.x_TH.device.type, plan, only, acts_on)
         self.mixers = [layer.mixer if isinstance(layer.mixer, SelfAttention) else None for layer in layers]
         with torch.autocast(self.x_TH.device.type, enabled=False):
             if parts.embedding != 1:
@@ -219,7 +228,7 @@ class _Pass:
             projections = [p for layer in layers for p in layer.projections]
             prepared = iter(prepare(projections, self.x_TH.dtype, self.x_TH.device, only))
             self.prepared = [[next(prepared) for _ in layer.projections] for layer in layers]
-            self.attention = bind(rows.plan, {mixer.kind for mixer in self.mixers if mixer})
+            self.attention = bind(plan, {mixer.kind for mixer in self.mixers if mixer})
             kinds = {mixer.rope for mixer in self.mixers if mixer and mixer.rope}
             at = rows.embedded.positions
             self.angles = {kind: parts.angles(self.x_TH[None], at, kind) for kind in sorted(kinds)}
@@ -239,6 +248,7 @@ class _Pass:
         if not torch.is_grad_enabled():
             self.x_TH, *logits = without_keeping(one, x_TH)
         elif i < self.checkpointed:
+            one.keeps = attention is not None and attention.resumes and i >= self.checkpointed - self.attended
             # Copied while the GPU waits: a hundredth of the time that a layer takes on many tokens.
             with save_on_cpu(pin_memory=x_TH.is_cuda) if self.decoder.offload else nullcontext():
                 self.x_TH, *logits = Checkpointed.apply(x_TH, one, *one.parameters)

@@ -73,6 +73,8 @@ def check_attached(model: PeftModel, adapter: str) -> None:
     try:
         with torch.no_grad(), eval_mode(model), acting(base, [len(tokens)] * 2):
             base(input_ids=rows, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
     except (IndexError, RuntimeError) as error:
         raise OptionError(f"PEFT can't run an answer-only adapter ({_NAME}) here: {error} {remedy}") from error
 

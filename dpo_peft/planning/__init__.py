@@ -10,7 +10,7 @@ from .memory import GIB, RESERVE, MemoryModel
 from .run import Plan, PlanOptions, plan
 from .shapes import PRESETS, Lora, Shape
 from .sketch import Sketch
-from .steps import layers_to_stream, plan_step
+from .steps import checkpoints_for, layers_to_stream, plan_step
 
 __all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "Plan", "PlanOptions", "Shape", "Sketch"]
-__all__ += ["layers_to_stream", "of_size", "plan", "plan_step"]
+__all__ += ["checkpoints_for", "layers_to_stream", "of_size", "plan", "plan_step"]

@@ -7,6 +7,7 @@ bench("8b", minutes=5)  # what `dpo-peft bench` writes
 Nothing is downloaded, and what is written names no user, machine or folder.
 """
 
+import copy
 import math
 import platform
 import random
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -119,6 +121,8 @@ def _product(kind: str, a: torch.Tensor, b: torch.Tensor) -> float | None:
             return seconds_of(lambda: x @ y, a.device)
         x, y, one = a.to(torch.float8_e4m3fn), b.t().contiguous().to(torch.float8_e4m3fn).t(), a.new_ones(())
         return seconds_of(lambda: torch._scaled_mm(x, y, one, one, out_dtype=torch.bfloat16), a.device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None
     finally:
@@ -147,7 +151,7 @@ def train(name: str, device: torch.device, end: float) -> dict[str, Any]:
     samples = SAMPLES if on_gpu else CPU_SAMPLES
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
-            random_model(shape, device, dtype),
+            random_model(shape.config(), device, dtype),
             args=DPOConfig(folder, per_device_train_batch_size=samples, **OPTIONS, **how),
             train_dataset=Dataset.from_list(rows(ROWS, shape.vocab)),
             processing_class=_tokenizer(shape.vocab),
@@ -171,16 +175,14 @@ class _Watch(TrainerCallback):
         self.done, self.end = trainer.throughput, end
         self.first = self.last = (0, 0.0, 0.0, 0.0)
         self.predicted: float | None = None
-        self.memory, fused = trainer.step.budget.memory, trainer.forward_plan.fused
-        if self.memory is not None and fused is not None:
-            self.decide, fused.checkpointed = fused.checkpointed, self.checkpointed
+        self.budget, fused = trainer.step.budget, trainer.forward_plan.fused
+        if self.budget.memory is not None and fused is not None:
+            fused.checkpointed = self.checkpointed
 
-    def checkpointed(self, batch: Any) -> int:
-        """Returns how many layers are checkpointed, and predicts the memory of a micro-batch."""
-        layers = self.decide(batch)
-        peak = self.memory.peak(batch.input_ids.numel(), len(batch.kv_index), len(batch.target), layers)
-        self.predicted = max(self.predicted or 0.0, peak)
-        return layers
+    def checkpointed(self, batch: Any) -> tuple[int, int]:
+        """Returns how layers are checkpointed, and predicts the memory of a micro-batch."""
+        self.predicted = max(self.predicted or 0.0, self.budget.peak(batch))
+        return self.budget.checkpointed(batch)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads."""
@@ -208,20 +210,26 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(made), **special)
 
 
-def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a model with random weights, its decoder in NF4 with double quantization, made on the device."""
+def random_model(config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a Llama or its like with random weights, its decoder in NF4 with double quantization, made on the device
+    in seconds: one layer is quantized, and the others are copies of it."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    config, how = shape.config(), {"quant_type": "nf4", "compress_statistics": True}
+    how = {"quant_type": "nf4", "compress_statistics": True}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    for path, linear in [*model.model.layers.named_modules()]:
-        if isinstance(linear, nn.Linear):
-            sizes = linear.in_features, linear.out_features
-            small = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta", **how)
-            weight = 0.02 * torch.randn(*reversed(sizes), device=device, dtype=dtype)
-            small.weight = Params4bit(weight, requires_grad=False, module=small, **how).to(device)
-            model.model.layers.set_submodule(path, small)
+    made: dict[str, Any] = {}
+    for layer in model.model.layers:
+        for name, linear in [*layer.named_modules()]:
+            if isinstance(linear, nn.Linear):
+                sizes = linear.in_features, linear.out_features
+                small = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device="meta", **how)
+                if name not in made:
+                    weight = 0.02 * torch.randn(*reversed(sizes), device=device, dtype=dtype)
+                    made[name] = Params4bit(weight, requires_grad=False, module=small, **how)._quantize(weight.device)
+                small.weight = copy.deepcopy(made[name])
+                small.weight.module, small.quant_state = small, small.weight.quant_state
+                layer.set_submodule(name, small)
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)

@@ -18,10 +18,13 @@ class FusedLayer(NamedTuple):
         """Returns the bytes that it keeps for its backward if it isn't checkpointed."""
         shape, e = self.shape, self.element
         H, Q, G = shape.hidden, shape.q, shape.kv
-        # q, attention's output and its float32 log-sum-exp; k and v gathered.
-        attention = T * (2 * e * Q + 4 * shape.heads) + 2 * e * (T if self.packed else S) * G
+        attention = self.attended(T) + e * T * Q + 2 * e * (T if self.packed else S) * G  # and q; k and v gathered
         # The layer's input, the residual after attention, gate and up; the input of norms on q and k.
         return attention + e * T * (2 * H + shape.groups["up"].outputs + (Q + 2 * G) * shape.qk_norm)
+
+    def attended(self, T: float) -> float:
+        """Returns the bytes of what attention gives: its output and its float32 log-sum-exp."""
+        return T * (self.element * self.shape.q + 4 * self.shape.heads)
 
     def forward(self, T: float) -> float:
         """Returns the bytes that it needs to compute tokens of which it keeps nothing."""

@@ -244,13 +244,14 @@ class MemoryModel:
         return {"shard": sum(-(-one // self.shards) for one in placed), "open_layers": two + max(placed)}
 
     def components(
-        self, tokens: float, keys: float, predicted: float, checkpoint_layers: int, given: float = 0
+        self, tokens: float, keys: float, predicted: float, checkpoint_layers: int, given: float = 0, attended: int = 0
     ) -> dict[str, float]:
         """Returns the bytes by component when a micro-batch of T, S and P is back-propagated; their sum is above the
         peak, see there.
 
-        Of the first `checkpoint_layers` layers the input alone is kept; of the first `given` tokens, which an
-        answer-only adapter leaves to the base, the keys and values that these layers read.
+        Of the first `checkpoint_layers` layers the input alone is kept, in `attended` of them what attention gave too;
+        of the first `given` tokens, which an answer-only adapter leaves to the base, the keys and values that these
+        layers read.
         """
         T, S, P, shape, e = tokens, keys, predicted, self.shape, self.element
         own, read = T - given, S - given
@@ -258,7 +259,7 @@ class MemoryModel:
         states = 3 * e * P * shape.hidden  # before and after the final norm, and the gradient
         return {
             **self.fixed,
-            "saved_activations": self._saved(own, read, checkpoint_layers, given),
+            "saved_activations": self._saved(own, read, checkpoint_layers, given, attended),
             "layer_backward": max(self._backward(own, read), self._forward(max(given, own)) if given else 0),
             "dequantized_weights": self._scratch,
             "head": min(self.chunk_rows, P) * shape.vocab * per_logit + states,
@@ -267,9 +268,9 @@ class MemoryModel:
             "index_tensors": 8 * (8 * T + S + 3 * P) + 2 * e * T * shape.head_dim + 16 * P,
         }
 
-    def peak(self, tokens: float, keys: float, predicted: float, checkpoint_layers: int, given: float = 0) -> float:
-        """Returns the bytes at the worst moment: all components, but of the head and a layer's backward the larger."""
-        parts = self.components(tokens, keys, predicted, checkpoint_layers, given)
+    def peak(self, *size: Any, **more: Any) -> float:
+        """Returns the bytes at the worst moment: all components, of the head and a layer's backward the larger."""
+        parts = self.components(*size, **more)
         head, layer = (sum(parts[name] for name in phase) for phase in (HEAD_PHASE, LAYER_PHASE))
         return sum(parts.values()) - min(head, layer)
 
@@ -291,11 +292,17 @@ class MemoryModel:
         return bisect_left(range(self.layers), True, key=fits)  # the peak never grows with checkpointed layers
 
     def largest_tokens(
-        self, limit: float, checkpoint_layers: int, keys_per_token: float = 1.5, predicted_share: float = 0.75
+        self,
+        limit: float,
+        checkpoint_layers: int,
+        keys_per_token: float = 1.5,
+        predicted_share: float = 0.75,
+        given_share: float = 0,
     ) -> int:
         """Returns the most tokens of a micro-batch whose peak is within `limit` bytes; 0 if there is no room for one.
-        `keys_per_token` and `predicted_share` are S / T and P / T."""
-        return _largest(lambda n: self.peak(n, n * keys_per_token, n * predicted_share, checkpoint_layers) <= limit)
+        `keys_per_token`, `predicted_share` and `given_share` are those of S, P and given tokens in T."""
+        S, P, given = keys_per_token, predicted_share, given_share
+        return _largest(lambda n: self.peak(n, n * S, n * P, checkpoint_layers, n * given) <= limit)
 
     def longest_row(self, limit: float, checkpoint_layers: int, answers: int = 2) -> int:
         """Returns the longest prompt + completion, in tokens, of which one sample with `answers` completions fits
@@ -335,7 +342,7 @@ class MemoryModel:
         groups = self.shape.groups.items()
         return self.element * max((inputs + self._ranks[name]) * outputs for name, (inputs, outputs) in groups)
 
-    def _saved(self, T: float, S: float, checkpoint_layers: int, given: float = 0) -> float:
+    def _saved(self, T: float, S: float, checkpoint_layers: int, given: float = 0, attended: int = 0) -> float:
         """Returns the bytes of saved activations; of `given` tokens keys and values alone."""
         below = self.first if self.fused else 0  # the first layer that keeps anything
         checkpointed = max(checkpoint_layers - below, 0)
@@ -343,8 +350,9 @@ class MemoryModel:
         # The last layers are the ones that keep everything: it is freed before the first checkpointed layer is
         # recomputed, which then has as much again. So one layer at least counts in full.
         if isinstance(self.shape, Shape):
-            input_of_one, kept = self.element * T * self.shape.hidden, self._layer.kept(T, S)
+            input_of_one, kept = self.element * T * self.shape.hidden, self.layer.kept(T, S)
             input_of_one, others = 0.0 if self.offload else input_of_one, self.shape.layers - below - checkpointed
+            read += attended * self.layer.attended(T)
             return read + checkpointed * input_of_one + max(others * kept, kept - input_of_one)
         costs = self.shape.costs
         whole = [self._own(one, T, S) for one in costs.layers[below:]]
@@ -355,14 +363,15 @@ class MemoryModel:
         return read + MARGIN * self.element / 2 * (max(moments) + costs.rest.at(T))
 
     @cached_property
-    def _layer(self) -> FusedLayer:
+    def layer(self) -> FusedLayer:
+        """A fused layer of a `Shape`."""
         assert isinstance(self.shape, Shape)
         return FusedLayer(self.shape, self.element, self.packed, self._ranks)
 
     def _forward(self, T: float) -> float:
         """Returns the bytes that a layer needs to compute tokens of which it keeps nothing."""
         if isinstance(self.shape, Shape):
-            return self._layer.forward(T)
+            return self.layer.forward(T)
         return self.element / 2 * max(self._own(one, T, T) for one in self.shape.costs.layers)
 
     def _own(self, layer: LayerCost, T: float, S: float) -> float:
@@ -373,7 +382,7 @@ class MemoryModel:
     def _backward(self, T: float, S: float) -> float:
         """Returns the bytes that a layer's backward needs beside what is kept."""
         if isinstance(self.shape, Shape):
-            return max(self._layer.phases(T, S).values())
+            return max(self.layer.phases(T, S).values())
         more = max(S - T, 0)
         layers = set(self.shape.costs.layers)
         return self.element / 2 * max(one.backward.at(T, self.row) + one.keys.per_token * more for one in layers)

@@ -8,11 +8,11 @@ from typing import Any
 from ..distributed import sharding
 from ..errors import OptionError
 from ..losses import find_objective
+from ..training.packing import Size
 from .gpus import Gpu
 from .memory import MemoryModel
 from .steps import StepPlan, copies_of, hiding_tokens, layers_to_stream, plan_step
 
-Sizes = tuple[int, int, int]  # T, S and P of a sample
 MOST_GPUS = 64  # of those that are tried
 
 
@@ -26,7 +26,7 @@ def reference_passes(o: SimpleNamespace) -> int:
     return int(needs_reference(o) and not o.precompute_ref_log_probs)
 
 
-def place(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes) -> MemoryModel:
+def place(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Size) -> MemoryModel:
     """Returns the model with its layers where the options put them.
 
     Raises:
@@ -52,7 +52,7 @@ def place(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes
     return replace(model, streamed=number)
 
 
-def _enough(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Sizes) -> int:
+def _enough(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Size) -> int:
     pace = gpu.pace(False, o.layer_gb_per_second)
     most = sample[0] * o.per_device_train_batch_size * o.gradient_accumulation_steps
     if isinstance(o.max_tokens_per_microbatch, int):
@@ -60,7 +60,7 @@ def _enough(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Sizes) -> 
     return layers_to_stream(model, gpu.usable, pace, o.max_length, most, reference_passes(o))
 
 
-def cut(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Sizes) -> StepPlan:
+def cut(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Size) -> StepPlan:
     """Returns how an optimizer step of equal samples is run."""
     number = o.per_device_train_batch_size * o.gradient_accumulation_steps
     options: dict[str, Any] = {"reference_passes": reference_passes(o)}
@@ -72,7 +72,7 @@ def cut(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Sizes) -> Step
     return plan_step([sample] * number, model, gpu.usable, **options)
 
 
-def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes) -> dict[str, Any]:
+def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Size) -> dict[str, Any]:
     """Returns where layers lie, and what it costs: the memory of all processes, and the samples per second of all."""
     size = sum(model.placed)
     sharded = model.shards > 1
@@ -105,7 +105,7 @@ def price(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Sizes
     }
 
 
-def remedies(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Sizes) -> list[dict[str, Any]]:
+def remedies(o: SimpleNamespace, model: MemoryModel, gpu: Gpu, sample: Size) -> list[dict[str, Any]]:
     """Returns where layers could be instead, so that a sample fits: options, and what `price` says of them."""
     o = SimpleNamespace(**{**vars(o), "layer_gb_per_second": None})
     found = []

@@ -16,6 +16,7 @@ from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.base import base_config
 from ..model.checkpoint_formats import FORMATS
 from ..model.scope import layer_numbers
+from ..training.packing import size_of
 from .gpus import Gpu, is_hopper, of_size, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
 from .placing import cut, needs_reference, place, price, remedies
@@ -59,12 +60,14 @@ DEFAULTS: dict[str, object] = {
     **dict.fromkeys(
         "lora_target_modules lora_modules_to_save lora_alpha lora_dropout use_rslora lora_layers_to_transform".split()
     ),
+    "adapter_scope": "all",
 }
 # What those may be whose fields don't say it.
 RULES = {
     **dict.fromkeys(("lora_r", "per_device_train_batch_size", "gradient_accumulation_steps"), Rule((int,), minimum=1)),
     "num_train_epochs": Rule((int, float), above=0),
     "dtype": Rule(choices=list(ELEMENT)),
+    "adapter_scope": Rule(choices=["all", "completions"]),
 }
 
 
@@ -90,36 +93,42 @@ def plan(**options: object) -> Plan:
     o = SimpleNamespace(**{**DEFAULTS, **check_option_names(options, set(DEFAULTS))})
     _check(o)
     gpu = _gpu(o)
-    # T, S and P of a sample of mean lengths.
-    predicted, prompts = o.answers * o.answer_tokens, o.answers * o.prompt_tokens
-    tokens = predicted + (o.prompt_tokens if o.share_prompts else prompts)
-    sample = tokens, tokens + prompts * o.share_prompts, predicted
-    time = _time(o, tokens)
     name, model, weights = _model(o)
+    row: dict[str, Any] = {"prompt_ids": range(o.prompt_tokens)}
+    row["completion_ids"] = [range(o.answer_tokens)] * o.answers
+    if o.adapter_scope == "completions":
+        row["adapter_start"] = o.prompt_tokens
+    sample = size_of(row, o.share_prompts)  # of mean lengths
+    tokens, time = sample.tokens, _time(o, sample.tokens)
     model = place(o, model, gpu, sample)
-    T, S, P = (o.per_device_train_batch_size * n for n in sample)
-    checkpointed = model.layers if o.gradient_checkpointing else 0
+    T, S, P, given, _ = (o.per_device_train_batch_size * n for n in sample)
+    checkpointed, attended = model.layers if o.gradient_checkpointing else 0, 0
+    given *= model.fused
     fits: list[dict[str, int]] = []
     step = None
     if gpu is not None:
         choices = [0, model.layers // 2, model.layers] if model.fused else [0, model.layers]
         for layers in choices:
-            most = model.largest_tokens(gpu.usable, layers, sample[1] / tokens, predicted / tokens)
-            row = model.longest_row(gpu.usable, layers, o.answers)
-            fits.append({"checkpoint_layers": layers, "tokens": most, "samples": most // tokens, "longest_row": row})
+            most = model.largest_tokens(gpu.usable, layers, S / T, P / T, given / T)
+            longest = model.longest_row(gpu.usable, layers, o.answers)
+            fits.append(
+                {"checkpoint_layers": layers, "tokens": most, "samples": most // tokens, "longest_row": longest}
+            )
         number = o.per_device_train_batch_size * o.gradient_accumulation_steps
         best = cut(o, model, gpu, sample)
-        _, T, S, P, checkpointed, _ = best.micro_batches[0]
+        _, T, S, P, given, checkpointed, attended, *_ = best.micro_batches[0]
         step = {
             "samples": number,
             "tokens": number * tokens,
             "micro_batches": len(best.micro_batches),
             "max_tokens": best.max_tokens,
             "checkpoint_layers": [batch.checkpoint_layers for batch in best.micro_batches],
+            "attended": [batch.attended for batch in best.micro_batches],
             "peak": max(batch.peak for batch in best.micro_batches),
             "fits": best.fits,
         }
-    size = {"tokens": T, "keys": S, "predicted": P, "checkpoint_layers": checkpointed}
+    size = {"tokens": T, "keys": S, "predicted": P, "given": given}
+    size |= {"checkpoint_layers": checkpointed, "attended": attended}
     figures = {
         "model": name,
         "weights": weights,
@@ -219,6 +228,8 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
         reference = read_config(o.reference)
     elif needs_reference(o) and o.reference != "base" and (adapter is not None or o.sync_ref_model):
         reference = lora  # a frozen copy; else it is the adapter switched off
+    if getattr(lora, "alora_invocation_tokens", None):
+        o.adapter_scope = "completions"
     element = 2 if o.bf16 is not False or o.fp16 else ELEMENT[o.dtype]
     plain = o.use_dora or o.lora_modules_to_save or element != ELEMENT[o.dtype] or not o.share_prompts
     fused = recognized and not plain and o.fused_layers is not False
@@ -229,6 +240,7 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
         "fused": fused,
         "packed": fused and is_hopper(o.gpu),
         "offload": o.activation_offloading,
+        "first": min(lora.layers_to_transform or [0]),
         **stored,
     }
     if fused and shape is not None and not (o.lora_experts or o.lora_vision):
@@ -244,7 +256,6 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
     sketch = Sketch(config, lora, o.trust_remote_code, experts=o.lora_experts, vision=o.lora_vision)
     frozen = Sketch(config, reference, o.trust_remote_code).trained if reference is not None else 0
     row = o.prompt_tokens + o.answer_tokens
-    options["first"] = min(lora.layers_to_transform or [0])
     return name, MemoryModel.of_sketch(sketch, reference=frozen, row=row, **options), sketch.weights
 
 

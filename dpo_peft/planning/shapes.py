@@ -247,14 +247,15 @@ class Lora:
 
     @classmethod
     def read(cls, shape: Shape, config: LoraConfig) -> "Lora | None":
-        """Reads PEFT's config; None if it trains something else too, or not the same in all layers."""
+        """Reads PEFT's config; None if it trains something else too, or not the same in layers."""
         known, targets = [linear.name for linear in shape.linears], config.target_modules
         targets = known if targets == "all-linear" else targets
         more = [config.rank_pattern, config.use_dora, config.modules_to_save, config.trainable_token_indices]
-        more.append(config.layers_to_transform)
         if any(more) or isinstance(targets, str) or not {*(targets or ())} <= {*known} or config.target_parameters:
             return None
-        return cls({name: config.r for name in known if name in (targets or ())})
+        found = cls({name: config.r for name in known if name in (targets or ())})
+        missing = shape.layers - len({*(config.layers_to_transform or range(shape.layers))})
+        return cls(found.ranks, -missing * found.weights(shape) // shape.layers)
 
     def weights(self, shape: Shape) -> int:
         """Returns how many weights are trained."""

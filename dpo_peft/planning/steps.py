@@ -5,17 +5,20 @@ the same code.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..distributed import longest_first
+from ..training.throughput import computed_once
 from .memory import GIB, RESERVE, MemoryModel
 from .shapes import PRESETS, Lora, Shape
 
 __all__ = ["GIB", "PRESETS", "RESERVE", "Lora", "MemoryModel", "MicroBatch", "Shape", "StepPlan", "plan_step"]
 
-RECOMPUTED = 0.73  # of a checkpointed layer's forward pass that its backward repeats: all but the last product
+RECOMPUTED = 0.73  # of a checkpointed layer's products that its backward repeats: all but the last
+ATTENTION_RATE = 0.5  # of the rate of large products, what attention reaches; on an H100 0.64 packed, 0.37 gathered
 # What a pass over the weights costs beside its tokens' work, in tokens, and below which number of tokens it gets no
 # shorter, since launching its kernels takes as long. From an 8B shape on an H100: weights are dequantized in 6 ms.
 PASS_TOKENS, LEAST_TOKENS = 400, 4000
@@ -29,7 +32,10 @@ class MicroBatch(NamedTuple):
     tokens: int
     keys: int
     predicted: int
+    given: int  # tokens that an answer-only adapter leaves to the base
     checkpoint_layers: int
+    attended: int  # of these, how many keep what attention gave
+    repeated: float  # what the backward pass computes again, in tokens of a forward pass
     peak: float  # bytes
 
 
@@ -64,9 +70,11 @@ class Pace(NamedTuple):
 
     def seconds(self, plan: "StepPlan", model: MemoryModel, reference_passes: int) -> float:
         """Returns how long a step takes: the decoder's passes as `plan` counts them, and the head's three products."""
-        tokens, predicted = (sum(getattr(one, name) for one in plan.micro_batches) for name in ("tokens", "predicted"))
-        head = 2 * (2 + reference_passes) * predicted * model.shape.vocab * model.shape.hidden
-        return (((2 + reference_passes) * tokens + plan.cost) * model.token_flops + head) / self.flops
+        sums = (sum(getattr(one, name) for one in plan.micro_batches) for name in ("tokens", "predicted", "given"))
+        (tokens, predicted, given), passes = sums, 2 + reference_passes
+        once = computed_once(tokens, given, model.first / model.layers) if model.fused else 0
+        head = 2 * passes * predicted * model.shape.vocab * model.shape.hidden
+        return ((passes * (tokens - once) + once + plan.cost) * model.token_flops + head) / self.flops
 
 
 def copies_of(model: MemoryModel, forward_passes: int) -> int:
@@ -123,8 +131,45 @@ def layers_to_stream(
     return next(filter(has_room, range(layers)), layers)
 
 
+def checkpoints_for(
+    model: MemoryModel,
+    tokens: float,
+    keys: float,
+    predicted: float,
+    limit: float,
+    given: float = 0,
+    scores: float = 0,
+) -> tuple[int, int]:
+    """Returns how many layers to checkpoint within `limit` bytes, and how many of them keep what attention gave: the
+    choice that computes least twice. `scores` are pairs of a query and a key that it sees, without those of `given`
+    tokens."""
+    size, first, own = (tokens, keys, predicted), model.first, tokens - given
+    fewest = model.checkpoint_layers_for(*size, limit, given)
+    if not (scores and model.fused and isinstance(model.shape, Shape)) or fewest <= first:
+        return fewest, 0
+    each = model.layer.attended(own)
+
+    def choice(layers: int) -> tuple[int, int]:
+        room = max(limit - model.peak(*size, layers, given), 0)
+        return layers, min(int(room // each), layers - first)
+
+    # Memory and work grow straight with layers: best are the fewest, or about the first number of which all keep it.
+    all_keep = bisect_left(range(model.layers), True, key=lambda n: choice(n)[1] == n - first, lo=fewest)
+    tried = map(choice, (fewest, max(all_keep - 1, fewest), all_keep))
+    return min(tried, key=lambda one: repeated(model, own, scores, *one))
+
+
+def repeated(model: MemoryModel, tokens: float, scores: float, checkpointed: int, attended: int) -> float:
+    """Returns what a backward pass computes again, in tokens of a forward pass; arguments as of `checkpoints_for`."""
+    layers, found = max(checkpointed - model.first, 0), 0.0
+    if scores and isinstance(model.shape, Shape):
+        weights = sum(linear.weights for linear in model.shape.linears)
+        found = (layers - attended) * 2 * scores * model.shape.q / ATTENTION_RATE / weights
+    return (RECOMPUTED * layers * tokens + found) / model.layers
+
+
 def plan_step(
-    samples: Sequence[tuple[int, ...]],
+    samples: Sequence[tuple[float, ...]],
     model: MemoryModel,
     limit: float,
     *,
@@ -141,8 +186,8 @@ def plan_step(
     micro-batches are tried from 1 on, with the samples spread evenly by tokens.
 
     Args:
-        samples: T, S and P of each, which add up (prompts are shared); and the tokens that are left to the base, if
-            an adapter acts on answers only.
+        samples: T, S and P of each, which add up (prompts are shared); and, if known, the tokens that an answer-only
+            adapter leaves to the base, and the pairs of a query and a key that attention scores.
         model: predicts the memory.
         limit: bytes that tensors may take.
         max_tokens: of a micro-batch, beside the limit. A larger sample stands alone.
@@ -161,18 +206,20 @@ def plan_step(
     copies = forward_copies or copies_of(model, passes - 1)
 
     def micro_batch(indices: Sequence[int]) -> MicroBatch:
-        T, S, P, *given = (sum(sizes) for sizes in zip(*(samples[i] for i in indices), strict=True))
-        layers = model.checkpoint_layers_for(T, S, P, limit, *given)
-        return MicroBatch(tuple(sorted(indices)), T, S, P, layers, model.peak(T, S, P, layers, *given))
+        T, S, P, *more = (sum(sizes) for sizes in zip(*(samples[i] for i in indices), strict=True))
+        given, scores = (*more, 0, 0)[:2] if model.fused else (0, 0)
+        layers, attended = checkpoints_for(model, T, S, P, limit, given, scores)
+        peak = model.peak(T, S, P, layers, given, attended)
+        again = repeated(model, T - given, scores, layers, attended)
+        return MicroBatch(tuple(sorted(indices)), T, S, P, given, layers, attended, again, peak)
 
     def fits(batch: MicroBatch) -> bool:
         return batch.peak <= limit and batch.tokens <= most
 
     def cost(batch: MicroBatch) -> float:
         # Passes over the weights, and recomputation, beyond the samples' own work; in tokens of a forward pass.
-        repeated = RECOMPUTED * batch.checkpoint_layers / model.layers
         of_pass = max(batch.tokens + pass_tokens, least_tokens)
-        return (passes + repeated) * of_pass - passes * batch.tokens + waiting(batch)
+        return (passes + batch.repeated / batch.tokens) * of_pass - passes * batch.tokens + waiting(batch)
 
     def waiting(batch: MicroBatch) -> float:
         of_pass, share = max(batch.tokens + pass_tokens, least_tokens), batch.checkpoint_layers / model.layers

@@ -49,11 +49,9 @@ class Memory(Protocol):
     @property
     def fixed(self) -> Mapping[str, float]: ...
 
-    def checkpoint_layers_for(
-        self, tokens: float, keys: float, predicted: float, limit: float, given: float = 0
-    ) -> int: ...
-
     def largest_tokens(self, limit: float, layers: int, keys_per_token: float, predicted_share: float, /) -> int: ...
+
+    def peak(self, *size: float) -> float: ...
 
 
 class MemoryBudget:
@@ -103,18 +101,24 @@ class MemoryBudget:
             # Tokens that fit without a checkpoint, all of them predicted: most micro-batches of pairs have fewer.
             self._unchecked = self.memory.largest_tokens(limit, 0, KEYS_OF_PAIRS, 1.0)
 
-    def checkpointed(self, batch: PackedBatch) -> int:
-        """Returns how many of the first layers keep their input alone in this micro-batch."""
+    def checkpointed(self, batch: PackedBatch) -> tuple[int, int]:
+        """Returns how many of the first layers are checkpointed in this micro-batch, and how many of these keep what
+        attention gave."""
         if isinstance(self.layers, int):
-            return self.layers
+            return self.layers, 0
         if self.memory is None:
-            return 10**6  # all
-        assert batch.kv_index is not None
-        tokens, keys, predicted = batch.input_ids.numel(), len(batch.kv_index), len(batch.target)
+            return 10**6, 0  # all
+        tokens, keys, predicted, given, scores = _size(batch)
         if tokens <= self._unchecked and keys <= KEYS_OF_PAIRS * self._unchecked:
-            return 0
-        given = tokens - batch.alora_offsets[0] if batch.alora_offsets else 0
-        return self.memory.checkpoint_layers_for(tokens, keys, predicted, self.limit, given)
+            return 0, 0
+        planning = required("planning", "checkpoint_layers='auto'")
+        return planning.checkpoints_for(self.memory, tokens, keys, predicted, self.limit, given, scores)
+
+    def peak(self, batch: PackedBatch) -> float:
+        """Returns the bytes that tensors take at the worst moment of a micro-batch, as `memory` predicts it."""
+        assert self.memory is not None
+        layers, attended = self.checkpointed(batch)
+        return self.memory.peak(*_size(batch)[:3], layers, _size(batch)[3], attended)
 
     def tighten(self, held: float) -> bool:
         """Keeps a tenth below the bytes that tensors `held` when memory ran out, from now on.
@@ -128,7 +132,7 @@ class MemoryBudget:
         self._keep_within(_TIGHTENED * held)
         return True
 
-    def microbatch_tokens(self, samples: Sequence[tuple[int, ...]]) -> int:
+    def microbatch_tokens(self, samples: Sequence[tuple[float, ...]]) -> int:
         """Returns the tokens of a micro-batch, for an optimizer step's rows by tokens, keys, predicted and given
         tokens."""
         if self.max_tokens != "auto":
@@ -139,6 +143,19 @@ class MemoryBudget:
         passes = self.reference_passes
         plan = planning.plan_step(samples, self.memory, self.limit, reference_passes=passes, **self.waiting)
         return max(plan.max_tokens, 1)
+
+
+def _size(batch: PackedBatch) -> tuple[int, int, int, int, float]:
+    """Returns the tokens, keys, predicted and given tokens and scores of a packed batch (`packing.Size`)."""
+    assert batch.kv_index is not None and batch.segments is not None
+    tokens = batch.input_ids.numel()
+    given = tokens - batch.alora_offsets[0] if batch.alora_offsets else 0
+    scores = sum(
+        length * (length / 2 + (batch.segments[context][0] if context != i else 0))
+        for i, (length, context) in enumerate(batch.segments)
+        if context != i or not given
+    )
+    return tokens, len(batch.kv_index), len(batch.target), given, scores
 
 
 def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: float) -> float:

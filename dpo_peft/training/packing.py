@@ -28,6 +28,7 @@ class Size(NamedTuple):
     keys: int  # keys that its segments read: a shared prompt counts for itself and once more for each completion
     predicted: int  # tokens with a log-prob
     given: int = 0  # tokens that an answer-only adapter leaves to the base
+    scores: float = 0  # pairs of a query and a key that it sees, of the tokens that are not given
 
 
 class Shape(NamedTuple):
@@ -45,7 +46,8 @@ def shape_of(row: Row) -> Shape:
 
 def size_of(row: Row, shared: bool) -> Size:
     """Returns the size of a prepared row, whose prompt is laid out once (`shared`) or once per completion."""
-    answers = sum(len(ids) for name in ("completion_ids", "mismatched_ids") for ids in row.get(name, ()))
+    lengths = [len(ids) for name in ("completion_ids", "mismatched_ids") for ids in row.get(name, ())]
+    answers = sum(lengths)
     unscored = sum(step < 0 for steps_C in row.get("steps") or () for step in steps_C)
     completions, longest = shape_of(row)
     if not shared:
@@ -53,7 +55,10 @@ def size_of(row: Row, shared: bool) -> Size:
     prompt = len(row["prompt_ids"])
     alone = row.get("adapter_start", prompt)  # what follows in it stands before each completion
     tokens = alone + completions * (prompt - alone) + answers
-    return Size(tokens, tokens + completions * alone, answers - unscored, alone if "adapter_start" in row else 0)
+    given = alone if "adapter_start" in row else 0
+    own = (n + prompt - alone for n in lengths)
+    scores = (alone**2 - given**2) / 2 + sum(n * (alone + n / 2) for n in own)
+    return Size(tokens, tokens + completions * alone, answers - unscored, given, scores)
 
 
 def tokens_of(row: Row, shared: bool) -> int:

@@ -130,13 +130,14 @@ class RunState:
     def _find(self, resume: str | bool | None) -> str | None:
         for sentence in checkpoints.recover(self.run_dir):
             logger.info("%s", sentence)
-        found = self._chosen(resume)
+        found = self.chosen(resume)
         elsewhere = found is None or Path(found).resolve().parent != self.run_dir.resolve()
         if elsewhere and not self._begun:
             check_new_run(self.args)
         return found
 
-    def _chosen(self, resume: str | bool | None) -> str | None:
+    def chosen(self, resume: str | bool | None) -> str | None:
+        """Returns what `find` would, of what is in the folder as it is, on this process alone."""
         if not asks_to_resume(resume):
             if list(self.run_dir.glob("checkpoint-*")):
                 logger.warning(

@@ -56,6 +56,12 @@ def share_below(model: PeftModel) -> float:
     return first_adapted(model) / len(decoder_layers(unwrap(model)))
 
 
+def computed_once(tokens: float, given: float, below: float) -> float:
+    """Returns how many tokens' way through all layers policy and reference share, forward only: that of `given` ones,
+    left to the base, and of others the part `below` the first adapter."""
+    return given + below * (tokens - given)
+
+
 class Throughput:
     """Measures a run, from one training log to the next.
 
@@ -134,7 +140,7 @@ class Throughput:
         if self.rate is None or self._weights is None:
             return None
         of_all, of_head = self._weights
-        once = of_all * (given + self._below * (tokens - given))
+        once = of_all * computed_once(tokens, given, self._below)
         products = once + self._passes * (of_all * tokens - once + of_head * predicted)
         return 2 * products / seconds / self.rate
 

@@ -76,10 +76,9 @@ def test_figures_are_those_of_the_library(plan: Any) -> None:
     assert found["gpu"]["usable"] == usable
     assert [row["tokens"] for row in found["fits"]] == [model.largest_tokens(usable, n) for n in (0, 16, 32)]
     assert [row["longest_row"] for row in found["fits"]] == [model.longest_row(usable, n) for n in (0, 16, 32)]
-    batch = found["micro_batch"]
-    size = [batch[name] for name in ("tokens", "keys", "predicted", "checkpoint_layers")]
-    assert found["components"] == model.components(*size)
-    assert found["peak"] == model.peak(*size) == found["step"]["peak"] <= usable
+    size = {name: number for name, number in found["micro_batch"].items() if name != "samples"}
+    assert found["components"] == model.components(**size)
+    assert found["peak"] == model.peak(**size) == found["step"]["peak"] <= usable
     assert found["trained_weights"] == 2 * 41943040
 
 
@@ -113,7 +112,9 @@ def test_without_a_gpu_the_options_say_how_it_runs(plan: Any, text: Any) -> None
         "tokens": 3200,
         "keys": 4800,
         "predicted": 2400,
+        "given": 0,
         "checkpoint_layers": 32,
+        "attended": 0,
     }
     assert none["micro_batch"]["checkpoint_layers"] == 0 and none["peak"] > full["peak"]
     assert full["gpu"] is None and full["step"] is None

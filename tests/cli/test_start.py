@@ -15,6 +15,7 @@ from paths import REPO
 from transformers import AutoTokenizer
 
 from dpo_peft import DPOConfig, OptionError, cli
+from dpo_peft.cli.init import _less
 from dpo_peft.cli.measure import measure
 from dpo_peft.cli.options import recipe_files
 from dpo_peft.data import prepare_dataset
@@ -52,12 +53,28 @@ def test_a_file_that_init_writes_trains_as_it_is(
     options = yaml.safe_load(out)
     assert options["loss_type"] == loss and options["max_tokens_per_microbatch"] == "auto"
     assert options["max_length"] == 256 and options["learning_rate"] == 1e-4  # of a small model; rows are short
+    # To choose, each with what it saves: 1.5 with the upper half; three passes over all, or over completions alone.
+    assert "# lora_layers_to_transform: 0.5 " in out and "lora_layers_to_transform" not in options
     Path("run.yaml").write_text(out)
     checked, _ = run(capsys, "train", "--config", "run.yaml", "--dry_run", "--json")
     assert json.loads(checked)["rows"]["train"]["kept"] == 21 and not Path("outputs").exists()
     if loss == "sigmoid":  # that the loss fits the rows is checked by the dry run
         run(capsys, "train", "--config", "run.yaml", "--sample_prompts", 0, "--max_steps", 1)
         assert Path("outputs/run/adapter_model.safetensors").is_file()
+
+
+def test_init_proposes_adapters_that_act_on_less_by_what_they_save() -> None:
+    """Three passes over prompts of 300 and answers of 2 x 50, against one over prompts and three over answers: 2 times
+    less; no more than 1.2 times where prompts are short; nothing where no reference shares a pass."""
+    lengths = {"prompt_tokens": 300, "answers": 2, "answer_tokens": 50}
+    both = _less(lengths, "sigmoid")
+    assert [(one.name, one.value, one.off) for one in both] == [
+        ("lora_layers_to_transform", 0.5, True),
+        ("adapter_scope", "completions", True),
+    ]
+    assert both[1].why.startswith("2.0 times less work")
+    assert len(_less({**lengths, "answer_tokens": 500}, "sigmoid")) == 1
+    assert not _less(lengths, "simpo") and not _less({}, "sigmoid")
 
 
 def test_init_does_not_replace_a_file_and_says_what_it_can_not_know(
@@ -102,6 +119,7 @@ def test_a_dry_run_counts_what_the_run_would_do_and_finds_what_stops_it(
         ("--loss_type", "kto", "--per_device_eval_batch_size", 1): "per_device_eval_batch_size",
         ("--eval_strategy", "steps"): "eval_strategy",
         ("--push_to_hub",): "push_to_hub",
+        ("--resume_from_checkpoint", "true"): "nothing to go on with",
     }.items():
         assert named in run(capsys, *base, *wrong, code=2)[1]
 

@@ -11,7 +11,7 @@ from forward_models import FALLING_BACK, SHARING, WINDOW, add_lora, build, own_t
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from dpo_peft.errors import NonFiniteError
+from dpo_peft.errors import NonFiniteError, OptionError
 from dpo_peft.forward import attention, completion_logps, pack, pad_rows, plan_forward, probe, sequence_logps
 from dpo_peft.forward.attention import IMPLEMENTATION, AttentionPlan, CannotShareError, prefix_shared_attention
 from dpo_peft.forward.layout import visible
@@ -208,6 +208,8 @@ def test_share_prompts_false_leaves_the_model_alone() -> None:
     model = build("Llama")
     plan = plan_forward(model, share_prompts=False)
     assert not plan.shared and "share_prompts=False" in str(plan) and model.config._attn_implementation == "sdpa"
+    with pytest.raises(OptionError, match="fused_layers=True, but sharing is turned off .*: leave it out"):
+        plan_forward(model, share_prompts=False, fused=True)
 
 
 def test_any_failure_inside_the_model_means_no_sharing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def packed(model: PeftModel, samples: list[Sample]) -> Tensor:
 def fused(checkpointed: int, backend: str = "dense") -> Callable[[PeftModel, list[Sample]], Tensor]:
     def score(model: PeftModel, samples: list[Sample]) -> Tensor:
         decoder = fused_decoder(model.get_base_model(), torch.float64, backend)
-        decoder.checkpointed = lambda batch: checkpointed
+        decoder.checkpointed = lambda batch: (checkpointed, 0)
         reference = reference_logps(model, pad_rows(samples)).token_logps_N
         alone = completion_logps(model, pack(samples), decoder).token_logps_N
         policy, beside = logps_with_reference(model, pack(samples), decoder, None)
@@ -164,7 +164,7 @@ def test_families(name: str) -> None:
     batch = (pack if plan.shared else pad_rows)(SAMPLES)
     for checkpointed in (0, 1) if plan.fused else (0,):
         if plan.fused:
-            plan.fused.checkpointed = lambda batch, n=checkpointed: n
+            plan.fused.checkpointed = lambda batch, n=checkpointed: (n, 0)
         found_N = completion_logps(model, batch, plan.scorer).token_logps_N
         assert (found_N - own_N).abs().max() < 3e-5
         assert grad_difference(gradients(model, found_N), own) < 2e-3  # of the smallest gradients, in float32

@@ -12,13 +12,16 @@ import torch
 from forward_models import add_lora, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from varlen_kernel import Flash, flash_kernel
 
 from dpo_peft.errors import OptionError
-from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
+from dpo_peft.forward import Sample, attention, completion_logps, pack, plan_forward
 from dpo_peft.forward.attention import backend_named
 from dpo_peft.fused import decoder, products, recognition
 from dpo_peft.fused.heads import queries_keys_values
 from dpo_peft.fused.model import FusedModel
+from dpo_peft.fused.recognition import fused_decoder
 from dpo_peft.model.loading import keep_weights
 from dpo_peft.reference.adapter_off import reference_logps, reference_mode
 
@@ -86,7 +89,7 @@ def test_values_and_gradients_are_the_models_own(name: str, lora: str) -> None:
     layers = fused_plan(model)
     own_N, own_grads = scored(model, "dense")
     for checkpointed in (0, 1, 2):
-        layers.checkpointed = lambda batch, n=checkpointed: n
+        layers.checkpointed = lambda batch, n=checkpointed: (n, 0)
         fused_N, grads = scored(model, layers)
         assert (fused_N - own_N).abs().max() < 1e-5
         assert far(grads, own_grads) < 1e-5
@@ -104,7 +107,7 @@ def test_four_bit_weights() -> None:
     model = adapted(base)
     keep_weights(model)
     layers = fused_plan(model)
-    layers.checkpointed = lambda batch: 1
+    layers.checkpointed = lambda batch: (1, 0)
     own_N, own_grads = scored(model, "dense")
     fused_N, grads = scored(model, layers)
     assert (fused_N - own_N).abs().max() < 1e-5 and far(grads, own_grads) < 1e-5
@@ -134,7 +137,7 @@ def test_checkpointed_layers_equal_the_others_bit_for_bit() -> None:
     layers = fused_plan(model)
     runs = []
     for checkpointed in (0, 1, 2):
-        layers.checkpointed = lambda batch, n=checkpointed: n
+        layers.checkpointed = lambda batch, n=checkpointed: (n, 0)
         runs.append(scored(model, layers))
     for values_N, grads in runs[1:]:
         assert torch.equal(values_N, runs[0][0])
@@ -146,7 +149,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
     layers = fused_plan(model)
 
     def kept(checkpointed: int) -> int:
-        layers.checkpointed = lambda batch: checkpointed
+        layers.checkpointed = lambda batch: (checkpointed, 0)
         sizes: dict[int, int] = {}
 
         def pack_tensor(tensor: Tensor) -> Tensor:
@@ -164,6 +167,38 @@ def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
     inputs = 2 * batch.input_ids.numel() * 64 * 4
     rest = len(batch.target) * 64 * 4 * 2  # hidden states that predict, and their gradient
     assert saved[2] < inputs + rest + 2**14
+
+
+@pytest.fixture
+def flash(monkeypatch: Any) -> type[Flash]:
+    monkeypatch.setattr(attention, "varlen_kernel", flash_kernel)
+    monkeypatch.setattr(Flash, "calls", 0)
+    return Flash
+
+
+@pytest.mark.parametrize("kind", [*MODELS][:3])
+def test_layers_that_keep_what_attention_gave_do_not_attend_again(kind: str, flash: type[Flash]) -> None:
+    """Bit for bit, with keys that are gathered; and their recomputation has attention's operations less."""
+    model = adapted(build(MODELS[kind][0], {**MODELS[kind][1], "num_hidden_layers": 3}))
+    fused_plan(model)
+    layers = fused_decoder(model.get_base_model(), torch.float32, "varlen")
+    own_N, own_grads = scored(model, "dense")
+    runs, flops = {}, {}
+    for keeping in [(0, 0), (3, 0), (3, 2), (3, 3), (2, 1)]:
+        layers.checkpointed = lambda batch, keeping=keeping: keeping
+        flash.calls = 0
+        with FlopCounterMode(display=False) as counter:
+            runs[keeping] = scored(model, layers)
+        flops[keeping] = counter.get_total_flops()
+        assert flash.calls == 3 + keeping[0] - keeping[1]
+        assert torch.equal(runs[keeping][0], runs[0, 0][0])
+        assert all(torch.equal(grad, runs[0, 0][1][name]) for name, grad in runs[keeping][1].items())
+    assert (runs[3, 3][0] - own_N).abs().max() < 1e-5 and far(runs[3, 3][1], own_grads) < 1e-5
+    # The emulated kernel multiplies all queries with all keys.
+    batch, config = pack(SAMPLES), model.config
+    size = config.num_attention_heads * (config.head_dim or 16)
+    of_attention = 4 * batch.input_ids.numel() * len(batch.kv_index) * size
+    assert flops[3, 0] - flops[3, 2] == 2 * of_attention and flops[3, 0] - flops[3, 3] == 3 * of_attention
 
 
 def test_the_reference_is_the_model_with_its_adapter_off_or_exchanged() -> None:
@@ -292,7 +327,7 @@ def test_the_probe_refuses_layers_that_are_wrong(monkeypatch: Any) -> None:
 def test_inputs_of_checkpointed_layers_can_be_offloaded() -> None:
     model = adapted(build("Llama", {}))
     layers = fused_plan(model)
-    layers.checkpointed = lambda batch: 2
+    layers.checkpointed = lambda batch: (2, 0)
     kept_N, kept = scored(model, layers)
     layers.offload = True
     offloaded_N, offloaded = scored(model, layers)

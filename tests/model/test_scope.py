@@ -87,6 +87,17 @@ def test_layers_that_see_flattened_rows_are_refused() -> None:
     attach_adapter(tiny_moe(), answer_only_lora())  # control: attention alone
 
 
+def test_out_of_memory_does_not_blame_the_adapter(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("planted")
+
+    model.forward = full
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        attach_adapter(model, answer_only_lora())
+
+
 def test_tokens_of_another_vocabulary_are_refused(tiny_llama: Callable[..., Any]) -> None:
     with pytest.raises(OptionError, match=r"alora_invocation_tokens=\[5, 600\] are not of this model"):
         attach_adapter(tiny_llama(), answer_only_lora(alora_invocation_tokens=[5, 600]))

@@ -25,14 +25,18 @@ from transformers import (
     T5Config,
     set_seed,
 )
+from varlen_kernel import flash_kernel
 
 from dpo_peft import OptionError
-from dpo_peft.forward import Sample, completion_logps, pack, plan_forward
+from dpo_peft.forward import Sample, attention, completion_logps, pack, plan_forward
+from dpo_peft.fused import attention as fused_attention
+from dpo_peft.fused.recognition import fused_decoder
 from dpo_peft.model.loading import attach_adapter, load_base, storage_report
-from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, plan_step
+from dpo_peft.planning import GIB, PRESETS, RESERVE, Lora, MemoryModel, Shape, Sketch, checkpoints_for, plan, plan_step
 from dpo_peft.planning.memory import HEAD_PHASE, LAYER_PHASE, MARGIN
 from dpo_peft.planning.shapes import NotPlainError
 from dpo_peft.planning.sketch import nf4_bytes
+from dpo_peft.planning.steps import MicroBatch, Pace, StepPlan
 from dpo_peft.training.packing import size_of
 
 TINY = Shape.llama(hidden=8, intermediate=16, layers=3, heads=2, kv_heads=1, vocab=32)
@@ -88,7 +92,7 @@ def test_components_by_hand() -> None:
     assert model.components(10, 14, 6, 3) == {**fixed, "saved_activations": 1904, **batch}
     # The head is done before the layer's backward begins, and smaller.
     assert model.peak(10, 14, 6, 1) == sum(fixed.values()) + 3328 + 1632 + 1024 + 1152
-    assert list(model._layer.phases(10, 14).values()) == [320 + 480, 320 + 640, 320 + 640, 1632, 320 + 640 + 320]
+    assert list(model.layer.phases(10, 14).values()) == [320 + 480, 320 + 640, 320 + 640, 1632, 320 + 640 + 320]
 
 
 def test_other_settings_by_hand() -> None:
@@ -293,7 +297,7 @@ def bytes_per_layer(tmp_path: Any, fused: bool, checkpointed: bool = False) -> t
         model.train()
         backend = plan_forward(model, True, torch.bfloat16, fused=fused).scorer
         if checkpointed:
-            backend.checkpointed = lambda batch, layers=layers: layers
+            backend.checkpointed = lambda batch, layers=layers: (layers, 0)
         sizes.append(bytes_saved(model, backend, batch))
     shape = Shape.of(config)
     if not fused:
@@ -309,6 +313,70 @@ def test_fused_layers_keep_what_is_predicted(tmp_path: Any) -> None:
     assert measured == pytest.approx(kept + 2 * 240 * 240 + 2 * 240 * 128, rel=0.01)
     checkpointed, _ = bytes_per_layer(tmp_path, fused=True, checkpointed=True)
     assert checkpointed == 2 * 240 * 128
+
+
+def test_layers_keep_what_is_predicted_with_kernels_for_attention(tmp_path: Any, monkeypatch: Any) -> None:
+    """Everything, their input, or with it what attention gave: within 3 %, of one more layer."""
+    monkeypatch.setattr(attention, "varlen_kernel", flash_kernel)
+    batch = pack([Sample(list(range(100)), [list(range(60)), list(range(80))])])
+    size, found, shape = (240, 440, 140), dict[tuple[int, int], list[int]](), None
+    for layers in (2, 3):
+        set_seed(0)
+        config = LlamaConfig(**{**SMALL, **WIDE, "num_key_value_heads": 2, "num_hidden_layers": layers})
+        model = load(config, tmp_path / str(layers), r=16)
+        model.train()
+        decoder = fused_decoder(model.get_base_model(), torch.bfloat16, "varlen")
+        for keeping in [(0, 0), (1, 0), (1, 1)]:
+            decoder.checkpointed = lambda batch, n=layers, each=keeping: (n * each[0], n * each[1])
+            with monkeypatch.context() as patch:
+                patch.setattr(fused_attention, "saved_tensors_hooks", noted := Noted())
+                found.setdefault(keeping, []).append(bytes_saved(model, decoder, batch) + noted.size)
+        shape = Shape.of(config)
+    layer = MemoryModel.of_shape(shape).layer
+    predicted = {(0, 0): layer.kept(*size[:2]), (1, 0): 2 * 240 * 128}
+    predicted[1, 1] = predicted[1, 0] + layer.attended(240)
+    for keeping, (two, three) in found.items():
+        assert three - two == pytest.approx(predicted[keeping], rel=0.03)
+    model_of = MemoryModel.of_shape(shape)
+    saved = [model_of.components(*size, 2, attended=n)["saved_activations"] for n in (0, 2)]
+    assert saved[1] - saved[0] == 2 * (predicted[1, 1] - predicted[1, 0])
+
+
+class Noted:
+    """`saved_tensors_hooks` that add up the bytes of what is kept: inner hooks hide it from outer ones."""
+
+    size = 0
+
+    def __call__(self, pack: Any, unpack: Any) -> Any:
+        def noting(tensor: torch.Tensor) -> Any:
+            kept = pack(tensor)
+            self.size += kept.nbytes if isinstance(kept, torch.Tensor) else 0
+            return kept
+
+        return torch.autograd.graph.saved_tensors_hooks(noting, unpack)
+
+
+@pytest.mark.parametrize(("pairs", "attends"), [((2, 3000, 250), True), ((8, 190, 300), False)])
+def test_what_is_kept_saves_most_time(pairs: tuple[int, int, int], attends: bool) -> None:
+    """No other choice of the 8B shape that fits within 12 GiB computes less twice, and with long prompts keeping what
+    attention gave is worth more than keeping a few layers whole. By hand: 4 FLOPs for each score and number of the
+    queries, at half the rate of products, which do 2 for each weight."""
+    number, prompt, answer = pairs
+    size = tuple(number * n for n in (prompt + 2 * answer, 3 * prompt + 2 * answer, 2 * answer))
+    scores, limit = number * (prompt**2 / 2 + 2 * answer * (prompt + answer / 2)), 12 * GIB
+
+    def work(layers: int, attended: int) -> float:
+        of_attention = 2 * 4 * scores * 4096 / (2 * 218103808)
+        return 0.73 * layers * size[0] + (layers - attended) * of_attention
+
+    choices = [(n, m) for n in range(33) for m in range(n + 1)]
+    fitting = [one for one in choices if EIGHT.peak(*size, one[0], attended=one[1]) <= limit]
+    best = min(fitting, key=lambda one: work(*one))
+    assert checkpoints_for(EIGHT, *size, limit, scores=scores) == best
+    assert (best[1] > best[0] / 2) is attends
+    assert checkpoints_for(EIGHT, *size, limit) == (fitting[0][0], 0)
+    assert checkpoints_for(EIGHT, *size, 80 * GIB, scores=scores) == (0, 0)
+    assert checkpoints_for(EIGHT, *size, 0, scores=scores) == (32, 0)
 
 
 def test_plain_layers_keep_what_is_predicted(tmp_path: Any) -> None:
@@ -376,6 +444,35 @@ def test_of_prompts_that_are_left_to_the_base_only_keys_and_values_are_kept(tmp_
     # Checkpointed layers keep the prompts' keys and values once, and of the completions the layer's input.
     all_of_them = [memory.components(**one, checkpoint_layers=4)["saved_activations"] for one in (size, longer)]
     assert all_of_them[1] - all_of_them[0] == pytest.approx(4 * 200 * kv + 2 * 200 * kv, rel=1e-6)
+
+
+def test_a_plan_counts_adapters_that_act_on_less_as_training_does() -> None:
+    """Prompts of 3,000, pairs of 250: of a sample 3,000 tokens pass once, 500 three times; below layer 16 all once.
+
+    In tokens of a forward pass: 3 * 3,500; 3,000 + 3 * 500; 3,500 / 2 + 3 * 3,500 / 2; 3,000 + (500 + 3 * 500) / 2.
+    """
+    lengths = {"prompt_tokens": 3000, "answer_tokens": 250, "per_device_train_batch_size": 1}
+    work = {
+        (): 3 * 3500,
+        (("adapter_scope", "completions"),): 3000 + 3 * 500,
+        (("lora_layers_to_transform", "0.5"),): (3500 + 3 * 3500) / 2,
+        (("adapter_scope", "completions"), ("lora_layers_to_transform", "0.5")): 3000 + (500 + 3 * 500) / 2,
+    }
+    peaks = []
+    for options, tokens in work.items():
+        found = plan(shape="8b", gpu="80GB", **lengths, **dict(options))
+        model, given = found.model, 3000 * ("adapter_scope" in dict(options))
+        size = {"tokens": 3500, "keys": 9500, "predicted": 500, "given": given, "checkpoint_layers": 0, "attended": 0}
+        assert {**found.figures["micro_batch"], "samples": 1} == {"samples": 1, **size}
+        assert found.figures["components"] == model.components(**size)
+        assert model.first == 16 * ("lora_layers_to_transform" in dict(options))
+        assert model.trained == 41943040 // (1 + (model.first > 0))
+        peaks.append(found.figures["peak"])
+        one = MicroBatch((0,), 3500, 9500, 500, given, 0, 0, 0.0, 0.0)
+        head = 3 * 2 * 500 * 128256 * 4096
+        seconds = Pace(1e12, 1).seconds(StepPlan((one,), 0.0, True), model, 1)
+        assert seconds == pytest.approx((tokens * 2 * 32 * 218103808 + head) / 1e12)
+    assert peaks[0] > peaks[2] > peaks[1] > peaks[3]
 
 
 # ---- Against what was measured on GPUs ------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ CONFIGS: dict[str, tuple[str, float | None]] = {
     "dpo_qlora_8b.yaml": ("pairs", math.log(2)),
     "dpo_qlora_70b.yaml": ("pairs", math.log(2)),
     "dpo_qlora_70b_24gb.yaml": ("pairs", math.log(2)),
+    "dpo_answers_8b.yaml": ("pairs", math.log(2)),
     "dpo_from_sft_8b.yaml": ("pairs", math.log(2)),
     "kto_8b.yaml": ("singles", 0.5),
     "simpo_8b.yaml": ("pairs", None),

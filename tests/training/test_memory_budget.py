@@ -27,10 +27,10 @@ def budget(limit: float, layers: int | str = "auto", tokens: int | str | None = 
 def test_as_few_layers_are_checkpointed_as_fit() -> None:
     for layers in range(4):
         exact = MEMORY.peak(*SIZE, layers)
-        assert budget(exact).checkpointed(BATCH) == layers
-        assert budget(exact - 1).checkpointed(BATCH) > layers
-    assert budget(0).checkpointed(BATCH) == 4
-    assert budget(0, layers=2).checkpointed(BATCH) == 2
+        assert budget(exact).checkpointed(BATCH)[0] == layers
+        assert budget(exact - 1).checkpointed(BATCH)[0] > layers
+    assert budget(0).checkpointed(BATCH) == (4, 0)
+    assert budget(0, layers=2).checkpointed(BATCH) == (2, 0)
 
 
 def test_micro_batches_that_fit() -> None:
@@ -69,7 +69,7 @@ def test_what_is_not_known_or_not_there() -> None:
         MemoryBudget(None, 1.0, "auto", "auto", 1)
     with pytest.raises(OptionError, match="checkpoint_layers=5: the model has 4 layers"):
         budget(1.0, layers=5)
-    assert MemoryBudget(None, 1.0, "auto", None, 1).checkpointed(BATCH) >= 4
+    assert MemoryBudget(None, 1.0, "auto", None, 1).checkpointed(BATCH) >= (4, 0)
 
 
 def test_after_running_out_of_memory_the_limit_is_below_what_was_held() -> None:
@@ -150,7 +150,7 @@ def test_a_step_that_runs_out_is_repeated_with_more_layers_checkpointed(
     monkeypatch.setattr(run, "policy_logps", fail_once)
     monkeypatch.setattr(run.step.budget, "tighten", lambda held: tighten(2**20))
     run.train()
-    assert seen == [0, 0, 2, 2] and run.step.halvings == 0 and "keep within 0.0 GiB" in caplog.text
+    assert seen == [(0, 0), (0, 0), (2, 0), (2, 0)] and run.step.halvings == 0 and "keep within 0.0 GiB" in caplog.text
     assert [log["loss"] for log in step_logs(run)] == [log["loss"] for log in step_logs(straight)]
     for name, weight in adapter_weights(run).items():
         assert torch.equal(weight, adapter_weights(straight)[name])
