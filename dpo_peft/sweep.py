@@ -180,7 +180,7 @@ def rank(results: Mapping[str, Json], max_kl: float | None) -> list[str]:
     """
     fit = {name: one for name, one in results.items() if not _beyond(one, max_kl)}
     told = [one for one in fit.values() if not one["noise"]]
-    best = max(told, key=_score, default={"accuracy": 0.0, "balanced": None, "rows": 1})
+    best: Json = max(told, key=_score, default={"accuracy": 0.0, "balanced": None, "rows": 1})
     limit = _score(best) - math.sqrt(_score(best) * (1 - _score(best)) / best["rows"])
 
     def place(name: str) -> tuple[bool, bool, float]:
