@@ -71,7 +71,9 @@ def test_several_files_and_a_leak(tmp_path: Path, file: str, capsys: pytest.Capt
     assert found["sets"]["train"]["rows"] == 7
     assert [one["rows"] for one in found["files"]] == [4, 3]
     assert found["files"][1]["unusable"]["identical_completions"]["first"] == [2]  # of this file
-    assert found["leaks"]["eval"] == {"rows": 1, "of": 3, "first": [[0, 0]]}
+    leak = found["leaks"]["eval"]
+    assert (leak["rows"], leak["of"], leak["first"]) == (1, 3, [[0, 0]])
+    assert leak["near_prompts"]["rows"] == 0 and leak["near_rows"] == {"rows": 1, "first": [[0, 0]]}
 
 
 def test_the_config_of_a_run_works_as_it_is(tmp_path: Path, file: str, capsys: pytest.CaptureFixture) -> None:
