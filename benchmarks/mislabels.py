@@ -3,9 +3,9 @@
     python benchmarks/mislabels.py [--rows 240 --folds 3 --repeats 1] [--seeds 0 1 2] [--shares 0 0.1 0.2]
 
 For each seed and share, `dpo-peft data --cross_fit` in the same process: adapters of the bundled model in NF4 are
-trained on all folds but one and score that one. Precision is the share of the rows called mislabelled that were turned,
-recall the share of the turned ones that are called so. Adds each run to benchmarks/results/mislabels.json as it ends,
-and prints the table; runs that are there already are kept.
+trained on all folds but one and score that one. Precision is the share of the rows called mislabelled that were
+turned, recall the share of the turned ones that are called so. Adds each run to benchmarks/results/mislabels.json as
+it ends, and prints it; runs that are there already are kept.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`dpo-peft data FILE --cross_fit K`: how hard each pair is to adapters that did not see it, and which labels are wrong.
+"""`dpo-peft data FILE --cross_fit K`: how hard pairs are to adapters that did not see them, and wrong labels.
 
 It takes the options of `dpo-peft train` and trains as that does, without evaluation and checkpoints.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..disk import one_writer
 from ..errors import OptionError
-from ..files import write_rows
+from ..files import as_list, write_rows
 from ..preview.reading import PAIRED
 from .mixture import DataArguments
 from .options import made, option, required, split_config
@@ -53,38 +53,49 @@ def asked_for(argv: Sequence[str]) -> bool:
     return "cross_fit" in given or any(word.split("=")[0] == "--cross_fit" for word in words)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the folds say of the training rows, and writes it: difficulty.jsonl, and easiest.jsonl if asked.
+def check(options: argparse.Namespace) -> None:
+    """Refuses what would stop the folds, before anything is read.
 
     Raises:
-        OptionError: a wrong option, or rows that are no pairs. And as `dpo-peft train`.
+        OptionError: a wrong option, one for other data than pairs, or an output that is there.
     """
-    from ..config import DPOConfig
     from ..objective import TrainingObjective
 
-    asked = made(CrossFitArguments, options)
+    asked, folder = made(CrossFitArguments, options), Path(str(options.output_dir))
     if asked.cross_fit < 2 or asked.cross_fit_repeats < 1:
         raise OptionError("cross_fit must be 2 or more, and cross_fit_repeats 1 or more.")
     if asked.keep_easiest is not None and not 0 < asked.keep_easiest < 1:
         raise OptionError(f"keep_easiest={asked.keep_easiest:g} must be above 0 and below 1, such as 0.6.")
     required(options, "model_name_or_path", "output_dir")
-    vars(options).update({f.name: f.default for f in fields(DPOConfig) if f.name in OFF}, save_strategy="no")
-    objective = TrainingObjective(options.loss_type)
-    if objective.data not in PAIRED:
-        raise OptionError(f"cross_fit is for pairs, not for loss_type={options.loss_type}: give one of pairs.")
-    # In the place of a pass ahead: each log-prob of the reference is computed where it is first needed, and kept.
-    options.cache_ref_log_probs = objective.needs_reference and not options.sync_ref_model
-    data, args = replace(made(DataArguments, options), eval_dataset_name=None), made(DPOConfig, options)
-    if data.dataset_streaming or data.streaming:
+    if TrainingObjective(as_list(options.loss_type)).data not in PAIRED:
+        raise OptionError(f"cross_fit is for pairs, and loss_type={options.loss_type} for others: give one of pairs.")
+    if options.dataset_streaming or options.streaming:
         raise OptionError("cross_fit reads rows more than once: leave dataset_streaming and streaming out.")
-    folder = Path(str(args.output_dir))
     names = [DIFFICULTY, *([EASIEST] if asked.keep_easiest else [])]
-    if (there := [name for name in names if (folder / name).exists()]) and not args.overwrite_output_dir:
+    if (there := [name for name in names if (folder / name).exists()]) and not options.overwrite_output_dir:
         raise OptionError(
             f"output_dir={str(folder)!r} holds {', '.join(there)}: give another one, or set overwrite_output_dir."
         )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the folds say of the training rows, and writes it: difficulty.jsonl, and easiest.jsonl if asked.
+
+    Raises:
+        OptionError, DataError, NonFiniteError: as `dpo-peft train`.
+    """
+    from ..config import DPOConfig
+    from ..objective import TrainingObjective
+
+    vars(options).update({f.name: f.default for f in fields(DPOConfig) if f.name in OFF}, save_strategy="no")
+    # In the place of a pass ahead: each log-prob of the reference is computed where it is first needed, and kept.
+    compared = TrainingObjective(as_list(options.loss_type)).needs_reference
+    options.cache_ref_log_probs = compared and not options.sync_ref_model
+    data, args = replace(made(DataArguments, options), eval_dataset_name=None), made(DPOConfig, options)
+    folder = Path(str(args.output_dir))
     with one_writer("output_dir", folder, inside=True), redirect_stdout(sys.stderr), without_bars():
-        return _crossed(asked, _inputs(data, args, made(ModelArguments, options)), folder)
+        inputs = _inputs(data, args, made(ModelArguments, options))
+        return _crossed(made(CrossFitArguments, options), inputs, folder)
 
 
 def _crossed(asked: CrossFitArguments, inputs: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -134,7 +145,7 @@ def advise_labels(result: Mapping[str, Any]) -> list[str]:
 def describe_labels(result: Mapping[str, Any]) -> str:
     """Returns what the folds say, as text."""
     lines = [
-        f"Cross-fitting: {result['accuracy']:.1%} of {result['rows']:,} labels are as adapters say that did not see them",
+        f"Held out: {result['accuracy']:.1%} of {result['rows']:,} labels agree with adapters that did not see them",
         f"  about {result['flipped']:.1%} of the labels are flipped, {result['mislabelled']['rows']:,} rows probably",
     ]
     for one in result["texts"]:

@@ -16,7 +16,7 @@ from ..preview import look
 from ..preview.advice import advise, leak_advice, named
 from ..preview.reading import SIDES
 from ..rowfiles import find_files
-from .crossfit import CrossFitArguments, advise_labels, asked_for, describe_labels
+from .crossfit import CrossFitArguments, advise_labels, asked_for, check, describe_labels
 from .crossfit import run as cross_fit
 from .launch import LaunchArguments
 from .mixture import DataArguments, load_datasets
@@ -100,6 +100,10 @@ def data(argv: Sequence[str]) -> None:
     asked, trained = made(LookArguments, options), made(TrainedAs, options)
     if asked.rows < 0:
         raise OptionError(f"rows={asked.rows} must be 0 or more.")
+    if crossed:
+        check(options)
+    elif options.keep_easiest is not None or options.cross_fit_repeats != CrossFitArguments.cross_fit_repeats:
+        raise OptionError("keep_easiest, cross_fit_repeats: no effect without cross_fit. Give it, such as 3.")
     result, shown = run(made(DataArguments, options), trained, asked)
     if crossed:
         result["labels"] = cross_fit(options)

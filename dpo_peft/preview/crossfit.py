@@ -12,7 +12,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from ..errors import OptionError

@@ -46,7 +46,7 @@ def judge(margins_RN: Array) -> Labels:
 
 def easiest(margin_N: Array, share: float) -> list[int]:
     """Returns the places of the share of rows with the largest margins, in their order: the hardest are left out
-    (Selective DPO, Gao et al. 2025). A loss of pairs falls with the margin, so this is their order by held-out loss."""
+    (Selective DPO; Gao et al. 2025). A loss of pairs falls with the margin: it is the order by held-out loss."""
     order = np.argsort(-margin_N, kind="stable")
     return sorted(order[: round(share * len(order))].tolist())
 

@@ -89,7 +89,11 @@ def test_rows_are_near_in_all_their_parts() -> None:
     seen = look(Dataset.from_list(rows))
     assert seen.facts["repeats"]["near_duplicates"] == {"rows": 1, "first": [(1, 0)]}
     assert any("nearly an earlier one (rows 1 and 0)" in line for line in advise(seen.facts))
-    held_out = [pair(prompt + " now", "a b c d", "e f g h"), pair("z", "a", "b"), pair(prompt, rejected, chosen + " x")]
+    held_out = [
+        pair(prompt + " now", "a b c d", "e f g h"),
+        pair("z", "a", "b"),
+        pair(prompt, rejected, chosen + " x"),
+    ]
     leak = seen.repeats.leak(look(Dataset.from_list(held_out), name="eval").repeats)
     assert (leak["rows"], leak["first"]) == (1, [(2, 0)])
     assert leak["near_prompts"] == {"rows": 1, "first": [(0, 0)]}
