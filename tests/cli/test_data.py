@@ -169,7 +169,7 @@ def test_folds_say_how_hard_each_row_is(tmp_path: Path, capsys: pytest.CaptureFi
         (["--cross_fit", "1"], "2 or more"),
         (["--cross_fit", "2", "--keep_easiest", "60"], "above 0 and below 1"),
         (["--cross_fit", "2"], "model_name_or_path is missing"),
-        (["--cross_fit", "2", "--loss_type", "plackett_luce", "--model_name_or_path", model_path()], "pairs"),
+        (["--cross_fit", "2", "--loss_type", "kto", "--model_name_or_path", "M", "--output_dir", "O"], "for pairs"),
         (["--keep_easiest", "0.6"], "cross_fit"),
     ],
 )
