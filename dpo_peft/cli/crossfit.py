@@ -111,7 +111,11 @@ def _crossed(asked: CrossFitArguments, inputs: dict[str, Any], folder: Path) -> 
     names = ("row", "margins", "margin", "wrong", "mislabelled")
     lines = [dict(zip(names, line, strict=True)) for line in zip(rows, *columns, strict=True)]
     files = [write_rows(folder / DIFFICULTY, lines)]
-    result = {"rows": len(rows), "accuracy": float((found.margin_N > 0).mean()), "flipped": found.flipped}
+    result: dict[str, Any] = {
+        "rows": len(rows),
+        "accuracy": float((found.margin_N > 0).mean()),
+        "flipped": found.flipped,
+    }
     if asked.keep_easiest:
         kept = [rows[i] for i in easiest(found.margin_N, asked.keep_easiest)]
         files.append(write_rows(folder / EASIEST, inputs["train_dataset"].select(kept)))
