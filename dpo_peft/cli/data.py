@@ -16,6 +16,8 @@ from ..preview import look
 from ..preview.advice import advise, leak_advice, named
 from ..preview.reading import SIDES
 from ..rowfiles import find_files
+from .crossfit import CrossFitArguments, advise_labels, asked_for, check, describe_labels
+from .crossfit import run as cross_fit
 from .launch import LaunchArguments
 from .mixture import DataArguments, load_datasets
 from .options import made, option, option_of, parse_groups, printable, required, show
@@ -33,6 +35,7 @@ EXAMPLES = [
     "dpo-peft data train.jsonl --eval_dataset_name test.jsonl --strict",
     "dpo-peft data --config recipes/dpo_qlora_8b.yaml --color always | less -R",
     "dpo-peft data votes.csv --dataset_format pandalm --json",
+    "dpo-peft data --config FILE.yaml --cross_fit 3 --keep_easiest 0.6 --output_dir audit",
 ]
 OF_STREAM = 10_000  # rows that are looked at
 MOST_LINES = 16  # of a prompt or a completion, on a terminal
@@ -87,17 +90,24 @@ def data(argv: Sequence[str]) -> None:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words = ["--dataset_name", *words]
-    groups, unread = (
-        (LookArguments, DataArguments, TrainedAs),
-        (ModelArguments, OutputArguments, LaunchArguments, DPOConfig),
-    )
+    groups: list[type] = [LookArguments, CrossFitArguments, DataArguments, TrainedAs]
+    unread: list[type] = [ModelArguments, OutputArguments, LaunchArguments, DPOConfig]
+    if crossed := asked_for(words):
+        groups, unread = [*groups[:3], ModelArguments, DPOConfig], unread[1:3]
     usage = "[DATASET_NAME] [--config FILE.yaml] [--option value ...]"
     options, _ = parse_groups(words, groups, "data", usage, about, EXAMPLES, unread)
     required(options, *([] if options.datasets else ["dataset_name"]))
     asked, trained = made(LookArguments, options), made(TrainedAs, options)
     if asked.rows < 0:
         raise OptionError(f"rows={asked.rows} must be 0 or more.")
+    if crossed:
+        check(options)
+    elif options.keep_easiest is not None or options.cross_fit_repeats != CrossFitArguments.cross_fit_repeats:
+        raise OptionError("keep_easiest, cross_fit_repeats: no effect without cross_fit. Give it, such as 3.")
     result, shown = run(made(DataArguments, options), trained, asked)
+    if crossed:
+        result["labels"] = cross_fit(options)
+        result["to_do"] += advise_labels(result["labels"])
     if asked.json:
         show(result, "", as_json=True)
     else:
@@ -225,6 +235,7 @@ def describe(result: Mapping[str, Any], width: int) -> str:
         sections += [_bias(facts)] if facts["bias"] and name == "train" else []
     if template := result["sets"]["train"]["template"]:
         sections.append(_template(template, width))
+    sections += [describe_labels(result["labels"])] if "labels" in result else []
     return "\n\n".join(sections)
 
 
@@ -263,7 +274,8 @@ def _lengths(facts: Mapping[str, Any], tokenizer: str | None) -> str:
 def _repeats(found: Mapping[str, Any]) -> str:
     share, most = found["rows_that_share_a_prompt"], found["most_rows_of_a_prompt"]
     lines = [f"Prompts: {found['prompts']:,} different ones" + f", at most {most:,} rows of one" * bool(share)]
-    for name, what in {"duplicates": "repeat an earlier one", "contradictions": "say the opposite of another"}.items():
+    told = {"duplicates": "repeat an earlier one", "near_duplicates": "are nearly an earlier one"}
+    for name, what in {**told, "contradictions": "say the opposite of another"}.items():
         rows = found[name]["rows"]
         lines.append(f"  {rows:,} rows {what}" + (f" ({named(found[name])})" if rows else ""))
     return "\n".join(lines)

@@ -37,17 +37,24 @@ def advise(facts: Mapping[str, Any], max_unusable_share: float = 0.5) -> list[st
         )
     if (twice := repeats["duplicates"])["rows"] > NOTABLE * rows:
         found.append(f"{twice['rows']:,} rows repeat an earlier one ({named(twice)}) and count double: remove them.")
+    if (near := repeats["near_duplicates"])["rows"] > NOTABLE * rows:
+        found.append(
+            f"{near['rows']:,} rows are nearly an earlier one ({named(near)}): look at some, and keep one of each."
+        )
     return [*found, *_of_tokens(facts), *_of_template(facts), *_of_bias(facts["bias"], facts["data"])]
 
 
 def leak_advice(leak: Mapping[str, Any], name: str) -> list[str]:
     """Returns what to do where evaluation rows have prompts of the training rows."""
-    if not leak["rows"]:
-        return []
-    return [
-        f"{leak['rows']:,} of {leak['of']:,} rows of {name} have a prompt that is trained on ({named(leak)} of the "
-        "training rows): the evaluation flatters. Take these prompts out of one of the two."
-    ]
+    found, near = [], leak["near_prompts"]
+    whole = f"{leak['near_rows']['rows']:,} rows stand in both with their completions, or nearly so."
+    for one, what in (leak, "a prompt that is"), (near, "nearly a prompt that is"):
+        if one["rows"]:
+            found.append(
+                f"{one['rows']:,} of {leak['of']:,} rows of {name} have {what} trained on ({named(one)} of the "
+                f"training rows): the evaluation flatters. {whole} Take these prompts out of one of the two."
+            )
+    return found
 
 
 def _of_tokens(facts: Mapping[str, Any]) -> Iterator[str]:

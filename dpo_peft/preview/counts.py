@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.worker import rows_of
+from .near import Near, Pairs
 from .reading import PAIRED, Item, Sized
 from .render import ENDING
 
@@ -22,17 +23,20 @@ class Repeats:
     Attributes:
         duplicates: (row, an earlier row with the same prompt, completions and judgment).
         contradictions: (row, an earlier row that says the opposite of the same two completions, or of the same one).
+        near: the words of the rows.
     """
 
     def __init__(self) -> None:
         self.duplicates: list[tuple[int, int]] = []
         self.contradictions: list[tuple[int, int]] = []
+        self.near = Near()
         self._prompts: dict[bytes, list[int]] = {}
         self._whole: dict[Judgment, int] = {}
         self._said: dict[Judgment, int] = {}
 
     def add(self, item: Item) -> None:
         """Counts a row."""
+        self.near.add(item)
         prompt, *completions = (blake2b(key.encode("utf-8", "replace"), digest_size=12).digest() for key in item.keys)
         self._prompts.setdefault(prompt, []).append(item.row)
         grades = item.sized.grades
@@ -47,19 +51,29 @@ class Repeats:
     def facts(self) -> dict[str, Any]:
         """Returns the counts, and the first rows of each kind."""
         shared = [len(rows) for rows in self._prompts.values() if len(rows) > 1]
+        told = {row for row, _ in self.duplicates + self.contradictions}
         return {
-            "duplicates": {"rows": len(self.duplicates), "first": self.duplicates[:NAMED]},
-            "contradictions": {"rows": len(self.contradictions), "first": self.contradictions[:NAMED]},
+            "duplicates": _first(self.duplicates),
+            "contradictions": _first(self.contradictions),
+            "near_duplicates": _first([two for two in self.near.repeats() if two[0] not in told]),
             "prompts": len(self._prompts),
             "rows_that_share_a_prompt": sum(shared),
             "most_rows_of_a_prompt": max(shared, default=1),
         }
 
     def leak(self, evaluation: "Repeats") -> dict[str, Any]:
-        """Returns how many evaluation rows have a prompt that stands here too; the first as (evaluation, this) row."""
+        """Returns how many evaluation rows have a prompt that stands here too, the first as (evaluation, this) row; of
+        the others, how many have nearly one of these prompts; and how many stand here nearly as they are."""
         theirs = evaluation._prompts
         both = [(row, self._prompts[one][0]) for one in theirs.keys() & self._prompts.keys() for row in theirs[one]]
-        return {"rows": len(both), "of": sum(map(len, theirs.values())), "first": sorted(both)[:NAMED]}
+        prompts, rows = self.near.leaks(evaluation.near)
+        exact = {row for row, _ in both}
+        near = {"near_prompts": _first([two for two in prompts if two[0] not in exact]), "near_rows": _first(rows)}
+        return {**_first(sorted(both)), "of": sum(map(len, theirs.values())), **near}
+
+
+def _first(found: Pairs) -> dict[str, Any]:
+    return {"rows": len(found), "first": found[:NAMED]}
 
 
 def _judgments(

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from dpo_peft import cli
 from dpo_peft.cli.train import first_row
 from dpo_peft.data import prepare_dataset
-from dpo_peft.quickstart import model_path
+from dpo_peft.quickstart import model_path, train_file
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -71,7 +71,9 @@ def test_several_files_and_a_leak(tmp_path: Path, file: str, capsys: pytest.Capt
     assert found["sets"]["train"]["rows"] == 7
     assert [one["rows"] for one in found["files"]] == [4, 3]
     assert found["files"][1]["unusable"]["identical_completions"]["first"] == [2]  # of this file
-    assert found["leaks"]["eval"] == {"rows": 1, "of": 3, "first": [[0, 0]]}
+    leak = found["leaks"]["eval"]
+    assert (leak["rows"], leak["of"], leak["first"]) == (1, 3, [[0, 0]])
+    assert leak["near_prompts"]["rows"] == 0 and leak["near_rows"] == {"rows": 1, "first": [[0, 0]]}
 
 
 def test_the_config_of_a_run_works_as_it_is(tmp_path: Path, file: str, capsys: pytest.CaptureFixture) -> None:
@@ -137,3 +139,40 @@ def test_training_shows_its_first_row_in_twelve_lines() -> None:
     trainer: Any = SimpleNamespace(train_dataset=prepared, tokenizer=tokenizer, images=None)
     lines = first_row(trainer).splitlines()
     assert len(lines) == 12 and [line.split()[0] for line in lines[::4]] == ["prompt", "chosen", "rejected"]
+
+
+def test_folds_say_how_hard_each_row_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [json.loads(line) for line in Path(train_file()).read_text().splitlines()[:24]]
+    file, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "audit"
+    given = {"cross_fit": 2, "cross_fit_repeats": 1, "keep_easiest": 0.5, "output_dir": out, "max_steps": 2}
+    given |= {"model_name_or_path": model_path(), "learning_rate": 1e-3, "dtype": "float32", "bf16": False}
+    given |= {"ref_cache_dir": tmp_path / "store", "gradient_checkpointing": False, "use_cpu": True}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["data", file, *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = [json.loads(line) for line in (out / "difficulty.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(24)) and found["labels"]["rows"] == 24
+    hardest = sorted(lines, key=lambda line: line["margin"])
+    wrong = [line["row"] for line in hardest if line["mislabelled"]]
+    assert found["labels"]["mislabelled"] == {"rows": len(wrong), "first": wrong[:5]}
+    assert any(f"{len(wrong)} labels are probably wrong" in line for line in found["to_do"]) == bool(wrong)
+    assert [one["row"] for one in found["labels"]["texts"]] == wrong[:5]
+    kept = [json.loads(line) for line in (out / "easiest.jsonl").read_text().splitlines()]
+    assert kept == [rows[n] for n in sorted(line["row"] for line in hardest[12:])]
+    assert cli.main(["data", file, *words]) == 2
+    assert "holds difficulty.jsonl, easiest.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cross_fit", "1"], "2 or more"),
+        (["--cross_fit", "2", "--keep_easiest", "60"], "above 0 and below 1"),
+        (["--cross_fit", "2"], "model_name_or_path is missing"),
+        (["--cross_fit", "2", "--loss_type", "kto", "--model_name_or_path", "M", "--output_dir", "O"], "for pairs"),
+        (["--keep_easiest", "0.6"], "cross_fit"),
+    ],
+)
+def test_what_folds_refuse(file: str, capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:
+    assert cli.main(["data", file, *words]) == 2
+    assert message in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_repeats_and_contradictions() -> None:
     assert facts["repeats"]["rows_that_share_a_prompt"] == 3
     other = look(Dataset.from_list([pair("z", "a", "b"), pair("r", "c", "d"), pair("p", "c", "d")]), name="eval")
     leak = found.repeats.leak(other.repeats)
-    assert leak == {"rows": 2, "of": 3, "first": [(1, 4), (2, 0)]}
+    assert (leak["rows"], leak["of"], leak["first"]) == (2, 3, [(1, 4), (2, 0)])
     assert "2 of 3 rows of eval" in leak_advice(leak, "eval")[0]
     assert leak_advice(found.repeats.leak(look(Dataset.from_list([pair("z", "a", "b")])).repeats), "eval") == []
 
