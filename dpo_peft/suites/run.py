@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..artifacts.card import cell
-from ..disk import content, one_writer, write_atomically
+from ..disk import one_writer, write_atomically
 from ..errors import OptionError
 from ..files import strict
 from ..imports import load_function
 from ..pairs.engines import ModelSource
 from ..spelling import meant
-from .figures import HEADS, table
+from .figures import EVAL, HEADS, table, weights_digest
 from .instructions import instructions
 from .judge import judge
 from .neutral import neutral
@@ -26,7 +26,6 @@ from .subject import Subject, Suite, setup_of
 logger = logging.getLogger(__name__)
 
 SUITES: dict[str, Suite] = {"pairs": pairs, "instructions": instructions, "neutral": neutral, "judge": judge}
-EVAL, WEIGHTS = "eval.json", "adapter_model.safetensors"
 BEGIN, END = "<!-- dpo-peft eval: begin -->", "<!-- dpo-peft eval: end -->"
 TASKS = "ifeval,gsm8k,hellaswag,truthfulqa_mc2"  # of lm-eval
 
@@ -74,14 +73,13 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         for word, title, run in ready:
             logger.info("Suite %s.", title)
             done.append({"suite": word, "name": title, **run(subject)})
-        weights = folder / WEIGHTS
         result = {
             "adapter": options.adapter,
             "base": subject.base,
             "reward": str(subject.reward),
             "max_new_tokens": options.max_new_tokens,
             "seed": options.seed,
-            "weights": content(weights)["blake2b"] if weights.is_file() else None,
+            "weights": weights_digest(folder),
             "suites": done,
             "lm_eval": lm_eval_commands(source),
         }
