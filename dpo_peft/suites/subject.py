@@ -26,9 +26,9 @@ Completed = list[tuple[Prompt, dict[str, Sample]]]  # each prompt with the compl
 
 
 def setup_of(source: ModelSource) -> TrainedWith:
-    """Returns how an adapter was trained; of a model, that texts are read as its chat template suggests."""
-    trained = source.read() if source.is_adapter else replace(UNRECORDED, as_chat=None)
-    return trained or UNRECORDED
+    """Returns how an adapter was trained; without a record, texts are read as the chat template suggests."""
+    trained = source.read() if source.is_adapter else None
+    return trained or replace(UNRECORDED, as_chat=None)
 
 
 class Subject:

@@ -1,4 +1,4 @@
-"""Every kind of checkable instruction: texts that follow it and texts that don't, written by hand; prompts; the reward."""
+"""Every kind of checkable instruction: texts that follow it and texts that don't, by hand; prompts; the reward."""
 
 import json
 from pathlib import Path
