@@ -19,6 +19,7 @@ from dpo_peft.cli import main
 from dpo_peft.report.page import save_report
 from dpo_peft.suites import instructions, run
 from dpo_peft.suites.checkers import follows
+from dpo_peft.suites.checkers import words as spoken
 from dpo_peft.suites.neutral import TEXTS, repeated
 from dpo_peft.training.tally import wilson
 
@@ -117,8 +118,6 @@ def test_pairs_are_those_of_plain_peft(
     for row in rows:
         prompt = render(row["prompt"], True)
         whole = [render([*row["prompt"], *row[name]])[len(prompt) :] for name in ("chosen", "rejected")]
-        # What the template writes behind the end of the turn is not scored.
-        whole = [ids[: ids.index(4) + 1] for ids in whole]
         logps = sides(plain, lambda prompt=prompt, whole=whole: [plain_logps(plain, prompt, ids) for ids in whole])
         lengths = [len(ids) for ids in whole]
         means = {side: [a / n for a, n in zip(both, lengths, strict=True)] for side, both in logps.items()}
@@ -215,8 +214,7 @@ def test_instructions_and_neutral_are_those_of_plain_peft(
     for side, each in written.items():
         assert by_name["tokens of a completion"][side]["value"] == pytest.approx(np.mean([len(one) for one in each]))
         assert by_name["finished completions"][side]["value"] == np.mean([one[-1] in (2, 4) for one in each])
-        words = [tokenizer.decode(one, skip_special_tokens=True).lower() for one in each]
-        shares = [repeated(run.neutral.__globals__["words"](text)) for text in words]
+        shares = [repeated(spoken(tokenizer.decode(one, skip_special_tokens=True))) for one in each]
         assert by_name["repeated 4-grams"][side]["value"] == pytest.approx(np.mean(shares))
 
 
