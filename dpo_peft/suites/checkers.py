@@ -8,8 +8,14 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+_SAID: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("instructions.yaml").read_text("utf-8"))
+KINDS: dict[str, dict[str, Any]] = _SAID["kinds"]  # wordings and parameters
+TASKS: list[str] = _SAID["tasks"]  # what instructions are added to
 # How the Unicode names of a language's letters begin.
 SCRIPTS = {
     "Russian": ("CYRILLIC",),

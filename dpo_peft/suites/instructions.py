@@ -3,24 +3,17 @@
 import json
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
 from datasets import Dataset
 
 from ..errors import OptionError
-from ..files import read_rows
 from ..pairs.engines import ModelSource
-from .checkers import CHECKERS, follows
-from .figures import as_dict, share_figure
+from .checkers import CHECKERS, KINDS, TASKS, follows
+from .figures import share_figure
 from .options import EvalOptions
-from .subject import Evaluate, Subject
-
-_SAID: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-KINDS: dict[str, dict[str, Any]] = _SAID["kinds"]
-TASKS: list[str] = _SAID["tasks"]
+from .subject import Evaluate, Subject, read_some
 
 
 def make_prompts(seed: int = 0, number: int = 200) -> list[dict[str, str]]:
@@ -69,10 +62,9 @@ def reward(completions: Sequence[Any], instruction: Sequence[str], **_: Any) -> 
 def instructions(file: str | None, options: EvalOptions, source: ModelSource) -> Evaluate:
     """Counts the instructions that greedy completions follow: the package's own, or a file's rows of `prompt` and
     `instruction`."""
-    rows = read_rows(file, "train") if file else Dataset.from_list(make_prompts(options.seed))
+    rows = read_some(file or Dataset.from_list(make_prompts(options.seed)), options)
     if missing := {"prompt", "instruction"} - {*rows.column_names}:
         raise OptionError(f"suites=instructions:{file}: there is no column {min(missing)!r}.")
-    rows = rows.select(range(min(len(rows), options.limit or len(rows))))
     for instruction in rows["instruction"]:
         _read(instruction)
 
@@ -91,14 +83,10 @@ def instructions(file: str | None, options: EvalOptions, source: ModelSource) ->
             at = [i for i, one in enumerate(read) if one["kind"] == kind]
             part = {side: [passed[i] for i in at] for side, passed in strict.items()}
             figures.append(share_figure(f"strict, {kind}", part, options.seed, detail=True))
-        lines = [
-            {
-                **rows[prompt.number],
-                **{f"{side}_completion": each[side].text for side in subject.sides},
-                **{f"{side}_strict": strict[side][i] for side in subject.sides},
-            }
-            for i, (prompt, each) in enumerate(done)
-        ]
-        return {"figures": [as_dict(figure) for figure in figures], "rows": lines}
+        lines = []
+        for i, (prompt, each) in enumerate(done):
+            found = {side: {"completion": each[side].text, "strict": strict[side][i]} for side in subject.sides}
+            lines.append({**rows[prompt.number], **found})
+        return {"figures": figures, "rows": lines}
 
     return evaluate

@@ -25,14 +25,14 @@ import numpy as np
 from ..data.fields import content_text
 from ..data.prompts import Prompt
 from ..errors import OptionError
-from ..files import read_rows
 from ..pairs.engines import ModelSource
 from ..training.tally import Array, wilson
-from .figures import Figure, Statistic, as_dict, bootstrap, ratio
+from .figures import Figure, Statistic, bootstrap, ratio
 from .options import EvalOptions
-from .subject import Evaluate, Subject
+from .subject import Evaluate, Subject, read_some
 
 RIDGE, STEPS = 0.01, 60
+WINS = {("adapter", "adapter"): 1.0, ("base", "base"): 0.0}  # by both verdicts; all others are half a win
 TRIES, TIMEOUT, AT_ONCE, TOKENS = 3, 300, 8, 1024
 ASK = """Two replies to the same request stand below. Say which of them serves the person who wrote the request \
 better: by doing what was asked, by being right, and by being clear. The order in which they stand, and their length, \
@@ -122,9 +122,7 @@ def judge(file: str | None, options: EvalOptions, source: ModelSource) -> Evalua
         raise OptionError("suites=judge needs judge_url and judge_model.")
     if not source.is_adapter:
         raise OptionError(f"suites=judge compares an adapter with its base, and {source.adapter!r} is a model.")
-    rows = read_rows(file, "train") if file else None
-    if rows is not None:
-        rows = rows.select(range(min(len(rows), options.limit or len(rows))))
+    rows = read_some(file, options) if file else None
     server = Server(options.judge_url, options.judge_model)
     server.prefers("Say hello.", "Hello.", "No.")  # it answers
 
@@ -133,24 +131,21 @@ def judge(file: str | None, options: EvalOptions, source: ModelSource) -> Evalua
         asked = [(_text(prompt), each["adapter"].text, each["base"].text) for prompt, each in done]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             verdicts = list(pool.map(lambda one: _twice(server, *one), asked))
-        wins = [(verdict.count("adapter") - verdict.count("base") + 2) / 4 for verdict in verdicts]
-        wins = [0.5 if 0 < win < 1 else win for win in wins]
+        wins = [WINS.get(verdict, 0.5) for verdict in verdicts]
         longer = [len(each["adapter"].ids) - len(each["base"].ids) for _, each in done]
         number, judged = len(wins), [verdict for verdict in verdicts if verdict != ("same", "same")]
-        agreeing = sum(verdict in (("adapter",) * 2, ("base",) * 2) for verdict in judged) / max(len(judged), 1)
+        agreeing = sum(verdict in WINS for verdict in judged) / max(len(judged), 1)
+        rate, at_equal = (bootstrap(s, number, options.seed) for s in (ratio(wins), length_controlled(wins, longer)))
         figures = [
-            Figure("win rate", None, bootstrap(ratio(wins), number, options.seed), None, number),
-            Figure(
-                "win rate at equal length",
-                *(None, bootstrap(length_controlled(wins, longer), number, options.seed), None, number),
-            ),
+            Figure("win rate", None, rate, None, number),
+            Figure("win rate at equal length", None, at_equal, None, number),
             Figure("same verdict with places swapped", None, wilson(agreeing, max(len(judged), 1)), None, len(judged)),
         ]
         lines = [
             {"prompt": prompt, "adapter_completion": on, "base_completion": off, "verdicts": verdict, "win": win}
             for (prompt, on, off), verdict, win in zip(asked, verdicts, wins, strict=True)
         ]
-        return {"figures": [as_dict(figure) for figure in figures], "judge": options.judge_model, "rows": lines}
+        return {"figures": figures, "judge": options.judge_model, "rows": lines}
 
     return evaluate
 
@@ -166,9 +161,6 @@ def _twice(server: Server, prompt: str, on: str, off: str) -> tuple[str, str]:
 
 
 def _text(prompt: Prompt) -> str:
-    """Returns a prompt as a judge reads it: a question alone needs no role."""
+    """Returns a prompt as a judge reads it."""
     said = prompt.example.prompt
-    if isinstance(said, str):
-        return said
-    turns = [(turn["role"], content_text(turn)) for turn in said]
-    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
+    return said if isinstance(said, str) else "\n\n".join(f"{turn['role']}: {content_text(turn)}" for turn in said)

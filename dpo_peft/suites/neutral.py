@@ -8,7 +8,7 @@ from ..errors import OptionError
 from ..forward.scope import invocation_tokens
 from ..pairs.engines import ModelSource
 from .checkers import words
-from .figures import as_dict, mean_figure, share_figure
+from .figures import mean_figure, share_figure
 from .options import EvalOptions
 from .subject import Evaluate, Subject
 
@@ -59,7 +59,7 @@ def neutral(file: str | None, options: EvalOptions, source: ModelSource) -> Eval
                 seed,
             ),
         ]
-        return {"figures": [as_dict(figure) for figure in figures]}
+        return {"figures": figures}
 
     return evaluate
 

@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import OptionError
-from ..files import read_rows
 from ..forward.scope import invocation_tokens
 from ..pairs.engines import ModelSource
 from ..reward.agreement import agreement
 from ..reward.judgments import ScoredRows
 from ..reward.rows import prepare_rows
 from ..training.tally import Estimate, Tally
-from .figures import Figure, Statistic, accuracy, as_dict, balanced, difference
+from .figures import Figure, Statistic, accuracy, balanced, difference
 from .options import EvalOptions
-from .subject import Evaluate, Subject, setup_of
+from .subject import Evaluate, Subject, read_some, setup_of
 
 CATEGORIES = ("subset", "source")  # RewardBench's, JudgeBench's
 STATISTICS: tuple[tuple[str, str, Callable[[Tally], Statistic] | None], ...] = (
@@ -29,8 +28,7 @@ def pairs(file: str | None, options: EvalOptions, source: ModelSource) -> Evalua
     higher mean log-prob of a token under each of the two, beside what length alone gets."""
     if file is None:
         raise OptionError("suites=pairs needs a file of pairs: pairs:FILE.")
-    rows = read_rows(file, options.dataset_split)
-    rows = rows.select(range(min(len(rows), options.limit or len(rows))))
+    rows = read_some(file, options, options.dataset_split)
     category = next((name for name in CATEGORIES if name in rows.column_names), None)
     setup, tokenizer = setup_of(source), source.tokenizer()
     invocation = invocation_tokens({"": source.config}, "") if source.is_adapter else ()
@@ -55,8 +53,7 @@ def pairs(file: str | None, options: EvalOptions, source: ModelSource) -> Evalua
         for part, which in sorted(parts.items()) if len(parts) > 1 else ():
             found = _figures(scored, which, options.seed, detail=True)
             figures += [one._replace(name=f"{part}, {one.name}") for one in found]
-        counts = {"dropped": data.summary.dropped, "truncated": data.summary.rows_truncated}
-        return {"figures": [as_dict(figure) for figure in figures], **counts}
+        return {"figures": figures, "dropped": data.summary.dropped, "truncated": data.summary.rows_truncated}
 
     return evaluate
 

@@ -15,7 +15,7 @@ from ..files import strict
 from ..imports import load_function
 from ..pairs.engines import ModelSource
 from ..spelling import meant
-from .figures import EVAL, HEADS, table, weights_digest
+from .figures import EVAL, HEADS, as_dict, table, weights_digest
 from .instructions import instructions
 from .judge import judge
 from .neutral import neutral
@@ -65,14 +65,16 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         raise OptionError(f"output={str(output)!r}: the file must end in .json.")
     if output.exists() and not options.overwrite:
         raise OptionError(f"output={str(output)!r} is there already: give another name, or --overwrite.")
-    found = [(word, *find_suite(word)) for word in options.suites]
-    ready = [(word, _title(name, file, options), suite(file, options, source)) for word, name, suite, file in found]
+    named = [(word, *find_suite(word)) for word in options.suites]
+    ready = [(word, _title(name, file, options), suite(file, options, source)) for word, name, suite, file in named]
     with one_writer("output", output):
         subject = Subject(source, options)
         done = []
         for word, title, run in ready:
             logger.info("Suite %s.", title)
-            done.append({"suite": word, "name": title, **run(subject)})
+            found = run(subject)
+            figures = [as_dict(figure) for figure in found.pop("figures")]
+            done.append({"suite": word, "name": title, "figures": figures, **found})
         result = {
             "adapter": options.adapter,
             "base": subject.base,

@@ -13,11 +13,13 @@ from peft import LoraConfig, get_peft_model
 from ..artifacts.card import shown_name
 from ..chat.comparing import complete_prompts
 from ..data.prompts import Prompt, read_prompts
+from ..files import read_rows
 from ..model.adapter_source import UNRECORDED, TrainedAdapter, TrainedWith, trained_in
 from ..model.loading import disable_dropout
 from ..pairs.engines import ModelSource, Sample, Sampling, TransformersEngine
 from ..reference.adapter_off import Reference, reference_mode
 from ..reward.implicit import ImplicitReward
+from .checkers import TASKS
 from .options import EvalOptions
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,12 @@ def setup_of(source: ModelSource) -> TrainedWith:
     """Returns how an adapter was trained; without a record, texts are read as the chat template suggests."""
     trained = source.read() if source.is_adapter else None
     return trained or replace(UNRECORDED, as_chat=None)
+
+
+def read_some(rows: str | Dataset, options: EvalOptions, split: str = "train") -> Dataset:
+    """Returns the rows of a file, or these, up to the limit."""
+    found = read_rows(rows, split) if isinstance(rows, str) else rows
+    return found.select(range(min(len(found), options.limit or len(found))))
 
 
 class Subject:
@@ -73,8 +81,6 @@ class Subject:
     @cached_property
     def open_completions(self) -> Completed:
         """Completions of the prompts that ask for nothing that can be checked."""
-        from .instructions import TASKS
-
         return self.complete(Dataset.from_dict({"prompt": TASKS[: self.options.limit]}), "open prompts")
 
 

@@ -18,7 +18,7 @@ from dpo_peft import quickstart
 from dpo_peft.cli import main
 from dpo_peft.report.page import save_report
 from dpo_peft.suites import instructions, run
-from dpo_peft.suites.checkers import follows
+from dpo_peft.suites.checkers import TASKS, follows
 from dpo_peft.suites.checkers import words as spoken
 from dpo_peft.suites.neutral import TEXTS, repeated
 from dpo_peft.training.tally import wilson
@@ -196,7 +196,7 @@ def test_instructions_and_neutral_are_those_of_plain_peft(
         apart = np.array(passed["adapter"], float) - np.array(passed["base"], float)
         same(figure["difference"], apart.mean(), bootstrapped(apart, seed=3))
     lines = result["suites"][0]["rows"]
-    assert [line["adapter_completion"] for line in lines] == texts["adapter"] != texts["base"]
+    assert [line["adapter"]["completion"] for line in lines] == texts["adapter"] != texts["base"]
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in rows]
     assert sum(figure["detail"] for figure in by_name.values()) == 25
 
@@ -210,7 +210,7 @@ def test_instructions_and_neutral_are_those_of_plain_peft(
         same(figure[side], value, bootstrapped(loss[side], tokens, 3), abs=1e-4)
     apart = loss["adapter"] - loss["base"]
     same(figure["difference"], apart.sum() / sum(tokens), bootstrapped(apart, tokens, 3), abs=1e-4)
-    written = sides(plain, lambda: [complete(task) for task in instructions.TASKS[:25]])
+    written = sides(plain, lambda: [complete(task) for task in TASKS[:25]])
     for side, each in written.items():
         assert by_name["tokens of a completion"][side]["value"] == pytest.approx(np.mean([len(one) for one in each]))
         assert by_name["finished completions"][side]["value"] == np.mean([one[-1] in (2, 4) for one in each])
@@ -293,11 +293,11 @@ def test_the_bundled_model_and_a_suite_of_ones_own(tmp_path: Path, capsys: Any, 
     """A model alone has one side; a suite is a function of a file."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(
+        "from dpo_peft.suites.figures import Estimate, Figure\n"
         "def lengths(file, options, source):\n"
         "    def evaluate(subject):\n"
-        "        value = {'value': len(file), 'low': 0, 'high': 9}\n"
-        "        figure = {'name': 'of ' + file, 'base': value, 'adapter': None, 'difference': None, 'rows': 1}\n"
-        "        return {'figures': [{**figure, 'detail': False}], 'sides': list(subject.sides)}\n"
+        "        figure = Figure('of ' + file, Estimate(len(file), 0, 9), None, None, 1)\n"
+        "        return {'figures': [figure], 'sides': list(subject.sides)}\n"
         "    return evaluate\n"
     )
     suites = ["instructions", "neutral", f"pairs:{quickstart.test_file()}", "mine.py:lengths:abc"]

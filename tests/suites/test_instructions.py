@@ -8,8 +8,8 @@ import pytest
 from dpo_peft import OptionError
 from dpo_peft.cli import main
 from dpo_peft.files import read_rows
-from dpo_peft.suites.checkers import CHECKERS, follows
-from dpo_peft.suites.instructions import KINDS, make_prompts, reward
+from dpo_peft.suites.checkers import CHECKERS, KINDS, follows
+from dpo_peft.suites.instructions import make_prompts, reward
 
 POEM = "The sea is calm tonight.\nThe tide is full, the moon lies fair."
 # Parameters, texts that follow, texts that don't.
