@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -93,31 +93,12 @@ def compare_completions(
         OptionError: `against` doesn't fit, or the context has room for no prompt's completion.
         DataError: a prompt can't be rendered.
     """
-    model, tokenizer, images = reward.model, reward.tokenizer, reward.images
-    prompt_ids = encode_prompts(tokenizer, prompts, "prompts", images)
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    kept = [i for i, ids in enumerate(prompt_ids) if not context or len(ids) + how.max_new_tokens <= context]
-    if not kept:
-        raise OptionError(f"max_new_tokens={how.max_new_tokens} leaves no room for a prompt in {context}: lower it.")
-    if too_long := len(prompts) - len(kept):
-        logger.warning(
-            "%d of %d prompts are left out: with max_new_tokens=%d they are beyond the model's context of %d tokens.",
-            *(too_long, len(prompts), how.max_new_tokens, context),
-        )
-    prompts, prompt_ids = [prompts[i] for i in kept], [prompt_ids[i] for i in kept]
     other = reward.reference.adapter if reward.reference else None
     if against is not None:
-        other = load_frozen(model, against)
-    # Prompts of about one length together; what is computed beside a prompt doesn't change its completion.
-    order = sorted(range(len(kept)), key=lambda i: -len(prompt_ids[i]))
-    engine = TransformersEngine(model, tokenizer, how, batch_size)
-    sides: list[list[Sample]] = []
-    for mode in (reference_mode(model, other), nullcontext()):
-        with mode:
-            pixels = [images.sample(image_columns(prompts[i], images)) for i in order] if images else ()
-            found = engine([prompt_ids[i] for i in order], [seed + prompts[i].number for i in order], pixels)
-        sides.append([sample for _, sample in sorted(zip(order, found, strict=True), key=lambda one: one[0])])
+        other = load_frozen(reward.model, against)
+    modes, given = (reference_mode(reward.model, other), nullcontext()), len(prompts)
+    prompts, prompt_ids, sides = complete_prompts(reward, prompts, how, modes, seed, batch_size)
+    images = reward.images
     scored = reward.score_rows(
         [
             {
@@ -139,4 +120,39 @@ def compare_completions(
     left = "the base, with the adapter off"
     if against or other:
         left = f"the adapter {against or (reward.reference and reward.reference.source)}"
-    return Comparison(rows, left, str(reward), too_long)
+    return Comparison(rows, left, str(reward), given - len(prompts))
+
+
+def complete_prompts(
+    reward: ImplicitReward,
+    prompts: Sequence[Prompt],
+    how: Sampling,
+    modes: Sequence[AbstractContextManager[None]],
+    seed: int = 0,
+    batch_size: int = 16,
+) -> tuple[list[Prompt], list[list[int]], list[list[Sample]]]:
+    """Returns the prompts that the context has room for, their token ids, and for each mode, inside which the model is
+    as it is to be, a completion of each. Arguments and errors are those of `compare_completions`."""
+    model, tokenizer, images = reward.model, reward.tokenizer, reward.images
+    prompt_ids = encode_prompts(tokenizer, prompts, "prompts", images)
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    kept = [i for i, ids in enumerate(prompt_ids) if not context or len(ids) + how.max_new_tokens <= context]
+    if not kept:
+        raise OptionError(f"max_new_tokens={how.max_new_tokens} leaves no room for a prompt in {context}: lower it.")
+    if too_long := len(prompts) - len(kept):
+        logger.warning(
+            "%d of %d prompts are left out: with max_new_tokens=%d they are beyond the model's context of %d tokens.",
+            *(too_long, len(prompts), how.max_new_tokens, context),
+        )
+    prompts, prompt_ids = [prompts[i] for i in kept], [prompt_ids[i] for i in kept]
+    # Prompts of about one length together; what is computed beside a prompt doesn't change its completion.
+    order = sorted(range(len(kept)), key=lambda i: -len(prompt_ids[i]))
+    engine = TransformersEngine(model, tokenizer, how, batch_size)
+    sides: list[list[Sample]] = []
+    for mode in modes:
+        with mode:
+            pixels = [images.sample(image_columns(prompts[i], images)) for i in order] if images else ()
+            found = engine([prompt_ids[i] for i in order], [seed + prompts[i].number for i in order], pixels)
+        sides.append([sample for _, sample in sorted(zip(order, found, strict=True), key=lambda one: one[0])])
+    return prompts, prompt_ids, sides

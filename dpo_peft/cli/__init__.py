@@ -29,7 +29,7 @@ WRONG_INPUT = (
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
 COMMANDS = (
     *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "sweep", "chat", "compare", "score"),
-    *("report", "merge", "export", "push", "cache", "bench", "env"),
+    *("eval", "report", "merge", "export", "push", "cache", "bench", "env"),
 )
 USAGE = """usage: dpo-peft COMMAND [options]
 
@@ -44,6 +44,7 @@ USAGE = """usage: dpo-peft COMMAND [options]
   chat        talk to a trained adapter, or to its base:  dpo-peft chat ADAPTER
   compare     show completions before and after training:  dpo-peft compare ADAPTER --prompts FILE
   score       score completions by a trained adapter:  dpo-peft score ADAPTER --dataset_name FILE
+  eval        say by offline suites whether it is better:  dpo-peft eval ADAPTER --suites pairs:FILE
   report      show runs as one HTML page:  dpo-peft report RUN [RUN ...]
   merge       put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
   export      write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama

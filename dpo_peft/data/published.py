@@ -36,7 +36,7 @@ class Published:
         what: they are, for messages.
         columns: that `convert` reads, and those that are known to be no part of what is trained on.
         convert: one row to our columns. Raises `RowProblem`, or `DataError`, for a malformed row.
-        signs, unless: columns that are there, and that aren't, where rows can be nothing else.
+        signs, unless: columns that are there (None: `columns`), and that aren't, where rows can be nothing else.
         also: whether the first row shows it, too; `_never` for rows that are read so only if the user asks for it.
         convert_all: all rows to ours instead, where one of theirs is not one of ours; only if the user asks for it.
     """
@@ -44,14 +44,15 @@ class Published:
     what: str
     columns: tuple[str, ...]
     convert: Callable[[Row], Values] = dict
-    signs: tuple[str, ...] = ()
+    signs: tuple[str, ...] | None = None
     unless: tuple[str, ...] = ()
     also: Callable[[Row], bool] = bool
     convert_all: Callable[[Iterable[Row]], Iterator[Values]] | None = None
 
     def detects(self, have: set[str], first: Row) -> bool:
         """Says whether rows with these columns and this first row can be nothing else."""
-        return have.issuperset(self.signs) and not have.intersection(self.unless) and self.also(first)
+        signs = self.columns if self.signs is None else self.signs
+        return have.issuperset(signs) and not have.intersection(self.unless) and self.also(first)
 
 
 def find_published(columns: Iterable[str], first: Row) -> str:
@@ -201,11 +202,15 @@ def _distilabel_orca(row: Row) -> Values:
     return _rated(row.get("input"), [row.get("chosen"), row.get("rejected")], scores)
 
 
-def _shp(row: Row) -> Values:
-    label = row.get("labels")
-    if label not in (0, 1):
-        raise _no_verdict("labels", label, "1 where A is better, 0 where B is")
-    return _rated(row.get("history"), [row.get("human_ref_A"), row.get("human_ref_B")], [label, 1 - label])
+def _verdict(prompt: str, a: str, b: str, column: str, a_wins: Any, b_wins: Any) -> Callable[[Row], Values]:
+    """Returns what reads two texts, and a column that says which of them is better."""
+
+    def convert(row: Row) -> Values:
+        if (found := row.get(column)) not in (a_wins, b_wins):
+            raise _no_verdict(column, found, f"{a_wins} where {a} is better, {b_wins} where {b} is")
+        return _rated(row.get(prompt), [row.get(a), row.get(b)], [found == a_wins, found == b_wins])
+
+    return convert
 
 
 def _arena(row: Row) -> Values:
@@ -275,13 +280,11 @@ def _never(first: Row) -> bool:
 
 
 PAIR, TALKS = ("chosen", "rejected"), ("prompt", "messages", "conversations")
+SHP = ("history", "human_ref_A", "human_ref_B", "labels")
+LLMBAR = ("input", "output_1", "output_2", "label")
+JUDGEBENCH = ("question", "response_A", "response_B", "label")
 PUBLISHED: dict[str, Published] = {
-    "openai": Published(
-        "OpenAI's preference rows",
-        ("input", "preferred_output", "non_preferred_output"),
-        _openai,
-        signs=("input", "preferred_output", "non_preferred_output"),
-    ),
+    "openai": Published("OpenAI's preference rows", ("input", "preferred_output", "non_preferred_output"), _openai),
     "sharegpt": Published(
         "ShareGPT rows",
         ("conversations", *PAIR),
@@ -340,12 +343,9 @@ PUBLISHED: dict[str, Published] = {
         unless=(*TALKS, "question", "generations", "response1"),
         also=lambda first: set(PAIR) <= first.keys() or isinstance(first.get("output"), list),
     ),
-    "shp": Published(
-        "Stanford Human Preferences",
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-        _shp,
-        signs=("history", "human_ref_A", "human_ref_B", "labels"),
-    ),
+    "shp": Published("Stanford Human Preferences", SHP, _verdict(*SHP, 1, 0)),
+    "llmbar": Published("LLMBar comparisons", LLMBAR, _verdict(*LLMBAR, 1, 2)),
+    "judgebench": Published("JudgeBench pairs", JUDGEBENCH, _verdict(*JUDGEBENCH, "A>B", "B>A")),
     "arena": Published(
         "arena votes",
         ("conversation_a", "conversation_b", "winner", "full_conversation"),
@@ -368,13 +368,12 @@ PUBLISHED: dict[str, Published] = {
         signs=("context", "response1", "response2", "overall_preference"),
     ),
     "helpsteer": Published(
-        "HelpSteer ratings, one response a row",
-        ("prompt", "response", "helpfulness"),
-        signs=("prompt", "response", "helpfulness"),
-        convert_all=_helpsteer,
+        "HelpSteer ratings, one response a row", ("prompt", "response", "helpfulness"), convert_all=_helpsteer
     ),
     "thumbs": Published(
-        "thumbs up and down", (*PROMPT_NAMES, *REPLY_NAMES, *THUMB_NAMES), _thumbs, unless=PAIR, also=_is_thumbs
+        *("thumbs up and down", (*PROMPT_NAMES, *REPLY_NAMES, *THUMB_NAMES), _thumbs, ()),
+        unless=PAIR,
+        also=_is_thumbs,
     ),
     "pandalm": Published(
         "PandaLM comparisons",
@@ -382,12 +381,7 @@ PUBLISHED: dict[str, Published] = {
         _pandalm,
         signs=("instruction", "response1", "response2", "annotator1"),
     ),
-    "tulu": Published(
-        "Tulu human evaluation",
-        ("prompt", "completion_a", "completion_b", "preference"),
-        from_tulu,
-        signs=("prompt", "completion_a", "completion_b", "preference"),
-    ),
+    "tulu": Published("Tulu human evaluation", ("prompt", "completion_a", "completion_b", "preference"), from_tulu),
     "hh": Published("HH transcripts as messages", PAIR, from_hh, also=_never),
     "oasst_tree": Published(
         "Open-Assistant trees",

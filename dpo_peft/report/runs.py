@@ -13,6 +13,7 @@ import yaml
 from ..artifacts.curves import Metrics, metric_series
 from ..errors import DataError, OptionError
 from ..manifests import settle
+from ..suites.figures import EVAL, table, weights_digest
 
 PAGE_PICTURES = 5_000_000  # characters of data URIs
 Json = dict[str, Any]  # an object as json reads it
@@ -39,6 +40,7 @@ class Run:
         adapter: contents of adapter_config.json; empty without one.
         samples: rows of samples.jsonl.
         examples: rows of eval_examples.jsonl.
+        evaluated: lines of the table of eval.json, see `suites.figures.table`; none if it is of other weights.
         pictures: those of samples and worst pairs, as data URIs by name.
         texts: rows of worst_pairs.jsonl; none where an older version wrote the run, or no pair is judged wrong.
         unfinished: where the log comes from if there is no metrics.json; empty for a finished run.
@@ -77,6 +79,11 @@ class Run:
         self.examples = self._rows(folder / "eval_examples.jsonl", "margins by pair and by length")
         texts = folder / "worst_pairs.jsonl"
         self.texts = self._rows(texts, "the texts of the worst pairs") if texts.is_file() else []
+        found = _read_object(folder / EVAL)
+        if found and found.get("weights") != weights_digest(folder):
+            self.notes.append(f"{EVAL} is of other weights than the adapter's: run dpo-peft eval again.")
+            found = {}
+        self.evaluated = list(table(found)) if found else []
         kept = folder / "pictures.jsonl"
         self.pictures = self._pictures(self._rows(kept, "pictures") if kept.is_file() else [])
 

@@ -4,10 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from peft import get_peft_model
-from trainer_helpers import lora
-from transformers import AutoModelForCausalLM
+from reward_helpers import plain_adapter
 
 
 @pytest.fixture(scope="session")
@@ -17,15 +14,7 @@ def make_adapter(
     """`make_adapter(seed=3, **lora)`: an adapter without a record of ours, whose weights act."""
 
     def make(seed: int = 3, **options: Any) -> str:
-        folder = tmp_path_factory.mktemp("plain")
-        torch.manual_seed(seed)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), lora(**options))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        return str(folder)
+        return plain_adapter(base_folder, make_tokenizer(), tmp_path_factory.mktemp("plain"), seed, **options)
 
     return make
 

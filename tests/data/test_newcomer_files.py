@@ -317,6 +317,27 @@ FILES: dict[str, File] = {
         ],
         BOTH,
     ),
+    "RewardBench": File(
+        [
+            {"prompt": Q, "chosen": GOOD, "rejected": BAD, "subset": "alpacaeval-easy", "chosen_model": "m1", "id": 0},
+            {"prompt": Q2, "chosen": GOOD2, "rejected": BAD2, "subset": "hep-cpp", "chosen_model": "human", "id": 1},
+        ],
+        BOTH,
+    ),
+    "LLMBar": File(
+        [
+            {"input": Q, "output_1": GOOD, "output_2": BAD, "label": 1},
+            {"input": Q2, "output_1": BAD2, "output_2": GOOD2, "label": 2},
+        ],
+        BOTH,
+    ),
+    "JudgeBench": File(
+        [
+            {"pair_id": "e3", "source": "law", "question": q, "response_A": a, "response_B": b, "label": label}
+            for q, a, b, label in ((Q, GOOD, BAD, "A>B"), (Q2, BAD2, GOOD2, "B>A"))
+        ],
+        BOTH,
+    ),
     "arena votes": File(
         [
             {

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from peft import PeftModel
-from trainer_helpers import options
+from peft import PeftModel, get_peft_model
+from trainer_helpers import lora, options
+from transformers import AutoModelForCausalLM
 
 from dpo_peft import DPOConfig, DPOTrainer, quickstart
 
@@ -25,6 +26,18 @@ def train_bundled(folder: Path, steps: int = 8, **changed: Any) -> DPOTrainer:
     trainer.train()
     trainer.save_model()
     return trainer
+
+
+def plain_adapter(base: str, tokenizer: Any, folder: Path, seed: int = 3, **changed: Any) -> str:
+    """An adapter of PEFT's own on a base, without a record of ours, whose weights act; saved. Returns its folder."""
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(**changed))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def plain_logps(model: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> float:
