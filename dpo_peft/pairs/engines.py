@@ -17,7 +17,7 @@ from ..model.adapters import is_adapter
 from ..model.base import load_base
 from ..model.generation import end_tokens, sample_completions
 from ..model.rebuilding import keep_weights
-from ..model.serving import VLLM_RANKS, max_lora_rank
+from ..merge.loaders import VLLM_RANKS, max_lora_rank
 from ..training.arguments import load_processor
 
 

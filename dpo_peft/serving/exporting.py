@@ -22,8 +22,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..disk import one_writer, write_atomically
 from ..errors import OptionError
-from .adapter_source import AdapterSource
-from .serving import gguf_problems
+from ..model.adapter_source import AdapterSource
+from ..merge.loaders import gguf_problems
 
 CONVERTER = "convert_lora_to_gguf.py"
 GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
