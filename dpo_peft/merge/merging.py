@@ -37,9 +37,9 @@ from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, ro
 from ..model.adapters import moved_base
 from ..model.base import load_base
 from ..model.rebuilding import quantization_options, resize_as_saved
-from .loaders import serving_problems
 from ..training.arguments import hold_images
 from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows
+from .loaders import serving_problems
 from .weights import dequantize, is_tied, merge_into, quiet
 
 ONTO = ("dequantized", "base16")

@@ -31,6 +31,7 @@ from ..reference.fingerprint import (
     tensor_fingerprint,
 )
 from .adapters import check_adapter, is_adapter, load_frozen, named_place, read_config
+from .gguf import from_named
 from .loading import load_on_base
 from .options import AdapterOptions
 from .training_record import UNRECORDED, TrainedWith, read_training
@@ -133,7 +134,7 @@ class AdapterSource(AdapterOptions):
         of_base = {"revision": self.config.revision} if self.config.revision and self.base is None else {}
         for name, where in ((self.adapter, self.from_hub), (base, of_base)):
             try:
-                found = auto.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
+                found = from_named(auto, name, trust_remote_code=self.trust_remote_code, **where)
                 if kind == "tokenizer" or isinstance(found, ProcessorMixin) or name == base:
                     return found
             except (OSError, ValueError, ImportError) as error:

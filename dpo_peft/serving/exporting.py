@@ -22,8 +22,9 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..disk import one_writer, write_atomically
 from ..errors import OptionError
-from ..model.adapter_source import AdapterSource
 from ..merge.loaders import gguf_problems
+from ..model.adapter_source import AdapterSource
+from ..model.gguf import from_named
 
 CONVERTER = "convert_lora_to_gguf.py"
 GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
@@ -86,7 +87,7 @@ def export_adapter(
         raise OptionError(f"output_dir={output_dir!r} holds something already: give a new or an empty folder.")
     if system is not None and (to != "ollama" or '"""' in system):
         raise OptionError('system is for Ollama\'s Modelfile, and can\'t hold """: leave it out, or change it.')
-    base_config = AutoConfig.from_pretrained(source.base_name, trust_remote_code=source.trust_remote_code)
+    base_config = from_named(AutoConfig, source.base_name, trust_remote_code=source.trust_remote_code)
     if problems := gguf_problems(source.config, base_config.get_text_config().tie_word_embeddings):
         merged = f"dpo-peft merge {source.adapter} --output_dir merged"
         raise OptionError(

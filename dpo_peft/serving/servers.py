@@ -44,7 +44,9 @@ class LlamaServer:
         for at, token in enumerate(completion):
             (one,) = self._written([*prompt, *completion[:at]], 1, logit_bias=[[token, 1e9]])
             if one["id"] != token:
-                raise OptionError(f"{self.url} wrote the token {one['id']} where {token} was forced: it is another model.")
+                raise OptionError(
+                    f"{self.url} wrote the token {one['id']} where {token} was forced: it is another model."
+                )
             found.append(max(one["logprob"], LOWEST))
         return found
 
