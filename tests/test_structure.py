@@ -22,7 +22,8 @@ CORE = (
 ).split()
 # The wings, bottom first. A wing may import the core and the wings left of it; the core imports no wing.
 WINGS = (
-    "evaluation fused planning artifacts reward merge serving hub pairs chat conversion report preview quickstart cli __main__"
+    "evaluation fused planning artifacts reward merge serving hub pairs chat conversion report preview quickstart cli "
+    "__main__"
 ).split()
 ORDER = [*CORE, *WINGS]
 # Narrower than the order: these import nothing of the package but what stands here.

@@ -2,8 +2,8 @@
 
 llama.cpp's server tells the log-probs of tokens that it writes alone, taken before any change to the logits (`n_probs`
 without `post_sampling_probs`). So each token of a completion is written by it in turn, made the likeliest by a
-`logit_bias`; what stands before it is in the server's cache. vLLM tells those of a prompt (`prompt_logprobs`). Both were
-read off their sources in autumn 2026.
+`logit_bias`; what stands before it is in the server's cache. vLLM tells those of a prompt (`prompt_logprobs`). Both
+were read off their sources in autumn 2026.
 """
 
 import json
