@@ -8,7 +8,7 @@ Shape suffixes: T tokens of one completion, C completions, P pairs.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from ..data.images import Images
 from ..errors import OptionError
 from ..forward import PackedBatch, Scores, completion_logps
 from ..forward.images import SampleImages
+from ..forward.scope import invocation_start, invocation_tokens
 from ..model.adapter_source import TrainedAdapter, TrainedWith
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
@@ -165,6 +166,11 @@ def observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> AdapterObserve
     """Observes an adapter's model, without rows on completions that it writes itself (`probe_rows`)."""
     model, tokenizer, setup = loaded.model, loaded.tokenizer, loaded.setup
     rows = rows or probe_rows(model, tokenizer, setup.precision, loaded.images)
+    if tokens := invocation_tokens(model.peft_config, loaded.policy):
+        starts = (invocation_start(row["prompt_ids"], tokens) for row in rows.samples)
+        rows = replace(
+            rows, samples=[{**row, "adapter_start": at} for row, at in zip(rows.samples, starts, strict=True)]
+        )
     seen = observe(model, tokenizer, rows, setup.precision, "adapter's model")
     with autocast(model, setup.precision):
         off = reference = score(rows, partial(reference_logps, model), model.device, "base")

@@ -9,7 +9,8 @@ import gc
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,23 @@ from peft import PeftModel
 from ..artifacts.card import cell, shown_name
 from ..disk import write_atomically
 from ..errors import OptionError
-from ..merge.drift import NEW_TOKENS, AdapterObserved, Drift, Observed, compare, observe, observe_adapter, pair_rows
+from ..merge.drift import (
+    NEW_TOKENS,
+    AdapterObserved,
+    Drift,
+    Observed,
+    Rows,
+    compare,
+    observe,
+    observe_adapter,
+    pair_rows,
+)
 from ..model.adapter_source import UNRECORDED, AdapterSource
 from ..model.base import load_base
 from ..model.gguf import is_gguf
 from ..reference.fingerprint import adapter_fingerprint
 from .exporting import check_servable, write_adapter
-from .servers import LlamaServer, VllmServer, llama_cpp_server, observe_server
+from .servers import LlamaServer, Server, VllmServer, llama_cpp_server, observe_server
 
 # Engines, and the options of `Served` that each takes.
 ENGINES = {
@@ -36,6 +47,7 @@ ENGINES = {
     "transformers": ("served_base", "merged"),
 }
 MAX_TOKEN_DIFFERENCE = 0.02  # nats; see docs/serving.md for what was measured
+PROBE_CONTEXT = 512  # tokens; what the trained model writes is short
 SERVING = "serving.json"
 _CARD_LINE = re.compile(r"^- \*\*Served:\*\* .*\n", re.MULTILINE)
 _CARD_PLACE = re.compile(r"^- \*\*Base weights:\*\* .*\n", re.MULTILINE)
@@ -143,20 +155,22 @@ def verify_serving(
     served = served.check(source)
     if source.reference is not None and dataset is None:
         raise OptionError("reference has no effect without a dataset: leave it out.")
+    if source.images() is not None:
+        raise OptionError(f"{source.adapter!r} was trained on images, which are not sent to servers yet.")
     rows = None
     if dataset is not None:
         rows = pair_rows(dataset, source.tokenizer(), dataset_name, source.read() or UNRECORDED, max_rows)
         rows = replace(rows, prompts=[sample["prompt_ids"] for sample in rows.samples])
-    loaded = source.load(device, with_reference=dataset is not None)
-    if loaded.images is not None:
-        raise OptionError(f"{source.adapter!r} was trained on images, which are not sent to servers yet.")
-    in_float32(loaded.model)
-    loaded.trained = replace(loaded.setup, precision="no")
-    seen = observe_adapter(loaded, rows)
-    fingerprint = adapter_fingerprint(loaded.model, loaded.policy)
-    del loaded  # makes room for what is served
-    gc.collect()
-    drift = compare(seen, _observe(served, source, seen))
+    with _opened(served, source, PROBE_CONTEXT if rows is None else _longest(rows)) as server:
+        loaded = source.load(device, with_reference=dataset is not None)
+        in_float32(loaded.model)
+        loaded.trained = replace(loaded.setup, precision="no")
+        seen = observe_adapter(loaded, rows)
+        fingerprint = adapter_fingerprint(loaded.model, loaded.policy)
+        del loaded  # makes room for what is served
+        gc.collect()
+        other = observe_server(server, seen.rows) if server else _observe_transformers(served, source, seen)
+    drift = compare(seen, other)
     limit = max_token_difference
     if limit is None:
         limit = min(MAX_TOKEN_DIFFERENCE, drift.adapter_token / 2)
@@ -175,25 +189,31 @@ def in_float32(model: PeftModel) -> None:
             module.compute_dtype = torch.float32
 
 
-def _observe(served: Served, source: AdapterSource, seen: AdapterObserved) -> Observed:
-    if served.engine == "vllm":
-        return observe_server(VllmServer(str(served.url), str(served.served_model)), seen.rows)
+@contextmanager
+def _opened(served: Served, source: AdapterSource, context: int) -> Iterator[Server | None]:
+    """Yields the server, which has answered; None for transformers. `context`: tokens of the longest row."""
     if served.engine == "transformers":
-        return _observe_transformers(served, source, seen)
-    if served.url:
-        return observe_server(LlamaServer(served.url), seen.rows)
-    lengths = [
-        len(row["prompt_ids"]) + len(ids)
-        for row in seen.rows.samples
-        for ids in [*row["completion_ids"], [0] * NEW_TOKENS]
-    ]
-    with tempfile.TemporaryDirectory() as work:
-        adapter = served.adapter_gguf
-        if not served.merged and adapter is None:
-            adapter = str(Path(work, "adapter.gguf"))
-            write_adapter(source, Path(adapter), served.llama_cpp, Path(work))
-        with llama_cpp_server(str(served.base_gguf), adapter, max(lengths) + 1) as server:
-            return observe_server(server, seen.rows)
+        yield None
+        return
+    with ExitStack() as stack:
+        server: Server
+        if served.engine == "vllm":
+            server = VllmServer(str(served.url), str(served.served_model))
+        elif served.url:
+            server = LlamaServer(served.url)
+        else:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            adapter = served.adapter_gguf
+            if not served.merged and adapter is None:
+                adapter = str(work / "adapter.gguf")
+                write_adapter(source, Path(adapter), served.llama_cpp, work)
+            server = stack.enter_context(llama_cpp_server(str(served.base_gguf), adapter, context))
+        server.greedy(source.tokenizer()("A")["input_ids"], 1)
+        yield server
+
+
+def _longest(rows: Rows) -> int:
+    return max(len(row["prompt_ids"]) + max(NEW_TOKENS, *map(len, row["completion_ids"])) for row in rows.samples) + 1
 
 
 def _observe_transformers(served: Served, source: AdapterSource, seen: AdapterObserved) -> Observed:

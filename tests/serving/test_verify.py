@@ -145,10 +145,10 @@ def test_strength_and_scope_of_an_adapter_are_verified(tmp_path: Path, files: An
     assert not verify_serving(source, served, dataset=some(1), max_token_difference=99, min_signs=0).problems
 
 
-def test_files_that_do_not_go_together_are_named(adapter: str, tmp_path: Path) -> None:
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "none.gguf").write_text("GGUF")
     with pytest.raises(OptionError, match="llama.cpp can't load .*none.gguf"):
-        verify_serving(AdapterSource(adapter), Served(base_gguf=str(tmp_path / "none.gguf")), dataset=some(1))
+        llama_cpp_server(str(tmp_path / "none.gguf"), None, 64).__enter__()
 
 
 # ---- Others ---------------------------------------------------------------------------------------------------------
