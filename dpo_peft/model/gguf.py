@@ -1,10 +1,10 @@
 """A GGUF file as a base: its config, tokenizer and weights, with its linear layers left in their blocks.
 
-transformers reads config, tokenizer and names; it would dequantize all weights. Blocks lie along the inputs of a layer,
-so that what llama.cpp's converter reorders, rows of queries and keys, is put back in blocks too.
+transformers reads config, tokenizer and names; it would dequantize all weights. Blocks lie along a layer's inputs, so
+that what llama.cpp's converter reorders, rows of queries and keys, is put back in blocks too.
 """
 
-import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
 from ..forward.gguf import GgufLinear, block_of, dequantized
-
-logger = logging.getLogger(__name__)
 
 METHOD = "gguf_blocks"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -39,8 +37,8 @@ def is_gguf(name: str) -> bool:
 
 
 def gguf_place(name: str) -> tuple[str, dict[str, str]]:
-    """Returns what `from_pretrained` takes for a model's name: of a GGUF file its folder, or its repository on the Hub,
-    and the file in it."""
+    """Returns what `from_pretrained` takes for a model's name: of a GGUF file its folder, or its repository on the
+    Hub, and the file in it."""
     if not is_gguf(name):
         return name, {}
     parts = name.split("/")
@@ -50,8 +48,8 @@ def gguf_place(name: str) -> tuple[str, dict[str, str]]:
 
 
 def from_named(auto: Any, name: str, **where: Any) -> Any:
-    """Returns what one of transformers' Auto classes finds by a model's name, which may be a GGUF file's. The tokenizer
-    of a GGUF file is the one beside it, if there is one."""
+    """Returns what one of transformers' Auto classes finds by a model's name, which may be a GGUF file's, whose
+    tokenizer is the one beside it, if there is one."""
     place, file = gguf_place(name)
     if file and auto is AutoTokenizer and not Path(place, "tokenizer_config.json").is_file():
         from transformers.integrations.gguf import gguf_tokenizer_mapping as tokenizers
@@ -161,6 +159,7 @@ def load_gguf(
         OptionError: as `open_gguf`; or a tensor has no place in the model.
     """
     dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
+    warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")  # of PEFT, when it saves
     reader = open_gguf(name, hub)
     config = from_named(AutoConfig, name, **hub)
     kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind

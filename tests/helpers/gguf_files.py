@@ -1,6 +1,7 @@
 """GGUF files of small Llamas, written as llama.cpp's converter writes them, and ggml's own arithmetic."""
 
 import ctypes
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -127,18 +128,13 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, tokenizer: PreTrainedT
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    tokens = [token or f"[PAD{i}]" for i, token in enumerate(tokens)]
     writer.add_token_list(tokens)
     special = set(tokenizer.all_special_ids)
     writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
-    merges = tokenizer.backend_tokenizer.model
-    writer.add_token_merges([" ".join(pair) for pair in _merges(merges)])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
-
-
-def _merges(model: Any) -> list[list[str]]:
-    import json
-
-    return json.loads(model.__getstate__())["merges"]
