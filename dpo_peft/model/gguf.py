@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
@@ -24,6 +25,7 @@ from ..forward.gguf import GgufLinear, block_of, dequantized
 METHOD = "gguf_blocks"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are no blocks
+_FACTORS = "rope_freqs.weight"  # by which Llama 3 divides its frequencies
 _REMEDY = "Name the 16-bit model that it was made from."
 # How text is split before it is merged into tokens, where transformers takes GPT-2's way in silence.
 _SMOLLM = (
@@ -162,6 +164,11 @@ def load_gguf(
     warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")  # of PEFT, when it saves
     reader = open_gguf(name, hub)
     config = from_named(AutoConfig, name, **hub)
+    for factors in (tensor.data for tensor in reader.tensors if tensor.name == _FACTORS):
+        if not _scale_positions(config, torch.from_numpy(np.array(factors))):
+            raise OptionError(
+                f"model={name!r} scales its positions in a way that is not known ({_FACTORS}). {_REMEDY}"
+            )
     kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
     with torch.device("meta"):
         empty = kind(config)
@@ -170,6 +177,16 @@ def load_gguf(
     model, info = kind.from_pretrained(None, **how, **{key: kwargs[key] for key in kwargs if key not in hub})
     model.config._name_or_path = model.name_or_path = name
     return model, info
+
+
+def _scale_positions(config: Any, factors: Tensor) -> bool:
+    """Puts Llama 3's scaling into a config, of which llama.cpp stores what each frequency is divided by, and says
+    whether it is that."""
+    rope = config.rope_parameters
+    usual = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    its = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config.rope_parameters = {**rope, **its, "original_max_position_embeddings": 8192}
+    return torch.allclose(ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0], usual / factors, rtol=1e-5)
 
 
 def _weights(
@@ -183,7 +200,7 @@ def _weights(
     names = get_gguf_hf_weights_map(empty, processor)
     weights: dict[str, Tensor] = {}
     types: dict[str, int] = {}
-    for tensor in reader.tensors:
+    for tensor in (one for one in reader.tensors if one.name != _FACTORS):
         if tensor.name not in names:
             raise OptionError(
                 f"model={name!r} holds {tensor.name}, which has no place in {type(empty).__name__}. {_REMEDY}"

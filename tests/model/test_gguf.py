@@ -13,7 +13,7 @@ import torch
 from gguf_files import dequantized_by_ggml, quantized, write_gguf
 from torch import nn
 from trainer_helpers import adapter_weights, ours, step_logs, text_pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from dpo_peft import quickstart
 from dpo_peft.errors import OptionError, ReferenceMismatchError
@@ -59,7 +59,7 @@ def dense(path: str, dtype: str = "float32") -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", TYPES.split())
+@pytest.mark.parametrize("kind", TYPES + [pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_TYPES])
 def test_weights_are_those_of_ggml_to_the_bit(kind):
     as_type = gguf.GGMLQuantizationType[kind]
     source = torch.randn(48, 512) * torch.rand(48, 1)
@@ -94,6 +94,33 @@ def test_every_weight_has_its_place(file, tiny_llama, kind):
     assert sum(isinstance(layer, GgufLinear) for layer in model.modules()) == (0 if "F" in kind else 14)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3"])
+def test_other_families(make_tokenizer, tmp_path, family):
+    """The logits of a file in float32 are the model's."""
+    rope = {"rope_theta": 5e5, "rope_type": "default"}
+    if family == "llama3":
+        its = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {**its, "original_max_position_embeddings": 8192}
+    sizes = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope, "initializer_range": 0.2}
+    if family == "qwen2":
+        del sizes["head_dim"]
+    config = CONFIG_MAPPING[family.rstrip("3") if family == "llama3" else family](**sizes, **heads)
+    original = AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in original.named_parameters():
+        if weight.ndim == 1:  # norms and biases mean something
+            weight.data.normal_(std=0.5)
+    path = str(write_gguf(tmp_path / "model.gguf", original, make_tokenizer(), "F32"))
+    model, ids = load_base(path, init_kwargs=FLOAT32), torch.arange(300)[None]
+    assert torch.allclose(model(ids).logits, original(ids).logits, atol=1e-5)
+    assert model.config.rope_parameters == pytest.approx(original.config.rope_parameters)
+    if family == "llama3":  # other constants than Llama 3's
+        config.rope_parameters["original_max_position_embeddings"] = 4096
+        other = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(OptionError, match="scales its positions in a way that is not known"):
+            load_base(str(write_gguf(tmp_path / "other.gguf", other, make_tokenizer(), "F32")))
+
+
 def test_the_gradient_of_a_layer():
     layer = GgufLinear(32, 6, True, 2, torch.float64)
     layer.blocks.data = quantized(torch.randn(6, 32), gguf.GGMLQuantizationType.Q4_0)
@@ -106,8 +133,7 @@ def test_the_gradient_of_a_layer():
         assert layer(x.float()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
+@pytest.mark.parametrize("kind, fused", [("Q4_1", True), ("Q6_K", False)])
 def test_a_run_is_that_of_the_dense_model(file, make_tokenizer, tmp_path, kind, fused):
     how = {"max_steps": 3, "fused_layers": fused, "max_grad_norm": 0.0, "learning_rate": 1e-2}
     runs, path = {}, file(kind)
