@@ -24,7 +24,7 @@ from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replaces every linear layer in 4 or 8 bits or in GGUF blocks, and the experts of mixtures, in place, by plain ones
+    """Replaces every linear layer in 4 or 8 bits or GGUF blocks and the experts of mixtures, in place, by plain ones
     on the CPU with the values that their forward uses.
 
     A 4-bit layer unpacks its weight into the dtype that it was quantized from and casts that to its input's: the same

@@ -114,6 +114,12 @@ def open_gguf(name: str, hub: Mapping[str, Any]) -> Any:
     return reader
 
 
+def blocks_in(name: str) -> int:
+    """Returns the bytes of a file's layers that are in blocks. Raises as `open_gguf`."""
+    layers = (tensor for tensor in open_gguf(name, {}).tensors if tensor.name.startswith("blk."))
+    return sum(tensor.n_bytes for tensor in layers if tensor.tensor_type not in _PLAIN)
+
+
 class KeptBlocks(QuantizationConfigMixin):
     """Says which layers are in which of ggml's types."""
 

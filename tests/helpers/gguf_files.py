@@ -86,7 +86,8 @@ def write_gguf(
     kind: str = "Q4_0",
     embeddings: str | None = None,
 ) -> Path:
-    """Writes the weights of a Llama, Qwen2 or Qwen3, matrices as `kind` and `embeddings` (those of `kind` if None), with its tokenizer."""
+    """Writes a Llama, Qwen2 or Qwen3: matrices of layers as `kind`, embeddings and head as `embeddings` (also `kind` if
+    None), and the tokenizer."""
     config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
     _write_metadata(writer, config, tokenizer)
     for name, tensor in model.state_dict().items():
