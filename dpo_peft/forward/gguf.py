@@ -28,6 +28,8 @@ class GgufLinear(nn.Linear):
         dtype: of `weight`.
     """
 
+    _is_hf_initialized = True  # or transformers fills what `weight` returns at random
+
     def __init__(self, in_features: int, out_features: int, bias: bool, ggml_type: int, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.ggml_type, self.dtype = in_features, out_features, ggml_type, dtype

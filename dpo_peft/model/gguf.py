@@ -1,10 +1,10 @@
 """A GGUF file as a base: its config, tokenizer and weights, with its linear layers left in their blocks.
 
-transformers reads config, tokenizer and names; it would dequantize all weights. Blocks lie along the inputs of a layer,
-so that what llama.cpp's converter reorders, rows of queries and keys, is put back in blocks too.
+transformers reads config, tokenizer and names; it would dequantize all weights. Blocks lie along a layer's inputs, so
+that what llama.cpp's converter reorders, rows of queries and keys, is put back in blocks too.
 """
 
-import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
@@ -21,11 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import OptionError
 from ..forward.gguf import GgufLinear, block_of, dequantized
 
-logger = logging.getLogger(__name__)
-
 METHOD = "gguf_blocks"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are no blocks
+_FACTORS = "rope_freqs.weight"  # by which Llama 3 divides its frequencies
 _REMEDY = "Name the 16-bit model that it was made from."
 # How text is split before it is merged into tokens, where transformers takes GPT-2's way in silence.
 _SMOLLM = (
@@ -39,8 +39,8 @@ def is_gguf(name: str) -> bool:
 
 
 def gguf_place(name: str) -> tuple[str, dict[str, str]]:
-    """Returns what `from_pretrained` takes for a model's name: of a GGUF file its folder, or its repository on the Hub,
-    and the file in it."""
+    """Returns what `from_pretrained` takes for a model's name: of a GGUF file its folder, or its repository on the
+    Hub, and the file in it."""
     if not is_gguf(name):
         return name, {}
     parts = name.split("/")
@@ -50,8 +50,8 @@ def gguf_place(name: str) -> tuple[str, dict[str, str]]:
 
 
 def from_named(auto: Any, name: str, **where: Any) -> Any:
-    """Returns what one of transformers' Auto classes finds by a model's name, which may be a GGUF file's. The tokenizer
-    of a GGUF file is the one beside it, if there is one."""
+    """Returns what one of transformers' Auto classes finds by a model's name, which may be a GGUF file's, whose
+    tokenizer is the one beside it, if there is one."""
     place, file = gguf_place(name)
     if file and auto is AutoTokenizer and not Path(place, "tokenizer_config.json").is_file():
         from transformers.integrations.gguf import gguf_tokenizer_mapping as tokenizers
@@ -114,6 +114,12 @@ def open_gguf(name: str, hub: Mapping[str, Any]) -> Any:
     return reader
 
 
+def blocks_in(name: str) -> int:
+    """Returns the bytes of a file's layers that are in blocks. Raises as `open_gguf`."""
+    layers = (tensor for tensor in open_gguf(name, {}).tensors if tensor.name.startswith("blk."))
+    return sum(tensor.n_bytes for tensor in layers if tensor.tensor_type not in _PLAIN)
+
+
 class KeptBlocks(QuantizationConfigMixin):
     """Says which layers are in which of ggml's types."""
 
@@ -161,8 +167,14 @@ def load_gguf(
         OptionError: as `open_gguf`; or a tensor has no place in the model.
     """
     dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
+    warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")  # of PEFT, when it saves
     reader = open_gguf(name, hub)
     config = from_named(AutoConfig, name, **hub)
+    for factors in (tensor.data for tensor in reader.tensors if tensor.name == _FACTORS):
+        if not _scale_positions(config, torch.from_numpy(np.array(factors))):
+            raise OptionError(
+                f"model={name!r} scales its positions in a way that is not known ({_FACTORS}). {_REMEDY}"
+            )
     kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
     with torch.device("meta"):
         empty = kind(config)
@@ -171,6 +183,16 @@ def load_gguf(
     model, info = kind.from_pretrained(None, **how, **{key: kwargs[key] for key in kwargs if key not in hub})
     model.config._name_or_path = model.name_or_path = name
     return model, info
+
+
+def _scale_positions(config: Any, factors: Tensor) -> bool:
+    """Puts Llama 3's scaling into a config, of which llama.cpp stores what each frequency is divided by, and says
+    whether it is that."""
+    rope = config.rope_parameters
+    usual = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    its = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config.rope_parameters = {**rope, **its, "original_max_position_embeddings": 8192}
+    return torch.allclose(ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0], usual / factors, rtol=1e-5)
 
 
 def _weights(
@@ -184,7 +206,7 @@ def _weights(
     names = get_gguf_hf_weights_map(empty, processor)
     weights: dict[str, Tensor] = {}
     types: dict[str, int] = {}
-    for tensor in reader.tensors:
+    for tensor in (one for one in reader.tensors if one.name != _FACTORS):
         if tensor.name not in names:
             raise OptionError(
                 f"model={name!r} holds {tensor.name}, which has no place in {type(empty).__name__}. {_REMEDY}"

@@ -14,6 +14,7 @@ from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.base import base_config
+from ..model.gguf import blocks_in, is_gguf
 from ..model.checkpoint_formats import FORMATS
 from ..model.scope import layer_numbers
 from .gpus import Gpu, is_hopper, of_size, parse_gpu
@@ -96,6 +97,10 @@ def plan(**options: object) -> Plan:
     sample = tokens, tokens + prompts * o.share_prompts, predicted
     time = _time(o, tokens)
     name, model, weights = _model(o)
+    if is_gguf(name) and model.quantized:
+        share = blocks_in(name) / model.quantized
+        layers = tuple(share * size for size in model.layer_bytes)
+        model = replace(model, quantized=share * model.quantized, layer_bytes=layers)
     model = place(o, model, gpu, sample)
     T, S, P = (o.per_device_train_batch_size * n for n in sample)
     checkpointed = model.layers if o.gradient_checkpointing else 0
@@ -282,6 +287,8 @@ def _base_of(o: SimpleNamespace) -> tuple[str, PeftConfig | None]:
 
 def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
     """How a base that is stored in 4 bits is quantized; empty for one that isn't, or that is dequantized first."""
+    if is_gguf(name):
+        return {"quantize": blocks_in(name) > 0}
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method", "unknown")

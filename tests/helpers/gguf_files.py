@@ -1,6 +1,7 @@
-"""GGUF files of small Llamas, written as llama.cpp's converter writes them, and ggml's own arithmetic."""
+"""GGUF files of small models, written as llama.cpp's converter writes them, and ggml's own arithmetic."""
 
 import ctypes
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -83,14 +86,15 @@ def write_gguf(
     kind: str = "Q4_0",
     embeddings: str | None = None,
 ) -> Path:
-    """Writes a Llama's weights, matrices as `kind` and `embeddings` (those of `kind` if None), with its tokenizer."""
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    """Writes a Llama, Qwen2 or Qwen3: matrices of layers as `kind`, embeddings and head as `embeddings` (also `kind` if
+    None), and the tokenizer."""
+    config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
     _write_metadata(writer, config, tokenizer)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        count = next((heads[part] for part in heads if part in name), None)
+        count = next((heads[part] for part in heads if part in name and config.model_type == "llama"), None)
         weight = tensor.float()
         if count:  # from halves of a head to neighbors, as llama.cpp rotates them
             weight = weight.reshape(count, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
@@ -106,6 +110,9 @@ def write_gguf(
             writer.add_tensor(name, weight.bfloat16().view(torch.uint8).numpy(), raw_dtype=as_type)
         else:
             writer.add_tensor(name, quantized(weight, as_type).numpy(), raw_dtype=as_type)
+    if config.rope_parameters["rope_type"] == "llama3":  # what each frequency is divided by
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -118,27 +125,22 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, tokenizer: PreTrainedT
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count(heads := config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    tokens = [token or f"[PAD{i}]" for i, token in enumerate(tokens)]
     writer.add_token_list(tokens)
     special = set(tokenizer.all_special_ids)
     writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
-    merges = tokenizer.backend_tokenizer.model
-    writer.add_token_merges([" ".join(pair) for pair in _merges(merges)])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
-
-
-def _merges(model: Any) -> list[list[str]]:
-    import json
-
-    return json.loads(model.__getstate__())["merges"]
