@@ -49,6 +49,7 @@ BUDGETS = {
     "artifacts": 1380,
     "reward": 880,
     "merge": 665,
+    "serving": 735,
     "hub": 920,
     "pairs": 1230,
     "report": 1475,
