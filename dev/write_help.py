@@ -35,7 +35,8 @@ def kept_help() -> dict[str, Any]:
     for command in COMMANDS:
         printed = io.StringIO()
         with redirect_stdout(printed), suppress(SystemExit):
-            getattr(import_module(f"dpo_peft.cli.{command}"), command)(["--help=json"])
+            name = command.replace("-", "_")
+            getattr(import_module(f"dpo_peft.cli.{name}"), name)(["--help=json"])
         told[command] = json.loads(printed.getvalue())
         groups = told[command]["groups"]
         if command == "train":

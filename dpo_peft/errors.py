@@ -35,7 +35,7 @@ class CheckpointError(ValueError):
 
 
 class DriftError(ValueError):
-    """A merged model is further from the adapter's model than allowed. Nothing was left behind."""
+    """A merged or served model is further from the adapter's model than allowed; of a merge nothing is left."""
 
 
 class PublishError(ValueError):

@@ -19,7 +19,6 @@ MOVED = {
     "planner": "planning.steps",
     "publish": "hub.publishing",
     "sampling": "model.generation",
-    "serving": "model.serving",
     "shapes": "planning.shapes",
     "trained": "model.adapter_source",
 }

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import OptionError
 from ..files import write_atomically
+from ..model.gguf import is_gguf
 from ..reference.adapter_off import ADAPTER_OFF
 from ..training.metrics import NOISE_NOTE, within_noise
 from ..version import __version__
@@ -328,7 +329,7 @@ def python(value: object) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Returns whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
-    return not os.path.exists(name) and is_repo_id(name)
+    return not os.path.exists(name) and is_repo_id(name) and not is_gguf(name)
 
 
 def shown_name(name: str) -> str:

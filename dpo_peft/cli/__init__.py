@@ -29,7 +29,7 @@ WRONG_INPUT = (
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
 COMMANDS = (
     *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "sweep", "chat", "compare", "score"),
-    *("eval", "report", "merge", "export", "push", "cache", "bench", "env"),
+    *("eval", "report", "merge", "export", "verify-serving", "push", "cache", "bench", "env"),
 )
 USAGE = """usage: dpo-peft COMMAND [options]
 
@@ -48,6 +48,7 @@ USAGE = """usage: dpo-peft COMMAND [options]
   report      show runs as one HTML page:  dpo-peft report RUN [RUN ...]
   merge       put an adapter into its base:  dpo-peft merge ADAPTER --output_dir FOLDER
   export      write an adapter for llama.cpp or Ollama:  dpo-peft export ADAPTER --output_dir FOLDER --to ollama
+  verify-serving  compare a server with what was trained:  dpo-peft verify-serving ADAPTER --base_gguf FILE
   push        publish an adapter with its card:  dpo-peft push ADAPTER --repo_id NAME/REPO
   cache       show or clear the reference's cached log-probs:  dpo-peft cache [--clear]
   bench       measure this GPU, for the planner and for others:  dpo-peft bench
@@ -104,7 +105,8 @@ def _run(argv: Sequence[str] | None) -> int:
         if before is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _stop)  # what is half written is taken away
         # A command's module is loaded when the command is called: `help` should wait for nothing.
-        getattr(import_module(f".{command}", __package__), command)(rest)
+        name = command.replace("-", "_")
+        getattr(import_module(f".{name}", __package__), name)(rest)
     except (*WRONG_INPUT, *REFUSED) as error:
         _say(_of_home(error) or str(error))
         # A checkpoint that can't be written, as the disk is full, has a cause; one that can't be resumed has none.

@@ -38,7 +38,7 @@ def export(argv: Sequence[str]) -> None:
     about = "Convert an adapter to GGUF by llama.cpp's own converter, and write a Modelfile for Ollama."
     options = parse_options(argv, ExportOptions, "export", about, EXAMPLES, "adapter", "output_dir")
     from ..model.adapter_source import AdapterSource
-    from ..model.exporting import export_adapter
+    from ..serving.exporting import export_adapter
 
     given = {name: getattr(options, name) for name in ("output_dir", "to", "llama_cpp", "served_base", "system")}
     done = export_adapter(AdapterSource.of(options), **given)

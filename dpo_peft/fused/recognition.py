@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..forward.attention import HeadShape, backend_named
+from ..forward.gguf import GgufLinear
 from ..forward.scope import is_answer_only
 from ..forward.score import NotRecognizedError
 from .attention import PACKED
@@ -267,14 +268,14 @@ def _against(module: Any, compute_dtype: torch.dtype) -> Iterator[str]:
         if len(module.active_adapters) > 1:
             yield "has several active adapters"
         base = module.get_base_layer()
-    if type(base) not in (nn.Linear, Linear4bit):
+    if type(base) not in (nn.Linear, Linear4bit, GgufLinear):
         yield f"is a {type(base).__name__}"
     elif isinstance(base, Linear4bit):
         if getattr(base.weight, "quant_state", None) is None:
             yield "is not quantized yet"
         if base.compute_dtype not in (None, compute_dtype):
             yield f"computes in {base.compute_dtype}"
-    elif base.weight.dtype != compute_dtype:
-        yield f"is in {base.weight.dtype}"
+    elif (own := getattr(base, "dtype", None) or base.weight.dtype) != compute_dtype:
+        yield f"is in {own}"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         yield "is trained in full"

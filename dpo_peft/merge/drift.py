@@ -3,12 +3,12 @@
 `observe_adapter` and `observe` run the models over `Rows`, `compare` puts both side by side. The models need not be in
 memory at the same time.
 
-Shape suffixes: T tokens of one completion, C completions.
+Shape suffixes: T tokens of one completion, C completions, P pairs.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from ..data.images import Images
 from ..errors import OptionError
 from ..forward import PackedBatch, Scores, completion_logps
 from ..forward.images import SampleImages
+from ..forward.scope import invocation_start, invocation_tokens
 from ..model.adapter_source import TrainedAdapter, TrainedWith
 from ..model.generation import sample_completions
 from ..reference.adapter_off import reference_logps
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
 
 NEW_TOKENS = 32  # of each text that a model writes here
-GREEDY_PROMPTS = 8
+GREEDY_PROMPTS = 8  # in a batch, and of a dataset
 ROWS_PER_BATCH = 4
 
 PROBE_PROMPTS = [
@@ -99,6 +100,7 @@ class Drift:
     pairs: int = 0
     accuracy_adapter: float | None = None  # share of pairs whose better completion has the higher reward
     accuracy_merged: float | None = None
+    signs_equal: int = 0  # pairs whose two completions are in the same order
 
 
 def probe_rows(
@@ -164,6 +166,11 @@ def observe_adapter(loaded: TrainedAdapter, rows: Rows | None) -> AdapterObserve
     """Observes an adapter's model, without rows on completions that it writes itself (`probe_rows`)."""
     model, tokenizer, setup = loaded.model, loaded.tokenizer, loaded.setup
     rows = rows or probe_rows(model, tokenizer, setup.precision, loaded.images)
+    if tokens := invocation_tokens(model.peft_config, loaded.policy):
+        starts = (invocation_start(row["prompt_ids"], tokens) for row in rows.samples)
+        rows = replace(
+            rows, samples=[{**row, "adapter_start": at} for row, at in zip(rows.samples, starts, strict=True)]
+        )
     seen = observe(model, tokenizer, rows, setup.precision, "adapter's model")
     with autocast(model, setup.precision):
         off = reference = score(rows, partial(reference_logps, model), model.device, "base")
@@ -180,8 +187,11 @@ def observe(
     the progress bar."""
     with autocast(model, precision):
         logps = score(rows, partial(completion_logps, model), model.device, what)
-        how: Any = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "images": rows.pixels}
-        greedy = sample_completions(model, tokenizer, rows.prompts, **how)
+        greedy: list[list[int]] = []
+        for start in range(0, len(rows.prompts), GREEDY_PROMPTS):
+            part = slice(start, start + GREEDY_PROMPTS)
+            how: Any = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "images": rows.pixels[part]}
+            greedy += sample_completions(model, tokenizer, rows.prompts[part], **how)
     return Observed(logps, greedy)
 
 
@@ -204,7 +214,6 @@ def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
     by_token = torch.cat([(m - a).abs() for m, a in both]).double()
     by_completion = torch.stack([(m.double().sum() - a.double().sum()).abs() for m, a in both])
     by_adapter = torch.cat([(a - o).abs() for a, o in zip(adapter.logps, adapter.off, strict=True)]).double()
-    pairs = adapter.rows.pairs
     return Drift(
         rows=adapter.rows.name,
         completions=len(by_completion),
@@ -216,18 +225,22 @@ def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
         adapter_token=by_adapter.mean().item(),
         greedy_prompts=len(adapter.greedy),
         greedy_equal=sum(a == m for a, m in zip(adapter.greedy, merged.greedy, strict=True)),
-        pairs=len(adapter.rows.samples) if pairs else 0,
-        accuracy_adapter=_accuracy(adapter, adapter) if pairs else None,
-        accuracy_merged=_accuracy(merged, adapter) if pairs else None,
+        **(_margins_beside(adapter, merged) if adapter.rows.pairs else {}),
     )
 
 
-def _accuracy(observed: Observed, adapter: AdapterObserved) -> float:
-    """Returns the share of pairs (chosen at even, rejected at odd indices) whose chosen completion has the higher
-    implicit reward, see `Objective.reward`."""
+def _margins_beside(adapter: AdapterObserved, merged: Observed) -> dict[str, Any]:
+    own_P, other_P = (_chosen_wins(observed, adapter) for observed in (adapter, merged))
+    shares = {"accuracy_adapter": own_P.double().mean().item(), "accuracy_merged": other_P.double().mean().item()}
+    return {"pairs": len(own_P), **shares, "signs_equal": int((own_P == other_P).sum())}
+
+
+def _chosen_wins(observed: Observed, adapter: AdapterObserved) -> Tensor:
+    """Returns (P,) bool, whether the chosen completion of each pair (chosen at even, rejected at odd indices) has the
+    higher implicit reward, see `Objective.reward`."""
     rewards_C = torch.stack([logps.double().sum() for logps in observed.logps])
     if adapter.setup.reward == "log_ratio":
         rewards_C -= torch.stack([logps.double().sum() for logps in adapter.reference])
     elif adapter.setup.reward == "mean_logp":
         rewards_C /= torch.tensor([len(logps) for logps in observed.logps])
-    return (rewards_C[::2] > rewards_C[1::2]).double().mean().item()
+    return rewards_C[::2] > rewards_C[1::2]

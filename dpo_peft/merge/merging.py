@@ -36,10 +36,11 @@ from ..forward.rotary import fix_rope
 from ..model.adapter_source import UNRECORDED, AdapterSource, TrainedAdapter, rope_length_of
 from ..model.adapters import moved_base
 from ..model.base import load_base
+from ..model.gguf import BlocksQuantizer
 from ..model.rebuilding import quantization_options, resize_as_saved
-from ..model.serving import serving_problems
 from ..training.arguments import hold_images
 from .drift import AdapterObserved, Drift, compare, observe, observe_adapter, pair_rows
+from .loaders import serving_problems
 from .weights import dequantize, is_tied, merge_into, quiet
 
 ONTO = ("dequantized", "base16")
@@ -176,10 +177,14 @@ def _plan(source: TrainedAdapter, onto: str | None, dtype: str | None) -> tuple[
     """Returns base and dtype of the merged model, and the adapter's config."""
     base, config = source.model.get_base_model(), source.model.peft_config[source.policy]
     quantized = bool(quantization_options(getattr(base.config, "quantization_config", None)))
-    if not quantized and getattr(base, "hf_quantizer", None) is not None:
+    if isinstance(getattr(base, "hf_quantizer", None), BlocksQuantizer):
+        if onto == "base16":
+            raise OptionError(f"onto='base16': the base of {source.source!r} is a GGUF file. Leave onto out.")
+        quantized = True
+    elif not quantized and getattr(base, "hf_quantizer", None) is not None:
         raise OptionError(
             f"The base of {source.source!r} is quantized by {type(base.hf_quantizer).__name__}: only bases in 4 or 8 "
-            "bits of bitsandbytes, or not quantized, can be merged into."
+            "bits of bitsandbytes, of a GGUF file, or not quantized, can be merged into."
         )
     if onto is not None and not quantized:
         raise OptionError(
@@ -282,7 +287,7 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str, sees: 
     if is_hub_id(base):
         data["base_model"], data["base_model_relation"] = base, "finetune"
     drift = report.drift
-    which = {"dequantized": "the 4-bit base, dequantized, that it was trained on", "base16": "the original base"}
+    which = {"dequantized": "the quantized base, dequantized, that it was trained on", "base16": "the original base"}
     text = (
         f"# {cell(Path(report.output_dir).resolve().name)}\n\nThe adapter {link(adapter)} merged into {link(base)}: "
         f"{which.get(report.onto or '', 'the base that it was trained on')}, saved in {report.dtype}.\n\n"

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..forward.experts import Experts, restore
+from ..forward.gguf import GgufLinear
 from ..model.adapters import moved_base
 from ..model.targets import targets_as_named
 from ..reference.fingerprint import quantization_parts
@@ -23,8 +24,8 @@ from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Replaces every 4- or 8-bit linear layer and the experts of mixtures, in place, by plain ones on the CPU with the
-    values that their forward uses.
+    """Replaces every linear layer in 4 or 8 bits or GGUF blocks and the experts of mixtures, in place, by plain ones
+    on the CPU with the values that their forward uses.
 
     A 4-bit layer unpacks its weight into the dtype that it was quantized from and casts that to its input's: the same
     call gives the same values here. (In 8 bits a GPU rounds activations too, which no plain weight can do.)
@@ -40,6 +41,8 @@ def dequantize(model: PreTrainedModel) -> None:
         elif isinstance(module, bnb.nn.Linear8bitLt):
             scales = next(part for kind, part in quantization_parts(module.weight, module) if kind == "SCB")
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scales).cpu()
+        elif isinstance(module, GgufLinear):
+            weight = module.weight.cpu()
         else:
             continue
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")

@@ -31,6 +31,7 @@ from ..reference.fingerprint import (
     tensor_fingerprint,
 )
 from .adapters import check_adapter, is_adapter, load_frozen, named_place, read_config
+from .gguf import METHOD, from_named, is_gguf
 from .loading import load_on_base
 from .options import AdapterOptions
 from .training_record import UNRECORDED, TrainedWith, read_training
@@ -104,7 +105,9 @@ class AdapterSource(AdapterOptions):
         if not name:
             raise OptionError(f"The adapter {self.adapter!r} does not say which base it belongs to: give base.")
         if self.base is None and Path(name).is_absolute() and not Path(name).exists() and self.read() is not None:
-            moved = (place for place in beside(self.adapter, name) if Path(place, "config.json").is_file())
+            moved = (
+                place for place in beside(self.adapter, name) if is_gguf(name) or Path(place, "config.json").is_file()
+            )
             return next(moved, name)  # its fingerprint is compared
         return name
 
@@ -133,7 +136,7 @@ class AdapterSource(AdapterOptions):
         of_base = {"revision": self.config.revision} if self.config.revision and self.base is None else {}
         for name, where in ((self.adapter, self.from_hub), (base, of_base)):
             try:
-                found = auto.from_pretrained(name, trust_remote_code=self.trust_remote_code, **where)
+                found = from_named(auto, name, trust_remote_code=self.trust_remote_code, **where)
                 if kind == "tokenizer" or isinstance(found, ProcessorMixin) or name == base:
                     return found
             except (OSError, ValueError, ImportError) as error:
@@ -274,7 +277,7 @@ def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftMode
     if recorded.base_fingerprint == actual.base_fingerprint:
         return
     same_config = recorded.base_fingerprint[16:] == actual.base_fingerprint[16:]
-    quantized_alike = recorded.quantization == actual.quantization != "none"
+    quantized_alike = recorded.quantization == actual.quantization not in ("none", METHOD)
     if same_config and quantized_alike and trained and trained.plain_fingerprint == plain_fingerprint(model):
         logger.warning(
             "The base of %r has other 4-bit weights than in training, and is the same otherwise: GPUs and CPUs round "
@@ -326,10 +329,10 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
 
 
 def beside(adapter: str, recorded: str) -> Iterator[str]:
-    """Yields the folders where something lies that was recorded under a path, if it was moved together with an
+    """Yields the places where something lies that was recorded under a path, if it was moved together with an
     adapter: the ends of that path, below the adapter's folder and those above it; the nearest first."""
     parts = Path(recorded).parts
     for above in [Path(adapter).resolve(), *Path(adapter).resolve().parents]:
         for end in range(1, len(parts) + 1):
-            if not Path(*parts[-end:]).is_absolute() and (place := above.joinpath(*parts[-end:])).is_dir():
+            if not Path(*parts[-end:]).is_absolute() and (place := above.joinpath(*parts[-end:])).exists():
                 yield str(place)

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import OptionError
 from .checkpoint_formats import Checkpoint
 from .experts import experts_in_4_bits, warn_of_whole_experts
+from .gguf import from_named
 from .rebuilding import loader
 from .targets import computes_linear, dtype_read, read_past
 
@@ -45,7 +46,7 @@ def base_config(name: str, init_kwargs: object = None, trust_remote_code: bool =
     given = init_kwargs if isinstance(init_kwargs, dict) else {}
     where = {key: given[key] for key in _FILES if given.get(key) is not None}
     try:
-        return AutoConfig.from_pretrained(name, **{"trust_remote_code": trust_remote_code, **where})
+        return from_named(AutoConfig, name, **{"trust_remote_code": trust_remote_code, **where})
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(f"The config of model_name_or_path={name!r} can't be read: {error}") from error
 
@@ -110,7 +111,7 @@ def load_base(
         quantization = quantization if given is None else given
         kind = loader(class_name)
         if class_name is None:
-            config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _FILES if key in kwargs})
+            config = from_named(AutoConfig, name, **{key: kwargs[key] for key in _FILES if key in kwargs})
             kind = class_of(config, bool(kwargs["trust_remote_code"]))
             if not checkpoint.is_kept:
                 quantization = fitted(quantization, config, kind, bool(kwargs["trust_remote_code"]))

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
+from .gguf import is_gguf, load_gguf, open_gguf
 from .rebuilding import quantization_options
 from .stored_weights import weights_in_16_bits
 
@@ -49,6 +50,7 @@ FORMATS = {
     "awq": Format("AWQ", True, {"gptqmodel": "gptqmodel"}),
     "aqlm": Format("AQLM", True, {"aqlm": "aqlm[gpu,cpu]"}),
     "hqq": Format("HQQ", True, {"hqq": "hqq"}),
+    "gguf": Format("GGUF", True, {"gguf": "gguf"}),
     "eetq": Format("EETQ", True, {"kernels": "kernels"}),
     "torchao": Format("torchao", True, {"torchao": "torchao"}),
     "compressed-tensors": Format("compressed-tensors", True, {"compressed_tensors": "compressed-tensors"}),
@@ -83,10 +85,14 @@ class Checkpoint:
     ):
         self.name, self.given, self.quantize = name, given, quantize
         self.hub: dict[str, Any] = {key: value for key, value in (hub or {}).items() if key in _HUB}
-        content, _ = PretrainedConfig.get_config_dict(name, **self.hub)
+        content: Any = {"quantization_config": {"quant_method": "gguf"}}
+        if not is_gguf(name):
+            content, _ = PretrainedConfig.get_config_dict(name, **self.hub)
         stored = content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config")
         self.stored: dict[str, Any] = stored or {}
         self.format = self._find() if self.stored else None
+        if is_gguf(name):
+            open_gguf(name, self.hub)
 
     def _find(self) -> Format:
         """Returns the format, unless it is refused."""
@@ -151,7 +157,10 @@ class Checkpoint:
             off = "" if self.quantize else " (quantize_base=False does not unpack it)"
             logger.info("%s, and is kept as it is%s.", start, off)
         try:
-            model, info = kind.from_pretrained(self.name, dtype=dtype, **_given(given), **kwargs)
+            if is_gguf(self.name):
+                model, info = load_gguf(self.name, kind, dtype, self.hub, **kwargs)
+            else:
+                model, info = kind.from_pretrained(self.name, dtype=dtype, **_given(given), **kwargs)
             quantizer = getattr(model, "hf_quantizer", None)
             trainable = quantizer is None or quantizer.is_trainable
         except torch.OutOfMemoryError:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import OptionError
+from ..forward.gguf import GgufLinear
 from ..forward.images import check_takes_images, own_inputs
 from ..forward.layout import Sample, pad_rows
 from ..forward.modules import decoder_layers, eval_mode, text_decoder
@@ -37,7 +38,14 @@ logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 _ROUTERS = ("gate", "classifier")  # of experts beside them; what has "router" in its name is one anywhere
-_LIBRARIES = ("torch.", "transformers.integrations.", "transformers.pytorch_utils", "bitsandbytes.", "torchao.")
+_LIBRARIES = (
+    "torch.",
+    "transformers.integrations.",
+    "transformers.pytorch_utils",
+    "bitsandbytes.",
+    "torchao.",
+    f"{GgufLinear.__module__}.",
+)
 
 # A layer's weight in its parent's code: not its dtype or the like, nor a slice of it (Bloom's, where a flag is on).
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b|\[|, torch\.Tensor)")

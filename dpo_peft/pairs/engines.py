@@ -12,12 +12,13 @@ from ..data.images import Images
 from ..errors import OptionError
 from ..forward.images import SampleImages
 from ..forward.rotary import fix_rope, rope_length
+from ..merge.loaders import VLLM_RANKS, max_lora_rank
 from ..model.adapter_source import AdapterSource
 from ..model.adapters import is_adapter
 from ..model.base import load_base
 from ..model.generation import end_tokens, sample_completions
+from ..model.gguf import from_named
 from ..model.rebuilding import keep_weights
-from ..model.serving import VLLM_RANKS, max_lora_rank
 from ..training.arguments import load_processor
 
 
@@ -69,9 +70,9 @@ class ModelSource(AdapterSource):
         if self.is_adapter:
             return super().tokenizer()
         try:
-            return AutoTokenizer.from_pretrained(
-                self.adapter, trust_remote_code=self.trust_remote_code, **self.from_hub
-            )
+            where = {"trust_remote_code": self.trust_remote_code, **self.from_hub}
+            tokenizer: PreTrainedTokenizerBase = from_named(AutoTokenizer, self.adapter, **where)
+            return tokenizer
         except (OSError, ValueError) as error:
             raise OptionError(f"No tokenizer can be loaded for {self.adapter!r}: {error}") from error
 
@@ -85,7 +86,7 @@ class ModelSource(AdapterSource):
         """Returns the tokens that the model was made for; None if its config doesn't say."""
         where = {} if self.is_adapter else self.from_hub
         try:
-            config = AutoConfig.from_pretrained(self.base_name, trust_remote_code=self.trust_remote_code, **where)
+            config = from_named(AutoConfig, self.base_name, trust_remote_code=self.trust_remote_code, **where)
         except (OSError, ValueError) as error:
             raise OptionError(f"The config of the model {self.base_name!r} can't be read: {error}") from error
         return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -203,7 +204,7 @@ def _served_length(source: ModelSource, longest: int) -> int:
     trained = source.read() if source.is_adapter else None
     if trained is None or trained.rope_length is None:
         return longest
-    config = AutoConfig.from_pretrained(source.base_name, trust_remote_code=source.trust_remote_code)
+    config = from_named(AutoConfig, source.base_name, trust_remote_code=source.trust_remote_code)
     if (rope_length(config, longest) or 0) > trained.rope_length:
         raise OptionError(
             f"{source.adapter!r} was trained with the rotary frequencies of rows of up to {trained.rope_length} "

@@ -15,6 +15,7 @@ from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.base import base_config
 from ..model.checkpoint_formats import FORMATS
+from ..model.gguf import blocks_in, is_gguf
 from ..model.scope import layer_numbers
 from ..training.packing import size_of
 from .gpus import Gpu, is_hopper, of_size, parse_gpu
@@ -94,6 +95,10 @@ def plan(**options: object) -> Plan:
     _check(o)
     gpu = _gpu(o)
     name, model, weights = _model(o)
+    if is_gguf(name) and model.quantized:
+        share = blocks_in(name) / model.quantized
+        layers = tuple(share * size for size in model.layer_bytes)
+        model = replace(model, quantized=share * model.quantized, layer_bytes=layers)
     row: dict[str, Any] = {"prompt_ids": range(o.prompt_tokens)}
     row["completion_ids"] = [range(o.answer_tokens)] * o.answers
     if o.adapter_scope == "completions":
@@ -293,6 +298,8 @@ def _base_of(o: SimpleNamespace) -> tuple[str, PeftConfig | None]:
 
 def _stored(config: PretrainedConfig, name: str) -> dict[str, bool]:
     """How a base that is stored in 4 bits is quantized; empty for one that isn't, or that is dequantized first."""
+    if is_gguf(name):
+        return {"quantize": blocks_in(name) > 0}
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method", "unknown")

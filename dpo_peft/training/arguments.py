@@ -37,6 +37,7 @@ from ..errors import OptionError, refuse
 from ..forward import PackedBatch
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
 from ..manifests import settle
+from ..model.gguf import from_named
 from ..model.loading import check_checkpoint, hub_place
 from ..model.training_record import read_training
 from ..objective import TrainingObjective
@@ -216,7 +217,7 @@ def _load(auto: Any, kind: str, name: str, init_kwargs: object, trust_remote_cod
         where = {key: value for key, value in where.items() if key != "revision"}  # which is the adapter's
         where |= {"revision": adapter["revision"]} if adapter.get("revision") else {}
     try:
-        return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+        return from_named(auto, name, trust_remote_code=trust_remote_code, **where)
     except (OSError, ValueError, ImportError) as error:
         raise OptionError(
             f"No {kind} can be loaded from {name!r}: {error}. Give the right model, or the {kind} as processing_class."

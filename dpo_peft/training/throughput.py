@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import DPOConfig
 from ..distributed import gather_over_processes, world_size
+from ..forward.gguf import GgufLinear
 from ..forward.modules import decoder_layers, first_adapted, unwrap
 from ..model.experts import expert_weights, experts_per_token
 from ..objective import TrainingObjective
@@ -42,13 +43,20 @@ def weights_per_token(model: PeftModel) -> tuple[float, int] | None:
     if text is not model.config or (chosen is None) is not (not experts):
         return None
     head, embedded = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    weights = float(model.num_parameters(exclude_embeddings=True))
+    weights = float(_parameters(model))
     weights -= model.num_parameters(only_trainable=True, exclude_embeddings=True)
     for weight in experts.values():
         packed = getattr(weight, "quant_state", None)
         size = math.prod(weight.shape if packed is None else packed.shape)
         weights -= size * (1 - min(1.0, (chosen or 0) / len(weight)))
     return weights - (0 if head is embedded else head.numel()), head.numel()
+
+
+def _parameters(model: PeftModel) -> int:
+    """Counts the weights beside embeddings as transformers does, which counts bytes where they are in GGUF blocks."""
+    blocks = [layer for layer in model.modules() if isinstance(layer, GgufLinear)]
+    more = sum(layer.in_features * layer.out_features - layer.blocks.numel() for layer in blocks)
+    return int(model.num_parameters(exclude_embeddings=True)) + more
 
 
 def share_below(model: PeftModel) -> float:
@@ -87,7 +95,7 @@ class Throughput:
         self._device, self._clock = args.device, clock
         self._passes, self._weights = passes_over_weights(objective, args), weights_per_token(model)
         self._below = share_below(model)
-        self.parameters = model.num_parameters(exclude_embeddings=True)
+        self.parameters = _parameters(model)
         self.rate: float | None = None
         self.tokens = self.predicted = self.seconds = self.peak = 0.0
 

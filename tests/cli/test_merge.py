@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_peft import cli
 from dpo_peft.merge import drift
-from dpo_peft.model.serving import max_lora_rank, serving_problems
+from dpo_peft.serving import max_lora_rank, serving_problems
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from dpo_peft.chat import Session, Settings
 from dpo_peft.forward import plan_forward
 from dpo_peft.merge import merge_adapter
 from dpo_peft.model.adapter_source import AdapterSource, load_trained
-from dpo_peft.model.exporting import export_adapter
 from dpo_peft.model.generation import sample_completions
-from dpo_peft.model.serving import gguf_problems, serving_problems
 from dpo_peft.pairs.engines import _served_rank
+from dpo_peft.serving import gguf_problems, serving_problems
+from dpo_peft.serving.exporting import export_adapter
 
 TEXTS = ["Hello there.", "What of the sea, and of this one?", "An"]
 

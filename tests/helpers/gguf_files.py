@@ -1,0 +1,146 @@
+"""GGUF files of small models, written as llama.cpp's converter writes them, and ggml's own arithmetic."""
+
+import ctypes
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.": "",
+    "layers.": "blk.",
+}
+
+
+class _Traits(ctypes.Structure):
+    """ggml_type_traits of ggml.h."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+@cache
+def ggml() -> Any:
+    """Returns llama.cpp's library."""
+    from xllamacpp import xllamacpp
+
+    library = ctypes.CDLL(xllamacpp.__file__)
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    sizes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *sizes]
+    return library
+
+
+def quantized(weight_NK: Tensor, kind: gguf.GGMLQuantizationType) -> Tensor:
+    """Returns the blocks that llama.cpp makes of a weight, (N, bytes) uint8."""
+    rows, inputs = weight_NK.shape
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    assert inputs % elements == 0
+    source, importance = weight_NK.float().contiguous(), torch.ones(inputs)
+    blocks = torch.zeros(rows, inputs // elements * size, dtype=torch.uint8)
+    where = source.data_ptr(), blocks.data_ptr(), 0, rows, inputs, importance.data_ptr()
+    assert ggml().ggml_quantize_chunk(int(kind), *where) == blocks.numel()
+    return blocks
+
+
+def dequantized_by_ggml(blocks: Tensor, kind: gguf.GGMLQuantizationType) -> Tensor:
+    """Returns the weights of blocks, (N, K) float32, by ggml itself."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    weight_NK = torch.empty(blocks.shape[0], blocks.shape[1] // size * elements)
+    traits = ggml().ggml_get_type_traits(int(kind)).contents
+    traits.to_float(blocks.contiguous().data_ptr(), weight_NK.data_ptr(), weight_NK.numel())
+    return weight_NK
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str = "Q4_0",
+    embeddings: str | None = None,
+) -> Path:
+    """Writes a Llama, Qwen2 or Qwen3: matrices of layers as `kind`, embeddings and head as `embeddings` (also `kind` if
+    None), and the tokenizer."""
+    config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
+    _write_metadata(writer, config, tokenizer)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        count = next((heads[part] for part in heads if part in name and config.model_type == "llama"), None)
+        weight = tensor.float()
+        if count:  # from halves of a head to neighbors, as llama.cpp rotates them
+            weight = weight.reshape(count, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+        own = kind if "layers" in name else embeddings or kind
+        for ours, its in _NAMES.items():
+            name = name.replace(ours, its)
+        as_type = gguf.GGMLQuantizationType[own]
+        if tensor.ndim == 1 or own == "F32":
+            writer.add_tensor(name, weight.numpy())
+        elif own == "F16":
+            writer.add_tensor(name, weight.half().numpy())
+        elif own == "BF16":
+            writer.add_tensor(name, weight.bfloat16().view(torch.uint8).numpy(), raw_dtype=as_type)
+        else:
+            writer.add_tensor(name, quantized(weight, as_type).numpy(), raw_dtype=as_type)
+    if config.rope_parameters["rope_type"] == "llama3":  # what each frequency is divided by
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads := config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    tokens = [token or f"[PAD{i}]" for i, token in enumerate(tokens)]
+    writer.add_token_list(tokens)
+    special = set(tokenizer.all_special_ids)
+    writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
