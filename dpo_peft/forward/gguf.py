@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_CHUNK = 1 << 22  # weights that are float32 at once
+_CHUNK = {"cpu": 1 << 20}  # weights that are float32 at once: what fits a CPU's cache; on a GPU 2**24
 
 
 class GgufLinear(nn.Linear):
@@ -79,9 +79,9 @@ def dequantized(blocks_NB: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor
     from transformers.integrations.gguf.dequant import dequantize
 
     elements, size = block_of(ggml_type)
-    inputs = blocks_NB.shape[1] // size * elements
+    inputs, chunk = blocks_NB.shape[1] // size * elements, _CHUNK.get(blocks_NB.device.type, 1 << 24)
     out_NK = torch.empty(blocks_NB.shape[0], inputs, dtype=dtype, device=blocks_NB.device)
-    for rows, out in zip(*(t.split(max(1, _CHUNK // inputs)) for t in (blocks_NB.detach(), out_NK)), strict=True):
+    for rows, out in zip(*(t.split(max(1, chunk // inputs)) for t in (blocks_NB.detach(), out_NK)), strict=True):
         own = _OWN.get(ggml_type)
         values = own(rows.reshape(-1, size)) if own else dequantize(rows, ggml_type)
         out.copy_(values.view(out.shape))

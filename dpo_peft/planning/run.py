@@ -14,8 +14,8 @@ from ..errors import OptionError
 from ..losses import find_objective
 from ..model.adapters import check_adapter, is_adapter, read_config
 from ..model.base import base_config
-from ..model.gguf import blocks_in, is_gguf
 from ..model.checkpoint_formats import FORMATS
+from ..model.gguf import blocks_in, is_gguf
 from ..model.scope import layer_numbers
 from .gpus import Gpu, is_hopper, of_size, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
@@ -99,8 +99,8 @@ def plan(**options: object) -> Plan:
     name, model, weights = _model(o)
     if is_gguf(name) and model.quantized:
         share = blocks_in(name) / model.quantized
-        layers = tuple(share * size for size in model.layer_bytes)
-        model = replace(model, quantized=share * model.quantized, layer_bytes=layers)
+        placed = tuple(share * size for size in model.layer_bytes)
+        model = replace(model, quantized=share * model.quantized, layer_bytes=placed)
     model = place(o, model, gpu, sample)
     T, S, P = (o.per_device_train_batch_size * n for n in sample)
     checkpointed = model.layers if o.gradient_checkpointing else 0
