@@ -18,6 +18,17 @@ from torch.nn import functional as F
 _CHUNK = {"cpu": 1 << 20}  # weights that are float32 at once: what fits a CPU's cache; on a GPU 2**24
 
 
+def _refused(*_: object) -> None:
+    raise RuntimeError("A layer in GGUF blocks can't be added to: merge the adapter by `dpo-peft merge`.")
+
+
+class _Made(Tensor):
+    """A weight that was made to be read: PEFT's merge would add to it, and it would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
+    data = property(Tensor.detach, _refused)
+
+
 class GgufLinear(nn.Linear):
     """A frozen linear layer. `weight` is a new tensor each time that it is read: (out_features, in_features).
 
@@ -40,7 +51,7 @@ class GgufLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return dequantized(self.blocks, self.ggml_type, self.dtype)
+        return dequantized(self.blocks, self.ggml_type, self.dtype).as_subclass(_Made)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type

@@ -224,6 +224,9 @@ def test_a_merge_adds_to_what_the_file_means(file, trained, tmp_path):
     delta = 2 * layer.lora_B.default.weight.detach() @ layer.lora_A.default.weight.detach()
     assert torch.allclose(merged.model.layers[1].mlp.up_proj.weight, weight + delta, atol=1e-6)
     assert delta.abs().max() > 1e-2
+    for safe in (False, True):
+        with pytest.raises(RuntimeError, match="merge the adapter by `dpo-peft merge`"):
+            load_trained(folder, with_reference=False).model.merge_and_unload(safe_merge=safe)
     with pytest.raises(OptionError, match="onto='base16': the base of .* is a GGUF file"):
         merge_adapter(folder, tmp_path / "other", "base16")
 
