@@ -17,7 +17,7 @@ from ..files import as_list, write_rows
 from ..preview.reading import PAIRED
 from .mixture import DataArguments
 from .options import made, option, required, split_config
-from .train import ModelArguments, _inputs, without_bars
+from .train import ModelArguments, inputs_of, without_bars
 
 if TYPE_CHECKING:
     from ..preview.labels import Labels
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     data, args = replace(made(DataArguments, options), eval_dataset_name=None), made(DPOConfig, options)
     folder = Path(str(args.output_dir))
     with one_writer("output_dir", folder, inside=True), redirect_stdout(sys.stderr), without_bars():
-        inputs = _inputs(data, args, made(ModelArguments, options))
+        inputs = inputs_of(data, args, made(ModelArguments, options))
         return _crossed(made(CrossFitArguments, options), inputs, folder)
 
 

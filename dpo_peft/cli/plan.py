@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import DPOConfig
 from ..errors import OptionError
+from ..model.gguf import is_gguf
 from ..planning.gpus import SOLD_AS
 from ..planning.memory import GIB, HEAD_PHASE, LAYER_PHASE, RESERVE
 from ..planning.run import DEFAULTS, Plan, PlanOptions
@@ -113,9 +114,10 @@ def _about(plan: Plan) -> str:
     shape, model = plan.model.shape, plan.model
     layers = "fused layers" if model.fused else "the model's own layers"
     ranks = ", ".join(map(str, model.ranks)) or "none"
+    kind = "in GGUF blocks" if is_gguf(str(plan.figures["model"])) else "NF4"
     return (
         f"{plan.figures['model']}: {shape.weights / 1e9:,.2f} billion weights, {shape.layers} layers, "
-        f"{'NF4' if model.quantized else 'not quantized'}. LoRA of rank {ranks}: {model.trained:,} trained weights, "
+        f"{kind if model.quantized else 'not quantized'}. LoRA of rank {ranks}: {model.trained:,} trained weights, "
         f"{model.optimizer}. Computed by {layers}."
     )
 

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_CHUNK = 1 << 22  # weights that are float32 at once
+_CHUNK = {"cpu": 1 << 20}  # weights that are float32 at once: what fits a CPU's cache; on a GPU 2**24
+
+
+def _refused(*_: object) -> None:
+    raise RuntimeError("A layer in GGUF blocks can't be added to: merge the adapter by `dpo-peft merge`.")
+
+
+class _Made(Tensor):
+    """A weight that was made to be read: PEFT's merge would add to it, and it would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain
+    data = property(Tensor.detach, _refused)
 
 
 class GgufLinear(nn.Linear):
@@ -40,7 +51,7 @@ class GgufLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return dequantized(self.blocks, self.ggml_type, self.dtype)
+        return dequantized(self.blocks, self.ggml_type, self.dtype).as_subclass(_Made)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -79,9 +90,9 @@ def dequantized(blocks_NB: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor
     from transformers.integrations.gguf.dequant import dequantize
 
     elements, size = block_of(ggml_type)
-    inputs = blocks_NB.shape[1] // size * elements
+    inputs, chunk = blocks_NB.shape[1] // size * elements, _CHUNK.get(blocks_NB.device.type, 1 << 24)
     out_NK = torch.empty(blocks_NB.shape[0], inputs, dtype=dtype, device=blocks_NB.device)
-    for rows, out in zip(*(t.split(max(1, _CHUNK // inputs)) for t in (blocks_NB.detach(), out_NK)), strict=True):
+    for rows, out in zip(*(t.split(max(1, chunk // inputs)) for t in (blocks_NB.detach(), out_NK)), strict=True):
         own = _OWN.get(ggml_type)
         values = own(rows.reshape(-1, size)) if own else dequantize(rows, ggml_type)
         out.copy_(values.view(out.shape))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..forward.experts import Experts, restore
-from ..forward.gguf import GgufLinear
+from ..forward.gguf import GgufLinear, dequantized
 from ..model.adapters import moved_base
 from ..model.targets import targets_as_named
 from ..reference.fingerprint import quantization_parts
@@ -42,7 +42,7 @@ def dequantize(model: PreTrainedModel) -> None:
             scales = next(part for kind, part in quantization_parts(module.weight, module) if kind == "SCB")
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, scales).cpu()
         elif isinstance(module, GgufLinear):
-            weight = module.weight.cpu()
+            weight = dequantized(module.blocks, module.ggml_type, module.dtype).cpu()
         else:
             continue
         plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")

@@ -97,8 +97,8 @@ def plan(**options: object) -> Plan:
     name, model, weights = _model(o)
     if is_gguf(name) and model.quantized:
         share = blocks_in(name) / model.quantized
-        layers = tuple(share * size for size in model.layer_bytes)
-        model = replace(model, quantized=share * model.quantized, layer_bytes=layers)
+        placed = tuple(share * size for size in model.layer_bytes)
+        model = replace(model, quantized=share * model.quantized, layer_bytes=placed)
     row: dict[str, Any] = {"prompt_ids": range(o.prompt_tokens)}
     row["completion_ids"] = [range(o.answer_tokens)] * o.answers
     if o.adapter_scope == "completions":

@@ -86,8 +86,8 @@ def write_gguf(
     kind: str = "Q4_0",
     embeddings: str | None = None,
 ) -> Path:
-    """Writes a Llama, Qwen2 or Qwen3: matrices of layers as `kind`, embeddings and head as `embeddings` (also `kind` if
-    None), and the tokenizer."""
+    """Writes a Llama, Qwen2 or Qwen3 and its tokenizer: matrices of layers as `kind`, embeddings and head as
+    `embeddings` (as `kind` if None)."""
     config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
     _write_metadata(writer, config, tokenizer)
     for name, tensor in model.state_dict().items():

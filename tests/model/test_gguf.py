@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 from trainer_helpers import adapter_weights, ours, step_logs, text_pairs
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
-from dpo_peft import quickstart
+from dpo_peft import cli, quickstart
 from dpo_peft.errors import OptionError, ReferenceMismatchError
 from dpo_peft.files import read_rows
 from dpo_peft.forward.gguf import GgufLinear, dequantized
@@ -223,6 +224,9 @@ def test_a_merge_adds_to_what_the_file_means(file, trained, tmp_path):
     delta = 2 * layer.lora_B.default.weight.detach() @ layer.lora_A.default.weight.detach()
     assert torch.allclose(merged.model.layers[1].mlp.up_proj.weight, weight + delta, atol=1e-6)
     assert delta.abs().max() > 1e-2
+    for safe in (False, True):
+        with pytest.raises(RuntimeError, match="merge the adapter by `dpo-peft merge`"):
+            load_trained(folder, with_reference=False).model.merge_and_unload(safe_merge=safe)
     with pytest.raises(OptionError, match="onto='base16': the base of .* is a GGUF file"):
         merge_adapter(folder, tmp_path / "other", "base16")
 
@@ -267,3 +271,22 @@ def test_a_file_is_not_quantized_again(file):
         load_base(file("Q4_0"), BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(OptionError, match="can't be loaded"):
         load_base("missing.gguf")
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_a_real_file(tmp_path, capsys):
+    """SmolLM2 as others publish it, in Q4_1."""
+    path, folder = os.environ.get("SMOLLM2_GGUF"), tmp_path / "run"
+    if not path:
+        pytest.skip("SMOLLM2_GGUF names no file")
+    options = "--max_steps 2 --per_device_train_batch_size 2 --max_length 64 --bf16 false --use_cpu --report_to none"
+    data = ["--dataset_name", quickstart.train_file(), "--output_dir", str(folder), "--logging_steps", "1"]
+    assert cli.main(["train", "--model_name_or_path", path, "--dtype", "float32", *data, *options.split()]) == 0
+    first, second = (log for log in json.loads((folder / "trainer_state.json").read_text())["log_history"][:2])
+    assert first["rewards/margins"] == 0 != second["rewards/margins"]
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == path
+    model = load_base(path, init_kwargs=FLOAT32)
+    layers = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.tensor_type.name == "Q4_1"]
+    assert storage_report(model).quantized == sum(tensor.n_bytes for tensor in layers) == 66_355_200
+    tokens = from_named(AutoTokenizer, path)("In 2024, 15 films")["input_ids"]
+    assert from_named(AutoTokenizer, path).decode(tokens[2:6]) == "2024"  # a digit a token, as SmolLM2's own has it
