@@ -171,17 +171,19 @@ def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="also cases that `sampled` leaves out of both tiers")
+    parser.addoption("--every-case", action="store_true", help="also what `sampled` and `rare` leave out of both tiers")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a `sampled(n, slow=m)` test every nth stays, the first among them; of the others every mth moves
-    into the slow tier, and the rest runs with --every-case alone."""
+    into the slow tier, and the rest, as what is `rare`, runs with --every-case alone."""
     cases: dict[str, int] = {}
     left_out = []
     for item in items:
-        if mark := item.get_closest_marker("sampled"):
+        if item.get_closest_marker("rare") and not config.getoption("--every-case"):
+            left_out.append(item)
+        elif mark := item.get_closest_marker("sampled"):
             test = item.nodeid.partition("[")[0]
             cases[test] = cases.get(test, -1) + 1
             if cases[test] % mark.args[0]:
