@@ -31,6 +31,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from dpo_peft.artifacts import curves
+from dpo_peft.files import write_atomically
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"  # optional: real data and tokenizers beside the checkout
 
@@ -62,6 +65,13 @@ def imports_are_no_garbage() -> None:
     """Spares each full collection, one per training run, a look at all objects of what is imported (0.6 s)."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no curves of runs (half a second each) but in the tests of the files of a run; the file is there."""
+    if request.path.parent.name != "artifacts":
+        monkeypatch.setattr(curves, "save", lambda figure, path: write_atomically(path, b"\x89PNG\r\n\x1a\n"))
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +181,7 @@ def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="also what `sampled` and `rare` leave out of both tiers")
+    parser.addoption("--every-case", action="store_true", help="also what `sampled` and `rare` leave out")
 
 
 @pytest.hookimpl(tryfirst=True)

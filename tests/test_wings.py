@@ -74,7 +74,7 @@ def test_the_trainer_trains_without_any_wing(whole: dict[str, object], tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(99, slow=6)
+@pytest.mark.sampled(99, slow=14)
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_trainer_trains_without_one_wing(wing: str, whole: dict[str, object], tmp_path: Path) -> None:
     losses = train_without([wing], tmp_path)["losses"]

@@ -417,7 +417,7 @@ print(json.dumps(margins))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "float32"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("float32", marks=pytest.mark.rare)])
 def test_saved_adapter_reproduces_the_margins_in_a_new_process(base_folder, tmp_path, kind):
     held_out = id_pairs(5, seed=8)
     trainer = ours(
