@@ -132,6 +132,7 @@ def judge(rows: list[dict[str, Any]], data: str) -> tuple[int, int, list[str]]:
 
 
 @pytest.mark.attack("hostile rows")
+@pytest.mark.slow
 @pytest.mark.sampled(10, slow=5)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_broken_rows_are_kept_counted_or_refused_by_name(seed: int) -> None:
