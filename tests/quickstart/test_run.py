@@ -67,7 +67,7 @@ def test_it_learns_from_chance(run: Any) -> None:
     assert abs(metrics["eval_accuracies/length_only"] - 0.5) < 0.25
 
 
-@pytest.mark.rare  # trainer/test_api.py does it with a run that takes less
+@pytest.mark.slow
 def test_plain_peft_in_a_new_process_reproduces_the_margins(run: Any, tmp_path: Path) -> None:
     folder = Path(run.args.output_dir)
     result = run.predict(run.eval_dataset)
