@@ -1,6 +1,7 @@
 """What the tests share: an offline, isolated environment, real data where there is any, tiny models and tokenizers."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -30,6 +31,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from dpo_peft.artifacts import curves
+from dpo_peft.files import write_atomically
+
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"  # optional: real data and tokenizers beside the checkout
 
@@ -54,6 +58,20 @@ def deterministic() -> None:
     """Every test starts from the same random state and computes on one thread."""
     torch.set_num_threads(1)
     set_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Spares each full collection, one per training run, a look at all objects of what is imported (0.6 s)."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no curves of runs (half a second each) but in the tests of the files of a run; the file is there."""
+    if request.path.parent.name != "artifacts":
+        monkeypatch.setattr(curves, "save", lambda figure, path: write_atomically(path, b"\x89PNG\r\n\x1a\n"))
 
 
 @pytest.fixture(scope="session")
@@ -163,17 +181,19 @@ def base_folder(tiny_llama, make_tokenizer, tmp_path_factory) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="also cases that `sampled` leaves out of both tiers")
+    parser.addoption("--every-case", action="store_true", help="also what `sampled` and `rare` leave out")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a `sampled(n, slow=m)` test every nth stays, the first among them; of the others every mth moves
-    into the slow tier, and the rest runs with --every-case alone."""
+    into the slow tier, and the rest, as what is `rare`, runs with --every-case alone."""
     cases: dict[str, int] = {}
     left_out = []
     for item in items:
-        if mark := item.get_closest_marker("sampled"):
+        if item.get_closest_marker("rare") and not config.getoption("--every-case"):
+            left_out.append(item)
+        elif mark := item.get_closest_marker("sampled"):
             test = item.nodeid.partition("[")[0]
             cases[test] = cases.get(test, -1) + 1
             if cases[test] % mark.args[0]:

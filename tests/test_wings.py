@@ -34,6 +34,9 @@ print(json.dumps({"package": dpo_peft.__file__, "loaded": sorted(loaded), "losse
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 def train_without(wings: list[str], folder: Path) -> dict[str, object]:
     """Trains two steps with a copy of the package that lacks some folders."""
     copy = folder / "dpo_peft"
@@ -73,8 +76,7 @@ def test_the_trainer_trains_without_any_wing(whole: dict[str, object], tmp_path:
     assert losses[0] != losses[1]  # type: ignore[index]
 
 
-@pytest.mark.slow
-@pytest.mark.sampled(99, slow=6)
+@pytest.mark.sampled(99, slow=14)
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_trainer_trains_without_one_wing(wing: str, whole: dict[str, object], tmp_path: Path) -> None:
     losses = train_without([wing], tmp_path)["losses"]

@@ -56,7 +56,7 @@ def attacked(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         scratch = tmp_path_factory.mktemp(command)
         folder = shutil.copytree(made, scratch / "work")
         (scratch / "tmp").mkdir()
-        every = 1 if more else {"report": 2, "pairs": 3, "score": 3, "merge": 5, "train": 19}[command]
+        every = 1 if more else {"report": 3, "pairs": 3, "score": 3, "merge": 5, "train": 19}[command]
         done = subprocess.run(
             [sys.executable, command_attacks.__file__, str(folder), command, str(every), *more],
             env={**os.environ, "PYTHONPATH": str(REPO), "TMPDIR": str(scratch / "tmp")},

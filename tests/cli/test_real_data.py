@@ -28,8 +28,8 @@ RUNS: dict[str, tuple[str, int | None, int, dict[str, Any]]] = {
     "ranked lists, best against the rest": (
         "oasst-ranked-zh/oaast_rm_zh.json",
         None,
-        60,
-        {"dataset_format": "alpaca", "loss_type": "multi_negative"},
+        40,
+        {"dataset_format": "alpaca", "loss_type": "multi_negative", "per_device_train_batch_size": 8},
     ),
     "ranked lists, whole order": (
         "oasst-en-tree/en_100_tree.jsonl",

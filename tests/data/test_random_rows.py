@@ -24,7 +24,7 @@ TEMPLATE = (
 )
 ROWS = 10_000
 BATCH = 20  # rows of a dataset, after one that is whole
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
+SEEDS = range(10)
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -132,6 +132,8 @@ def judge(rows: list[dict[str, Any]], data: str) -> tuple[int, int, list[str]]:
 
 
 @pytest.mark.attack("hostile rows")
+@pytest.mark.slow
+@pytest.mark.sampled(10, slow=5)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_broken_rows_are_kept_counted_or_refused_by_name(seed: int) -> None:
     random_ = random.Random(seed)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 ASSISTANT = "\n\nAssistant:"
 
 
-@pytest.fixture(scope="module", params=["smollm2", "minimind-6400"])
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("minimind-6400", marks=pytest.mark.rare)])
 def tokenizer(request, tokenizer_dir):
     return AutoTokenizer.from_pretrained(tokenizer_dir(request.param))
 

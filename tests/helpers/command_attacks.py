@@ -12,6 +12,7 @@ command must leave the folder as a straight run leaves it. Prints, as JSON, the 
 """
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -36,6 +37,7 @@ WORDS = {
     "merge": ("merge run --output_dir merged --max_drift 9".split(), "merged", ""),
     "train": ([*TRAIN, "--output_dir", "new"], "new", "--overwrite_output_dir=true"),
 }
+LEFT: list[dict[str, bytes | str | int]] = []
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:
@@ -113,9 +115,11 @@ def no_larger_than(limit: int) -> None:
 def judged(
     folder: Path, before: Any, straight: Any, command: str, code: int, said: str, allowed: tuple[int, ...]
 ) -> str:
-    """What is wrong after a try and after the same command again; the folder is as before then."""
+    """What is wrong after a try and after the same command again; the folder is as before then. From a state of the
+    folder that was left before, the command has already been given again."""
     words, output, replace = WORDS[command]
     now, problems = contents(folder), []
+    state = {name: content or (folder / name).stat().st_size for name, content in now.items()}
     if code not in allowed or "Traceback" in said:
         problems.append(f"exit {code}: {said[-300:]}")
     problems += [f"{name} changed" for name, content in before.items() if now.get(name) != content]
@@ -123,14 +127,16 @@ def judged(
     whole = {name: content for name, content in straight.items() if name.split("/")[0] == output}
     if command != "train" and there and there != whole:  # of a training's result readers judge: see test_results.py
         problems.append(f"half: {sorted(there)}")
-    code, said = attempt([*words, *([replace] if replace else [])], folder)
-    again = contents(folder)
-    if code == 2 and there == whole:  # it is refused, as all is there
-        again = {name: content for name, content in again.items() if not Path(name).name.startswith(".")}
-    elif code:
-        problems.append(f"again, exit {code}: {said[-300:]}")
-    differ = sorted(name for name in {*again, *straight} if again.get(name) != straight.get(name))
-    problems += [f"again, not as straight: {differ}"] if differ else []
+    if state not in LEFT:
+        LEFT.append(state)
+        code, said = attempt([*words, *([replace] if replace else [])], folder)
+        again = contents(folder)
+        if code == 2 and there == whole:  # it is refused, as all is there
+            again = {name: content for name, content in again.items() if not Path(name).name.startswith(".")}
+        elif code:
+            problems.append(f"again, exit {code}: {said[-300:]}")
+        differ = sorted(name for name in {*again, *straight} if again.get(name) != straight.get(name))
+        problems += [f"again, not as straight: {differ}"] if differ else []
     for name in {*contents(folder)} - {*before}:
         (folder / name).unlink()
     shutil.rmtree(folder / output, ignore_errors=True)
@@ -187,4 +193,5 @@ if __name__ == "__main__":
 
     if sys.argv[4:] == ["naive"]:
         page.write_atomically = in_place  # type: ignore[assignment]
+    gc.freeze()  # what is imported stays shared by the forks
     print(json.dumps(attacks(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

@@ -8,6 +8,7 @@ does the runs of the case one after the other (see `train`), and writes what cam
 `<folder of the case>/<name of the run>-<rank>.json`.
 """
 
+import gc
 import json
 import logging
 import os
@@ -261,5 +262,8 @@ def main(case_file: str) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    import trainer_helpers  # noqa: F401
+
+    gc.freeze()  # else each run looks through all that is imported
     main(sys.argv[1])
     leave()

@@ -144,8 +144,8 @@ def trainer(model: str, folder: Path, **changed: Any) -> DPOTrainer:
 @pytest.mark.parametrize(
     "name",
     [
-        "qwen3_5-vl",
-        pytest.param("deepseek_v3", marks=pytest.mark.slow),
+        "deepseek_v3",
+        pytest.param("qwen3_5-vl", marks=pytest.mark.slow),
         pytest.param("gemma3-vl", marks=pytest.mark.slow),
     ],
 )

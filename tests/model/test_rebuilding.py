@@ -88,12 +88,12 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("modules_to_save", True),
         ("plain", False),
         *(
-            pytest.param(kind, tied, marks=pytest.mark.slow)
-            for kind, tied in [
-                ("plain", True),
-                ("modules_to_save", False),
-                ("trainable_token_indices", True),
-                ("trainable_token_indices", False),
+            pytest.param(kind, tied, marks=getattr(pytest.mark, mark))
+            for kind, tied, mark in [
+                ("plain", True, "rare"),
+                ("modules_to_save", False, "rare"),
+                ("trainable_token_indices", True, "slow"),
+                ("trainable_token_indices", False, "rare"),
             ]
         ),
     ],

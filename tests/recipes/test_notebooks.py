@@ -16,7 +16,7 @@ def test_a_notebook_is_kept_clean(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(99, slow=2)
+@pytest.mark.sampled(99, slow=4)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     """Its own `assert`s hold."""

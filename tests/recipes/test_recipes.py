@@ -312,7 +312,7 @@ def test_the_trl_script(base_folder: str, data: Path, tmp_path: Path, monkeypatc
     assert saved["auto_mapping"]["dpo_peft_training"]["quantization"]["bnb_4bit_use_double_quant"]
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "objectives.py"])
+@pytest.mark.parametrize("name", [pytest.param("quickstart.py", marks=pytest.mark.slow), "objectives.py"])
 def test_judged_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sample, train, sample again and report; four samples and eight held-out pairs here."""
     script = load_script(name)

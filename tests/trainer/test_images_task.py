@@ -17,7 +17,7 @@ from vision_processors import COLORS, SHAPES, build_processor, colored_shape
 
 from dpo_peft import DPOConfig, DPOTrainer
 
-TRAINED, HELD_OUT, BATCH = 4000, 200, 16
+TRAINED, HELD_OUT, BATCH = 3200, 200, 16
 
 
 def save_model(folder: Path, seed: int) -> str:

@@ -43,7 +43,7 @@ def one_step(model: Any, tokenizer: Any, rows: Any, folder: Path, split: tuple[i
     return trainer
 
 
-@pytest.mark.sampled(10, slow=2)
+@pytest.mark.sampled(10, slow=5)
 @pytest.mark.parametrize("mix", [{"loss_type": [name], **NEEDED.get(name, {})} for name in REGISTRY] + MIXES, ids=str)
 def test_micro_batches_do_not_change_the_step(
     mix: dict[str, Any], tiny_llama: Any, make_tokenizer: Any, tmp_path: Path

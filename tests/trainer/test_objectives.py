@@ -188,7 +188,7 @@ def flipped(rows: Dataset) -> Dataset:
     return rows.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(5, slow=3)
 @pytest.mark.parametrize("loss", [name for name, entry in REGISTRY.items() if entry.soft_labels])
 def test_soft_labels(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     """p of (w, l) is 1 - p of (l, w); p = 1 is the hard label; a tie says nothing while rewards are equal."""

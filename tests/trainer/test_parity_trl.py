@@ -201,6 +201,7 @@ def real_tokenizer(name: str, tokenizer_dir: Any, make_tokenizer: Any) -> PreTra
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(99, slow=4)  # each set and each template once
 @pytest.mark.parametrize("template", ["smollm2", "minimind-6400", "mistral_like"])
 @pytest.mark.parametrize("dataset", ["dpo_en_demo", "dpo_zh_demo", "hh"])
 def test_real_rows(tiny_llama, make_tokenizer, tokenizer_dir, data_dir, tmp_path, dataset, template):

@@ -235,7 +235,7 @@ def trained(make: Any, model: Any, tokenizer: Any, folder: Path, **changed: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(99, slow=2)
+@pytest.mark.sampled(99, slow=5)
 @pytest.mark.parametrize(("name", "value"), RUNS)
 def test_an_option_does_what_the_table_says(
     name: str, value: Any, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, reached: Any

@@ -93,7 +93,8 @@ def runs(base_folder: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path)
     return Runs(base_folder, tiny_llama, make_tokenizer(), tmp_path)
 
 
-@pytest.mark.parametrize("name", [next(iter(CASES)), *(pytest.param(n, marks=pytest.mark.slow) for n in [*CASES][1:])])
+@pytest.mark.sampled(6, slow=2)
+@pytest.mark.parametrize("name", CASES)
 def test_any_split_ends_in_the_same_bytes(name: str, runs: Runs, caplog: Any) -> None:
     """Two runs, each split, and an interrupted run that is resumed with another one. The log is the same too.
 

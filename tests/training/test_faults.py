@@ -292,7 +292,7 @@ def test_a_second_signal_acts_at_once(tiny_llama, make_tokenizer, tmp_path):
 
 @pytest.mark.attack("full disk")
 @pytest.mark.slow
-@pytest.mark.sampled(99, slow=2)
+@pytest.mark.sampled(99, slow=4)
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "run_state.json"])
 def test_a_disk_that_fills_up(tiny_llama, make_tokenizer, tmp_path, monkeypatch, name):
     """A limit on the size of files stands in for the disk: writing beyond it fails as on a full one."""

@@ -52,6 +52,7 @@ def assert_identical(run: Run) -> None:
 
 
 @pytest.mark.attack("killed while writing")
+@pytest.mark.sampled(99, slow=2)
 @pytest.mark.parametrize("name", SHORT)
 def test_killed_equals_straight(torturer, name):
     assert torturer(name).straight["step"] == STEPS

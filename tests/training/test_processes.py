@@ -1,6 +1,7 @@
 """Training in two processes gives the result of one with the same global batch: losses, metrics, weights.
 
-The runs of a group share one start of the processes. The first group starts as a user does, by `accelerate launch`.
+All runs share one start of the processes, as a user's, by `accelerate launch`; those of `RARE` are done with
+--every-case alone.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel_run import SCRIPT, child_environment, free_port, launch, start, train, wait_for
+from parallel_run import SCRIPT, child_environment, free_port, start, train, wait_for
 from paths import REPO
 from run_figures import TOLERANCE, largest_difference, run, without_comparisons
 
@@ -18,8 +19,9 @@ pytestmark = pytest.mark.slow
 
 
 ACCUMULATED = {"gradient_accumulation_steps": 2}
-GROUPS: dict[str, list[dict[str, Any]]] = {
-    "plain": [
+RUNS = {
+    one["name"]: one
+    for one in (
         run("sigmoid", eval_rows=5),
         run("one_row_left", rows=9, options=ACCUMULATED),  # rank 1 has nothing in all of the last step
         run("all_even", rows=16, options=ACCUMULATED),
@@ -27,8 +29,6 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         run("token_means", "sigmoid", "sft", options=ACCUMULATED, eval_rows=5),
         run("orpo", "orpo", rows=14, options=ACCUMULATED),
         run("lists", "multi_negative", rows=11, options=ACCUMULATED, eval_rows=5),
-    ],
-    "more": [
         run("adamw", options={"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-4}),
         run("stream", stream=1, options={"max_steps": 8}),
         run("stream_in_shards", stream=3, options={"max_steps": 8}),
@@ -43,10 +43,14 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         run("aot_accumulated", "aot", options=ACCUMULATED),
         run("nan", broken="nan"),
         run("gradients_stay", broken="gradients"),  # last: it changes the process
-    ],
+    )
 }
-RUNS = {one["name"]: (group, one) for group, runs in GROUPS.items() for one in runs}
-COMPARED = [name for name in RUNS if name not in ("saved", "resumed", "nan", "gradients_stay")]
+RARE = "one_row_left orpo adamw stream_in_shards own_seed kto_accumulated aot".split()
+COMPARED = [
+    pytest.param(name, marks=pytest.mark.rare if name in RARE else [])
+    for name in RUNS
+    if name not in ("saved", "resumed", "nan", "gradients_stay")
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,39 +63,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, make_token
 
 
 @pytest.fixture(scope="module")
-def parallel(folder: Path) -> Callable[[str], list[dict[str, Any]]]:
-    """`parallel(name)`: the run's results in two processes, by rank; its group starts with its first run."""
-    outcome: dict[str, AssertionError | None] = {}
-
-    def results(name: str) -> list[dict[str, Any]]:
-        group = RUNS[name][0]
-        if group not in outcome:
-            outcome[group] = attempt(group)
-        files = [folder / f"{name}-{rank}.json" for rank in range(2)]
-        if outcome[group] and not all(file.exists() for file in files):
-            raise outcome[group]  # type: ignore[misc]
-        return [json.loads(file.read_text()) for file in files]
-
-    def attempt(group: str) -> AssertionError | None:
-        case = folder / f"{group}.json"
-        case.write_text(json.dumps(GROUPS[group]))
-        try:
-            (accelerate_launch if group == "plain" else launch)(SCRIPT, [str(case)], folder)
-        except AssertionError as error:
-            return error
-        return None
-
-    return results
-
-
-def accelerate_launch(script: Path, arguments: list[str], folder: Path) -> None:
+def parallel(folder: Path, pytestconfig: pytest.Config) -> Callable[[str], list[dict[str, Any]]]:
+    """`parallel(name)`: the run's results in two processes, by rank."""
+    rare = () if pytestconfig.getoption("--every-case") else RARE
+    (folder / "case.json").write_text(json.dumps([one for name, one in RUNS.items() if name not in rare]))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(REPO / "recipes/accelerate/ddp_cpu.yaml"), "--main_process_port", str(free_port())]
     log = folder / "accelerate.txt"
     with log.open("w") as output:
-        command += [str(script), *arguments]
-        child = start(command, child_environment(), output)
+        child = start([*command, str(SCRIPT), str(folder / "case.json")], child_environment(), output)
     wait_for([child], [log], timeout=300)
+    return lambda name: [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +83,7 @@ def single(folder: Path) -> Callable[[str], dict[str, Any]]:
 
     def result(name: str) -> dict[str, Any]:
         if name not in known:
-            known[name] = train(RUNS[name][1], str(folder), 1, 0)
+            known[name] = train(RUNS[name], str(folder), 1, 0)
         return known[name]
 
     return result
@@ -123,7 +105,6 @@ def test_largest_difference_sees_every_figure() -> None:
 # ---- The same result ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(99, slow=2)
 @pytest.mark.parametrize("name", COMPARED)
 def test_two_processes_train_as_one_with_the_same_global_batch(name: str, parallel: Any, single: Any) -> None:
     ranks, alone = parallel(name), single(name)
