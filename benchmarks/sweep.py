@@ -3,8 +3,8 @@
     python benchmarks/sweep.py [--rows 640] [--output benchmarks/results/sweep.json]
 
 Both sides train the same options on the same rows, one process each. Cost is CPU time, which other work on the machine
-moves less than wall time. The full grid is judged by the rule of the sweep, on the same held-out rows. Its runs are kept
-in the output, and made once.
+moves less than wall time. The full grid is judged by the rule of the sweep, on the same held-out rows. Single runs are
+kept in the output, and made once.
 """
 
 import argparse

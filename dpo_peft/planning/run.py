@@ -17,7 +17,7 @@ from ..model.base import base_config
 from ..model.checkpoint_formats import FORMATS
 from ..model.gguf import blocks_in, is_gguf
 from ..model.scope import layer_numbers
-from ..training.packing import size_of
+from ..training.packing import Size, size_of
 from .gpus import Gpu, is_hopper, of_size, parse_gpu
 from .memory import GIB, RESERVE, MemoryModel
 from .placing import cut, needs_reference, place, price, remedies
@@ -99,11 +99,7 @@ def plan(**options: object) -> Plan:
         share = blocks_in(name) / model.quantized
         placed = tuple(share * size for size in model.layer_bytes)
         model = replace(model, quantized=share * model.quantized, layer_bytes=placed)
-    row: dict[str, Any] = {"prompt_ids": range(o.prompt_tokens)}
-    row["completion_ids"] = [range(o.answer_tokens)] * o.answers
-    if o.adapter_scope == "completions":
-        row["adapter_start"] = o.prompt_tokens
-    sample = size_of(row, o.share_prompts)  # of mean lengths
+    sample = _sample(o)
     tokens, time = sample.tokens, _time(o, sample.tokens)
     model = place(o, model, gpu, sample)
     T, S, P, given, _ = (o.per_device_train_batch_size * n for n in sample)
@@ -184,6 +180,15 @@ def _gpu(o: SimpleNamespace) -> Gpu | None:
     if given is None:
         return part
     return given if given.total <= part.total else part._replace(like=given.like, measured=given.measured)
+
+
+def _sample(o: SimpleNamespace) -> Size:
+    """Returns the size of a row of mean lengths."""
+    row: dict[str, Any] = {"prompt_ids": range(o.prompt_tokens)}
+    row["completion_ids"] = [range(o.answer_tokens)] * o.answers
+    if o.adapter_scope == "completions":
+        row["adapter_start"] = o.prompt_tokens
+    return size_of(row, o.share_prompts)
 
 
 def _time(o: SimpleNamespace, tokens: int) -> dict[str, float] | None:

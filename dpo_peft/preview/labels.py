@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+PRECISION = 0.8  # share of the rows called mislabelled that is expected to be
 SURE = 1.35  # log-likelihood that flips must explain: chance alone gives more in 5 % of sets without any
 
 
@@ -22,7 +23,7 @@ class Labels(NamedTuple):
 
     margin_N: Array  # float64, mean over the repeats
     wrong_N: Array  # float64, the probability that the label is flipped
-    mislabelled_N: Array  # bool: it is above a half, and the margin negative in every repeat
+    mislabelled_N: Array  # bool: among the surest, of whom so many are expected to be wrong
     flipped: float  # e, the share of flipped labels
     trust: float  # T, per unit of margin
 
@@ -34,14 +35,18 @@ class Labels(NamedTuple):
 
 def judge(margins_RN: Array) -> Labels:
     """Returns what held-out margins, (R, N) float64, say of each label. Where flips explain the margins no better than
-    an adapter that is unsure does, none is said to be flipped."""
+    an adapter that is unsure does, none is said to be flipped. Else the surest rows are, as many as leave their mean
+    probability at `PRECISION`, each above a half and with a negative margin in every repeat."""
     margin_N = margins_RN.mean(0)
     trust, flipped, gain = _fit(margin_N)
     if gain < SURE:
         trust, flipped = _fit(margin_N, most=0.0)[0], 0.0
     right_N = _sigmoid(trust * margin_N)
     wrong_N = flipped * (1 - right_N) / (flipped + (1 - 2 * flipped) * right_N)
-    return Labels(margin_N, wrong_N, (wrong_N > 0.5) & (margins_RN < 0).all(0), flipped, trust)
+    wrong_S = np.sort(wrong_N)[::-1]
+    enough_S = np.cumsum(wrong_S) >= PRECISION * np.arange(1, len(wrong_S) + 1)
+    least = max(0.5, wrong_S[enough_S].min(initial=1.0))
+    return Labels(margin_N, wrong_N, (wrong_N >= least) & (wrong_N > 0.5) & (margins_RN < 0).all(0), flipped, trust)
 
 
 def easiest(margin_N: Array, share: float) -> list[int]:

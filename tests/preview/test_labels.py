@@ -35,6 +35,16 @@ def test_probabilities_are_calibrated(share: float) -> None:
         assert abs(wrong_N[inside].mean() - flipped_N[inside].mean()) < 0.1
 
 
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
+def test_four_of_five_rows_that_are_called_wrong_are(share: float) -> None:
+    sets = [
+        (judge(margins_RN).mislabelled_N, flipped_N) for margins_RN, flipped_N in (drawn(share, i) for i in range(8))
+    ]
+    called_N, flipped_N = np.concatenate([called for called, _ in sets]), np.concatenate([f for _, f in sets])
+    assert abs(flipped_N[called_N].mean() - 0.8) < 0.07  # all above a half would be right in 0.6 to 0.75
+    assert called_N[flipped_N].mean() > 0.1
+
+
 def test_no_flips_are_made_up() -> None:
     assert sum(judge(drawn(0.0, seed)[0]).mislabelled_N.any() for seed in range(20)) <= 3
     noise = np.random.default_rng(0).normal(0, 1, (2, 500))  # an adapter that has learned nothing
