@@ -96,9 +96,7 @@ def plan(**options: object) -> Plan:
     gpu = _gpu(o)
     name, model, weights = _model(o)
     if is_gguf(name) and model.quantized:
-        share = blocks_in(name) / model.quantized
-        placed = tuple(share * size for size in model.layer_bytes)
-        model = replace(model, quantized=share * model.quantized, layer_bytes=placed)
+        model = _in_blocks(model, blocks_in(name) / model.quantized)
     sample = _sample(o)
     tokens, time = sample.tokens, _time(o, sample.tokens)
     model = place(o, model, gpu, sample)
@@ -180,6 +178,12 @@ def _gpu(o: SimpleNamespace) -> Gpu | None:
     if given is None:
         return part
     return given if given.total <= part.total else part._replace(like=given.like, measured=given.measured)
+
+
+def _in_blocks(model: MemoryModel, share: float) -> MemoryModel:
+    """Returns the memory of a base whose quantized weights take so many times what they do in NF4."""
+    placed = tuple(share * size for size in model.layer_bytes)
+    return replace(model, quantized=share * model.quantized, layer_bytes=placed)
 
 
 def _sample(o: SimpleNamespace) -> Size:
