@@ -7,7 +7,8 @@
 Variants have the same rank, steps, order of rows and, but for those that say so, rate; a control that must be worse
 (rank 1, lowest quarter of the layers) shows that the measures can tell. A run is judged several times along the way:
 worth over KL is its frontier (Rafailov et al. 2023, figure 2), and `seconds` of training until there compare at equal
-time. SMOLLM2 is a folder of SmolLM2-135M-Instruct (see smollm2_dpo.py).
+time (of a CPU its own time, which other work doesn't move). SMOLLM2 is a folder of SmolLM2-135M-Instruct (see
+smollm2_dpo.py).
 
 - "quickstart" trains the bundled model; worth is the true reward of a fresh completion to each of 128 prompts.
 - "sentiment" trains SmolLM2 in NF4 to go on with reviews in a good mood (the paper's controlled sentiment); worth is
@@ -21,6 +22,7 @@ seeds, and the difference to the full adapter with its 95 % interval over held-o
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -173,13 +175,14 @@ class Judge(TrainerCallback):
         self.trainer, self.judged, self.task, self.seed, self.points = trainer, judged, task, seed, list[Run]()
         self.prompts = quickstart.eval_prompts()[:128] if task == "quickstart" else prompts
         self.reward = quickstart.true_reward if task == "quickstart" else vader() if task == "sentiment" else None
+        self.clock = time.process_time if trainer.args.use_cpu else time.perf_counter
         self.seconds, self.began = 0.0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = self.clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += self.clock() - self.began
         trainer, point = self.trainer, {"step": state.global_step, "seconds": round(self.seconds, 1)}
         if state.global_step not in self.judged:
             return
@@ -282,6 +285,15 @@ def at_level(points: list[Run], level: float) -> Tensor | None:
     return None
 
 
+def at_time(points: list[Run], seconds: float) -> Tensor | None:
+    """Returns the items' worth after so many seconds of training, if they were judged before and after: linear."""
+    for first, then in zip(points, points[1:], strict=False):
+        if first.get("seconds", math.inf) <= seconds <= then["seconds"]:
+            share = (seconds - first["seconds"]) / (then["seconds"] - first["seconds"])
+            return worth(first) + (worth(then) - worth(first)) * share
+    return None
+
+
 def measures(levels: tuple[float, ...]) -> dict[str, Callable[[list[Run]], Tensor | None]]:
     """Returns what is compared: name to a function of a run's points that gives values by item, or None."""
     return {
@@ -305,7 +317,10 @@ def summarize(runs: dict[str, Run]) -> dict[str, Run]:
     summary: dict[str, Run] = {}
     for name in sorted(by, key=lambda name: (name.split("/")[0], VARIANTS.index(name.split("/")[1]))):
         full = by.get(f"{name.partition('/')[0]}/full", {})
-        for measure_name, of in measures(TASKS[name.partition("/")[0]].levels).items():
+        asked, ends = measures(TASKS[name.partition("/")[0]].levels), [p[-1].get("seconds") for p in full.values()]
+        if ends and None not in ends:
+            asked["worth in the time of full"] = partial(at_time, seconds=min(ends))
+        for measure_name, of in asked.items():
             found = {seed: items for seed, points in by[name].items() if (items := of(points)) is not None}
             if not found:
                 continue
