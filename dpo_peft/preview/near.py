@@ -50,7 +50,7 @@ def similar(
     threshold: float = SIMILAR,
     alike: Callable[[int, int], bool] = lambda i, j: True,
 ) -> Pairs:
-    """Returns (i, j) for each of some sets that is at least `threshold` alike to one that is known, the first found.
+    """Returns (i, j) for each of some sets that is at least `threshold` alike to one that is known: the first one.
 
     Args:
         sets: of hashes, as of `shingles`. Those that most have in common are left out of all first.
@@ -85,7 +85,7 @@ def similar(
             continue
         match = None
         if known is None or i >= 0:
-            candidates = {j: None for one in first for j in index.get(one, ())}
+            candidates = sorted({j for one in first for j in index.get(one, ())})
             near = (j for j in candidates if jaccard(told, kept[j]) >= threshold and alike(i, j))
             match = next(near, None)
         if match is not None:
