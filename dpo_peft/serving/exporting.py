@@ -197,15 +197,20 @@ def _folder_of(name: str, file: str, where: dict[str, str]) -> Path:
 
 
 def _as_read(source: AdapterSource, work: Path) -> Path:
-    """Returns a folder whose adapter acts as ours does where it is scaled by lora_alpha / rank."""
+    """Returns a folder whose adapter acts as ours does where it is scaled by lora_alpha / rank, and an answer-only one
+    from the token before its own on, as by llama-server (docs/serving.md)."""
     folder = _folder_of(source.adapter, SAFETENSORS_WEIGHTS_NAME, source.from_hub)
     config: PeftConfig | Any = source.config
-    if not config.use_rslora:
+    other: dict[str, Any] = {}
+    if config.use_rslora:
+        other |= {"lora_alpha": config.lora_alpha * math.sqrt(config.r), "use_rslora": False}
+    if len(config.alora_invocation_tokens or ()) > 1:
+        other["alora_invocation_tokens"] = config.alora_invocation_tokens[1:]
+    if not other:
         return folder
     copied = work / folder.name
     copied.mkdir()
-    options = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    options |= {"lora_alpha": config.lora_alpha * math.sqrt(config.r), "use_rslora": False}
+    options = json.loads((folder / "adapter_config.json").read_text("utf-8")) | other
     (copied / "adapter_config.json").write_text(json.dumps(options), "utf-8")
     (copied / SAFETENSORS_WEIGHTS_NAME).symlink_to((folder / SAFETENSORS_WEIGHTS_NAME).resolve())
     return copied

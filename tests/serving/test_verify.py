@@ -127,15 +127,15 @@ def test_the_base_that_was_trained_on_is_verified_and_another_is_caught(
 
 def test_strength_and_scope_of_an_adapter_are_verified(tmp_path: Path, files: Any) -> None:
     """rsLoRA is weaker by the square root of its rank where a file is made of it by hand, and an answer-only adapter
-    acts on the prompt too where its tokens are overlooked. As it should be it is off too: llama-server has it act from
-    the token before its own on."""
+    acts on the prompt too where its tokens are overlooked. llama-server has it act from the token before its own on, so
+    that the file names one token less."""
     tokens = answer_only(AutoTokenizer.from_pretrained(MODEL))
     source = drawn(tmp_path, use_rslora=True, r=16, alora_invocation_tokens=tokens)
     path = converted(source, tmp_path)
     right, key = path.read_bytes(), b"adapter.lora.alpha"
     served = Served(base_gguf=files("F32"), adapter_gguf=str(path))
     verified = verify_serving(source, served, dataset=some(2))
-    assert 0 < 5 * verified.drift.mean_token < verified.drift.adapter_token, verified
+    assert not verified.problems and verified.drift.mean_token < 0.01 * verified.drift.adapter_token, verified
     head, alpha = right.index(key) + len(key) + 4, struct.pack("<f", 8 * 4)
     assert right[head : head + 4] == alpha
     for wrong in (right[:head] + struct.pack("<f", 8) + right[head + 4 :], right.replace(INVOCATION, b"?" * 31)):
