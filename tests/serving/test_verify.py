@@ -67,7 +67,7 @@ def drawn(folder: Path, **options: Any) -> AdapterSource:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), lora(**options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
     return AdapterSource(str(folder), quantize=False, dtype="float32")
@@ -127,8 +127,8 @@ def test_the_base_that_was_trained_on_is_verified_and_another_is_caught(
 
 def test_strength_and_scope_of_an_adapter_are_verified(tmp_path: Path, files: Any) -> None:
     """rsLoRA is weaker by the square root of its rank where a file is made of it by hand, and an answer-only adapter
-    acts on the prompt too where its tokens are overlooked. llama-server has it act from the token before its own on, so
-    that the file names one token less."""
+    acts on the prompt too where its tokens are overlooked. llama-server has it act from the token before its own on:
+    the file names one token less."""
     tokens = answer_only(AutoTokenizer.from_pretrained(MODEL))
     source = drawn(tmp_path, use_rslora=True, r=16, alora_invocation_tokens=tokens)
     path = converted(source, tmp_path)
