@@ -19,8 +19,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         raise Found(parser)
 
     argparse.ArgumentParser.parse_known_args = stop  # type: ignore[method-assign, assignment]
+    name = command.replace("-", "_")
     try:
-        getattr(importlib.import_module(f"dpo_peft.cli.{command}"), command)([])
+        getattr(importlib.import_module(f"dpo_peft.cli.{name}"), name)([])
     except Found as found:
         return found.args[0]
     finally:

@@ -66,6 +66,7 @@ def schema() -> dict[str, Any]:
     losses = {"anyOf": [{"enum": [*REGISTRY]}, {"type": "string", "pattern": ":"}]}
     properties["loss_type"]["anyOf"] = [losses, {"type": "array", "items": losses, "minItems": 1}]
     del properties["loss_type"]["type"]
+    properties["lora_layers_to_transform"]["type"].append("number")  # as YAML has a share
     texts = own_words()
     for name, made in properties.items():
         made["description"] = next(

@@ -28,7 +28,7 @@ pytest_plugins = ["hub_helpers"]
 
 # What may keep a block from being run, at the head of its reason; of Python the first line alone.
 NEEDS = r"needs (a GPU|several GPUs|the Hub)\b"
-NEEDS_TOO = r"needs (the package index|vLLM|Ollama)\b"
+NEEDS_TOO = r"needs (the package index|vLLM|Ollama|a GGUF file)\b"
 QWEN3 = families.FAMILIES["qwen3"]
 
 

@@ -56,6 +56,14 @@ class LookArguments:
 
 
 @dataclass
+class Written:
+    """Where folds leave what they find."""
+
+    _argument_group_name = CrossFitArguments._argument_group_name
+    output_dir: str | None = option(None, "With cross_fit: folder of difficulty.jsonl and easiest.jsonl.")
+
+
+@dataclass
 class TrainedAs:
     """Options of training that decide what becomes of rows."""
 
@@ -90,20 +98,26 @@ def data(argv: Sequence[str]) -> None:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words = ["--dataset_name", *words]
-    groups: list[type] = [LookArguments, CrossFitArguments, DataArguments, TrainedAs]
+    groups: list[type] = [LookArguments, CrossFitArguments, DataArguments, TrainedAs, Written]
     unread: list[type] = [ModelArguments, OutputArguments, LaunchArguments, DPOConfig]
     if crossed := asked_for(words):
         groups, unread = [*groups[:3], ModelArguments, DPOConfig], unread[1:3]
     usage = "[DATASET_NAME] [--config FILE.yaml] [--option value ...]"
-    options, _ = parse_groups(words, groups, "data", usage, about, EXAMPLES, unread)
+    options, of_file = parse_groups(words, groups, "data", usage, about, EXAMPLES, unread)
     required(options, *([] if options.datasets else ["dataset_name"]))
     asked, trained = made(LookArguments, options), made(TrainedAs, options)
     if asked.rows < 0:
         raise OptionError(f"rows={asked.rows} must be 0 or more.")
     if crossed:
         check(options)
-    elif options.keep_easiest is not None or options.cross_fit_repeats != CrossFitArguments.cross_fit_repeats:
-        raise OptionError("keep_easiest, cross_fit_repeats: no effect without cross_fit. Give it, such as 3.")
+    elif (
+        options.keep_easiest is not None
+        or options.cross_fit_repeats != CrossFitArguments.cross_fit_repeats
+        or options.output_dir != of_file.get("output_dir")  # a file's is that of the training
+    ):
+        raise OptionError(
+            "keep_easiest, cross_fit_repeats, output_dir: no effect without cross_fit. Give it, such as 3."
+        )
     result, shown = run(made(DataArguments, options), trained, asked)
     if crossed:
         result["labels"] = cross_fit(options)

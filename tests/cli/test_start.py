@@ -147,7 +147,7 @@ def test_recipes_are_listed_copied_and_trained_by_name(tmp_path: Path, capsys: p
     out, _ = run(capsys, "recipes")
     for name in ("dpo_qlora_8b", "kto_8b", "ddp"):
         assert f"\n{name}\n" in f"\n{out}"
-    assert "gpu: one of 24 GB; peak: at most 22.73 GiB; time: not measured" in out and "quickstart" not in out
+    assert "gpu: one of 24 GB; peak: at most 22.77 GiB; time: not measured" in out and "quickstart" not in out
     path = tmp_path / "mine.yaml"
     run(capsys, "recipes", "dpo_qlora_8b", "--output", path)
     assert path.read_bytes() == recipe_files()["dpo_qlora_8b"].read_bytes()

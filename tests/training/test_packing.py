@@ -153,7 +153,10 @@ def test_sizes_are_those_of_the_layout(loss: str, shared: bool) -> None:
     for row in rows:
         batch = collate([row])
         keys = len(batch["kv_index"]) if shared else batch["input_ids"].numel()
-        assert size_of(row, shared) == (batch["input_ids"].numel(), keys, len(batch["target"]), 0)
+        tokens = batch["input_ids"].numel()
+        # A token sees its position's number of keys and itself, which counts half.
+        scores = float(batch["position_ids"].sum()) + tokens / 2 if shared else 0
+        assert size_of(row, shared) == (tokens, keys, len(batch["target"]), 0, scores)
     bins = pack_rows(rows, 260, shared)
     tokens = [collate([rows[i] for i in one])["input_ids"].numel() for one in bins]
     assert 1 < len(bins) < 12 and tokens == sorted(tokens, reverse=True)
@@ -419,7 +422,7 @@ def test_auto_asks_the_trainer(
     assert len(asked) == 6 and [len(samples) for samples in asked[:3]] == [8, 8, 5]
     row = rows[9]
     lengths = [len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    assert asked[1][1] == (sum(lengths), 3 * lengths[0] + lengths[1] + lengths[2], lengths[1] + lengths[2], 0)
+    assert asked[1][1][:4] == (sum(lengths), 3 * lengths[0] + lengths[1] + lengths[2], lengths[1] + lengths[2], 0)
     assert 40 < max(batch.input_ids.numel() for batch in passes) <= 80
 
 

@@ -52,7 +52,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> tuple[Throughput, Clock]:
     monkeypatch.setattr(throughput, "weights_per_token", lambda model: (70.0, 30))
     monkeypatch.setattr(throughput, "share_below", lambda model: 0.5)
     clock = Clock()
-    made = Throughput(SimpleNamespace(num_parameters=lambda **_: 100), *needs(), clock=clock)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(num_parameters=lambda **_: 100, modules=list)
+    made = Throughput(model, *needs(), clock=clock)
     made.begin()
     made.rate, made._below = 61_080.0, 0.0
     return made, clock
