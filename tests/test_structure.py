@@ -49,7 +49,7 @@ BUDGETS = {
     "artifacts": 1380,
     "reward": 880,
     "merge": 810,
-    "serving": 715,
+    "serving": 730,
     "hub": 920,
     "pairs": 1230,
     "report": 1485,
@@ -58,13 +58,13 @@ BUDGETS = {
     "suites": 915,
     "conversion": 450,
     "preview": 1265,
-    "cli": 4615,
+    "cli": 4630,
     "sweep": 215,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 43_310
+MAX_PACKAGE_LINES = 43_340
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -36,19 +36,29 @@ class LlamaServer:
     """llama.cpp's `llama-server`, with what adapters it was started with."""
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/") + "/completion"
+        self.at = url.rstrip("/")
+        self.url = f"{self.at}/completion"
 
     def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """See `Server`."""
         found = []
         for at, token in enumerate(completion):
-            (one,) = self._written([*prompt, *completion[:at]], 1, logit_bias=[[token, 1e9]])
+            before = [*prompt, *completion[:at]]
+            written = self._written(before, 1, logit_bias=[[token, 1e9]])
+            one = written[0] if written else self._beside(before, token)
             if one["id"] != token:
                 raise OptionError(
                     f"{self.url} wrote the token {one['id']} where {token} was forced: it is another model."
                 )
             found.append(max(one["logprob"], LOWEST))
         return found
+
+    def _beside(self, before: Sequence[int], token: int) -> dict[str, Any]:
+        """Returns what is told of a token that ends within a character, of which the server keeps silent until the
+        character is whole: among all others, beside one that is forced."""
+        letter = post(f"{self.at}/tokenize", {"content": "a"})["tokens"][-1]
+        (one,) = self._written(before, 1, logit_bias=[[letter, 1e9]], n_probs=1 << 20)
+        return next(each for each in one["top_logprobs"] if each["id"] == token)
 
     def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
         """See `Server`."""
@@ -57,7 +67,7 @@ class LlamaServer:
     def _written(self, ids: Sequence[int], most: int, **more: Any) -> list[dict[str, Any]]:
         how = {"n_predict": most, "n_probs": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True}
         told = post(self.url, {"prompt": [*ids], **how, **more})
-        return told["completion_probabilities"]
+        return told.get("completion_probabilities", [])
 
 
 class VllmServer:

@@ -269,7 +269,11 @@ def test_configs(
         assert result["first"]["rewards/margins"] == pytest.approx(0, abs=1e-3)
     assert (start is None) == ("kl" not in result["first"])  # no reference, no distance from it
     of_model = {"lora_r": "r", "lora_alpha": "lora_alpha"}
-    for option in recipe.keys() - given.keys() - of_model.keys() - {"dataset_format"}:
+    less = {"adapter_scope", "lora_layers_to_transform"}
+    if less <= recipe.keys():
+        adapter = trainer.model.peft_config["default"]
+        assert adapter.alora_invocation_tokens and adapter.layers_to_transform == [1]  # of two layers
+    for option in recipe.keys() - given.keys() - of_model.keys() - less - {"dataset_format"}:
         value = getattr(trainer.args, option)
         listed = [recipe[option]] if option == "loss_type" else recipe[option]
         assert value == listed or option == "report_to" and value in ([], ["none"]), option

@@ -92,8 +92,9 @@ def some(rows: int) -> Any:
 
 
 def test_log_probs_are_those_of_plain_transformers(files: Any) -> None:
-    """End tokens inside a completion, and repeated ones, are tokens like others."""
-    prompt, completion = [1, 300, 40], [500, 2, 2, 700, 12, 2]
+    """End tokens inside a completion, repeated ones, and parts of a character are tokens like others."""
+    part = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids("Ã")  # the first byte of é
+    prompt, completion = [1, 300, 40], [500, 2, 2, 700, 12, part, part, 2]
     with llama_cpp_server(files("F32"), None, 64) as server:
         found = torch.tensor(server.logps(prompt, completion))
         written = server.greedy(prompt, 12)
