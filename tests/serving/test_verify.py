@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import write_gguf
+from gguf_files import unpacked, write_gguf
 from peft import get_peft_model
 from trainer_helpers import lora, ours
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -256,7 +256,14 @@ def test_200_pairs_on_the_base_that_was_trained_on(kind: str, files: Any, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")
-def test_smollm2_on_its_file(tmp_path: Path) -> None:
-    source = AdapterSource(trained_on(os.environ["SMOLLM2_GGUF"], tmp_path, quantize_base=False, learning_rate=3e-4))
-    drift = verify_serving(source, Served(), dataset=some(20)).drift
-    assert drift.mean_token <= 0.02 < drift.adapter_token and drift.signs_equal >= 19
+def test_smollm2_on_the_weights_of_its_file(tmp_path: Path) -> None:
+    """Served with the same weights in float32. On the file itself llama.cpp rounds activations to 8 bits, which alone
+    moves SmolLM2 by 0.04 nats a token (docs/serving.md): twice the limit, so it is said that this is another model."""
+    file = os.environ["SMOLLM2_GGUF"]
+    source = AdapterSource(trained_on(file, tmp_path, quantize_base=False, learning_rate=3e-4))
+    served = Served(base_gguf=str(unpacked(file, tmp_path / "float32.gguf")))
+    same, rounded = (verify_serving(source, one, dataset=some(20)) for one in (served, Served()))
+    print(same, rounded)
+    assert not same.problems and same.drift.mean_token < 0.005 < 0.02 < same.drift.adapter_token
+    assert same.drift.signs_equal == 20 and same.drift.greedy_equal >= 19
+    assert rounded.problems and 0.02 < rounded.drift.mean_token < 0.2
