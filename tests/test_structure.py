@@ -49,7 +49,7 @@ BUDGETS = {
     "artifacts": 1380,
     "reward": 880,
     "merge": 810,
-    "serving": 730,
+    "serving": 735,
     "hub": 920,
     "pairs": 1230,
     "report": 1485,

@@ -135,6 +135,11 @@ def check_servable(source: AdapterSource) -> None:
             f"{source.adapter!r} can't be served as it is. {' '.join(problems)} First `{merged}`; then llama.cpp's "
             "convert_hf_to_gguf.py makes a GGUF model of the folder merged, and Ollama takes that in FROM."
         )
+    if len(source.config.alora_invocation_tokens or "none") == 1:
+        raise OptionError(
+            f"{source.adapter!r} begins to act at one token alone (alora_invocation_tokens): llama-server would begin "
+            "one token early. Serve it by PEFT, or train it with a longer adapter_invocation."
+        )
 
 
 def write_adapter(source: AdapterSource, output: Path, llama_cpp: str | None, work: Path) -> Path:

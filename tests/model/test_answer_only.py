@@ -117,13 +117,17 @@ def test_a_gguf_file_keeps_the_tokens_or_is_refused(folder: str, tmp_path: Path,
     tokens = answer_only(AutoTokenizer.from_pretrained(base_folder))
     made = export_adapter(source, str(tmp_path / "new"), llama_cpp=str(tmp_path))
     assert made.files == ["adapter.gguf"] and made.commands[0].startswith("llama-server")
-    assert str(tokens) in (tmp_path / "new" / "adapter.gguf").read_text()
+    # llama-server has it act from the token before those that it is told.
+    assert f"invocation_tokens {tokens[1:]}" in (tmp_path / "new" / "adapter.gguf").read_text()
     with pytest.raises(OptionError, match="Ollama would overlook. Give --to gguf"):
         export_adapter(source, str(tmp_path / "ollama"), "ollama", llama_cpp=str(tmp_path))
     converter.write_text(CONVERTER)
     with pytest.raises(OptionError, match="does not know answer-only adapters .*Get a newer llama.cpp"):
         export_adapter(source, str(tmp_path / "old"), llama_cpp=str(tmp_path))
     assert not (tmp_path / "old").exists()
+    source.config.alora_invocation_tokens = tokens[:1]
+    with pytest.raises(OptionError, match="one token alone .*one token early"):
+        export_adapter(source, str(tmp_path / "short"), llama_cpp=str(tmp_path))
 
 
 def test_servers_are_told_apart() -> None:
