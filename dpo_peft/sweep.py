@@ -61,7 +61,7 @@ def run_sweep(
     Raises:
         OptionError: rungs, keep or max_kl out of range, or a folder with another sweep.
     """
-    _check(settings, rungs, keep, max_kl)
+    check_sweep(settings, rungs, keep, max_kl)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer("output_dir", folder), one_base(), _short():
@@ -89,7 +89,8 @@ def run_sweep(
     return found
 
 
-def _check(settings: Mapping[str, Json], rungs: Sequence[float], keep: float, max_kl: float | None) -> None:
+def check_sweep(settings: Mapping[str, Json], rungs: Sequence[float], keep: float, max_kl: float | None) -> None:
+    """Raises an OptionError for arguments of `run_sweep` that are out of range."""
     if len(settings) < 2:
         raise OptionError(f"settings: {len(settings)} is nothing to choose from. Give at least two.")
     if [*rungs] != sorted({*rungs}) or not rungs or rungs[0] <= 0 or rungs[-1] != 1:

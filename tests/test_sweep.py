@@ -150,6 +150,12 @@ def test_a_file_that_is_wrong_is_refused_before_anything_is_trained(grid, change
     assert not (grid.parent / "sweep").exists()
 
 
+@pytest.mark.parametrize("words", [["--rungs", "0.5"], ["--rungs", "1", "0.5"], ["--keep", "0"], ["--max_kl", "-1"]])
+def test_a_schedule_that_is_wrong_is_refused_before_any_setting_is_checked(grid, words):
+    with pytest.raises(OptionError, match=f"^{words[0][2:]}="):
+        sweep([str(grid), *words, "--dry_run"])
+
+
 def test_settings_are_crossed_with_the_grid(tmp_path):
     settings = [{"loss_type": "ipo"}, {"loss_type": ["sigmoid", "sft"], "beta": 0.2}]
     (tmp_path / "grid.yaml").write_text(json.dumps({"grid": {"lora_r": [4, 8]}, "settings": settings}))

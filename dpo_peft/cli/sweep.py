@@ -51,14 +51,15 @@ def sweep(argv: Sequence[str]) -> None:
     options = parse_options(argv, SweepArguments, "sweep", about, EXAMPLES, "grid")
     base, settings = read_grid(options.grid)
     folder = Path(options.output_dir or base.get("output_dir") or "outputs/sweep")
-    from ..sweep import RUNGS, run_sweep
+    from ..sweep import RUNGS, check_sweep, run_sweep
 
     rungs = options.rungs or RUNGS
+    check_sweep(settings, rungs, options.keep, options.max_kl)
     with redirect_stdout(sys.stderr):
         inputs = {}
         for name, setting in settings.items():
             with _named(name):
-                inputs[name] = _checked(base | setting, folder / name, rungs[0])
+                inputs[name] = _checked(base | setting, folder / name, min(rungs[0], 0.5))
     if options.dry_run:
         show({"settings": settings}, "\n".join([f"{len(settings)} settings, all sound:", *settings]), options.json)
         return
