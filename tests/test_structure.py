@@ -55,7 +55,7 @@ BUDGETS = {
     "report": 1485,
     "quickstart": 480,
     "chat": 445,
-    "suites": 915,
+    "suites": 920,
     "conversion": 450,
     "preview": 1265,
     "cli": 4630,
@@ -64,7 +64,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 225,
 }
-MAX_PACKAGE_LINES = 43_340
+MAX_PACKAGE_LINES = 43_350
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

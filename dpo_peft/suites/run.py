@@ -13,6 +13,7 @@ from ..disk import one_writer, write_atomically
 from ..errors import OptionError
 from ..files import strict
 from ..imports import load_function
+from ..model.gguf import gguf_place
 from ..pairs.engines import ModelSource
 from ..spelling import meant
 from .figures import EVAL, HEADS, as_dict, table, weights_digest
@@ -106,9 +107,11 @@ def lm_eval_commands(source: ModelSource) -> list[str]:
     quantized = source.quantize if source.quantize is not None else bool(setup.quantization) or not source.is_adapter
     loaded = f"dtype={source.dtype or setup.dtype}" + (",load_in_4bit=True" if quantized else "")
     adapters = {"base": "", **({"adapter": f",peft={source.adapter}"} if source.is_adapter else {})}
+    place, gguf = gguf_place(source.base_name)
+    loaded += "".join(f",{name}={value}" for name, value in gguf.items())
     template = " --apply_chat_template" if source.tokenizer().chat_template else ""
     return [
-        f"lm_eval --model hf --model_args {shlex.quote(f'pretrained={source.base_name},{loaded}{adapter}')} "
+        f"lm_eval --model hf --model_args {shlex.quote(f'pretrained={place},{loaded}{adapter}')} "
         f"--tasks {TASKS}{template} --output_path lm_eval/{side}"
         for side, adapter in adapters.items()
     ]
