@@ -91,8 +91,7 @@ class Checkpoint:
         stored = content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config")
         self.stored: dict[str, Any] = stored or {}
         self.format = self._find() if self.stored else None
-        if is_gguf(name):
-            open_gguf(name, self.hub)
+        self.gguf = open_gguf(name, self.hub) if is_gguf(name) else None  # reading it takes seconds
 
     def _find(self) -> Format:
         """Returns the format, unless it is refused."""
@@ -157,8 +156,8 @@ class Checkpoint:
             off = "" if self.quantize else " (quantize_base=False does not unpack it)"
             logger.info("%s, and is kept as it is%s.", start, off)
         try:
-            if is_gguf(self.name):
-                model, info = load_gguf(self.name, kind, dtype, self.hub, **kwargs)
+            if self.gguf is not None:
+                model, info = load_gguf(self.name, self.gguf, kind, dtype, self.hub, **kwargs)
             else:
                 model, info = kind.from_pretrained(self.name, dtype=dtype, **_given(given), **kwargs)
             quantizer = getattr(model, "hf_quantizer", None)

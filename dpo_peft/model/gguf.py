@@ -150,12 +150,13 @@ AUTO_QUANTIZER_MAPPING[METHOD] = BlocksQuantizer
 
 
 def load_gguf(
-    name: str, kind: Any, dtype: torch.dtype | str, hub: Mapping[str, Any], **kwargs: Any
+    name: str, reader: Any, kind: Any, dtype: torch.dtype | str, hub: Mapping[str, Any], **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads a model from a GGUF file: linear layers in their blocks, the rest in `dtype` (bfloat16 if "auto").
 
     Args:
         name: of the file.
+        reader: what `open_gguf` returns for it.
         kind: the model's class, or one of transformers' that finds it.
         hub: where the file is found.
         kwargs: others of `from_pretrained`.
@@ -164,11 +165,10 @@ def load_gguf(
         The model, and what transformers tells of its weights.
 
     Raises:
-        OptionError: as `open_gguf`; or a tensor has no place in the model.
+        OptionError: a tensor has no place in the model, or its positions are scaled in an unknown way.
     """
     dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
     warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")  # of PEFT, when it saves
-    reader = open_gguf(name, hub)
     config = from_named(AutoConfig, name, **hub)
     for factors in (tensor.data for tensor in reader.tensors if tensor.name == _FACTORS):
         if not _scale_positions(config, torch.from_numpy(np.array(factors))):

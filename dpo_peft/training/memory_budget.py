@@ -118,7 +118,8 @@ class MemoryBudget:
         """Returns the bytes that tensors take at the worst moment of a micro-batch, as `memory` predicts it."""
         assert self.memory is not None
         layers, attended = self.checkpointed(batch)
-        return self.memory.peak(*_size(batch)[:3], layers, _size(batch)[3], attended)
+        *size, given, _ = _size(batch)
+        return self.memory.peak(*size, layers, given, attended)
 
     def tighten(self, held: float) -> bool:
         """Keeps a tenth below the bytes that tensors `held` when memory ran out, from now on.
