@@ -9,11 +9,12 @@ probability e sigmoid(-T m) / ((1 - e) sigmoid(T m) + e sigmoid(-T m)).
 Shape suffixes: R repeats, N rows.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from ..training.tally import Array, sigmoid
+
 PRECISION = 0.8  # share of the rows called mislabelled that is expected to be
 SURE = 1.35  # log-likelihood that flips must explain: chance alone gives more in 5 % of sets without any
 
@@ -41,7 +42,7 @@ def judge(margins_RN: Array) -> Labels:
     trust, flipped, gain = _fit(margin_N)
     if gain < SURE:
         trust, flipped = _fit(margin_N, most=0.0)[0], 0.0
-    right_N = _sigmoid(trust * margin_N)
+    right_N = sigmoid(trust * margin_N)
     wrong_N = flipped * (1 - right_N) / (flipped + (1 - 2 * flipped) * right_N)
     wrong_S = np.sort(wrong_N)[::-1]
     enough_S = np.cumsum(wrong_S) >= PRECISION * np.arange(1, len(wrong_S) + 1)
@@ -56,10 +57,6 @@ def easiest(margin_N: Array, share: float) -> list[int]:
     return sorted(order[: round(share * len(order))].tolist())
 
 
-def _sigmoid(x: Array) -> Array:
-    return 0.5 * (1 + np.tanh(x / 2))
-
-
 def _fit(margin_N: Array, most: float = 0.499) -> tuple[float, float, float]:
     """Returns T, e <= `most` and the log-likelihood that e adds, by a grid that closes in on the best point."""
     unit = np.abs(margin_N).mean() or 1.0
@@ -67,7 +64,7 @@ def _fit(margin_N: Array, most: float = 0.499) -> tuple[float, float, float]:
     for _ in range(12):
         trusts = np.exp(log_trust + step[0] * np.linspace(-1, 1, 9)) / unit
         shares = np.unique(np.clip(flipped + step[1] * np.linspace(-1, 1, 9), 0, most))
-        right_TN = _sigmoid(trusts[:, None] * margin_N)
+        right_TN = sigmoid(trusts[:, None] * margin_N)
         scores = np.stack([np.log(e + (1 - 2 * e) * right_TN + 1e-300).sum(1) for e in shares], 1)
         t, s = np.unravel_index(scores.argmax(), scores.shape)
         log_trust, flipped, step = float(np.log(trusts[t] * unit)), float(shares[s]), step / 2

@@ -26,7 +26,7 @@ from ..data.fields import content_text
 from ..data.prompts import Prompt
 from ..errors import OptionError
 from ..pairs.engines import ModelSource
-from ..training.tally import Array, wilson
+from ..training.tally import Array, sigmoid, wilson
 from .figures import Figure, Statistic, bootstrap, ratio
 from .options import EvalOptions
 from .subject import Evaluate, Subject, read_some
@@ -102,18 +102,14 @@ def length_controlled(wins_N: Any, longer_N: Any) -> Statistic:
     def fitted(drawn_BN: Array) -> Array:
         found_B2 = np.zeros((len(drawn_BN), 2))
         for _ in range(STEPS):  # Newton's, no step longer than 1
-            share_BN = _sigmoid(found_B2 @ inputs_N2.T)
+            share_BN = sigmoid(found_B2 @ inputs_N2.T)
             slope_B2 = (drawn_BN * (wins_N - share_BN)) @ inputs_N2 - RIDGE * found_B2
             bent_BN = drawn_BN * share_BN * (1 - share_BN)
             bend_B22 = np.einsum("bn,ni,nj->bij", bent_BN, inputs_N2, inputs_N2) + RIDGE * np.eye(2)
             found_B2 += np.clip(np.linalg.solve(bend_B22, slope_B2[..., None])[..., 0], -1, 1)
-        return _sigmoid(found_B2[:, 0])
+        return sigmoid(found_B2[:, 0])
 
     return fitted
-
-
-def _sigmoid(values: Array) -> Array:
-    return 0.5 * (1 + np.tanh(values / 2))
 
 
 def judge(file: str | None, options: EvalOptions, source: ModelSource) -> Evaluate:

@@ -44,6 +44,11 @@ class Tally:
         return round(self.number_RS.sum()) // self.shared_by
 
 
+def sigmoid(x: Array) -> Array:
+    """Returns 1 / (1 + exp(-x)), without overflow."""
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
 def tally_singles(scores: ArrayLike, lengths: ArrayLike, desirable: ArrayLike) -> Tally:
     """Compares every desirable with every undesirable completion. Accuracy is the area under the ROC curve."""
     score, length, side_R = np.asarray(scores, float), np.asarray(lengths), 1 - np.asarray(desirable, int)
