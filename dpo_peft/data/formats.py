@@ -114,27 +114,19 @@ class Example:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way to write preference rows. `register` adds one; `parse.py` makes those that the tables above list.
+    """A way to write preference rows. `register` adds one; `parse.py` makes those that the tables above list."""
 
-    Args:
-        name: what the summary calls it.
-        kind: what its examples hold: "text", "chat" or "ids" (see `Example`).
-        columns: those that `read` reads. The summary names the others as unused.
-        read: one row to an `Example` of this kind, or to the name of the reason (of `REASONS`) why it can't teach
-            anything; or to a list of these, where a row has several completions that nobody judged. Raises
-            `RowProblem(field, problem, remedy)` for a malformed row.
-        detect: whether a dataset with these columns and this first row is of this format.
-        prepare: what is done with a row before `read` and the labels of a pair read it.
-        as_chat: whether `prepare` makes turns of plain text; None: there is none.
-    """
-
-    name: str
-    kind: str
-    columns: tuple[str, ...]
+    name: str  # what the summary calls it
+    kind: str  # what its examples hold: "text", "chat" or "ids" (see `Example`)
+    columns: tuple[str, ...]  # those that `read` reads; the summary names the others as unused
+    # One row to an `Example` of this kind, or to the name of the reason (of `REASONS`) why it can't teach anything; or
+    # to a list of these, where a row has several completions that nobody judged. Raises `RowProblem(field, problem,
+    # remedy)` for a malformed row.
     read: Callable[[Row], "Example | str | list[Example | str]"]
+    # Whether a dataset with these columns and this first row is of this format.
     detect: Callable[[set[str], Row], bool] = lambda columns, first: False
-    prepare: Callable[[Row], Row] = dict
-    as_chat: bool | None = None
+    prepare: Callable[[Row], Row] = dict  # is done with a row before `read` and the labels of a pair read it
+    as_chat: bool | None = None  # whether `prepare` makes turns of plain text; None: there is none
 
 
 REGISTERED: dict[str, RowFormat] = {}

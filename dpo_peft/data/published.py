@@ -30,23 +30,15 @@ REPLY_NAMES = ("answer", "response", "completion", "output")
 
 @dataclass(frozen=True)
 class Published:
-    """Rows as others publish them.
+    """Rows as others publish them."""
 
-    Args:
-        what: they are, for messages.
-        columns: that `convert` reads, and those that are known to be no part of what is trained on.
-        convert: one row to our columns. Raises `RowProblem`, or `DataError`, for a malformed row.
-        signs, unless: columns that are there (None: `columns`), and that aren't, where rows can be nothing else.
-        also: whether the first row shows it, too; `_never` for rows that are read so only if the user asks for it.
-        convert_all: all rows to ours instead, where one of theirs is not one of ours; only if the user asks for it.
-    """
-
-    what: str
-    columns: tuple[str, ...]
-    convert: Callable[[Row], Values] = dict
-    signs: tuple[str, ...] | None = None
-    unless: tuple[str, ...] = ()
-    also: Callable[[Row], bool] = bool
+    what: str  # they are, for messages
+    columns: tuple[str, ...]  # that `convert` reads, and those that are known to be no part of what is trained on
+    convert: Callable[[Row], Values] = dict  # to our columns; raises `RowProblem` or `DataError` for a malformed row
+    signs: tuple[str, ...] | None = None  # columns that are there where rows can be nothing else; None: `columns`
+    unless: tuple[str, ...] = ()  # columns that are not there then
+    also: Callable[[Row], bool] = bool  # whether the first row shows it, too; `_never`: only if the user asks for it
+    # All rows to ours instead, where one of theirs is not one of ours; only if the user asks for it.
     convert_all: Callable[[Iterable[Row]], Iterator[Values]] | None = None
 
     def detects(self, have: set[str], first: Row) -> bool:

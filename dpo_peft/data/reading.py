@@ -31,21 +31,13 @@ OPEN_TURN = re.compile(r"(\b(assistant|response|answer|output|a)|\[/INST\])\s*:?
 
 @dataclass(frozen=True)
 class Reading:
-    """Brings the rows of a dataset to our columns, one at a time; goes to worker processes.
+    """Brings the rows of a dataset to our columns, one at a time; goes to worker processes."""
 
-    Attributes:
-        published: the entry of `PUBLISHED` whose rows these are, or "".
-        as_json: columns that hold messages as JSON text.
-        before: columns of a system prompt and of earlier turns, which go in front of the prompt.
-        turns: texts become turns: prompts the user's, completions the assistant's.
-        as_chat: whether that was decided for rows of plain text (see `choose_as_chat`); None: the rows are none.
-    """
-
-    published: str = ""
-    as_json: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    turns: bool = False
-    as_chat: bool | None = None
+    published: str = ""  # the entry of `PUBLISHED` whose rows these are
+    as_json: tuple[str, ...] = ()  # columns that hold messages as JSON text
+    before: tuple[str, ...] = ()  # columns of a system prompt and of earlier turns, which go in front of the prompt
+    turns: bool = False  # texts become turns: prompts the user's, completions the assistant's
+    as_chat: bool | None = None  # whether plain texts become turns (see `choose_as_chat`); None: the rows are none
 
     def __call__(self, row: Row) -> Row:
         """Returns a row in our columns. Raises `RowProblem` where it is malformed."""
@@ -70,8 +62,7 @@ def find_reading(
     """Returns how a dataset's rows are to be read, and a row that is filled in, read so.
 
     Args:
-        name: of the dataset, for messages.
-        columns: of the dataset.
+        name, columns: of the dataset.
         rows: some of its rows, the first one first.
         tokenizer: whose chat template texts may go into; None: none is known yet.
         as_chat: see `choose_as_chat`.
@@ -133,9 +124,7 @@ def choose_as_chat(
     """Returns whether texts go into the chat template: prompts as the user's turn, completions as the assistant's.
 
     Args:
-        name: of the dataset, for messages.
         rows: some of the dataset.
-        tokenizer: whose template that is.
         as_chat: None: if there is one, and most prompts aren't rendered by a template already. What is chosen is said.
 
     Raises:
@@ -170,10 +159,7 @@ def choose_as_chat(
 
 def as_turns(row: Row, before: Sequence[str] = ()) -> Values:
     """Returns a row whose prompt and completions are messages: a text becomes a turn of the user's or the assistant's.
-
-    Args:
-        row: in our columns.
-        before: those of a system prompt and of earlier turns, which go in front.
+    Columns `before` hold a system prompt and earlier turns, which go in front.
 
     Raises:
         RowProblem: a value is neither text nor messages, or there are two system prompts.

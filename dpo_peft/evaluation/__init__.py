@@ -30,19 +30,13 @@ __all__ = ["Evaluation", "open_log", "verdict"]
 class Evaluation:
     """What a run's evaluations leave behind.
 
+    `parts` are callbacks, whose state is saved with checkpoints.
+
     Args:
-        model: the PEFT model.
-        tokenizer: its tokenizer.
-        args: the options.
-        objective: what is minimized.
         datasets: the prepared datasets and what became of their rows.
-        throughput: of the run.
         autocast: mixed precision around sampling.
         callbacks: of the trainer; those of `report_to` get the samples as tables, and ours takes the place of the one
             that prints.
-
-    Attributes:
-        parts: callbacks, whose state is saved with checkpoints.
     """
 
     def __init__(
@@ -105,13 +99,8 @@ class Evaluation:
 
 
 def take_over(callbacks: list[TrainerCallback], *of_shows: Any) -> Shows | None:
-    """Puts ours in the place of the callback that transformers installs by default, and returns it; None if there is
-    another one, which stays.
-
-    Args:
-        callbacks: of the trainer.
-        of_shows: arguments of ours.
-    """
+    """Puts ours, made with the arguments `of_shows`, in the place of the callback that transformers installs by
+    default, and returns it; None if there is another one, which stays."""
     for i, callback in enumerate(callbacks):
         own: Any = {ProgressCallback: Console, PrinterCallback: PlainConsole}.get(type(callback))
         if type(callback).__name__ == "NotebookProgressCallback":

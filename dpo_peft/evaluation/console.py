@@ -117,7 +117,6 @@ class Shows(TrainerCallback):
         throughput: of the run; which columns are known.
         labels: prefixes of the metrics of what is evaluated.
         without: columns about which nothing is known.
-        clock: gives seconds.
     """
 
     def __init__(

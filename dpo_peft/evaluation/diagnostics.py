@@ -60,22 +60,15 @@ class Finding(NamedTuple):
 
 
 class RunFacts(NamedTuple):
-    """What a history doesn't say of its run.
+    """What a history doesn't say of its run."""
 
-    Attributes:
-        reward: what implicit rewards are made of: "log_ratio", "logp" or "mean_logp".
-        beta: their factor.
-        tokens: mean length of a completion in predicted tokens; None if unknown, then nothing per token is checked.
-        held_out: metric prefix ("eval", "eval_<name>") of each dataset that is evaluated as training goes on, to its
-            number of rows (0: unknown). If there is none, training logs are judged in its place.
-        max_steps: of the run; 0 if unknown.
-    """
-
-    reward: str = "log_ratio"
-    beta: float = 1.0
-    tokens: float | None = None
+    reward: str = "log_ratio"  # what implicit rewards are made of: "log_ratio", "logp" or "mean_logp"
+    beta: float = 1.0  # their factor
+    tokens: float | None = None  # a completion's mean number of predicted ones; None: nothing per token is checked
+    # Metric prefix ("eval", "eval_<name>") of each dataset that is evaluated as training goes on, to its number of
+    # rows (0: unknown). If there is none, training logs are judged in its place.
     held_out: Mapping[str, int] = {"eval": 0}
-    max_steps: int = 0
+    max_steps: int = 0  # 0: unknown
 
 
 class Look(NamedTuple):
@@ -88,11 +81,7 @@ class Look(NamedTuple):
 
 
 class Run:
-    """A history, sorted as it grows.
-
-    Args:
-        facts: about the run. The datasets that are evaluated stay the same.
-    """
+    """A history, sorted as it grows. The datasets that are evaluated stay the same."""
 
     def __init__(self, facts: RunFacts):
         self.facts, self.step, self._seen = facts, 0, 0
@@ -266,11 +255,7 @@ CHECKS: dict[str, Callable[[Run], Iterator[str]]] = {
 
 
 def unchanged(samples: Sequence[Row]) -> str:
-    """Returns that the newest samples are, all of them, those from before training; nothing if they aren't.
-
-    Args:
-        samples: lines of `samples.jsonl`, by step.
-    """
+    """Returns that the newest samples, lines of `samples.jsonl`, are those from before training; nothing if not."""
     steps: dict[int, list[str]] = {}
     for row in samples:
         steps.setdefault(row["step"], []).append(row["completion"])
@@ -287,8 +272,6 @@ class Warnings(TrainerCallback):
     """Looks at what has been logged, and warns of each trouble once a run (docs/diagnostics.md).
 
     Args:
-        args: the options.
-        objective: what is minimized.
         summaries: dataset name to what became of its rows.
         evaluated: metric prefixes of the evaluation datasets ("eval", "eval_<name>").
         samples: the run's, which are compared with those from before training when it is over.

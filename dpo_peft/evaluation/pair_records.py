@@ -20,18 +20,11 @@ _SIDES = ("chosen", "rejected")
 
 
 class PairRecords(KeptRows):
-    """Keeps the pairs of each dataset's first and newest evaluation in `eval_examples.jsonl`.
-
-    Args:
-        run_dir: the run's folder.
-
-    Attributes:
-        begun: a run has begun, and what evaluations give belongs to it.
-    """
+    """Keeps the pairs of each dataset's first and newest evaluation in `eval_examples.jsonl`."""
 
     def __init__(self, run_dir: str):
         super().__init__(run_dir, EXAMPLES)
-        self.begun = False
+        self.begun = False  # a run has begun, and what evaluations give belongs to it
         self._recording = False  # inside an evaluation whose pairs are recorded
         self._pairs: list[tuple[Tensor, ...]] = []  # of the evaluation under way, per micro-batch
 

@@ -31,12 +31,7 @@ Row = dict[str, Any]  # a line of a file of rows
 
 
 class KeptRows(TrainerCallback):
-    """Rows that a run adds to, in a file of its folder and in each of its checkpoints.
-
-    Args:
-        run_dir: the run's folder.
-        name: of the file.
-    """
+    """Rows that a run adds to, in a file of its folder and in each of its checkpoints."""
 
     def __init__(self, run_dir: str, name: str):
         self.run_dir, self.name = Path(run_dir), name
@@ -78,9 +73,6 @@ class Samples(KeptRows):
     """Completes fixed prompts, the same at each evaluation, and keeps them in `samples.jsonl`; by the main process.
 
     Args:
-        model: the PEFT model.
-        tokenizer: its tokenizer.
-        args: the options.
         rows: prepared evaluation rows whose first different prompts are taken.
         autocast: mixed precision around sampling.
         callbacks: of the trainer; those of `report_to` get the samples as tables.
@@ -236,13 +228,8 @@ def distinct_prompts(rows: Iterable[Row], longest: int | None) -> Iterator[Row]:
 
 
 def send_table(callbacks: Iterable[TrainerCallback], rows: Sequence[Row], step: int) -> None:
-    """Sends samples as a table to those trackers of `report_to` that are running.
-
-    Args:
-        callbacks: of the trainer; those of TensorBoard, Weights & Biases and trackio are known.
-        rows: of `samples.jsonl`.
-        step: they were made at.
-    """
+    """Sends samples of a step as a table to those trackers of `report_to` that are running: TensorBoard, Weights &
+    Biases and trackio."""
     if not rows:
         return
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -25,17 +25,11 @@ Metrics = Mapping[str, Any]  # contents of a metrics.json
 
 
 class Verdict(NamedTuple):
-    """Judges a run.
+    """Judges a run."""
 
-    Attributes:
-        headline: one sentence.
-        level: "good", "unsure" or "bad".
-        reasons: one sentence each, with a figure and what to do next; the one of the headline first.
-    """
-
-    headline: str
-    level: str
-    reasons: list[str]
+    headline: str  # one sentence
+    level: str  # one of `LEVELS`
+    reasons: list[str]  # one sentence each, with a figure and what to do next; the one of the headline first
 
 
 class Point(NamedTuple):
@@ -47,21 +41,13 @@ class Point(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Holds what one evaluation set says at the end of a run.
+    """Holds what one evaluation set says at the end of a run."""
 
-    Attributes:
-        name: prefix of its metrics.
-        where: the set, for a sentence; empty if it is the only one.
-        figures: of its last evaluation, names without prefix; those that are not finite are left out.
-        comparisons: independent ones, 0 if unknown.
-        before: accuracy at its first evaluation, if there were several.
-    """
-
-    name: str
-    where: str
-    figures: dict[str, float]
-    comparisons: int
-    before: float | None
+    name: str  # prefix of its metrics
+    where: str  # the set, for a sentence; empty if it is the only one
+    figures: dict[str, float]  # of its last evaluation, names without prefix; those that are not finite are left out
+    comparisons: int  # independent ones, 0 if unknown
+    before: float | None  # accuracy at its first evaluation, if there were several
 
     @property
     def accuracy(self) -> Estimate | None:
