@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .clock import dated_template
 from .fields import Message, Messages, RowProblem, content_text
-from .formats import Example
+from .formats import Encoded, Example
 from .image_rows import PLACE, in_parts
 from .images import Images
 from .limits import TEMPLATE_SECONDS, limited_time
-from .tokenize import Borders, Encoded, ids_behind, plain_ids
+from .tokenize import Borders, ids_behind, plain_ids
 
 TEMPLATE_REMEDY = (
     "use a chat template that renders the prompt the same way in both, or set what it offers for that in "

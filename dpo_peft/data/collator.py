@@ -21,13 +21,9 @@ PREPARED_COLUMNS = [*IDS, *EXTRAS]  # all that a prepared row may hold
 
 
 class PreferenceCollator:
-    """Lays prepared rows out for one forward pass, as a dict of the fields of `PackedBatch`.
-
-    Args:
-        shared: each prompt once in one packed row; otherwise one padded row per completion.
-        pad_token_id: fills padded rows (masked, so its value has no effect).
-        images: makes the pixels of rows with images.
-    """
+    """Lays prepared rows out for one forward pass, as a dict of the fields of `PackedBatch`: each prompt once in one
+    packed row (`shared`), or one padded row per completion, filled with `pad_token_id` (masked, so its value has no
+    effect). `images` makes the pixels of rows with images."""
 
     def __init__(self, shared: bool = True, pad_token_id: int = 0, images: Images | None = None):
         self.shared = shared
@@ -106,14 +102,12 @@ def mismatch(
     rows: Sequence[Values], before: Sequence[Values] = (), max_length: int | None = None
 ) -> tuple[list[Values], int]:
     """Gives each row the completions of the row before it, the first row those of the last, as `mismatched_ids`.
+    Returns the rows, and how many completions were cut.
 
     KTO estimates its reference point on such pairs of a prompt with the completion of another (Ethayarajh et al. 2024,
-    section 4.1): the mismatched completions of a batch are its own, each once. A single row takes those of
-    the last one of `before`, the batch before it; without any it gets none. Each is cut, at its end, to what its new
-    prompt leaves of `max_length`, the most tokens of both (None: no limit).
-
-    Returns:
-        The rows, and how many completions were cut.
+    section 4.1): the mismatched completions of a batch are its own, each once. A single row takes those of the last
+    one of `before`, the batch before it; without any it gets none. Each is cut, at its end, to what its new prompt
+    leaves of `max_length`, the most tokens of both (None: no limit).
     """
     others = before if len(rows) == 1 else rows
     if not others:

@@ -7,35 +7,24 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 from .chat import Chat
 from .fields import RowProblem, read_text
-from .formats import Example
+from .formats import Encoded, Example
 from .images import Images
 from .summary import explain
-from .tokenize import PAIR, Borders, Encoded, check_tokenizer, encode_text, leading_ids, text_prompt_ids
+from .tokenize import PAIR, Borders, check_tokenizer, encode_text, leading_ids, text_prompt_ids
 from .truncate import check_truncation, fit
 
 IGNORE = -100  # label of positions that carry no loss
 
 
 class Encoder:
-    """Turns examples of one kind ("text", "chat" or "ids") into token ids.
+    """Turns examples of one kind ("text", "chat" or "ids") into token ids. `ends`: whether completions of text are to
+    be encoded, which end with the tokenizer's end token.
 
-    Args:
-        name: how messages call the dataset.
-        ends: whether completions of text are to be encoded, which end with the tokenizer's end token.
-        images: the processor of the prompts' images, if there is one.
-
-    Raises:
-        OptionError: the tokenizer is none.
-        DataError: it lacks an end token or a chat template.
+    Raises `OptionError` for what is no tokenizer, `DataError` for one without an end token or a chat template.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        kind: str,
-        ends: bool = True,
-        images: Images | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, name: str, kind: str, ends: bool = True, images: Images | None = None
     ):
         check_tokenizer(tokenizer, need_eos=ends and kind == "text")
         if kind == "chat" and not tokenizer.chat_template:
@@ -46,10 +35,14 @@ class Encoder:
         self.tokenizer, self.borders, self.images = tokenizer, Borders(tokenizer), images
         self.leading = leading_ids(tokenizer) if kind == "text" else []
 
+    def chat(self, example: Example) -> Chat:
+        """Returns the conversations of an example, to be rendered."""
+        return Chat(self.tokenizer, example, self.borders, self.images)
+
     def prompt(self, example: Example) -> list[int]:
         """Returns the ids up to where the model begins to write. Raises `RowProblem` when there are none."""
         if example.kind == "chat":
-            return Chat(self.tokenizer, example, self.borders, self.images).prompt_ids()
+            return self.chat(example).prompt_ids()
         if example.kind == "text":
             text = self.images.expand(example.prompt, example.images) if self.images else example.prompt
             return text_prompt_ids(self.tokenizer, text, self.leading)
@@ -57,13 +50,10 @@ class Encoder:
         return ids
 
     def __call__(self, example: Example) -> Encoded | str:
-        """Returns the ids of prompt and completions, or the reason why a completion is empty.
-
-        Raises:
-            RowProblem: the template refuses the row, or the prompt's ids are not the start of the whole.
-        """
+        """Returns the ids of prompt and completions, or the reason why a completion is empty. Raises `RowProblem` when
+        the template refuses the row, or the prompt's ids are not the start of the whole."""
         if example.kind == "chat":
-            return Chat(self.tokenizer, example, self.borders, self.images).encode()
+            return self.chat(example).encode()
         if example.kind == "text":
             if self.images is not None:
                 example = replace(example, prompt=self.images.expand(example.prompt, example.images))
@@ -100,8 +90,7 @@ def preprocess_dpo_sample(
         encoded = encode(Example("text", text, completions, PAIR))
     except RowProblem as problem:
         raise problem.located("sample", 0) from None
-    whole = encoded if isinstance(encoded, str) else (encoded.prompt_ids, encoded.completion_ids)
-    fitted = whole if isinstance(whole, str) else fit(*whole, max_length, "trim_prompt")
+    fitted = encoded if isinstance(encoded, str) else fit(encoded, max_length, "trim_prompt")
     if isinstance(fitted, str):
         raise DataError(f"sample: {explain(fitted)}.")
     prompt_ids, sample = fitted.prompt_ids, dict[str, list[int]]()

@@ -113,6 +113,20 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row, and how much truncation took of them."""
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    resplits: int = 0  # completions that were tokenized apart from their prompt
+    steps: list[list[int]] = field(default_factory=list)  # of trajectories, one for each completion token
+    images: str = ""  # name of the prompt's images
+    prompt_cut: int = 0  # tokens
+    completions_cut: int = 0  # completions
+    ends_lost: int = 0  # completions
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """A way to write preference rows. `register` adds one; `parse.py` makes those that the tables above list."""
 

@@ -8,16 +8,16 @@ by the processor's own token. Where nothing says it, they stand before the text 
 
 import base64
 import binascii
-import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
+from datasets.features.features import _visit
 from datasets.features.image import image_to_bytes
 from PIL import Image
 
@@ -110,16 +110,10 @@ def as_file(value: Any, field: str) -> ImageFile:
 def place_images(
     example: Example, given: Sequence[ImageFile], place_in_text: Callable[[str, int], str] | None
 ) -> Example:
-    """Returns an example whose prompt says where each of its images stands.
-
-    Args:
-        example: as its row was parsed; its messages may hold images of their own.
-        given: the images of the row's columns.
-        place_in_text: the processor's, for prompts of text; None: without a processor there may be no images.
-
-    Raises:
-        RowProblem: images without a place, places without images, or an image in what the model is to write.
-    """
+    """Returns an example whose prompt says where each of its images stands: those that are given, of the row's
+    columns, or those that its messages hold. `place_in_text` is the processor's, for prompts of text; without a
+    processor there may be no images. Raises `RowProblem` for images without a place, places without images, or an
+    image in what the model is to write."""
     if example.kind != "chat":
         if given and place_in_text is None:
             raise _without_processor("prompt")
@@ -241,23 +235,9 @@ def undecoded(dataset: AnyRows) -> AnyRows:
     if isinstance(dataset, IterableDataset):
         return dataset.decode(False) if dataset.features else dataset
     rows = dataset.with_format(None)
-    rows.info.features = Features(dict(_plain_features(dataset.features)))
+    rows.info.features = _visit(dataset.features, _as_stored)
     return rows
 
 
-def _plain_features(features: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, feature in features.items():
-        yield name, _plain(feature)
-
-
-def _plain(feature: Any) -> Any:
-    if isinstance(feature, ImageFeature):
-        return ImageFeature(decode=False)
-    if isinstance(feature, dict):
-        return dict(_plain_features(feature))
-    if isinstance(feature, list):
-        return [_plain(one) for one in feature]
-    if hasattr(feature, "feature"):
-        feature = copy.copy(feature)
-        feature.feature = _plain(feature.feature)
-    return feature
+def _as_stored(feature: Any) -> Any:
+    return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature

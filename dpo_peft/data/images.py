@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -25,10 +24,10 @@ from ..errors import DataError, OptionError
 from ..forward.images import SampleImages
 from ..forward.layout import Sample
 from .fields import Row, RowProblem
-from .formats import Example
+from .formats import Encoded, Example
 from .image_rows import MARK, ImageFile, digest_of
 from .summary import UNREADABLE_IMAGE
-from .tokenize import Encoded, plain_ids
+from .tokenize import plain_ids
 
 SIZES_KEPT = 256
 # What a processor returns beside the images' own inputs.
@@ -43,14 +42,8 @@ class OpenedImage(NamedTuple):
 
 
 class Images:
-    """A model's processor, and where the images of prepared rows are found.
-
-    Args:
-        processor: of a model of text and images.
-
-    Raises:
-        OptionError: it has no tokenizer, takes no images, or does not say which token stands for one.
-    """
+    """A model's processor, and where the images of prepared rows are found. Raises `OptionError` for a processor
+    without a tokenizer, or that takes no images or does not say which token stands for one."""
 
     def __init__(self, processor: ProcessorMixin):
         name, tokenizer = type(processor).__name__, getattr(processor, "tokenizer", None)
@@ -69,7 +62,7 @@ class Images:
         self.mark: str = processor.image_token  # stands for an image in a text
         self.token: int = processor.image_token_ids[0]  # in whose places features stand
         settings = [name, processor.to_dict(), transformers.__version__]  # the tokenizer's ids are another key
-        self.settings = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+        self.settings = digest_of(json.dumps(settings, sort_keys=True, default=str).encode()).hex()
         self._by_sizes: dict[tuple[tuple[int, int], ...], tuple[list[str], int]] = {}
         self.seen = False  # whether prepared rows have images; of a stream, whether they may have
         self._places: dict[str, tuple[int, int]] = {}  # key of a row's images -> source, row
@@ -92,15 +85,11 @@ class Images:
         """Returns a name for a prompt's images: of their bytes and the processor's settings. None has none."""
         if not images:
             return ""
-        parts = [self.settings.encode(), *(image.digest for image in images)]
-        return blake2b(b"".join(parts), digest_size=16).hexdigest()
+        return digest_of(b"".join([self.settings.encode(), *(image.digest for image in images)])).hex()
 
     def checked(self, encoded: Encoded, example: Example) -> Encoded:
-        """Returns the ids of an example with the name of its images.
-
-        Raises:
-            RowProblem: its prompt does not hold the tokens of all of them, or a completion holds some.
-        """
+        """Returns the ids of an example with the name of its images. Raises `RowProblem` where its prompt does not
+        hold the tokens of all of them, or a completion holds some."""
         for field, ids in zip(example.fields, encoded.completion_ids, strict=False):
             if self.token in ids:
                 raise RowProblem(
@@ -177,11 +166,8 @@ class Images:
         return self._sources[source](number) if number >= 0 else []
 
     def sample(self, row: Row) -> SampleImages | None:
-        """Returns the pixels of a prepared row's images.
-
-        Raises:
-            DataError: one of them changed since the rows were prepared.
-        """
+        """Returns the pixels of a prepared row's images. Raises `DataError` if one of them changed since the rows were
+        prepared."""
         if not (key := row.get("images")):
             return None
         try:
@@ -225,12 +211,9 @@ class Images:
         noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         image = Image.fromarray(noise)
         opened = [OpenedImage(image.size, b"")]
-        before, after, first, second = (
-            plain_ids(self.tokenizer, text) for text in ("Look: ", "What is it?", "A b", "c")
-        )
-        places = plain_ids(self.tokenizer, self.expand(self.mark, opened))
-        made = self._process([image], return_tensors="pt")
-        pixels = SampleImages(_pixels(made), self.token, b"")
+        texts = "Look: ", self.expand(self.mark, opened), "What is it?", "A b", "c"
+        before, places, after, first, second = (plain_ids(self.tokenizer, text) for text in texts)
+        pixels = SampleImages(_pixels(self._process([image], return_tensors="pt")), self.token, b"")
         return [Sample([*before, *places, *after], [first, second], images=pixels)]
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -15,13 +16,12 @@ from .formats import LABEL_COLUMNS, REGISTERED, Wanted, data_of, detect_layout
 from .image_rows import take_images, undecoded
 from .parse import common_start, parse_row
 from .published import find_published
-from .reading import Reading, find_reading, kind_of_value
+from .reading import ANY_VOCABULARY, Reading, find_reading, kind_of_value, readable
 from .unread import SAMPLED
 
 logger = logging.getLogger(__name__)
 
 OURS = ("prompt", "chosen", "rejected", "completion", "completions", "messages", "prompt_ids", "chosen_ids")
-MOST_TOKENS = 1 << 31
 
 
 def shape_of(columns: Sequence[str], first: Row) -> str:
@@ -32,14 +32,8 @@ def shape_of(columns: Sequence[str], first: Row) -> str:
 
 def join_shapes(parts: Mapping[str, Dataset]) -> tuple[Callable[[], Iterator[Values]], str]:
     """Returns what yields the rows of datasets of different shapes, in our columns, and a digest of what decides them.
-
-    Args:
-        parts: the datasets by their names, for messages.
-
-    Raises:
-        OptionError: they don't go together, such as pairs and single judged completions.
-        DataError: a row is malformed.
-    """
+    Raises `OptionError` for datasets, by name, that don't go together, such as pairs and single judged completions,
+    and what yields them `DataError` for a malformed row."""
     parts = {name: undecoded(rows) for name, rows in parts.items()}
     found = {name: _reading(name, rows) for name, rows in parts.items()}
     if any(_chats(first) for _, first in found.values()):
@@ -49,7 +43,7 @@ def join_shapes(parts: Mapping[str, Dataset]) -> tuple[Callable[[], Iterator[Val
         readings = {name: replace(reading, turns=True) for name, (reading, _) in found.items()}
     else:
         readings = {name: reading for name, (reading, _) in found.items()}
-    firsts = {name: dict(readings[name](_filled(parts[name], readings[name]))) for name in parts}
+    firsts = {name: readable(name, islice(rows, SAMPLED), readings[name])[0] for name, rows in parts.items()}
     ranked = any("completions" in first for first in firsts.values())
     kinds = {name: sorted(_unified(first, ranked).keys() & {*OURS, "label"}) for name, first in firsts.items()}
     if len(set(map(str, kinds.values()))) > 1:
@@ -71,17 +65,7 @@ def join_shapes(parts: Mapping[str, Dataset]) -> tuple[Callable[[], Iterator[Val
 
 
 def _reading(name: str, rows: Dataset) -> tuple[Reading, Row]:
-    return find_reading(name, rows.column_names, [*rows.select(range(min(SAMPLED, len(rows))))])
-
-
-def _filled(rows: Dataset, reading: Reading) -> Row:
-    for row in rows:
-        try:
-            reading(row)
-            return row
-        except RowProblem:
-            continue
-    return rows[0]
+    return find_reading(name, rows.column_names, [*islice(rows, SAMPLED)])
 
 
 def _chats(first: Row) -> bool:
@@ -118,7 +102,7 @@ def prompt_keys(rows: Dataset, name: str) -> list[str]:
     def key(row: Row) -> Any:
         if registered is not None:
             return registered.read(row)
-        return None if layout is None else parse_row(reading(row), layout, MOST_TOKENS, data)
+        return None if layout is None else parse_row(reading(row), layout, ANY_VOCABULARY, data)
 
     found = []
     for number, row in enumerate(rows):

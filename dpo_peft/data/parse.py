@@ -24,14 +24,7 @@ from .fields import (
     read_text,
     read_tools,
 )
-from .formats import (
-    ASKING_ROLES,
-    ASSISTANT,
-    HUMAN,
-    Example,
-    Layout,
-    is_several,
-)
+from .formats import ASKING_ROLES, ASSISTANT, HUMAN, Example, Layout, is_several
 from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NO_RANKING, NOTHING_SCORED, TRANSCRIPTS_DIFFER
 
 Parsed = Example | str  # an example, or the reason why there is none

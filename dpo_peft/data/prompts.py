@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -16,6 +17,7 @@ from .formats import (
     CHAT_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    Encoded,
     Example,
     Layout,
     Wanted,
@@ -27,7 +29,7 @@ from .images import Images
 from .parse import parse_row, read_completion, read_prompt
 from .reading import find_reading
 from .summary import explain
-from .tokenize import Encoded, special_tokens, without_eos
+from .tokenize import special_tokens, without_eos
 from .unread import SAMPLED
 
 PROMPT_COLUMNS = ("prompt", *CHAT_COLUMNS)  # what a prompt's tokens are made from
@@ -82,7 +84,7 @@ def read_prompts(
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{name}: there are no rows.")
-    reading, first = find_reading(name, columns, [*rows.select(range(min(SAMPLED, len(rows))))], tokenizer, as_chat)
+    reading, first = find_reading(name, columns, [*islice(rows, SAMPLED)], tokenizer, as_chat)
     given = "completions" in first and not reading.published
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
@@ -135,10 +137,8 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], name: str, images: Images | None = None
 ) -> list[list[int]]:
     """Returns the token ids of each prompt, up to where the model begins to write; the same ones that training has.
-
-    Raises:
-        DataError: a prompt that renders to nothing, that the chat template refuses, or messages without a template.
-    """
+    Raises `DataError` for a prompt that renders to nothing or that the chat template refuses, and for messages without
+    a template."""
     kinds = {prompt.example.kind for prompt in prompts}
     encoders = {kind: Encoder(tokenizer, name, kind, ends=False, images=images) for kind in kinds}
     encoded = []

@@ -67,12 +67,8 @@ def convert_row(row: Row, name: str) -> Values:
 
 
 def convert_dataset(rows: Any, dataset_format: str) -> Any:
-    """Returns a dataset (or stream) in our columns: of the rows that an entry of `PUBLISHED` reads.
-
-    Raises:
-        OptionError: no such entry.
-        DataError: a row is malformed.
-    """
+    """Returns a dataset (or stream) in our columns: of the rows that an entry of `PUBLISHED` reads. Raises
+    `OptionError` if there is no such entry, `DataError` for a malformed row."""
     from datasets import Dataset
 
     if dataset_format not in PUBLISHED:
@@ -258,11 +254,6 @@ def _pandalm(row: Row) -> Values:
     return _rated(_alpaca(row)["prompt"], both, [votes.count(1), votes.count(2)])
 
 
-def _trees(rows: Iterable[Row]) -> Iterator[Values]:
-    for tree in rows:
-        yield from from_oasst_tree(tree)
-
-
 def _texts(first: Row) -> bool:
     return all(isinstance(first.get(name), str | None) for name in ("question", "input", "chosen", "rejected"))
 
@@ -278,17 +269,12 @@ JUDGEBENCH = ("question", "response_A", "response_B", "label")
 PUBLISHED: dict[str, Published] = {
     "openai": Published("OpenAI's preference rows", ("input", "preferred_output", "non_preferred_output"), _openai),
     "sharegpt": Published(
-        "ShareGPT rows",
-        ("conversations", *PAIR),
-        lambda row: _conversation(row, "conversations"),
-        signs=("conversations", *PAIR),
-        unless=("prompt",),
+        "ShareGPT rows", ("conversations", *PAIR), lambda row: _conversation(row, "conversations"), unless=("prompt",)
     ),
     "messages": Published(
         "messages beside two completions",
         ("messages", *PAIR),
         lambda row: _conversation({**row, "messages": from_json(row, "messages")}, "messages"),
-        signs=("messages", *PAIR),
         unless=("prompt", "conversations"),
         also=lambda first: not isinstance(first["messages"], str) or first["messages"].lstrip().startswith("["),
     ),
@@ -323,7 +309,6 @@ PUBLISHED: dict[str, Published] = {
         "Orca pairs",
         ("question", *PAIR),
         lambda row: _pair(row, row.get("question")),
-        signs=("question", *PAIR),
         unless=(*TALKS, "instruction", "input"),
         also=_texts,
     ),
@@ -380,6 +365,6 @@ PUBLISHED: dict[str, Published] = {
         ("message_tree_id", "prompt"),
         signs=("message_tree_id",),
         also=lambda first: isinstance(first.get("prompt"), Mapping),
-        convert_all=_trees,
+        convert_all=lambda trees: (row for tree in trees for row in from_oasst_tree(tree)),
     ),
 }

@@ -19,11 +19,11 @@ from .formats import ASKING_ROLES, ASSISTANT, HUMAN, IMAGE_COLUMNS, REGISTERED, 
 from .parse import json_columns, parse_each, parse_row, with_parsed
 from .published import PUBLISHED, as_messages, convert_row, find_published
 from .tokenize import special_tokens
+from .unread import SYSTEM_COLUMNS
 
 logger = logging.getLogger(__name__)
 
 ANY_VOCABULARY = 2**31
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 COMPLETIONS = ("chosen", "rejected", "completion")
 # A prompt that ends with a role to be continued is rendered already, by a template of its own.
 OPEN_TURN = re.compile(r"(\b(assistant|response|answer|output|a)|\[/INST\])\s*:?[\s*#]*\Z", re.IGNORECASE)
@@ -59,24 +59,17 @@ def find_reading(
     tokenizer: PreTrainedTokenizerBase | None = None,
     as_chat: bool | None = False,
 ) -> tuple[Reading, Row]:
-    """Returns how a dataset's rows are to be read, and a row that is filled in, read so.
-
-    Args:
-        name, columns: of the dataset.
-        rows: some of its rows, the first one first.
-        tokenizer: whose chat template texts may go into; None: none is known yet.
-        as_chat: see `choose_as_chat`.
-
-    Raises:
-        DataError: rows whose converter has to be asked for, or `as_chat` contradicts them.
-    """
+    """Returns how a dataset's rows are to be read, and a row that is filled in, read so. `rows` are some of the
+    dataset's, the first one first; texts may go into the tokenizer's chat template, see `choose_as_chat` (None: none
+    is known yet). Raises `DataError` for rows whose converter has to be asked for, and where `as_chat` contradicts
+    them."""
     published = find_published(columns, rows[0])
     if published and PUBLISHED[published].convert_all:
         raise DataError(
             f"{name}: {PUBLISHED[published].what}. A row of these isn't one here, so ask for it: --dataset_format "
             f"{published}, or in Python dataset = dpo_peft.data.convert_dataset(dataset, {published!r})."
         )
-    sample = _readable(name, rows, Reading(published))
+    sample = readable(name, rows, Reading(published))
     as_json = json_columns(sample[0])
     first = with_parsed(sample[0], as_json)
     prompt, found = first.get("prompt"), [first[column] for column in COMPLETIONS if column in first]
@@ -86,12 +79,8 @@ def find_reading(
     chosen = None
     if (isinstance(prompt, str) or "prompt" not in first and _transcripts(found)) and kinds <= {"text"}:
         chosen = None if published else choose_as_chat(name, sample, tokenizer, as_chat)
-    mixed = (
-        "prompt" in first
-        and not whole
-        and len(kinds) == 1
-        and kinds | {kind_of_value(prompt)} in (*({"text", "messages"}, {"text", "message"}, {"messages", "message"}),)
-    )
+    kind = kind_of_value(prompt)
+    mixed = bool(kind) and not whole and len(kinds) == 1 and kind not in kinds
     theirs = any(_speaks(value) for value in (prompt, first.get("messages"), *found))
     turns = bool(published or chosen or mixed or theirs or whole and isinstance(prompt, list))
     chat = turns or "messages" in kinds or isinstance(first.get("messages"), list)
@@ -100,10 +89,10 @@ def find_reading(
     reading = Reading(published, as_json, tuple(before) if chat else (), turns or chat and bool(before), chosen)
     if published:
         logger.info("%s: read as %s (dataset_format %s).", name, PUBLISHED[published].what, published)
-    return reading, _readable(name, sample if not published else rows, reading)[0]
+    return reading, readable(name, sample if not published else rows, reading)[0]
 
 
-def _readable(name: str, rows: Sequence[Row], reading: Reading) -> list[Row]:
+def readable(name: str, rows: Iterable[Row], reading: Reading) -> list[Row]:
     """Returns rows that are filled in, as they are read; the first one if there is none."""
     read, problem = [], None
     for number, row in enumerate(rows):
@@ -122,14 +111,8 @@ def choose_as_chat(
     name: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None, as_chat: bool | None
 ) -> bool:
     """Returns whether texts go into the chat template: prompts as the user's turn, completions as the assistant's.
-
-    Args:
-        rows: some of the dataset.
-        as_chat: None: if there is one, and most prompts aren't rendered by a template already. What is chosen is said.
-
-    Raises:
-        DataError: True, and there is no template, or most prompts hold its tokens already.
-    """
+    `as_chat` None: if there is a template, and most prompts of these rows aren't rendered by one already; what is
+    chosen is said. Raises `DataError` for True where there is no template, or most prompts hold its tokens already."""
     template = tokenizer is not None and bool(tokenizer.chat_template)
     if as_chat is False or as_chat is None and not template:
         return False
@@ -159,11 +142,8 @@ def choose_as_chat(
 
 def as_turns(row: Row, before: Sequence[str] = ()) -> Values:
     """Returns a row whose prompt and completions are messages: a text becomes a turn of the user's or the assistant's.
-    Columns `before` hold a system prompt and earlier turns, which go in front.
-
-    Raises:
-        RowProblem: a value is neither text nor messages, or there are two system prompts.
-    """
+    Columns `before` hold a system prompt and earlier turns, which go in front. Raises `RowProblem` for a value that is
+    neither text nor messages, and for two system prompts."""
     made: Values = {column: value for column, value in row.items() if column not in before}
     for column in (*COMPLETIONS, "completions", "messages"):
         if row.get(column) is not None:
@@ -231,16 +211,12 @@ def kind_of_value(value: object) -> str:
 
 def _asks(row: Row) -> Messages | None:
     """Returns a row's completion that is a whole conversation, if it has one."""
-    found = [row.get("chosen"), row.get("messages"), *(row["completions"] if _many(row) else ())]
-    for turns in found:
+    several = row.get("completions")
+    for turns in [row.get("chosen"), row.get("messages"), *(several if isinstance(several, list) else ())]:
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
             role = turns[0].get("role") or {"human": "user", "system": "system"}.get(str(turns[0].get("from")))
             return turns if role in ASKING_ROLES else None
     return None
-
-
-def _many(row: Row) -> bool:
-    return isinstance(row.get("completions"), list)
 
 
 def _speaks(value: object) -> bool:

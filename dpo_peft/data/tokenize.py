@@ -6,14 +6,13 @@ its own, and that is accepted only if it decodes to the same text.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import DataError, OptionError
 from .fields import RowProblem
-from .formats import Example
+from .formats import Encoded, Example
 from .parse import common_start
 from .summary import EMPTY_COMPLETION
 
@@ -22,20 +21,6 @@ ANCHORS = ("", "\n", "a")
 PAIR = ("chosen", "rejected")
 NEAR_END = 200  # characters in which the last border of a text is looked for
 TEXT_REMEDY = "end the prompt, or begin the completions, with a blank or a line break"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one row; `resplits` counts completions that were tokenized apart from their prompt.
-
-    Trajectories have a step for each completion token (`trajectories.py`).
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    resplits: int = 0
-    steps: list[list[int]] | None = None
-    images: str = ""  # name of the prompt's images
 
 
 def check_tokenizer(tokenizer: object, need_eos: bool) -> None:

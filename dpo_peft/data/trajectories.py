@@ -10,32 +10,22 @@ eq. 47), so it becomes their prompt. It may be empty.
 """
 
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedTokenizerBase
+from functools import partial
 
 from .chat import TEMPLATE_REMEDY, Chat, turn_kind
 from .fields import Messages, RowProblem
-from .formats import Example
-from .images import Images
+from .formats import Encoded
 from .parse import common_start
-from .tokenize import Borders, Encoded, ids_behind
+from .tokenize import ids_behind
 
 GIVEN = -1  # step of a token that the model does not write
 
 
-def encode_trajectories(
-    tokenizer: PreTrainedTokenizerBase,
-    example: Example,
-    unit: str,
-    borders: Borders | None = None,
-    images: Images | None = None,
-) -> Encoded:
-    """Renders and tokenizes whole conversations; `RowProblem` when the template hides where a turn begins or ends.
-
-    `unit` is "turn" or "token". `Encoded.steps` holds a step for each completion token.
-    """
-    chat, memo = Chat(tokenizer, example, borders, images), dict[str, list[int]]()
-    found = [_Conversation(chat, index, memo).split() for index in range(len(example.completions))]
+def encode_trajectories(chat: Chat, unit: str) -> Encoded:
+    """Tokenizes whole conversations, with steps by "turn" or "token". Raises `RowProblem` when the template hides
+    where a turn begins or ends."""
+    memo = dict[str, list[int]]()
+    found = [_Conversation(chat, index, memo).split() for index in range(len(chat.example.completions))]
     steps = [number_steps(len(turns.ids), turns.written, unit) for turns in found]
     return share_start([turns.ids for turns in found], steps, sum(turns.resplits for turns in found))
 
@@ -142,22 +132,8 @@ class _Conversation:
         That is allowed where `turns` are given: the messages before an assistant's turn, and these with it. `number`
         is of the message that is named where the part is not the start.
         """
-
-        def text() -> str | None:
-            return (
-                self.chat.text_behind(turns[0], {"add_generation_prompt": True}, turns[1], self.field)
-                if turns
-                else None
-            )
-
+        opens = {"add_generation_prompt": True}
+        text = partial(self.chat.text_behind, turns[0], opens, turns[1], self.field) if turns else lambda: None
         where = self.chat.turn_field(self.index, number)
-        return ids_behind(
-            self.chat.tokenizer,
-            part,
-            longer,
-            text,
-            where,
-            TEMPLATE_REMEDY,
-            "the conversation up to here",
-            "the whole conversation",
-        )
+        named = "the conversation up to here", "the whole conversation"
+        return ids_behind(self.chat.tokenizer, part, longer, text, where, TEMPLATE_REMEDY, *named)

@@ -7,24 +7,13 @@
 - `trim_prompt`: like `keep_end`, but completions are never cut: a row with one that can't fit is unusable.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from ..errors import OptionError
+from .formats import Encoded
 from .summary import COMPLETION_TOO_LONG, IDENTICAL_AFTER, PROMPT_TOO_LONG
 
 TRUNCATION_MODES = ("keep_start", "keep_end", "trim_prompt")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A row's ids after truncation, a step for each of its completions' tokens, and how much it took."""
-
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    prompt_cut: int = 0  # tokens
-    completions_cut: int = 0  # completions
-    ends_lost: int = 0  # completions
-    steps: list[list[int]] = field(default_factory=list)  # of trajectories
 
 
 def check_truncation(max_length: int | None, mode: str) -> None:
@@ -37,35 +26,30 @@ def check_truncation(max_length: int | None, mode: str) -> None:
         raise OptionError(f"max_length={max_length!r} must be None or an integer of at least 2 (tokens).")
 
 
-def fit(
-    prompt_ids: list[int],
-    completion_ids: list[list[int]],
-    max_length: int | None,
-    mode: str,
-    steps: list[list[int]] | None = None,
-) -> Fitted | str:
+def fit(encoded: Encoded, max_length: int | None, mode: str) -> Encoded | str:
     """Fits one row, or names the reason why nothing useful is left of it."""
-    steps, longest = steps or [], max(map(len, completion_ids))
-    if max_length is None or len(prompt_ids) + longest <= max_length:
-        return Fitted(prompt_ids, completion_ids, steps=steps)
-    prompt_left = len(prompt_ids)
+    prompt, longest = len(encoded.prompt_ids), max(map(len, encoded.completion_ids))
+    if max_length is None or prompt + longest <= max_length:
+        return encoded
+    left = prompt
     if mode == "keep_start":
-        if len(prompt_ids) >= max_length:
+        if prompt >= max_length:
             return PROMPT_TOO_LONG
-    elif mode == "trim_prompt" and longest > max_length - min(len(prompt_ids), 1):
+    elif mode == "trim_prompt" and longest > max_length - min(prompt, 1):
         return COMPLETION_TOO_LONG
     else:
-        prompt_left = min(len(prompt_ids), max(max_length - longest, 1))
-    room = max_length - prompt_left
+        left = min(prompt, max(max_length - longest, 1))
+    room = max_length - left
     kept = slice(room) if mode == "keep_start" else slice(-room, None)
-    cut = sum(len(ids) > room for ids in completion_ids)
-    fitted = Fitted(
-        prompt_ids[len(prompt_ids) - prompt_left :],
-        [ids[kept] for ids in completion_ids],
-        len(prompt_ids) - prompt_left,
-        cut,
+    cut = sum(len(ids) > room for ids in encoded.completion_ids)
+    fitted = replace(
+        encoded,
+        prompt_ids=encoded.prompt_ids[prompt - left :],
+        completion_ids=[ids[kept] for ids in encoded.completion_ids],
+        steps=[values[kept] for values in encoded.steps],
+        prompt_cut=prompt - left,
+        completions_cut=cut,
         ends_lost=cut if mode == "keep_start" else 0,
-        steps=[values[kept] for values in steps],
     )
     return IDENTICAL_AFTER if all_same(fitted.completion_ids) else fitted
 

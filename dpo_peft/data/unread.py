@@ -14,9 +14,9 @@ WORDS = 4  # of a text that is more than a label or a name
 
 # What a column of such a name holds is part of the prompt, however short it is; and how it is renamed to be read.
 _BEHIND = {"prompt": "instruction", "{0}": "input"}  # of Alpaca-like rows: they are joined
-_SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 ASKING: dict[str, dict[str, str]] = {
-    **dict.fromkeys(_SYSTEM, {}),
+    **dict.fromkeys(SYSTEM_COLUMNS, {}),
     **dict.fromkeys(("history", "dialog", "dialogue", "conversation", "conversations"), {"{0}": "history"}),
     **dict.fromkeys(("messages", "prompt", "user_message"), {"{0}": "prompt"}),
     **dict.fromkeys(("instruction", "question", "query"), {"{0}": "instruction", "prompt": "input"}),
@@ -25,16 +25,8 @@ ASKING: dict[str, dict[str, str]] = {
 
 
 def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> None:
-    """Refuses columns that hold text which no other column has.
-
-    Args:
-        name: of the dataset.
-        rows: some of it.
-        unread: columns that are not read, without those that the user doesn't need.
-
-    Raises:
-        DataError: naming a column, what it holds, and what to do with it.
-    """
+    """Refuses columns, of those that are neither read nor said to be unneeded, that hold text which no other column
+    has in some rows: a `DataError` names the column, what it holds, and what to do with it."""
     read = ["\n".join(t for name, v in row.items() if name not in unread for t in texts_in(v)) for row in rows]
     for column in unread:
         lost = [text for row, text_read in zip(rows, read, strict=True) if (text := _lost(row, column, text_read))]
@@ -48,7 +40,7 @@ def check_unread(name: str, rows: Sequence[Row], unread: Collection[str]) -> Non
 
 def _remedy(column: str, rows: Sequence[Row]) -> str:
     """Returns the sentence that says how a column becomes part of the prompt, if an option does it."""
-    if column in _SYSTEM:
+    if column in SYSTEM_COLUMNS:
         return "As the system turn it needs the chat template: --as_chat true, or as_chat=True in Python. "
     first, beside = rows[0], {"{0}": "prompt"} if "prompt" not in rows[0] else _BEHIND
     names = {old.format(column): new for old, new in ASKING.get(column, beside).items()}

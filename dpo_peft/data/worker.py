@@ -11,29 +11,18 @@ from datasets import Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..forward.scope import invocation_start
-from .chat import UNENDED, Chat, Place
+from . import summary
+from .chat import UNENDED, Place
 from .encode import Encoder
 from .fields import NoValue, Row, RowProblem, Values, check_size, read_number, read_preference
-from .formats import ASKING_ROLES, IMAGE_COLUMNS, Example, RowFormat, Wanted
+from .formats import ASKING_ROLES, IMAGE_COLUMNS, Encoded, Example, RowFormat, Wanted
 from .image_rows import ImageFile, place_images, take_images
 from .images import Images
 from .invocation import check_invoked
 from .parse import Parsed
-from .summary import (
-    EMPTY_COMPLETION,
-    IDENTICAL,
-    IDENTICAL_AFTER,
-    IMAGE_CUT,
-    INVOCATION_CUT,
-    MISSING_VALUE,
-    NO_RANKING,
-    NO_SINGLE_BEST,
-    NOTHING_SCORED,
-    SAME_TEXT,
-)
-from .tokenize import Encoded, special_tokens
+from .tokenize import special_tokens
 from .trajectories import GIVEN, encode_trajectories, one_turn_each
-from .truncate import Fitted, all_same, fit
+from .truncate import all_same, fit
 from .unread import texts_in
 
 COUNTERS = (
@@ -147,7 +136,7 @@ class RowWorker:
         except NoValue:
             if not drop_missing:
                 raise
-            return [MISSING_VALUE], {}
+            return [summary.MISSING_VALUE], {}
         if self.wanted.unpair and isinstance(found, Example):
             found = _unpaired(found)
         examples = found if isinstance(found, list) else [found]
@@ -174,7 +163,7 @@ class RowWorker:
 
         Returns where the example's turns stand, and whether one of these places is new.
         """
-        chat = Chat(self.tokenizer, example, images=self.images)
+        chat = self.encoder.chat(example)
         places = [place for part in chat.places() for place in part]
         if all(place in self.tried for place in places):
             return places, False
@@ -202,9 +191,7 @@ class RowWorker:
     def _ids(self, example: Example) -> Encoded | str:
         turns, unit = self.wanted.data == "trajectories", self.wanted.discount_unit
         if turns and example.kind == "chat":
-            encoded: Encoded | str = encode_trajectories(
-                self.tokenizer, example, unit, self.encoder.borders, self.images
-            )
+            encoded: Encoded | str = encode_trajectories(self.encoder.chat(example), unit)
         else:
             encoded = self.encoder(example)
         if isinstance(encoded, str):
@@ -212,42 +199,42 @@ class RowWorker:
         # What is left of a trajectory behind the shared start may well be no more than its end.
         end = self.tokenizer.eos_token_id
         if not encoded.steps and any(all(token == end for token in ids) for ids in encoded.completion_ids):
-            return EMPTY_COMPLETION
+            return summary.EMPTY_COMPLETION
         if turns and not encoded.steps:
             encoded = one_turn_each(encoded, unit)
         if all_same(encoded.completion_ids):
-            return IDENTICAL
-        return SAME_TEXT if graded_apart(encoded.completion_ids, example.grades) else encoded
+            return summary.IDENTICAL
+        return summary.SAME_TEXT if graded_apart(encoded.completion_ids, example.grades) else encoded
 
-    def _prepare(self, example: Example) -> tuple[Fitted, Encoded] | str:
-        """Returns ids and steps after truncation and before, or why nothing useful is left."""
+    def _prepare(self, example: Example) -> Encoded | str:
+        """Returns ids and steps after truncation, or why nothing useful is left."""
         grades = example.grades
         if self.wanted.data == "lists" and grades:
             if grades[0] == grades[-1]:
-                return NO_RANKING
+                return summary.NO_RANKING
             if self.wanted.single_best and grades[0] == grades[1]:
-                return NO_SINGLE_BEST
+                return summary.NO_SINGLE_BEST
         encoded = self._encode(example)
         if isinstance(encoded, str):
             return encoded
-        whole, begins = (encoded.prompt_ids, encoded.completion_ids), self.wanted.invocation
+        begins = self.wanted.invocation
         named = dict(zip(example.fields, encoded.completion_ids, strict=True))
         check_invoked(self.tokenizer, begins, encoded.prompt_ids, named)
-        fitted = fit(*whole, self.max_length, self.truncation_mode, encoded.steps)
+        fitted = fit(encoded, self.max_length, self.truncation_mode)
         if isinstance(fitted, str):
             return fitted
         if graded_apart(fitted.completion_ids, grades):
-            return IDENTICAL_AFTER
+            return summary.IDENTICAL_AFTER
         if self.images is not None and self.images.cuts(encoded.prompt_ids, fitted.prompt_cut):
-            return IMAGE_CUT
+            return summary.IMAGE_CUT
         if begins and invocation_start(fitted.prompt_ids, begins) is None:
-            return INVOCATION_CUT
+            return summary.INVOCATION_CUT
         steps = fitted.steps
         if not fitted.prompt_ids:  # nothing predicts the first token
             steps = [[GIVEN, *values[1:]] for values in steps]
         if any(set(values) <= {GIVEN} for values in steps):
-            return NOTHING_SCORED
-        return replace(fitted, steps=steps), encoded
+            return summary.NOTHING_SCORED
+        return replace(fitted, steps=steps)
 
     def _spells(self, example: Example) -> bool:
         """Says whether messages, or completions of text, spell special tokens. A text prompt may well be rendered."""
@@ -259,11 +246,11 @@ class RowWorker:
         made = example if isinstance(example, str) else self._prepare(example)
         if isinstance(example, str) or isinstance(made, str):
             return {**dict.fromkeys(COUNTERS, 0), **NOTHING, "drop": made}
-        (fitted, encoded), (left_out, unended) = made, self._left_out(example)
-        lengths = [len(ids) for ids in fitted.completion_ids]
+        left_out, unended = self._left_out(example)
+        lengths = [len(ids) for ids in made.completion_ids]
         record = {
             **dict.fromkeys(COUNTERS, 0),
-            **vars(fitted),
+            **vars(made),
             **labels,
             "grades": example.grades,
             "drop": "",
@@ -272,16 +259,14 @@ class RowWorker:
             "spelled": int(self._spells(example)),
             "completions": len(lengths),
             "foreign_turns": 0 if self.wanted.data == "trajectories" else _foreign_turns(example),
-            "resplits": encoded.resplits,
-            "images": encoded.images,
             "image_files": [file._asdict() for file in example.images],
-            "prompt_tokens": len(fitted.prompt_ids),
+            "prompt_tokens": len(made.prompt_ids),
             "completion_tokens": sum(lengths),
-            "longest": len(fitted.prompt_ids) + max(lengths),
+            "longest": len(made.prompt_ids) + max(lengths),
             "ties": int(labels.get("preference") == 0.5),
         }
         if self.wanted.invocation:
-            record["adapter_start"] = invocation_start(fitted.prompt_ids, self.wanted.invocation)
+            record["adapter_start"] = invocation_start(made.prompt_ids, self.wanted.invocation)
         if self.wanted.data == "singles" and example.grades:
             record |= {"desirable": example.grades.count(1.0), "undesirable": example.grades.count(0.0)}
         if labels.get("preference", 1.0) < 0.5:  # the completion that is likely the better one stands first
@@ -310,7 +295,7 @@ def _unpaired(example: Example) -> list[Parsed]:
     grades = example.grades or []
     each = list(zip(example.completions, example.fields, grades, strict=True))
     if any(one == other and grade != least for (one, _, grade), (other, _, least) in combinations(each, 2)):
-        return [IDENTICAL if all_same(example.completions) else SAME_TEXT]
+        return [summary.IDENTICAL if all_same(example.completions) else summary.SAME_TEXT]
     return [replace(example, completions=[one], fields=(field,), grades=[grade]) for one, field, grade in each]
 
 

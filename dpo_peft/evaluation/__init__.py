@@ -61,12 +61,8 @@ class Evaluation:
 
     @contextmanager
     def under_way(self, own: bool, step: int | None) -> Iterator[None]:
-        """Inside, pairs are recorded if a run has begun and the rows are its own; afterwards, samples are taken.
-
-        Args:
-            own: whether it is the trainer's own dataset, or one of several, that is evaluated.
-            step: of the run, where it is all of them; None takes no samples.
-        """
+        """Inside, pairs are recorded if a run has begun and the rows are its `own`, all or one of several datasets;
+        afterwards, samples of the run's step are taken, if all of them were evaluated (None: not)."""
         with self.records.recording(own):
             yield
         if step is not None and self.records.begun:

@@ -48,20 +48,15 @@ def span(seconds: float) -> str:
 
 
 class Columns:
-    """Lays out logs in columns.
-
-    Args:
-        max_steps: of the run.
-        labels: names of what is evaluated.
-        width: of the terminal; None shows all columns.
-        without: columns about which nothing is known.
-    """
+    """Lays out logs in columns, of which those are left out that don't fit into the terminal (None: all do) or
+    `without` which nothing is known. `labels` are the names of what is evaluated."""
 
     def __init__(self, max_steps: int, labels: Iterable[str], width: int | None, without: Iterable[str] = ()):
-        longest = max(
-            [len("step"), 2 * len(str(max_steps)) + 1, *(min(len(label), LONGEST_LABEL) for label in labels)]
+        longest = min(max(map(len, labels), default=0), LONGEST_LABEL)
+        self.max_steps, self.widths = (
+            max_steps,
+            {**WIDTHS, "step": max(len("step"), 2 * len(str(max_steps)) + 1, longest)},
         )
-        self.max_steps, self.widths = max_steps, {**WIDTHS, "step": longest}
         kept = [name for name in IMPORTANCE if name not in without]
         while width is not None and sum(self.widths[name] for name in kept) + len(GAP) * (len(kept) - 1) > width:
             kept.pop()
@@ -86,12 +81,8 @@ class Columns:
     def evaluation(self, step: int, prefix: str, logs: Mapping[str, float]) -> str:
         """Returns the line of an evaluation: under the columns of the training's, and beside them its own."""
         own = {name.removeprefix(f"{prefix}_"): value for name, value in logs.items() if name.startswith(f"{prefix}_")}
-        names = [name for name in ("step", "epoch", "loss", "margin", "acc", "KL") if name in self.names]
-        shown: list[str] = [name for name in names if name in METRICS]
-        cells: dict[str, str] = {
-            "epoch": "",
-            **{name: figure(own.get(METRICS[name]), self.widths[name]) for name in shown},
-        }
+        names: list[str] = [name for name in ("step", "epoch", "loss", "margin", "acc", "KL") if name in self.names]
+        cells = {name: figure(own.get(METRICS[name]), self.widths[name]) for name in names if name in METRICS}
         length = own.get("accuracies/length_only")
         notes = [f"length alone {length:.3f}"] if length is not None else []
         notes += [f"{own['runtime']:.1f} s" if own["runtime"] < 100 else span(own["runtime"]), f"step {step}"]
@@ -111,13 +102,8 @@ def label_of(prefix: str) -> str:
 
 
 class Shows(TrainerCallback):
-    """Shows logs in columns; what it shows goes to `log_file` too.
-
-    Args:
-        throughput: of the run; which columns are known.
-        labels: prefixes of the metrics of what is evaluated.
-        without: columns about which nothing is known.
-    """
+    """Shows logs in columns; what it shows goes to `log_file` too. `labels` are prefixes of the metrics of what is
+    evaluated; which columns are known, `throughput` and `without` tell."""
 
     def __init__(
         self,

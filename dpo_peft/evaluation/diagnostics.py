@@ -275,9 +275,6 @@ class Warnings(TrainerCallback):
         summaries: dataset name to what became of its rows.
         evaluated: metric prefixes of the evaluation datasets ("eval", "eval_<name>").
         samples: the run's, which are compared with those from before training when it is over.
-
-    Attributes:
-        raised: `step`, `name` and `message` of this run's warnings, each name once.
     """
 
     def __init__(
@@ -291,7 +288,7 @@ class Warnings(TrainerCallback):
         self._args, self._objective, self._summaries = args, objective, summaries
         self._samples, self._over = samples, False
         self._evaluated = list(evaluated) if args.eval_strategy != "no" else []
-        self.raised: list[dict[str, Any]] = []
+        self.raised: list[dict[str, Any]] = []  # `step`, `name` and `message` of this run's warnings, each name once
         self._run: Run | None = None  # since it began, or was resumed
 
     def facts(self, state: TrainerState) -> RunFacts:

@@ -26,11 +26,8 @@ class _Lines(logging.Formatter):
 
 
 def open_log(args: DPOConfig) -> None:
-    """Begins to add to `log_file`; by the main process alone. The file of an earlier run is closed.
-
-    Raises:
-        OptionError: it can't be written to.
-    """
+    """Begins to add to `log_file`; by the main process alone. The file of an earlier run is closed. Raises
+    `OptionError` where it can't be written to."""
     for logger in (NEWS, SHOWN):
         for handler in [one for one in logger.handlers if isinstance(one, LogFile)]:
             logger.removeHandler(handler)

@@ -70,13 +70,9 @@ def _of_a_run(path: Path) -> bool:
 
 
 class Samples(KeptRows):
-    """Completes fixed prompts, the same at each evaluation, and keeps them in `samples.jsonl`; by the main process.
-
-    Args:
-        rows: prepared evaluation rows whose first different prompts are taken.
-        autocast: mixed precision around sampling.
-        callbacks: of the trainer; those of `report_to` get the samples as tables.
-    """
+    """Completes fixed prompts, the first different ones of prepared evaluation rows, the same at each evaluation, and
+    keeps them in `samples.jsonl`; by the main process. Those of the trainer's callbacks that are of `report_to` get
+    them as tables."""
 
     def __init__(
         self,
@@ -114,12 +110,8 @@ class Samples(KeptRows):
         try:
             rows = [{"step": step, "prompt_number": i, **row} for i, row in enumerate(self._complete())]
         except torch.OutOfMemoryError as error:
-            logger.warning(
-                "No samples at step %d: they don't fit into memory. Lower sample_prompts or sample_max_new_tokens. "
-                "(%s)",
-                step,
-                str(error).split("\n")[0],
-            )
+            why = "they don't fit into memory. Lower sample_prompts or sample_max_new_tokens"
+            logger.warning("No samples at step %d: %s. (%s)", step, why, str(error).split("\n")[0])
             torch.cuda.empty_cache()
             return
         self.rows = [row for row in self.rows if row["step"] != step] + rows
@@ -136,14 +128,13 @@ class Samples(KeptRows):
         """Returns the first different prompts that leave room for a completion."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = None if positions is None else positions - self.args.sample_max_new_tokens
-        chosen = list(islice(distinct_prompts(self._data, longest), self.args.sample_prompts))
-        if len(chosen) < self.args.sample_prompts:
+        wanted, room = self.args.sample_prompts, self.args.sample_max_new_tokens
+        chosen = list(islice(distinct_prompts(self._data, longest), wanted))
+        if len(chosen) < wanted:
             logger.warning(
                 "sample_prompts=%d: the evaluation rows have %d different prompts that leave room for "
                 "sample_max_new_tokens=%d, so these are sampled.",
-                self.args.sample_prompts,
-                len(chosen),
-                self.args.sample_max_new_tokens,
+                *(wanted, len(chosen), room),
             )
         return chosen
 
@@ -173,12 +164,9 @@ class Samples(KeptRows):
 
 
 class Conversation:
-    """Shows a prompt's tokens as the text of its conversation: what the chat template puts around the turns is taken
-    away, and if there are several, each has its role before it.
-
-    Args:
-        tokenizer: whose template it is; without one, and where a prompt isn't written by it, only special tokens go.
-    """
+    """Shows a prompt's tokens as the text of its conversation: what the tokenizer's chat template puts around the
+    turns is taken away, and if there are several, each has its role before it. Without a template, and where a prompt
+    isn't written by it, only special tokens go."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer

@@ -40,12 +40,9 @@ _TWICE = re.compile(r"\.(modules_to_save\.weight|token_adapter\.trainable_tokens
 
 
 def check_adapter(config: PeftConfig) -> None:
-    """Refuses an adapter, to be trained or to be the reference, that no reference can be kept for.
-
-    Raises:
-        OptionError: not a LoRA adapter, one that trains the base's biases, or an answer-only one of a kind that
-            PEFT does not know.
-    """
+    """Refuses an adapter, to be trained or to be the reference, that no reference can be kept for: an `OptionError`
+    for one that is not LoRA, that trains the base's biases, or an answer-only one of a kind that PEFT does not
+    know."""
     if not isinstance(config, LoraConfig):
         raise OptionError(
             f"peft_config is a {type(config).__name__}: only LoRA (with rsLoRA, DoRA, modules_to_save, "
@@ -100,11 +97,8 @@ def read_config(source: str, **from_hub: Any) -> PeftConfig:
 
 
 def named_place(adapter: str, what: str, name: str | None) -> str:
-    """Returns what an adapter's config names as its base or reference; nothing if it names none.
-
-    Raises:
-        OptionError: an adapter of the Hub names a folder, which can't be meant to be one of this machine.
-    """
+    """Returns what an adapter's config names as its base or reference; nothing if it names none. Raises `OptionError`
+    where an adapter of the Hub names a folder, which can't be meant to be one of this machine."""
     parts = re.split(r"[/\\]", name or "")
     if name and (len(parts) > 2 or ":" in name or {"", "~", ".", ".."} & {*parts}) and not Path(adapter).is_dir():
         raise OptionError(

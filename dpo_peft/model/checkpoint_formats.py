@@ -67,17 +67,12 @@ _HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "forc
 
 
 class Checkpoint:
-    """How a model's files are loaded.
+    """How a model's files are loaded: `name` is a Hub id or local folder, `given` the `quantization_config` as the
+    user gave it, `quantize` whether to quantize where nothing is given, and `hub` says where the files are found, such
+    as a revision (other entries are left aside).
 
-    Args:
-        name: Hub id or local folder.
-        given: `quantization_config` as the user gave it.
-        quantize: whether to quantize to `default` where nothing is given.
-        hub: where its files are found, such as a revision; other entries are left aside.
-
-    Raises:
-        OptionError: a format that can't be trained on, or one that contradicts `given`.
-        OSError, ValueError: there is no such model.
+    Raises `OptionError` for a format that can't be trained on, or that contradicts `given`; `OSError` or `ValueError`
+    where there is no such model.
     """
 
     def __init__(
@@ -125,16 +120,11 @@ class Checkpoint:
     def load(
         self, kind: Any, dtype: torch.dtype | str, quantization: QuantizationConfigMixin | None, **kwargs: Any
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Loads the model, and returns what transformers tells of its weights with it.
+        """Loads the model, and returns what transformers tells of its weights with it. `kind` is its class, or one of
+        transformers' that finds the class; `dtype` is of what is not quantized, and `quantization` for weights that
+        aren't yet. The others are of `from_pretrained`, `output_loading_info` among them.
 
-        Args:
-            kind: its class, or one of transformers' that finds the class.
-            dtype: of what is not quantized.
-            quantization: what becomes of weights that aren't quantized yet.
-            kwargs: others of `from_pretrained`, `output_loading_info` among them.
-
-        Raises:
-            OptionError: the format's layers can't be trained on here.
+        Raises `OptionError` where the format's layers can't be trained on here.
         """
         if self.format is None:
             return kind.from_pretrained(self.name, dtype=dtype, **_given(quantization), **kwargs)

@@ -172,8 +172,7 @@ class Experts4Bit(Bnb4BitHfQuantizer):
                     one = found[at] = one.copy(
                         apart or one._original_source_patterns, one._original_target_patterns, operations=operations
                     )
-                if hasattr(WeightConverter, "force_cpu"):  # of transformers 5.20 or so
-                    one.force_cpu = True
+                one.force_cpu = True
         return found
 
     def pack(self, name: str, weight: Tensor) -> Tensor:
@@ -226,11 +225,8 @@ def warn_of_whole_experts(model: nn.Module) -> None:
 
 
 def target_experts(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
-    """Returns the config of an adapter that is put on all experts too. They get its rank each.
-
-    Raises:
-        OptionError: there are none, or the config names parameters of its own.
-    """
+    """Returns the config of an adapter that is put on all experts too. They get its rank each. Raises `OptionError`
+    where there are none, or the config names parameters of its own."""
     names = sorted({".".join(name.split(".")[-2:]) for name in expert_weights(model)})
     if not names:
         raise OptionError("lora_experts=True: the model is no mixture of experts. Leave it out.")

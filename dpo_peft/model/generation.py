@@ -20,6 +20,7 @@ from transformers import (
 
 from ..errors import OptionError
 from ..forward.images import SampleImages, merge_inputs
+from ..forward.modules import unwrap
 from ..forward.scope import invocation_start, invocation_tokens
 
 
@@ -73,7 +74,7 @@ def sample_completions(
         how = {"do_sample": False, "logits_processor": LogitsProcessorList([draws])}
     how |= generation_inputs(model, input_ids, images)
     ends = end_tokens(model, tokenizer)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = unwrap(model)
     config = model.config.get_text_config()  # a model of text and images has one inside its own
     training, use_cache, configured = model.training, config.use_cache, base.generation_config
     # PEFT leaves hooks of an answer-only adapter on checkpointed layers until a backward pass, and refuses the next.
@@ -86,14 +87,8 @@ def sample_completions(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed if isinstance(seed, int) else 0)
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends,
-                pad_token_id=pad,
-                **how,
-            )
+            ending = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": pad}
+            output = model.generate(input_ids=input_ids, attention_mask=mask, **ending, **how)
     finally:
         model.train(training)
         config.use_cache, base.generation_config = use_cache, configured
@@ -120,7 +115,7 @@ def generation_inputs(model: Any, input_ids: Tensor, images: Sequence[SampleImag
     given = [one for one in images if one is not None]
     if not given:
         return {}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     inputs = merge_inputs([one.inputs for one in given])
     types = (input_ids == given[0].token).int()
     if base.config.model_type == "paligemma":

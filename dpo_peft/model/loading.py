@@ -96,12 +96,8 @@ def check_checkpoint(
     init_kwargs: Mapping[str, object] | None,
 ) -> None:
     """Refuses a base that is stored in a way that can't be trained on, by its config alone: before long work begins.
-
-    Arguments as for `load_model`. An adapter's base that isn't found is left to it.
-
-    Raises:
-        OptionError: such a base, or no model.
-    """
+    Arguments as for `load_model`; raises `OptionError`, also where there is no model. An adapter's base that isn't
+    found is left to it."""
     kwargs: dict[str, object] = dict(init_kwargs or {})
     from_hub = hub_place(kwargs)
     given: Any = kwargs.get("quantization_config", quantization_config)
@@ -121,14 +117,8 @@ def hub_place(init_kwargs: object) -> dict[str, Any]:
 
 def load_on_base(adapter: str, base: str, remedy: str, from_hub: Mapping[str, object], *how: Any) -> PeftModel:
     """Loads an adapter, to be trained on, and the base under it, made as the other arguments of `load_base` say.
-
-    Args:
-        remedy: what to do if the base lies elsewhere; ends the message.
-        from_hub: where on the Hub the adapter is, such as a revision.
-
-    Raises:
-        OptionError: the base can't be loaded, or the adapter does not fit it.
-    """
+    `remedy` ends the message if the base can't be found; `from_hub` says where on the Hub the adapter is. Raises
+    `OptionError` where the base can't be loaded, or the adapter does not fit it."""
     try:
         model = load_base(base, *how)
     except OptionError as error:

@@ -16,7 +16,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -37,23 +37,9 @@ _FORWARD, _BACKWARD = 2, 1  # passes
 _AT_ONCE = ("merge_adapter", "unmerge_adapter", "merge_and_unload", "save_pretrained")  # they read all layers
 
 
-class Bytes(Protocol):
-    """The bytes of one layer: `flat` is (n,) uint8 on its device, with an empty storage unless they are there."""
-
-    flat: Tensor
-
-    def prefetch(self) -> None:
-        """Begins to bring them in."""
-
-    def open(self) -> None:
-        """Brings them in, if that has not begun yet; work that is queued from here on may read them."""
-
-    def close(self) -> None:
-        """Gives the memory back, as soon as what is queued by now is done."""
-
-
 class Streamed:
-    """Bytes that lie in the CPU's memory and are copied when they are needed.
+    """The bytes of one layer, which lie in the CPU's memory and are copied when they are needed: `flat` is (n,) uint8
+    on its device, with an empty storage unless they are there.
 
     Args:
         home: (n,) uint8, on the CPU.
@@ -68,7 +54,7 @@ class Streamed:
         self.flat.untyped_storage().resize_(0)
 
     def prefetch(self) -> None:
-        """See `Bytes`."""
+        """Begins to bring them in."""
         if self._arrived is not None:
             return
         self.flat.untyped_storage().resize_(self.home.nbytes)
@@ -83,13 +69,13 @@ class Streamed:
             self._arrived = self.stream.record_event()
 
     def open(self) -> None:
-        """See `Bytes`."""
+        """Brings them in, if that has not begun yet; work that is queued from here on may read them."""
         self.prefetch()
         if self.stream is not None:
             torch.cuda.current_stream(self.flat.device).wait_event(self._arrived)
 
     def close(self) -> None:
-        """See `Bytes`."""
+        """Gives the memory back, as soon as what is queued by now is done."""
         if self._arrived is not None:
             self.open()  # a copy that is under way must not meet the next owner of its memory
             self.flat.untyped_storage().resize_(0)
@@ -105,12 +91,8 @@ class _Flat(nn.Module):
 
 
 class Sharded:
-    """Bytes of which each process of a mesh holds its part, under `torch.distributed.fsdp.fully_shard`.
-
-    Args:
-        flat: (n,) uint8, all of them, on the mesh's device.
-        mesh: of one dimension; or of two, of which the second shards.
-    """
+    """The same of bytes, all of them, on the device, of which each process of a mesh holds its part, under
+    `torch.distributed.fsdp.fully_shard`. The mesh has one dimension; or two, of which the second shards."""
 
     def __init__(self, flat: Tensor, mesh: DeviceMesh):
         from torch.distributed.fsdp import fully_shard
@@ -123,21 +105,24 @@ class Sharded:
         self.module.reshard()
 
     def prefetch(self) -> None:
-        """See `Bytes`."""
+        """See `Streamed`."""
         if self._coming is None:
             self._coming = self.module.unshard(async_op=True)
 
     def open(self) -> None:
-        """See `Bytes`."""
+        """See `Streamed`."""
         self.prefetch()
         self._coming.wait()
 
     def close(self) -> None:
-        """See `Bytes`."""
+        """See `Streamed`."""
         if self._coming is not None:
             self._coming.wait()
             self._coming = None
             self.module.reshard()
+
+
+Bytes: TypeAlias = Streamed | Sharded
 
 
 class _Turns:
@@ -277,13 +262,9 @@ def shard(model: nn.Module, device: torch.device, by_machine: bool = False) -> P
 
 
 def stream(model: nn.Module, device: torch.device, number: int) -> Placement:
-    """Keeps the frozen weights of `number` decoder layers in CPU memory, and copies them to `device` as they run.
-
-    The layers are spread evenly over the model, so that each copy has as much computation to hide behind.
-
-    Raises:
-        OptionError: as `shard`; or there are fewer layers.
-    """
+    """Keeps the frozen weights of `number` decoder layers in CPU memory, and copies them to `device` as they run. The
+    layers are spread evenly over the model, so that each copy has as much computation to hide behind. Raises
+    `OptionError` as `shard`, or where there are fewer layers."""
     count = len(decoder_layers(unwrap(model)))
     if number > count:
         raise OptionError(f"stream_layers={number}: the model has {count} layers. Give at most that, or 'auto'.")

@@ -15,12 +15,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import cached_file
 
 from ..errors import OptionError
 from ..reference.fingerprint import base_parts
 from .adapters import moved_base
+from .stored_weights import weight_files
 
 _FOUR_BITS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 _IF_UNUSUAL = ("llm_int8_skip_modules", "llm_int8_threshold", "llm_int8_has_fp16_weight", "bnb_4bit_quant_storage")
@@ -48,11 +48,7 @@ class BaseAsGiven:
 
 
 def check_class(model: PreTrainedModel | PeftModel) -> None:
-    """Refuses a model that is no causal LM, or whose class could not be loaded again.
-
-    Raises:
-        OptionError: such a model.
-    """
+    """Refuses a model that is no causal LM, or whose class could not be loaded again, by an `OptionError`."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = type(base)
     if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
@@ -87,7 +83,7 @@ def base_as_given(model: PreTrainedModel | PeftModel) -> BaseAsGiven:
     own = {name: part for name, part in base_parts(base) if isinstance(part, Tensor) and not part.is_meta}
     vocabulary, prefix, rows = None, f"{base.base_model_prefix}.", base.get_input_embeddings().weight.shape[0]
     compared: dict[str, bool] = {}
-    for file in _files(base.config._name_or_path, getattr(base.config, "_commit_hash", None)):
+    for file in _files_here(base.config._name_or_path, getattr(base.config, "_commit_hash", None)):
         with safe_open(file, "pt") as saved:
             for key in saved.keys():
                 name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in own), None)
@@ -109,17 +105,11 @@ def base_as_given(model: PreTrainedModel | PeftModel) -> BaseAsGiven:
     )
 
 
-def _files(name: str, revision: str | None) -> list[str]:
+def _files_here(name: str, revision: str | None) -> list[str]:
     """Returns the files of a model's weights in its folder or the Hub's cache; none where they are not here."""
-    here: dict[str, Any] = {"revision": revision or "main", "local_files_only": True}
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if not name:
-        return []
+    here = {"revision": revision or "main", "local_files_only": True}
     try:
-        if (one := cached_file(name, SAFE_WEIGHTS_NAME, **here, **missing)) is not None:
-            return [one]
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **here, **missing)
-        return [] if index is None else get_checkpoint_shard_files(name, index, **here)[0]
+        return weight_files(name, here, _raise_exceptions_for_connection_errors=False) if name else []
     except (OSError, ValueError):
         return []
 

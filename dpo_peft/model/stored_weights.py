@@ -7,6 +7,7 @@ comes after (joining experts, 4 bits) is the same as for a checkpoint in 16 bits
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from ..errors import OptionError
 
 # The 16 values of 4 bits (OCP Microscaling formats, E2M1): sign, two bits of exponent, one of mantissa.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4 = {getattr(torch, "float4_e2m1fn_x2", None)}  # the dtype of two of them in a byte
 # What a weight's scales are called, with its own name without "weight" before it; all are multiplied with.
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 # Of activations and of the cache: they are not quantized here.
@@ -27,12 +27,8 @@ _UNUSED = re.compile(r".*\.(activation_scale|(input|[kv])_scale|input_scale_ub|q
 
 
 class StoredWeight:
-    """Stands for a 16-bit weight in the dict that transformers loads from, as a slice of a file does.
-
-    Args:
-        make: parts of the file, on the device, and a dtype to the weight.
-        parts: slices of the file.
-    """
+    """Stands for a 16-bit weight in the dict that transformers loads from, as a slice of a file does: `make` makes it
+    of slices of the file, on the device, and a dtype."""
 
     def __init__(self, make: Callable[..., Tensor], *parts: Any):
         self.make, self.parts = make, parts
@@ -47,18 +43,12 @@ class StoredWeight:
 
 def weights_in_16_bits(name: str, stored: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the weights of a checkpoint by the names that they have in 16 bits: slices of its files, or
-    `StoredWeight`.
-
-    Args:
-        name: Hub id or local folder.
-        stored: its `quantization_config`.
-        hub: where its files are found, such as a revision.
-
-    Raises:
-        OptionError: no safetensors, or codes without scales.
-    """
+    `StoredWeight`. `stored` is its `quantization_config`, and `hub` says where its files are found, such as a
+    revision. Raises `OptionError` where there are no safetensors, or codes without scales."""
     slices: dict[str, Any] = {}
-    for file in _files(name, hub):
+    if not (files := weight_files(name, hub)):
+        raise OptionError(f"model={name!r} has no {SAFE_WEIGHTS_NAME}: save it in that form.")
+    for file in files:
         opened = safe_open(file, "pt")
         slices |= {key: opened.get_slice(key) for key in opened.keys()}
     blocks = stored.get("weight_block_size")
@@ -75,18 +65,19 @@ def weights_in_16_bits(name: str, stored: Mapping[str, Any], hub: Mapping[str, A
                 if key.endswith(("_scale", ".scale", "_scale_inv", "_scales")):  # E8M0 as bytes
                     continue
                 raise OptionError(f"model={name!r}: {key} is in {part.get_dtype()} and has no scales: not known here.")
-            weights[key] = StoredWeight(_by_blocks(blocks), part, slices[found])
+            weights[key] = StoredWeight(partial(from_scaled, size=blocks), part, slices[found])
             weights.pop(found, None)
     return weights
 
 
-def _files(name: str, hub: Mapping[str, Any]) -> list[str]:
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    if (one := cached_file(name, SAFE_WEIGHTS_NAME, **hub, **missing)) is not None:
+def weight_files(name: str, hub: Mapping[str, Any], **quiet: bool) -> list[str]:
+    """Returns the safetensors of a model's folder or Hub id, found as `hub` says; none if it has none. `quiet` is for
+    `cached_file`."""
+    quiet["_raise_exceptions_for_missing_entries"] = False
+    if (one := cached_file(name, SAFE_WEIGHTS_NAME, **hub, **quiet)) is not None:
         return [one]
-    if (index := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub, **missing)) is None:
-        raise OptionError(f"model={name!r} has no {SAFE_WEIGHTS_NAME}: save it in that form.")
-    return get_checkpoint_shard_files(name, index, **hub)[0]
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub, **quiet)
+    return [] if index is None else get_checkpoint_shard_files(name, index, **hub)[0]
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,13 +98,6 @@ def from_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def _by_blocks(size: list[int] | None) -> Callable[..., Tensor]:
-    def make(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        return from_scaled(codes, scales, size, dtype)
-
-    return make
-
-
 def from_scaled(codes: Tensor, scales: Tensor, size: list[int] | None, dtype: torch.dtype) -> Tensor:
     """Returns codes times scales: one scale for all, for each output, or for each block of the last two dimensions.
 
@@ -124,7 +108,7 @@ def from_scaled(codes: Tensor, scales: Tensor, size: list[int] | None, dtype: to
         size: of the blocks; None: they divide the weight evenly. The last may be cut.
         dtype: of the result; the product is taken in float32.
     """
-    floats = codes.is_floating_point() and codes.dtype not in _FP4
+    floats = codes.is_floating_point() and codes.dtype != torch.float4_e2m1fn_x2  # two of them in a byte
     values = codes.float() if floats else _e2m1(codes.view(torch.uint8))
     factors = _power(scales) if scales.dtype == torch.uint8 else scales.float()
     if factors.ndim == 1 and factors.numel() > 1:

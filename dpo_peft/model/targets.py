@@ -55,11 +55,8 @@ _DTYPE_READ = re.compile(r"\bself\.(\w+)\.weight\.dtype\b")
 def choose_targets(config: LoraConfig, model: PreTrainedModel, vision: Sample | None = None) -> dict[str, str]:
     """Puts the layers that "all-linear" means into an adapter's config; other targets stay as they are.
 
-    Args:
-        vision: a tiny sample with images, if layers that read these are meant too.
-
-    Returns:
-        The linear layers that are left out, name to reason; empty for other targets.
+    `vision` is a tiny sample with images, if layers that read these are meant too. Returns the linear layers that are
+    left out, name to reason; empty for other targets.
 
     Raises:
         OptionError: `vision` is given for other targets, or to a model that takes no images; a layer is named that the
@@ -234,9 +231,7 @@ def targets_as_named(new: bool = False) -> Iterator[None]:
     they were in transformers 4, and leaves dense layers of these names out. An adapter on such layers is saved with
     their weights as `target_parameters`, which PEFT takes as they are: with the same tensors, to the same effect. Here
     they are layers again.
-
-    Args:
-        new: the adapter is not one from elsewhere, which may be on experts of transformers 4.
+    `new`: the adapter is not one from elsewhere, which may be on experts of transformers 4.
     """
     original = conversion.convert_peft_config_for_transformers
     saved: list[tuple[LoraConfig, Any, Any]] = []

@@ -105,13 +105,9 @@ class ReferenceCache:
         return [e if e and (e.token_logps is not None or not self.tokens) else None for e in map(found.get, keys)]
 
     def put(self, keys: Sequence[bytes], entries: Sequence[Entry]) -> None:
-        """Stores one entry per key: all or, where they don't fit, none. What is stored already stays as it is.
-
-        The exception: an entry with `token_logps` replaces one without.
-
-        Raises:
-            NonFiniteError: a log-prob is NaN or infinite.
-        """
+        """Stores one entry per key: all or, where they don't fit, none. What is stored already stays as it is, but
+        an entry with `token_logps` replaces one without. Raises `NonFiniteError` for a log-prob that is NaN or
+        infinite."""
         rows: dict[bytes, Row] = {}  # of the same key twice the first counts
         for i, (key, (logp, tokens)) in enumerate(zip(keys, entries, strict=True)):
             if not math.isfinite(logp) or (tokens is not None and not np.isfinite(tokens).all()):

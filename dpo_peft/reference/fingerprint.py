@@ -187,13 +187,9 @@ def _plain(value: Any) -> Any:
 
 
 def adapter_fingerprint(model: nn.Module, adapter: str) -> str:
-    """Returns 32 hex digits for an adapter: its tensors by value in float32, and what each layer scales them by.
-
-    The adapter's name doesn't count. Rank, alpha, rsLoRA and patterns count by what they amount to in each layer.
-
-    Raises:
-        ReferenceMismatchError: the model has no such adapter.
-    """
+    """Returns 32 hex digits for an adapter: its tensors by value in float32, and what each layer scales them by. The
+    adapter's name doesn't count; rank, alpha, rsLoRA and patterns count by what they amount to in each layer. Raises
+    `ReferenceMismatchError` if the model has no such adapter."""
     tensors = adapter_tensors(model, adapter)
     if not tensors:
         present = ", ".join(getattr(model, "peft_config", {})) or "none"
@@ -276,16 +272,9 @@ class Identity:
 
 
 def identify(model: PeftModel, adapter: str | None, source: str | None = None, sync: str | None = None) -> Identity:
-    """Returns the identity of the reference inside `model`.
-
-    Args:
-        adapter: the frozen adapter's name in the model; None if the reference is the model with its adapter off.
-        source: the path that this adapter was loaded from.
-        sync: how the reference follows the policy, in words.
-
-    Raises:
-        ReferenceMismatchError: no such adapter, or weights that are not loaded.
-    """
+    """Returns the identity of the reference inside `model`: a frozen adapter, by its name there and the path that it
+    was loaded from, or with None the model with its adapter off. `sync` says in words how it follows the policy.
+    Raises `ReferenceMismatchError` if there is no such adapter, or weights are not loaded."""
     bare = model.get_base_model()
     config, peft_config = bare.config, model.peft_config[model.active_adapters[0]]
     dtypes = (str(t.dtype) for _, t in base_parts(bare) if isinstance(t, Tensor) and t.is_floating_point())
@@ -319,10 +308,7 @@ def _quantization(base: nn.Module) -> str:
 
 def read_record(source: PeftConfig | str | Path) -> Identity | None:
     """Returns the identity that is stored in an adapter's config, or in that of a folder; None if there is none.
-
-    Raises:
-        ReferenceMismatchError: the record, or the file, is damaged.
-    """
+    Raises `ReferenceMismatchError` where the record, or the file, is damaged."""
     record = read_entry(source, RECORD)
     return None if record is None else Identity.from_dict(record)
 
@@ -352,16 +338,9 @@ def read_entry(source: PeftConfig | str | Path, key: str) -> Any:
 
 
 def check_same(expected: Identity, actual: Identity, what: str, remedy: str, asked_for: bool = False) -> None:
-    """Compares the reference that something was trained against to the present one.
-
-    Args:
-        what: what the first belongs to, such as "The checkpoint runs/a/checkpoint-20"; begins the message.
-        remedy: what to do, a sentence.
-        asked_for: the user chose the present one, so a difference is only warned of.
-
-    Raises:
-        ReferenceMismatchError: they differ. Both are named.
-    """
+    """Compares the reference that something was trained against to the present one. `what` that is, such as "The
+    checkpoint runs/a/checkpoint-20", begins the message, and `remedy` is a sentence. Raises `ReferenceMismatchError`,
+    which names both, if they differ; a difference is only warned of where the user asked for the present one."""
     lines = expected.differences(actual)
     if lines and asked_for:
         logger.warning("%s was trained against %s; it goes on against %s, as asked for.", what, expected, actual)

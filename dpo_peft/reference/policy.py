@@ -74,16 +74,13 @@ Collate = Callable[[Rows], dict[str, Any]]
 class ReferencePolicy:
     """The reference of a run, inside the model that is trained.
 
+    `identity` has its fingerprints, if it is needed.
+
     Args:
         model: the PEFT model, on its device.
         held: what the reference is.
         plan: how batches are laid out and scored. It may be replaced when the model has changed.
         objective: says whether it has a reference, and whether it reads the log-prob of every token.
-
-    Attributes:
-        identity: fingerprints of the reference, if it is needed.
-        store: its log-probs on disk, if they are kept.
-        lockstep: whether its passes go with the policy's, layer by layer.
 
     Raises:
         ReferenceMismatchError: the adapter was trained against another reference than this one.
@@ -101,10 +98,10 @@ class ReferencePolicy:
         self.model, self.policy_adapter, self.args, self.plan = model, policy_adapter, args, plan
         self.needed = objective.needs_reference
         self.choice, self.adapter, self.source, self.chosen = held.choice, held.adapter, held.source, held.chosen
-        self.store: ReferenceCache | None = None
+        self.store: ReferenceCache | None = None  # its log-probs on disk, if they are kept
         self.start_checked = not self.needed
         self.reads_tokens = objective.reads_reference_tokens
-        self.lockstep = False
+        self.lockstep = False  # whether its passes go with the policy's, layer by layer
         if self.needed:
             self.identity = self._identify()
             if args.caches_reference:
@@ -229,11 +226,8 @@ class ReferencePolicy:
 
     def check_start(self, rows: Rows, collate: Collate) -> None:
         """Checks once, on a few rows before the first step, that policy and reference start equal, and that the store
-        is right.
-
-        Raises:
-            ReferenceMismatchError: they don't, so the reference would not be the model that training starts from.
-        """
+        is right. Raises `ReferenceMismatchError` if not: the reference would not be the model that training starts
+        from."""
         if self.args.fsdp:
             _ = self.base_fingerprint  # one process alone reads it, to save; now all gather the layers for it
         if self.start_checked:

@@ -28,13 +28,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..data import REASONS
 from ..data.collator import PreferenceCollator
 from ..data.fields import RowProblem
-from ..data.formats import CHAT_COLUMNS, IMAGE_COLUMNS
+from ..data.formats import CHAT_COLUMNS, IMAGE_COLUMNS, Encoded
 from ..data.images import Images
 from ..data.invocation import check_invoked
 from ..data.prompts import PROMPT_COLUMNS, encode_completions
 from ..data.summary import IMAGE_CUT
 from ..data.tokenize import check_tokenizer
-from ..data.truncate import Fitted, check_truncation, fit
+from ..data.truncate import check_truncation, fit
 from ..errors import DataError, NonFiniteError, OptionError
 from ..forward import ForwardPlan, PackedBatch, plan_forward, recheck
 from ..forward.attention import IMPLEMENTATION
@@ -313,9 +313,9 @@ class ImplicitReward:
 
     def _fitted(self, row: Row, cut: bool = True) -> Row:
         """Returns a row to score, cut to `max_length` unless told otherwise."""
-        whole, number = (row["prompt_ids"], row["completion_ids"]), row["row"]
-        fitted: Fitted | str = fit(*whole, self.max_length if cut else None, self.truncation_mode)
-        if self.images and not isinstance(fitted, str) and self.images.token in whole[0][: fitted.prompt_cut]:
+        whole, number = Encoded(row["prompt_ids"], row["completion_ids"]), row["row"]
+        fitted = fit(whole, self.max_length if cut else None, self.truncation_mode)
+        if self.images and not isinstance(fitted, str) and self.images.token in whole.prompt_ids[: fitted.prompt_cut]:
             fitted = IMAGE_CUT
         if isinstance(fitted, str):
             meaning, remedy = REASONS[fitted]
@@ -328,7 +328,7 @@ class ImplicitReward:
                     self.max_length,
                     self.truncation_mode,
                 )
-            self.cut += len(whole[1])
+            self.cut += len(whole.completion_ids)
         return {**row, "prompt_ids": fitted.prompt_ids, "completion_ids": fitted.completion_ids}
 
     def _encode(self, entries: Sequence[Row], first: int) -> Row:

@@ -41,20 +41,12 @@ class OptimizerStep:
     """The optimizer step that is being accumulated.
 
     Args:
-        model, args, objective: the PEFT model, the options, and what is minimized.
         budget: how large micro-batches may be, and how many layers are checkpointed.
         metrics: where losses are added up.
         collate: prepared rows to a micro-batch.
         policy: log-probs under the policy, with a graph unless gradients are off.
         reference: log-probs under the reference; None for an objective without one.
         autocast: mixed precision around both.
-
-    Attributes:
-        halvings: how often each micro-batch is cut in two, since it did not fit.
-        max_length: the most tokens that the options or the model's learned positions allow; None: any number.
-        mismatched_cut: how many mismatched completions were cut to it so far.
-        evaluated: the last row of the evaluation batch before; none at the start of an evaluation.
-        finite: the micro-batches so far, each with whether the loss of each of its items is finite.
     """
 
     def __init__(
@@ -72,10 +64,11 @@ class OptimizerStep:
         self.model, self.args, self.objective, self.budget, self.metrics = model, args, objective, budget, metrics
         self.collate, self._policy, self._reference, self._autocast = collate, policy, reference, autocast
         self._rank, self._processes = rank(), world_size()
-        self.max_length = longest_allowed(model, args.max_length)
-        self.halvings = self.mismatched_cut = 0
-        self.evaluated: list[Row] = []
-        self.finite: list[tuple[PackedBatch, Tensor]] = []
+        self.max_length = longest_allowed(model, args.max_length)  # tokens; None: any number
+        self.halvings = 0  # how often each micro-batch is cut in two, since it did not fit
+        self.mismatched_cut = 0  # mismatched completions that were cut to `max_length` so far
+        self.evaluated: list[Row] = []  # the last row of the evaluation batch before; none as an evaluation starts
+        self.finite: list[tuple[PackedBatch, Tensor]] = []  # micro-batches so far, and which items' losses are finite
         self._entries: list[Entry] = []
         self._totals = Totals(0, 1.0)
         self._done = 0  # entries of the step whose gradients are there
@@ -102,11 +95,8 @@ class OptimizerStep:
 
     def begin(self, entries: list[Entry], number: int) -> tuple[list[Entry], Totals]:
         """Lays out what came from the data loader. An objective that couples rows takes its loss here, over all.
-
-        Returns:
-            Entries for the training loop, and the step's totals over all processes. Where a stream ended before
-            `number` of them, the rest are empty: the loop steps after as many.
-        """
+        Returns entries for the training loop, and the step's totals over all processes. Where a stream ended before
+        `number` of them, the rest are empty: the loop steps after as many."""
         self.model.train()
         self._entries, self._cuts = [*self.lay_out(entries), *hang([], [], 1) * (number - len(entries))], 0
         self._totals = self.totals(_micro_batches(self._entries))
@@ -115,16 +105,10 @@ class OptimizerStep:
         return self._entries, self._totals
 
     def run(self, entry: Entry, backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
-        """Adds the gradients of an entry; with the last one of the step, sums them over the processes.
-
-        `backward` runs forward and backward of a micro-batch and returns its loss, detached.
-
-        Returns:
-            This process's part of the entry's loss, detached.
-
-        Raises:
-            torch.OutOfMemoryError: a single row does not fit, or the objective's batch can't be cut.
-        """
+        """Adds the gradients of an entry; with the last one of the step, sums them over the processes. `backward` runs
+        forward and backward of a micro-batch and returns its loss, detached. Returns this process's part of the
+        entry's loss, detached. Raises `torch.OutOfMemoryError` if a single row does not fit, or the objective's batch
+        can't be cut."""
         index = next(i for i, one in enumerate(self._entries) if one is entry)
         loss = self._until_it_fits(lambda: self._accumulate_to(index, backward))
         if self._processes > 1 and index == len(self._entries) - 1:
@@ -133,7 +117,6 @@ class OptimizerStep:
 
     def _accumulate_to(self, index: int, backward: Callable[[MicroBatch, Totals], Tensor]) -> Tensor:
         """Adds the gradients up to an entry, from the first one if the step is repeated. Returns the last loss."""
-        loss = torch.zeros((), device=self.args.device)
         for i in range(self._done, index + 1):
             loss = torch.zeros((), device=self.args.device)
             for part in self._entries[i]["packs"]:
@@ -284,10 +267,7 @@ class OptimizerStep:
         self, entry: Entry, compute_loss: Callable[..., tuple[Tensor, LossOutput]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores an evaluation batch. What couples a batch is taken over it, and a token budget holds here too.
-
-        Returns:
-            This process's part of the loss; rewards and labels of the rows of all processes, in their order.
-        """
+        Returns this process's part of the loss; rewards and labels of the rows of all processes, in their order."""
         (entry,) = self.lay_out([entry])
         totals = self.totals(entry["packs"])
         self.couple([entry], totals)
@@ -321,8 +301,7 @@ class OptimizerStep:
             logger.warning(
                 "Out of memory: from here on micro-batches keep within %.1f GiB. The step is repeated. Set "
                 "max_memory_gib to avoid this. (%s)",
-                self.budget.limit / 2**30,
-                message.split("\n")[0],
+                *(self.budget.limit / 2**30, message.split("\n")[0]),
             )
         else:
             self._halve(message)
@@ -338,7 +317,7 @@ class OptimizerStep:
         self._until_it_fits(self._split)
 
     def _halve(self, message: str) -> None:
-        rows = max((len(batch["rows"]) for batch in _micro_batches(self._entries)), default=1)
+        rows = max(map(_size, _micro_batches(self._entries)), default=1)
         packed = self.args.max_tokens_per_microbatch is not None
         lower = "max_tokens_per_microbatch" if packed else "per_device_train_batch_size"
         if rows < 2:
@@ -356,10 +335,7 @@ class OptimizerStep:
         logger.warning(
             "Out of memory with %d rows in a micro-batch: from here on each is run in %d parts, which gives the same "
             "steps. The step is repeated. Lower %s to avoid this. (%s)",
-            rows,
-            2**self.halvings,
-            lower,
-            message.split("\n")[0],
+            *(rows, 2**self.halvings, lower, message.split("\n")[0]),
         )
 
     def _split(self) -> None:

@@ -18,16 +18,9 @@ from .packing import Row
 
 
 def rows_ahead(trainer: Trainer, evaluated: Mapping[str, AnyDataset], step: OptimizerStep) -> dict[str, Iterable[Row]]:
-    """Returns the rows whose completions the reference will score, by the name of their dataset.
-
-    Those with mismatched completions are read as they are asked for: of all epochs, or of one if the order is the same
-    in each.
-
-    Args:
-        trainer: with its options and training dataset.
-        evaluated: the prepared evaluation datasets by name.
-        step: says which objective there is, and how long a row may be.
-    """
+    """Returns the rows whose completions the reference will score, by the name of their dataset; those of evaluation
+    are `evaluated`, prepared. Rows with mismatched completions are read as they are asked for: of all epochs, or of
+    one if the order is the same in each. `step` says which objective there is, and how long a row may be."""
     datasets: dict[str, Any] = {"train": trainer.train_dataset, **evaluated}
     if not step.objective.needs_mismatched:
         return datasets

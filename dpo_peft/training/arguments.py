@@ -67,13 +67,9 @@ def check_constructor(
 ) -> tuple[str, DPOConfig, PreTrainedTokenizerBase, Images | None, TrainingObjective]:
     """Checks what the trainer's constructor is given, and fills in what is not.
 
-    Args:
-        own_metrics: whether a `compute_metrics` adds metrics that are not known here.
-        others: as for the trainer.
-
-    Returns:
-        The model's name (empty for one made in code), the options, the tokenizer, the processor of images if one is
-        given or rows need it, and the objective.
+    The arguments are the trainer's; `own_metrics`: a `compute_metrics` adds metrics that are not known here. Returns
+    the model's name (empty for one made in code), the options, the tokenizer, the processor of images if one is given
+    or rows need it, and the objective.
     """
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise OptionError(
@@ -262,11 +258,8 @@ def check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Any, of: Any) -> None:
     """Refuses prepared rows with tokens that the model does not embed, or longer than its learned positions.
 
-    A tokenizer may be longer than the embeddings, as long as no row holds its last tokens.
-
-    Args:
-        rows: a dataset that `prepare_dataset` made.
-        of: its summary.
+    A tokenizer may be longer than the embeddings, as long as no row holds its last tokens. `rows` are a dataset that
+    `prepare_dataset` made, `of` is its summary.
     """
     embedded, stream = model.get_input_embeddings().weight.shape[0], isinstance(rows, IterableDataset)
     remedy = "resize it by model.resize_token_embeddings(len(tokenizer)), or pass the tokenizer that belongs to it."

@@ -68,17 +68,9 @@ class Preparation:
     """Prepares the datasets of a run, and remembers what became of their rows.
 
     Args:
-        args: the options.
         objective: which labels it reads, and which kind of data.
-        tokenizer: of the model.
-        images: its processor, if rows may hold images.
+        images: the model's processor, if rows may hold images.
         adapter: the model and the config of a new adapter, as the trainer was given them.
-
-    Attributes:
-        reports: dataset name to what became of its rows.
-        sources: "train" and "eval" to where their rows come from.
-        evaluated: the trainer's own evaluation datasets, by metric prefix ("eval", "eval_<name>").
-        as_chat: whether rows of text are read as turns: the option, or what was chosen for the training rows.
     """
 
     def __init__(
@@ -92,10 +84,10 @@ class Preparation:
         self.invocation = _invocation(*adapter, args)
         self.args, self.objective, self.tokenizer, self.images = args, objective, tokenizer, images
         keep_date(tokenizer, args.output_dir, args.resume_from_checkpoint)
-        self.reports: dict[str, DataReport] = {}
-        self.sources: dict[str, tuple[list[str], str | None]] = {}
-        self.evaluated: dict[str, AnyDataset] = {}
-        self.as_chat = args.as_chat
+        self.reports: dict[str, DataReport] = {}  # dataset name to what became of its rows
+        self.sources: dict[str, tuple[list[str], str | None]] = {}  # "train" and "eval" to where rows come from
+        self.evaluated: dict[str, AnyDataset] = {}  # the trainer's own, by metric prefix ("eval", "eval_<name>")
+        self.as_chat = args.as_chat  # whether texts are read as turns: the option, or the choice for training rows
         if args.as_chat is None and asks_to_resume(args.resume_from_checkpoint):
             self.as_chat = _recorded_as_chat(args.output_dir, args.resume_from_checkpoint)
         self._model: PreTrainedModel | PeftModel | None = None
@@ -151,12 +143,9 @@ class Preparation:
         return {"train": self._training, **self.evaluated}.items()
 
     def count(self, name: str, ended: bool) -> DataReport:
-        """Returns the summary of a dataset; those of streams hold what worker processes have counted so far.
-
-        Raises:
-            DataError: a stream drops more than `max_unusable_share` of its rows, judged once it has `ended` or a
-                hundred of them are read.
-        """
+        """Returns the summary of a dataset; those of streams hold what worker processes have counted so far. Raises
+        `DataError` for a stream that drops more than `max_unusable_share` of its rows, judged once it has `ended` or a
+        hundred of them are read."""
         for one in self.reports.values():
             one.gather()
         report = self.reports[name]
@@ -315,11 +304,7 @@ def build_model(
 
 def router_coef(model: PeftModel, args: DPOConfig) -> float:
     """Returns the weight of the routers' auxiliary loss: the option's, or the one in the model's config; 0 for a model
-    without routers.
-
-    Raises:
-        OptionError: the option can't have an effect.
-    """
+    without routers. Raises `OptionError` for an option that can't have an effect."""
     given, name = args.router_aux_loss_coef, type(model.get_base_model()).__name__
     coef = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if given is None else given
     dtype = autocast_dtype(args)

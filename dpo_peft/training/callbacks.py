@@ -77,11 +77,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class CountStream(TrainerCallback):
-    """Counts what a stream drops as it is read, and holds it to `max_unusable_share`.
-
-    Args:
-        count: `Preparation.count`.
-    """
+    """Counts what a stream drops as it is read (`Preparation.count`), and holds it to `max_unusable_share`."""
 
     def __init__(self, count: Callable[[str, bool], DataSummary]):
         self.count = count
@@ -144,11 +140,8 @@ class StopOnSignal(TrainerCallback):
         return self.agreed
 
     def leave(self, step: int, resumable: bool) -> None:
-        """Ends the run, whose checkpoint is saved.
-
-        Raises:
-            TrainingInterrupted: with the exit status that a shell gives for a process that the signal ended.
-        """
+        """Ends the run, whose checkpoint is saved: raises `TrainingInterrupted` with the exit status that a shell
+        gives for a process that the signal ended."""
         how = "Resume with resume_from_checkpoint='latest'."
         if not resumable:
             how = "It can't be resumed, since save_only_model leaves out the optimizer."
@@ -170,16 +163,11 @@ class SyncReference(TrainerCallback):
 
 
 class EarlyStop(TrainerCallback):
-    """Ends a run when a held-out metric has not become better for `patience` evaluations in a row.
+    """Ends a run when a held-out metric (its name in an evaluation's figures, with `eval_`) has not become better, by
+    more than a threshold, for `patience` evaluations in a row, at least 1.
 
     Not the callback of transformers: that one forgets its count when a run is resumed, and moves its mark with gains
     below the threshold, so that many small ones never count.
-
-    Args:
-        metric: its name in an evaluation's figures, with `eval_`.
-        greater: whether more is better.
-        patience: evaluations without a better one, at least 1.
-        threshold: by how much a better one must be better.
     """
 
     def __init__(self, metric: str, greater: bool, patience: int, threshold: float):
@@ -237,20 +225,13 @@ class EarlyStop(TrainerCallback):
             best = "was never finite" if self.best is None else f"was best, {self.best:.4g}, at step {self.best_step}"
             logger.info(
                 "Stopped early after step %d: %s %s, and %d evaluations in a row were not better (threshold %g).",
-                self.step,
-                self.metric,
-                best,
-                self.waited,
-                self.threshold,
+                *(self.step, self.metric, best, self.waited, self.threshold),
             )
 
 
 def check_reported(name: str | None, metrics: Mapping[str, float], step: int) -> None:
-    """Refuses a `metric_for_best_model` that an evaluation turned out to lack.
-
-    Raises:
-        OptionError: naming those that it has.
-    """
+    """Refuses a `metric_for_best_model` that an evaluation turned out to lack, by an `OptionError` with those that it
+    has."""
     if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
         raise OptionError(
             f"metric_for_best_model={name!r}: the evaluation of step {step} lacks it, as no held-out row tells "

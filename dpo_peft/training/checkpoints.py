@@ -43,13 +43,8 @@ def staged_checkpoint(run_dir: str | Path, step: int) -> Path:
 
 
 def commit(run_dir: str | Path, step: int) -> Path:
-    """Seals the staged checkpoint and gives it its place. Returns its folder.
-
-    One that it replaces is still there if the disk fails.
-
-    Raises:
-        CheckpointError: nothing is staged for this step.
-    """
+    """Seals the staged checkpoint and gives it its place. Returns its folder. One that it replaces is still there if
+    the disk fails. Raises `CheckpointError` if nothing is staged for this step."""
     staged = staged_checkpoint(run_dir, step)
     if not any(path.is_file() for path in staged.rglob("*")):
         raise CheckpointError(
@@ -95,10 +90,7 @@ def _install(run_dir: Path, step: int) -> Path:
 
 def recover(run_dir: str | Path) -> list[str]:
     """Brings what a killed process left in a run's folder to an end: call it before anything is read or written there.
-
-    Returns:
-        What was found and done, in sentences for the log; nothing if there was nothing to do.
-    """
+    Returns what was found and done, in sentences for the log; nothing if there was nothing to do."""
     run_dir, said = Path(run_dir), []
     if done := settle(run_dir):
         said.append(done)

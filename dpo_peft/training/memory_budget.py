@@ -7,7 +7,7 @@ is checkpointed.
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -34,31 +34,11 @@ KEYS_OF_PAIRS = 3  # at most so many keys a token: the prompt is read by itself 
 NO_PLANNER = "the memory planner, the folder dpo_peft/planning, is not installed"
 
 
-class Memory(Protocol):
-    """What is read of `planning.MemoryModel`."""
-
-    @property
-    def fused(self) -> bool: ...
-
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def placed(self) -> tuple[float, ...]: ...
-
-    @property
-    def fixed(self) -> Mapping[str, float]: ...
-
-    def largest_tokens(self, limit: float, layers: int, keys_per_token: float, predicted_share: float, /) -> int: ...
-
-    def peak(self, *size: float) -> float: ...
-
-
 class MemoryBudget:
     """Decides within a limit.
 
     Args:
-        memory: of the loaded model; None if its shape is not known to the planner, or there is no planner.
+        memory: `planning.MemoryModel` of the loaded model; None if the planner does not know its shape or isn't there.
         limit: bytes that tensors may take.
         checkpoint_layers: a number of layers, or "auto": the fewest that keep a micro-batch within the limit.
         max_tokens: of a micro-batch; "auto": what makes a step cheapest within the limit.
@@ -68,7 +48,7 @@ class MemoryBudget:
 
     def __init__(
         self,
-        memory: Memory | None,
+        memory: Any,
         limit: float,
         checkpoint_layers: int | str,
         max_tokens: int | str | None,
@@ -91,8 +71,7 @@ class MemoryBudget:
             logger.warning(
                 "Weights, adapter and optimizer alone take %.1f GiB of the %.1f GiB that there are: it will hardly "
                 "fit. `dpo-peft plan` shows what does.",
-                fixed / GIB,
-                limit / GIB,
+                *(fixed / GIB, limit / GIB),
             )
 
     def _keep_within(self, limit: float) -> None:
@@ -122,11 +101,8 @@ class MemoryBudget:
         return self.memory.peak(*size, layers, given, attended)
 
     def tighten(self, held: float) -> bool:
-        """Keeps a tenth below the bytes that tensors `held` when memory ran out, from now on.
-
-        Returns:
-            Whether that changes anything: the same micro-batches may fit with more layers checkpointed.
-        """
+        """Keeps a tenth below the bytes that tensors `held` when memory ran out, from now on. Returns whether that
+        changes anything: the same micro-batches may fit with more layers checkpointed."""
         adjustable = self.memory is not None and self.memory.fused and self.layers == "auto"
         if not adjustable or held <= 0 or _TIGHTENED * held >= self.limit:
             return False
@@ -139,9 +115,7 @@ class MemoryBudget:
         if self.max_tokens != "auto":
             assert isinstance(self.max_tokens, int)
             return self.max_tokens
-        planning = wing("planning")
-        assert planning is not None  # `memory` came from it
-        passes = self.reference_passes
+        planning, passes = required("planning", "max_tokens_per_microbatch='auto'"), self.reference_passes
         plan = planning.plan_step(samples, self.memory, self.limit, reference_passes=passes, **self.waiting)
         return max(plan.max_tokens, 1)
 
@@ -161,32 +135,23 @@ def _size(batch: PackedBatch) -> tuple[int, int, int, int, float]:
 
 def memory_limit(device: torch.device, max_memory_gib: float | None, loaded: float) -> float:
     """Returns the bytes that tensors may take: the option's, or most of what is free beside `loaded` bytes of them.
-
-    Raises:
-        OptionError: the option is set, and nothing predicts what stays below it.
-    """
+    Raises `OptionError` where the option is set and nothing predicts what stays below it."""
     if max_memory_gib is not None:
         if wing("planning") is None:
             raise OptionError(f"max_memory_gib={max_memory_gib} has no effect: {NO_PLANNER}. Leave it out.")
         return max_memory_gib * GIB
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # A process may have been given a share of the GPU, which `mem_get_info` does not know; nor do old releases.
-        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        # A process may have been given a share of the GPU, which `mem_get_info` does not know.
+        share = torch.cuda.get_per_process_memory_fraction(device)
         return _USED_SHARE * min(free + torch.cuda.memory_reserved(device), share * total)
     return loaded + _USED_SHARE_OF_RAM * psutil.virtual_memory().available
 
 
 def layers_to_stream(model: PeftModel, args: DPOConfig, frozen: str | None) -> int:
     """Returns how many decoder layers' frozen weights stay in CPU memory: the option's, or what the GPU can't hold.
-
-    The same in all processes, whatever each has free; all of them must call it.
-
-    Args:
-        model: the PEFT model, in the CPU's memory.
-        args: the options.
-        frozen: the reference's adapter, if it has one.
-    """
+    The same in all processes, whatever each has free; all of them must call it, with the model in the CPU's memory.
+    `frozen` is the reference's adapter, if it has one."""
     if isinstance(args.stream_layers, int):
         return args.stream_layers
     layers, number = decoder_layers(unwrap(model)), 0
@@ -266,14 +231,8 @@ def plan_memory(
 ) -> MemoryBudget:
     """Decides how memory is used, and tells fused layers how many of them are checkpointed.
 
-    Args:
-        model: the PEFT model, on its device.
-        args, plan: the options, and how batches are laid out and scored.
-        frozen: the reference's adapter, if it has one.
-        needs_reference: whether the objective has a reference.
-
-    Raises:
-        OptionError: an option that has no effect on this model or device.
+    `plan` says how batches are laid out and scored, and `frozen` is the reference's adapter, if it has one. Raises
+    `OptionError` for an option that has no effect on this model or device.
     """
     fused, layers = plan.fused, args.checkpoint_layers if args.gradient_checkpointing else 0
     assert layers is not None

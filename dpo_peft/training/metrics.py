@@ -63,10 +63,8 @@ def preference_metrics(
     - `loss` (of held-out rows), without the auxiliary loss.
 
     Args:
-        kind: of the data.
         output: of `compute_loss`.
-        policy, ref: the log-probs that it was made from.
-        batch: whose they are.
+        policy, ref: the log-probs of the batch that it was made from.
         held_out: whether it is an evaluation's.
 
     Returns:

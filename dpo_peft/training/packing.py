@@ -155,19 +155,12 @@ def _stretches(order: Sequence[int], shapes: Sequence[Shape], budget: int) -> li
 
 
 def hang(packs: Sequence[MicroBatch], bins: Sequence[Sequence[int]], number: int) -> list[Entry]:
-    """Hangs micro-batches on the entries that `transformers.Trainer` counts as those of an optimizer step.
+    """Hangs micro-batches, each of which has the rows of a bin, on the `number` of entries that `transformers.Trainer`
+    counts as those of an optimizer step: its loop takes as many as were read from the data loader, however many
+    micro-batches there are.
 
-    Its loop takes as many entries as were read from the data loader, however many micro-batches there are: each entry
-    gets some, or none.
-
-    Args:
-        packs: fields of `PackedBatch`.
-        bins: the rows of each.
-        number: of entries.
-
-    Returns:
-        Dicts with `packs`, `order` (their rows one after the other) and, for what counts tokens, all their `input_ids`
-        and `attention_mask` (if they have one), flat.
+    Returns dicts with `packs`, some micro-batches or none, `order` (their rows one after the other) and, for what
+    counts tokens, all their `input_ids` and `attention_mask` (if they have one), flat.
     """
     counting = [name for name in ("input_ids", "attention_mask") if not packs or packs[0].get(name) is not None]
     nothing, entries = torch.empty(0, dtype=torch.long), []

@@ -34,11 +34,7 @@ def asks_to_resume(resume: str | bool | None) -> bool:
 
 
 def check_new_run(args: DPOConfig) -> None:
-    """Refuses a folder whose files the result of a new run would replace.
-
-    Raises:
-        OptionError: naming them.
-    """
+    """Refuses a folder whose files the result of a new run would replace, by an `OptionError` that names them."""
     there = [name for name in RESULT if (Path(str(args.output_dir)) / name).exists()]
     if there and not args.overwrite_output_dir:
         raise OptionError(
@@ -49,16 +45,9 @@ def check_new_run(args: DPOConfig) -> None:
 
 
 def save_result(trainer: Trainer, folder: str | Path, adapter: bool = True, **of_card: Any) -> None:
-    """Saves the adapter, and what `artifacts` writes beside it, whole or not at all; by the main process.
-
-    Args:
-        folder: of the adapter.
-        adapter: False renews what is beside it alone.
-        of_card: see `artifacts.SaveResults`.
-
-    Raises:
-        CheckpointError: it can't be written.
-    """
+    """Saves the adapter in a folder, and what `artifacts` writes beside it (without the `adapter` that alone), whole
+    or not at all; by the main process. `of_card`: see `artifacts.SaveResults`. Raises `CheckpointError` if it can't be
+    written."""
     if not trainer.args.should_save:
         return
     try:
@@ -78,12 +67,8 @@ def save_result(trainer: Trainer, folder: str | Path, adapter: bool = True, **of
 
 
 class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint of a run that is resumed: in the run's folder, beside the checkpoint that is resumed,
-    or where it was. It must be whole, and its log the beginning of this run's.
-
-    Args:
-        resumed: gives the checkpoint that is resumed, or None.
-    """
+    """Finds the best checkpoint of a run that is resumed: in the run's folder, beside the checkpoint that is resumed
+    (which `resumed` gives), or where it was. It must be whole, and its log the beginning of this run's."""
 
     def __init__(self, resumed: Callable[[], Path | None]):
         self.resumed = resumed

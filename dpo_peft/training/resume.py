@@ -91,11 +91,6 @@ class RunState:
         metrics: sums since the last log; each process has its own.
         parts: what else is saved and restored.
         trajectory: gives what decides how the run continues (see `trajectory`).
-
-    Attributes:
-        saved_step: the step of the newest checkpoint that this run has written.
-        resumed: the checkpoint that it was resumed from.
-        best: a callback for the trainer.
     """
 
     def __init__(
@@ -103,23 +98,17 @@ class RunState:
     ):
         self.args, self.run_dir = args, Path(str(args.output_dir))
         self.metrics, self.parts, self.trajectory = metrics, parts, trajectory
-        self.saved_step: int | None = None
-        self.resumed: Path | None = None
+        self.saved_step: int | None = None  # of the newest checkpoint that this run has written
+        self.resumed: Path | None = None  # the checkpoint that it was resumed from
         self.best = BestCheckpoint(lambda: self.resumed)
         self._begun = False  # what is in the folder is this trainer's own
 
     # ---- Finding a checkpoint ------------------------------------------------------------------------------------
 
     def find(self, resume: str | bool | None) -> str | None:
-        """Returns the checkpoint's folder to resume from, the same on all processes; None for a new start.
-
-        Args:
-            resume: as `resume_from_checkpoint` of `DPOTrainer.train`.
-
-        Raises:
-            CheckpointError: the checkpoint is not whole, or there is none.
-            OptionError: the folder holds another run's result, see `check_new_run`.
-        """
+        """Returns the checkpoint's folder to resume from, the same on all processes; None for a new start. `resume` is
+        as `resume_from_checkpoint` of `DPOTrainer.train`. Raises `CheckpointError` where the checkpoint is not whole,
+        or there is none, and `OptionError` where the folder holds another run's result (`check_new_run`)."""
         self.saved_step = None
         self.metrics.restore({})
         resume = self.args.resume_from_checkpoint if resume is None else resume
@@ -171,9 +160,7 @@ class RunState:
         """Says in what the run's `trajectory` differs from a checkpoint's. A run that began with what used to be the
         default of `learning_rate` keeps it, in `args` too, where the option is left out.
 
-        Args:
-            folder: the checkpoint.
-            routers: whether there is a loss of routers, which is of each batch of the data loader.
+        `routers` says whether there is a loss of routers, which is of each batch of the data loader.
 
         Raises:
             OptionError: one that the checkpoint's tensors would overrule.
@@ -244,11 +231,8 @@ class RunState:
             part.load_state_dict(state["extra"], folder)
 
     def save_checkpoint(self, trainer: Trainer) -> None:
-        """Saves the run as `checkpoint-<step>`, whole or not at all; all processes must call it.
-
-        Raises:
-            CheckpointError: it can't be written.
-        """
+        """Saves the run as `checkpoint-<step>`, whole or not at all; all processes must call it. Raises
+        `CheckpointError` if it can't be written."""
         args, state = trainer.args, trainer.state
         step, run_dir = state.global_step, Path(args.output_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -302,14 +286,9 @@ class RunState:
 
 
 def place_in_data(trainer: Trainer, counted: tuple[int, int], folder: str | None) -> tuple[int, int]:
-    """Returns how many passes over the data a checkpoint has behind it, and how many batches of the one under way.
-
-    Args:
-        trainer: with its dataset and options.
-        counted: the same as transformers counts it. It takes all steps of a run over a stream for one pass, as it
-            doesn't know the length, but the `epoch` that it saves has the passes before the point.
-        folder: the checkpoint; None for a new start.
-    """
+    """Returns how many passes over the data a checkpoint (None: a new start) has behind it, and how many batches of
+    the one under way. transformers has counted the same, but takes all steps of a run over a stream for one pass, as
+    it doesn't know the length; the `epoch` that it saves has the passes before the point."""
     if folder is None or not isinstance(trainer.train_dataset, IterableDataset):
         return counted
     state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))

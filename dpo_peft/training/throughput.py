@@ -83,12 +83,6 @@ class Throughput:
     (`passes_over_weights`), weight and token, the head's weights for predicted tokens only. What policy and reference
     have in common needs one pass: prompts of answer-only adapters, layers below the first adapter. Attention, LoRA,
     recomputed layers, norms and unpacking 4-bit weights are no part of it, though they take time: 1 is out of reach.
-
-    Attributes:
-        rate: FLOP/s of all GPUs; None where the share of the bound is not known.
-        tokens, predicted, seconds: of all steps since `begin` that a log has told of.
-        peak: bytes of the fullest GPU, the highest so far; 0 without one.
-        parameters: of the model, without embeddings, as transformers counts them.
     """
 
     def __init__(self, model: PeftModel, objective: TrainingObjective, args: DPOConfig, clock: Clock = perf_counter):
@@ -96,8 +90,9 @@ class Throughput:
         self._passes, self._weights = passes_over_weights(objective, args), weights_per_token(model)
         self._below = share_below(model)
         self.parameters = _parameters(model)
-        self.rate: float | None = None
-        self.tokens = self.predicted = self.seconds = self.peak = 0.0
+        self.rate: float | None = None  # FLOP/s of all GPUs; None where the share of the bound is not known
+        self.tokens = self.predicted = self.seconds = 0.0  # of all steps since `begin` that a log has told of
+        self.peak = 0.0  # bytes of the fullest GPU, the highest so far; 0 without one
 
     def begin(self) -> None:
         """Begins a run, or resumes one."""

@@ -8,7 +8,8 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_peft.data import REASONS, TRUNCATION_MODES, prepare_dataset
-from dpo_peft.data.truncate import Fitted, fit
+from dpo_peft.data.formats import Encoded
+from dpo_peft.data.truncate import fit
 from dpo_peft.errors import DataError
 
 P, A, B = [1, 2, 3, 4], [11, 12, 13], [21, 22, 23, 24, 25]
@@ -17,28 +18,28 @@ P, A, B = [1, 2, 3, 4], [11, 12, 13], [21, 22, 23, 24, 25]
 @pytest.mark.parametrize(
     ("mode", "max_length", "expected"),
     [
-        ("keep_start", None, Fitted(P, [A, B])),
-        ("keep_start", 9, Fitted(P, [A, B])),
-        ("keep_start", 8, Fitted(P, [A, B[:4]], completions_cut=1, ends_lost=1)),
-        ("keep_start", 5, Fitted(P, [A[:1], B[:1]], completions_cut=2, ends_lost=2)),
+        ("keep_start", None, Encoded(P, [A, B])),
+        ("keep_start", 9, Encoded(P, [A, B])),
+        ("keep_start", 8, Encoded(P, [A, B[:4]], completions_cut=1, ends_lost=1)),
+        ("keep_start", 5, Encoded(P, [A[:1], B[:1]], completions_cut=2, ends_lost=2)),
         ("keep_start", 4, "prompt_too_long"),
         ("keep_start", 2, "prompt_too_long"),
-        ("keep_end", 8, Fitted(P[1:], [A, B], prompt_cut=1)),
-        ("keep_end", 6, Fitted(P[3:], [A, B], prompt_cut=3)),
-        ("keep_end", 5, Fitted(P[3:], [A, B[1:]], prompt_cut=3, completions_cut=1)),
-        ("keep_end", 2, Fitted(P[3:], [A[2:], B[4:]], prompt_cut=3, completions_cut=2)),
-        ("trim_prompt", 8, Fitted(P[1:], [A, B], prompt_cut=1)),
-        ("trim_prompt", 6, Fitted(P[3:], [A, B], prompt_cut=3)),
+        ("keep_end", 8, Encoded(P[1:], [A, B], prompt_cut=1)),
+        ("keep_end", 6, Encoded(P[3:], [A, B], prompt_cut=3)),
+        ("keep_end", 5, Encoded(P[3:], [A, B[1:]], prompt_cut=3, completions_cut=1)),
+        ("keep_end", 2, Encoded(P[3:], [A[2:], B[4:]], prompt_cut=3, completions_cut=2)),
+        ("trim_prompt", 8, Encoded(P[1:], [A, B], prompt_cut=1)),
+        ("trim_prompt", 6, Encoded(P[3:], [A, B], prompt_cut=3)),
         ("trim_prompt", 5, "completion_too_long"),
     ],
 )
 def test_fit_by_hand(mode, max_length, expected):
-    assert fit(P, [A, B], max_length, mode) == expected
+    assert fit(Encoded(P, [A, B]), max_length, mode) == expected
 
 
 def test_keep_end_of_equal_ends():
-    assert fit([1], [[5, 6, 7], [4, 6, 7]], 3, "keep_end") == "identical_after_truncation"
-    assert fit([1], [[5, 6, 7], [4, 6, 7]], 4, "keep_end") == Fitted([1], [[5, 6, 7], [4, 6, 7]])
+    assert fit(Encoded([1], [[5, 6, 7], [4, 6, 7]]), 3, "keep_end") == "identical_after_truncation"
+    assert fit(Encoded([1], [[5, 6, 7], [4, 6, 7]]), 4, "keep_end") == Encoded([1], [[5, 6, 7], [4, 6, 7]])
 
 
 @pytest.mark.parametrize("max_length", [40, 60, 90])

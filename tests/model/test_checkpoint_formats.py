@@ -149,8 +149,8 @@ def test_one_weight_at_a_time_is_in_16_bits(fp8, monkeypatch) -> None:
     made: list[StorageWeakRef] = []
     most = [0]
 
-    def make(*parts: Any) -> Tensor:
-        whole = from_scaled(*parts)
+    def make(*parts: Any, **how: Any) -> Tensor:
+        whole = from_scaled(*parts, **how)
         made.append(StorageWeakRef(whole.untyped_storage()))
         most[0] = max(most[0], sum(not one.expired() for one in made))
         return whole
