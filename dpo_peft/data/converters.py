@@ -29,7 +29,7 @@ def from_sharegpt(row: Row) -> dict[str, list[Message]]:
     """Converts `conversations`, `chosen` and `rejected` with messages as {from, value}, and an optional `system`."""
     prompt = [_sharegpt_message(message, "conversations") for message in _get(row, "conversations", list)]
     if row.get("system"):
-        prompt.insert(0, {"role": "system", "content": _text(row, "system")})
+        prompt.insert(0, {"role": "system", "content": _get(row, "system")})
     chosen, rejected = (_sharegpt_message(row.get(column), column) for column in ("chosen", "rejected"))
     return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
 
@@ -42,7 +42,7 @@ def from_alpaca(row: Row) -> dict[str, list[Any]]:
     """
     prompt, instruction = list[Message](), _instruction(row)
     if row.get("system"):
-        prompt.append({"role": "system", "content": _text(row, "system")})
+        prompt.append({"role": "system", "content": _get(row, "system")})
     for turn in _get(row, "history", list) if row.get("history") else []:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise DataError(
@@ -52,13 +52,13 @@ def from_alpaca(row: Row) -> dict[str, list[Any]]:
         prompt += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     prompt.append({"role": "user", "content": instruction})
     if isinstance(row.get("output"), list) and "chosen" not in row:
-        return {"prompt": prompt, **_ranked([_get({"output": text}, "output", str) for text in row["output"]])}
-    return {"prompt": prompt, "chosen": _reply(_text(row, "chosen")), "rejected": _reply(_text(row, "rejected"))}
+        return {"prompt": prompt, **_ranked([_get({"output": text}, "output") for text in row["output"]])}
+    return {"prompt": prompt, "chosen": _reply(_get(row, "chosen")), "rejected": _reply(_get(row, "rejected"))}
 
 
 def from_hh(row: Row) -> dict[str, list[Message]]:
     """Converts raw HH transcripts to two whole conversations (implicit prompt)."""
-    return {column: _turns(_text(row, column), column) for column in ("chosen", "rejected")}
+    return {column: _turns(_get(row, column), column) for column in ("chosen", "rejected")}
 
 
 def pandalm_decided(row: Row) -> bool:
@@ -71,7 +71,7 @@ def from_pandalm(row: Row) -> dict[str, list[Message]]:
     votes = _pandalm_votes(row)
     if not votes:
         raise DataError(f"{_where(row)}: the annotators are tied. Filter first: dataset.filter(pandalm_decided).")
-    first, second = _text(row, "response1"), _text(row, "response2")
+    first, second = _get(row, "response1"), _get(row, "response2")
     chosen, rejected = (first, second) if votes > 0 else (second, first)
     prompt = [{"role": "user", "content": _instruction(row)}]
     return {"prompt": prompt, "chosen": _reply(chosen), "rejected": _reply(rejected)}
@@ -79,14 +79,14 @@ def from_pandalm(row: Row) -> dict[str, list[Message]]:
 
 def from_tulu(row: Row) -> dict[str, Any]:
     """Converts `prompt`, `completion_a`, `completion_b` and `preference` in words: `chosen` is a."""
-    preference = TULU_PREFERENCES.get(_text(row, "preference"))
+    preference = TULU_PREFERENCES.get(_get(row, "preference"))
     if preference is None:
         raise DataError(
             f"{_where(row)}, field 'preference': {row.get('preference')!r} is none of {', '.join(TULU_PREFERENCES)}. "
             "Repair the row or filter it out."
         )
-    prompt = [{"role": "user", "content": _text(row, "prompt")}]
-    first, second = (_reply(_text(row, field)) for field in ("completion_a", "completion_b"))
+    prompt = [{"role": "user", "content": _get(row, "prompt")}]
+    first, second = (_reply(_get(row, field)) for field in ("completion_a", "completion_b"))
     return {"prompt": prompt, "chosen": first, "rejected": second, "preference": preference}
 
 
@@ -100,14 +100,14 @@ def from_oasst_tree(row: Row) -> list[dict[str, list[Any]]]:
     waiting: list[tuple[Any, list[Message]]] = [(_get(row, "prompt", Mapping), [])]
     while waiting:
         message, path = waiting.pop(0)
-        role = OASST_ROLES.get(_text(message, "role"))
+        role = OASST_ROLES.get(_get(message, "role"))
         if role is None:
             raise DataError(f"{_where(row)}: unknown role {message['role']!r}. Use one of {', '.join(OASST_ROLES)}.")
-        path = [*path, {"role": role, "content": _text(message, "text")}]
+        path = [*path, {"role": role, "content": _get(message, "text")}]
         replies = _get(message, "replies", list) if message.get("replies") else []
         ranked = [reply for reply in replies if role == "user" and _row(reply).get("rank") is not None]
         if len(ranked) > 1:
-            texts, ranks = [_text(one, "text") for one in ranked], [_get(one, "rank", int) for one in ranked]
+            texts, ranks = [_get(one, "text") for one in ranked], [_get(one, "rank", int) for one in ranked]
             rows.append({"prompt": path, **_ranked(texts, ranks)})
         waiting += [(reply, path) for reply in replies]
     return rows
@@ -148,8 +148,8 @@ def _turns(transcript: str, field: str) -> list[Message]:
 
 
 def _instruction(row: Row) -> str:
-    instruction = _text(row, "instruction")
-    extra = _text(row, "input") if row.get("input") else ""
+    instruction = _get(row, "instruction")
+    extra = _get(row, "input") if row.get("input") else ""
     return f"{instruction}\n\n{extra}" if extra.strip() else instruction
 
 
@@ -157,11 +157,7 @@ def _reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _text(row: Row, field: str) -> str:
-    return _get(row, field, str)
-
-
-def _get(row: Row, field: str, kind: type) -> Any:
+def _get(row: Row, field: str, kind: type = str) -> Any:
     value = _row(row).get(field)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise DataError(

@@ -168,6 +168,12 @@ def _read_message(message: object, where: str) -> Message:
     return clean
 
 
+def first_message(value: object) -> Row:
+    """Returns the first of several messages, or a message itself; an empty one for anything else."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, Mapping) else {}
+
+
 def content_text(message: Message) -> str:
     """Returns a message's text, also where it is given in parts."""
     content = message.get("content") or ""

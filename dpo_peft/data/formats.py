@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import DataError, OptionError
-from .fields import Row, Values
+from .fields import Row, Values, first_message
 
 # What the judgments of a row suit: the kinds of data that objectives learn from. The first is what it is scored as.
 SUITS = {
@@ -355,7 +355,7 @@ def _detect_prompt(name: str, have: set[str], first: Row, found: Values, alone: 
         return "chat"
     # Some public sets repeat the question as text beside two whole conversations.
     turns = next(turns for turns in found.values() if isinstance(turns, list))
-    whole = bool(turns) and isinstance(turns[0], Mapping) and turns[0].get("role") in ASKING_ROLES
+    whole = first_message(turns).get("role") in ASKING_ROLES
     if not alone and (prompt is None or whole):
         return "chat_implicit"
     shown = f"'prompt' is {prompt}" if prompt else "there is no 'prompt'"

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -36,13 +37,11 @@ def join_shapes(parts: Mapping[str, Dataset]) -> tuple[Callable[[], Iterator[Val
     and what yields them `DataError` for a malformed row."""
     parts = {name: undecoded(rows) for name, rows in parts.items()}
     found = {name: _reading(name, rows) for name, rows in parts.items()}
-    if any(_chats(first) for _, first in found.values()):
-        texts = [name for name, (_, first) in found.items() if not _chats(first)]
-        if texts:
-            logger.info("%s: the texts become turns, as the other rows are messages.", ", ".join(texts))
-        readings = {name: replace(reading, turns=True) for name, (reading, _) in found.items()}
-    else:
-        readings = {name: reading for name, (reading, _) in found.items()}
+    texts = [name for name, (_, first) in found.items() if not _chats(first)]
+    chats = len(texts) < len(found)
+    if texts and chats:
+        logger.info("%s: the texts become turns, as the other rows are messages.", ", ".join(texts))
+    readings = {name: replace(reading, turns=chats or reading.turns) for name, (reading, _) in found.items()}
     firsts = {name: readable(name, islice(rows, SAMPLED), readings[name])[0] for name, rows in parts.items()}
     ranked = any("completions" in first for first in firsts.values())
     kinds = {name: sorted(_unified(first, ranked).keys() & {*OURS, "label"}) for name, first in firsts.items()}
@@ -94,10 +93,8 @@ def prompt_keys(rows: Dataset, name: str) -> list[str]:
     data = data_of(columns, first)
     registered = next((one for one in REGISTERED.values() if one.detect(set(rows.column_names), rows[0])), None)
     layout = None
-    try:
+    with suppress(DataError):  # it is said where the rows are prepared
         layout = None if registered else detect_layout(name, columns, first, Wanted(data=data, images=True))
-    except DataError:  # it is said where the rows are prepared
-        pass
 
     def key(row: Row) -> Any:
         if registered is not None:
@@ -111,6 +108,6 @@ def prompt_keys(rows: Dataset, name: str) -> list[str]:
         except (RowProblem, DataError):
             example = None
         prompt = getattr(example, "prompt", None)
-        told = None if prompt is None else json.dumps([prompt, *images], sort_keys=True, default=str)
-        found.append(f"row {number}" if told is None else told)
+        told = json.dumps([prompt, *images], sort_keys=True, default=str) if prompt is not None else f"row {number}"
+        found.append(told)
     return found

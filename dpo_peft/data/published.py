@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError, OptionError
 from .converters import SHAREGPT_ROLES, from_hh, from_oasst_tree, from_tulu, marked_turns
-from .fields import Messages, NoValue, Row, RowProblem, Values, from_json, shown
+from .fields import Messages, NoValue, Row, RowProblem, Values, first_message, from_json, shown
 from .formats import ASKING_ROLES
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ def _named(row: Row, names: Iterable[str]) -> Any:
 
 
 def _has_dicts(row: Row) -> bool:
-    value = row.get("completions")
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "response" in value[0]
+    return isinstance(row.get("completions"), list) and "response" in first_message(row["completions"])
 
 
 def _rated(prompt: Any, texts: Sequence[Any], scores: Sequence[Any]) -> Values:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .converters import from_hh
-from .fields import Messages, Row, RowProblem, Values, content_text, shown
+from .fields import Messages, Row, RowProblem, Values, content_text, first_message, shown
 from .formats import ASKING_ROLES, ASSISTANT, HUMAN, IMAGE_COLUMNS, REGISTERED, RowFormat, Wanted, detect_layout
 from .parse import json_columns, parse_each, parse_row, with_parsed
 from .published import PUBLISHED, as_messages, convert_row, find_published
@@ -81,7 +81,8 @@ def find_reading(
         chosen = None if published else choose_as_chat(name, sample, tokenizer, as_chat)
     kind = kind_of_value(prompt)
     mixed = bool(kind) and not whole and len(kinds) == 1 and kind not in kinds
-    theirs = any(_speaks(value) for value in (prompt, first.get("messages"), *found))
+    messages = map(first_message, (prompt, first.get("messages"), *found))
+    theirs = any("from" in message and message.get("role") is None for message in messages)
     turns = bool(published or chosen or mixed or theirs or whole and isinstance(prompt, list))
     chat = turns or "messages" in kinds or isinstance(first.get("messages"), list)
     before = [column for column in SYSTEM_COLUMNS if column in first and isinstance(first[column], str | None)]
@@ -217,12 +218,6 @@ def _asks(row: Row) -> Messages | None:
             role = turns[0].get("role") or {"human": "user", "system": "system"}.get(str(turns[0].get("from")))
             return turns if role in ASKING_ROLES else None
     return None
-
-
-def _speaks(value: object) -> bool:
-    """Says whether messages are written as {from, value}."""
-    first: object = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, Mapping) and "from" in first and first.get("role") is None
 
 
 def _transcripts(texts: Sequence[object]) -> bool:

@@ -6,7 +6,7 @@ Without it the rows look whole, and the model learns answers to a question that 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ..errors import DataError
-from .fields import Row
+from .fields import Row, first_message
 from .formats import renaming
 
 SAMPLED = 50  # rows of a dataset that are looked at
@@ -55,14 +55,9 @@ def _lost(row: Row, column: str, read: str) -> str:
     """Returns a text of a column that is not in `read`; "" if there is none, or labels and names alone."""
     value = row.get(column)
     words = 1 if column in ASKING or not isinstance(value, str) else WORDS
-    turns = column in ASKING or isinstance(value, str) or _is_conversation(value)
+    turns = column in ASKING or isinstance(value, str) or bool({"content", "value"} & first_message(value).keys())
     found = (text for text in texts_in(value) if turns and len(text.split()) >= words and text.strip() not in read)
     return next(found, "")
-
-
-def _is_conversation(value: object) -> bool:
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, Mapping) and bool({"content", "value"} & first.keys())
 
 
 def texts_in(value: object) -> Iterator[str]:

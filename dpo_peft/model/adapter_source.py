@@ -20,16 +20,9 @@ from transformers.utils import cached_file
 from ..data.images import Images
 from ..errors import OptionError, ReferenceMismatchError
 from ..forward.rotary import fix_rope, fixed_rope_length, rope_length
+from ..reference import fingerprint
 from ..reference.adapter_off import Reference
-from ..reference.fingerprint import (
-    Identity,
-    adapter_fingerprint,
-    base_parts,
-    digest_of,
-    identify,
-    read_record,
-    tensor_fingerprint,
-)
+from ..reference.fingerprint import Identity
 from .adapters import check_adapter, is_adapter, load_frozen, named_place, read_config
 from .gguf import METHOD, from_named, is_gguf
 from .loading import load_on_base
@@ -49,11 +42,11 @@ def plain_fingerprint(model: PeftModel) -> str:
     """Returns 32 hex digits for the base's weights that are not quantized: the same on every kind of device, while
     GPUs and CPUs round a few 4-bit weights differently."""
     tensors = (
-        (name, tensor_fingerprint(part))
-        for name, part in base_parts(model.get_base_model())
+        (name, fingerprint.tensor_fingerprint(part))
+        for name, part in fingerprint.base_parts(model.get_base_model())
         if isinstance(part, torch.Tensor) and part.is_floating_point() and not _CONSTANT.search(name)
     )
-    return digest_of(tensors, 16)
+    return fingerprint.digest_of(tensors, 16)
 
 
 def rope_length_of(model: PeftModel, trained: TrainedWith, max_length: int | None) -> int | None:
@@ -156,21 +149,21 @@ class AdapterSource(AdapterOptions):
         """
         check_adapter(self.config)
         trained = self.read()
+        setup = trained or UNRECORDED
         with_reference = _needs_reference(trained, self.reference) and with_reference
-        quantization = trained.quantization_config() if trained and self.quantize is None else None
+        quantization = setup.quantization_config() if self.quantize is None else None
         quantize = trained is None if self.quantize is None else self.quantize
-        kwargs: dict[str, object] = {"dtype": self.dtype or (trained or UNRECORDED).dtype}
+        kwargs: dict[str, object] = {"dtype": self.dtype or setup.dtype}
         if self.config.revision and self.base is None:
             kwargs["revision"] = self.config.revision
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        experts = quantization is None or trained is None or trained.experts_quantized
+        experts = quantization is None or setup.experts_quantized
         how = quantization, quantize, kwargs, self.trust_remote_code, device, trained and trained.class_name, experts
         model = load_on_base(self.adapter, self.base_name, "give base.", self.from_hub, *how)
         model.requires_grad_(False).eval()
-        setup = trained or UNRECORDED
         fix_rope(model, rope_length_of(model, setup, setup.max_length))
         policy = model.active_adapters[0]
-        recorded = read_record(model.peft_config[policy])
+        recorded = fingerprint.read_record(model.peft_config[policy])
         as_recorded = trained is not None and self.quantize is None and self.dtype is None
         if recorded is not None and as_recorded and self.check_base:
             _check_base(recorded, trained, model, self.adapter)
@@ -255,10 +248,10 @@ def trained_in(
 
 def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Reference:
     others = [name for name in model.peft_config if name != policy]
-    recorded = read_record(model.peft_config[policy]) if reference is None else None
+    recorded = fingerprint.read_record(model.peft_config[policy]) if reference is None else None
     if recorded is not None and recorded.adapter is not None:
         for name in others:
-            if adapter_fingerprint(model, name) == recorded.adapter_fingerprint:
+            if fingerprint.adapter_fingerprint(model, name) == recorded.adapter_fingerprint:
                 return Reference("adapter", name, recorded.adapter)
         raise OptionError(
             f"{policy!r} was trained against a frozen adapter ({recorded.adapter}), which is not in the model: name "
@@ -273,7 +266,7 @@ def _reference_in(model: PeftModel, policy: str, reference: str | None) -> Refer
 
 def _check_base(recorded: Identity, trained: TrainedWith | None, model: PeftModel, adapter: str) -> None:
     """Refuses a base that is not the one of the training; where its 4-bit weights alone differ, that is said."""
-    actual = identify(model, None)
+    actual = fingerprint.identify(model, None)
     if recorded.base_fingerprint == actual.base_fingerprint:
         return
     same_config = recorded.base_fingerprint[16:] == actual.base_fingerprint[16:]
@@ -318,7 +311,7 @@ def _find_reference(model: PeftModel, recorded: Identity | None, given: str | No
             if place == places[-1]:
                 raise
             continue
-        found = adapter_fingerprint(model, name)
+        found = fingerprint.adapter_fingerprint(model, name)
         if recorded is None or expected == found:
             return Reference("adapter", name, place, chosen=True)
         model.delete_adapter(name)

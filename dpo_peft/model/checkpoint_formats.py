@@ -138,7 +138,9 @@ class Checkpoint:
         assert self.format is not None
         start, given = f"model={self.name!r} is quantized already, by {self.format.title}", self.given
         if isinstance(given, BitsAndBytesConfig):  # the same kind, and transformers takes the stored one
-            own, its = (_but_dtype(one) for one in (given, BitsAndBytesConfig.from_dict(self.stored)))
+            own, its = (quantization_options(one) for one in (given, BitsAndBytesConfig.from_dict(self.stored)))
+            for options in (own, its):
+                options.pop("bnb_4bit_compute_dtype", None)
             if own != its:
                 logger.warning("quantization_config has no effect: %s, and stays as it is: %s.", start, its)
             given = None
@@ -186,12 +188,6 @@ class Checkpoint:
 def _given(quantization: QuantizationConfigMixin | None) -> dict[str, Any]:
     """Returns it as an argument; None would take the place of the one that the checkpoint has."""
     return {} if quantization is None else {"quantization_config": quantization}
-
-
-def _but_dtype(quantization: BitsAndBytesConfig) -> dict[str, object]:
-    options = quantization_options(quantization)
-    options.pop("bnb_4bit_compute_dtype", None)
-    return options
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -37,17 +37,8 @@ from ..forward import (
 )
 from ..forward.rotary import fixed_rope_length
 from ..objective import Coupled, TrainingObjective
-from .adapter_off import (
-    ADAPTER_OFF,
-    Reference,
-    check_finite,
-    check_start,
-    is_identity,
-    neighbors_act,
-    noise_floor,
-    reference_logps,
-    rounding_limit,
-)
+from . import adapter_off
+from .adapter_off import Reference, reference_logps
 from .cache import Entry, ReferenceCache, default_folder
 from .fingerprint import RECORD, Identity, base_fingerprint, check_same, identify, read_record, write_entry
 from .frozen_adapter import adapter_tensors, mix_into
@@ -146,7 +137,7 @@ class ReferencePolicy:
         if not self.needed:
             return "none is needed"
         if self.adapter is None:
-            return ADAPTER_OFF
+            return adapter_off.ADAPTER_OFF
         of = f"the adapter {self.source}" if self.source else "the adapter that training began with"
         follows = f", which follows the policy ({self.identity.sync})" if self.identity.sync else ""
         return f"the same weights with a frozen copy of {of}{follows}; no second model was held."
@@ -195,7 +186,7 @@ class ReferencePolicy:
         """Computes a batch and stores what the store lacks of it. Returns what was computed, by key."""
         assert self.store is not None
         scores = self.compute(batch)
-        check_finite(scores.logps_C, batch, "The reference's log-probs of rows")
+        adapter_off.check_finite(scores.logps_C, batch, "The reference's log-probs of rows")
         tokens: Sequence[np.ndarray | None] = [None] * batch.num_completions
         if self.store.tokens:
             tokens = np.split(scores.token_logps_N.float().cpu().numpy(), np.cumsum(batch.lengths.tolist())[:-1])
@@ -235,16 +226,16 @@ class ReferencePolicy:
         self.start_checked = True
         batches = [PackedBatch(**collate(part)).to(self.args.device) for part in (rows, *([row] for row in rows))]
         self.model.train(self.args.disable_dropout)
-        starts_at_base = self.choice == "base" and is_identity(self.model, self.policy_adapter)
+        starts_at_base = self.choice == "base" and adapter_off.is_identity(self.model, self.policy_adapter)
         if self.choice == "initial" or starts_at_base:
-            check_start(self.model, batches, self.plan.scorer, self.adapter)
+            adapter_off.check_start(self.model, batches, self.plan.scorer, self.adapter)
         if self.store is None:
             return
         whole, *parts = batches
         computed_C = self.compute(whole).logps_C
         apart_C = torch.cat([self.compute(part).logps_C for part in parts])
-        rounding = rounding_limit(self.model, whole)
-        if cause := neighbors_act(computed_C, apart_C, rounding):
+        rounding = adapter_off.rounding_limit(self.model, whole)
+        if cause := adapter_off.neighbors_act(computed_C, apart_C, rounding):
             raise ReferenceMismatchError(
                 f"{cause} A cached reference would not be that of the policy's batches. Leave cache_ref_log_probs and "
                 "precompute_ref_log_probs out: then it is computed beside the same rows as the policy."
@@ -260,7 +251,7 @@ class ReferencePolicy:
         first_E = torch.searchsorted(whole.sample_of, torch.arange(len(firsts), device=whole.sample_of.device))
         plain_E = self.compute(pad_rows(firsts).to(self.args.device)).logps_C
         shapes = (computed_C, apart_C), (computed_C[first_E], plain_E)
-        floor = 4 * max(noise_floor(*two, rounding) for two in shapes)
+        floor = 4 * max(adapter_off.noise_floor(*two, rounding) for two in shapes)
         stored = zip(self.store.peek(whole.keys), computed_C.tolist(), strict=True)
         difference = max((abs(entry.logp - logp) for entry, logp in stored if entry is not None), default=0.0)
         if difference > floor:
