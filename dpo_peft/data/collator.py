@@ -36,19 +36,11 @@ class PreferenceCollator:
         return (pack(samples) if self.shared else pad_rows(samples, self.pad_token_id)).as_dict()
 
 
-class KeyedCollator:
-    """A collator whose batches say what each completion's log-prob depends on, for a cache.
-
-    The keys are made from the batch as it was laid out, whoever laid it out: from the ids that the model will read.
-    """
-
-    def __init__(self, collate: Callable[[Sequence[Values]], Values]):
-        self.collate = collate
-
-    def __call__(self, rows: Sequence[Values]) -> Values:
-        """Turns prepared rows into `PackedBatch` fields, with `keys`."""
-        batch = self.collate(rows)
-        return {**batch, "keys": content_keys(PackedBatch(**batch))}
+def with_keys(rows: Sequence[Values], collate: Callable[[Sequence[Values]], Values]) -> Values:
+    """Returns what `collate` makes of rows with `keys`: what each completion's log-prob depends on, for a cache. They
+    are made from the ids that the model will read, whoever laid the batch out."""
+    batch = collate(rows)
+    return {**batch, "keys": content_keys(PackedBatch(**batch))}
 
 
 def _sample(row: Row) -> Sample:
@@ -80,15 +72,9 @@ class Rows:
     rows: list[Values]
 
 
-class KeepRows:
-    """The collator that leaves rows as they are, where an optimizer batch is laid out as a whole; but for pixels."""
-
-    def __init__(self, images: Images | None = None):
-        self.images = images
-
-    def __call__(self, rows: Sequence[Values]) -> Values:
-        """Returns the rows as `{"kept": ...}`."""
-        return {"kept": Rows(with_pixels(rows, self.images))}
+def keep_rows(rows: Sequence[Values], images: Images | None = None) -> Values:
+    """Returns rows as they are, but for pixels, as `{"kept": ...}`: an optimizer batch is laid out as a whole."""
+    return {"kept": Rows(with_pixels(rows, images))}
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

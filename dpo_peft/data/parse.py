@@ -8,22 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .fields import (
-    Messages,
-    Row,
-    RowProblem,
-    Values,
-    content_text,
-    from_json,
-    read_entries,
-    read_grades,
-    read_ids,
-    read_label,
-    read_messages,
-    read_template_kwargs,
-    read_text,
-    read_tools,
-)
+from . import fields
+from .fields import Messages, Row, RowProblem, Values, content_text
 from .formats import ASKING_ROLES, ASSISTANT, HUMAN, Example, Layout, is_several
 from .summary import EMPTY_COMPLETION, IDENTICAL, NO_COMMON_PROMPT, NO_RANKING, NOTHING_SCORED, TRANSCRIPTS_DIFFER
 
@@ -74,7 +60,7 @@ def with_parsed(row: Row, columns: Sequence[str]) -> Row:
 
     Raises `RowProblem` for text that is none.
     """
-    return {**row, **{column: from_json(row, column) for column in columns}} if columns else row
+    return {**row, **{column: fields.from_json(row, column) for column in columns}} if columns else row
 
 
 def parse_row(row: Row, layout: Layout, vocab_size: int, data: str) -> Parsed:
@@ -104,23 +90,23 @@ def read_prompt(row: Row) -> Example:
     Raises `RowProblem` when it is malformed.
     """
     if not isinstance(row.get("prompt"), list):
-        return Given().after("text", read_text(row, "prompt"))
-    prompt = read_messages(row, "prompt", least=1)
+        return Given().after("text", fields.read_text(row, "prompt"))
+    prompt = fields.read_messages(row, "prompt", least=1)
     return _chat(row, Given(), prompt, [], prompt[-1]["role"] == "assistant")
 
 
 def read_completion(entries: Row, field: str, kind: str, vocab_size: int) -> Any:
     """Reads a completion in the form that goes with its prompt. After messages, a text is a turn of the model."""
     if kind == "chat" and isinstance(entries[field], str):
-        return [{"role": "assistant", "content": read_text(entries, field)}]
+        return [{"role": "assistant", "content": fields.read_text(entries, field)}]
     return _read_value(entries, field, kind, vocab_size)
 
 
 def _read_value(row: Row, field: str, kind: str, vocab_size: int, least: int = 0) -> Any:
     """Reads a text, token ids, or at least so many messages."""
     if kind == "chat":
-        return read_messages(row, field, least)
-    return read_text(row, field) if kind == "text" else read_ids(row, field, vocab_size)
+        return fields.read_messages(row, field, least)
+    return fields.read_text(row, field) if kind == "text" else fields.read_ids(row, field, vocab_size)
 
 
 def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> Given:
@@ -129,19 +115,19 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> G
     entries = row
     grades: Values  # of each completion by its name in messages
     if layout.judged == "ranked":
-        entries = read_entries(row, first, least=2)
-        graded = zip(entries, read_grades(row, len(entries)), strict=True)
+        entries = fields.read_entries(row, first, least=2)
+        graded = zip(entries, fields.read_grades(row, len(entries)), strict=True)
         grades = dict(sorted(graded, key=lambda one: -one[1]))
     elif layout.judged == "label":
-        grades = {first: read_label(row)}
+        grades = {first: fields.read_label(row)}
     elif layout.judged == "unlabeled":
         if first.startswith("completions"):
-            entries = {} if row.get(first) is None else read_entries(row, first, least=0)
+            entries = {} if row.get(first) is None else fields.read_entries(row, first, least=0)
         grades = dict.fromkeys([first] if entries is row else entries)
     else:
         worse: Mapping[str, object] = dict.fromkeys(others)
         if data in ("lists", "singles") and is_several(row.get(others[0]), layout.kind):
-            worse = read_entries(row, others[0])
+            worse = fields.read_entries(row, others[0])
             entries = {**row, **worse}
         grades = {first: 1.0, **dict.fromkeys(worse, 0.0)}
     least = int(layout.implicit and first != "messages")
@@ -153,13 +139,13 @@ def _read_completions(row: Row, layout: Layout, vocab_size: int, data: str) -> G
 def _add_prompt(row: Row, layout: Layout, given: Given, vocab_size: int, data: str) -> Parsed:
     """Returns an example with its prompt: the row's, or what its completions have in common."""
     if layout.prompt == "text":
-        return given.after("text", read_text(row, "prompt"))
+        return given.after("text", fields.read_text(row, "prompt"))
     if layout.prompt == "text_implicit":
         return _cut_texts(given)
     if layout.prompt == "transcript":
         return _cut_transcripts(given)
     if layout.prompt == "ids":
-        prompt_ids = read_ids(row, "prompt_ids", vocab_size)
+        prompt_ids = fields.read_ids(row, "prompt_ids", vocab_size)
         if not prompt_ids and data != "trajectories":
             raise RowProblem("prompt_ids", "is empty", "give at least one prompt token, e.g. the BOS id")
         return given.after("ids", prompt_ids)
@@ -168,7 +154,7 @@ def _add_prompt(row: Row, layout: Layout, given: Given, vocab_size: int, data: s
     elif layout.implicit:
         prompt, completions = _cut_conversations(given)
     else:
-        prompt, completions = read_messages(row, "prompt", least=1), given.completions
+        prompt, completions = fields.read_messages(row, "prompt", least=1), given.completions
     if data == "trajectories":
         return _trajectories(row, given, prompt, completions, layout.implicit)
     if layout.implicit and len(completions) > 1:
@@ -272,7 +258,7 @@ def _chat(row: Row, given: Given, prompt: Messages, completions: list[Messages],
             "ends with an assistant turn, so the completions go on with it; that needs plain text on both sides",
             "end the prompt with the user's turn, or make the last and the first content plain text",
         )
-    chat = read_tools(row), read_template_kwargs(row)
+    chat = fields.read_tools(row), fields.read_template_kwargs(row)
     return Example("chat", prompt, completions, given.fields, given.grades, *chat, continues)
 
 

@@ -85,24 +85,23 @@ def read_prompts(
     if first is None:
         raise DataError(f"{name}: there are no rows.")
     reading, first = find_reading(name, columns, [*islice(rows, SAMPLED)], tokenizer, as_chat)
-    given = "completions" in first and not reading.published
+    answered = "completions" in first and not reading.published
     if score_column is not None and (missing := {"completions", score_column} - set(columns)):
         raise DataError(f"{name}: score_column={score_column!r}: there is no column {min(missing)!r}.")
-    layout = None if given else _implicit_layout(name, list(first), first)
+    layout = None if answered else _implicit_layout(name, list(first), first)
     for number, row in enumerate(rows):
         try:
-            pictures = {column: row[column] for column in IMAGE_COLUMNS & row.keys()}
-            row = {column: value for column, value in row.items() if column not in pictures}
+            given, row = row, {column: value for column, value in row.items() if column not in IMAGE_COLUMNS}
             check_size(row)
             row = reading(row)
             example = parse_row(row, layout, 0, "lists") if layout else read_prompt(row)
             if isinstance(example, str):
                 skipped[example] += 1
                 continue
-            entries = read_entries(row, "completions", least=0) if given else {}
-            completions = [read_completion(entries, entry, example.kind, 0) for entry in entries] if given else None
+            entries = read_entries(row, "completions", least=0) if answered else {}
+            completions = [read_completion(entries, one, example.kind, 0) for one in entries] if answered else None
             scores = _read_scores(row, score_column, len(entries)) if score_column else None
-            files, example = open_images(example, pictures, images)
+            files, example = open_images(example, given, images)
         except RowProblem as problem:
             raise problem.located(name, number) from None
         used = {"prompt", "completions", score_column, *example.fields}

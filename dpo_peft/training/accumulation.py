@@ -170,7 +170,7 @@ class OptimizerStep:
     # ---- Micro-batches -------------------------------------------------------------------------------------------
 
     def lay_out(self, entries: list[Entry]) -> list[Entry]:
-        """Turns micro-batches, or rows that were kept (`KeepRows`), into as many entries of the training loop.
+        """Turns micro-batches, or rows that were kept (`keep_rows`), into as many entries of the training loop.
 
         Each row gets the completions of another one beside its own if the objective reads them.
         """

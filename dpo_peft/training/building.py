@@ -17,7 +17,7 @@ from ..config import DPOConfig
 from ..data import DataReport, prepare_dataset, rows_digest
 from ..data.clock import KEY as DATE
 from ..data.clock import keep_date
-from ..data.collator import KeepRows, KeyedCollator
+from ..data.collator import keep_rows, with_keys
 from ..data.images import Images
 from ..data.prepare import STREAM_PATIENCE
 from ..distributed import ShareCollator, world_size
@@ -215,13 +215,13 @@ def collators(
     """Returns what lays out a micro-batch, and what the data loader makes of this process's rows."""
     size = partial(tokens_of, shared=getattr(collate, "shared", True))
     if args.caches_reference:
-        collate = KeyedCollator(collate)
+        collate = partial(with_keys, collate=collate)
     # Mismatched completions come from the whole optimizer batch, and a token budget packs all of it: its rows are laid
     # out when all are there. So are single rows, which `full_determinism` takes whatever the batch options say.
     if args.full_determinism:
         logger.info("full_determinism: each row is a micro-batch of its own, whatever the batch options (slower).")
     if objective.needs_mismatched or args.max_tokens_per_microbatch is not None or args.full_determinism:
-        return collate, KeepRows(images)
+        return collate, partial(keep_rows, images=images)
     return collate, collate if world_size() == 1 else ShareCollator(collate, size)
 
 

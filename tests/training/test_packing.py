@@ -18,7 +18,7 @@ from trainer_helpers import adapter_weights, id_pairs, lora, ours, step_logs
 from transformers import HfArgumentParser
 
 from dpo_peft import DPOConfig, DPOTrainer, NonFiniteError, OptionError, trainer
-from dpo_peft.data.collator import KeyedCollator, PreferenceCollator, mismatch
+from dpo_peft.data.collator import PreferenceCollator, mismatch, with_keys
 from dpo_peft.training import accumulation as stepping
 from dpo_peft.training.memory_budget import MemoryBudget
 from dpo_peft.training.packing import Shape, hang, level_bins, pack_rows, padded_bins, padded_size, size_of, to_device
@@ -363,7 +363,7 @@ def test_cached_reference(tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) 
     plain = trained(tiny_llama(), rows, tokenizer, tmp_path, **WHOLE)
     options = {"cache_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
     packed = trained(tiny_llama(), rows, tokenizer, tmp_path, max_tokens_per_microbatch=80, **SPLIT, **options)
-    assert isinstance(packed.collate, KeyedCollator)
+    assert packed.collate.func is with_keys
     assert packed.reference.counts() == {"ref_cache/hits": 2.0 * ROWS, "ref_cache/misses": 2.0 * ROWS}
     assert furthest(packed, plain, ("kl", "ref_cache/hits", "ref_cache/misses"))[0] < 2e-6
 
