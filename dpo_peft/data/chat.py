@@ -214,10 +214,8 @@ class Chat:
         """Says what the template leaves out of each turn of `places`, as "role.key"; `UNENDED` if it doesn't end it.
 
         Left out is what can change without a change of the rendered text; templates may well trim or rewrite a turn.
-        Trajectories may have no prompt, and any of their turns may be the user's.
-
-        Raises:
-            RowProblem: it leaves out tools, tool calls, a turn, or text of the model's in a completion.
+        Trajectories may have no prompt, and any of their turns may be the user's. Raises `RowProblem` where it leaves
+        out tools, tool calls, a turn, or text of the model's in a completion.
         """
         parts = self._parts()
         show, shared = parts[0].show, parts[0].messages

@@ -269,13 +269,9 @@ def unchanged(samples: Sequence[Row]) -> str:
 
 
 class Warnings(TrainerCallback):
-    """Looks at what has been logged, and warns of each trouble once a run (docs/diagnostics.md).
-
-    Args:
-        summaries: dataset name to what became of its rows.
-        evaluated: metric prefixes of the evaluation datasets ("eval", "eval_<name>").
-        samples: the run's, which are compared with those from before training when it is over.
-    """
+    """Looks at what has been logged, and warns of each trouble once a run (docs/diagnostics.md). `summaries` say what
+    became of a dataset's rows, by its name; `evaluated` are metric prefixes of the evaluation datasets ("eval",
+    "eval_<name>"), and `samples` the run's, which are compared with those from before training when it is over."""
 
     def __init__(
         self,

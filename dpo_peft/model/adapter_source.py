@@ -137,15 +137,11 @@ class AdapterSource(AdapterOptions):
         raise OptionError(f"No {kind} can be loaded from {self.adapter!r} or its base {base!r}: {reason}")
 
     def load(self, device: torch.device | str | None = None, with_reference: bool = True) -> "TrainedAdapter":
-        """Loads the adapter on the base that it was trained on, made as it was then, with its reference.
+        """Loads the adapter on the base that it was trained on, made as it was then, with its reference, on a device
+        (a GPU if there is one). `with_reference` False leaves the reference out, to sample from the policy alone.
 
-        Args:
-            device: where the model goes; a GPU if there is one.
-            with_reference: False leaves the reference out, to sample from the policy alone.
-
-        Raises:
-            OptionError: no adapter, no base, or a reference that can't be found.
-            ReferenceMismatchError: the base or the reference is another one than in training.
+        Raises `OptionError` where there is no adapter, no base, or a reference that can't be found;
+        `ReferenceMismatchError` where the base or the reference is another one than in training.
         """
         check_adapter(self.config)
         trained = self.read()
@@ -218,17 +214,11 @@ def trained_in(
     policy: str | None = None,
     reference: str | None = None,
 ) -> TrainedAdapter:
-    """Returns an adapter of a loaded PeftModel, with what its config records. The model stays as it is.
+    """Returns an adapter of a loaded PeftModel, which may be in training, with what its config records. The model
+    stays as it is. `policy` is the adapter's name (None: the active one), and `reference` that of the frozen adapter
+    that is its reference, or "base" for the model with all adapters off (None: the recorded one).
 
-    Args:
-        model: may be in training.
-        tokenizer: the model's.
-        policy: the adapter's name; the active one if None.
-        reference: name of the frozen adapter that is its reference, or "base" for the model with all adapters off;
-            the recorded one if None.
-
-    Raises:
-        OptionError: no tokenizer, no such adapter, or a reference that is not in the model.
+    Raises `OptionError` where there is no tokenizer, no such adapter, or a reference that is not in the model.
     """
     if not isinstance(model, PeftModel):
         raise OptionError(

@@ -125,10 +125,8 @@ def load_frozen(model: PeftModel, folder: str) -> str:
     `reference_mode`. Returns its name in the model.
 
     It may have another rank and other targets than the trained one. The base and the trained adapter, with their
-    `requires_grad` flags, stay as they are.
-
-    Raises:
-        OptionError: no adapter there, one that can't be a reference, or one that does not fit the model.
+    `requires_grad` flags, stay as they are. Raises `OptionError` where there is no adapter, or one that can't be a
+    reference or does not fit the model.
     """
     config = read_config(folder)
     _check_loadable(config, folder)

@@ -60,10 +60,8 @@ def load_model(
     """Loads a base as `load_base` does, or if `name` is an adapter's, its base with the adapter on it to train on.
 
     The base is the one that the adapter's config names, at the revision that it names; a `revision` in `init_kwargs`
-    is that of `name`. Arguments as for `load_base`.
-
-    Raises:
-        OptionError: as `load_base`; the base is not named or not found, or the adapter does not fit it.
+    is that of `name`. Arguments as for `load_base`; so are errors, or an `OptionError` says that the base is not named
+    or not found, or that the adapter does not fit it.
     """
     kwargs = dict(init_kwargs or {})
     from_hub = hub_place(kwargs)

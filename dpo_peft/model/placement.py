@@ -239,17 +239,10 @@ class Leave(torch.autograd.Function):
 
 
 def shard(model: nn.Module, device: torch.device, by_machine: bool = False) -> Placement:
-    """Gives each process its part of every decoder layer's frozen weights; all processes must call it.
-
-    Args:
-        model: a PEFT model, or a transformers causal LM, the same in all processes, in CPU memory or on `device`.
-        device: this process's.
-        by_machine: the processes of each machine hold the whole base between them, and gather from each other alone;
-            without effect where a machine has one process.
-
-    Raises:
-        OptionError: a base that is stored in another way than in 4, 16 or 32 bits.
-    """
+    """Gives each process its part of every decoder layer's frozen weights; all processes must call it, with the same
+    PEFT model or transformers causal LM, in CPU memory or on the process's `device`. `by_machine`: the processes of
+    each machine hold the whole base between them, and gather from each other alone; without effect where a machine has
+    one process. Raises `OptionError` for a base that is stored in another way than in 4, 16 or 32 bits."""
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     shape = (world_size() // machine, machine) if by_machine and 1 < machine < world_size() else (world_size(),)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])

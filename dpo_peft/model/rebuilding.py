@@ -173,15 +173,13 @@ def resize_as_saved(base: PreTrainedModel, adapter: str, from_hub: Mapping[str, 
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place, and from computing 8-bit ones in two ways.
+    """Stops bitsandbytes from repacking 4-bit weights in place, and from computing 8-bit ones in two ways. Raises
+    `OptionError` where it has happened already: the original weights are lost.
 
     On a CPU with AVX512-BF16 its linear layers do so at the first forward in eval mode, for faster inference: scales
     are rounded to bfloat16, and the layer has no gradient any more. The reference is scored in eval mode, so it would
     change the weights under the policy. In 8 bits, a CPU unpacks the weights in train mode, and packs the activations
     too in eval mode: policy and reference would differ by up to a nat. Here it always unpacks.
-
-    Raises:
-        OptionError: it has happened already; the original weights are lost.
     """
     for name, module in model.named_modules():
         if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):

@@ -210,19 +210,12 @@ def summary(folder: str | Path) -> list[Usage]:
 
 
 def clear(folder: str | Path, reference: str | None = None, unused_days: float | None = None) -> tuple[int, int]:
-    """Deletes entries and gives their space back to the disk.
+    """Deletes entries of the store in `folder` and gives their space back to the disk: those of one `reference`, or of
+    what no run has opened for `unused_days`. Without either everything goes, and files that were moved aside as
+    damaged too.
 
-    Args:
-        folder: the store's folder.
-        reference: delete this reference only.
-        unused_days: delete only what no run has opened for so many days.
-            Without either everything goes, and files that were moved aside as damaged too.
-
-    Returns:
-        Entries removed, and by how many bytes the folder shrank.
-
-    Raises:
-        OptionError: the store has no such reference, or `unused_days` is negative.
+    Returns the number of entries removed, and by how many bytes the folder shrank. Raises `OptionError` if the store
+    has no such reference, or `unused_days` is negative.
     """
     if unused_days is not None and unused_days < 0:
         raise OptionError(f"unused_days is {unused_days}: give a number of days, 0 or more.")

@@ -117,10 +117,8 @@ def base_fingerprint(model: nn.Module) -> str:
 
     Weights are the parameters and persistent buffers with their names, dtypes and shapes, and the constants that
     bitsandbytes keeps beside quantized ones. The same before and after PEFT wraps the model, whichever adapter is
-    active, and wherever the weights lie. The compute dtype of quantized layers is not part of it.
-
-    Raises:
-        ReferenceMismatchError: weights that are not loaded.
+    active, and wherever the weights lie. The compute dtype of quantized layers is not part of it. Raises
+    `ReferenceMismatchError` for weights that are not loaded.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     weights = (

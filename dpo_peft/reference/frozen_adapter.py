@@ -80,10 +80,8 @@ def freeze_copy(model: PeftModel) -> str:
     """Copies the active adapter inside the model, frozen, never active outside `reference_mode`. Returns its name.
 
     The copy is made module by module rather than by PEFT's `add_adapter`, which would run the adapter's initialization
-    again: PiSSA and its like would rewrite the base a second time.
-
-    Raises:
-        ReferenceMismatchError: some tensor or setting of the adapter has no equal twin in the copy.
+    again: PiSSA and its like would rewrite the base a second time. Raises `ReferenceMismatchError` if some tensor or
+    setting of the adapter has no equal twin in the copy.
     """
     (adapter,) = model.active_adapters
     name = unused_name(model)
@@ -163,10 +161,8 @@ def mix_into(model: PeftModel, adapter: str, frozen: str, alpha: float) -> None:
     """Does TR-DPO's update of the reference: frozen = alpha * policy + (1 - alpha) * frozen (Gorbatovski et al. 2024).
 
     In place, every floating-point tensor of the adapter. Factors are mixed, not their product: with alpha below 1 the
-    reference's LoRA update is a little off the mixture of the two updates; alpha 1 is an exact copy.
-
-    Raises:
-        ReferenceMismatchError: the two adapters are not of the same build.
+    reference's LoRA update is a little off the mixture of the two updates; alpha 1 is an exact copy. Raises
+    `ReferenceMismatchError` if the two adapters are not of the same build.
     """
     ours, its = adapter_tensors(model, adapter), adapter_tensors(model, frozen)
     odd = sorted(ours.keys() ^ its.keys()) or [name for name in ours if ours[name].shape != its[name].shape]

@@ -149,9 +149,7 @@ class ReferencePolicy:
 
         `token_logps_N` is empty where the disk has sums only. Values are those that were stored first, also for the
         part of a batch that had to be computed again: a run that was interrupted reads what the straight one did.
-
-        Raises:
-            NonFiniteError: a log-prob to be stored is NaN or infinite, with the dataset rows.
+        Raises `NonFiniteError`, with the dataset rows, for a log-prob to be stored that is NaN or infinite.
         """
         if not self.needed:
             return None
