@@ -1,6 +1,7 @@
 """The command line, `dpo-peft COMMAND ...`: a module and a function of that name for each command.
 
-A command raises the package's own errors, each with its remedy; `main` prints them and makes them exit codes.
+A function's docstring is the description in its help. A command raises the package's own errors, each with its remedy;
+`main` prints them and makes them exit codes.
 """
 
 import os

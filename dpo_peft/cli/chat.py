@@ -62,10 +62,9 @@ def repeated(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 
 def chat(argv: Sequence[str]) -> None:
-    """Loads the adapter, and completes what is given, or what is typed."""
+    """Talk to a trained adapter on its base, loaded as for the training, in the model's chat template."""
     words, prompts = repeated(argv, "prompt")
-    about = "Talk to a trained adapter on its base, loaded as for the training, in the model's chat template."
-    options = parse_options(words, ChatOptions, "chat", about, EXAMPLES, "adapter")
+    options = parse_options(words, ChatOptions, "chat", chat.__doc__, EXAMPLES, "adapter")
     prompts = prompts or options.prompt or []
     if options.json and not prompts:
         raise OptionError("json has no effect without prompt: give one, or leave it out.")

@@ -58,10 +58,9 @@ class CompareOptions(AdapterOptions):
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Reads prompts, completes them twice, and prints both."""
+    """Show completions of the same prompts before and after training, with the implicit reward of both."""
     words, given = repeated(argv, "prompt")
-    about = "Show completions of the same prompts before and after training, with the implicit reward of both."
-    options = parse_options(words, CompareOptions, "compare", about, EXAMPLES, "adapter")
+    options = parse_options(words, CompareOptions, "compare", compare.__doc__, EXAMPLES, "adapter")
     texts = given or options.prompt or []
     if bool(texts) == bool(options.prompts):
         raise OptionError("Give either prompts, a file, or prompt, a text.")

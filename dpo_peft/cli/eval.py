@@ -14,12 +14,9 @@ EXAMPLES = (
 
 
 def eval(argv: Sequence[str]) -> None:
-    """Reads options, evaluates, and prints a table."""
-    about = (
-        "Say by offline suites whether an adapter is better than its base: accuracy on pairs, checkable instructions, "
-        "what was lost on neutral text, a judge. One copy of the weights, with the adapter on and off."
-    )
-    options = parse_options(argv, EvalOptions, "eval", about, EXAMPLES, "adapter")
+    """Say by offline suites whether an adapter is better than its base: accuracy on pairs, checkable instructions,
+    what was lost on neutral text, a judge. One copy of the weights, with the adapter on and off."""
+    options = parse_options(argv, EvalOptions, "eval", eval.__doc__, EXAMPLES, "adapter")
     from ..suites.run import evaluate
 
     result = evaluate(options)

@@ -57,12 +57,9 @@ ROWS_ALONE = ("dataset_split", "dataset_config", "dataset_format")  # not argume
 
 
 def merge(argv: Sequence[str]) -> None:
-    """Reads options and rows, merges, compares, and prints the result."""
-    about = (
-        "Merge an adapter into its base. The merged model is loaded again from disk and compared with the adapter's "
-        "model; if it is too far from it, it is refused and removed."
-    )
-    options = parse_options(argv, MergeOptions, "merge", about, EXAMPLES, "adapter", "output_dir")
+    """Merge an adapter into its base. The merged model is loaded again from disk and compared with the adapter's
+    model; if it is too far from it, it is refused and removed."""
+    options = parse_options(argv, MergeOptions, "merge", merge.__doc__, EXAMPLES, "adapter", "output_dir")
     if options.dataset_name is None:
         given = [name for name in (*ROWS_ALONE, "max_rows", "reference") if getattr(options, name) is not None]
         if given:

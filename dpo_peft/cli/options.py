@@ -101,7 +101,12 @@ def option_of(options: type, name: str, **metadata: object) -> Any:
 
 
 def parse_options(
-    argv: Sequence[str], options: type[Options], command: str, description: str, examples: Sequence[str], *needed: str
+    argv: Sequence[str],
+    options: type[Options],
+    command: str,
+    description: str | None,
+    examples: Sequence[str],
+    *needed: str,
 ) -> Options:
     """Returns the options of a command.
 
@@ -109,7 +114,7 @@ def parse_options(
         argv: words after the command's name.
         options: a dataclass whose fields have `metadata={"help": ...}`; its first field takes leading words.
         command: its name, for messages.
-        description: one or two sentences for the help.
+        description: for the help; the docstring of the command's function.
         examples: full command lines for the help.
         needed: options that must be given.
 
@@ -142,7 +147,7 @@ def parse_groups(
     groups: Sequence[type],
     command: str,
     usage: str,
-    description: str,
+    description: str | None,
     examples: Sequence[str],
     unread: Sequence[type] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any]]:

@@ -42,11 +42,8 @@ class ScoreOptions(RowOptions, AdapterOptions):
 
 
 def score(argv: Sequence[str]) -> None:
-    """Reads options and rows, scores, and prints the result."""
-    about = (
-        "Score completions by the implicit reward of a trained adapter, and compare with judgments, if there are any."
-    )
-    options = parse_options(argv, ScoreOptions, "score", about, EXAMPLES, "adapter", "dataset_name")
+    """Score completions by the implicit reward of a trained adapter, and compare with judgments, if there are any."""
+    options = parse_options(argv, ScoreOptions, "score", score.__doc__, EXAMPLES, "adapter", "dataset_name")
     if options.worst < 0:
         raise OptionError(f"worst={options.worst} must be 0 or more.")
     if options.output is None:

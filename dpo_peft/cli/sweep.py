@@ -39,16 +39,9 @@ class SweepArguments:
 
 
 def sweep(argv: Sequence[str]) -> None:
-    """Checks all settings, trains them and prints which one is chosen.
-
-    Raises:
-        OptionError: the file, or a setting by its name.
-    """
-    about = (
-        "Train several settings on one base: rows are tokenized and the reference is computed once, and most steps go "
-        "to settings that do well early. The best on held-out rows is chosen. The same command goes on after a stop."
-    )
-    options = parse_options(argv, SweepArguments, "sweep", about, EXAMPLES, "grid")
+    """Train several settings on one base: rows are tokenized and the reference is computed once, and most steps go to
+    settings that do well early. The best on held-out rows is chosen. The same command goes on after a stop."""
+    options = parse_options(argv, SweepArguments, "sweep", sweep.__doc__, EXAMPLES, "grid")
     base, settings = read_grid(options.grid)
     folder = Path(options.output_dir or base.get("output_dir") or "outputs/sweep")
     from ..sweep import RUNGS, check_sweep, run_sweep

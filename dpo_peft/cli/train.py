@@ -95,12 +95,8 @@ class OutputArguments:
 
 
 def train(argv: Sequence[str]) -> "DPOTrainer | None":
-    """Reads options and data, trains, evaluates, saves, and returns the trainer; with `dry_run` it trains nothing.
-
-    Raises:
-        OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
-        TrainingInterrupted: after a signal, with a checkpoint saved.
-    """
+    """Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a
+    FILE.yaml, --dry_run checks it."""
     started = job(argv)
     if started is not None and not started.dry_run:
         if not known("train", argv):
@@ -253,12 +249,9 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     from ..config import DPOConfig
 
-    about = (
-        "Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a "
-        "FILE.yaml, --dry_run checks it."
-    )
     groups = (DataArguments, ModelArguments, OutputArguments, LaunchArguments, DPOConfig)
-    return parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)[0]
+    usage = "--config FILE.yaml [--option value ...]"
+    return parse_groups(argv, groups, "train", usage, train.__doc__, EXAMPLES)[0]
 
 
 def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfig | None":
