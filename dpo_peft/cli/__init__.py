@@ -5,6 +5,7 @@ A function's docstring is the description in its help. A command raises the pack
 """
 
 import os
+import re
 import select
 import signal
 import sys
@@ -28,10 +29,6 @@ WRONG_INPUT = (
     errors.CheckpointError,
 )
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
-COMMANDS = (
-    *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "sweep", "chat", "compare", "score"),
-    *("eval", "report", "merge", "export", "verify-serving", "push", "cache", "bench", "env"),
-)
 USAGE = """usage: dpo-peft COMMAND [options]
 
   quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
@@ -56,6 +53,7 @@ USAGE = """usage: dpo-peft COMMAND [options]
   env         show versions and machine, for reports of faults:  dpo-peft env
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
+COMMANDS = tuple(re.findall(r"^  ([\w-]+)", USAGE, flags=re.MULTILINE))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -173,11 +173,7 @@ class Terminal:
             print(f"(Cut after {max(len(reply.ids) for reply in replies)} tokens: /set max_new_tokens allows more.)")
 
     def obey(self, line: str) -> None:
-        """Does what a command says.
-
-        Raises:
-            OptionError: there is no such command, or its value is wrong.
-        """
+        """Does what a command says; an OptionError where there is none, or its value is wrong."""
         command, _, rest = line[1:].partition(" ")
         if (obeyed := getattr(self, f"do_{command}", None)) is None:
             raise OptionError(f"/{command} is not a command. They are:\n{COMMANDS}")

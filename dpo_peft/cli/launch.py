@@ -194,7 +194,8 @@ class Job:
         """Prints each error once. Returns the exit status."""
         codes = {rank: worker.returncode for rank, worker in self._workers.items() if worker.returncode}
         files = [file for rank in self.ranks if (file := folder / f"{rank}.end").is_file()]
-        ends = [(int(file.stem), *json.loads(file.read_text())) for file in sorted(files, key=_modified)]
+        files.sort(key=lambda file: file.stat().st_mtime_ns)
+        ends = [(int(file.stem), *json.loads(file.read_text())) for file in files]
         told = [(rank, code, text) for rank, code, text in ends if text.startswith("dpo-peft: ")]
         by_main = {text for rank, _, text in told if rank == self.ranks.start}
         for text in dict.fromkeys(text for _, _, text in told):
@@ -234,10 +235,6 @@ def command(argv: Sequence[str]) -> list[str]:
 
 def _read(file: Path) -> str:
     return file.read_text("utf-8", "replace") if file.is_file() else ""
-
-
-def _modified(file: Path) -> int:
-    return file.stat().st_mtime_ns
 
 
 # ---- In each process ------------------------------------------------------------------------------------------------

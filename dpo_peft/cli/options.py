@@ -187,11 +187,7 @@ _LAUNCHER: dict[str, tuple[str, str]] = {
 
 
 def refuse_launcher(given: Mapping[str, object]) -> dict[str, object]:
-    """Returns options without those of TRL's launcher that change nothing.
-
-    Raises:
-        OptionError: one would.
-    """
+    """Returns options without those of TRL's launcher that change nothing; an OptionError where one would."""
     for name, (harmless, remedy) in _LAUNCHER.items():
         if name in given and str(given[name]).lower() != harmless:
             raise OptionError(f"{name}={given[name]!r} is an option of TRL that isn't offered here. {remedy}")
@@ -277,11 +273,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe.
-
-    Raises:
-        OptionError: there is none of that name.
-    """
+    """Returns the file of a recipe; an OptionError where there is none of that name."""
     if (path := recipe_files().get(name)) is None:
         raise OptionError(f"{name!r} is not a recipe.{meant(name, recipe_files())} `dpo-peft recipes` lists them.")
     return path
@@ -332,11 +324,7 @@ def known(command: str, argv: Sequence[str]) -> bool:
 
 
 def required(options: object, *names: str) -> None:
-    """Refuses options that must be given and aren't.
-
-    Raises:
-        OptionError: naming the first one.
-    """
+    """Raises an OptionError that names the first of these options that isn't given."""
     for name in names:
         if not getattr(options, name):
             raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")

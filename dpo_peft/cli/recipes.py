@@ -45,11 +45,7 @@ def recipes(argv: Sequence[str]) -> None:
 
 
 def write_new(option: str, name: str, text: str) -> None:
-    """Writes a file that isn't there yet.
-
-    Raises:
-        OptionError: it is.
-    """
+    """Writes a file; an OptionError where it is there already."""
     if Path(name).exists():
         raise OptionError(f"{option}={name!r} is there already. Give another name, or delete it first.")
     write_atomically(name, text)

@@ -65,11 +65,7 @@ def sweep(argv: Sequence[str]) -> None:
 
 
 def read_grid(file: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns the options that all settings share, and the settings by name.
-
-    Raises:
-        OptionError: no such file, or nothing to vary.
-    """
+    """Returns the options that all settings share, and the settings by name; an OptionError for a wrong file."""
     _, base = split_config(["--config", file])
     if "config" in base:
         base = split_config(["--config", str(base.pop("config"))])[1] | base
