@@ -22,12 +22,7 @@ from . import help
 __all__ = ["main"]
 
 JOB = "DPO_PEFT_JOB"  # an environment variable: the folder of the job that this process belongs to (`launch`)
-WRONG_INPUT = (
-    errors.OptionError,
-    errors.DataError,
-    errors.ReferenceMismatchError,
-    errors.CheckpointError,
-)
+WRONG_INPUT = (errors.OptionError, errors.DataError, errors.ReferenceMismatchError, errors.CheckpointError)
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
 USAGE = """usage: dpo-peft COMMAND [options]
 

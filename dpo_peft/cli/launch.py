@@ -53,21 +53,13 @@ class LaunchArguments:
 
 @dataclass
 class Job:
-    """Processes of one run on this machine.
+    """Processes of one run on this machine."""
 
-    Args:
-        processes: how many the run has, on all machines.
-        ranks: those of this machine.
-        env: what they get in their environment, but for what tells them apart.
-        address: host and port at which all of them meet; port 0 is any that is free.
-        dry_run: nothing is to be started.
-    """
-
-    processes: int
-    ranks: range
-    env: dict[str, str]
-    address: tuple[str, int]
-    dry_run: bool
+    processes: int  # how many the run has, on all machines
+    ranks: range  # those of this machine
+    env: dict[str, str]  # what they get in their environment, but for what tells them apart
+    address: tuple[str, int]  # host and port at which all of them meet; port 0 is any that is free
+    dry_run: bool  # nothing is to be started
 
     def __post_init__(self) -> None:
         self._workers: dict[int, subprocess.Popen[bytes]] = {}  # by rank

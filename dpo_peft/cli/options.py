@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..errors import OptionError
 from ..files import CONVERTERS, read_rows, strict, without_splits
+from ..model.options import option
 from ..spelling import meant
 from . import help
 
@@ -57,11 +58,6 @@ def show_progress() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # for those who write programs
 
 
-def option(default: object, help: str, **metadata: object) -> Any:
-    """Returns the field of an options class: its default, its line in the help, and `choices` if it has some."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass(frozen=True)
 class RowOptions:
     """Which rows a command reads."""
@@ -80,11 +76,8 @@ class RowOptions:
 
 
 def load_rows(options: RowOptions) -> "Dataset":
-    """Returns the rows that the options name, converted if they say so.
-
-    Raises:
-        OptionError: no such file or dataset, or an option of a Hub dataset for a file.
-    """
+    """Returns the rows that the options name, converted if they say so; an OptionError where there is no such file or
+    dataset, or for an option of a Hub dataset with a file."""
     name = options.dataset_name or ""
     if without_splits(name):
         for option in ("dataset_split", "dataset_config"):
@@ -280,11 +273,8 @@ def find_recipe(name: str) -> Path:
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file.
-
-    Raises:
-        OptionError: there is no such file, or it is not a YAML mapping.
-    """
+    """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file; an
+    OptionError where there is no such file, or it is not a YAML mapping."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words:
         return words, {}
@@ -333,6 +323,13 @@ def required(options: object, *names: str) -> None:
 def show(result: Mapping[str, object], text: str, as_json: bool) -> None:
     """Prints a command's result: `text` for people, or `result` as one JSON object, NaN and infinity as null."""
     print(unpaired(json.dumps(strict(result), indent=2, ensure_ascii=False)) if as_json else printable(text))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table: the first column begins at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip() for row, cells in zip(rows, padded, strict=True)]
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from ..errors import DataError, OptionError
 from ..files import as_list
-from .options import option, parse_options, show, split_config
+from .options import aligned, option, parse_options, show, split_config
 
 EXAMPLES = (
     "dpo-peft sweep grid.yaml",
@@ -140,11 +140,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         last = found["results"][name][-1]
         figures = (last[one] for one in ("accuracy", "balanced", "margin", "kl"))
         rows.append((name, f"{last['steps']}", *("" if value is None else f"{value:.3f}" for value in figures)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"{row[0]:<{widths[0]}}" + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    lines = aligned(rows)
     lines += [f"{name} failed: {why}" for name, why in found["failed"].items()]
     steps = found["steps"]
     share = f"{steps['trained']:,} steps, {steps['trained'] / max(steps['full'], 1):.0%} of those of the full grid"

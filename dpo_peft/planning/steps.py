@@ -95,12 +95,7 @@ def hiding_tokens(copy_tokens: float, checkpointed: float, passes: int, copies: 
 
 
 def layers_to_stream(
-    model: MemoryModel,
-    limit: float,
-    pace: Pace,
-    row: int | None,
-    step_tokens: float,
-    reference_passes: int = 1,
+    model: MemoryModel, limit: float, pace: Pace, row: int | None, step_tokens: float, reference_passes: int = 1
 ) -> int:
     """Returns the fewest layers to stream so that, with all of them checkpointed, there is room for what trains well.
 
@@ -131,13 +126,7 @@ def layers_to_stream(
 
 
 def checkpoints_for(
-    model: MemoryModel,
-    tokens: float,
-    keys: float,
-    predicted: float,
-    limit: float,
-    given: float = 0,
-    scores: float = 0,
+    model: MemoryModel, tokens: float, keys: float, predicted: float, limit: float, given: float = 0, scores: float = 0
 ) -> tuple[int, int]:
     """Returns how many layers to checkpoint within `limit` bytes, and how many of them keep what attention gave: the
     choice that computes least twice. `scores` are pairs of a query and a key that it sees, without those of `given`

@@ -68,7 +68,6 @@ class Chart:
         x_label: stands below the axis of steps or values.
         hover: what a value of x is when the chart is pointed at; "" if there is nothing to point at.
         unit: stands behind every number of the vertical axis.
-
     """
 
     def __init__(self, key: str, title: str, x: Range, y: Range, x_label: str, hover: str = "", unit: str = ""):

@@ -137,11 +137,8 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads several runs; those whose folders have one name are told apart by their parents' names.
-
-    Raises:
-        OptionError: a run is given twice, or see `Run`.
-    """
+    """Reads several runs; those whose folders have one name are told apart by their parents' names. Raises as `Run`
+    does, and for a run that is given twice."""
     paths = [Path(folder).resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:
