@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,20 +91,17 @@ class Job:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Inside, signals are passed on: the processes head sessions, which a terminal's Ctrl-C doesn't reach."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {each: kept for each in numbers if (kept := signal.getsignal(each)) is not signal.SIG_IGN}
 
         def receive(number: int, frame: object) -> None:
             self._received.append(number)
             self._send(number)
 
-        try:
-            for number in before:
-                signal.signal(number, receive)
+        with ExitStack() as restored:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if (before := signal.getsignal(number)) is not signal.SIG_IGN:
+                    restored.callback(signal.signal, number, before)
+                    signal.signal(number, receive)
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _start(self, folder: Path, argv: Sequence[str]) -> object:
         """Starts the processes. Returns the store where they meet, which ends with the last reference to it."""
