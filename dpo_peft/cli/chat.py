@@ -34,16 +34,12 @@ SIDES = {True: "adapter", False: "base"}
 class ChatOptions(AdapterOptions):
     """Options of `dpo-peft chat`."""
 
-    prompt: list[str] | None = option(
-        None, "Complete this alone and leave; - reads it from stdin. May be given several times."
-    )
+    prompt: list[str] | None = option(None, "Complete this alone and leave; - is stdin. May be given several times.")
     image: list[str] | None = option(None, "Image files that go with each prompt, or with the first message.")
     adapter_off: bool = option(False, "Begin with the adapter switched off.")
     system: str | None = option(None, "System message.")
     max_new_tokens: int | None = option(None, "Longest completion; by the model's generation_config, or 512.")
-    temperature: float | None = option(
-        None, "0 takes the likeliest token. By the model's generation_config if not given; most sample."
-    )
+    temperature: float | None = option(None, "0 takes the likeliest token. Default: by the model's generation_config.")
     top_p: float | None = option(None, "Sample from the likeliest tokens of this total probability.")
     seed: int = option(0, "Of the sampling, for each completion.")
     json: bool = option(False, "Print the completions of prompt as JSON.")

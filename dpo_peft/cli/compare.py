@@ -37,8 +37,7 @@ class CompareOptions(AdapterOptions):
 
     prompts: str | None = option(
         None,
-        "Hub id, or a JSON(L), Parquet or CSV file with prompt as text or messages, or pairs; or a .txt file with a "
-        "prompt a line.",
+        "Hub id, or a file of rows with prompt as text or messages, or pairs; or a .txt file, a prompt a line.",
     )
     prompt: list[str] | None = option(None, "A prompt; may be given several times.")
     image: list[str] | None = option(None, "Image files that go with each prompt given by prompt or a .txt file.")

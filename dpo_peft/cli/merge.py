@@ -30,19 +30,17 @@ class MergeOptions(RowOptions, AdapterOptions):
     output_dir: str = option("", "Folder for the merged model: a new one, or an empty one.")
     onto: str | None = option(
         None,
-        "Which base of a 4-bit training: the 4-bit weights unpacked, which is the default and closest to "
-        "the adapter's model, or the original.",
+        "Base of a 4-bit training: its 4-bit weights unpacked, the default and closest, or the original.",
         choices=["dequantized", "base16"],
     )
     dtype: str | None = option(
         None,
-        "Of the saved weights; as the base was loaded for the training if not given.",
+        "Of the saved weights. Default: as the base was trained on.",
         choices=["bfloat16", "float16", "float32"],
     )
     max_drift: float | None = option(
         None,
-        "Most nats per token, on average, that the merged model may differ from the adapter's; if not "
-        "given 0.001 in float32, 0.01 in float16, 0.03 in bfloat16.",
+        "Most nats per token, on average, that it may differ. Default 0.001, of float16 0.01, of bfloat16 0.03.",
     )
     dataset_name: str | None = option(
         None, "Preference pairs to compare on (Hub id or file); completions of a few prompts if not given."

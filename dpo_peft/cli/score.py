@@ -35,9 +35,7 @@ class ScoreOptions(RowOptions, AdapterOptions):
     worst: int = option(10, "How many of the rows that are most wrong to show.")
     json: bool = option(False, "Print the result as JSON.")
     beta: float | None = option(None, "Replaces the beta of the training.")
-    max_length: int | None = option(
-        None, "Tokens of prompt + completion; 0 for no limit. As in training if not given."
-    )
+    max_length: int | None = option(None, "Tokens of prompt + completion; 0: no limit. Default: as in training.")
     max_tokens: int = option(16384, "Tokens of a forward pass: lower it if memory runs out.")
 
 

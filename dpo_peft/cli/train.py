@@ -61,9 +61,7 @@ class ModelArguments:
         None, "Layers that get an adapter: numbers, ranges as 16-31, or a share as 0.5, the upper half. Default: all."
     )
     adapter_scope: str = option(
-        "all",
-        "Acts on all tokens, or on completions, leaving prompts to the base.",
-        choices=["all", "completions"],
+        "all", "Acts on all tokens, or on completions, leaving prompts to the base.", choices=["all", "completions"]
     )
     adapter_invocation: str | None = option(
         None, "adapter_scope completions: the text before each completion, if not the chat template's."
