@@ -108,8 +108,7 @@ def plan(**options: object) -> Plan:
     fits: list[dict[str, int]] = []
     step = None
     if gpu is not None:
-        choices = [0, model.layers // 2, model.layers] if model.fused else [0, model.layers]
-        for layers in choices:
+        for layers in [0, model.layers // 2, model.layers] if model.fused else [0, model.layers]:
             most = model.largest_tokens(gpu.usable, layers, S / T, P / T, given / T)
             longest = model.longest_row(gpu.usable, layers, o.answers)
             fits.append(
