@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -64,79 +64,40 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Holds what a card says about a run. Only facts of the run: what isn't known stays empty and is left out.
+    """Holds what a card says about a run. Only facts of the run: what isn't known stays empty and is left out."""
 
-    Attributes:
-        name: the adapter's name: a Hub id, or the name or path of its folder (shown by its last part, or seen from the
-            current folder where the base's path is relative to that too).
-        base_model: Hub id or local path of the base. A local base is called by its folder's name.
-        dtype: of the base's weights that are not quantized, for the example of use; None: as the base was saved.
-        beta: β of the loss; None if it has none.
-        reward: the implicit reward whose figures are shown: a key of `REWARDS`.
-        objective: what was optimised, as a reader should see it.
-        datasets: Hub ids or paths of the training data. Paths are called by their last part.
-        eval_dataset: the same for what was evaluated on.
-        license: of the adapter, as an SPDX id or a name of the Hub.
-        papers: arXiv ids of what is cited, see `citations.cited`.
-        languages: ISO 639 codes.
-        quantization: arguments of `BitsAndBytesConfig`, plain values; empty if the base was not quantized.
-        quantization_report: what was quantized and what was not, in one line.
-        reference: what the policy was compared with, in one sentence.
-        lora: options of the adapter (rank, alpha, target modules, …).
-        hyperparameters: options of the training.
-        facts: further lines of the card's head: rows used and dropped, time, device, …
-        first, last: training metrics of the first and the last log entry.
-        eval_first, eval_last: metrics of the first and the last evaluation, without `eval_`.
-        curves: file name of the curves' picture, relative to the card.
-        samples: what it wrote before and after; `SAMPLES` of them are shown.
-        sample_steps: the steps of the two.
-        warnings: named warnings of the training: step, name and message of each.
-        versions: package to version; see `framework_versions`.
-        title: of the card; the last part of `name` if empty.
-        tags: of the metadata, beside the card's own.
-        has_chat_template: the tokenizer has one, so the example of use chats.
-        reads_images: the adapter was trained with a processor of images, so the example shows one.
-    """
-
+    # The adapter's: a Hub id, or the name or path of its folder (shown by its last part, or seen from the current
+    # folder where the base's path is relative to that too).
     name: str
-    base_model: str
-    beta: float | None
-    dtype: str | None = None
-    reward: str = "log_ratio"
-    objective: str = "Direct Preference Optimization (DPO)"
-    datasets: Sequence[str] = ()
-    eval_dataset: str = "preference pairs"
-    license: str | None = None
-    papers: Sequence[str] = (DPO, LORA)
-    languages: Sequence[str] = ()
-    quantization: Mapping[str, object] = field(default_factory=dict)
-    quantization_report: str = ""
-    reference: str = ADAPTER_OFF
-    lora: Mapping[str, object] = field(default_factory=dict)
-    hyperparameters: Mapping[str, object] = field(default_factory=dict)
-    facts: Mapping[str, object] = field(default_factory=dict)
-    first: Mapping[str, float] = field(default_factory=dict)
-    last: Mapping[str, float] = field(default_factory=dict)
-    eval_first: Mapping[str, float] = field(default_factory=dict)
+    base_model: str  # Hub id or local path; a local base is called by its folder's name
+    beta: float | None  # β of the loss; None if it has none
+    dtype: str | None = None  # of the base's weights that are not quantized, for the example; None: as it was saved
+    reward: str = "log_ratio"  # the implicit reward whose figures are shown: a key of `REWARDS`
+    objective: str = "Direct Preference Optimization (DPO)"  # as a reader should see it
+    datasets: Sequence[str] = ()  # Hub ids or paths of the training data; paths are called by their last part
+    eval_dataset: str = "preference pairs"  # the same for what was evaluated on
+    license: str | None = None  # of the adapter, as an SPDX id or a name of the Hub
+    papers: Sequence[str] = (DPO, LORA)  # arXiv ids of what is cited, see `citations.cited`
+    languages: Sequence[str] = ()  # ISO 639 codes
+    quantization: Mapping[str, object] = field(default_factory=dict)  # arguments of `BitsAndBytesConfig`, if it was
+    quantization_report: str = ""  # what was quantized and what was not, in one line
+    reference: str = ADAPTER_OFF  # what the policy was compared with, in one sentence
+    lora: Mapping[str, object] = field(default_factory=dict)  # options of the adapter (rank, alpha, …)
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)  # options of the training
+    facts: Mapping[str, object] = field(default_factory=dict)  # further lines of the head: rows, time, device, …
+    first: Mapping[str, float] = field(default_factory=dict)  # training metrics of the first log entry
+    last: Mapping[str, float] = field(default_factory=dict)  # of the last one
+    eval_first: Mapping[str, float] = field(default_factory=dict)  # metrics of the first evaluation, without `eval_`
     eval_last: Mapping[str, float] = field(default_factory=dict)
-    curves: str | None = None
-    samples: Sequence[Sample] = ()
+    curves: str | None = None  # file name of the curves' picture, relative to the card
+    samples: Sequence[Sample] = ()  # what it wrote before and after; `SAMPLES` of them are shown
     sample_steps: tuple[int, int] = (0, 0)
-    warnings: Sequence[Mapping[str, object]] = ()
-    versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())
-    has_chat_template: bool = True
-    reads_images: bool = False
-    title: str = ""
-    tags: Sequence[str] = ()
-
-
-class Figures(TypedDict):
-    """Holds the figures of a `RunSummary`, under its names: `RunSummary(..., **figures)`."""
-
-    first: dict[str, float]
-    last: dict[str, float]
-    eval_first: dict[str, float]
-    eval_last: dict[str, float]
+    warnings: Sequence[Mapping[str, object]] = ()  # named warnings of the training: step, name and message of each
+    versions: Mapping[str, str] = field(default_factory=lambda: framework_versions())  # by package
+    has_chat_template: bool = True  # the tokenizer has one, so the example of use chats
+    reads_images: bool = False  # it was trained with a processor of images, so the example shows one
+    title: str = ""  # of the card; the last part of `name` if empty
+    tags: Sequence[str] = ()  # of the metadata, beside the card's own
 
 
 def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
@@ -149,18 +110,18 @@ def adapter_facts(config: Mapping[str, object]) -> dict[str, object]:
     return facts
 
 
-def framework_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+def framework_versions() -> dict[str, str]:
     """Returns this version, and the installed one of each package; one that is not installed is left out."""
-    return {"dpo-peft": __version__} | {package: version(package) for package in packages if find_spec(package)}
+    return {"dpo-peft": __version__} | {package: version(package) for package in PACKAGES if find_spec(package)}
 
 
-def figures_of(log_history: Sequence[Mapping[str, float]]) -> Figures:
+def figures_of(log_history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Returns `first`, `last`, `eval_first` and `eval_last` of a `RunSummary`, from `trainer.state.log_history`.
 
     Several evaluation sets are logged one by one: the first (last) value of each metric counts. `eval_` is taken off.
     """
     train = [entry for entry in log_history if "loss" in entry]
-    figures: Figures = {"first": {}, "last": {}, "eval_first": {}, "eval_last": {}}
+    figures: dict[str, dict[str, float]] = {"first": {}, "last": {}, "eval_first": {}, "eval_last": {}}
     if train:
         figures["first"], figures["last"] = dict(train[0]), dict(train[-1])
     for entry in log_history:

@@ -35,11 +35,8 @@ MODEL_INDEX = {
 
 
 def read_head(readme: str) -> dict[str, Any]:
-    """Returns the metadata of a card: YAML between the first two `---` lines; empty if there is none.
-
-    Raises:
-        ValueError: it is not a YAML mapping.
-    """
+    """Returns the metadata of a card: YAML between the first two `---` lines; empty if there is none. A ValueError
+    where it is not a YAML mapping."""
     found = REGEX_YAML_BLOCK.search(readme)
     if found is None:
         return {}

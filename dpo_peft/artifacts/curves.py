@@ -25,7 +25,7 @@ BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#767676"
 COLORS = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "gray": GRAY}
 INK, RULE = "#22262B", "#D9DCE0"
 PANEL_INCHES = (4.9, 3.05)
-TITLE_INCHES, KEY_INCHES = 0.5, 0.35
+KEY_INCHES = 0.35
 DPI = 120
 GUIDE: dict[str, Any] = {"color": GRAY, "linewidth": 1.0, "linestyle": (0, (1, 2)), "zorder": 1.5}
 RING: dict[str, Any] = dict(
@@ -66,7 +66,7 @@ Metrics = dict[str, dict[str, Series]]  # metric -> source -> values, see `metri
 
 
 def plot_training_curves(
-    log_history: Sequence[Mapping[str, float]], path: str | Path, title: str = "", start_loss: float | None = None
+    log_history: Sequence[Mapping[str, float]], path: str | Path, start_loss: float | None = None
 ) -> Path:
     """Draws the metrics of a run over its steps and returns the path of the PNG.
 
@@ -75,7 +75,6 @@ def plot_training_curves(
             (`loss`, `rewards/margins`, …); keys that begin with `eval_` are evaluation and are drawn as points.
             Values that are not finite are left out of the curves.
         path: where the PNG goes; missing folders are made.
-        title: a line above the panels.
         start_loss: the loss of a policy that equals its reference, such as ln 2, drawn as a guide.
 
     Raises:
@@ -93,14 +92,11 @@ def plot_training_curves(
     columns = len(found) if len(found) < 4 else 2 if len(found) == 4 else 3
     rows = -(-len(found) // columns)
     evaluated = any(evaluation for _, curves in found for _, _, evaluation in curves)
-    extra = TITLE_INCHES * bool(title) + KEY_INCHES * evaluated
-    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + extra)
+    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + KEY_INCHES * evaluated)
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.14, h_pad=0.12)  # type: ignore[union-attr, call-arg]
     for i, (panel, curves) in enumerate(found):
         _draw_panel(figure.add_subplot(rows, columns, i + 1), panel, curves)
-    if title:
-        figure.suptitle(title, x=0.015, ha="left", fontsize=13, fontweight="bold", color=INK)
     if evaluated:
         # Says once, below all panels, what lines and rings are.
         handles = [Line2D([], [], color=INK, label="training"), Line2D([], [], color=INK, label="evaluation", **RING)]

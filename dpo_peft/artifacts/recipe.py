@@ -27,14 +27,7 @@ _PATHS = (
     "output_dir logging_dir log_file ref_cache_dir reference resume_from_checkpoint dataset_name eval_dataset_name "
     "model_name_or_path path data_dir data_files"
 ).split()
-_OF_ONE_USER = (
-    "push_to_hub",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "run_name",
-    "disable_tqdm",
-    "log_file",
-)
+_OF_ONE_USER = "push_to_hub overwrite_output_dir resume_from_checkpoint run_name disable_tqdm log_file".split()
 _LOCAL = re.compile(r"^(~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 # LoraConfig's names of what `dpo-peft train` has options for.
 _LORA_OPTIONS = {name: name if name.startswith(("lora_", "use_")) else f"lora_{name}" for name in ADAPTER_OPTIONS}

@@ -1,9 +1,11 @@
 """The command line, `dpo-peft COMMAND ...`: a module and a function of that name for each command.
 
-A command raises the package's own errors, each with its remedy; `main` prints them and makes them exit codes.
+A function's docstring is the description in its help. A command raises the package's own errors, each with its remedy;
+`main` prints them and makes them exit codes.
 """
 
 import os
+import re
 import select
 import signal
 import sys
@@ -20,17 +22,8 @@ from . import help
 __all__ = ["main"]
 
 JOB = "DPO_PEFT_JOB"  # an environment variable: the folder of the job that this process belongs to (`launch`)
-WRONG_INPUT = (
-    errors.OptionError,
-    errors.DataError,
-    errors.ReferenceMismatchError,
-    errors.CheckpointError,
-)
+WRONG_INPUT = (errors.OptionError, errors.DataError, errors.ReferenceMismatchError, errors.CheckpointError)
 REFUSED = (errors.DriftError, errors.PublishError, errors.StrictError, errors.NonFiniteError)
-COMMANDS = (
-    *("quickstart", "data", "init", "recipes", "plan", "pairs", "train", "sweep", "chat", "compare", "score"),
-    *("eval", "report", "merge", "export", "verify-serving", "push", "cache", "bench", "env"),
-)
 USAGE = """usage: dpo-peft COMMAND [options]
 
   quickstart  train the bundled model, offline, in 2 minutes:  dpo-peft quickstart
@@ -55,6 +48,7 @@ USAGE = """usage: dpo-peft COMMAND [options]
   env         show versions and machine, for reports of faults:  dpo-peft env
 
 dpo-peft help COMMAND lists its options, with examples and exit codes; dpo-peft --version."""
+COMMANDS = tuple(re.findall(r"^  ([\w-]+)", USAGE, flags=re.MULTILINE))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,12 +29,9 @@ class BenchArguments:
 
 
 def bench(argv: Sequence[str]) -> None:
-    """Measures, prints a table, and writes the file."""
-    about = (
-        "Measure this GPU without a download: rates of large products, of its memory and of unpacking 4-bit weights, "
-        "and DPO on random weights beside what `plan` predicts. The file names no user, machine or folder."
-    )
-    options = parse_options(argv, BenchArguments, "bench", about, EXAMPLES)
+    """Measure this GPU without a download: rates of large products, of its memory and of unpacking 4-bit weights, and
+    DPO on random weights beside what `plan` predicts. The file names no user, machine or folder."""
+    options = parse_options(argv, BenchArguments, "bench", bench.__doc__, EXAMPLES)
     output = Path(options.output)
     if output.exists() and not options.overwrite or not output.parent.is_dir():
         raise OptionError(f"output={options.output!r}: give a new file in a folder that exists, or --overwrite.")

@@ -28,9 +28,8 @@ class CacheArguments:
 
 
 def cache(argv: Sequence[str]) -> None:
-    """Lists what is kept of which reference, or deletes it."""
-    about = "Show or clear the reference's cached log-probs (see cache_ref_log_probs and precompute_ref_log_probs)."
-    options = parse_options(argv, CacheArguments, "cache", about, EXAMPLES)
+    """Show or clear the reference's cached log-probs (see cache_ref_log_probs and precompute_ref_log_probs)."""
+    options = parse_options(argv, CacheArguments, "cache", cache.__doc__, EXAMPLES)
     if not options.clear and (options.reference or options.unused_days is not None):
         raise OptionError("reference and unused_days have no effect without clear: give --clear too.")
     folder = Path(options.dir or default_folder())

@@ -34,16 +34,12 @@ SIDES = {True: "adapter", False: "base"}
 class ChatOptions(AdapterOptions):
     """Options of `dpo-peft chat`."""
 
-    prompt: list[str] | None = option(
-        None, "Complete this alone and leave; - reads it from stdin. May be given several times."
-    )
+    prompt: list[str] | None = option(None, "Complete this alone and leave; - is stdin. May be given several times.")
     image: list[str] | None = option(None, "Image files that go with each prompt, or with the first message.")
     adapter_off: bool = option(False, "Begin with the adapter switched off.")
     system: str | None = option(None, "System message.")
     max_new_tokens: int | None = option(None, "Longest completion; by the model's generation_config, or 512.")
-    temperature: float | None = option(
-        None, "0 takes the likeliest token. By the model's generation_config if not given; most sample."
-    )
+    temperature: float | None = option(None, "0 takes the likeliest token. Default: by the model's generation_config.")
     top_p: float | None = option(None, "Sample from the likeliest tokens of this total probability.")
     seed: int = option(0, "Of the sampling, for each completion.")
     json: bool = option(False, "Print the completions of prompt as JSON.")
@@ -62,10 +58,9 @@ def repeated(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
 
 
 def chat(argv: Sequence[str]) -> None:
-    """Loads the adapter, and completes what is given, or what is typed."""
+    """Talk to a trained adapter on its base, loaded as for the training, in the model's chat template."""
     words, prompts = repeated(argv, "prompt")
-    about = "Talk to a trained adapter on its base, loaded as for the training, in the model's chat template."
-    options = parse_options(words, ChatOptions, "chat", about, EXAMPLES, "adapter")
+    options = parse_options(words, ChatOptions, "chat", chat.__doc__, EXAMPLES, "adapter")
     prompts = prompts or options.prompt or []
     if options.json and not prompts:
         raise OptionError("json has no effect without prompt: give one, or leave it out.")
@@ -174,11 +169,7 @@ class Terminal:
             print(f"(Cut after {max(len(reply.ids) for reply in replies)} tokens: /set max_new_tokens allows more.)")
 
     def obey(self, line: str) -> None:
-        """Does what a command says.
-
-        Raises:
-            OptionError: there is no such command, or its value is wrong.
-        """
+        """Does what a command says; an OptionError where there is none, or its value is wrong."""
         command, _, rest = line[1:].partition(" ")
         if (obeyed := getattr(self, f"do_{command}", None)) is None:
             raise OptionError(f"/{command} is not a command. They are:\n{COMMANDS}")

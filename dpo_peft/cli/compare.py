@@ -37,8 +37,7 @@ class CompareOptions(AdapterOptions):
 
     prompts: str | None = option(
         None,
-        "Hub id, or a JSON(L), Parquet or CSV file with prompt as text or messages, or pairs; or a .txt file with a "
-        "prompt a line.",
+        "Hub id, or a file of rows with prompt as text or messages, or pairs; or a .txt file, a prompt a line.",
     )
     prompt: list[str] | None = option(None, "A prompt; may be given several times.")
     image: list[str] | None = option(None, "Image files that go with each prompt given by prompt or a .txt file.")
@@ -58,10 +57,9 @@ class CompareOptions(AdapterOptions):
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Reads prompts, completes them twice, and prints both."""
+    """Show completions of the same prompts before and after training, with the implicit reward of both."""
     words, given = repeated(argv, "prompt")
-    about = "Show completions of the same prompts before and after training, with the implicit reward of both."
-    options = parse_options(words, CompareOptions, "compare", about, EXAMPLES, "adapter")
+    options = parse_options(words, CompareOptions, "compare", compare.__doc__, EXAMPLES, "adapter")
     texts = given or options.prompt or []
     if bool(texts) == bool(options.prompts):
         raise OptionError("Give either prompts, a file, or prompt, a text.")

@@ -54,11 +54,8 @@ def asked_for(argv: Sequence[str]) -> bool:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses what would stop the folds, before anything is read.
-
-    Raises:
-        OptionError: a wrong option, one for other data than pairs, or an output that is there.
-    """
+    """Refuses what would stop the folds, before anything is read: a wrong option, one for other data than pairs, or an
+    output that is there."""
     from ..objective import TrainingObjective
 
     asked, folder = made(CrossFitArguments, options), Path(str(options.output_dir))
@@ -79,11 +76,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the folds say of the training rows, and writes it: difficulty.jsonl, and easiest.jsonl if asked.
-
-    Raises:
-        OptionError, DataError, NonFiniteError: as `dpo-peft train`.
-    """
+    """Returns what the folds say of the training rows, and writes it: difficulty.jsonl, and easiest.jsonl if asked."""
     from ..config import DPOConfig
     from ..objective import TrainingObjective
 

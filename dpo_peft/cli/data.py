@@ -88,13 +88,7 @@ class TrainedAs:
 
 
 def data(argv: Sequence[str]) -> None:
-    """Prints what is found in preference rows.
-
-    Raises:
-        OptionError, DataError: no rows, or in no known format; a wrong option.
-        StrictError: something is to be acted on, and `strict` is set.
-    """
-    about = "Look at preference rows before training: format, lengths, repeats, bias, and how they will be trained."
+    """Look at preference rows before training: format, lengths, repeats, bias, and how they will be trained."""
     words = list(argv)
     if words and not words[0].startswith("-"):
         words = ["--dataset_name", *words]
@@ -103,7 +97,7 @@ def data(argv: Sequence[str]) -> None:
     if crossed := asked_for(words):
         groups, unread = [*groups[:3], ModelArguments, DPOConfig], unread[1:3]
     usage = "[DATASET_NAME] [--config FILE.yaml] [--option value ...]"
-    options, of_file = parse_groups(words, groups, "data", usage, about, EXAMPLES, unread)
+    options, of_file = parse_groups(words, groups, "data", usage, data.__doc__, EXAMPLES, unread)
     required(options, *([] if options.datasets else ["dataset_name"]))
     asked, trained = made(LookArguments, options), made(TrainedAs, options)
     if asked.rows < 0:

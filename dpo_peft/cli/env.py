@@ -21,8 +21,8 @@ class EnvArguments:
 
 
 def env(argv: Sequence[str]) -> None:
-    """Prints what a report of a fault should say. Holds no token; the folders are this machine's."""
-    options = parse_options(argv, EnvArguments, "env", "Show versions, machine and folders, for a report.", EXAMPLES)
+    """Show versions, machine and folders, for a report. No token is among them."""
+    options = parse_options(argv, EnvArguments, "env", env.__doc__, EXAMPLES)
     import psutil
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..suites import EvalOptions
-from .options import parse_options, show
+from .options import aligned, parse_options, show
 
 EXAMPLES = (
     "dpo-peft eval outputs/quickstart",
@@ -14,12 +14,9 @@ EXAMPLES = (
 
 
 def eval(argv: Sequence[str]) -> None:
-    """Reads options, evaluates, and prints a table."""
-    about = (
-        "Say by offline suites whether an adapter is better than its base: accuracy on pairs, checkable instructions, "
-        "what was lost on neutral text, a judge. One copy of the weights, with the adapter on and off."
-    )
-    options = parse_options(argv, EvalOptions, "eval", about, EXAMPLES, "adapter")
+    """Say by offline suites whether an adapter is better than its base: accuracy on pairs, checkable instructions,
+    what was lost on neutral text, a judge. One copy of the weights, with the adapter on and off."""
+    options = parse_options(argv, EvalOptions, "eval", eval.__doc__, EXAMPLES, "adapter")
     from ..suites.run import evaluate
 
     result = evaluate(options)
@@ -30,13 +27,7 @@ def describe(result: Mapping[str, Any]) -> str:
     """Returns the table for people, and the commands of lm-eval."""
     from ..suites.figures import HEADS, table
 
-    rows = [HEADS, *table(result, details=True)]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(HEADS))]
-    lines = [
-        "  ".join(f"{text:<{width}}" if at == 0 else f"{text:>{width}}" for at, (text, width) in enumerate(cells))
-        for cells in (zip(row, widths, strict=True) for row in rows)
-    ]
-    lines = [line.rstrip() for line in lines]
+    lines = aligned([HEADS, *table(result, details=True)])
     lines += ["", f"The base is {result['base']}. Intervals are of 95 %, differences of paired rows."]
     lines += [f"Result: {result['output']}", "Public benchmarks, where lm-eval is installed:"]
     return "\n".join([*lines, *(f"  {command}" for command in result["lm_eval"])])

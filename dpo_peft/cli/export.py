@@ -34,9 +34,8 @@ class ExportOptions(AdapterOptions):
 
 
 def export(argv: Sequence[str]) -> None:
-    """Converts the adapter and prints the commands that serve it."""
-    about = "Convert an adapter to GGUF by llama.cpp's own converter, and write a Modelfile for Ollama."
-    options = parse_options(argv, ExportOptions, "export", about, EXAMPLES, "adapter", "output_dir")
+    """Convert an adapter to GGUF by llama.cpp's own converter, and write a Modelfile for Ollama."""
+    options = parse_options(argv, ExportOptions, "export", export.__doc__, EXAMPLES, "adapter", "output_dir")
     from ..model.adapter_source import AdapterSource
     from ..serving.exporting import export_adapter
 

@@ -43,7 +43,8 @@ def show(text: Mapping[str, Any], groups: Sequence[type], word: str) -> NoReturn
         groups: dataclasses that hold the options.
         word: "--help-all" for all options, "--help=json" for the same as JSON, else those that come first.
     """
-    made = {**text, "groups": _placed(text["command"], _described(groups))}
+    description = " ".join((text["description"] or "").split())
+    made = {**text, "description": description, "groups": _placed(text["command"], _described(groups))}
     print(json.dumps(made) if word == "--help=json" else render(made, every=word == "--help-all"))
     raise SystemExit(0)
 
@@ -53,7 +54,7 @@ def render(help: Mapping[str, Any], every: bool = False, width: int | None = Non
     width = width or min(max(shutil.get_terminal_size((WIDE, 24)).columns, NARROW), WIDE)
     command, left_out = help["command"], help.get("left_out", 0)
     lines = [*textwrap.wrap(f"usage: dpo-peft {command} {help['usage']}", width, subsequent_indent=" " * 7), ""]
-    lines += [line for part in help["description"].splitlines() for line in textwrap.wrap(part, width)]
+    lines += textwrap.wrap(help["description"], width)
     for title, entries in {"file": [CONFIG], **help["groups"]}.items():
         shown = [entry for entry in entries if every or entry["first"]]
         left_out += len(entries) - len(shown)

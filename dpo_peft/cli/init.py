@@ -62,16 +62,9 @@ class InitOptions:
 
 
 def init(argv: Sequence[str]) -> None:
-    """Writes a config file.
-
-    Raises:
-        OptionError, DataError: a model, dataset or GPU that can't be used, with the remedy; or the file is there.
-    """
-    about = (
-        "Write a short YAML file to train by: the loss by the kind of rows, memory by the planner, learning rate and "
-        "beta by what was measured (docs/from-trl.md)."
-    )
-    options = parse_options(argv, InitOptions, "init", about, EXAMPLES)
+    """Write a short YAML file to train by: the loss by the kind of rows, memory by the planner, learning rate and beta
+    by what was measured (docs/from-trl.md)."""
+    options = parse_options(argv, InitOptions, "init", init.__doc__, EXAMPLES)
     if options.from_file is not None:
         given = [f.name for f in fields(options) if f.name not in ("from_file", "output", "json")]
         if extra := [name for name in given if getattr(options, name)]:

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,21 +53,13 @@ class LaunchArguments:
 
 @dataclass
 class Job:
-    """Processes of one run on this machine.
+    """Processes of one run on this machine."""
 
-    Args:
-        processes: how many the run has, on all machines.
-        ranks: those of this machine.
-        env: what they get in their environment, but for what tells them apart.
-        address: host and port at which all of them meet; port 0 is any that is free.
-        dry_run: nothing is to be started.
-    """
-
-    processes: int
-    ranks: range
-    env: dict[str, str]
-    address: tuple[str, int]
-    dry_run: bool
+    processes: int  # how many the run has, on all machines
+    ranks: range  # those of this machine
+    env: dict[str, str]  # what they get in their environment, but for what tells them apart
+    address: tuple[str, int]  # host and port at which all of them meet; port 0 is any that is free
+    dry_run: bool  # nothing is to be started
 
     def __post_init__(self) -> None:
         self._workers: dict[int, subprocess.Popen[bytes]] = {}  # by rank
@@ -99,20 +91,17 @@ class Job:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Inside, signals are passed on: the processes head sessions, which a terminal's Ctrl-C doesn't reach."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {each: kept for each in numbers if (kept := signal.getsignal(each)) is not signal.SIG_IGN}
 
         def receive(number: int, frame: object) -> None:
             self._received.append(number)
             self._send(number)
 
-        try:
-            for number in before:
-                signal.signal(number, receive)
+        with ExitStack() as restored:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if (before := signal.getsignal(number)) is not signal.SIG_IGN:
+                    restored.callback(signal.signal, number, before)
+                    signal.signal(number, receive)
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _start(self, folder: Path, argv: Sequence[str]) -> object:
         """Starts the processes. Returns the store where they meet, which ends with the last reference to it."""
@@ -194,7 +183,8 @@ class Job:
         """Prints each error once. Returns the exit status."""
         codes = {rank: worker.returncode for rank, worker in self._workers.items() if worker.returncode}
         files = [file for rank in self.ranks if (file := folder / f"{rank}.end").is_file()]
-        ends = [(int(file.stem), *json.loads(file.read_text())) for file in sorted(files, key=_modified)]
+        files.sort(key=lambda file: file.stat().st_mtime_ns)
+        ends = [(int(file.stem), *json.loads(file.read_text())) for file in files]
         told = [(rank, code, text) for rank, code, text in ends if text.startswith("dpo-peft: ")]
         by_main = {text for rank, _, text in told if rank == self.ranks.start}
         for text in dict.fromkeys(text for _, _, text in told):
@@ -234,10 +224,6 @@ def command(argv: Sequence[str]) -> list[str]:
 
 def _read(file: Path) -> str:
     return file.read_text("utf-8", "replace") if file.is_file() else ""
-
-
-def _modified(file: Path) -> int:
-    return file.stat().st_mtime_ns
 
 
 # ---- In each process ------------------------------------------------------------------------------------------------

@@ -39,11 +39,8 @@ def measure(rows: Any, tokenizer: Any, o: Any) -> DataReport:
 
 def found_lengths(o: Any) -> tuple[dict[str, int], str]:
     """Returns the lengths of the dataset that options name, and a sentence on where they are from; none, and why, if
-    the dataset is on the Hub and can't be had, or there is no tokenizer.
-
-    Raises:
-        OptionError, DataError: a file that can't be read, or rows that can't be used.
-    """
+    the dataset is on the Hub and can't be had, or there is no tokenizer. A file that can't be read, or rows that can't
+    be used, are an OptionError or DataError."""
     data = made(DataArguments, o)
     if not (data.dataset_name or data.datasets):
         return {}, ""

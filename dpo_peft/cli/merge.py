@@ -30,19 +30,17 @@ class MergeOptions(RowOptions, AdapterOptions):
     output_dir: str = option("", "Folder for the merged model: a new one, or an empty one.")
     onto: str | None = option(
         None,
-        "Which base of a 4-bit training: the 4-bit weights unpacked, which is the default and closest to "
-        "the adapter's model, or the original.",
+        "Base of a 4-bit training: its 4-bit weights unpacked, the default and closest, or the original.",
         choices=["dequantized", "base16"],
     )
     dtype: str | None = option(
         None,
-        "Of the saved weights; as the base was loaded for the training if not given.",
+        "Of the saved weights. Default: as the base was trained on.",
         choices=["bfloat16", "float16", "float32"],
     )
     max_drift: float | None = option(
         None,
-        "Most nats per token, on average, that the merged model may differ from the adapter's; if not "
-        "given 0.001 in float32, 0.01 in float16, 0.03 in bfloat16.",
+        "Most nats per token, on average, that it may differ. Default 0.001, of float16 0.01, of bfloat16 0.03.",
     )
     dataset_name: str | None = option(
         None, "Preference pairs to compare on (Hub id or file); completions of a few prompts if not given."
@@ -57,12 +55,9 @@ ROWS_ALONE = ("dataset_split", "dataset_config", "dataset_format")  # not argume
 
 
 def merge(argv: Sequence[str]) -> None:
-    """Reads options and rows, merges, compares, and prints the result."""
-    about = (
-        "Merge an adapter into its base. The merged model is loaded again from disk and compared with the adapter's "
-        "model; if it is too far from it, it is refused and removed."
-    )
-    options = parse_options(argv, MergeOptions, "merge", about, EXAMPLES, "adapter", "output_dir")
+    """Merge an adapter into its base. The merged model is loaded again from disk and compared with the adapter's
+    model; if it is too far from it, it is refused and removed."""
+    options = parse_options(argv, MergeOptions, "merge", merge.__doc__, EXAMPLES, "adapter", "output_dir")
     if options.dataset_name is None:
         given = [name for name in (*ROWS_ALONE, "max_rows", "reference") if getattr(options, name) is not None]
         if given:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..errors import OptionError
 from ..files import CONVERTERS, read_rows, strict, without_splits
+from ..model.options import option
 from ..spelling import meant
 from . import help
 
@@ -57,11 +58,6 @@ def show_progress() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # for those who write programs
 
 
-def option(default: object, help: str, **metadata: object) -> Any:
-    """Returns the field of an options class: its default, its line in the help, and `choices` if it has some."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass(frozen=True)
 class RowOptions:
     """Which rows a command reads."""
@@ -80,11 +76,8 @@ class RowOptions:
 
 
 def load_rows(options: RowOptions) -> "Dataset":
-    """Returns the rows that the options name, converted if they say so.
-
-    Raises:
-        OptionError: no such file or dataset, or an option of a Hub dataset for a file.
-    """
+    """Returns the rows that the options name, converted if they say so; an OptionError where there is no such file or
+    dataset, or for an option of a Hub dataset with a file."""
     name = options.dataset_name or ""
     if without_splits(name):
         for option in ("dataset_split", "dataset_config"):
@@ -101,7 +94,12 @@ def option_of(options: type, name: str, **metadata: object) -> Any:
 
 
 def parse_options(
-    argv: Sequence[str], options: type[Options], command: str, description: str, examples: Sequence[str], *needed: str
+    argv: Sequence[str],
+    options: type[Options],
+    command: str,
+    description: str | None,
+    examples: Sequence[str],
+    *needed: str,
 ) -> Options:
     """Returns the options of a command.
 
@@ -109,7 +107,7 @@ def parse_options(
         argv: words after the command's name.
         options: a dataclass whose fields have `metadata={"help": ...}`; its first field takes leading words.
         command: its name, for messages.
-        description: one or two sentences for the help.
+        description: for the help; the docstring of the command's function.
         examples: full command lines for the help.
         needed: options that must be given.
 
@@ -142,7 +140,7 @@ def parse_groups(
     groups: Sequence[type],
     command: str,
     usage: str,
-    description: str,
+    description: str | None,
     examples: Sequence[str],
     unread: Sequence[type] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -182,11 +180,7 @@ _LAUNCHER: dict[str, tuple[str, str]] = {
 
 
 def refuse_launcher(given: Mapping[str, object]) -> dict[str, object]:
-    """Returns options without those of TRL's launcher that change nothing.
-
-    Raises:
-        OptionError: one would.
-    """
+    """Returns options without those of TRL's launcher that change nothing; an OptionError where one would."""
     for name, (harmless, remedy) in _LAUNCHER.items():
         if name in given and str(given[name]).lower() != harmless:
             raise OptionError(f"{name}={given[name]!r} is an option of TRL that isn't offered here. {remedy}")
@@ -272,22 +266,15 @@ def recipe_files() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe.
-
-    Raises:
-        OptionError: there is none of that name.
-    """
+    """Returns the file of a recipe; an OptionError where there is none of that name."""
     if (path := recipe_files().get(name)) is None:
         raise OptionError(f"{name!r} is not a recipe.{meant(name, recipe_files())} `dpo-peft recipes` lists them.")
     return path
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file.
-
-    Raises:
-        OptionError: there is no such file, or it is not a YAML mapping.
-    """
+    """Returns the words without `--config FILE.yaml` (or `--config=FILE.yaml`), and the options of that file; an
+    OptionError where there is no such file, or it is not a YAML mapping."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words:
         return words, {}
@@ -327,11 +314,7 @@ def known(command: str, argv: Sequence[str]) -> bool:
 
 
 def required(options: object, *names: str) -> None:
-    """Refuses options that must be given and aren't.
-
-    Raises:
-        OptionError: naming the first one.
-    """
+    """Raises an OptionError that names the first of these options that isn't given."""
     for name in names:
         if not getattr(options, name):
             raise OptionError(f"{name} is missing: give it by --{name} or in the config file.")
@@ -340,6 +323,13 @@ def required(options: object, *names: str) -> None:
 def show(result: Mapping[str, object], text: str, as_json: bool) -> None:
     """Prints a command's result: `text` for people, or `result` as one JSON object, NaN and infinity as null."""
     print(unpaired(json.dumps(strict(result), indent=2, ensure_ascii=False)) if as_json else printable(text))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table: the first column begins at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip() for row, cells in zip(rows, padded, strict=True)]
 
 
 def printable(text: str) -> str:

@@ -17,22 +17,14 @@ EXAMPLES = (
     "      --method rso --num_candidates 64 --rso_accept 8 --rso_beta 0.5 --sft_output accepted.jsonl",
     "dpo-peft pairs --prompts answered.jsonl --score_column scores --method all --max_pairs 3 --output pairs.jsonl",
 )
-DESCRIPTION = (
-    "Samples several completions of each prompt from a model or an adapter, scores them by a reward function, a "
-    "reward model or a trained adapter, and writes preference pairs to train on. Completions and scores that the file "
-    "of prompts has already are used as they are. A killed run is resumed where it was when the same command is given "
-    "again."
-)
 
 
 def pairs(argv: Sequence[str]) -> None:
-    """Makes pairs and prints what became of prompts and completions.
-
-    Raises:
-        OptionError, DataError, ReferenceMismatchError: with the remedy.
-        SystemExit: stopped by Ctrl-C; what was finished is kept.
-    """
-    options = parse_options(argv, PairsOptions, "pairs", DESCRIPTION, EXAMPLES)
+    """Samples several completions of each prompt from a model or an adapter, scores them by a reward function, a
+    reward model or a trained adapter, and writes preference pairs to train on. Completions and scores that the file of
+    prompts has already are used as they are. A killed run is resumed where it was when the same command is given
+    again."""
+    options = parse_options(argv, PairsOptions, "pairs", pairs.__doc__, EXAMPLES)
     try:
         result = make_pairs(options)
     except KeyboardInterrupt as stopped:

@@ -51,22 +51,13 @@ class PlanArguments(PlanOptions):
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Prints the plan of `dpo-peft plan`. Loads no weights and needs no GPU.
-
-    Args:
-        argv: options; those of training count where they change memory, the others are ignored.
-
-    Raises:
-        OptionError: an unknown option or GPU, an impossible value, or a model whose memory can't be predicted.
-    """
-    about = (
-        "Predict what a run takes of a GPU, from the model's config and the lengths of the dataset's rows: no weights "
-        "are read, no GPU is needed."
-    )
+    """Predict what a run takes of a GPU, from the model's config and the lengths of the dataset's rows: no weights are
+    read, no GPU is needed."""
     usage = "[--config FILE.yaml] [--gpu GPU] [--option value ...]"
-    # Options are read by name. No `DPOConfig` is made: that asks for the hardware of training.
+    # Options are read by name; those of training count where they change memory. No `DPOConfig` is made: that asks for
+    # the hardware of training.
     groups = (PlanArguments, DPOConfig, DataArguments, ModelArguments)
-    options, from_file = parse_groups(argv, groups, "plan", usage, about, EXAMPLES, [LaunchArguments])
+    options, from_file = parse_groups(argv, groups, "plan", usage, plan.__doc__, EXAMPLES, [LaunchArguments])
     # The command line overrides the file: a shape there stands for the model that the file names.
     if options.shape != from_file.get("shape") and options.model_name_or_path == from_file.get("model_name_or_path"):
         options.model_name_or_path = ""

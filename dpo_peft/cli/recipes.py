@@ -27,13 +27,8 @@ class RecipeOptions:
 
 
 def recipes(argv: Sequence[str]) -> None:
-    """Lists the recipes, or prints or copies one.
-
-    Raises:
-        OptionError: there is no such recipe, or a file at `output`.
-    """
-    about = "Show the recipes that come with the package: options for `dpo-peft train --config NAME`, to begin with."
-    options = parse_options(argv, RecipeOptions, "recipes", about, EXAMPLES)
+    """Show the recipes that come with the package: options for `dpo-peft train --config NAME`, to begin with."""
+    options = parse_options(argv, RecipeOptions, "recipes", recipes.__doc__, EXAMPLES)
     if options.name is None:
         if options.output is not None:
             raise OptionError("output has no effect without a recipe's name: give one of those that are listed.")
@@ -50,11 +45,7 @@ def recipes(argv: Sequence[str]) -> None:
 
 
 def write_new(option: str, name: str, text: str) -> None:
-    """Writes a file that isn't there yet.
-
-    Raises:
-        OptionError: it is.
-    """
+    """Writes a file; an OptionError where it is there already."""
     if Path(name).exists():
         raise OptionError(f"{option}={name!r} is there already. Give another name, or delete it first.")
     write_atomically(name, text)

@@ -28,12 +28,9 @@ class ReportArguments:
 
 
 def report(argv: Sequence[str]) -> None:
-    """Writes the page and prints where it is, with each run's figures."""
-    about = (
-        "Show a training run as one HTML page that needs nothing beside itself: curves, margins, accuracy by length, "
-        "samples, options. Several runs are compared on one page."
-    )
-    options = parse_options(argv, ReportArguments, "report", about, EXAMPLES, "runs")
+    """Show a training run as one HTML page that needs nothing beside itself: curves, margins, accuracy by length,
+    samples, options. Several runs are compared on one page."""
+    options = parse_options(argv, ReportArguments, "report", report.__doc__, EXAMPLES, "runs")
     folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
     output = options.output or folder / "report.html"
     result = save_report(options.runs, output, options.title, options.overwrite)

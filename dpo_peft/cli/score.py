@@ -35,18 +35,13 @@ class ScoreOptions(RowOptions, AdapterOptions):
     worst: int = option(10, "How many of the rows that are most wrong to show.")
     json: bool = option(False, "Print the result as JSON.")
     beta: float | None = option(None, "Replaces the beta of the training.")
-    max_length: int | None = option(
-        None, "Tokens of prompt + completion; 0 for no limit. As in training if not given."
-    )
+    max_length: int | None = option(None, "Tokens of prompt + completion; 0: no limit. Default: as in training.")
     max_tokens: int = option(16384, "Tokens of a forward pass: lower it if memory runs out.")
 
 
 def score(argv: Sequence[str]) -> None:
-    """Reads options and rows, scores, and prints the result."""
-    about = (
-        "Score completions by the implicit reward of a trained adapter, and compare with judgments, if there are any."
-    )
-    options = parse_options(argv, ScoreOptions, "score", about, EXAMPLES, "adapter", "dataset_name")
+    """Score completions by the implicit reward of a trained adapter, and compare with judgments, if there are any."""
+    options = parse_options(argv, ScoreOptions, "score", score.__doc__, EXAMPLES, "adapter", "dataset_name")
     if options.worst < 0:
         raise OptionError(f"worst={options.worst} must be 0 or more.")
     if options.output is None:

@@ -13,7 +13,7 @@ import yaml
 
 from ..errors import DataError, OptionError
 from ..files import as_list
-from .options import option, parse_options, show, split_config
+from .options import aligned, option, parse_options, show, split_config
 
 EXAMPLES = (
     "dpo-peft sweep grid.yaml",
@@ -39,16 +39,9 @@ class SweepArguments:
 
 
 def sweep(argv: Sequence[str]) -> None:
-    """Checks all settings, trains them and prints which one is chosen.
-
-    Raises:
-        OptionError: the file, or a setting by its name.
-    """
-    about = (
-        "Train several settings on one base: rows are tokenized and the reference is computed once, and most steps go "
-        "to settings that do well early. The best on held-out rows is chosen. The same command goes on after a stop."
-    )
-    options = parse_options(argv, SweepArguments, "sweep", about, EXAMPLES, "grid")
+    """Train several settings on one base: rows are tokenized and the reference is computed once, and most steps go to
+    settings that do well early. The best on held-out rows is chosen. The same command goes on after a stop."""
+    options = parse_options(argv, SweepArguments, "sweep", sweep.__doc__, EXAMPLES, "grid")
     base, settings = read_grid(options.grid)
     folder = Path(options.output_dir or base.get("output_dir") or "outputs/sweep")
     from ..sweep import RUNGS, check_sweep, run_sweep
@@ -72,11 +65,7 @@ def sweep(argv: Sequence[str]) -> None:
 
 
 def read_grid(file: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Returns the options that all settings share, and the settings by name.
-
-    Raises:
-        OptionError: no such file, or nothing to vary.
-    """
+    """Returns the options that all settings share, and the settings by name; an OptionError for a wrong file."""
     _, base = split_config(["--config", file])
     if "config" in base:
         base = split_config(["--config", str(base.pop("config"))])[1] | base
@@ -151,11 +140,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         last = found["results"][name][-1]
         figures = (last[one] for one in ("accuracy", "balanced", "margin", "kl"))
         rows.append((name, f"{last['steps']}", *("" if value is None else f"{value:.3f}" for value in figures)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        f"{row[0]:<{widths[0]}}" + "".join(f"  {x:>{w}}" for x, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
+    lines = aligned(rows)
     lines += [f"{name} failed: {why}" for name, why in found["failed"].items()]
     steps = found["steps"]
     share = f"{steps['trained']:,} steps, {steps['trained'] / max(steps['full'], 1):.0%} of those of the full grid"

@@ -46,28 +46,22 @@ EXAMPLES = [
 class ModelArguments:
     """Which model, and which adapter on it."""
 
-    model_name_or_path: str = option("", "Hub id or folder of the base model.")
+    model_name_or_path: str = option("", "Base or adapter, a folder or Hub id. Needed.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
     dtype: str = option(
-        "bfloat16",
-        "Dtype of what is not quantized, and of computing.",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        "bfloat16", "To compute in, and of what is not quantized.", choices=["auto", "bfloat16", "float16", "float32"]
     )
     lora_r: int = option(16, "Rank.")
-    lora_alpha: int = option(32, "Scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_alpha: int = option(32, "Scale of the update, times 1 / lora_r.")
     lora_dropout: float = option(0.0, "Dropout; needs disable_dropout false.")
-    lora_target_modules: list[str] | None = option(
-        None, "Modules that get an adapter: names, one pattern, or all-linear, which is the default."
-    )
+    lora_target_modules: list[str] | None = option(None, "Names, one pattern, or all-linear, the default.")
     lora_target_parameters: list[str] | None = option(None, "Parameters that get an adapter, such as fused experts'.")
     lora_modules_to_save: list[str] | None = option(None, "Modules to train in full.")
     lora_layers_to_transform: None | str | list[str] = option(
         None, "Layers that get an adapter: numbers, ranges as 16-31, or a share as 0.5, the upper half. Default: all."
     )
     adapter_scope: str = option(
-        "all",
-        "Tokens that the adapter acts on: completions leaves prompts to the base.",
-        choices=["all", "completions"],
+        "all", "Acts on all tokens, or on completions, leaving prompts to the base.", choices=["all", "completions"]
     )
     adapter_invocation: str | None = option(
         None, "adapter_scope completions: the text before each completion, if not the chat template's."
@@ -95,12 +89,8 @@ class OutputArguments:
 
 
 def train(argv: Sequence[str]) -> "DPOTrainer | None":
-    """Reads options and data, trains, evaluates, saves, and returns the trainer; with `dry_run` it trains nothing.
-
-    Raises:
-        OptionError, DataError, ReferenceMismatchError, NonFiniteError, CheckpointError: with the remedy.
-        TrainingInterrupted: after a signal, with a checkpoint saved.
-    """
+    """Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a
+    FILE.yaml, --dry_run checks it."""
     started = job(argv)
     if started is not None and not started.dry_run:
         if not known("train", argv):
@@ -172,11 +162,8 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def _claimed(args: "DPOConfig") -> Iterator[None]:
-    """Keeps the output folder to this job, from before data and model are loaded to the end.
-
-    Raises:
-        OptionError: it can't be written to, another process writes there, or it holds a finished run.
-    """
+    """Keeps the output folder to this job, from before data and model are loaded to the end; an OptionError where it
+    can't be written to, another process writes there, or it holds a finished run."""
     from ..training.results import asks_to_resume, check_new_run
 
     if os.environ.get("RANK", "0") != "0":
@@ -229,12 +216,8 @@ def inputs_of(data: DataArguments, args: "DPOConfig", model: ModelArguments) -> 
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArguments]:
-    """Returns options from the command line over those of `--config FILE.yaml`.
-
-    Raises:
-        OptionError: an unknown option, a value of the wrong type, a file that can't be read, or no model or dataset.
-        SystemExit: `--help` was asked for and printed.
-    """
+    """Returns options from the command line over those of `--config FILE.yaml`. Raises as `parse_groups` does, and
+    where there is no model or dataset."""
     return _parse(argv)[:3]
 
 
@@ -253,20 +236,14 @@ def _parse(argv: Sequence[str]) -> tuple[DataArguments, "DPOConfig", ModelArgume
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     from ..config import DPOConfig
 
-    about = (
-        "Train a LoRA adapter on preferences. Needed: model_name_or_path and dataset_name. `dpo-peft init` writes a "
-        "FILE.yaml, --dry_run checks it."
-    )
     groups = (DataArguments, ModelArguments, OutputArguments, LaunchArguments, DPOConfig)
-    return parse_groups(argv, groups, "train", "--config FILE.yaml [--option value ...]", about, EXAMPLES)[0]
+    usage = "--config FILE.yaml [--option value ...]"
+    return parse_groups(argv, groups, "train", usage, train.__doc__, EXAMPLES)[0]
 
 
 def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfig | None":
-    """Returns how the options of TRL have the base quantized; None for `quantize_base`, which they may switch off.
-
-    Raises:
-        OptionError: options that contradict each other, or without effect.
-    """
+    """Returns how the options of TRL have the base quantized; None for `quantize_base`, which they may switch off. An
+    OptionError where options contradict each other, or have no effect."""
     from transformers import BitsAndBytesConfig
 
     if model.load_in_4bit and model.load_in_8bit:
@@ -292,11 +269,8 @@ def quantization(model: ModelArguments, args: "DPOConfig") -> "BitsAndBytesConfi
 
 
 def lora_config(model: ModelArguments, args: "DPOConfig") -> "LoraConfig | None":
-    """Returns the adapter that the options describe; None if the model is an adapter, which is trained on.
-
-    Raises:
-        OptionError: `lora_dropout` without effect, or options of a new adapter for one that there is.
-    """
+    """Returns the adapter that the options describe; None if the model is an adapter, which is trained on. An
+    OptionError for `lora_dropout` without effect, or options of a new adapter for one that there is."""
     from peft import LoraConfig
 
     from ..model.adapters import is_adapter
@@ -354,11 +328,8 @@ def _scoped(config: "LoraConfig", model: ModelArguments, args: "DPOConfig") -> "
 
 
 def target_modules(given: "None | str | list[str]") -> "None | str | list[str]":
-    """Returns what PEFT takes: a list of names, or as text "all-linear" or a pattern of whole names.
-
-    Raises:
-        OptionError: several values, of which one is no name: PEFT would look for modules that are called like it.
-    """
+    """Returns what PEFT takes: a list of names, or as text "all-linear" or a pattern of whole names. An OptionError
+    for several values of which one is no name: PEFT would look for modules that are called like it."""
     names = as_list(given)
     others = [name for name in names if name == "all-linear" or not re.fullmatch(r"[\w.]+", name)]
     if not others:

@@ -123,11 +123,7 @@ class Hub:
         return repo_id
 
     def check_base(self, base: str) -> None:
-        """Checks that others can load the base.
-
-        Raises:
-            OptionError: it is not on the Hub, or not for everybody.
-        """
+        """Raises an OptionError if others can't load the base: it is not on the Hub, or not for everybody."""
         if not self.call("looking for the base model", lambda: self.api.repo_exists(base)):
             raise OptionError(
                 f"The base {base} is not on the Hub, or the token may not see it. Give its Hub id by base_model, or "

@@ -150,7 +150,7 @@ class MemoryModel:
         """Predicts for a loaded PEFT model, the adapter to train active.
 
         Args:
-            model: the model.
+            model: not only of plain layers.
             stored: `storage_report(model)`, whose bytes are taken.
             options: as for `of_shape`, and `layer_bytes`.
 
@@ -209,11 +209,7 @@ class MemoryModel:
 
     @cached_property
     def fixed(self) -> dict[str, float]:
-        """Bytes that are there whatever the micro-batch.
-
-        Raises:
-            OptionError: an optimizer whose state isn't known here.
-        """
+        """Bytes that are there whatever the micro-batch; an OptionError for an optimizer whose state isn't known."""
         if self.optimizer not in OPTIMIZERS:
             raise OptionError(
                 f"optim={self.optimizer!r}: how much memory it takes is not known to the planner. Use one of "

@@ -27,11 +27,8 @@ def reference_passes(o: SimpleNamespace) -> int:
 
 
 def place(o: SimpleNamespace, model: MemoryModel, gpu: Gpu | None, sample: Size) -> MemoryModel:
-    """Returns the model with its layers where the options put them.
-
-    Raises:
-        OptionError: options that exclude or need each other.
-    """
+    """Returns the model with its layers where the options put them; an OptionError where these exclude or need each
+    other."""
     o.fsdp = sharding(o.fsdp, {})
     if o.fsdp and o.stream_layers is not None:
         raise OptionError(f"stream_layers={o.stream_layers!r} with fsdp: the layers are sharded already. Set one.")

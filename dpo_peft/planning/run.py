@@ -96,7 +96,9 @@ def plan(**options: object) -> Plan:
     gpu = _gpu(o)
     name, model, weights = _model(o)
     if is_gguf(name) and model.quantized:
-        model = _in_blocks(model, blocks_in(name) / model.quantized)
+        share = blocks_in(name) / model.quantized  # of what they take in NF4
+        placed = tuple(share * size for size in model.layer_bytes)
+        model = replace(model, quantized=share * model.quantized, layer_bytes=placed)
     sample = _sample(o)
     tokens, time = sample.tokens, _time(o, sample.tokens)
     model = place(o, model, gpu, sample)
@@ -106,8 +108,7 @@ def plan(**options: object) -> Plan:
     fits: list[dict[str, int]] = []
     step = None
     if gpu is not None:
-        choices = [0, model.layers // 2, model.layers] if model.fused else [0, model.layers]
-        for layers in choices:
+        for layers in [0, model.layers // 2, model.layers] if model.fused else [0, model.layers]:
             most = model.largest_tokens(gpu.usable, layers, S / T, P / T, given / T)
             longest = model.longest_row(gpu.usable, layers, o.answers)
             fits.append(
@@ -178,12 +179,6 @@ def _gpu(o: SimpleNamespace) -> Gpu | None:
     if given is None:
         return part
     return given if given.total <= part.total else part._replace(like=given.like, measured=given.measured)
-
-
-def _in_blocks(model: MemoryModel, share: float) -> MemoryModel:
-    """Returns the memory of a base whose quantized weights take so many times what they do in NF4."""
-    placed = tuple(share * size for size in model.layer_bytes)
-    return replace(model, quantized=share * model.quantized, layer_bytes=placed)
 
 
 def _sample(o: SimpleNamespace) -> Size:
@@ -275,8 +270,6 @@ def _model(o: SimpleNamespace) -> tuple[str, MemoryModel, int]:
 
 def _lora_config(o: SimpleNamespace, layers: int) -> LoraConfig:
     """The adapter that the options describe."""
-    if o.lora_r < 1:
-        raise OptionError(f"lora_r={o.lora_r} must be at least 1.")
     config = LoraConfig(
         r=o.lora_r,
         target_modules=list(o.lora_target_modules) if o.lora_target_modules else "all-linear",

@@ -197,11 +197,8 @@ class Sketch:
 
     @cached_property
     def costs(self) -> Costs:
-        """What the layers take, and which adapter weights are idle.
-
-        Raises:
-            OptionError: layers that can't be run without numbers.
-        """
+        """What the layers take, and which adapter weights are idle; an OptionError where layers can't be run without
+        numbers."""
         base = self.adapted.get_base_model()
         layers = decoder_layers(base)
         kinds = [_kind_of_layer(layer) for layer in layers]

@@ -95,13 +95,7 @@ def hiding_tokens(copy_tokens: float, checkpointed: float, passes: int, copies: 
 
 
 def layers_to_stream(
-    model: MemoryModel,
-    limit: float,
-    pace: Pace,
-    row: int | None,
-    step_tokens: float,
-    reference_passes: int = 1,
-    forward_copies: int | None = None,
+    model: MemoryModel, limit: float, pace: Pace, row: int | None, step_tokens: float, reference_passes: int = 1
 ) -> int:
     """Returns the fewest layers to stream so that, with all of them checkpointed, there is room for what trains well.
 
@@ -113,7 +107,7 @@ def layers_to_stream(
         pace: of the GPU.
         row: tokens of the longest row, prompt + completion; None: there is no limit.
         step_tokens: of a step; no micro-batch needs more room.
-        reference_passes, forward_copies: as for `plan_step`.
+        reference_passes: as for `plan_step`.
 
     Returns:
         The number; all layers if fewer don't do.
@@ -124,7 +118,7 @@ def layers_to_stream(
         some = replace(model, streamed=number, shards=1)
         if row is not None and some.longest_row(limit, layers) < row:
             return False
-        hidden = hiding_tokens(pace.copy_tokens(some), 1, passes, forward_copies or copies_of(model, passes))
+        hidden = hiding_tokens(pace.copy_tokens(some), 1, passes, copies_of(model, passes))
         wanted = max(hidden, pace.least_tokens(some) - PASS_TOKENS)
         return some.largest_tokens(limit, layers) >= min(wanted, step_tokens)
 
@@ -132,13 +126,7 @@ def layers_to_stream(
 
 
 def checkpoints_for(
-    model: MemoryModel,
-    tokens: float,
-    keys: float,
-    predicted: float,
-    limit: float,
-    given: float = 0,
-    scores: float = 0,
+    model: MemoryModel, tokens: float, keys: float, predicted: float, limit: float, given: float = 0, scores: float = 0
 ) -> tuple[int, int]:
     """Returns how many layers to checkpoint within `limit` bytes, and how many of them keep what attention gave: the
     choice that computes least twice. `scores` are pairs of a query and a key that it sees, without those of `given`

@@ -38,27 +38,16 @@ in_our_style = style.context(Path(__file__).parent / "templates" / "charts.mplst
 
 @dataclass(frozen=True)
 class Trace:
-    """Holds one line, or with `points` one row of marks, or in a histogram one distribution.
+    """Holds one line, or with `points` one row of marks, or in a histogram one distribution."""
 
-    Attributes:
-        label: what it shows.
-        series: its (step, value); of a distribution (0, value).
-        color: one of the page's classes c0 to c5, "gray" or "ink".
-        dash: of a line, a place in `DASHES`.
-        points: marks instead of a line.
-        shape: of the marks, a place in `MARKERS`.
-        filled: bars instead of an outline.
-        group: of a comparison: traces of one group are brought out together, and named above all charts.
-    """
-
-    label: str
-    series: Series
-    color: str = "c0"
-    dash: int = 0
-    points: bool = False
-    shape: int = 0
-    filled: bool = False
-    group: str = ""
+    label: str  # what it shows
+    series: Series  # its (step, value); of a distribution (0, value)
+    color: str = "c0"  # one of the page's classes c0 to c5, "gray" or "ink"
+    dash: int = 0  # of a line, a place in `DASHES`
+    points: bool = False  # marks instead of a line
+    shape: int = 0  # of the marks, a place in `MARKERS`
+    filled: bool = False  # bars instead of an outline
+    group: str = ""  # of a comparison: traces of one group are brought out together, and named above all charts
 
     @property
     def kind(self) -> str:
@@ -79,7 +68,6 @@ class Chart:
         x_label: stands below the axis of steps or values.
         hover: what a value of x is when the chart is pointed at; "" if there is nothing to point at.
         unit: stands behind every number of the vertical axis.
-
     """
 
     def __init__(self, key: str, title: str, x: Range, y: Range, x_label: str, hover: str = "", unit: str = ""):

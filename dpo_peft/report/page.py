@@ -27,8 +27,8 @@ from .views import page_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 AXES = {"loss": "loss", "reward": "rewards/margins"}
-# Control characters have no place in HTML; their pictures (U+2400 and on) show that they were there.
 REPORT = b'<meta name="generator" content="dpo-peft report">'
+# Control characters have no place in HTML; their pictures (U+2400 and on) show that they were there.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 

@@ -33,19 +33,6 @@ class Run:
         folder: has `metrics.json`, or checkpoints with `trainer_state.json` if the run isn't finished.
         name: what the run is called; by default as its folder.
 
-    Attributes:
-        log: `trainer.state.log_history`.
-        facts: contents of metrics.json; empty for a run that isn't finished.
-        options: the run's options, as far as they were recorded.
-        adapter: contents of adapter_config.json; empty without one.
-        samples: rows of samples.jsonl.
-        examples: rows of eval_examples.jsonl.
-        evaluated: lines of the table of eval.json, see `suites.figures.table`; none if it is of other weights.
-        pictures: those of samples and worst pairs, as data URIs by name.
-        texts: rows of worst_pairs.jsonl; none where an older version wrote the run, or no pair is judged wrong.
-        unfinished: where the log comes from if there is no metrics.json; empty for a finished run.
-        notes: what is missing, and what that takes from the page.
-
     Raises:
         OptionError: there is no such folder, or it holds no run.
         DataError: a file of it is damaged.
@@ -56,17 +43,18 @@ class Run:
         if not folder.is_dir():
             raise OptionError(f"runs: {str(folder)!r} is not a folder. Give the output_dir of a run.")
         settle(folder)
-        self.name, self.notes = name or folder.resolve().name, list[str]()
-        home, self.unfinished = folder, ""
-        self.facts = state = _read_object(folder / "metrics.json")
+        self.name = name or folder.resolve().name
+        self.notes: list[str] = []  # what is missing, and what that takes from the page
+        home, self.unfinished = folder, ""  # where the log comes from if there is no metrics.json
+        self.facts = state = _read_object(folder / "metrics.json")  # empty for a run that isn't finished
         if not (folder / "metrics.json").is_file():
             home, state = _newest_state(folder)
             last = state.get("max_steps")
             self.unfinished = f"{home.name}, step {state.get('global_step', '?')}" + (f" of {last}" if last else "")
-        self.log: list[Json] = state.get("log_history") or []
+        self.log: list[Json] = state.get("log_history") or []  # `trainer.state.log_history`
         if not isinstance(self.log, list) or not all(isinstance(entry, dict) for entry in self.log):
             raise DataError(f"{folder.name}: log_history is not a list of objects. Restore the file.")
-        self.adapter = _read_object(home / "adapter_config.json")
+        self.adapter = _read_object(home / "adapter_config.json")  # empty without one
         recorded = self.facts.get("options")
         self.options: Json = recorded if isinstance(recorded, dict) else _read_object(folder / "recipe.yaml")
         for found, note in (
@@ -77,14 +65,15 @@ class Run:
             self.notes += [] if found else [note]
         self.samples = self._rows(folder / "samples.jsonl", "samples")
         self.examples = self._rows(folder / "eval_examples.jsonl", "margins by pair and by length")
-        texts = folder / "worst_pairs.jsonl"
+        texts = folder / "worst_pairs.jsonl"  # an older version wrote none, nor a run that judges no pair wrong
         self.texts = self._rows(texts, "the texts of the worst pairs") if texts.is_file() else []
         found = _read_object(folder / EVAL)
         if found and found.get("weights") != weights_digest(folder):
             self.notes.append(f"{EVAL} is of other weights than the adapter's: run dpo-peft eval again.")
             found = {}
-        self.evaluated = list(table(found)) if found else []
+        self.evaluated = list(table(found)) if found else []  # lines of a table
         kept = folder / "pictures.jsonl"
+        # Of samples and worst pairs, as data URIs by name.
         self.pictures = self._pictures(self._rows(kept, "pictures") if kept.is_file() else [])
 
     def _rows(self, path: Path, what: str) -> list[Json]:
@@ -148,11 +137,8 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Reads several runs; those whose folders have one name are told apart by their parents' names.
-
-    Raises:
-        OptionError: a run is given twice, or see `Run`.
-    """
+    """Reads several runs; those whose folders have one name are told apart by their parents' names. Raises as `Run`
+    does, and for a run that is given twice."""
     paths = [Path(folder).resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:

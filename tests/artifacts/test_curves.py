@@ -66,7 +66,7 @@ def pixels(path: Path, color: str) -> int:
 
 
 def test_curves_show_every_panel(tmp_path: Path) -> None:
-    path = plot_training_curves(history(), tmp_path / "made" / "curves.png", title="tiny")
+    path = plot_training_curves(history(), tmp_path / "made" / "curves.png")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         width, height = picture.size
