@@ -6,9 +6,6 @@ without `post_sampling_probs`). So each token of a completion is written by it i
 were read off their sources in autumn 2026.
 """
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import OptionError
 from ..merge.drift import NEW_TOKENS, Observed, Rows
+from .asking import Endpoint
 
 LOWEST = -104.0  # nats: a probability that float32 does not hold, and of which llama.cpp says -3e38
 
@@ -35,9 +33,8 @@ class Server(Protocol):
 class LlamaServer:
     """llama.cpp's `llama-server`, with what adapters it was started with."""
 
-    def __init__(self, url: str):
-        self.at = url.rstrip("/")
-        self.url = f"{self.at}/completion"
+    def __init__(self, url: str, key: str | None = None):
+        self.at = Endpoint(url, key=key)
 
     def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """See `Server`."""
@@ -48,7 +45,7 @@ class LlamaServer:
             one = written[0] if written else self._beside(before, token)
             if one["id"] != token:
                 raise OptionError(
-                    f"{self.url} wrote the token {one['id']} where {token} was forced: it is another model."
+                    f"{self.at.url} wrote the token {one['id']} where {token} was forced: it is another model."
                 )
             found.append(max(one["logprob"], LOWEST))
         return found
@@ -56,7 +53,7 @@ class LlamaServer:
     def _beside(self, before: Sequence[int], token: int) -> dict[str, Any]:
         """Returns what is told of a token that ends within a character, of which the server keeps silent until the
         character is whole: among all others, beside one that is forced."""
-        letter = post(f"{self.at}/tokenize", {"content": "a"})["tokens"][-1]
+        letter = self.at.ask("/tokenize", {"content": "a"}, lambda told: told["tokens"][-1])
         (one,) = self._written(before, 1, logit_bias=[[letter, 1e9]], n_probs=1 << 20)
         return next(each for each in one["top_logprobs"] if each["id"] == token)
 
@@ -66,15 +63,15 @@ class LlamaServer:
 
     def _written(self, ids: Sequence[int], most: int, **more: Any) -> list[dict[str, Any]]:
         how = {"n_predict": most, "n_probs": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True}
-        told = post(self.url, {"prompt": [*ids], **how, **more})
+        told = self.at.ask("/completion", {"prompt": [*ids], **how, **more})
         return told.get("completion_probabilities", [])
 
 
 class VllmServer:
     """vLLM's server, by OpenAI's completions and vLLM's own additions to them."""
 
-    def __init__(self, url: str, model: str):
-        self.url, self.model = url.rstrip("/").removesuffix("/v1") + "/v1/completions", model
+    def __init__(self, url: str, model: str, key: str | None = None):
+        self.at, self.model = Endpoint(url.rstrip("/").removesuffix("/v1"), key=key), model
 
     def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """See `Server`."""
@@ -88,20 +85,8 @@ class VllmServer:
 
     def _choice(self, ids: Sequence[int], most: int, **more: Any) -> dict[str, Any]:
         body = {"model": self.model, "prompt": [*ids], "max_tokens": most, "temperature": 0, **more}
-        choice: dict[str, Any] = post(self.url, body)["choices"][0]
+        choice: dict[str, Any] = self.at.ask("/v1/completions", body, lambda told: told["choices"][0])
         return choice
-
-
-def post(url: str, body: dict[str, Any]) -> Any:
-    """Returns what a server answers to JSON. Raises an OptionError if it can't be reached or refuses."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request) as answer:  # noqa: S310
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise OptionError(f"{url} refuses: {error} {error.read().decode(errors='replace')[:300]}") from error
-    except (OSError, ValueError) as error:
-        raise OptionError(f"url: {url} can't be reached ({error}). Is the server running there?") from error
 
 
 @contextmanager
