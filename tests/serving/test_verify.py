@@ -23,6 +23,7 @@ from dpo_peft.errors import OptionError
 from dpo_peft.files import read_rows
 from dpo_peft.model.adapter_source import AdapterSource
 from dpo_peft.model.gguf import is_gguf
+from dpo_peft.serving.asking import Endpoint
 from dpo_peft.serving.exporting import INVOCATION, write_adapter
 from dpo_peft.serving.servers import llama_cpp_server
 from dpo_peft.serving.verify import Served, verify_serving
@@ -91,13 +92,25 @@ def some(rows: int) -> Any:
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
 
 
-def test_log_probs_are_those_of_plain_transformers(files: Any) -> None:
-    """End tokens inside a completion, repeated ones, and parts of a character are tokens like others."""
-    part = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids("Ã")  # the first byte of é
-    prompt, completion = [1, 300, 40], [500, 2, 2, 700, 12, part, part, 2]
+def test_log_probs_are_those_of_plain_transformers(files: Any, monkeypatch: Any) -> None:
+    """End tokens inside a completion, repeated ones, parts of a character and a zero byte are tokens like others; a
+    completion without them is asked for at once."""
+    bytes = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids(["a", "Ã", "©", "Ā"])  # Ã©: the bytes of é
+    prompt, completion = [1, 300, 40], [500, 2, 2, 700, 12, *bytes, *bytes, bytes[1], bytes[1], 40, 2]
+    asked: list[Any] = []
+
+    def counted(*given: Any, ask: Any = Endpoint.ask) -> Any:
+        asked.append(given)
+        return ask(*given)
+
+    monkeypatch.setattr(Endpoint, "ask", counted)
     with llama_cpp_server(files("F32"), None, 64) as server:
         found = torch.tensor(server.logps(prompt, completion))
         written = server.greedy(prompt, 12)
+        asked.clear()
+        whole = [700, 12, 500, 12, 700, 2]
+        one_by_one = [server._single([*prompt, *whole[:at]], token)["logprob"] for at, token in enumerate(whole)]
+        assert server.logps(prompt, whole) == pytest.approx(one_by_one, abs=1e-5) and len(asked) == 6 + 1
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
@@ -185,7 +198,7 @@ def vllm(adapter: str) -> Iterator[str]:
         with torch.no_grad():
             if body.get("prompt_logprobs") is not None:
                 logps = base(input_ids=ids).logits[0].log_softmax(-1)
-                told = [None]
+                told: list[Any] = [None]
                 for at, token in enumerate(body["prompt"][1:]):
                     best = int(logps[at].argmax())
                     told.append({str(i): {"logprob": logps[at, i].item(), "rank": 1} for i in (best, token)})
