@@ -22,6 +22,7 @@ from peft import PeftModel
 from ..artifacts.card import cell, shown_name
 from ..disk import write_atomically
 from ..errors import OptionError
+from ..manifests import SERVING, weights_digest
 from ..merge.drift import (
     NEW_TOKENS,
     AdapterObserved,
@@ -48,7 +49,6 @@ ENGINES = {
 }
 MAX_TOKEN_DIFFERENCE = 0.02  # nats; see docs/serving.md for what was measured
 PROBE_CONTEXT = 512  # tokens; what the trained model writes is short
-SERVING = "serving.json"
 _CARD_LINE = re.compile(r"^- \*\*Served:\*\* .*\n", re.MULTILINE)
 _CARD_PLACE = re.compile(r"^- \*\*Base weights:\*\* .*\n", re.MULTILINE)
 
@@ -253,7 +253,7 @@ def _keep(folder: Path, report: ServingReport) -> None:
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
     same = {place: one for place, one in kept.items() if one["adapter_fingerprint"] == report.adapter_fingerprint}
-    told = {**same, report.served: asdict(report)}
+    told = {**same, report.served: {**asdict(report), "weights": weights_digest(folder)}}
     write_atomically(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     card = folder / "README.md"
     if card.is_file():

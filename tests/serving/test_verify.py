@@ -21,6 +21,7 @@ from dpo_peft import answer_only, quickstart
 from dpo_peft.cli import main
 from dpo_peft.errors import OptionError
 from dpo_peft.files import read_rows
+from dpo_peft.manifests import weights_digest
 from dpo_peft.model.adapter_source import AdapterSource
 from dpo_peft.model.gguf import is_gguf
 from dpo_peft.serving.asking import Endpoint
@@ -134,6 +135,7 @@ def test_the_base_that_was_trained_on_is_verified_and_another_is_caught(
     said = capsys.readouterr()
     assert "What is served is not what was trained. It is 0." in said.err and "Q4_0.gguf, beside" in said.out
     kept = json.loads((Path(adapter) / "serving.json").read_text())
+    assert {one["weights"] for one in kept.values()} == {weights_digest(Path(adapter))}
     assert [*kept] == ["llama.cpp with Q8_0.gguf", "llama.cpp with Q4_0.gguf"]
     (line,) = (one for one in (Path(adapter) / "README.md").read_text().splitlines() if "**Served:**" in one)
     assert "Q8_0.gguf is the trained model: 0.0" in line and "Q4_0.gguf is **not** the trained model: 0." in line
