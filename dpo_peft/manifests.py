@@ -20,10 +20,16 @@ from .errors import OptionError
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest
 SAVING, SAVED = ".saving-result", ".saved-result"
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EVAL, SERVING = "eval.json", "serving.json"  # what was measured of the weights beside them, with their digest
 # What an adapter is used with, by how the names of its files begin; the rest may be edited, or go.
 _ADAPTER = ("adapter_", "tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 _EDITED = ("base_model_name_or_path", "revision")  # entries of the config that change where the base is elsewhere
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Returns the digest of a folder's adapter; None where there is none."""
+    return content(folder / WEIGHTS)["blake2b"] if (folder / WEIGHTS).is_file() else None  # type: ignore[return-value]
 
 
 def seal(folder: Path, step: int | None) -> None:

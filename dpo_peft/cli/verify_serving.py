@@ -16,7 +16,7 @@ EXAMPLES = (
     "dpo-peft verify-serving outputs/run --engine vllm --url http://localhost:8000 --served_model run",
     "dpo-peft verify-serving outputs/run --engine transformers --json",
 )
-PLACES = ("engine", "base_gguf", "adapter_gguf", "llama_cpp", "url", "served_model", "served_base", "merged")
+PLACES = "engine base_gguf adapter_gguf llama_cpp url api_key served_model served_base merged".split()
 ROWS_ALONE = ("dataset_split", "dataset_config", "dataset_format", "column_map", "max_rows")
 
 
@@ -29,6 +29,7 @@ class VerifyOptions(RowOptions, AdapterOptions):
     adapter_gguf: str | None = option(None, "llama.cpp's adapter, as it is served; made as by `export` if not given.")
     llama_cpp: str | None = option(None, "Folder of llama.cpp, for its converter.")
     url: str | None = option(None, "A running llama-server or vLLM, such as http://localhost:8000.")
+    api_key: str | None = option(None, "Key of the server; OPENAI_API_KEY keeps it out of the list of processes.")
     served_model: str | None = option(None, "vLLM's name of the adapter, or of the merged model.")
     served_base: str | None = option(None, "transformers' base; that of the training, as published, if not given.")
     merged: bool = option(False, "The base that is served holds the adapter already.")

@@ -23,13 +23,13 @@ from ..artifacts.card_rules import problems, read_head
 from ..artifacts.recipe import public
 from ..credentials import find_secret
 from ..errors import OptionError
-from ..manifests import MANIFEST, check_one_run, settle
+from ..manifests import CONFIG, EVAL, MANIFEST, SERVING, WEIGHTS, check_one_run, settle, weights_digest
 from ..model.training_record import RECORD as TRAINING_RECORD
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
 from .pickles import PICKLE, pickled
 
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-RESULTS = ("recipe.yaml", "metrics.json", "curves.png", "samples.jsonl")
+CARD = "README.md"
+RESULTS = ("recipe.yaml", "metrics.json", "curves.png", "samples.jsonl", EVAL, SERVING)
 TOKENIZER = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json "
@@ -42,6 +42,8 @@ LEFT_OUT = {
     "training_args.json": "options with paths of this machine; recipe.yaml has them for others",
     **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.pkl"), PICKLE),
     "checkpoint-*": "a checkpoint: optimizer state and pickles, to resume from here",
+    EVAL: "of other weights: run dpo-peft eval again",
+    SERVING: "of other weights: run dpo-peft verify-serving again",
     MANIFEST: "digests of the files as they are here",
     "eval_examples.jsonl": "figures of single held-out rows; add it by include",
     "worst_pairs.jsonl": "texts of held-out rows; add it by include",
@@ -103,7 +105,7 @@ def collect(
     if not [path for pattern in TOKENIZER for path in _add(pattern, folder, adapter, upload)]:
         upload.notes.append("there is no tokenizer beside the adapter: others take that of the base")
     for pattern in RESULTS:
-        _add(pattern, folder, folder, upload)
+        _add(pattern, folder, adapter if pattern in (EVAL, SERVING) else folder, upload)
     for pattern in include:
         _include(pattern, folder, upload)
     upload.files[CARD] = _card(folder, repo_id, config, labels, upload).encode()
@@ -221,8 +223,27 @@ def _add(pattern: str, folder: Path, adapter: Path, upload: Upload) -> list[Path
         elif name == "recipe.yaml":
             named = f"model_name_or_path: {upload.base_model}"
             content = re.sub(r"^model_name_or_path: .*$", named, path.read_text("utf-8"), flags=re.M).encode()
+        elif name in (EVAL, SERVING):
+            if (measured := _measured(path, weights_digest(adapter), upload)) is None:
+                continue
+            content = measured
         upload.files.setdefault(name, content)
     return found
+
+
+def _measured(path: Path, weights: str | None, upload: Upload) -> bytes | None:
+    """Returns what was measured of these weights, without the texts of rows and the places of files here; None if
+    nothing was."""
+    told = _read_json(path)
+    if path.name == SERVING:
+        same = {place: one for place, one in told.items() if isinstance(one, dict) and one.get("weights") == weights}
+        return _json_bytes(same) if same else None
+    if told.pop("weights", None) != weights:
+        return None
+    told["suites"] = [{key: suite[key] for key in suite if key not in ("rows", "suite")} for suite in told["suites"]]
+    told.pop("lm_eval")
+    upload.notes.append(f"{EVAL} goes without the texts of its rows and lm-eval's commands")
+    return _json_bytes({**told, "adapter": public(told["adapter"], is_path=True), "weights": weights})
 
 
 def _include(pattern: str, folder: Path, upload: Upload) -> None:

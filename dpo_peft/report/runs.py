@@ -12,8 +12,8 @@ import yaml
 
 from ..artifacts.curves import Metrics, metric_series
 from ..errors import DataError, OptionError
-from ..manifests import settle
-from ..suites.figures import EVAL, table, weights_digest
+from ..manifests import EVAL, settle, weights_digest
+from ..suites.figures import table
 
 PAGE_PICTURES = 5_000_000  # characters of data URIs
 Json = dict[str, Any]  # an object as json reads it

@@ -1,16 +1,14 @@
 """What a server makes of token ids: log-probs of completions that it is given, and the completions that it writes.
 
 llama.cpp's server tells the log-probs of tokens that it writes alone, taken before any change to the logits (`n_probs`
-without `post_sampling_probs`). So each token of a completion is written by it in turn, made the likeliest by a
-`logit_bias`; what stands before it is in the server's cache. vLLM tells those of a prompt (`prompt_logprobs`). Both
-were read off their sources in autumn 2026.
+without `post_sampling_probs`). So it is made to write the completion, by a grammar of its tokens. vLLM tells those of
+a prompt (`prompt_logprobs`). Both were read off their sources in autumn 2026.
 """
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +16,9 @@ from tqdm.auto import tqdm
 
 from ..errors import OptionError
 from ..merge.drift import NEW_TOKENS, Observed, Rows
+from .asking import Endpoint
 
+AT_ONCE = 256  # tokens that one request has llama.cpp's server write
 LOWEST = -104.0  # nats: a probability that float32 does not hold, and of which llama.cpp says -3e38
 
 
@@ -35,29 +35,40 @@ class Server(Protocol):
 class LlamaServer:
     """llama.cpp's `llama-server`, with what adapters it was started with."""
 
-    def __init__(self, url: str):
-        self.at = url.rstrip("/")
-        self.url = f"{self.at}/completion"
+    def __init__(self, url: str, key: str | None = None):
+        self.at = Endpoint(url, key=key)
 
     def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """See `Server`."""
-        found = []
-        for at, token in enumerate(completion):
-            before = [*prompt, *completion[:at]]
-            written = self._written(before, 1, logit_bias=[[token, 1e9]])
-            one = written[0] if written else self._beside(before, token)
-            if one["id"] != token:
-                raise OptionError(
-                    f"{self.url} wrote the token {one['id']} where {token} was forced: it is another model."
-                )
-            found.append(max(one["logprob"], LOWEST))
+        found: list[float] = []
+        while len(found) < len(completion):
+            before, ids = [*prompt, *completion[: len(found)]], completion[len(found) :][:AT_ONCE]
+            told = self._written(before, len(ids), **self._forcing(ids))
+            right = [one for one, _ in takewhile(lambda pair: pair[0]["id"] == pair[1], zip(told, ids, strict=False))]
+            found += [max(one["logprob"], LOWEST) for one in right or [self._single(before, ids[0])]]
         return found
 
-    def _beside(self, before: Sequence[int], token: int) -> dict[str, Any]:
-        """Returns what is told of a token that ends within a character, of which the server keeps silent until the
-        character is whole: among all others, beside one that is forced."""
-        letter = post(f"{self.at}/tokenize", {"content": "a"})["tokens"][-1]
-        (one,) = self._written(before, 1, logit_bias=[[letter, 1e9]], n_probs=1 << 20)
+    @cached_property
+    def _letter(self) -> int:
+        """A token that is a whole character."""
+        return int(self.at.ask("/tokenize", {"content": "a"}, lambda told: told["tokens"][-1]))
+
+    def _forcing(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Returns options by which these tokens are written up to the first that grammars don't know, and something
+        else from there on: one that ends a text (but for the last), ends within a character, or is a zero byte."""
+        *first, last = (f"r{at} ::= <[{token}]> " for at, token in enumerate(ids))
+        rules = [f"{rule} r{at} | stray" for at, rule in enumerate(first, 1)]
+        rules += [f'{last} | ""', f"stray ::= <[{self._letter}]> | <[{self._letter}]> stray", "root ::= r0"]
+        return {"grammar": "\n".join(rules), "logit_bias": [[self._letter, -1e9], [ids[-1], 1e9]]}
+
+    def _single(self, before: Sequence[int], token: int) -> dict[str, Any]:
+        """Returns what is told of a token that is forced by its logit alone. The server keeps silent of one that ends
+        within a character until that is whole: it is found among all others, beside one that is forced."""
+        if written := self._written(before, 1, logit_bias=[[token, 1e9]]):
+            if (found := written[0]["id"]) != token:
+                raise OptionError(f"{self.at.url} wrote the token {found} where {token} was forced: another model.")
+            return written[0]
+        (one,) = self._written(before, 1, logit_bias=[[self._letter, 1e9]], n_probs=1 << 20)
         return next(each for each in one["top_logprobs"] if each["id"] == token)
 
     def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
@@ -66,15 +77,15 @@ class LlamaServer:
 
     def _written(self, ids: Sequence[int], most: int, **more: Any) -> list[dict[str, Any]]:
         how = {"n_predict": most, "n_probs": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True}
-        told = post(self.url, {"prompt": [*ids], **how, **more})
+        told = self.at.ask("/completion", {"prompt": [*ids], **how, **more})
         return told.get("completion_probabilities", [])
 
 
 class VllmServer:
     """vLLM's server, by OpenAI's completions and vLLM's own additions to them."""
 
-    def __init__(self, url: str, model: str):
-        self.url, self.model = url.rstrip("/").removesuffix("/v1") + "/v1/completions", model
+    def __init__(self, url: str, model: str, key: str | None = None):
+        self.at, self.model = Endpoint(url.rstrip("/").removesuffix("/v1"), key=key), model
 
     def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """See `Server`."""
@@ -88,20 +99,8 @@ class VllmServer:
 
     def _choice(self, ids: Sequence[int], most: int, **more: Any) -> dict[str, Any]:
         body = {"model": self.model, "prompt": [*ids], "max_tokens": most, "temperature": 0, **more}
-        choice: dict[str, Any] = post(self.url, body)["choices"][0]
+        choice: dict[str, Any] = self.at.ask("/v1/completions", body, lambda told: told["choices"][0])
         return choice
-
-
-def post(url: str, body: dict[str, Any]) -> Any:
-    """Returns what a server answers to JSON. Raises an OptionError if it can't be reached or refuses."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
-    try:
-        with urllib.request.urlopen(request) as answer:  # noqa: S310
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise OptionError(f"{url} refuses: {error} {error.read().decode(errors='replace')[:300]}") from error
-    except (OSError, ValueError) as error:
-        raise OptionError(f"url: {url} can't be reached ({error}). Is the server running there?") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from peft import PeftModel
 from ..artifacts.card import cell, shown_name
 from ..disk import write_atomically
 from ..errors import OptionError
+from ..manifests import SERVING, weights_digest
 from ..merge.drift import (
     NEW_TOKENS,
     AdapterObserved,
@@ -42,13 +43,12 @@ from .servers import LlamaServer, Server, VllmServer, llama_cpp_server, observe_
 
 # Engines, and the options of `Served` that each takes.
 ENGINES = {
-    "llama.cpp": ("base_gguf", "adapter_gguf", "llama_cpp", "merged", "url"),
-    "vllm": ("url", "served_model"),
+    "llama.cpp": ("base_gguf", "adapter_gguf", "llama_cpp", "merged", "url", "api_key"),
+    "vllm": ("url", "api_key", "served_model"),
     "transformers": ("served_base", "merged"),
 }
 MAX_TOKEN_DIFFERENCE = 0.02  # nats; see docs/serving.md for what was measured
 PROBE_CONTEXT = 512  # tokens; what the trained model writes is short
-SERVING = "serving.json"
 _CARD_LINE = re.compile(r"^- \*\*Served:\*\* .*\n", re.MULTILINE)
 _CARD_PLACE = re.compile(r"^- \*\*Base weights:\*\* .*\n", re.MULTILINE)
 
@@ -66,6 +66,7 @@ class Served:
         served_model: vLLM's name of the adapter or the merged model.
         served_base: folder or Hub id of transformers' base; that of the training, as published, if None.
         merged: what is served as the base holds the adapter already.
+        api_key: key of the server at url; that of `OPENAI_API_KEY` if None.
     """
 
     engine: str = "llama.cpp"
@@ -76,15 +77,19 @@ class Served:
     served_model: str | None = None
     served_base: str | None = None
     merged: bool = False
+    api_key: str | None = field(default=None, repr=False)
 
     def check(self, source: AdapterSource) -> "Served":
         """Returns it with the base filled in. Raises an OptionError for options that are missing or have no effect."""
         if self.engine not in ENGINES:
             raise OptionError(f"engine={self.engine!r}: use one of {', '.join(ENGINES)}.")
-        idle = set(ENGINES["llama.cpp"]) - {"url"} if self.engine == "llama.cpp" and self.url else set()
+        takes = set(ENGINES[self.engine])
+        if self.engine == "llama.cpp":
+            takes = {"url", "api_key"} if self.url else takes - {"api_key"}
         for name, value in asdict(self).items():
-            if name != "engine" and value and (name not in ENGINES[self.engine] or name in idle):
-                where = "a running server" if name in idle else f"engine={self.engine!r}"
+            if name != "engine" and value and name not in takes:
+                server = f"{'a' if self.url else 'no'} running server"
+                where = server if name in ENGINES[self.engine] else f"engine={self.engine!r}"
                 raise OptionError(f"{name} has no effect with {where}: leave it out.")
         if self.engine == "vllm" and not (self.url and self.served_model):
             raise OptionError("engine='vllm' needs url and served_model: where it runs, and its name of the model.")
@@ -198,9 +203,9 @@ def _opened(served: Served, source: AdapterSource, context: int) -> Iterator[Ser
     with ExitStack() as stack:
         server: Server
         if served.engine == "vllm":
-            server = VllmServer(str(served.url), str(served.served_model))
+            server = VllmServer(str(served.url), str(served.served_model), served.api_key)
         elif served.url:
-            server = LlamaServer(served.url)
+            server = LlamaServer(served.url, served.api_key)
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             adapter = served.adapter_gguf
@@ -248,7 +253,7 @@ def _keep(folder: Path, report: ServingReport) -> None:
     if path.is_file():
         kept = json.loads(path.read_text("utf-8"))
     same = {place: one for place, one in kept.items() if one["adapter_fingerprint"] == report.adapter_fingerprint}
-    told = {**same, report.served: asdict(report)}
+    told = {**same, report.served: {**asdict(report), "weights": weights_digest(folder)}}
     write_atomically(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     card = folder / "README.md"
     if card.is_file():

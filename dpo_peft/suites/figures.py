@@ -8,12 +8,10 @@ Shape suffixes: N rows, B draws, S strata: better is longer, shorter, equal.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..disk import content
 from ..training.tally import LONGER, SHORTER, Array, Estimate, Tally, wilson
 
 DRAWS, AT_ONCE = 2000, 100
@@ -93,7 +91,6 @@ def as_dict(figure: Figure) -> dict[str, Any]:
 
 # ---- Shown ----------------------------------------------------------------------------------------------------------
 
-EVAL, WEIGHTS = "eval.json", "adapter_model.safetensors"
 HEADS = ("", "base", "adapter", "difference", "rows")
 
 
@@ -104,11 +101,6 @@ def table(result: Mapping[str, Any], details: bool = False) -> Iterator[list[str
             if details or not figure["detail"]:
                 cells = [_shown(figure[side]) for side in ("base", "adapter", "difference")]
                 yield [f"{suite['name']}: {figure['name']}", *cells, f"{figure['rows']:,}"]
-
-
-def weights_digest(folder: Path) -> str | None:
-    """Returns the digest of the weights that a folder's eval.json is of; None where there are none."""
-    return content(folder / WEIGHTS)["blake2b"] if (folder / WEIGHTS).is_file() else None  # type: ignore[return-value]
 
 
 def _shown(figure: Mapping[str, float] | None) -> str:

@@ -11,12 +11,7 @@ and reported at d = 0, that is sigmoid(theta). A ridge of `RIDGE` on both keeps 
 Shape suffixes: N pairs, B draws; a 2 behind them is (theta, phi).
 """
 
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +21,7 @@ from ..data.fields import content_text
 from ..data.prompts import Prompt
 from ..errors import OptionError
 from ..pairs.engines import ModelSource
+from ..serving.asking import Endpoint
 from ..training.tally import Array, sigmoid, wilson
 from .figures import Figure, Statistic, bootstrap, ratio
 from .options import EvalOptions
@@ -33,7 +29,7 @@ from .subject import Evaluate, Subject, read_some
 
 RIDGE, STEPS = 0.01, 60
 WINS = {("adapter", "adapter"): 1.0, ("base", "base"): 0.0}  # by both verdicts; all others are half a win
-TRIES, TIMEOUT, AT_ONCE, TOKENS = 3, 300, 8, 1024
+AT_ONCE, TOKENS = 8, 1024
 ASK = """Two replies to the same request stand below. Say which of them serves the person who wrote the request \
 better: by doing what was asked, by being right, and by being clear. The order in which they stand, and their length, \
 say nothing.
@@ -51,41 +47,17 @@ Give your reasons in a few sentences if you need to, and end with one line: "Ver
 
 
 class Server:
-    """An OpenAI-compatible server and the model that judges there. The key is `OPENAI_API_KEY`'s, if it is set."""
+    """The model that judges behind an OpenAI-compatible server."""
 
-    def __init__(self, url: str, model: str):
-        if not url.startswith(("http://", "https://")):
-            raise OptionError(f"judge_url={url!r} must begin with http:// or https://, as http://localhost:8000/v1.")
-        self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
+    def __init__(self, at: Endpoint, model: str):
+        self.at, self.model = at, model
 
     def prefers(self, prompt: str, a: str, b: str) -> str:
-        """Returns "A" or "B", or "" for a reply without a verdict.
-
-        Raises:
-            OptionError: the server refuses, or doesn't answer after `TRIES` tries.
-        """
+        """Returns "A" or "B", or "" for a reply without a verdict. Raises as `Endpoint.ask`."""
         message = {"role": "user", "content": ASK.format(prompt=prompt, a=a, b=b)}
         body = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": TOKENS}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)  # noqa: S310 - checked above
-        for attempt in range(TRIES):
-            time.sleep(2**attempt - 1)
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # noqa: S310
-                    reply = json.load(answer)["choices"][0]["message"]["content"]
-                return (["", *re.findall(r"verdict\W*([AB])\b", reply or "", re.IGNORECASE)][-1]).upper()
-            except urllib.error.HTTPError as error:
-                why = f"{error.code} {error.reason}: {error.read(300).decode('utf-8', 'replace')}"
-                if error.code < 500 and error.code != 429:
-                    break
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                why = f"{type(error).__name__}: {error}"
-        raise OptionError(
-            f"The judge at {self.url} gave no reply ({why}): see that the server runs, that judge_url ends where "
-            "/chat/completions begins, and that it has a model of the name that judge_model gives."
-        )
+        reply = self.at.ask("/chat/completions", body, lambda told: told["choices"][0]["message"]["content"] or "")
+        return (["", *re.findall(r"verdict\W*([AB])\b", reply, re.IGNORECASE)][-1]).upper()
 
 
 def length_controlled(wins_N: Any, longer_N: Any) -> Statistic:
@@ -119,7 +91,7 @@ def judge(file: str | None, options: EvalOptions, source: ModelSource) -> Evalua
     if not source.is_adapter:
         raise OptionError(f"suites=judge compares an adapter with its base, and {source.adapter!r} is a model.")
     rows = read_some(file, options) if file else None
-    server = Server(options.judge_url, options.judge_model)
+    server = Server(Endpoint(options.judge_url, "judge_url", options.api_key), options.judge_model)
     server.prefers("Say hello.", "Hello.", "No.")  # it answers
 
     def evaluate(subject: Subject) -> dict[str, Any]:

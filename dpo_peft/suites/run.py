@@ -13,10 +13,11 @@ from ..disk import one_writer, write_atomically
 from ..errors import OptionError
 from ..files import strict
 from ..imports import load_function
+from ..manifests import EVAL, weights_digest
 from ..model.gguf import gguf_place
 from ..pairs.engines import ModelSource
 from ..spelling import meant
-from .figures import EVAL, HEADS, as_dict, table, weights_digest
+from .figures import HEADS, as_dict, table
 from .instructions import instructions
 from .judge import judge
 from .neutral import neutral

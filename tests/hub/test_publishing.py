@@ -4,6 +4,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_peft.errors import OptionError, PublishError
 from dpo_peft.hub.publishing import publish
+from dpo_peft.manifests import weights_digest
 from dpo_peft.model.adapter_source import load_trained, read_training
 
 pytest_plugins = ["hub_helpers"]
@@ -108,6 +110,40 @@ def test_several_parts_of_a_large_file(hub: HubServer, folder: Path) -> None:
     size = (folder / "adapter_model.safetensors").stat().st_size
     assert hub.count(r"^PUT /storage/.*/\d+/\d+$") >= -(-size // 10_000) > 1
     assert names(hub) == PUBLISHED
+
+
+def test_what_was_measured_of_these_weights_is_published(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    """Without texts of rows and this machine's paths; and what was measured of others stays here."""
+    here, digest = (
+        str(folder),
+        blake2b((folder / "adapter_model.safetensors").read_bytes(), digest_size=16).hexdigest(),
+    )
+    assert digest == weights_digest(folder)
+    figure = {"name": "win rate", "base": None, "adapter": None, "difference": None, "rows": 4, "detail": False}
+    suite = {
+        "suite": f"judge:{here}/a.jsonl",
+        "name": "judge a.jsonl",
+        "figures": [figure],
+        "rows": [{"prompt": "my"}],
+    }
+    result = {"adapter": here, "weights": digest, "suites": [suite], "lm_eval": [f"lm_eval peft={here}"]}
+    served: dict[str, Any] = {
+        "llama.cpp with q.gguf": {"problems": [], "weights": digest},
+        "vllm": {"weights": "f" * 32},
+    }
+    for name, told in (("eval.json", result), ("serving.json", served)):
+        (folder / name).write_text(json.dumps(told))
+    published = publish(folder, REPO)
+    assert names(hub) == PUBLISHED | {"eval.json", "serving.json"}
+    kept = {"name": "judge a.jsonl", "figures": [figure]}
+    assert json.loads(text(hub, "eval.json")) == {"adapter": folder.name, "weights": digest, "suites": [kept]}
+    assert json.loads(text(hub, "serving.json")) == {"llama.cpp with q.gguf": served["llama.cpp with q.gguf"]}
+    assert "eval.json goes without the texts of its rows and lm-eval's commands" in published.notes
+    for name, told in (("eval.json", {**result, "weights": "f" * 32}), ("serving.json", {"vllm": served["vllm"]})):
+        (folder / name).write_text(json.dumps(told))
+    left_out = publish(folder, "me/other").left_out
+    assert names(hub, "me/other") == PUBLISHED and left_out["eval.json"].startswith("of other weights")
+    assert left_out["serving.json"].startswith("of other weights")
 
 
 # Another base, other places

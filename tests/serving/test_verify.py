@@ -21,8 +21,10 @@ from dpo_peft import answer_only, quickstart
 from dpo_peft.cli import main
 from dpo_peft.errors import OptionError
 from dpo_peft.files import read_rows
+from dpo_peft.manifests import weights_digest
 from dpo_peft.model.adapter_source import AdapterSource
 from dpo_peft.model.gguf import is_gguf
+from dpo_peft.serving.asking import Endpoint
 from dpo_peft.serving.exporting import INVOCATION, write_adapter
 from dpo_peft.serving.servers import llama_cpp_server
 from dpo_peft.serving.verify import Served, verify_serving
@@ -91,13 +93,25 @@ def some(rows: int) -> Any:
 # ---- llama.cpp ------------------------------------------------------------------------------------------------------
 
 
-def test_log_probs_are_those_of_plain_transformers(files: Any) -> None:
-    """End tokens inside a completion, repeated ones, and parts of a character are tokens like others."""
-    part = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids("Ã")  # the first byte of é
-    prompt, completion = [1, 300, 40], [500, 2, 2, 700, 12, part, part, 2]
+def test_log_probs_are_those_of_plain_transformers(files: Any, monkeypatch: Any) -> None:
+    """End tokens inside a completion, repeated ones, parts of a character and a zero byte are tokens like others; a
+    completion without them is asked for at once."""
+    bytes = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids(["a", "Ã", "©", "Ā"])  # Ã©: the bytes of é
+    prompt, completion = [1, 300, 40], [500, 2, 2, 700, 12, *bytes, *bytes, bytes[1], bytes[1], 40, 2]
+    asked: list[Any] = []
+
+    def counted(*given: Any, ask: Any = Endpoint.ask) -> Any:
+        asked.append(given)
+        return ask(*given)
+
+    monkeypatch.setattr(Endpoint, "ask", counted)
     with llama_cpp_server(files("F32"), None, 64) as server:
         found = torch.tensor(server.logps(prompt, completion))
         written = server.greedy(prompt, 12)
+        asked.clear()
+        whole = [700, 12, 500, 12, 700, 2]
+        one_by_one = [server._single([*prompt, *whole[:at]], token)["logprob"] for at, token in enumerate(whole)]
+        assert server.logps(prompt, whole) == pytest.approx(one_by_one, abs=1e-5) and len(asked) == 6 + 1
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
@@ -121,6 +135,7 @@ def test_the_base_that_was_trained_on_is_verified_and_another_is_caught(
     said = capsys.readouterr()
     assert "What is served is not what was trained. It is 0." in said.err and "Q4_0.gguf, beside" in said.out
     kept = json.loads((Path(adapter) / "serving.json").read_text())
+    assert {one["weights"] for one in kept.values()} == {weights_digest(Path(adapter))}
     assert [*kept] == ["llama.cpp with Q8_0.gguf", "llama.cpp with Q4_0.gguf"]
     (line,) = (one for one in (Path(adapter) / "README.md").read_text().splitlines() if "**Served:**" in one)
     assert "Q8_0.gguf is the trained model: 0.0" in line and "Q4_0.gguf is **not** the trained model: 0." in line
@@ -185,7 +200,7 @@ def vllm(adapter: str) -> Iterator[str]:
         with torch.no_grad():
             if body.get("prompt_logprobs") is not None:
                 logps = base(input_ids=ids).logits[0].log_softmax(-1)
-                told = [None]
+                told: list[Any] = [None]
                 for at, token in enumerate(body["prompt"][1:]):
                     best = int(logps[at].argmax())
                     told.append({str(i): {"logprob": logps[at, i].item(), "rank": 1} for i in (best, token)})
@@ -210,9 +225,9 @@ def test_vllm_is_asked_as_its_protocol_has_it(adapter: str, vllm: str, capsys: A
     assert report["drift"]["mean_token"] < 1e-4 and report["drift"]["greedy_equal"] == 3
     assert main([*words, "--url", f"{vllm}/v1/", "--served_model", "base"]) == 3  # the adapter was left out
     assert main([*words, "--url", vllm, "--served_model", "other"]) == 2
-    assert "refuses: HTTP Error 404: Not Found" in capsys.readouterr().err
+    assert "it refuses: HTTP Error 404: Not Found" in capsys.readouterr().err
     assert main([*words, "--url", "http://127.0.0.1:9", "--served_model", "run"]) == 2
-    assert "can't be reached" in capsys.readouterr().err
+    assert "Connection refused" in capsys.readouterr().err
 
 
 def test_the_original_base_is_caught_where_4_bits_were_trained_on(tmp_path: Path) -> None:
@@ -232,6 +247,7 @@ def test_the_original_base_is_caught_where_4_bits_were_trained_on(tmp_path: Path
         ({"engine": "ollama"}, "use one of llama.cpp, vllm, transformers"),
         ({"engine": "vllm", "url": "http://a"}, "needs url and served_model"),
         ({"engine": "vllm", "base_gguf": "a"}, "base_gguf has no effect with engine='vllm'"),
+        ({"base_gguf": "a", "api_key": "k"}, "api_key has no effect with no running server"),
         ({"url": "http://a", "base_gguf": "a"}, "base_gguf has no effect with a running server"),
         ({"base_gguf": "none.gguf"}, "base_gguf='none.gguf': there is no such file"),
         ({"merged": True}, "base_gguf is missing"),

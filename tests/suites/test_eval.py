@@ -277,13 +277,16 @@ def test_a_judge_that_always_says_the_first(
 def test_a_server_that_does_not_answer_is_said_before_the_model_is_loaded(
     adapter: str, server: Any, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("dpo_peft.suites.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("dpo_peft.serving.asking.time.sleep", lambda seconds: None)
     monkeypatch.setattr(run, "Subject", None)
     url, said = server
-    for status, where, tries in ((404, url, 1), (503, url, 3), (200, "http://127.0.0.1:9/v1", 0)):
+    for status, where, tries in ((404, url, 1), (503, url, 6), (200, "http://127.0.0.1:9/v1", 0)):
         said.update(status=status, asked=[])
         assert main(["eval", adapter, "--suites", "judge", "--judge_url", where, "--judge_model", "m"]) == 2
-        assert f"The judge at {where}" in capsys.readouterr().err and len(said["asked"]) == tries
+        assert (
+            f"judge_url: {where}/chat/completions gave no answer" in capsys.readouterr().err
+            and len(said["asked"]) == tries
+        )
 
 
 # ---- Files and errors -----------------------------------------------------------------------------------------------
