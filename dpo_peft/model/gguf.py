@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
@@ -21,14 +21,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import OptionError
 from ..forward.gguf import GgufLinear, block_of, dequantized
 from .gguf_families import FAMILIES, REMEDY, config_of, scaled_by
+from .gguf_tokenizer import gguf_tokenizer
 
 METHOD = "gguf_blocks"
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are no blocks
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # of positions
-# How text is split before it is merged into tokens, where transformers takes GPT-2's way in silence.
-_SMOLLM = (
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # each digit by itself
-)
 
 
 def is_gguf(name: str) -> bool:
@@ -58,7 +55,7 @@ def from_named(auto: Any, name: str, **where: Any) -> Any:
     if not file or (auto is AutoTokenizer and Path(place, "tokenizer_config.json").is_file()):
         return auto.from_pretrained(place, **where)
     if auto is AutoTokenizer:
-        return _tokenizer(name, _path(name, where))
+        return gguf_tokenizer(name, _path(name, where))
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
     metadata, names = read_gguf_metadata(_path(name, where))
@@ -68,23 +65,6 @@ def from_named(auto: Any, name: str, **where: Any) -> Any:
         return AutoConfig.for_model(**config_of(metadata, names))
     except OptionError as error:
         raise OptionError(f"model={name!r} can't be trained on: {error}. {REMEDY}") from None
-
-
-def _tokenizer(name: str, path: str) -> PreTrainedTokenizerFast:
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    from transformers.integrations.gguf import gguf_tokenizer_mapping as tokenizers
-
-    family, described, special = get_gguf_tokenizer(path)
-    kind, split = described["tokenizer_type"], described.get("pre_tokenizer_type", "gpt-2")
-    splits = tokenizers.GGUF_PRE_TOKENIZER_SPLITS
-    splits.setdefault("smollm", _SMOLLM)
-    if kind == "gpt2" and split not in {*splits, "gpt-2"}:
-        raise OptionError(
-            f"model={name!r}: how its tokenizer splits text ({split}) is not known. Put the tokenizer's files "
-            "(tokenizer.json, tokenizer_config.json) of the model that it was made from beside it."
-        )
-    backend, _ = convert_gguf_tokenizer(family, described)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def _path(name: str, hub: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ _OTHERS: dict[str, Any] = {
     **dict.fromkeys(("attention.sliding_window_pattern", "rope.freq_base")),
     **dict.fromkeys(("rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor")),
     **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.yarn_log_multiplier")),
+    **dict.fromkeys(("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor")),
     "rope.scaling.finetuned": True,
     "rope.scaling.yarn_beta_fast": 32.0,
     "rope.scaling.yarn_beta_slow": 1.0,
@@ -50,8 +51,8 @@ class Family:
         keys: of its metadata, and the fields of its config that they fill, beside those of all.
         also: other fields of its config, of what is known of it and the names of its tensors.
         window: every how manyth layer looks beyond the window, unless the file tells. None: all do.
-        window_base: base of the positions' frequencies in layers with a window, unless the file tells, if those are not
-            scaled as the others are. 0 for the base of the others, whatever the file tells.
+        window_base: base of the positions' frequencies in layers with a window, unless the file tells, if they are not
+            scaled as others are. 0 for the base of the others, whatever the file tells.
         partial: whether a part of each head may be left without positions.
         rotated: whether rows of queries and keys were reordered, as llama.cpp rotates neighbors.
         shifted: whether norms hold their weight + 1.
@@ -154,9 +155,10 @@ def config_of(metadata: Mapping[str, Any], names: Collection[str]) -> dict[str, 
         OptionError: it may compute otherwise than is known here. It says how, and does not name the file.
     """
     called = metadata["general.architecture"]
+    if any("_exps." in name for name in names):
+        raise OptionError(f"it is a mixture of experts ({called}), and those are not read in blocks")
     if called not in FAMILIES:
-        problem = "a mixture of experts" if any("_exps." in name for name in names) else "not read here"
-        raise OptionError(f"its architecture {called} is {problem}; these are: {', '.join(sorted(FAMILIES))}")
+        raise OptionError(f"its architecture is {called}, and only these are read here: {', '.join(FAMILIES)}")
     prefix = f"{called}."
     its = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     family = _OLMO3 if called == "olmo2" and its.get("attention.sliding_window") else FAMILIES[called]
@@ -224,4 +226,3 @@ def scaled_by(config: Any, factors: Mapping[str, Tensor]) -> bool:
     both = {f"{name}_factor": factors[f"rope_factors_{name}.weight"].tolist() for name in ("long", "short")}
     config.rope_parameters = {**rope, **both, "rope_type": "longrope"}
     return True
-

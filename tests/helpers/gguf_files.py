@@ -18,8 +18,6 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -88,7 +86,7 @@ def write_gguf(
     kind: str = "Q4_0",
     embeddings: str | None = None,
 ) -> Path:
-    """Writes a Llama, Qwen2 or Qwen3 and its tokenizer: matrices of layers as `kind`, embeddings and head as
+    """Writes a Llama and its tokenizer: matrices of layers as `kind`, embeddings and head as
     `embeddings` (as `kind` if None)."""
     config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
     _write_metadata(writer, config, tokenizer)
@@ -112,9 +110,6 @@ def write_gguf(
             writer.add_tensor(name, weight.bfloat16().view(torch.uint8).numpy(), raw_dtype=as_type)
         else:
             writer.add_tensor(name, quantized(weight, as_type).numpy(), raw_dtype=as_type)
-    if config.rope_parameters["rope_type"] == "llama3":  # what each frequency is divided by
-        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
