@@ -26,20 +26,16 @@ _COMMON = {
     "attention.key_length": "head_dim",
 }
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
-# Keys without a field of their own. Where a value stands, llama.cpp computes with it whatever the file says.
-_OTHERS: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "tensor_data_layout", "attention.value_length", "use_parallel_residual")),
-    **dict.fromkeys(("attention.sliding_window", *_EPSILONS)),
-    **dict.fromkeys(("attention.sliding_window_pattern", "rope.freq_base")),
-    **dict.fromkeys(("rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor")),
-    **dict.fromkeys(("rope.scaling.original_context_length", "rope.scaling.yarn_log_multiplier")),
-    **dict.fromkeys(("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor")),
-    "rope.scaling.finetuned": True,
-    "rope.scaling.yarn_beta_fast": 32.0,
-    "rope.scaling.yarn_beta_slow": 1.0,
-}
+_RMS: dict[str, str | None] = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+# Keys that are read below, or by nothing. Where a value stands, llama.cpp computes with it whatever the file says.
+_OTHERS: dict[str, Any] = dict.fromkeys(
+    "vocab_size tensor_data_layout attention.value_length attention.sliding_window attention.sliding_window_pattern "
+    "attention.layer_norm_rms_epsilon attention.layer_norm_epsilon rope.freq_base rope.dimension_count "
+    "rope.scaling.type rope.scaling.factor rope.scaling.attn_factor rope.scaling.original_context_length "
+    "rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor".split()
+)
+_OTHERS |= {"rope.scaling.finetuned": True, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
+_Also = Callable[[dict[str, Any], Collection[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Family:
 
     Args:
         model_type: transformers' name of it.
-        keys: of its metadata, and the fields of its config that they fill, beside those of all.
+        keys: of its metadata, and the fields of its config that they fill, beside those of all. None: read below.
         also: other fields of its config, of what is known of it and the names of its tensors.
         window: every how manyth layer looks beyond the window, unless the file tells. None: all do.
         window_base: base of the positions' frequencies in layers with a window, unless the file tells, if they are not
@@ -59,8 +55,8 @@ class Family:
     """
 
     model_type: str
-    keys: Mapping[str, str] = field(default_factory=lambda: _RMS)
-    also: Callable[[dict[str, Any], Collection[str]], dict[str, Any]] = lambda config, names: {}
+    keys: Mapping[str, str | None] = field(default_factory=lambda: _RMS)
+    also: _Also = lambda config, names: {}
     window: int | None = None
     window_base: float | None = None
     partial: bool = False
@@ -77,14 +73,11 @@ class Family:
         return weight
 
 
-def _scalar(layers: int) -> Callable[[dict[str, Any], Collection[str]], dict[str, Any]]:
+def _scalar(layers: int) -> _Also:
     """What Gemma's queries are divided by the root of: otherwise in the 27B, which llama.cpp knows by its layers."""
-
-    def found(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-        head = config["hidden_size"] // config["num_attention_heads"]
-        return {"query_pre_attn_scalar": head if config["num_hidden_layers"] == layers else config["head_dim"]}
-
-    return found
+    key = "query_pre_attn_scalar"
+    large = lambda config: {key: config["hidden_size"] // config["num_attention_heads"]}  # noqa: E731
+    return lambda config, names: large(config) if config["num_hidden_layers"] == layers else {key: config["head_dim"]}
 
 
 def _stablelm(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -93,54 +86,51 @@ def _stablelm(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 
 def _exaone4(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """llama.cpp has windows for the 32B alone, which it knows by its layers."""
-    if config["num_hidden_layers"] == 64:
-        raise OptionError("its architecture exaone4 is read here without windows alone, and the 32B has some")
+    if config["num_hidden_layers"] == 64:  # by which llama.cpp knows it
+        raise OptionError("its architecture is exaone4, of which the 32B, with its windows, is not read here")
     return {"sliding_window": None, "layer_types": ["full_attention"] * config["num_hidden_layers"]}
 
 
 def _phi3(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """llama.cpp has no window for it, whatever the file says."""
-    rope = config["rope_parameters"]
-    original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+    original = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
     return {"sliding_window": None, "original_max_position_embeddings": original}
 
 
-def _layer_norm(name: str) -> dict[str, str]:
-    return {"attention.layer_norm_epsilon": name}
-
-
-_CAP = {"final_logit_softcapping": "final_logit_softcapping"}
-_CAPS = {**_CAP, "attn_logit_softcapping": "attn_logit_softcapping"}
+_CAPS = {f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("final", "attn")}
+_BASE = {**_RMS, "rope.freq_base_swa": None}
+_COHERE = {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
+_STABLE = {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": None}
+_BETA = {"attention.temperature_scale": "llama_4_scaling_beta", "rope.scaling.yarn_log_multiplier": None}
 _GRANITE = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
-_OLMO3 = Family("olmo3", window=4, window_base=0)
+_OLMO3 = Family("olmo3", _BASE, window=4, window_base=0)
 FAMILIES = {
     "arcee": Family("arcee", rotated=True),
-    "cohere2": Family("cohere2", {**_layer_norm("layer_norm_eps"), "logit_scale": "logit_scale"}, window=4),
-    "command-r": Family("cohere", {**_layer_norm("layer_norm_eps"), "logit_scale": "logit_scale"}),
+    "cohere2": Family("cohere2", _COHERE, window=4),
+    "command-r": Family("cohere", _COHERE),
     "ernie4_5": Family("ernie4_5"),
     "exaone4": Family("exaone4", also=_exaone4),
     "gemma": Family("gemma", shifted=True),
     "gemma2": Family("gemma2", {**_RMS, **_CAPS}, _scalar(46), window=2, shifted=True),
-    "gemma3": Family("gemma3_text", {**_RMS, **_CAP}, _scalar(62), window=6, window_base=1e4, shifted=True),
+    "gemma3": Family("gemma3_text", {**_BASE, **_CAPS}, _scalar(62), window=6, window_base=1e4, shifted=True),
     "glm4": Family("glm4", partial=True),
     "granite": Family("granite", {**_RMS, **_GRANITE}, rotated=True),
     "llama": Family("llama", rotated=True),
-    "mistral3": Family("ministral3", {**_RMS, "attention.temperature_scale": "llama_4_scaling_beta"}, rotated=True),
-    "nemotron": Family("nemotron", _layer_norm("norm_eps"), partial=True, shifted=True),
+    "mistral3": Family("ministral3", {**_RMS, **_BETA}, rotated=True),
+    "nemotron": Family("nemotron", {"attention.layer_norm_epsilon": "norm_eps"}, partial=True, shifted=True),
     "olmo2": Family("olmo2"),
     "phi3": Family("phi3", also=_phi3, partial=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "seed_oss": Family("seed_oss"),
     "smollm3": Family("smollm3", rotated=True),
-    "stablelm": Family("stablelm", _layer_norm("layer_norm_eps"), _stablelm, partial=True),
-    "starcoder2": Family("starcoder2", _layer_norm("norm_epsilon")),
+    "stablelm": Family("stablelm", _STABLE, _stablelm, partial=True),
+    "starcoder2": Family("starcoder2", {"attention.layer_norm_epsilon": "norm_epsilon"}),
 }
 
 
@@ -163,16 +153,15 @@ def config_of(metadata: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     its = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     family = _OLMO3 if called == "olmo2" and its.get("attention.sliding_window") else FAMILIES[called]
     known = {**_COMMON, **family.keys}
-    others = _OTHERS if family.window_base is None else {**_OTHERS, "rope.freq_base_swa": None}
     for key, value in its.items():
-        if key not in known and (key not in others or others[key] not in (None, value)):
+        if key not in known and (key not in _OTHERS or _OTHERS[key] not in (None, value)):
             raise OptionError(f"its architecture is {called}, of which {key} = {value} is not known here")
-    config = {name: its[key] for key, name in known.items() if key in its}
+    config = {name: its[key] for key, name in known.items() if name and key in its}
     config |= {f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
     config |= {"vocab_size": its.get("vocab_size", metadata.get("tokenizer.ggml.tokens"))}
     config |= {"model_type": family.model_type, "tie_word_embeddings": "output.weight" not in names}
     head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    rope = _positions(its, names)
+    rope = _positions(called, its, names)
     if family.partial:
         rope["partial_rotary_factor"] = its.get("rope.dimension_count", head) / head
     elif its.get("rope.dimension_count", head) != head:
@@ -181,7 +170,8 @@ def config_of(metadata: Mapping[str, Any], names: Collection[str]) -> dict[str, 
         rope["llama_4_scaling_beta"] = config.pop("llama_4_scaling_beta")
     config["rope_parameters"] = rope
     if family.window:
-        window, every = its.get("attention.sliding_window"), its.get("attention.sliding_window_pattern", family.window)
+        window = its.get("attention.sliding_window", 4096 if called == "gemma2" else 0)
+        every = its.get("attention.sliding_window_pattern", family.window)
         layers = range(config["num_hidden_layers"])
         near = every if isinstance(every, list) else [at % every < every - 1 for at in layers]
         config["layer_types"] = [f"{'sliding' if window and near[at] else 'full'}_attention" for at in layers]
@@ -193,20 +183,20 @@ def config_of(metadata: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     return config | family.also(config, names)
 
 
-def _positions(its: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _positions(called: str, its: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Returns transformers' rope parameters, but for the factors that stand in tensors."""
     rope = {"rope_type": "default", "rope_theta": its.get("rope.freq_base", 1e4)}
-    kind, factor = its.get("rope.scaling.type", "linear"), its.get("rope.scaling.factor")
-    size = its.get("rope.scaling.attn_factor", 1.0)
+    kind, factor = its.get("rope.scaling.type", "linear"), its.get("rope.scaling.factor", 0.0)
+    size, long = its.get("rope.scaling.attn_factor", 1.0), "rope_factors_long.weight" in names
     how = {"original_max_position_embeddings": its.get("rope.scaling.original_context_length", its["context_length"])}
-    if kind == "yarn":
+    if kind == "yarn" and called not in ("gemma3", "phi3"):
         size *= 1 + 0.1 * log(factor)
         size /= 1 + 0.1 * its.get("rope.scaling.yarn_log_multiplier", 0.0) * log(factor)
         return {**rope, **how, "rope_type": "yarn", "factor": factor, "attention_factor": size}
-    if "rope_factors_long.weight" in names:
+    if long and called == "phi3":
         return {**rope, **how, "attention_factor": size}
-    if kind not in ("linear", "none") or size != 1:
-        raise OptionError(f"its positions are scaled in a way that is not known ({kind}, {size})")
+    if long or kind not in ("linear", "none") or size != 1:
+        raise OptionError(f"its architecture is {called}, and its positions are scaled otherwise than known ({kind})")
     return {**rope, "rope_type": "linear", "factor": factor} if kind == "linear" and factor else rope
 
 

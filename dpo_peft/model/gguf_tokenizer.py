@@ -15,6 +15,7 @@ from ..errors import OptionError
 _FILES = (
     "Put the tokenizer's files (tokenizer.json, tokenizer_config.json) of the model that it was made from beside it."
 )
+_PLAIN = ("<unk>", "<s>", "<|endoftext|>")  # of Phi-3's: they leave the spaces behind them
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # types of tokens that are looked for before text is split
 
 # How text is split before pieces are merged into tokens.
@@ -72,17 +73,13 @@ def gguf_tokenizer(name: str, path: str) -> PreTrainedTokenizerFast:
     else:
         backend = _sentencepiece(tokens, its["scores"], its.get("add_space_prefix", True))
     phi3 = any(part in metadata.get("general.name", "").lower() for part in ("phi-3", "phi3"))
-    added = [
-        AddedToken(
-            token,
-            special=kind != _USER,
-            normalized=False,
-            rstrip=phi3 and token not in ("<unk>", "<s>", "<|endoftext|>"),
-        )
-        for token, kind in zip(tokens, its["token_type"], strict=True)
-        if kind in (_UNKNOWN, _CONTROL, _USER)
-    ]
-    backend.add_tokens(added)
+    backend.add_tokens(
+        [
+            AddedToken(token, special=sort != _USER, normalized=False, rstrip=phi3 and token not in _PLAIN)
+            for token, sort in zip(tokens, its["token_type"], strict=True)
+            if sort in (_UNKNOWN, _CONTROL, _USER)
+        ]
+    )
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {f"{key}_token": its.get(f"{other}_token_id") for key, other in named.items()}
     return PreTrainedTokenizerFast(
@@ -95,8 +92,8 @@ def gguf_tokenizer(name: str, path: str) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(tokens: list[str], merges: list[str], regexes: list[str], whole: bool) -> Tokenizer:
-    vocab, pairs = {token: at for at, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]
-    backend: Any = Tokenizer(models.BPE(vocab, pairs, ignore_merges=whole))
+    vocab, pairs = {token: at for at, token in enumerate(tokens)}, (merge.split(" ") for merge in merges)
+    backend: Any = Tokenizer(models.BPE(vocab, [(left, right) for left, right in pairs], ignore_merges=whole))
     steps: list[Any] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
     backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()

@@ -230,7 +230,7 @@ def test_the_tokenizer_of_a_file_is_the_models(tmp_path):
     [
         (b"llama", b"llamo", "its architecture is llamo, and only these .* llama, .* Name the 16-bit model"),
         (b"rope.freq_base", b"rope.freq_bass", "is llama, of which rope.freq_bass = 10000.0 is not known here. Name"),
-        (b"blk.1.ffn_up.weight", b"blk.1.up_exps.weight", r"a mixture of experts \(llama\)"),
+        (b"blk.1.ffn_up.weight", b"blk.1.f_exps.weight", r"a mixture of experts \(llama\)"),
         (b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight", "holds blk.9.ffn_up.weight, which has no place"),
     ],
 )

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo3": ("olmo2", "olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}}),
     "phi-3": ("phi3", "phi3", {}),
     "phi-4-mini": ("phi3", "phi3", {"rope_parameters": PARTIAL, "original_max_position_embeddings": 64}),
+    "phi-4-mini, short": ("phi3", "phi3", {"rope_parameters": PARTIAL, "original_max_position_embeddings": 256}),
     "qwen2 yarn": ("qwen2", "qwen2", {"rope_parameters": YARN}),
     "qwen3": ("qwen3", "qwen3", {}),
     "seed": ("seed_oss", "seed_oss", {}),
