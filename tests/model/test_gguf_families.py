@@ -3,6 +3,7 @@
 Prompts are longer than the windows (16) and than the contexts that positions are scaled from (64).
 """
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def made(make_tokenizer: Any, tmp_path_factory: Any) -> tuple[dict[str, PreTrain
     """The models, and the folder of their files."""
     models, folder = {}, tmp_path_factory.mktemp("families")
     for case, (_, family, differing) in CASES.items():
-        options = zoo._options(kind := zoo.config_of(family).model_type, {**zoo.TEXT[family], **differing})
+        options = zoo._options(kind := zoo.config_of(family).model_type, deepcopy({**zoo.TEXT[family], **differing}))
         config = CONFIG_MAPPING[kind](**options | {"vocab_size": TOKENS})
         models[case] = zoo.build(family, 0.3, config).eval()
     converted(models, make_tokenizer(), folder)
