@@ -49,7 +49,7 @@ ENGINES = {
     "transformers": ("served_base", "merged"),
 }
 MAX_TOKEN_DIFFERENCE = 0.02  # nats; see docs/serving.md for what was measured
-MAX_STRENGTH_ERROR = 0.1  # by how much the adapter's strength may be off 1, or by twice its standard error
+MAX_STRENGTH_ERROR = 0.1  # by how much the adapter's strength may be off, or by twice its standard error
 ROUNDING_ROOM = 1.25  # of what llama.cpp's rounding of activations makes of a model, which differs by chance
 PROBE_CONTEXT = 512  # tokens; what the trained model writes is short
 SERVING = "serving.json"
@@ -188,10 +188,12 @@ def verify_serving(
     limit = max_token_difference
     if limit is None:
         limit = min(MAX_TOKEN_DIFFERENCE, drift.adapter_token / 2)
+    expected = 1.0
     if rounding is not None:
+        expected = rounding.strength or 1.0
         limit = max(limit, ROUNDING_ROOM * rounding.mean_token)
         min_signs = min(min_signs, _least_share(rounding.signs_equal, rounding.pairs))
-    problems, name = _problems(drift, limit, min_signs), shown_name(source.adapter)
+    problems, name = _problems(drift, limit, min_signs, expected), shown_name(source.adapter)
     report = ServingReport(name, fingerprint, str(served), limit, min_signs, drift, rounding, problems)
     if Path(source.adapter).is_dir():
         _keep(Path(source.adapter), report)
@@ -248,8 +250,8 @@ def _least_share(of: int, pairs: int) -> float:
     return share - 2 * (share * (1 - share) / max(pairs, 1)) ** 0.5
 
 
-def _problems(drift: Drift, limit: float, min_signs: float) -> list[str]:
-    """Returns what is beyond the limits, a sentence each."""
+def _problems(drift: Drift, limit: float, min_signs: float, expected: float) -> list[str]:
+    """Returns what is beyond the limits, a sentence each. `expected`: the adapter's strength."""
     found = []
     if not drift.mean_token <= limit:
         found.append(
@@ -257,7 +259,7 @@ def _problems(drift: Drift, limit: float, min_signs: float) -> list[str]:
             f"tokens; at most {limit:.3g} are allowed, and the adapter itself moves them by {drift.adapter_token:.3g}."
         )
     if drift.strength is not None and drift.strength_error is not None:
-        if abs(drift.strength - 1) > max(MAX_STRENGTH_ERROR, 2 * drift.strength_error):
+        if abs(drift.strength - expected) > max(MAX_STRENGTH_ERROR, 2 * drift.strength_error):
             found.append(f"The adapter acts with {strength(drift)} of the strength that was trained.")
         elif drift.strength_error > MAX_STRENGTH_ERROR:
             found.append(
