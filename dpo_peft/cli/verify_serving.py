@@ -80,6 +80,8 @@ def verify_serving(argv: Sequence[str]) -> None:
 
 def as_text(report: "ServingReport") -> str:
     """Returns the report for people."""
+    from ..merge.drift import strength
+
     drift = report.drift
     lines = [
         f"{report.served}, beside {report.adapter} as it was trained:",
@@ -87,8 +89,15 @@ def as_text(report: "ServingReport") -> str:
         f"{drift.max_token:.2g} at most",
         f"            on {drift.tokens:,} tokens of {drift.rows}, which the adapter itself moves by "
         f"{drift.adapter_token:.2g} each",
-        f"  greedy    {drift.greedy_equal} of {drift.greedy_prompts} texts are the same, token for token",
     ]
+    if report.rounding is not None:
+        lines.append(
+            f"            and llama.cpp's rounding of activations by {report.rounding.mean_token:.2g} "
+            f"({report.rounding.greedy_equal} greedy texts the same)"
+        )
+    if drift.strength is not None:
+        lines.append(f"  adapter   acts with {strength(drift)} of the strength that was trained")
+    lines.append(f"  greedy    {drift.greedy_equal} of {drift.greedy_prompts} texts are the same, token for token")
     if drift.pairs:
         lines.append(
             f"  margins   {drift.signs_equal} of {drift.pairs} of the same sign (needed: {report.min_signs:.0%}); "

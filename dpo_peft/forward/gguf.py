@@ -4,7 +4,10 @@ A block is 32 or 256 neighbors along the input dimension. They are dequantized i
 llama.cpp's own dequantization, and then cast to what is computed in: once for each product, here or in the matrix that
 the fused layers read, and once more in the backward pass. No matrix is kept.
 
-Shape suffixes: N outputs, K inputs, B bytes of K inputs.
+llama.cpp rounds what such a layer reads to 8 bits. `round_activations` does the same, to see what that alone makes of
+a model (docs/serving.md); nothing is trained so.
+
+Shape suffixes: T tokens, N outputs, K inputs, B bytes of K inputs.
 """
 
 from collections.abc import Callable
@@ -44,6 +47,7 @@ class GgufLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool, ggml_type: int, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.ggml_type, self.dtype = in_features, out_features, ggml_type, dtype
+        self.rounds = False
         elements, size = block_of(ggml_type)
         blocks_NB = torch.empty(out_features, in_features // elements * size, dtype=torch.uint8)
         self.blocks = nn.Parameter(blocks_NB, requires_grad=False)
@@ -57,11 +61,21 @@ class GgufLinear(nn.Linear):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        y = _Product.apply(x, self)
+        y = _Product.apply(as_read(self, x), self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ggml_type={self.ggml_type}"
+
+
+class GgufHead(nn.Linear):
+    """An output layer whose weight was dequantized from blocks of `ggml_type`, for which logits are computed often."""
+
+    ggml_type: int
+    rounds = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(as_read(self, x))
 
 
 class _Product(torch.autograd.Function):
@@ -76,6 +90,29 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] @ dequantized(ctx.layer.blocks, ctx.layer.ggml_type, grads[0].dtype), None
+
+
+def round_activations(model: nn.Module) -> bool:
+    """Has the layers in blocks, for good, round what they read as llama.cpp does on a CPU; says whether there are any.
+    They have no gradient then."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GgufLinear | GgufHead)]
+    for layer in layers:
+        layer.rounds = True
+    return bool(layers)
+
+
+def as_read(layer: Any, x: Tensor) -> Tensor:
+    """Returns the inputs of a head or a layer in blocks as its product takes them."""
+    return rounded(x, block_of(layer.ggml_type)[0]) if getattr(layer, "rounds", False) else x
+
+
+def rounded(x: Tensor, block: int) -> Tensor:
+    """Returns x, (..., K), rounded to 8 bits with a scale for each `block` of neighbors, which is the largest of them
+    over 127: ggml's Q8_0 (blocks of 32, scales in float16) or Q8_K (256)."""
+    values = x.float().unflatten(-1, (-1, block))
+    most = values.abs().amax(-1, keepdim=True)
+    codes, scale = (values * (127 / most).nan_to_num_(0, 0, 0)).round_(), most / 127
+    return (codes * (scale.half().float() if block == 32 else scale)).flatten(-2).to(x.dtype)
 
 
 def block_of(ggml_type: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..wings import wing
+from .gguf import GgufHead, as_read
 
 # 1024 rows of a 128k vocabulary are 0.25 GiB in bfloat16 (0.5 in float32), the largest buffer that the head needs.
 CHUNK_ROWS = 1024
@@ -42,7 +43,11 @@ class Head:
         module = self.module
         # Offloading replaces forward; other hooks may change what goes in or comes out.
         hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-        return type(module) is nn.Linear and not hooked and not any(p.requires_grad for p in module.parameters())
+        return (
+            type(module) in (nn.Linear, GgufHead)
+            and not hooked
+            and not any(p.requires_grad for p in module.parameters())
+        )
 
     @property
     def plain(self) -> bool:
@@ -109,7 +114,7 @@ def token_logps(
         (N,) float32 log-probs in nats, differentiable in the hidden states and in the head where it is trained.
     """
     if head.frozen:
-        return _FrozenHeadLogps.apply(hidden_NH, target_N, head, chunk_rows, log_sum_sq_N)
+        return _FrozenHeadLogps.apply(as_read(head.module, hidden_NH), target_N, head, chunk_rows, log_sum_sq_N)
     chunks = zip(hidden_NH.split(chunk_rows), target_N.split(chunk_rows), strict=True)
     extra = log_sum_sq_N is not None
     if torch.is_grad_enabled():

@@ -95,6 +95,8 @@ class Drift:
     mean_completion: float
     max_completion: float
     adapter_token: float  # by how much the adapter itself moves the same tokens, on average: the yardstick
+    strength: float | None  # how much of what the adapter adds to log-probs it adds here; None: it adds nothing
+    strength_error: float | None  # its standard error
     greedy_prompts: int
     greedy_equal: int
     pairs: int = 0
@@ -214,6 +216,7 @@ def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
     by_token = torch.cat([(m - a).abs() for m, a in both]).double()
     by_completion = torch.stack([(m.double().sum() - a.double().sum()).abs() for m, a in both])
     by_adapter = torch.cat([(a - o).abs() for a, o in zip(adapter.logps, adapter.off, strict=True)]).double()
+    strength, error = _strength(adapter, merged)
     return Drift(
         rows=adapter.rows.name,
         completions=len(by_completion),
@@ -223,10 +226,30 @@ def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
         mean_completion=by_completion.mean().item(),
         max_completion=by_completion.max().item(),
         adapter_token=by_adapter.mean().item(),
+        strength=strength,
+        strength_error=error,
         greedy_prompts=len(adapter.greedy),
         greedy_equal=sum(a == m for a, m in zip(adapter.greedy, merged.greedy, strict=True)),
         **(_margins_beside(adapter, merged) if adapter.rows.pairs else {}),
     )
+
+
+def _strength(adapter: AdapterObserved, merged: Observed) -> tuple[float | None, float | None]:
+    """Returns by how much of what the adapter adds to log-probs it does so in the other model, and the standard error:
+    the slope through 0 of least squares over tokens, its error with completions as clusters (Liang and Zeger 1986)."""
+    own, seen = (
+        [(m - o).double() for m, o in zip(of, adapter.off, strict=True)] for of in (adapter.logps, merged.logps)
+    )
+    if not (squares := sum(float(a @ a) for a in own)):
+        return None, None
+    slope = sum(float(a @ m) for a, m in zip(own, seen, strict=True)) / squares
+    by_completion = (float(a @ (m - slope * a)) for a, m in zip(own, seen, strict=True))
+    return slope, sum(value**2 for value in by_completion) ** 0.5 / squares
+
+
+def strength(drift: Drift) -> str:
+    """Returns the adapter's strength with its 95 % interval, for people."""
+    return f"{drift.strength:.2f} ± {2 * (drift.strength_error or 0):.2f}"
 
 
 def _margins_beside(adapter: AdapterObserved, merged: Observed) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import OptionError
-from ..forward.gguf import GgufLinear, block_of, dequantized
+from ..forward.gguf import GgufHead, GgufLinear, block_of, dequantized
 from .gguf_families import FAMILIES, REMEDY, config_of, scaled_by
 from .gguf_tokenizer import gguf_tokenizer
 
@@ -105,11 +105,11 @@ def blocks_in(name: str) -> int:
 
 
 class KeptBlocks(QuantizationConfigMixin):
-    """Says which layers are in which of ggml's types."""
+    """Says which layers are in which of ggml's types, and of which the head was."""
 
-    def __init__(self, types: Mapping[str, int] | None = None):
+    def __init__(self, types: Mapping[str, int] | None = None, head: int | None = None):
         self.quant_method: Any = METHOD
-        self.types = dict(types or {})
+        self.types, self.head = dict(types or {}), head
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD}
@@ -128,6 +128,9 @@ class BlocksQuantizer(HfQuantizer):
             old: Any = model.get_submodule(name)
             sizes = old.in_features, old.out_features, old.bias is not None
             model.set_submodule(name, GgufLinear(*sizes, ggml_type, old.weight.dtype))
+        head: Any = model.get_output_embeddings()
+        if self.quantization_config.head is not None and type(head) is nn.Linear:
+            head.__class__, head.ggml_type = GgufHead, self.quantization_config.head
 
 
 AUTO_QUANTIZER_MAPPING[METHOD] = BlocksQuantizer
@@ -162,7 +165,10 @@ def load_gguf(
     with torch.device("meta"):
         empty = kind(config)
     weights, types = _weights(name, reader, empty, dtype)
-    how = {"config": config, "state_dict": weights, "dtype": dtype, "quantization_config": KeptBlocks(types)}
+    in_file = {tensor.name: int(tensor.tensor_type) for tensor in reader.tensors}
+    head = in_file.get("output.weight", in_file["token_embd.weight"])
+    kept = KeptBlocks(types, None if head in _PLAIN else head)
+    how = {"config": config, "state_dict": weights, "dtype": dtype, "quantization_config": kept}
     model, info = kind.from_pretrained(None, **how, **{key: kwargs[key] for key in kwargs if key not in hub})
     model.config._name_or_path = model.name_or_path = name
     return model, info

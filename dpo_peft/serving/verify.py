@@ -22,6 +22,7 @@ from peft import PeftModel
 from ..artifacts.card import cell, shown_name
 from ..disk import write_atomically
 from ..errors import OptionError
+from ..forward.gguf import round_activations
 from ..manifests import SERVING, weights_digest
 from ..merge.drift import (
     NEW_TOKENS,
@@ -33,6 +34,7 @@ from ..merge.drift import (
     observe,
     observe_adapter,
     pair_rows,
+    strength,
 )
 from ..model.adapter_source import UNRECORDED, AdapterSource
 from ..model.base import load_base
@@ -48,6 +50,8 @@ ENGINES = {
     "transformers": ("served_base", "merged"),
 }
 MAX_TOKEN_DIFFERENCE = 0.02  # nats; see docs/serving.md for what was measured
+MAX_STRENGTH_ERROR = 0.1  # by how much the adapter's strength may be off, or by twice its standard error
+ROUNDING_ROOM = 1.25  # of what llama.cpp's rounding of activations makes of a model, which differs by chance
 PROBE_CONTEXT = 512  # tokens; what the trained model writes is short
 _CARD_LINE = re.compile(r"^- \*\*Served:\*\* .*\n", re.MULTILINE)
 _CARD_PLACE = re.compile(r"^- \*\*Base weights:\*\* .*\n", re.MULTILINE)
@@ -109,6 +113,11 @@ class Served:
             check_servable(source)
         return replace(self, base_gguf=base)
 
+    def on_base_of(self, source: AdapterSource) -> bool:
+        """Whether llama.cpp adds the adapter to the GGUF file that it was trained on."""
+        same = self.url is not None or self.base_gguf == source.base_name
+        return self.engine == "llama.cpp" and is_gguf(source.base_name) and same and not self.merged
+
     def __str__(self) -> str:
         parts = (self.base_gguf, self.served_base, self.served_model or self.url)
         named = [shown_name(part) for part in parts if part]
@@ -125,6 +134,7 @@ class ServingReport:
     max_token_difference: float  # the limit, in nats per token on average
     min_signs: float  # the least share of pairs whose completions are in the same order
     drift: Drift
+    rounding: Drift | None  # what llama.cpp's rounding of activations alone makes of the trained model
     problems: list[str]  # empty: what is served is what was trained
 
 
@@ -148,8 +158,9 @@ def verify_serving(
         dataset_name: how the report calls it.
         max_rows: so many rows of it, from the start.
         max_token_difference: most nats per token, on average, that log-probs may differ by; None is
-            `MAX_TOKEN_DIFFERENCE`, or half of what the adapter itself moves them by if that is less.
-        min_signs: least share of pairs whose margin has the same sign.
+            `MAX_TOKEN_DIFFERENCE`, or half of what the adapter itself moves them by if that is less; for llama.cpp on
+            the quantized file that was trained on, what its rounding of activations alone does, if that is more.
+        min_signs: least share of pairs whose margin has the same sign; there also what the rounding leaves.
         device: where the trained model runs; a GPU if there is one.
 
     Raises:
@@ -171,6 +182,9 @@ def verify_serving(
         in_float32(loaded.model)
         loaded.trained = replace(loaded.setup, precision="no")
         seen = observe_adapter(loaded, rows)
+        rounding = None
+        if max_token_difference is None and served.on_base_of(source) and round_activations(loaded.model):
+            rounding = compare(seen, observe(loaded.model, loaded.tokenizer, seen.rows, what="rounded model"))
         fingerprint = adapter_fingerprint(loaded.model, loaded.policy)
         del loaded  # makes room for what is served
         gc.collect()
@@ -179,8 +193,13 @@ def verify_serving(
     limit = max_token_difference
     if limit is None:
         limit = min(MAX_TOKEN_DIFFERENCE, drift.adapter_token / 2)
-    problems = _problems(drift, limit, min_signs)
-    report = ServingReport(shown_name(source.adapter), fingerprint, str(served), limit, min_signs, drift, problems)
+    expected = 1.0
+    if rounding is not None:
+        expected = rounding.strength or 1.0
+        limit = max(limit, ROUNDING_ROOM * rounding.mean_token)
+        min_signs = min(min_signs, _least_share(rounding.signs_equal, rounding.pairs))
+    problems, name = _problems(drift, limit, min_signs, expected), shown_name(source.adapter)
+    report = ServingReport(name, fingerprint, str(served), limit, min_signs, drift, rounding, problems)
     if Path(source.adapter).is_dir():
         _keep(Path(source.adapter), report)
     return report
@@ -230,14 +249,28 @@ def _observe_transformers(served: Served, source: AdapterSource, seen: AdapterOb
     return observe(model.eval(), seen.tokenizer, seen.rows, what="served model")
 
 
-def _problems(drift: Drift, limit: float, min_signs: float) -> list[str]:
-    """Returns what is beyond the limits, a sentence each."""
+def _least_share(of: int, pairs: int) -> float:
+    """Returns the share of pairs that chance takes no further down than that in 39 of 40 cases."""
+    share = of / max(pairs, 1)
+    return share - 2 * (share * (1 - share) / max(pairs, 1)) ** 0.5
+
+
+def _problems(drift: Drift, limit: float, min_signs: float, expected: float) -> list[str]:
+    """Returns what is beyond the limits, a sentence each. `expected`: the adapter's strength."""
     found = []
     if not drift.mean_token <= limit:
         found.append(
             f"It is {drift.mean_token:.3g} nats per token from the trained model, on average over {drift.tokens:,} "
             f"tokens; at most {limit:.3g} are allowed, and the adapter itself moves them by {drift.adapter_token:.3g}."
         )
+    if drift.strength is not None and drift.strength_error is not None:
+        if abs(drift.strength - expected) > max(MAX_STRENGTH_ERROR, 2 * drift.strength_error):
+            found.append(f"The adapter acts with {strength(drift)} of the strength that was trained.")
+        elif drift.strength_error > MAX_STRENGTH_ERROR:
+            found.append(
+                f"Whether the adapter acts as it was trained can't be told: {strength(drift)} of its strength was "
+                "seen. Give more rows (max_rows), or verify an adapter that does more."
+            )
     if drift.signs_equal < min_signs * drift.pairs:
         found.append(
             f"{drift.signs_equal} of {drift.pairs} pairs have a margin of the same sign; at least {min_signs:.0%} are "

@@ -79,6 +79,41 @@ def dequantized_by_ggml(blocks: Tensor, kind: gguf.GGMLQuantizationType) -> Tens
     return weight_NK
 
 
+class _Memory(ctypes.Structure):
+    """ggml_init_params of ggml.h."""
+
+    _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+def multiplied_by_ggml(x_TK: Tensor, blocks: Tensor, kind: gguf.GGMLQuantizationType) -> Tensor:
+    """Returns x W^T, (T, N) float32, as llama.cpp computes it on this CPU."""
+    library, pointer, size = ggml(), ctypes.c_void_p, ctypes.c_int64
+    for name, takes in {
+        "init": [_Memory],
+        "new_tensor_2d": [pointer, ctypes.c_int, size, size],
+        "mul_mat": [pointer, pointer, pointer],
+        "new_graph": [pointer],
+        "build_forward_expand": [pointer, pointer],
+        "graph_compute_with_ctx": [pointer, pointer, ctypes.c_int],
+        "get_data": [pointer],
+        "free": [pointer],
+    }.items():
+        function = getattr(library, f"ggml_{name}")
+        function.argtypes, function.restype = takes, pointer
+    context = library.ggml_init(_Memory(64 << 20, None, False))
+    weight = library.ggml_new_tensor_2d(context, int(kind), x_TK.shape[1], len(blocks))
+    inputs = library.ggml_new_tensor_2d(context, 0, x_TK.shape[1], len(x_TK))
+    for to, tensor in ((weight, blocks), (inputs, x_TK)):
+        ctypes.memmove(library.ggml_get_data(to), tensor.contiguous().data_ptr(), tensor.nbytes)
+    product, graph = library.ggml_mul_mat(context, weight, inputs), library.ggml_new_graph(context)
+    library.ggml_build_forward_expand(graph, product)
+    library.ggml_graph_compute_with_ctx(context, graph, 1)
+    y_TN = torch.empty(len(x_TK), len(blocks))
+    ctypes.memmove(y_TN.data_ptr(), library.ggml_get_data(product), y_TN.nbytes)
+    library.ggml_free(context)
+    return y_TN
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,

@@ -154,11 +154,12 @@ def test_strength_and_scope_of_an_adapter_are_verified(tmp_path: Path, files: An
     assert not verified.problems and verified.drift.mean_token < 0.01 * verified.drift.adapter_token, verified
     head, alpha = right.index(key) + len(key) + 4, struct.pack("<f", 8 * 4)
     assert right[head : head + 4] == alpha
-    for wrong in (right[:head] + struct.pack("<f", 8) + right[head + 4 :], right.replace(INVOCATION, b"?" * 31)):
+    for wrong in (right.replace(INVOCATION, b"?" * 31), right[:head] + struct.pack("<f", 8) + right[head + 4 :]):
         assert len(wrong) == len(right) and wrong != right
         path.write_bytes(wrong)
         report = verify_serving(source, served, dataset=some(2))
         assert report.problems and report.drift.mean_token > 0.2 * report.drift.adapter_token, report
+    assert report.drift.strength < 0.5 and "The adapter acts with 0." in report.problems[1], report
     assert not verify_serving(source, served, dataset=some(1), max_token_difference=99, min_signs=0).problems
 
 
