@@ -127,6 +127,7 @@ def test_readable_labels_that_the_dataset_lacks_do_not_miss_the_cache(tmp_path, 
     assert calls["record_batch"] == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("rows", "options"),
     [

@@ -111,7 +111,7 @@ def reload(folder: Any, **kwargs: Any) -> Any:
 # ---- The weights ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "tied", "tied_after"),
     [

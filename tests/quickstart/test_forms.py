@@ -233,7 +233,7 @@ def expected_start(name: str, trainer: Any) -> float | None:
     return {"trajectories": math.log(2), "unpaired": 0.5}.get(name)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_learns_on_held_out_rows(recipe: ModuleType, few: None, tmp_path: Path, path: Path) -> None:
     short = {"max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}

@@ -78,7 +78,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.sampled(3, slow=2)
+@pytest.mark.sampled(5, slow=2)
 @pytest.mark.parametrize("mode", ["lazy", "precomputed"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cached_equals_computed(tiny_llama, make_tokenizer, tmp_path, computed, objective, mode):

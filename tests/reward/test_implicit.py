@@ -40,7 +40,7 @@ def scored_pairs(reward: ImplicitReward, rows: Any) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[DPOTrainer, Path]:
     folder = tmp_path_factory.mktemp("bundled")
-    return train_bundled(folder), folder
+    return train_bundled(folder, steps=4, learning_rate=3e-3), folder
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +376,7 @@ def chance_of(differences: torch.Tensor) -> float:
     return float(((signs * differences).mean(1) >= differences.mean()).double().mean())
 
 
+@pytest.mark.slow
 def test_the_best_of_eight_by_reward_is_better(bundled: Any, reward: ImplicitReward) -> None:
     prompts, number = quickstart.eval_prompts()[:24], 8
     model, tokenizer = reward.model, reward.tokenizer
