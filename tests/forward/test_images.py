@@ -31,7 +31,7 @@ from dpo_peft.model.loading import attach_adapter
 from dpo_peft.reference.adapter_off import check_start, reference_logps
 
 
-@pytest.mark.sampled(8, slow=3)
+@pytest.mark.sampled(12, slow=3)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_values_and_gradients_are_those_of_the_models_own_rows(name: str) -> None:
     """Packed, and as padded rows; with prompts of two images, of none and of one in a batch."""
@@ -277,7 +277,7 @@ def pooled(model: Any, samples: Sequence[Sample]) -> Tensor:
     return torch.cat([part.flatten() for part in found]).float()
 
 
-@pytest.mark.sampled(12, slow=3)
+@pytest.mark.sampled(24, slow=3)
 @pytest.mark.parametrize("name", vm.ALL)
 def test_four_bit_bases_start_at_their_reference(name: str, tmp_path: Path) -> None:
     """Loaded by name, as users do: bfloat16, and NF4 wherever a layer is linear, in the tower too."""
@@ -314,6 +314,7 @@ def test_autocast_moves_log_probs_as_much_as_it_moves_the_models_own(name: str) 
     assert 0.0001 < (shared_N - exact_N).abs().mean() < 1.5 * moved
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_the_image_token_may_be_outside_of_the_vocabulary(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vm, "IMAGE", 400)

@@ -85,11 +85,11 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("kind", "tied"),
     [
-        ("modules_to_save", True),
         ("plain", False),
         *(
             pytest.param(kind, tied, marks=getattr(pytest.mark, mark))
             for kind, tied, mark in [
+                ("modules_to_save", True, "slow"),
                 ("plain", True, "rare"),
                 ("modules_to_save", False, "rare"),
                 ("trainable_token_indices", True, "slow"),

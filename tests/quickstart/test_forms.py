@@ -252,6 +252,7 @@ def test_recipe_learns_on_held_out_rows(recipe: ModuleType, few: None, tmp_path:
     assert ("eval_kl" in end) == (path.stem != "reference_free")
 
 
+@pytest.mark.slow
 def test_named_data_is_taken_as_it_is(recipe: ModuleType, few: None, tmp_path: Path) -> None:
     config = ROOT / "recipes" / "objectives" / "lists.yaml"
     options = {"config": config, "output_dir": tmp_path / "out", "dataset_name": quickstart.train_file()}

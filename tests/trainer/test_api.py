@@ -346,6 +346,7 @@ def run_script(monkeypatch: Any, script: Path, output: Path, arguments: list[str
     return json.loads(state.read_text())["log_history"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("arguments", "our_arguments", "tolerance"),
     [

@@ -151,6 +151,7 @@ def peak_bytes(trainer: Any, inputs: dict[str, Any]) -> int:
     return peak
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp_path, monkeypatch, checkpointing):
     trainer = ours(
