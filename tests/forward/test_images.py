@@ -328,6 +328,7 @@ def test_the_image_token_may_be_outside_of_the_vocabulary(name: str, monkeypatch
     own.assert_same(model, pad_rows(samples))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", vm.BLOCKS)
 def test_blocks_meet_windows_as_in_the_models_own_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images may have more tokens than a window. Families differ in whether it cuts them, and in which layers they see

@@ -232,7 +232,7 @@ def test_presets_are_the_shapes_of_their_configs() -> None:
     assert round(PRESETS["405b"][1].weights / 1e9, 1) == 405.9  # 405.85
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -88,6 +88,7 @@ def test_a_frozen_adapter_was_the_reference(base_folder: str, make_tokenizer: An
     assert (margins(scored_pairs(bare, rows)) - expected).abs().max() > 0.1  # another reference is another reward
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("loss_type", "kind"), [("simpo", "mean_logp"), ("cpo", "logp"), ("orpo", "mean_logp")])
 def test_objectives_without_a_reference(
     loss_type: str, kind: str, base_folder: str, make_tokenizer: Any, tmp_path: Path

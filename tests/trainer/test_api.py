@@ -401,6 +401,7 @@ def test_a_second_run_is_the_same_run(tiny_llama, make_tokenizer, tmp_path):
 # ---- The dtype of the base and of the run ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("given", "dtype"),
     [

@@ -283,6 +283,7 @@ def test_a_coupled_run_resumes_exactly(loss: str, tiny_llama: Any, make_tokenize
     assert step_logs(straight)[-1]["loss"] == step_logs(again)[-1]["loss"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["kto", "multi_negative", "trajectory"])
 def test_streams_train_as_datasets_do(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     rows, tokenizer = rows_for(loss, 16), make_tokenizer()
