@@ -62,7 +62,7 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", FUSED)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(9, slow=8)
 def test_values_and_gradients_are_the_models_own(name: str) -> None:
     model = adapted(name)
     plan = plan_forward(model)
