@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Set before torch, transformers and datasets are imported anywhere. The cache is this process's own: a tokenized
 # dataset left over from an earlier run must not stand in for the code under test.
@@ -27,12 +27,9 @@ os.environ.update(
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from dpo_peft.artifacts import curves
-from dpo_peft.files import write_atomically
+if TYPE_CHECKING:  # what is heavy is imported where it is used: the process that hands out the tests runs none of them
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"  # optional: real data and tokenizers beside the checkout
@@ -56,6 +53,9 @@ CHATML_TEMPLATE = (
 @pytest.fixture(autouse=True)
 def deterministic() -> None:
     """Every test starts from the same random state and computes on one thread."""
+    import torch
+    from transformers import set_seed
+
     torch.set_num_threads(1)
     set_seed(0)
 
@@ -70,6 +70,9 @@ def imports_are_no_garbage() -> None:
 @pytest.fixture(autouse=True)
 def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws no curves of runs (half a second each) but in the tests of the files of a run; the file is there."""
+    from dpo_peft.artifacts import curves
+    from dpo_peft.files import write_atomically
+
     if request.path.parent.name != "artifacts":
         monkeypatch.setattr(curves, "save", lambda figure, path: write_atomically(path, b"\x89PNG\r\n\x1a\n"))
 
@@ -97,8 +100,10 @@ def tokenizer_dir() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+def tiny_llama() -> "Callable[..., LlamaForCausalLM]":
     """`tiny_llama(seed=0, **config)`: a random fp32 Llama of 2 layers, eval mode, same arguments same weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         options: dict[str, Any] = dict(
@@ -124,10 +129,10 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
 
 
 @pytest.fixture
-def template_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[[str], Any]:
+def template_tokenizer(make_tokenizer: "Callable[..., PreTrainedTokenizerFast]") -> Callable[[str], Any]:
     """The real chat templates that TRL's package brings, by name, on the tests' tokenizer."""
 
-    def build(name: str) -> PreTrainedTokenizerFast:
+    def build(name: str) -> Any:
         trl = find_spec("trl")
         path = Path(trl.origin if trl and trl.origin else __file__).parent / "chat_templates" / f"{name}.jinja"
         if not path.is_file():
@@ -138,12 +143,14 @@ def template_tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -
 
 
 @pytest.fixture(scope="session")
-def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+def make_tokenizer() -> "Callable[..., PreTrainedTokenizerFast]":
     """`make_tokenizer(add_bos=False, chat_template=CHATML, eos_token="</s>")`: byte-level BPE, made in code.
 
     It takes any text, has a few merges (`MERGES`) and pad, bos and eos tokens with the ids 0, 1 and 2. With `add_bos`
     it puts bos before each text, as Llama's does. `chat_template=None` gives one without a template.
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
     def build(
         add_bos: bool = False, chat_template: str | None = CHATML_TEMPLATE, eos_token: str = "</s>"

@@ -109,7 +109,7 @@ def test_adapter_scores_as_it_did(folder: Path, name: str) -> None:
     assert ("adapter switched off" in str(reward)) == (name == "adapter")
 
 
-@pytest.mark.parametrize("name", ["adapter", "continued"])
+@pytest.mark.parametrize("name", [pytest.param("adapter", marks=pytest.mark.slow), "continued"])
 def test_recipe_repeats_the_run(folder: Path, command: Command, name: str) -> None:
     """recipe.yaml is a config file whose run logs and answers what the old one did."""
     result = command("train", "--config", f"{name}/recipe.yaml", "--output_dir", "again", "--disable_tqdm", "true")

@@ -8,9 +8,7 @@ trained, adapted or quantized goes through its own module, chunk by chunk, each 
 Shape suffixes: N predicted tokens, H hidden size, V vocabulary, K one chunk of N.
 """
 
-import inspect
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any, cast
 
@@ -21,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..wings import wing
 from .gguf import GgufHead, as_read
+from .modules import class_source
 
 # 1024 rows of a 128k vocabulary are 0.25 GiB in bfloat16 (0.5 in float32), the largest buffer that the head needs.
 CHUNK_ROWS = 1024
@@ -74,8 +73,10 @@ def read_head(model: nn.Module) -> Head:
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     whole, kind = config is model.config, cast(Any, type(model))
 
+    # The code of a model of text and images says which transforms of its text config it applies: some leave them out
+    # that their text model has.
     def declared(*names: str) -> Any:
-        values = (getattr(config, name, None) for name in names if whole or name in _source(kind))
+        values = (getattr(config, name, None) for name in names if whole or name in class_source(kind))
         return next((value for value in values if value is not None), None)
 
     scale = declared("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -83,13 +84,6 @@ def read_head(model: nn.Module) -> Head:
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
     module = model.get_output_embeddings()  # type: ignore[operator]
     return Head(module, 1.0 if scale is None else float(scale), declared("final_logit_softcapping", "logits_soft_cap"))
-
-
-@cache
-def _source(kind: type) -> str:
-    """Returns a class's code. That of a model of text and images says which transforms of its text config it applies:
-    some leave them out that their text model has."""
-    return inspect.getsource(kind)
 
 
 def token_logps(

@@ -6,7 +6,6 @@ the log-probs of a short text: an adapter there would have no gradient. Experts 
 layers.
 """
 
-import inspect
 import logging
 import re
 from collections import defaultdict
@@ -30,7 +29,7 @@ from ..errors import OptionError
 from ..forward.gguf import GgufLinear
 from ..forward.images import check_takes_images, own_inputs
 from ..forward.layout import Sample, pad_rows
-from ..forward.modules import decoder_layers, eval_mode, text_decoder
+from ..forward.modules import class_source, decoder_layers, eval_mode, text_decoder
 from ..reference.frozen_adapter import adapter_layers, adapter_tensors
 from .scope import check_layers
 
@@ -333,7 +332,7 @@ def _layers_read(model: nn.Module, pattern: re.Pattern[str]) -> list[str]:
 @cache
 def _weights_read(kind: type[nn.Module], pattern: re.Pattern[str]) -> set[str]:
     own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
-    return {name for base in own for name in pattern.findall(inspect.getsource(base))}
+    return {name for base in own for name in pattern.findall(class_source(base))}
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -260,6 +260,7 @@ def test_a_card_that_can_not_be_written_is_an_error(change: dict[str, Any], mess
         model_card(run(**change))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("quantization", [{}, NF4], ids=["plain", "nf4"])
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
 def test_the_loading_example_runs(

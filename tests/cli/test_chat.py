@@ -24,6 +24,9 @@ from reward_helpers import train_bundled
 from dpo_peft import cli
 from dpo_peft.model.adapter_source import load_trained
 
+NEW = 16  # tokens of a completion
+GREEDY = ["--temperature", "0", "--max_new_tokens", str(NEW)]
+
 
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -37,7 +40,7 @@ def plain(bundled: str) -> Callable[..., str]:
     """`plain(text, on)`: the greedy text by PEFT's own calls on the model in 4 bits."""
     trained = load_trained(bundled, with_reference=False)
 
-    def complete(text: str, on: bool, new: int = 120) -> str:
+    def complete(text: str, on: bool, new: int = NEW) -> str:
         message = [{"role": "user", "content": text}]
         ids = trained.tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -92,7 +95,7 @@ class Typist:
 
 def test_a_session_in_a_terminal(bundled: str, plain: Callable[..., str]) -> None:
     text = "Tell me about the hotel by the sea."
-    typist = Typist("chat", bundled, "--temperature", "0")
+    typist = Typist("chat", bundled, *GREEDY)
     typist.until("/quit leaves.\nadapter> ")
     typist.type(f"{text}\n")
     assert plain(text, True) in typist.until("adapter> ")
@@ -131,7 +134,7 @@ def test_ctrl_c_stops_the_completion_alone(
 
     monkeypatch.setattr(chat, "_print", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{text}\n/reset\n{text}\n"))
-    assert cli.main(["chat", bundled, "--temperature", "0"]) == 0
+    assert cli.main(["chat", bundled, *GREEDY]) == 0
     out = capsys.readouterr().out
     stopped, rest = out.split("(Stopped.)\n")
     assert plain(text, True) in rest and plain(text, True) not in stopped
@@ -140,7 +143,7 @@ def test_ctrl_c_stops_the_completion_alone(
 def test_scripts_get_completions_alone(bundled: str, capsys: Any, monkeypatch: Any, plain: Callable[..., str]) -> None:
     texts = ["Tell me about the hotel.", "And the film?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(texts[1] + "\n"))
-    assert cli.main(["chat", bundled, "--temperature", "0", "--prompt", texts[0], "--prompt", "-"]) == 0
+    assert cli.main(["chat", bundled, *GREEDY, "--prompt", texts[0], "--prompt", "-"]) == 0
     assert capsys.readouterr().out == "".join(f"{plain(text, True)}\n" for text in texts)
     words = ["--temperature", "0", "--max_new_tokens", "5", "--adapter_off", "--json", f"--prompt={texts[0]}"]
     assert cli.main(["chat", bundled, *words]) == 0

@@ -107,6 +107,7 @@ def test_the_cards_example_shows_the_model_a_picture(
     assert {"processor_config.json", "tokenizer.json"} <= files.keys() and "picture.jpg" not in files
 
 
+@pytest.mark.slow
 def test_the_pages_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     vp.noise(5).save("cat.jpg")

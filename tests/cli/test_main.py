@@ -396,6 +396,7 @@ def test_what_cache_refuses(
     assert not out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("words", [["train", "--help"], ["recipes"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_nobody_reads_ends_a_command_quietly(words: list[str], unbuffered: str) -> None:

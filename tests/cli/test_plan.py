@@ -235,6 +235,7 @@ def test_options_that_change_memory(
         assert changed == pytest.approx(factor * base, rel=0.05)  # the float32 log-sum-exp doesn't double
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options", [["--use_dora", "True"], ["--lora_modules_to_save", "lm_head"], ["--fp16", "True"]]
 )

@@ -164,6 +164,7 @@ def test_unpaired_by_hand(case, stream):
     assert (report.desirable, report.undesirable) == (2 * grades.count(1.0), 2 * grades.count(0.0))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["text", "implicit", "chat"])
 def test_unpaired_in_the_order_of_trl(kind):
     """1003 pairs, of which one teaches nothing: TRL takes 1000 at a time, all chosen ones first."""

@@ -48,7 +48,7 @@ def pair(prompt: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_each_row_says_what_it_would_say_alone(make_tokenizer: Any, name: str) -> None:
     tokenizer, random_ = make_tokenizer(chat_template=HEAD + TEMPLATES[name] + TAIL), random.Random(0)
-    rows = [pair(agent(random_)) for _ in range(120)]
+    rows = [pair(agent(random_)) for _ in range(60)]
     wanted: dict[str, int] = {}
     for row in rows:
         chat = Chat(

@@ -127,6 +127,7 @@ def test_readable_labels_that_the_dataset_lacks_do_not_miss_the_cache(tmp_path, 
     assert calls["record_batch"] == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
@@ -184,6 +185,7 @@ def test_progress_bars_name_the_dataset(make_tokenizer, capfd):
     assert "Checking validation rows" in shown and "Tokenizing validation rows" in shown
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same(make_tokenizer):
     alone, alone_report = prepare_dataset(Dataset.from_list(ROWS), make_tokenizer(), max_length=55)
     together, report = prepare_dataset(Dataset.from_list(ROWS), make_tokenizer(), max_length=55, num_proc=2)

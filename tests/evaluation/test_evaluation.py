@@ -210,6 +210,7 @@ def test_records_add_up_to_the_metrics(recorded) -> None:
     assert newest["eval_accuracies/length_balanced"] == sum(shares.values()) / 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", [{"max_tokens_per_microbatch": 40}, {"share_prompts": False}, {"loss_type": "aot"}])
 def test_records_do_not_depend_on_the_packing(run, tiny_llama, tmp_path, how) -> None:
     """A token budget takes rows out of their order. Before training, so that all are known."""

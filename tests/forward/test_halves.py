@@ -70,7 +70,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def batches(kind: str, fewest: int = 1) -> list[list[Sample]]:
-    return [Draw(seed).batch(kind, fewest) for seed in range(60)]
+    return [Draw(seed).batch(kind, fewest) for seed in range(30)]
 
 
 def different_fields(a: PackedBatch, b: PackedBatch) -> set[str]:

@@ -39,6 +39,7 @@ def oracle(model: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     return [x.detach() for x in logps], adapter_grads(model, torch.stack([x.sum() for x in logps]))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "qwen3-moe", "qwen3-next", "lfm2", "gpt-oss"])
 @pytest.mark.parametrize("backend", ["dense", "varlen", "padded"])
 def test_trajectories_equal_the_models_own_log_probs(name: str, backend: str, monkeypatch: Any) -> None:

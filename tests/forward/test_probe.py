@@ -285,6 +285,7 @@ def padded(side: str) -> dict[str, Tensor]:
     return dict(input_ids=ids, attention_mask=mask)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_calls_are_as_before(name: str) -> None:
     """Forwards with padding on either side and generation with a cache, to the bit; windows shorter than the text."""

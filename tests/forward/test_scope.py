@@ -134,6 +134,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "varlen_kernel", emulated_kernel)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_those_of_peft(kind: str, way: str) -> None:
@@ -170,6 +171,7 @@ def test_families(name: str) -> None:
         assert grad_difference(gradients(model, found_N), own) < 2e-3  # of the smallest gradients, in float32
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava"])
 def test_prompts_with_images(name: str) -> None:
     """Features, angles on three axes, deepstack and blocks stand where they belong when prompts come first."""

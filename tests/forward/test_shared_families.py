@@ -71,7 +71,7 @@ def build(name: str) -> Any:
     return model
 
 
-@pytest.mark.sampled(16, slow=8)
+@pytest.mark.sampled(24, slow=8)
 @pytest.mark.parametrize("name", [name for name in zoo.ALL if name not in REFUSED])
 def test_sharing_is_exact(name: str) -> None:
     model, prompts, own = build(name), [10, 150, 600], []

@@ -49,6 +49,7 @@ def checkpointed(model: Any, use_reentrant: bool = False) -> None:
     model.train()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SHARING)
 def test_sharing_is_exact(name: str) -> None:
     model = add_lora(build(*SHARING[name]))

@@ -70,6 +70,7 @@ def test_a_shifted_window_would_show() -> None:
     assert (a - b).abs().max() > 1e-2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gemma4", "qwen3-moe", "gpt2", "deepseek-v3"])
 def test_models_are_exact_on_varlen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,10 @@ def ranked_lists(sizes: tuple[int, ...], whole_order: bool) -> tuple[Tensor, ...
     return *as_index, torch.tensor(grades), torch.tensor(lists), torch.tensor(weights, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("loss", "whole_order"), [(multi_negative_loss, False), (plackett_luce_loss, True)])
+@pytest.mark.parametrize(
+    ("loss", "whole_order"),
+    [(multi_negative_loss, False), pytest.param(plackett_luce_loss, True, marks=pytest.mark.slow)],
+)
 def test_list_losses_have_the_rlhf_optimum(loss: Callable[..., Tensor], whole_order: bool) -> None:
     """(17), and the whole ranking: trained on exact Plackett-Luce choices from lists of 2 to 4 answers, the policy
     becomes the closed form (3)."""

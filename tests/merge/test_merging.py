@@ -111,7 +111,7 @@ def reload(folder: Any, **kwargs: Any) -> Any:
 # ---- The weights ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "tied", "tied_after"),
     [
@@ -141,6 +141,7 @@ def through_forward(base: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": layer(torch.eye(layer.in_features)).T.double() for name, layer in layers.items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 8 / 4), ("rslora", 8 / math.sqrt(4)), ("dora", 8 / 4)])
 def test_merged_weights_by_hand(trained, folders, tmp_path, kind: str, scale: float) -> None:
     adapter = trained(kind)

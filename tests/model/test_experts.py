@@ -237,6 +237,7 @@ WHOLE = {"dtype": "float32"}
 LIFE = ("qwen3_moe", "gpt_oss", "flex_olmo")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", [*LIFE, "llama4_text"])
 def test_a_base_by_name_is_in_4_bits(bases: Any, family: str) -> None:
     packed, whole = (load_base(bases(family), init_kwargs=WHOLE, experts=experts) for experts in (True, False))

@@ -50,6 +50,7 @@ def test_a_batch_of_prompts_is_completed_as_each_alone(name: str) -> None:
     assert wrong[0] != found[0] and wrong[1:] == found[1:]
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_is_served_and_merged_with_its_processor(tmp_path: Path) -> None:
     rows = vp.picture_pairs(6, 3)
     trainer = train(tmp_path, "gemma3", rows)

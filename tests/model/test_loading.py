@@ -121,6 +121,7 @@ SCANS: dict[str, tuple[str, dict, set[str]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", SCANS)
 def test_no_adapter_where_a_scan_reads_the_weights_itself(family):
     """Mamba's layers, of which PEFT refuses some and wraps others without effect; the rest is adapted as ever."""

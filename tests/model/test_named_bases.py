@@ -43,6 +43,7 @@ def changed_file(folder: str, to: Path, change: Any) -> str:
 # ---- The class ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "known"),
     [

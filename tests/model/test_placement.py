@@ -188,7 +188,7 @@ def run_of(case: str, folder: Path, bases: Any, tokenizer: Any, streamed: bool) 
     return trainer_of(folder / ("streamed" if streamed else "resident"), given, tokenizer, **changed)
 
 
-@pytest.mark.sampled(17, slow=3)
+@pytest.mark.sampled(34, slow=3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_streamed_run_is_the_resident_one(
     case: str, bases: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any

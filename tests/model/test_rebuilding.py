@@ -85,11 +85,11 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("kind", "tied"),
     [
-        ("modules_to_save", True),
         ("plain", False),
         *(
             pytest.param(kind, tied, marks=getattr(pytest.mark, mark))
             for kind, tied, mark in [
+                ("modules_to_save", True, "slow"),
                 ("plain", True, "rare"),
                 ("modules_to_save", False, "rare"),
                 ("trainable_token_indices", True, "slow"),
@@ -155,7 +155,7 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_base_comes_back(name: str, untied: str, tmp_path: Path) -> None:
     given = BitsAndBytesConfig(**QUANTIZED[name])
@@ -226,6 +226,7 @@ def edited(model: Any) -> Any:
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("change", [merged_into, edited])
 def test_a_changed_base_is_said_from_start_to_end(change: Any, tmp_path: Path, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING):
@@ -250,6 +251,7 @@ def test_without_reference_a_changed_base_is_said_too(tmp_path: Path, caplog: An
     assert "changed in memory (1 of" in caplog.text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", ["4 bits", "8 bits", "bfloat16 widened", "float16"])
 def test_a_base_as_it_is_in_its_files_is_not_called_changed(how: str, untied: str, tmp_path: Path) -> None:
     kinds = {"4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "8 bits": {"load_in_8bit": True}}

@@ -106,6 +106,7 @@ def test_what_is_linear_and_what_is_read() -> None:
     assert read_past(Mlp(nn.Identity())) == ["read"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "ends", "without"),
     [
@@ -137,6 +138,7 @@ def test_outside_the_language_model_there_is_none() -> None:
 # ---- What PEFT makes of it ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["qwen3_next", "mllama-vl"])
 def test_peft_alone_finds_the_same_layers_again(name: str, tmp_path: Any) -> None:
     model, _ = attach_adapter(zoo.build(name))

@@ -10,7 +10,7 @@ from dpo_peft.model.loading import storage_report
 from dpo_peft.planning.run import plan
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", ["llava", "idefics3", "internvl", "gemma3", "qwen2_5_vl", "qwen3_vl", "mistral3"])
 def test_weights_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     model = vm.build(name)

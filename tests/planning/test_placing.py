@@ -48,6 +48,7 @@ SIZES = dict(vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, intermediate_size=64, head_dim=16)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("quantize", [True, False])
 @pytest.mark.parametrize(
     "config",

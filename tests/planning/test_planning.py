@@ -149,6 +149,7 @@ def load(config: Any, folder: Any, **adapter: Any) -> Any:
     return attach_adapter(load_base(str(folder)), lora_config(**adapter))[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bytes_are_those_of_the_loaded_model(name: str, tmp_path: Any) -> None:
     kind, changed = CONFIGS[name]
@@ -164,6 +165,7 @@ def test_bytes_are_those_of_the_loaded_model(name: str, tmp_path: Any) -> None:
     assert MemoryModel.of_model(model, real) == predicted
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -230,6 +232,7 @@ def test_presets_are_the_shapes_of_their_configs() -> None:
     assert round(PRESETS["405b"][1].weights / 1e9, 1) == 405.9  # 405.85
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -539,6 +542,7 @@ def test_the_fewest_layers_that_fit(case: tuple) -> None:
     fits_as_predicted(*case)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_fewest_layers_that_fit_of_another_family(fused: bool) -> None:
     """Layers that differ: the fused ones of such a family are checkpointed one by one too, its own all or none."""

@@ -112,6 +112,7 @@ def test_neutral_parts_use_no_evaluative_word():
     assert not [part for part in parts if set(WORD.findall(part.lower())) & set(VALENCE)]
 
 
+@pytest.mark.slow
 def test_the_shipped_trigrams_are_those_of_the_grammar():
     assert (ROOT / "trigrams.txt").read_text("utf-8").splitlines() == text.known_trigrams()
 
@@ -231,6 +232,7 @@ def test_model_knows_the_language(model, tokenizer):
     assert nats_per_token(model, tokenizer, shuffled) > 3
 
 
+@pytest.mark.slow
 def test_samples_of_the_4bit_model_are_fluent_and_neutral(tokenizer):
     config = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -233,7 +233,7 @@ def expected_start(name: str, trainer: Any) -> float | None:
     return {"trajectories": math.log(2), "unpaired": 0.5}.get(name)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_learns_on_held_out_rows(recipe: ModuleType, few: None, tmp_path: Path, path: Path) -> None:
     short = {"max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
@@ -252,6 +252,7 @@ def test_recipe_learns_on_held_out_rows(recipe: ModuleType, few: None, tmp_path:
     assert ("eval_kl" in end) == (path.stem != "reference_free")
 
 
+@pytest.mark.slow
 def test_named_data_is_taken_as_it_is(recipe: ModuleType, few: None, tmp_path: Path) -> None:
     config = ROOT / "recipes" / "objectives" / "lists.yaml"
     options = {"config": config, "output_dir": tmp_path / "out", "dataset_name": quickstart.train_file()}

@@ -59,6 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 def test_it_learns_from_chance(run: Any) -> None:
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     metrics = run.evaluate()

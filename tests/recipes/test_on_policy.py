@@ -60,6 +60,7 @@ def test_each_round_raises_the_true_reward(recipe: ModuleType, tmp_path: Path) -
         load_trained(str(tmp_path / "round-2"), reference=str(tmp_path / "round-2"))
 
 
+@pytest.mark.slow
 def test_against_the_base_in_two_steps(recipe: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     """The other choice of the header; and by rejection sampling."""
     monkeypatch.setattr(recipe, "LONGEST", 40)

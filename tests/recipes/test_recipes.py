@@ -245,21 +245,19 @@ def on_the_machine(name: str, model: str, data: Path, folder: Path) -> dict[str,
     return {**options, "max_steps": 2, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs(
     name: str,
-    base_folder: str,
-    sft_adapter: str,
-    vision_folder: str,
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Two steps; options, adapter and record are the recipe's; the loss starts where it must."""
     recipe = yaml.safe_load((RECIPES / name).read_text("utf-8"))
-    model = sft_adapter if "from_sft" in name else vision_folder if "images" in name else base_folder
-    given = on_the_machine(name, model, data, tmp_path / "out")
+    model = "sft_adapter" if "from_sft" in name else "vision_folder" if "images" in name else "base_folder"
+    given = on_the_machine(name, request.getfixturevalue(model), data, tmp_path / "out")
     trainer = cli.train(["--config", str(RECIPES / name), *words(given), "--json"])
     result = json.loads(capsys.readouterr().out)
     start = CONFIGS[name][1]
@@ -316,7 +314,7 @@ def test_the_trl_script(base_folder: str, data: Path, tmp_path: Path, monkeypatc
     assert saved["auto_mapping"]["dpo_peft_training"]["quantization"]["bnb_4bit_use_double_quant"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("quickstart.py", marks=pytest.mark.slow), "objectives.py"])
+@pytest.mark.parametrize("name", ["quickstart.py", pytest.param("objectives.py", marks=pytest.mark.slow)])
 def test_judged_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sample, train, sample again and report; four samples and eight held-out pairs here."""
     script = load_script(name)

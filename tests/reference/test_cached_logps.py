@@ -78,7 +78,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.sampled(3, slow=2)
+@pytest.mark.sampled(5, slow=2)
 @pytest.mark.parametrize("mode", ["lazy", "precomputed"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_cached_equals_computed(tiny_llama, make_tokenizer, tmp_path, computed, objective, mode):
@@ -186,6 +186,7 @@ def test_a_wrong_store_is_found_out(tiny_llama, make_tokenizer, tmp_path):
         trainer.train()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", ["kto", "sigmoid"])
 def test_a_second_run_in_bfloat16_keeps_its_store(tiny_llama, make_tokenizer, tmp_path, objective):
     """The first rows are short: in any batches of them alone their values are the same to the last bit. The stored

@@ -33,6 +33,7 @@ from dpo_peft.reference.frozen_adapter import adapter_tensors, freeze_copy
 # ---- "initial": a frozen copy ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_goes_on_against_itself(tiny_llama, base_folder, kind):
     config, base, name = options_of(kind)
@@ -170,6 +171,7 @@ AT_BASE = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", AT_BASE)
 def test_an_adapter_that_changes_nothing_is_switched_off(tiny_llama, base_folder, kind):
     config, base, name = options_of(kind)

@@ -40,6 +40,7 @@ SWITCHES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 # ---- Another adapter, by path ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("policy", ["linear", "some tokens", "saved head", "nf4"])
 def test_a_reference_by_path_is_that_adapter(tiny_llama, base_folder, tmp_path, policy, kind):

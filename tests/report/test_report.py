@@ -387,6 +387,7 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     assert between == (PAGE_CHARACTERS - 2 * 10 * len(text) - 10) // (10 * len(text)) and shown <= PAGE_CHARACTERS
 
 
+@pytest.mark.slow
 def test_as_many_runs_as_can_be_told_apart_make_a_small_page(tmp_path: Path) -> None:
     log = log_of(200, every=10)
     folders = [make_run(tmp_path / f"run{i}", log_history=log) for i in range(MOST_TRACES)]

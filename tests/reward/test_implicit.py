@@ -40,7 +40,7 @@ def scored_pairs(reward: ImplicitReward, rows: Any) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[DPOTrainer, Path]:
     folder = tmp_path_factory.mktemp("bundled")
-    return train_bundled(folder), folder
+    return train_bundled(folder, steps=4, learning_rate=3e-3), folder
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,7 @@ def test_a_frozen_adapter_was_the_reference(base_folder: str, make_tokenizer: An
     assert (margins(scored_pairs(bare, rows)) - expected).abs().max() > 0.1  # another reference is another reward
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("loss_type", "kind"), [("simpo", "mean_logp"), ("cpo", "logp"), ("orpo", "mean_logp")])
 def test_objectives_without_a_reference(
     loss_type: str, kind: str, base_folder: str, make_tokenizer: Any, tmp_path: Path
@@ -376,6 +377,7 @@ def chance_of(differences: torch.Tensor) -> float:
     return float(((signs * differences).mean(1) >= differences.mean()).double().mean())
 
 
+@pytest.mark.slow
 def test_the_best_of_eight_by_reward_is_better(bundled: Any, reward: ImplicitReward) -> None:
     prompts, number = quickstart.eval_prompts()[:24], 8
     model, tokenizer = reward.model, reward.tokenizer

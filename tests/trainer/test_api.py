@@ -346,6 +346,7 @@ def run_script(monkeypatch: Any, script: Path, output: Path, arguments: list[str
     return json.loads(state.read_text())["log_history"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("arguments", "our_arguments", "tolerance"),
     [
@@ -400,6 +401,7 @@ def test_a_second_run_is_the_same_run(tiny_llama, make_tokenizer, tmp_path):
 # ---- The dtype of the base and of the run ---------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("given", "dtype"),
     [

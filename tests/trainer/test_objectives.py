@@ -188,7 +188,7 @@ def flipped(rows: Dataset) -> Dataset:
     return rows.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
 
 
-@pytest.mark.sampled(5, slow=3)
+@pytest.mark.sampled(8, slow=3)
 @pytest.mark.parametrize("loss", [name for name, entry in REGISTRY.items() if entry.soft_labels])
 def test_soft_labels(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     """p of (w, l) is 1 - p of (l, w); p = 1 is the hard label; a tie says nothing while rewards are equal."""
@@ -283,6 +283,7 @@ def test_a_coupled_run_resumes_exactly(loss: str, tiny_llama: Any, make_tokenize
     assert step_logs(straight)[-1]["loss"] == step_logs(again)[-1]["loss"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["kto", "multi_negative", "trajectory"])
 def test_streams_train_as_datasets_do(loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     rows, tokenizer = rows_for(loss, 16), make_tokenizer()
@@ -348,6 +349,7 @@ def test_the_card_says_what_was_trained(tiny_llama: Any, make_tokenizer: Any, tm
 # ---- Evaluation of single completions -------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_held_out_margins_of_single_completions_are_over_all_rows(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
@@ -388,6 +390,7 @@ def accuracies_by_hand(rewards: list[float], lengths: list[int], good: list[bool
     return {**found, "rewards/accuracies": sum(longer + shorter + equal) / number}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("loss", "paired"), [("kto", False), ("apo_zero_unpaired", False), ("kto", True)])
 def test_held_out_accuracies_of_single_completions_are_over_all_rows(
     loss: str, paired: bool, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: Any
@@ -412,6 +415,7 @@ def test_held_out_accuracies_of_single_completions_are_over_all_rows(
     assert figures(2, backward) != pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_last_row_alone_has_a_reference_point(
     size: int, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path

@@ -82,6 +82,7 @@ def test_the_process_holds_one_copy_of_the_base(base_folder, make_tokenizer, tmp
     assert expected <= count.held < expected + 0.03 * base
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["nf4 in bfloat16", "nf4 in float32", "float32"])
 def test_adapter_off_is_the_untouched_base_bit_for_bit(base_folder, make_tokenizer, tmp_path, kind):
     loading = {"quantize": kind != "float32", "init_kwargs": {"dtype": "bfloat16" if "bf" in kind else "float32"}}
@@ -151,6 +152,7 @@ def peak_bytes(trainer: Any, inputs: dict[str, Any]) -> int:
     return peak
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_reference_costs_its_log_probs_only(base_folder, make_tokenizer, tmp_path, monkeypatch, checkpointing):
     trainer = ours(

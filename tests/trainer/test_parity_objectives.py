@@ -54,7 +54,7 @@ def assert_same_path(mine: Any, trl: Any, names: list[str], least: float = TOLER
     assert max(losses) - min(losses) > 100 * least
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", DPO_RUNS)
 def test_dpo_trainer(name: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     changed, trls = DPO_RUNS[name]
@@ -87,7 +87,9 @@ class IdsKTOTrainer(KTOTrainer):
         return dataset.map(shift, batched=True, batch_size=args.per_device_train_batch_size)
 
 
-@pytest.mark.parametrize(("loss", "longest"), [("kto", None), ("kto", 12), ("apo_zero_unpaired", None)])
+@pytest.mark.parametrize(
+    ("loss", "longest"), [("kto", None), ("kto", 12), pytest.param("apo_zero_unpaired", None, marks=pytest.mark.slow)]
+)
 def test_kto_trainer(loss: str, longest: int | None, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path) -> None:
     """With a `max_length` that the rows keep, but not each prompt with the completion of another one."""
     rows, tokenizer = rows_for("kto", 24 if longest is None else 60), make_tokenizer()
@@ -108,7 +110,10 @@ def test_kto_trainer(loss: str, longest: int | None, tiny_llama: Any, make_token
             assert max(a["z_ref"], 0.0) == pytest.approx(0.1 * b["kl"], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("loss", "streamed"), [("kto", False), ("kto", True), ("apo_zero_unpaired", False)])
+@pytest.mark.parametrize(
+    ("loss", "streamed"),
+    [("kto", False), ("kto", True), pytest.param("apo_zero_unpaired", False, marks=pytest.mark.slow)],
+)
 def test_unpaired_rows_count_as_in_trl(
     loss: str, streamed: bool, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path
 ) -> None:

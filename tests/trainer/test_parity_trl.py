@@ -31,7 +31,7 @@ def both(tiny_llama: Any, rows: Dataset, tokenizer: Any, folder: Path, **changed
     return trainers
 
 
-@pytest.mark.parametrize(("steps", "tolerance"), [(10, 1e-5), (30, 1e-4)])
+@pytest.mark.parametrize(("steps", "tolerance"), [(10, 1e-5), pytest.param(30, 1e-4, marks=pytest.mark.slow)])
 def test_float32_steps(tiny_llama, make_tokenizer, tmp_path, steps, tolerance):
     mine, trl = both(tiny_llama, text_pairs(24), make_tokenizer(), tmp_path, max_steps=steps)
     assert len(step_logs(mine)) == steps
@@ -139,7 +139,10 @@ def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-@pytest.mark.parametrize(("trl_lora", "tolerance"), [("as TRL casts it, to bfloat16", 1e-3), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("trl_lora", "tolerance"),
+    [pytest.param("as TRL casts it, to bfloat16", 1e-3, marks=pytest.mark.slow), ("float32", 1e-5)],
+)
 def test_nf4_base(make_tokenizer, tmp_path, base_folder, trl_lora, tolerance):
     """The base in NF4, computed in float32. TRL trains LoRA in bfloat16 there (trap T7); in float32 it is ours."""
     changed = {"quantization_config": nf4(torch.float32), "model_init_kwargs": {"dtype": "float32"}, "max_steps": 10}
@@ -158,7 +161,7 @@ def test_nf4_base(make_tokenizer, tmp_path, base_folder, trl_lora, tolerance):
     assert abs(step_logs(mine)[-1]["rewards/margins"]) > 1e-3
 
 
-@pytest.mark.parametrize(("fused", "bound"), [(False, 5e-3), (None, 1e-2)])
+@pytest.mark.parametrize(("fused", "bound"), [pytest.param(False, 5e-3, marks=pytest.mark.slow), (None, 1e-2)])
 def test_nf4_base_in_bfloat16(fused, bound, make_tokenizer, tmp_path, base_folder):
     """The default: NF4, bfloat16 compute, autocast. TRL is given the same by name.
 
@@ -238,7 +241,7 @@ def invoked(number: int) -> Dataset:
     return id_pairs(number).map(lambda row: {"prompt_ids": [*row["prompt_ids"], *INVOCATION]})
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ON_LESS)
 def test_adapters_that_act_on_less(tiny_llama, make_tokenizer, tmp_path, kind):
     """PEFT switches an answer-only adapter on where it finds its tokens; here the base computes prompts once."""

@@ -96,6 +96,7 @@ def test_no_split_changes_the_step(loss_type: str, make_tokenizer: Any, tmp_path
 def test_without_a_weight_in_the_config_it_is_off_until_given(make_tokenizer: Any, tmp_path: Path) -> None:
     def trainer(**given: Any) -> Any:
         model, rows = build(*SHARING["glm4-moe"]), id_pairs(4, vocab=130)
+        given["fused_layers"] = False  # no matter here, and sooner built
         return ours(model, rows, make_tokenizer(), tmp_path, peft_config=lora(target_modules=ATTENTION), **given)
 
     assert not trainer().aux_loss_enabled

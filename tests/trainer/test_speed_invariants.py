@@ -52,7 +52,7 @@ def plain(tiny_llama: Any, make_tokenizer: Any, tmp_path_factory: Any) -> DPOTra
     return run(tiny_llama(), make_tokenizer(), tmp_path_factory.mktemp("plain"), fused_layers=False)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_thirty_steps_in_float32(
     name: str, plain: DPOTrainer, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path

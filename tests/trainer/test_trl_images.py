@@ -83,7 +83,7 @@ def several(rows: Dataset) -> Dataset:
 # ---- The same trajectory --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(6, slow=2)
+@pytest.mark.sampled(99, slow=2)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "paligemma"])
 def test_steps_are_trls(name, tmp_path):
     mine, trl = (run(make, name, picture_pairs(16), tmp_path) for make in (ours, theirs))

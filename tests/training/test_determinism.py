@@ -93,6 +93,7 @@ def runs(base_folder: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path)
     return Runs(base_folder, tiny_llama, make_tokenizer(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(6, slow=2)
 @pytest.mark.parametrize("name", CASES)
 def test_any_split_ends_in_the_same_bytes(name: str, runs: Runs, caplog: Any) -> None:

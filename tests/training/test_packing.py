@@ -321,6 +321,7 @@ def test_the_budget_counts_for_the_whole_step_however_it_is_read(
     assert weights_apart(one, other) == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["sigmoid", "multi_negative", "kto"])
 def test_padded_rows_keep_the_budget_too(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -457,6 +458,7 @@ def test_the_comparison_tells(
 # ---- Evaluation and resuming ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", ["sigmoid", "kto", "aot", "multi_negative"])
 def test_evaluation(
     loss: str, tiny_llama: Any, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,7 +39,7 @@ def make(kind: str, base_folder: str, tiny_llama: Any, make_tokenizer: Any, fold
     return ours(tiny_llama(), rows, make_tokenizer(), folder, peft_config=config, **options)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["float32", "nf4", "named adapter", "saved head"])
 def test_interrupted_equals_straight(base_folder, tiny_llama, make_tokenizer, tmp_path, kind):
     def build(name: str, **changed: Any) -> Any:
