@@ -330,7 +330,7 @@ def _layers_read(model: nn.Module, pattern: re.Pattern[str]) -> list[str]:
 
 
 @cache
-def _weights_read(kind: type[nn.Module], pattern: re.Pattern[str]) -> set[str]:
+def _weights_read(kind: Any, pattern: re.Pattern[str]) -> set[str]:
     own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch.")]
     return {name for base in own for name in pattern.findall(class_source(base))}
 
