@@ -135,7 +135,11 @@ def families() -> list[Case]:
     cases = [program(f"family {name}", 240, "families.py", *cuda, "--turns", "1", "--only", name) for name in names]
     shapes = ("30b-a3b", "gpt-oss-20b")
     cases += [program(f"experts {name}", 150, "experts.py", "--turns", "1", "--shape", name) for name in shapes]
-    return [*cases, program("pictures", 240, "images.py", *cuda, "--shape", "8b", "--turns", "1")]
+    cases += [program("pictures", 240, "images.py", *cuda, "--shape", "8b", "--turns", "1")]
+    tasks = ("sentiment", "instructions", "labels")
+    return cases + [
+        program(f"quality {name}", 1500, "quality.py", *cuda, "--task", name, "--times", "3") for name in tasks
+    ]
 
 
 def compared(note: str, dtype: str, **options: Any) -> Case:
