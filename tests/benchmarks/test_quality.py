@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_peft import quickstart
 
@@ -147,6 +148,28 @@ def test_labels_swapped_give_the_mirrored_accuracy(quality, tasks, monkeypatch, 
     own = float(of["length_balanced"](runs[0]).mean())
     assert own == pytest.approx(runs[0][-1]["length_balanced"], abs=1e-6)
     assert own != pytest.approx(float(of["accuracy"](runs[0]).mean()), abs=1e-3)  # the control: it isn't the accuracy
+
+
+def test_a_gguf_file_is_converted_with_the_splits_of_its_tokenizer(quality, monkeypatch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from gguf_files import write_gguf
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    key, file, folder = "tokenizer.ggml.pre", tmp_path / "model.gguf", tmp_path / "folder"
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda self, _: self.add_string(key, "smollm"))
+    monkeypatch.delitem(GGUF_PRE_TOKENIZER_SPLITS, "smollm", raising=False)
+    own = AutoTokenizer.from_pretrained(quickstart.model_path())
+    model = AutoModelForCausalLM.from_pretrained(quickstart.model_path(), dtype="float32")
+    write_gguf(file, model, own, "Q8_0")
+    silent = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=file.name)
+    quality.convert(file, folder)
+    saved = AutoTokenizer.from_pretrained(folder)
+    split = [len(one.backend_tokenizer.pre_tokenizer.pre_tokenize_str("2024")) for one in (saved, silent)]
+    assert split == [4, 1]  # the control: transformers alone splits like GPT-2
+    assert saved.chat_template == own.chat_template
+    name = "model.layers.1.mlp.up_proj.weight"
+    read, weight = (one.state_dict()[name].float() for one in (AutoModelForCausalLM.from_pretrained(folder), model))
+    assert (read - weight).abs().max() < 0.02 * weight.abs().max()
 
 
 def test_the_gpus_queue_has_each_task_in_full(quality):
