@@ -2,18 +2,23 @@
 
     python benchmarks/quality.py [--variants full ipo] [--seeds 0 1 2] [--device cuda] [--times 3] [--show]
     python benchmarks/quality.py --task sentiment --model SMOLLM2 [--data pairs.json]
-    python benchmarks/quality.py --task rewrites --model SMOLLM2 --data instruction-data-with-preference.json
+    python benchmarks/quality.py --task labels --model SMOLLM2 --data tulu1_human_eval.jsonl testset-v1.json
 
 Variants have the same rank, steps, order of rows and, but for those that say so, rate; a control that must be worse
 (rank 1, lowest quarter of the layers) shows that the measures can tell. A run is judged several times along the way:
 worth over KL is its frontier (Rafailov et al. 2023, figure 2), and `seconds` of training until there compare at equal
-time (of a CPU its own time, which other work doesn't move). SMOLLM2 is a folder of SmolLM2-135M-Instruct (see
-smollm2_dpo.py).
+time (of a CPU its own time, which other work doesn't move). SMOLLM2 is SmolLM2-135M-Instruct, a folder or the GGUF
+file of smollm2_dpo.py; it may stand in the environment as SMOLLM2_GGUF, and the folder of data as DPO_PEFT_DATA.
 
 - "quickstart" trains the bundled model; worth is the true reward of a fresh completion to each of 128 prompts.
 - "sentiment" trains SmolLM2 in NF4 to go on with reviews in a good mood (the paper's controlled sentiment); worth is
   VADER's compound score (pip install vaderSentiment) of fresh completions to held-out openings. Pairs are the model's
   own: the best and the worst of four samples, drawn once into --data.
+- "instructions" trains it on checkable instructions (dpo_peft/suites/instructions.yaml), on pairs of its own where one
+  of four samples follows the instruction and one doesn't, the two that are nearest in length; worth is the share of
+  held-out instructions that fresh completions follow. Every third kind of them is never trained on, and counted apart.
+- "labels" trains it on answers that people compared (Tulu human evaluation, PandaLM's test set, OASST's trees), and
+  judges one pair of each held-out prompt: accuracy, what length alone gets, and the length-balanced accuracy.
 - "rewrites" trains it on rasbt's pairs; worth is the held-out pairs' margin in nats, KL what the trainer logs of them.
 
 Adds what is missing to benchmarks/results/quality_<device>.json, run by run, and prints mean ± standard deviation over
@@ -218,20 +223,19 @@ def correct(points: list[Run]) -> Tensor | None:
     return (unpacked(points[-1]["margins"]).sign() + 1) / 2 if "margins" in points[-1] else None
 
 
+def length_alone(points: list[Run]) -> Tensor | None:
+    """Returns by held-out pairs what "the longer completion is better" would get."""
+    return (unpacked(points[-1]["longer"]) + 1) / 2 if "longer" in points[-1] else None
+
+
 def balanced(points: list[Run]) -> Tensor | None:
     """Returns by held-out pairs what adds up to the length-balanced accuracy: pairs whose better completion is longer
     weigh as much as those whose better one is shorter, and others nothing."""
     if "longer" not in points[-1]:
         return torch.tensor([v]) if (v := points[-1].get("length_balanced")) is not None else None
-    right, longer = correct(points), unpacked(points[-1]["longer"])
-    assert right is not None
-    numbers = [int((longer == sign).sum()) for sign in (1, -1)]
-    return (
-        None
-        if 0 in numbers
-        else right
-        * sum((longer == sign) * len(longer) / (2 * number) for sign, number in zip((1, -1), numbers, strict=True))
-    )
+    sides = [unpacked(points[-1]["longer"]) == sign for sign in (1, -1)]
+    weights = sum(side / side.sum() for side in sides) * len(sides[0]) / 2
+    return correct(points) * weights if all(map(torch.any, sides)) else None
 
 
 def of_kinds(points: list[Run], unseen: bool) -> Tensor | None:
@@ -245,9 +249,9 @@ def measures(levels: tuple[float, ...]) -> dict[str, Callable[[list[Run]], Tenso
     """Returns what is compared: name to a function of a run's points that gives values by item, or None."""
     return {
         "accuracy": correct,
-        "length alone": lambda run: (unpacked(run[-1]["longer"]) + 1) / 2 if "longer" in run[-1] else None,
+        "length alone": length_alone,
         "accuracy beyond length": lambda run: (
-            correct(run) - (unpacked(run[-1]["longer"]) + 1) / 2 if "longer" in run[-1] else None
+            correct(run) - alone if (alone := length_alone(run)) is not None else None
         ),
         "length_balanced": balanced,
         "seconds": lambda run: torch.tensor([v]) if (v := run[-1].get("seconds")) is not None else None,
@@ -292,7 +296,7 @@ def inputs(args: argparse.Namespace) -> tuple[str, list[str]]:
     """Returns the model's folder and the files of rows, which are made where they can be."""
     model, data, outputs = Path(args.model), args.data, Path(__file__).parents[1] / "outputs"
     outputs.mkdir(exist_ok=True)
-    if args.task != "quickstart" and not (args.model and model.exists()):
+    if args.task != "quickstart" and not args.model:
         raise SystemExit("--model: give a folder or GGUF file of SmolLM2-135M-Instruct (smollm2_dpo.py says how).")
     if model.suffix == ".gguf":
         gguf, model = model, outputs / "smollm2-135m"
