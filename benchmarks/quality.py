@@ -42,7 +42,7 @@ import trl
 from datasets import Dataset, disable_progress_bars
 from objectives import commit
 from peft import LoraConfig
-from quality_tasks import DRAWN, FILES, TASKS, UNSEEN, Run, draw_pairs, lengths, read_pairs, rewards
+from quality_tasks import DRAWN, FILES, TASKS, UNSEEN, Run, draw_pairs, lengths, read_pairs, rewards, vader
 from smollm2_dpo import convert
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -181,7 +181,8 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
 
 
 def interval(values_SI: Tensor) -> tuple[float, float]:
-    """Returns the mean and the half width of its 95 % interval, when other seeds and other items might be drawn.
+    """Returns the mean and the half width of its 95 % interval, when other seeds and items might be drawn: of one
+    seed other items alone.
 
     The variances of the mean by seeds and by items are added, which counts what is of neither twice: the interval is
     rather too wide. Degrees of freedom are Satterthwaite's, rounded down.
@@ -282,11 +283,11 @@ def summarize(runs: dict[str, Run]) -> dict[str, Run]:
             means = [float(items.mean()) for items in found.values()]
             line = {"seeds": len(means), "mean": statistics.mean(means)}
             line |= {"std": statistics.stdev(means)} if len(means) > 1 else {}
-            if len(found) > 1:
-                line["own_half_width"] = interval(torch.stack([*found.values()]))[1]
+            if (values_SI := torch.stack([*found.values()])).numel() > 1:
+                line["own_half_width"] = interval(values_SI)[1]
             pairs = [(items, of(full[seed])) for seed, items in found.items() if seed in full]
             beside = [items - others for items, others in pairs if others is not None]
-            if len(beside) > 1 and not name.endswith("/full"):
+            if beside and torch.stack(beside).numel() > 1 and not name.endswith("/full"):
                 line["difference"], line["half_width"] = interval(torch.stack(beside))
             summary.setdefault(name, {})[measure_name] = {word: round(value, 4) for word, value in line.items()}
     return summary
@@ -302,6 +303,8 @@ def inputs(args: argparse.Namespace) -> tuple[str, list[str]]:
         gguf, model = model, outputs / "smollm2-135m"
         if not model.is_dir():
             convert(gguf, model)
+    if args.task == "sentiment":
+        vader()  # it may not be installed
     if args.task in DRAWN:
         data = data or [str(outputs / f"quality_{args.task}_{args.device}_{args.times}.json")]
         if not Path(data[0]).is_file():
@@ -323,9 +326,12 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], help="of rows; a model's own pairs are drawn if missing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--times", type=int, default=1, help="as many steps and held-out pairs, in an own file")
+    parser.add_argument("--tokens", type=int, help="of a sampled completion; default: few, for a CPU")
     parser.add_argument("--show", action="store_true", help="measure nothing: summarize what is there")
     args = parser.parse_args()
     disable_progress_bars()
+    if args.tokens:
+        TASKS[args.task] = TASKS[args.task]._replace(tokens=args.tokens)
     file = Path(__file__).parent / f"results/quality_{args.device}{f'_{args.times}' if args.times > 1 else ''}.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {"runs": {}}
     if not args.show:

@@ -68,7 +68,7 @@ class Task(NamedTuple):
 TASKS = {
     "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.7, 2.0), 96),
     "sentiment": Task((8, 16, 24), 8, 3e-4, 0.1, 64, (1.0, 4.0), 32),
-    "instructions": Task((8, 16), 4, 3e-4, 0.1, 100, (1.0, 4.0), 96),
+    "instructions": Task((12,), 4, 5e-4, 0.1, 50, (), 64),
     "labels": Task((10,), 8, 3e-4, 0.1, 96, ()),
     "rewrites": Task((4, 8), 4, 5e-4, 0.1, 56, (0.5,)),
 }
