@@ -204,7 +204,7 @@ def worth(point: Run) -> Tensor:
 def at_level(points: list[Run], level: float) -> Tensor | None:
     """Returns the items' worth where the frontier first reaches a KL, if it does: linear in the root of the KL."""
     for low, high in zip(points, points[1:], strict=False):
-        if low["kl"] <= level <= high["kl"]:
+        if None not in (low["kl"], high["kl"]) and low["kl"] <= level <= high["kl"]:
             start, end, here = max(low["kl"], 0.0) ** 0.5, high["kl"] ** 0.5, level**0.5
             return worth(low) + (worth(high) - worth(low)) * (here - start) / (end - start)
     return None
@@ -256,7 +256,7 @@ def measures(levels: tuple[float, ...]) -> dict[str, Callable[[list[Run]], Tenso
         ),
         "length_balanced": balanced,
         "seconds": lambda run: torch.tensor([v]) if (v := run[-1].get("seconds")) is not None else None,
-        "kl": lambda run: torch.tensor([run[-1]["kl"]]),
+        "kl": lambda run: torch.tensor([v]) if (v := run[-1]["kl"]) is not None else None,  # SimPO has no reference
         "words": lambda run: torch.tensor([float(v)]) if (v := run[-1].get("words")) is not None else None,
         "worth": lambda run: worth(run[-1]),
         **{f"worth, {kinds} kinds": partial(of_kinds, unseen=kinds == "unseen") for kinds in ("seen", "unseen")},

@@ -32,25 +32,19 @@ FILES = {
     "rewrites": ["rasbt-instruction-preference/instruction-data-with-preference.json"],
 }
 LONGEST = {"cpu": 900, "cuda": 6000}  # characters of a judged pair as it is written
-PLACES = [
-    *(
-        "the harbor hotel",
-        "the new noodle bar",
-        "the museum of clocks",
-        "a guided walk in the old town",
-        "the night bus",
-    ),
-    *("the corner bakery", "a cooking class", "the repair shop on Mill Lane", "the open-air cinema", "the city pool"),
-    *("a weekend on the farm", "the second-hand bookshop", "the ferry to the islands", "a jazz evening", "the zoo"),
-    *("the new phone", "this pair of boots", "the folding bicycle", "a garden chair", "the coffee machine"),
-    *("the documentary on bees", "this detective novel", "the puzzle game", "a course on bread", "the mountain hut"),
-]
-OPENINGS = [
-    *("We tried {} last week, and", "About {} I can say that", "After all the talk about {}, I", "So here is {}:"),
-    *("My sister gave me {} for my birthday, and", "I had waited a year for {}, then", "Let me tell you about {}."),
-    *("I had not expected that {}", "What I remember of {} is", "Nobody warned me that {}", "For the price, {}"),
-    *("It was raining when we came to {}, and", "I went back to {} because", "If you are thinking of {}, then"),
-]
+PLACES = (
+    "the harbor hotel; the new noodle bar; the museum of clocks; a guided walk in the old town; the night bus; "
+    "the corner bakery; a cooking class; the repair shop on Mill Lane; the open-air cinema; the city pool; "
+    "a weekend on the farm; the second-hand bookshop; the ferry to the islands; a jazz evening; the zoo; "
+    "the new phone; this pair of boots; the folding bicycle; a garden chair; the coffee machine; "
+    "the documentary on bees; this detective novel; the puzzle game; a course on bread; the mountain hut"
+).split("; ")
+OPENINGS = (
+    "We tried {} last week, and; About {} I can say that; After all the talk about {}, I; So here is {}:; "
+    "My sister gave me {} for my birthday, and; I had waited a year for {}, then; Let me tell you about {}.; "
+    "I had not expected that {}; What I remember of {} is; Nobody warned me that {}; For the price, {}; "
+    "It was raining when we came to {}, and; I went back to {} because; If you are thinking of {}, then"
+).split("; ")
 
 
 class Task(NamedTuple):
