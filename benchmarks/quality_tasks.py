@@ -164,7 +164,10 @@ def read_pairs(task: str, data: list[str], held_out: int, device: str) -> tuple[
     for row in found:
         if len(held) < held_out:
             held.setdefault(json.dumps(row["prompt"]), row)
-    return [row for row in found if json.dumps(row["prompt"]) not in held], [*held.values()]
+    train = [row for row in found if json.dumps(row["prompt"]) not in held]
+    if not train:
+        raise SystemExit(f"--times: nothing is left to train on, as there are {len(held)} prompts. Take fewer.")
+    return train, [*held.values()]
 
 
 def judged_pairs(row: Run) -> list[Run]:
