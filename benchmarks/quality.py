@@ -2,18 +2,23 @@
 
     python benchmarks/quality.py [--variants full ipo] [--seeds 0 1 2] [--device cuda] [--times 3] [--show]
     python benchmarks/quality.py --task sentiment --model SMOLLM2 [--data pairs.json]
-    python benchmarks/quality.py --task rewrites --model SMOLLM2 --data instruction-data-with-preference.json
+    python benchmarks/quality.py --task labels --model SMOLLM2 --data tulu1_human_eval.jsonl testset-v1.json
 
 Variants have the same rank, steps, order of rows and, but for those that say so, rate; a control that must be worse
 (rank 1, lowest quarter of the layers) shows that the measures can tell. A run is judged several times along the way:
 worth over KL is its frontier (Rafailov et al. 2023, figure 2), and `seconds` of training until there compare at equal
-time (of a CPU its own time, which other work doesn't move). SMOLLM2 is a folder of SmolLM2-135M-Instruct (see
-smollm2_dpo.py).
+time (of a CPU its own time, which other work doesn't move). SMOLLM2 is SmolLM2-135M-Instruct, a folder or the GGUF
+file of smollm2_dpo.py; it may stand in the environment as SMOLLM2_GGUF, and the folder of data as DPO_PEFT_DATA.
 
 - "quickstart" trains the bundled model; worth is the true reward of a fresh completion to each of 128 prompts.
 - "sentiment" trains SmolLM2 in NF4 to go on with reviews in a good mood (the paper's controlled sentiment); worth is
   VADER's compound score (pip install vaderSentiment) of fresh completions to held-out openings. Pairs are the model's
   own: the best and the worst of four samples, drawn once into --data.
+- "instructions" trains it on checkable instructions (dpo_peft/suites/instructions.yaml), on pairs of its own where one
+  of four samples follows the instruction and one doesn't, the two that are nearest in length; worth is the share of
+  held-out instructions that fresh completions follow. Every third kind of them is never trained on, and counted apart.
+- "labels" trains it on answers that people compared (Tulu human evaluation, PandaLM's test set, OASST's trees), and
+  judges one pair of each held-out prompt: accuracy, what length alone gets, and the length-balanced accuracy.
 - "rewrites" trains it on rasbt's pairs; worth is the held-out pairs' margin in nats, KL what the trainer logs of them.
 
 Adds what is missing to benchmarks/results/quality_<device>.json, run by run, and prints mean ± standard deviation over
@@ -23,39 +28,32 @@ seeds, and the difference to the full adapter with its 95 % interval over held-o
 import argparse
 import json
 import math
-import random
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import trl
 from datasets import Dataset, disable_progress_bars
 from objectives import commit
 from peft import LoraConfig
+from quality_tasks import DRAWN, FILES, TASKS, UNSEEN, Run, draw_pairs, lengths, read_pairs, rewards, vader
+from smollm2_dpo import convert
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from dpo_peft import DPOConfig, DPOTrainer, answer_only, from_alpaca, quickstart
+from dpo_peft import DPOConfig, DPOTrainer, answer_only, quickstart
 from dpo_peft.artifacts.card import framework_versions
 from dpo_peft.model.base import load_base, nf4_config
 from dpo_peft.model.rebuilding import keep_weights
 from dpo_peft.quickstart.sampling import sample_answers, sampled_kl
 
-Run = dict[str, Any]
 HALVES = ["upper_half", "answer_only_upper_half"]
-TOKENS = {"quickstart": 96, "sentiment": 32}  # of a sampled completion
 LOSSES: dict[str, Run] = {
     "ipo": {"loss_type": ["ipo"], "beta": 0.1},
     "kto": {"loss_type": ["kto"], "unpair_preferences": True},
@@ -65,43 +63,6 @@ ADAPTERS = ["full", "answer_only", *HALVES, *(f"{half}_at_twice_the_rate" for ha
 VARIANTS = [*ADAPTERS, *LOSSES, "trl"]  # trl: its trainer, as "full"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 QUANTILES = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 12: 2.179, 20: 2.086, 40: 2.021}
-PLACES = [
-    *(
-        "the harbor hotel",
-        "the new noodle bar",
-        "the museum of clocks",
-        "a guided walk in the old town",
-        "the night bus",
-    ),
-    *("the corner bakery", "a cooking class", "the repair shop on Mill Lane", "the open-air cinema", "the city pool"),
-    *("a weekend on the farm", "the second-hand bookshop", "the ferry to the islands", "a jazz evening", "the zoo"),
-    *("the new phone", "this pair of boots", "the folding bicycle", "a garden chair", "the coffee machine"),
-    *("the documentary on bees", "this detective novel", "the puzzle game", "a course on bread", "the mountain hut"),
-]
-OPENINGS = [
-    *("We tried {} last week, and", "About {} I can say that", "After all the talk about {}, I", "So here is {}:"),
-    *("My sister gave me {} for my birthday, and", "I had waited a year for {}, then", "Let me tell you about {}."),
-    *("I had not expected that {}", "What I remember of {} is", "Nobody warned me that {}", "For the price, {}"),
-    *("It was raining when we came to {}, and", "I went back to {} because", "If you are thinking of {}, then"),
-]
-
-
-class Task(NamedTuple):
-    """Says how a task is trained and judged."""
-
-    judged: tuple[int, ...]  # after these steps; the last one ends the training
-    pairs: int  # a step
-    rate: float
-    beta: float
-    held_out: int  # pairs
-    levels: tuple[float, ...]  # of KL, in nats a completion, at which the frontiers are compared
-
-
-TASKS = {
-    "quickstart": Task((12, 20, 32), 8, 6e-4, 0.5, 128, (0.7, 2.0)),
-    "sentiment": Task((8, 16, 24), 8, 3e-4, 0.1, 64, (1.0, 4.0)),
-    "rewrites": Task((4, 8), 4, 5e-4, 0.1, 56, (0.5,)),
-}
 
 
 def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> LoraConfig:
@@ -116,50 +77,6 @@ def adapter(variant: str, layers: int, tokenizer: PreTrainedTokenizerBase) -> Lo
     return config
 
 
-def read_pairs(task: str, data: str, held_out: int) -> tuple[list[Run], list[Run]]:
-    """Returns the rows of a task to train on and those held out, no prompt in both."""
-    if task == "quickstart":
-        files = [Path(file).read_text("utf-8") for file in (quickstart.train_file(), quickstart.test_file())]
-        # A sampled completion in each file opens a turn itself, where an answer-only adapter would begin anew.
-        lines = ([line for line in file.splitlines() if "<|im_start|>" not in line] for file in files)
-        train, test = ([json.loads(line) for line in one] for one in lines)
-        return train, test[:held_out]
-    if task == "sentiment":
-        rows = json.loads(Path(data).read_text("utf-8"))
-        return rows["train"], rows["test"][:held_out]
-    found = [from_alpaca(row) for row in json.loads(Path(data).read_text("utf-8")) if row["chosen"] != row["rejected"]]
-    random.Random(0).shuffle(found)
-    asked = [row["prompt"] for row in found[:held_out]]
-    return [row for row in found if row["prompt"] not in asked], found[:held_out]
-
-
-def vader() -> Callable[[str], float]:
-    """Returns the lexicon's judgment of a text's mood, from -1 to 1 (Hutto and Gilbert 2014)."""
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    analyzer = SentimentIntensityAnalyzer()
-    return lambda text: analyzer.polarity_scores(text)["compound"]
-
-
-def draw_pairs(file: Path, model: str, device: str) -> None:
-    """Writes the rows of "sentiment": the best and the worst of four completions of the model, by their mood."""
-    asked = [f"Continue this review in two sentences: {one.format(place)}" for one in OPENINGS for place in PLACES]
-    random.Random(0).shuffle(asked)
-    prompts, score = [[{"role": "user", "content": text}] for text in asked], vader()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
-    drawn = [sample_answers(base, tokenizer, prompts, seed, TOKENS["sentiment"]) for seed in range(4)]
-    texts = [tokenizer.batch_decode(answers, skip_special_tokens=True) for answers in zip(*drawn, strict=True)]
-    rows = []
-    for prompt, four in zip(prompts, texts, strict=True):
-        ranked = sorted(four, key=score)
-        sides = {"chosen": ranked[-1], "rejected": ranked[0]}
-        if score(ranked[-1]) > score(ranked[0]):
-            rows.append({"prompt": prompt, **{k: [{"role": "assistant", "content": v}] for k, v in sides.items()}})
-    held_out = TASKS["sentiment"].held_out
-    file.write_text(json.dumps({"train": rows[3 * held_out :], "test": rows[: 3 * held_out]}, indent=0), "utf-8")
-
-
 class Judge(TrainerCallback):
     """Judges the policy along the training, whose time it takes without its own.
 
@@ -167,14 +84,14 @@ class Judge(TrainerCallback):
         trainer: ours or TRL's.
         judged: steps.
         task: its name.
-        prompts: of the held-out rows.
+        rows: held out.
         seed: of the samples.
     """
 
-    def __init__(self, trainer: Any, judged: list[int], task: str, prompts: list[Any], seed: int):
+    def __init__(self, trainer: Any, judged: list[int], task: str, rows: list[Run], seed: int):
         self.trainer, self.judged, self.task, self.seed, self.points = trainer, judged, task, seed, list[Run]()
-        self.prompts = quickstart.eval_prompts()[:128] if task == "quickstart" else prompts
-        self.reward = quickstart.true_reward if task == "quickstart" else vader() if task == "sentiment" else None
+        own = quickstart.eval_prompts()[:128] if task == "quickstart" else ()
+        self.rows = [{"prompt": prompt} for prompt in own] or rows
         self.clock = time.process_time if trainer.args.use_cpu else time.perf_counter
         self.seconds, self.began = 0.0, 0.0
 
@@ -187,27 +104,34 @@ class Judge(TrainerCallback):
         if state.global_step not in self.judged:
             return
         model, tokenizer, last = trainer.model, trainer.processing_class, state.global_step == self.judged[-1]
-        if isinstance(trainer, DPOTrainer) and trainer.objective.kind.paired and (last or self.reward is None):
-            output = trainer.predict(trainer.eval_dataset)
+        sampled, rows = TASKS[self.task].tokens, trainer.eval_dataset
+        if rows is not None and (last or not sampled):
+            output = trainer.predict(rows)
             chosen, rejected = (torch.as_tensor(output.predictions) / trainer.beta).T
             point["kl"] = output.metrics.get("test_kl")
             point["length_balanced"] = output.metrics.get("test_accuracies/length_balanced")
             point["margins"] = packed(chosen - rejected)
-        if self.reward is not None:
+            sides = [[len(ids) for ids in row["completion_ids"]] for row in rows]
+            point["longer"] = packed(torch.tensor([better - worse for better, worse in sides]).sign())
+        if sampled:
             model.eval()
-            answers = sample_answers(model, tokenizer, self.prompts, 1 + self.seed, TOKENS[self.task])
+            prompts = [row["prompt"] for row in self.rows]
+            answers = sample_answers(model, tokenizer, prompts, 1 + self.seed, sampled)
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            point["kl"] = sampled_kl(model, tokenizer, self.prompts, answers)
+            point["kl"] = sampled_kl(model, tokenizer, prompts, answers)
             point["words"] = statistics.mean(len(text.split()) for text in texts)
             if self.task == "quickstart":
                 point["fluency"] = quickstart.known_trigram_share(texts)
-            point["rewards"] = packed(torch.tensor([self.reward(text) for text in texts]))
+            if self.task == "instructions":
+                kinds = [json.loads(row["instruction"])["kind"] for row in self.rows]
+                point["unseen"] = packed(torch.tensor([float(kind in UNSEEN) for kind in kinds]))
+            point["rewards"] = packed(torch.tensor(rewards(self.task, self.rows, texts)))
             model.train()
         self.points.append(point)
 
 
 def packed(values: Tensor) -> str:
-    return " ".join(f"{value:.2f}" for value in values.tolist())
+    return " ".join(f"{value:.4g}" for value in values.tolist())
 
 
 def unpacked(text: str) -> Tensor:
@@ -218,7 +142,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     """Trains one variant, and judges it along the way."""
     task, bundled = TASKS[args.task], args.task == "quickstart"
     model, judged = quickstart.model_path() if bundled else args.model, [args.times * step for step in task.judged]
-    train, test = read_pairs(args.task, args.data, args.times * task.held_out)
+    train, test = read_pairs(args.task, args.data, args.times * task.held_out, args.device)
     shared = {
         "output_dir": tempfile.mkdtemp(),
         "beta": task.beta,
@@ -248,16 +172,17 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> Run:
     else:
         loaded = {"model_init_kwargs": {"dtype": "float32"}}
         config = DPOConfig(**{**shared, **loaded, **LOSSES.get(variant, {})})
-        evaluated = None if variant == "kto" else Dataset.from_list(test)
+        evaluated = None if variant == "kto" or "chosen" not in test[0] else Dataset.from_list(test)
         trainer = DPOTrainer(model, args=config, train_dataset=rows, eval_dataset=evaluated, peft_config=peft_config)
-    judge = Judge(trainer, judged, args.task, [row["prompt"] for row in test], seed)
+    judge = Judge(trainer, judged, args.task, test, seed)
     trainer.add_callback(judge)
     trainer.train()
-    return {"points": judge.points, "commit": commit()}
+    return {"points": judge.points, "trained_on": lengths(train[: len(rows)]), "commit": commit()}
 
 
 def interval(values_SI: Tensor) -> tuple[float, float]:
-    """Returns the mean and the half width of its 95 % interval, when other seeds and other items might be drawn.
+    """Returns the mean and the half width of its 95 % interval, when other seeds and items might be drawn: of one
+    seed other items alone.
 
     The variances of the mean by seeds and by items are added, which counts what is of neither twice: the interval is
     rather too wide. Degrees of freedom are Satterthwaite's, rounded down.
@@ -279,7 +204,7 @@ def worth(point: Run) -> Tensor:
 def at_level(points: list[Run], level: float) -> Tensor | None:
     """Returns the items' worth where the frontier first reaches a KL, if it does: linear in the root of the KL."""
     for low, high in zip(points, points[1:], strict=False):
-        if low["kl"] <= level <= high["kl"]:
+        if None not in (low["kl"], high["kl"]) and low["kl"] <= level <= high["kl"]:
             start, end, here = max(low["kl"], 0.0) ** 0.5, high["kl"] ** 0.5, level**0.5
             return worth(low) + (worth(high) - worth(low)) * (here - start) / (end - start)
     return None
@@ -294,16 +219,47 @@ def at_time(points: list[Run], seconds: float) -> Tensor | None:
     return None
 
 
+def correct(points: list[Run]) -> Tensor | None:
+    """Returns by held-out pairs whether the better completion has the higher implicit reward; half for equal ones."""
+    return (unpacked(points[-1]["margins"]).sign() + 1) / 2 if "margins" in points[-1] else None
+
+
+def length_alone(points: list[Run]) -> Tensor | None:
+    """Returns by held-out pairs what "the longer completion is better" would get."""
+    return (unpacked(points[-1]["longer"]) + 1) / 2 if "longer" in points[-1] else None
+
+
+def balanced(points: list[Run]) -> Tensor | None:
+    """Returns by held-out pairs what adds up to the length-balanced accuracy: pairs whose better completion is longer
+    weigh as much as those whose better one is shorter, and others nothing."""
+    if "longer" not in points[-1]:
+        return torch.tensor([v]) if (v := points[-1].get("length_balanced")) is not None else None
+    sides = [unpacked(points[-1]["longer"]) == sign for sign in (1, -1)]
+    weights = sum(side / side.sum() for side in sides) * len(sides[0]) / 2
+    return correct(points) * weights if all(map(torch.any, sides)) else None
+
+
+def of_kinds(points: list[Run], unseen: bool) -> Tensor | None:
+    """Returns what a run is worth by held-out instructions of kinds that were trained on, or of the others."""
+    if "unseen" not in points[-1]:
+        return None
+    return worth(points[-1])[unpacked(points[-1]["unseen"]) == unseen]
+
+
 def measures(levels: tuple[float, ...]) -> dict[str, Callable[[list[Run]], Tensor | None]]:
     """Returns what is compared: name to a function of a run's points that gives values by item, or None."""
     return {
-        "accuracy": lambda run: (unpacked(run[-1]["margins"]).sign() + 1) / 2 if "margins" in run[-1] else None,
-        "length_balanced": lambda run: (
-            torch.tensor([v]) if (v := run[-1].get("length_balanced")) is not None else None
+        "accuracy": correct,
+        "length alone": length_alone,
+        "accuracy beyond length": lambda run: (
+            correct(run) - alone if (alone := length_alone(run)) is not None else None
         ),
+        "length_balanced": balanced,
         "seconds": lambda run: torch.tensor([v]) if (v := run[-1].get("seconds")) is not None else None,
-        "kl": lambda run: torch.tensor([run[-1]["kl"]]),
+        "kl": lambda run: torch.tensor([v]) if (v := run[-1]["kl"]) is not None else None,  # SimPO has no reference
+        "words": lambda run: torch.tensor([float(v)]) if (v := run[-1].get("words")) is not None else None,
         "worth": lambda run: worth(run[-1]),
+        **{f"worth, {kinds} kinds": partial(of_kinds, unseen=kinds == "unseen") for kinds in ("seen", "unseen")},
         **{f"worth at KL {level:g}": partial(at_level, level=level) for level in levels},
     }
 
@@ -327,12 +283,37 @@ def summarize(runs: dict[str, Run]) -> dict[str, Run]:
             means = [float(items.mean()) for items in found.values()]
             line = {"seeds": len(means), "mean": statistics.mean(means)}
             line |= {"std": statistics.stdev(means)} if len(means) > 1 else {}
+            if (values_SI := torch.stack([*found.values()])).numel() > 1:
+                line["own_half_width"] = interval(values_SI)[1]
             pairs = [(items, of(full[seed])) for seed, items in found.items() if seed in full]
             beside = [items - others for items, others in pairs if others is not None]
-            if len(beside) > 1 and not name.endswith("/full"):
+            if beside and torch.stack(beside).numel() > 1 and not name.endswith("/full"):
                 line["difference"], line["half_width"] = interval(torch.stack(beside))
             summary.setdefault(name, {})[measure_name] = {word: round(value, 4) for word, value in line.items()}
     return summary
+
+
+def inputs(args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Returns the model's folder and the files of rows, which are made where they can be."""
+    model, data, outputs = Path(args.model), args.data, Path(__file__).parents[1] / "outputs"
+    outputs.mkdir(exist_ok=True)
+    if args.task != "quickstart" and not args.model:
+        raise SystemExit("--model: give a folder or GGUF file of SmolLM2-135M-Instruct (smollm2_dpo.py says how).")
+    if model.suffix == ".gguf":
+        gguf, model = model, outputs / "smollm2-135m"
+        if not model.is_dir():
+            convert(gguf, model)
+    if args.task == "sentiment":
+        vader()  # it may not be installed
+    if args.task in DRAWN:
+        data = data or [str(outputs / f"quality_{args.task}_{args.device}_{args.times}.json")]
+        if not Path(data[0]).is_file():
+            draw_pairs(args.task, Path(data[0]), str(model), args.device, args.times)
+    folder = Path(os.environ.get("DPO_PEFT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = data or [str(folder / file) for file in FILES.get(args.task, ())]
+    if missing := [file for file in data if not Path(file).is_file()]:
+        raise SystemExit(f"There is no file {missing[0]}: give --data, or DPO_PEFT_DATA, the folder with {FILES}.")
+    return str(model), data
 
 
 def main() -> None:
@@ -340,18 +321,25 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="quickstart")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--model", default="", help="folder of SmolLM2-135M-Instruct, but for the quickstart")
-    parser.add_argument("--data", default="", help="rows of rewrites, or of sentiment, which are drawn if missing")
+    model = os.environ.get("SMOLLM2_GGUF", "")
+    parser.add_argument("--model", default=model, help="SmolLM2-135M-Instruct: a folder, or the wheel's GGUF file")
+    parser.add_argument("--data", nargs="+", default=[], help="of rows; a model's own pairs are drawn if missing")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--times", type=int, default=1, help="as many steps and held-out pairs, in an own file")
+    parser.add_argument("--tokens", type=int, help="of a sampled completion; default: few, for a CPU")
     parser.add_argument("--show", action="store_true", help="measure nothing: summarize what is there")
     args = parser.parse_args()
     disable_progress_bars()
+    if args.tokens:
+        TASKS[args.task] = TASKS[args.task]._replace(tokens=args.tokens)
     file = Path(__file__).parent / f"results/quality_{args.device}{f'_{args.times}' if args.times > 1 else ''}.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {"runs": {}}
-    if args.task == "sentiment" and not Path(args.data).is_file():
-        draw_pairs(Path(args.data), args.model, args.device)
-    for variant, seed in [(variant, seed) for seed in args.seeds for variant in args.variants if not args.show]:
+    if not args.show:
+        args.model, args.data = inputs(args)
+    # Without samples it takes held-out pairs, of which there are margins for our trainer and paired rows.
+    left_out = () if TASKS[args.task].tokens else ("kto", "trl")
+    variants = [] if args.show else [variant for variant in args.variants if variant not in left_out]
+    for variant, seed in [(variant, seed) for seed in args.seeds for variant in variants]:
         key = f"{args.task}/{variant}/{seed}"
         if key not in results["runs"]:
             run = results["runs"][key] = measure(args, variant, seed)
@@ -360,6 +348,8 @@ def main() -> None:
     results |= {"summary": summarize(results["runs"]), "versions": framework_versions()}
     file.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(json.dumps(results["summary"], indent=1))
+    of_task = {name: lines["worth"] for name, lines in results["summary"].items() if name.startswith(args.task)}
+    print("RESULT " + json.dumps({"runs": len(results["runs"]), "worth": of_task}))
 
 
 if __name__ == "__main__":

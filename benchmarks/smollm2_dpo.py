@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dpo_peft import DPOConfig, DPOTrainer, from_sharegpt
 from dpo_peft.artifacts.card import framework_versions
+from dpo_peft.model.gguf import from_named
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,7 +35,7 @@ def convert(gguf: Path, folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    from_named(AutoTokenizer, str(gguf)).save_pretrained(folder)
 
 
 def load_rows(data: Path, tokenizer_folder: str, max_length: int) -> Dataset:
