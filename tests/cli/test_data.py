@@ -73,7 +73,8 @@ def test_several_files_and_a_leak(tmp_path: Path, file: str, capsys: pytest.Capt
     assert found["files"][1]["unusable"]["identical_completions"]["first"] == [2]  # of this file
     leak = found["leaks"]["eval"]
     assert (leak["rows"], leak["of"], leak["first"]) == (1, 3, [[0, 0]])
-    assert leak["near_prompts"]["rows"] == 0 and leak["near_rows"] == {"rows": 1, "first": [[0, 0]]}
+    assert leak["near_prompts"]["rows"] == 0 and leak["near_rows"]["first"] == [[0, 0]]
+    assert leak["near_rows"]["texts"] == [["(the same words)"] * 2]
 
 
 def test_the_config_of_a_run_works_as_it_is(tmp_path: Path, file: str, capsys: pytest.CaptureFixture) -> None:
