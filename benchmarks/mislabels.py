@@ -30,11 +30,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from dpo_peft import DPOConfig, DPOTrainer, prepare_dataset, quickstart
 from dpo_peft.data.collator import KeyedCollator, PreferenceCollator
 from dpo_peft.forward.layout import PackedBatch
+from dpo_peft.model.scope import layer_numbers
 from dpo_peft.preview.crossfit import cross_fit
 from dpo_peft.preview.labels import judge
 from dpo_peft.training.tally import Z, wilson
@@ -42,6 +44,7 @@ from dpo_peft.training.tally import Z, wilson
 RESULTS = Path(__file__).parent / "results"
 OPTIONS: dict[str, Any] = {"beta": 0.1, "num_train_epochs": 1, "max_length": 256, "per_device_train_batch_size": 8}
 OPTIONS |= {"per_device_eval_batch_size": 32, "cache_ref_log_probs": True}
+LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 Array = np.ndarray[Any, Any]
 Rows = list[dict[str, Any]]
 
@@ -99,7 +102,9 @@ def fit(rows: Rows, turned_N: Array, args: argparse.Namespace, seed: int) -> dic
         **OPTIONS,
     )
     torch.manual_seed(0)
-    trainer = DPOTrainer(args.model, args=config, train_dataset=Dataset.from_list(pairs))
+    layers = layer_numbers(args.lora_layers_to_transform, AutoConfig.from_pretrained(args.model).num_hidden_layers)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=layers)
+    trainer = DPOTrainer(args.model, args=config, train_dataset=Dataset.from_list(pairs), peft_config=lora)
     prepared, collate = trainer.train_dataset, KeyedCollator(PreferenceCollator())
     found = {"adapters": cross_fit(trainer, args.folds, args.repeats, seed)}
     base = []
@@ -161,6 +166,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(quickstart.model_path()))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lora_layers_to_transform", help="as of `dpo-peft train`: 0.33 is the upper third")
     parser.add_argument("--tokens", type=int, default=256, help="most in a prompt and both completions")
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--folds", type=int, default=3)
@@ -172,7 +178,7 @@ def main() -> None:
     disable_progress_bars()
     args.store.mkdir(parents=True, exist_ok=True)
     rows = draw(args.data, args.model, args.rows, args.tokens)
-    names = ("rows", "tokens", "folds", "repeats", "learning_rate", "dtype")
+    names = "rows tokens folds repeats learning_rate dtype lora_layers_to_transform".split()
     result: dict[str, Any] = {"setup": {name: getattr(args, name) for name in names} | {"options": OPTIONS}}
     result |= {"data": Path(args.data).name, "model": Path(args.model).name, "runs": {}}
     for seed in args.seeds:

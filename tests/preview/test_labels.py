@@ -86,7 +86,9 @@ def crossed(seed: int, signal: float, turned: float = 0.0, rows: int = 100) -> t
 def test_of_coin_flips_nothing_is_said() -> None:
     """Margins of folds sway together: a label acts on another row's margin as that row's label acts on its own."""
     found = [judge(crossed(seed, 0.0)[0]) for seed in range(300)]
-    assert sum(not one.chance for one in found) <= 9 and sum(one.mislabelled_N.any() for one in found) <= 3  # 10 without
+    assert (
+        sum(not one.chance for one in found) <= 9 and sum(one.mislabelled_N.any() for one in found) <= 3
+    )  # 10 without
     as_independent = [wilson(one.accuracy.value, 100).low > 0.5 for one in found]
     assert sum(as_independent) > 12  # more than the 2.5 % of rows that are independent
     assert all(one.flipped == 0 for one in found if one.chance)
