@@ -94,7 +94,7 @@ def main(file: str, scale: int) -> None:
     ]
     some = [one if n % 20 else changed(some[n - 1], n, draw) for n, one in enumerate(some)]
     started = time.process_time()
-    found_near = len((made := near(some)).repeats())
+    found_near = len((made := near(some)).rows_in())
     seconds = time.process_time() - started
     words = sum(len(text.split()) for one in some for text in [one.prompt, *one.completions])
     result["scale"] = {"rows": scale, "words_a_row": words / scale, "cpu_seconds": seconds, "near": found_near}

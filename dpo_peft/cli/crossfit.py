@@ -106,13 +106,14 @@ def _crossed(asked: CrossFitArguments, inputs: dict[str, Any], folder: Path) -> 
     files = [write_rows(folder / DIFFICULTY, lines)]
     result: dict[str, Any] = {
         "rows": len(rows),
-        "accuracy": float((found.margin_N > 0).mean()),
+        "accuracy": found.accuracy._asdict(),
+        "chance": found.chance,
         "flipped": found.flipped,
     }
     if asked.keep_easiest:
         kept = [rows[i] for i in easiest(found.margin_N, asked.keep_easiest)]
         files.append(write_rows(folder / EASIEST, inputs["train_dataset"].select(kept)))
-        result["kept"] = len(kept)
+        result |= {"kept": len(kept), "dropped": len(rows) - len(kept)}
     shown = [_shown(trainer, i, found) for i in found.found[:SHOWN]]
     result |= {"mislabelled": {"rows": len(found.found), "first": [rows[i] for i in found.found[:SHOWN]]}}
     return result | {"texts": shown, "files": [str(file) for file in files]}
@@ -129,7 +130,13 @@ def _shown(trainer: "DPOTrainer", i: int, found: "Labels") -> dict[str, Any]:
 
 
 def advise_labels(result: Mapping[str, Any]) -> list[str]:
-    """Returns what to do about labels that are probably wrong."""
+    """Returns what to do about labels that are probably wrong, and about adapters that can't tell."""
+    if result["chance"]:
+        easiest = f", and {EASIEST} holds rows by chance" if "kept" in result else ""
+        return [
+            f"{_agreement(result)}: that may be chance. The margins say nothing of labels or of difficulty{easiest}. "
+            "Give more rows, more steps or a higher learning_rate, or a larger model."
+        ]
     if not (number := result["mislabelled"]["rows"]):
         return []
     return [
@@ -141,11 +148,17 @@ def advise_labels(result: Mapping[str, Any]) -> list[str]:
 
 def describe_labels(result: Mapping[str, Any]) -> str:
     """Returns what the folds say, as text."""
-    lines = [
-        f"Held out: {result['accuracy']:.1%} of {result['rows']:,} labels agree with adapters that did not see them",
-        f"  about {result['flipped']:.1%} of the labels are flipped, {result['mislabelled']['rows']:,} rows probably",
-    ]
+    share, called = f"{result['flipped']:.1%}", f"{result['mislabelled']['rows']:,}"
+    labels = f"  about {share} of the labels are flipped, {called} rows probably"
+    lines = [f"Held out: {_agreement(result)}", "  which may be chance" if result["chance"] else labels]
+    if "kept" in result:
+        lines.append(f"  {EASIEST}: {result['kept']:,} rows kept, the {result['dropped']:,} hardest dropped")
     for one in result["texts"]:
         lines.append(f"  row {one['row']}: margin {one['margin']:+.2f}, wrong with probability {one['wrong']:.2f}")
         lines += [f"    {name:<9}{one[name]}" for name in ("prompt", "chosen", "rejected")]
     return "\n".join([*lines, *(f"  written: {file}" for file in result["files"])])
+
+
+def _agreement(result: Mapping[str, Any]) -> str:
+    agree = "{value:.1%} ({low:.1%} to {high:.1%})".format(**result["accuracy"])
+    return f"{agree} of {result['rows']:,} labels agree with adapters that did not see them"

@@ -142,7 +142,7 @@ def run(data: DataArguments, trained: TrainedAs, asked: LookArguments) -> tuple[
     for name, one in looks.items():
         found = [*one.stops, *advise(one.facts, trained.max_unusable_share)]
         to_do += found if name == "train" else [f"{name}: {sentence}" for sentence in found]
-    leaks = {name: looks["train"].repeats.leak(one.repeats) for name, one in looks.items() if name != "train"}
+    leaks = {name: looks["train"].leak(one) for name, one in looks.items() if name != "train"}
     to_do += [sentence for name, leak in leaks.items() for sentence in leak_advice(leak, name)]
     parts = {name: load_datasets(part, False)[0] for name, part in _parts(data).items()}
     files = [look(_first_of_stream(rows), None, name, **options).facts for name, rows in parts.items()]
@@ -243,6 +243,10 @@ def describe(result: Mapping[str, Any], width: int) -> str:
         sections += [_bias(facts)] if facts["bias"] and name == "train" else []
     if template := result["sets"]["train"]["template"]:
         sections.append(_template(template, width))
+    for name, leak in result["leaks"].items():
+        for what in "prompts", "rows":
+            if texts := _texts(leak[f"near_{what}"]):
+                sections.append("\n".join([f"Nearly the same {what} in {name} (above) and in training", *texts]))
     sections += [describe_labels(result["labels"])] if "labels" in result else []
     return "\n\n".join(sections)
 
@@ -286,7 +290,14 @@ def _repeats(found: Mapping[str, Any]) -> str:
     for name, what in {**told, "contradictions": "say the opposite of another"}.items():
         rows = found[name]["rows"]
         lines.append(f"  {rows:,} rows {what}" + (f" ({named(found[name])})" if rows else ""))
+        lines += _texts(found[name])
     return "\n".join(lines)
+
+
+def _texts(found: Mapping[str, Any]) -> list[str]:
+    """Returns the texts of pairs of rows, one under the other."""
+    pairs = zip(found["first"], found.get("texts", ()), strict=False)
+    return [f"    row {row:<6} {text}" for both in pairs for row, text in zip(*both, strict=True)]
 
 
 def _bias(facts: Mapping[str, Any]) -> str:

@@ -216,7 +216,7 @@ def _map_records(
 ) -> Dataset:
     rows = _plain(dataset)
     if rows.format["type"] != "custom":
-        used = [*worker.format.columns, *worker.wanted.label_columns]
+        used = dict.fromkeys((*worker.format.columns, *worker.wanted.label_columns))
         rows = rows.select_columns([column for column in used if column in first])
     tokenizer = tokenizer_hash(worker.tokenizer)
     content = [dataset._fingerprint, worker.format.name, asdict(worker.wanted), tokenizer, SCHEMA_VERSION]

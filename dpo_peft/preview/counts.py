@@ -55,7 +55,7 @@ class Repeats:
         return {
             "duplicates": _first(self.duplicates),
             "contradictions": _first(self.contradictions),
-            "near_duplicates": _first([two for two in self.near.repeats() if two[0] not in told]),
+            "near_duplicates": _first([two for two in self.near.rows_in() if two[0] not in told]),
             "prompts": len(self._prompts),
             "rows_that_share_a_prompt": sum(shared),
             "most_rows_of_a_prompt": max(shared, default=1),
@@ -66,10 +66,12 @@ class Repeats:
         the others, how many have nearly one of these prompts; and how many stand here nearly as they are."""
         theirs = evaluation._prompts
         both = [(row, self._prompts[one][0]) for one in theirs.keys() & self._prompts.keys() for row in theirs[one]]
-        prompts, rows = self.near.leaks(evaluation.near)
-        exact = {row for row, _ in both}
-        near = {"near_prompts": _first([two for two in prompts if two[0] not in exact]), "near_rows": _first(rows)}
-        return {**_first(sorted(both)), "of": sum(map(len, theirs.values())), **near}
+        exact, near = {row for row, _ in both}, evaluation.near
+        found = {
+            "near_prompts": _first([two for two in near.prompts_in(self.near) if two[0] not in exact]),
+            "near_rows": _first(near.rows_in(self.near)),
+        }
+        return {**_first(sorted(both)), "of": sum(map(len, theirs.values())), **found}
 
 
 def _first(found: Pairs) -> dict[str, Any]:
@@ -104,17 +106,15 @@ def sized_tokens(prepared: Dataset, data: str, stop_tokens: Sequence[int]) -> tu
     return found, unended
 
 
-def quantiles(lengths: Sequence[int]) -> dict[str, float]:
-    """Returns the mean of lengths, and the lengths that half, 90 % and 99 % of them don't exceed."""
-    levels = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    found = np.quantile(lengths, list(levels.values()), method="inverted_cdf")
-    return {"mean": float(np.mean(lengths)), **dict(zip(levels, map(int, found), strict=True))}
-
-
 def length_facts(rows: Sequence[Sized], data: str, unit: str) -> dict[str, Any]:
-    """Returns the quantiles of prompts and of each side."""
+    """Returns of prompts and of each side the mean length, and those that half, 90 % and 99 % don't exceed."""
+    levels = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     by_side: dict[str, list[int]] = {"prompt": [row.prompt for row in rows]}
+    facts: dict[str, Any] = {"unit": unit}
     for row in rows:
         for side, length in row.sides(data):
             by_side.setdefault(side, []).append(length)
-    return {"unit": unit, **{side: quantiles(lengths) for side, lengths in by_side.items()}}
+    for side, lengths in by_side.items():
+        found = np.quantile(lengths, list(levels.values()), method="inverted_cdf")
+        facts[side] = {"mean": float(np.mean(lengths)), **dict(zip(levels, map(int, found), strict=True))}
+    return facts

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..training.tally import Array, sigmoid
+from ..training.tally import Array, Estimate, sigmoid, wilson
 
 PRECISION = 0.8  # share of the rows called mislabelled that is expected to be
 SURE = 1.35  # log-likelihood that flips must explain: chance alone gives more in 5 % of sets without any
@@ -27,6 +27,8 @@ class Labels(NamedTuple):
     mislabelled_N: Array  # bool: among the surest, of whom so many are expected to be wrong
     flipped: float  # e, the share of flipped labels
     trust: float  # T, per unit of margin
+    accuracy: Estimate  # share of the labels that agree with their margins
+    chance: bool  # whether that may be by chance: then the margins say nothing
 
     @property
     def found(self) -> list[int]:
@@ -35,19 +37,24 @@ class Labels(NamedTuple):
 
 
 def judge(margins_RN: Array) -> Labels:
-    """Returns what held-out margins, (R, N) float64, say of each label. Where flips explain the margins no better than
-    an adapter that is unsure does, none is said to be flipped. Else the surest rows are, as many as leave their mean
-    probability at `PRECISION`, each above a half and with a negative margin in every repeat."""
+    """Returns what held-out margins, (R, N) float64, say of each label. Where they may agree with labels by chance,
+    or flips explain them no better than an adapter that is unsure does, none is said to be flipped. Else the surest
+    rows are, as many as leave their mean probability at `PRECISION`, each above a half and with a negative margin in
+    every repeat."""
     margin_N = margins_RN.mean(0)
+    # What one row's label does to another's margin is done to its own too: half of the rows at most are independent.
+    accuracy = wilson(float((margin_N > 0).mean()), len(margin_N) / 2)
+    chance = accuracy.low <= 0.5
     trust, flipped, gain = _fit(margin_N)
-    if gain < SURE:
+    if chance or gain < SURE:
         trust, flipped = _fit(margin_N, most=0.0)[0], 0.0
     right_N = sigmoid(trust * margin_N)
     wrong_N = flipped * (1 - right_N) / (flipped + (1 - 2 * flipped) * right_N)
     wrong_S = np.sort(wrong_N)[::-1]
     enough_S = np.cumsum(wrong_S) >= PRECISION * np.arange(1, len(wrong_S) + 1)
     least = max(0.5, wrong_S[enough_S].min(initial=1.0))
-    return Labels(margin_N, wrong_N, (wrong_N >= least) & (wrong_N > 0.5) & (margins_RN < 0).all(0), flipped, trust)
+    called_N = (wrong_N >= least) & (wrong_N > 0.5) & (margins_RN < 0).all(0)
+    return Labels(margin_N, wrong_N, called_N, flipped, trust, accuracy, chance)
 
 
 def easiest(margin_N: Array, share: float) -> list[int]:

@@ -1,6 +1,6 @@
 """A dataset looked at before anything is trained: what is read of it, how long, how often, and what it would teach."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..data.unread import SAMPLED, check_unread
 from ..errors import DataError
 from ..reward.agreement import Estimate
 from .counts import NAMED, Repeats, length_facts, sized_tokens
+from .near import apart
 from .reading import MALFORMED, Item, Sized, read_items, text_parts
 from .render import render_parts, render_row
 from .style import compare_forms, compare_lengths, forms_of
@@ -36,7 +37,7 @@ class Look:
     Attributes:
         facts: figures by name, as `dpo-peft data --json` prints them (docs/data.md).
         stops: what would stop training, as it would say so.
-        repeats: what stands more than once; `repeats.leak(other)` compares with the rows of another dataset.
+        repeats: what stands more than once.
         prepared: the rows as they will be trained; `whole` without truncation. None without a tokenizer.
     """
 
@@ -48,6 +49,22 @@ class Look:
     prepared: Dataset | None = None
     whole: Dataset | None = None
     first: list[Item] = field(default_factory=list)
+    item: Callable[[int], Item] = Item  # of a row's number
+
+    def leak(self, evaluation: "Look") -> dict[str, Any]:
+        """Returns what of another dataset's rows stands here too, or nearly so (`Repeats.leak`), with its texts."""
+        found = self.repeats.leak(evaluation.repeats)
+        evaluation.show(found["near_prompts"], self, whole=False)
+        evaluation.show(found["near_rows"], self)
+        return found
+
+    def show(self, near: dict[str, Any], other: "Look", whole: bool = True) -> None:
+        """Adds the texts of near (row, row of `other`), shortened to what differs, of prompts alone or whole rows."""
+
+        def text(item: Item) -> str:
+            return " | ".join([item.prompt, *(item.completions if whole else ())])
+
+        near["texts"] = [apart(text(self.item(i)), text(other.item(j))) for i, j in near["first"]]
 
     def rendered(self, number: int, width: int = 80, color: bool = False, most_lines: int | None = None) -> list[str]:
         """Returns the first usable rows as they will be trained; without a tokenizer as texts. See `render_row`."""
@@ -116,6 +133,7 @@ def look(
         template = {**describe_template(seen.tokenizer, stop_tokens), "completions_without_stop": counts}
     unit = "tokens" if row_format.kind == "ids" or template else "characters"
     unusable = found.lost(summary)
+    seen.item = lambda row: next(read_items(rows.select([row]), row_format, wanted, seen.tokenizer))
     seen.facts |= {
         "usable": len(found.sizes) if summary is None else summary.kept_rows,
         "unusable": unusable,
@@ -128,6 +146,7 @@ def look(
         "template": template,
         "rendered_by": found.rendered_by,
     }
+    seen.show(seen.facts["repeats"]["near_duplicates"], seen)
     return seen
 
 

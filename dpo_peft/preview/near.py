@@ -10,6 +10,7 @@ texts meet there, and only those are compared. MinHash with 128 values in 16 ban
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from math import ceil
 from typing import Any
 
@@ -20,8 +21,10 @@ from .reading import Item
 SIMILAR = 0.8
 # Threes in more than so many texts, and more than this share of them, are a template's: they say nothing.
 COMMON, COMMON_SHARE = 100, 0.01
+AROUND, SHOWN = 8, 240  # words and blanks around a difference, characters of a text that are shown
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: a letter is a word
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
+_PIECE = re.compile(f"[{_UNSPACED}]|\\s|[^\\s{_UNSPACED}]+")
 _FACTORS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9  # odd
 
 Array = np.ndarray[Any, Any]
@@ -97,6 +100,19 @@ def similar(
     return pairs
 
 
+def apart(one: str, other: str) -> list[str]:
+    """Returns two texts on a line each, shortened to the words that differ, in [ ], and some around them."""
+    words = [_PIECE.findall(" ".join(text.split())) for text in (one, other)]
+    lines = ["", ""]
+    for group in SequenceMatcher(None, words[0], words[1], autojunk=False).get_grouped_opcodes(AROUND):
+        for how, *ends in group:
+            for side in (0, 1):
+                text = "".join(words[side][ends[2 * side] : ends[2 * side + 1]])
+                lines[side] += text if how == "equal" else f"[{text}]"
+        lines = [f"{line} … " for line in lines]
+    return [(line if len(line) <= SHOWN else f"{line[:SHOWN]}…").strip() or "(the same words)" for line in lines]
+
+
 class Near:
     """Finds rows whose prompt and completions are nearly those of another. Usable rows are `add`ed one by one."""
 
@@ -112,21 +128,16 @@ class Near:
         written = [shingles(text, salt=1 << 63) for text in item.completions]
         self.completions.append(np.unique(np.concatenate(written)))
 
-    def repeats(self) -> Pairs:
-        """Returns (row, an earlier row) where both are nearly the same, as a whole and in their completions."""
-        pairs = similar(self._whole(), alike=lambda i, j: jaccard(self.completions[i], self.completions[j]) >= SIMILAR)
-        return [(self.rows[i], self.rows[j]) for i, j in pairs]
+    def prompts_in(self, known: "Near") -> Pairs:
+        """Returns (row, row of `known`) whose prompts are nearly the same."""
+        return [(self.rows[i], known.rows[j]) for i, j in similar(self.prompts, known.prompts)]
 
-    def leaks(self, evaluation: "Near") -> tuple[Pairs, Pairs]:
-        """Returns (evaluation row, row here) of which the prompts are nearly the same, and of which all is."""
-        theirs = evaluation.completions
-        prompts = similar(evaluation.prompts, self.prompts)
-        rows = similar(
-            *(evaluation._whole(), self._whole()),
-            alike=lambda i, j: jaccard(theirs[i], self.completions[j]) >= SIMILAR,
-        )
-        prompts, rows = ([(evaluation.rows[i], self.rows[j]) for i, j in one] for one in (prompts, rows))
-        return prompts, rows
+    def rows_in(self, known: "Near | None" = None) -> Pairs:
+        """Returns (row, row of `known`, or an earlier one) nearly the same as a whole and in their completions."""
+        of = known or self
+        alike = lambda i, j: jaccard(self.completions[i], of.completions[j]) >= SIMILAR  # noqa: E731
+        pairs = similar(self._whole(), known._whole() if known else None, alike=alike)
+        return [(self.rows[i], of.rows[j]) for i, j in pairs]
 
     def _whole(self) -> list[Array]:
         return [np.concatenate(both) for both in zip(self.prompts, self.completions, strict=True)]

@@ -14,6 +14,7 @@ from dpo_peft import cli
 from dpo_peft.cli.train import first_row
 from dpo_peft.data import prepare_dataset
 from dpo_peft.quickstart import model_path, train_file
+from dpo_peft.training.tally import wilson
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -73,7 +74,8 @@ def test_several_files_and_a_leak(tmp_path: Path, file: str, capsys: pytest.Capt
     assert found["files"][1]["unusable"]["identical_completions"]["first"] == [2]  # of this file
     leak = found["leaks"]["eval"]
     assert (leak["rows"], leak["of"], leak["first"]) == (1, 3, [[0, 0]])
-    assert leak["near_prompts"]["rows"] == 0 and leak["near_rows"] == {"rows": 1, "first": [[0, 0]]}
+    assert leak["near_prompts"]["rows"] == 0 and leak["near_rows"]["first"] == [[0, 0]]
+    assert leak["near_rows"]["texts"] == [["(the same words)"] * 2]
 
 
 def test_the_config_of_a_run_works_as_it_is(tmp_path: Path, file: str, capsys: pytest.CaptureFixture) -> None:
@@ -157,6 +159,11 @@ def test_folds_say_how_hard_each_row_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["labels"]["mislabelled"] == {"rows": len(wrong), "first": wrong[:5]}
     assert any(f"{len(wrong)} labels are probably wrong" in line for line in found["to_do"]) == bool(wrong)
     assert [one["row"] for one in found["labels"]["texts"]] == wrong[:5]
+    agreeing = sum(line["margin"] > 0 for line in lines)
+    assert found["labels"]["accuracy"]["value"] == agreeing / 24
+    chance = wilson(agreeing / 24, 12).low <= 0.5
+    assert found["labels"]["chance"] == chance == any("that may be chance" in line for line in found["to_do"])
+    assert (found["labels"]["kept"], found["labels"]["dropped"]) == (12, 12) and not (chance and wrong)
     kept = [json.loads(line) for line in (out / "easiest.jsonl").read_text().splitlines()]
     assert kept == [rows[n] for n in sorted(line["row"] for line in hardest[12:])]
     assert cli.main(["data", file, *words]) == 2

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_peft.preview.labels import easiest, judge
+from dpo_peft.training.tally import wilson
 
 
 def drawn(share: float, seed: int, number: int = 4000, trust: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -69,3 +70,32 @@ def test_by_hand() -> None:
 def test_the_easiest_rows_in_their_order() -> None:
     assert easiest(np.array([0.1, 3.0, -1.0, 2.0, 0.5]), 0.6) == [1, 3, 4]
     assert easiest(np.array([0.0, 0.0, 0.0, 0.0]), 0.5) == [0, 1]  # equal ones as they stand
+
+
+def crossed(seed: int, signal: float, turned: float = 0.0, rows: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Margins (1, N) of two folds under linear models after one step on the other fold, and which labels were turned
+    of those that follow a direction with this strength; 0: coin flips."""
+    draw = np.random.default_rng(seed)
+    x_NF, fold_N = draw.normal(size=(rows, 3)), draw.permutation(rows) % 2
+    turned_N = draw.random(rows) < turned
+    label_N = np.where((draw.random(rows) < 1 / (1 + np.exp(-signal * x_NF[:, 0]))) ^ turned_N, 1, -1)
+    other_NN = fold_N[:, None] != fold_N
+    return (label_N * ((x_NF @ x_NF.T * other_NN) @ label_N))[None], turned_N
+
+
+def test_of_coin_flips_nothing_is_said() -> None:
+    """Margins of folds sway together: a label acts on another row's margin as that row's label acts on its own."""
+    found = [judge(crossed(seed, 0.0)[0]) for seed in range(300)]
+    assert (
+        sum(not one.chance for one in found) <= 9 and sum(one.mislabelled_N.any() for one in found) <= 3
+    )  # 10 without
+    as_independent = [wilson(one.accuracy.value, 100).low > 0.5 for one in found]
+    assert sum(as_independent) > 12  # more than the 2.5 % of rows that are independent
+    assert all(one.flipped == 0 for one in found if one.chance)
+
+
+def test_of_labels_that_can_be_learned_something_is_said() -> None:
+    sets = [(judge(margins_RN), turned_N) for margins_RN, turned_N in (crossed(seed, 5.0, 0.1) for seed in range(20))]
+    assert not any(found.chance for found, _ in sets)
+    called_N, turned_N = np.concatenate([one.mislabelled_N for one, _ in sets]), np.concatenate([t for _, t in sets])
+    assert turned_N[called_N].mean() > 0.5 and called_N[turned_N].mean() > 0.2

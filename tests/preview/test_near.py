@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from dpo_peft.preview import look
 from dpo_peft.preview.advice import advise, leak_advice
-from dpo_peft.preview.near import COMMON, SIMILAR, jaccard, shingles, similar
+from dpo_peft.preview.near import COMMON, SHOWN, SIMILAR, apart, jaccard, shingles, similar
 
 WORDS = [f"w{n}" for n in range(60)]
 
@@ -80,25 +80,43 @@ def test_rows_are_near_in_all_their_parts() -> None:
     prompt, chosen, rejected = (" ".join(f"{side}{n}" for n in range(40)) for side in "pcr")
     rows = [
         pair(prompt, chosen, rejected),
-        pair(prompt + " please", chosen, rejected.upper()),  # near
+        pair(prompt + " please", chosen, rejected.replace("r7 ", "R7, ")),  # near
         pair(prompt, "yes it is", "no it is not"),  # the same prompt alone
         pair(prompt, chosen, rejected),  # an exact one, which is counted as such
         pair(prompt, rejected, chosen),  # the opposite, which is too
         pair("yes it is", "p q r s", "t u v w"),  # words of a completion in a prompt
     ]
     seen = look(Dataset.from_list(rows))
-    assert seen.facts["repeats"]["near_duplicates"] == {"rows": 1, "first": [(1, 0)]}
+    texts = [
+        ["p36 p37 p38 p39[ please] | c0 c1 c2 … r3 r4 r5 r6 [R7,] r8 r9 r10 r11 …"],
+        ["p36 p37 p38 p39[] | c0 c1 c2 … r3 r4 r5 r6 [r7] r8 r9 r10 r11 …"],
+    ]
+    found = {"rows": 1, "first": [(1, 0)], "texts": [[one[0] for one in texts]]}
+    assert seen.facts["repeats"]["near_duplicates"] == found
     assert any("nearly an earlier one (rows 1 and 0)" in line for line in advise(seen.facts))
     held_out = [
         pair(prompt + " now", "a b c d", "e f g h"),
         pair("z", "a", "b"),
         pair(prompt, rejected, chosen + " x"),
     ]
-    leak = seen.repeats.leak(look(Dataset.from_list(held_out), name="eval").repeats)
+    leak = seen.leak(look(Dataset.from_list(held_out), name="eval"))
     assert (leak["rows"], leak["first"]) == (1, [(2, 0)])
-    assert leak["near_prompts"] == {"rows": 1, "first": [(0, 0)]}
-    assert leak["near_rows"] == {"rows": 1, "first": [(2, 0)]}
+    prompts, whole = (leak[name].pop("texts") for name in ("near_prompts", "near_rows"))
+    assert leak["near_prompts"] == {"rows": 1, "first": [(0, 0)]} and leak["near_rows"] == {
+        "rows": 1,
+        "first": [(2, 0)],
+    }
+    assert prompts == [["p36 p37 p38 p39[ now] …", "p36 p37 p38 p39[] …"]]  # without the completions
+    assert [len(text) <= SHOWN for text in whole[0]] == [True, True] and whole[0][0].endswith("…")
     assert len(leak_advice(leak, "eval")) == 2 and "nearly a prompt" in leak_advice(leak, "eval")[1]
+
+
+def test_what_differs_of_two_texts_by_hand() -> None:
+    one, other = "a b c d e f g h i j k l m n o", "a b c d e F g h i j k l m n o p"
+    assert apart(one, other) == ["b c d e [f] g h i j …  l m n o[] …", "b c d e [F] g h i j …  l m n o[ p] …"]
+    assert apart("我喜欢猫,因为", "我喜欢狗,因为") == ["我喜欢[猫],因为 …", "我喜欢[狗],因为 …"]  # no blanks
+    assert apart("a  b\nc", "a b c") == ["(the same words)"] * 2
+    assert {len(text) for text in apart("x" * 500, "y" * 500)} == {SHOWN + 1}
 
 
 def test_nothing_to_compare() -> None:
