@@ -34,7 +34,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from dpo_peft import DPOConfig, DPOTrainer, prepare_dataset, quickstart
-from dpo_peft.data.collator import KeyedCollator, PreferenceCollator
+from dpo_peft.data.collator import PreferenceCollator, with_keys
 from dpo_peft.forward.layout import PackedBatch
 from dpo_peft.model.scope import layer_numbers
 from dpo_peft.preview.crossfit import cross_fit
@@ -105,11 +105,11 @@ def fit(rows: Rows, turned_N: Array, args: argparse.Namespace, seed: int) -> dic
     layers = layer_numbers(args.lora_layers_to_transform, AutoConfig.from_pretrained(args.model).num_hidden_layers)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=layers)
     trainer = DPOTrainer(args.model, args=config, train_dataset=Dataset.from_list(pairs), peft_config=lora)
-    prepared, collate = trainer.train_dataset, KeyedCollator(PreferenceCollator())
+    prepared, collate = trainer.train_dataset, PreferenceCollator()
     found = {"adapters": cross_fit(trainer, args.folds, args.repeats, seed)}
     base = []
     for row in prepared:
-        scores = trainer.reference.logps(PackedBatch(**collate([row])))
+        scores = trainer.reference.logps(PackedBatch(**with_keys([row], collate)))
         assert scores is not None
         mean_C = [logp / len(ids) for logp, ids in zip(scores.logps_C.tolist(), row["completion_ids"], strict=True)]
         base.append(mean_C[0] - mean_C[1])
