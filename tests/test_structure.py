@@ -57,14 +57,14 @@ BUDGETS = {
     "chat": 445,
     "suites": 880,
     "conversion": 450,
-    "preview": 1260,
-    "cli": 4475,
+    "preview": 1300,
+    "cli": 4495,
     "sweep": 215,
     "rowfiles": 345,
     "disk": 180,
     "manifests": 230,
 }
-MAX_PACKAGE_LINES = 42_860
+MAX_PACKAGE_LINES = 42_920
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
