@@ -191,7 +191,9 @@ def _positions(called: str, its: Mapping[str, Any], names: Collection[str]) -> d
     how = {"original_max_position_embeddings": its.get("rope.scaling.original_context_length", its["context_length"])}
     if kind == "yarn" and called not in ("gemma3", "phi3"):
         size *= 1 + 0.1 * log(factor)
-        size /= 1 + 0.1 * its.get("rope.scaling.yarn_log_multiplier", 0.0) * log(factor)
+        if multiplier := its.get("rope.scaling.yarn_log_multiplier"):
+            size /= 1 + 0.1 * multiplier * log(factor)
+            how |= {"mscale": 1.0, "mscale_all_dim": multiplier}  # for the converters
         return {**rope, **how, "rope_type": "yarn", "factor": factor, "attention_factor": size}
     if long and called == "phi3":
         return {**rope, **how, "attention_factor": size}

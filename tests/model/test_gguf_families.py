@@ -3,6 +3,7 @@
 Prompts are longer than the windows (16) and than the contexts that positions are scaled from (64).
 """
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import zoo
 from gguf_files import converted, unpacked
+from paths import REPO
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
@@ -133,3 +135,10 @@ def test_log_probs_are_those_of_transformers_and_of_llama_cpp(
         monkeypatch.setitem(gguf.FAMILIES, called, changed)
         assert (logps(load_base(path, init_kwargs=FLOAT32)) - its).abs().max() > 0.1
         monkeypatch.undo()
+
+
+def test_every_family_is_proven_and_documented() -> None:
+    assert {architecture for architecture, _, _ in CASES.values()} == {*FAMILIES}
+    page = (REPO / "docs" / "quantization.md").read_text("utf-8")
+    said = page.partition("**What is read.**")[2].partition("Mistral and")[0]
+    assert re.findall(r"`([a-z0-9_-]+)`", said) == [*FAMILIES]
