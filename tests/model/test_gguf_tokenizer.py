@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from dpo_peft.errors import OptionError
 from dpo_peft.model.gguf import from_named
 from dpo_peft.model.gguf_tokenizer import _SPLITS
-from dpo_peft.serving.servers import llama_cpp_server, post
+from dpo_peft.serving.servers import llama_cpp_server
 
 pytest.importorskip("xllamacpp")
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>"]
@@ -81,7 +81,7 @@ def compared(path: str, other: str | None = None) -> int:
         for text in TEXTS:
             for add in (True, False):
                 how = {"content": text, "add_special": add, "parse_special": True}
-                its = post(f"{server.at}/tokenize", how)["tokens"]
+                its = server.at.ask("/tokenize", how)["tokens"]
                 assert own(text, add_special_tokens=add)["input_ids"] == its, text
             differing += bool(other) and from_named(AutoTokenizer, other)(text)["input_ids"] != own(text)["input_ids"]
     return differing
