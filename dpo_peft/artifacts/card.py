@@ -24,7 +24,7 @@ from ..model.gguf import is_gguf
 from ..reference.adapter_off import ADAPTER_OFF
 from ..training.metrics import NOISE_NOTE, within_noise
 from ..version import __version__
-from .card_rules import HUB_LICENSES, MODEL_INDEX, is_repo_id
+from .card_rules import HUB_LICENSES, MODEL_INDEX, gguf_arguments, hub_repo, is_repo_id
 from .citations import DPO, LORA, bibtex
 from .rows_kept import spoken
 
@@ -149,6 +149,7 @@ def model_card(run: RunSummary) -> ModelCard:
         template_path=str(TEMPLATE),
         title=cell(title_of(run)),
         base=base_text(run.base_model),
+        gguf=gguf_arguments(run.base_model) if is_gguf(run.base_model) else "",
         base_note="" if is_hub_id(run.base_model) else LOCAL_NOTE,
         objective=run.objective,
         data=", ".join(link(dataset, "datasets/") for dataset in run.datasets),
@@ -199,7 +200,7 @@ def title_of(run: RunSummary) -> str:
 
 def metadata(run: RunSummary) -> ModelCardData:
     """Returns the YAML head. What the Hub would refuse (a path as base model, an unknown license) doesn't get in."""
-    base = run.base_model if is_hub_id(run.base_model) else None
+    base = hub_repo(run.base_model)
     license, results = license_fields(run.license or ""), eval_results(run)
     quantized = ["qlora", "bitsandbytes", "4-bit"] if run.quantization.get("load_in_4bit") else []
     return ModelCardData(
@@ -289,8 +290,8 @@ def python(value: object) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Returns whether the name can only mean a repository of the Hub: what lies on this disk is taken from there."""
-    return not os.path.exists(name) and is_repo_id(name) and not is_gguf(name)
+    """Returns whether the name can only mean what is on the Hub, see `hub_repo`."""
+    return hub_repo(name) is not None
 
 
 def shown_name(name: str) -> str:
@@ -301,7 +302,7 @@ def shown_name(name: str) -> str:
 def link(name: str, kind: str = "") -> str:
     """Returns a Markdown link for a Hub id (`kind`: "" or "datasets/"), the plain name for the rest."""
     shown = shown_name(name)
-    return f"[{shown}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else code(shown)
+    return f"[{shown}](https://huggingface.co/{kind}{hub_repo(name)})" if is_hub_id(name) else code(shown)
 
 
 def code(text: str) -> str:
@@ -333,6 +334,7 @@ def for_repository(text: str, name: str, repo_id: str, base: str, old_base: str)
     text = text.replace(BUNDLED_TEXT, link(base)).replace(f"{LOCAL_NOTE}\n\n", "")
     text = re.sub(rf"`[^`]+`{re.escape(LOCAL_TEXT)}", lambda _: link(base), text)
     text = text.replace(link(old_base), link(base)) if is_repo_id(old_base) else text
+    text = re.sub(r'\(".*?", gguf_file=".*?"', lambda _: f"({gguf_arguments(base)}", text)
     return re.sub(rf"^# {re.escape(name)}$", f"# {repo_id.split('/')[-1]}", text, count=1, flags=re.M)
 
 

@@ -5,7 +5,9 @@ The Hub itself checks once more when a card is pushed; these tell an offline run
 """
 
 import difflib
+import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
+
+from ..model.gguf import gguf_place
 
 _NAMES = yaml.safe_load(Path(__file__).with_name("hub_names.yaml").read_text("utf-8"))
 HUB_LICENSES, RELATIONS, TEXT_TASKS, KNOWN_KEYS = (
@@ -56,6 +60,19 @@ def is_repo_id(name: Any) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def hub_repo(name: str) -> str | None:
+    """Returns the repository of the Hub that a name can only mean, or that holds the GGUF file of the name; None for
+    what lies on this disk, which is taken from there."""
+    place, file = gguf_place(name)
+    return None if os.path.exists(name) or not is_repo_id(place) or (file and "/" not in place) else place
+
+
+def gguf_arguments(name: str) -> str:
+    """Returns, as Python source, by what `from_pretrained` finds a GGUF file; the folder of one here is not told."""
+    place, file = gguf_place(name)
+    return f"{json.dumps(place if hub_repo(name) else 'FOLDER')}, gguf_file={json.dumps(file['gguf_file'])}"
 
 
 def problems(readme: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, ModelInfo, errors
 
 from ..errors import OptionError, PublishError
+from ..model.gguf import gguf_place
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,12 @@ class Hub:
 
     def check_base(self, base: str) -> None:
         """Raises an OptionError if others can't load the base: it is not on the Hub, or not for everybody."""
-        if not self.call("looking for the base model", lambda: self.api.repo_exists(base)):
+        place, file = gguf_place(base)
+
+        def there() -> bool:
+            return self.api.file_exists(place, file["gguf_file"]) if file else self.api.repo_exists(base)
+
+        if not self.call("looking for the base model", there):
             raise OptionError(
                 f"The base {base} is not on the Hub, or the token may not see it. Give its Hub id by base_model, or "
                 "publish it first."

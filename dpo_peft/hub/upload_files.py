@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..artifacts.card import RunSummary, for_repository, is_hub_id, model_card
-from ..artifacts.card_rules import problems, read_head
+from ..artifacts.card_rules import hub_repo, problems, read_head
 from ..artifacts.recipe import public
 from ..credentials import find_secret
 from ..errors import OptionError
 from ..manifests import CONFIG, EVAL, MANIFEST, SERVING, WEIGHTS, check_one_run, settle, weights_digest
+from ..model.gguf import is_gguf
 from ..model.training_record import RECORD as TRAINING_RECORD
 from ..reference.fingerprint import RECORD as REFERENCE_RECORD
 from .pickles import PICKLE, pickled
@@ -51,6 +52,7 @@ LEFT_OUT = {
     "*": "no part of an adapter; add it by include",
 }
 _BASE = "Give the id of the same model on the Hub: --base_model NAME/MODEL (publish it first if it isn't there)."
+_GGUF = "Give that file on the Hub: --base_model NAME/MODEL/FILE.gguf (put there by hf upload NAME/MODEL FILE.gguf)."
 LINK = "a symbolic link, which is not followed: copy the file here"
 # Folders of any machine. Rows of data aren't searched for them, nor what a model wrote: both may speak of any path.
 _MACHINE_PATHS = re.compile(
@@ -163,14 +165,17 @@ def _checked_weights(adapter: Path, upload: Upload) -> Path:
 
 def _hub_base(given: str | None, recorded: str) -> str:
     """Returns the base's Hub id: others can't load an adapter whose config names a folder of this machine."""
-    if given is not None and not is_hub_id(given):
-        raise OptionError(f"base_model={given!r} is not a Hub id. {_BASE}")
+    gguf = is_gguf(recorded)
+    remedy = _GGUF if gguf else _BASE
+    if given is not None and (not is_hub_id(given) or (gguf and not is_gguf(given))):
+        what = f"not the file that it was trained on, {public(recorded, is_path=True)}" if gguf else "not a Hub id"
+        raise OptionError(f"base_model={given!r} is {what}. {remedy}")
     if given is None and not recorded:
-        raise OptionError(f"The adapter does not say which base it belongs to. {_BASE}")
+        raise OptionError(f"The adapter does not say which base it belongs to. {remedy}")
     if given is None and not is_hub_id(recorded):
-        name = public(recorded, is_path=True)
+        name = f"{'file' if gguf else 'folder'} ({public(recorded, is_path=True)})"
         raise OptionError(
-            f"The adapter was trained on a model in a local folder ({name}), which nobody else can load. {_BASE}"
+            f"The adapter was trained on a model in a local {name}, which nobody else can load. {remedy}"
         )
     return given or recorded
 
@@ -316,7 +321,7 @@ def _card(
     name = data.get("model_name")
     card.text = for_repository(card.text, name or _title(card.text), repo_id, base, old_base)
     data["model_name"] = (_title(card.text) or name) if name else None
-    data["base_model"], data["base_model_relation"] = base, "adapter"
+    data["base_model"], data["base_model_relation"] = hub_repo(base), "adapter"
     data["library_name"] = data.get("library_name") or "peft"
     data["pipeline_tag"] = data.get("pipeline_tag") or "text-generation"
     for key, value in labels.items():

@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..artifacts.card import cell, is_hub_id, link, shown_name
+from ..artifacts.card_rules import hub_repo
 from ..disk import one_writer, open_by_umask, remove, sync, write_atomically
 from ..errors import DriftError, OptionError
 from ..forward.rotary import fix_rope
@@ -285,7 +286,7 @@ def _describe(folder: Path, report: MergeReport, adapter: str, base: str, sees: 
     task = "image-text-to-text" if sees else "text-generation"
     data = ModelCardData(library_name="transformers", pipeline_tag=task, tags=["dpo-peft", "merge"])
     if is_hub_id(base):
-        data["base_model"], data["base_model_relation"] = base, "finetune"
+        data["base_model"], data["base_model_relation"] = hub_repo(base), "finetune"
     drift = report.drift
     which = {"dequantized": "the quantized base, dequantized, that it was trained on", "base16": "the original base"}
     text = (

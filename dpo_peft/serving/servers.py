@@ -19,7 +19,7 @@ from ..merge.drift import NEW_TOKENS, Observed, Rows
 from .asking import Endpoint
 
 AT_ONCE = 256  # tokens that one request has llama.cpp's server write
-LOWEST = -104.0  # nats: a probability that float32 does not hold, and of which llama.cpp says -3e38
+LOWEST = -104.0  # nats: a probability that float32 does not hold; llama.cpp says -3e38 then, vLLM -9999
 
 
 class Server(Protocol):
@@ -90,7 +90,7 @@ class VllmServer:
     def logps(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """See `Server`."""
         told = self._choice([*prompt, *completion], 1, prompt_logprobs=1)["prompt_logprobs"][len(prompt) :]
-        return [one[str(token)]["logprob"] for one, token in zip(told, completion, strict=True)]
+        return [max(one[str(token)]["logprob"], LOWEST) for one, token in zip(told, completion, strict=True)]
 
     def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
         """See `Server`."""
@@ -98,7 +98,9 @@ class VllmServer:
         return ids
 
     def _choice(self, ids: Sequence[int], most: int, **more: Any) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": [*ids], "max_tokens": most, "temperature": 0, **more}
+        penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # or the model's own
+        how = {"max_tokens": most, "temperature": 0, **penalties, **more}
+        body = {"model": self.model, "prompt": [*ids], **how}
         choice: dict[str, Any] = self.at.ask("/v1/completions", body, lambda told: told["choices"][0])
         return choice
 

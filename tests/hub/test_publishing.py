@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from dpo_peft.artifacts.card import RunSummary, save_model_card
 from dpo_peft.errors import OptionError, PublishError
 from dpo_peft.hub.publishing import publish
 from dpo_peft.manifests import weights_digest
@@ -168,6 +169,35 @@ def test_the_local_base_is_replaced_in_all_that_is_published(hub: HubServer, fol
     assert "local folder" not in text(hub, "README.md")
     assert not [name for name in names(hub) if b"secret" in hub.repos[REPO].files[name].content]
     assert json.loads((folder / "adapter_config.json").read_text()) == config  # the folder stays as it is
+
+
+def test_a_gguf_base_is_published_as_the_file_on_the_hub(hub: HubServer, folder: Path) -> None:
+    """Its repository alone, or another model, would be other weights; the file's place here is not told."""
+    local, there = str(folder.parent / "secret" / "q.gguf"), f"{BASE}/q.gguf"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = config["auto_mapping"]["dpo_peft_reference"]["base"] = local
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()
+    save_model_card(RunSummary("reviews-dpo", local, None, has_chat_template=False), folder)
+    assert 'from_pretrained("FOLDER", gguf_file="q.gguf")' in (folder / "README.md").read_text()
+    for base, message in (
+        (None, r"in a local file \(q.gguf\)"),
+        (BASE, "not the file that it was trained on, q.gguf"),
+    ):
+        with pytest.raises(OptionError, match=f"{message}.*--base_model NAME/MODEL/FILE.gguf"):
+            publish(folder, REPO, base_model=base)
+    with pytest.raises(OptionError, match=f"base {there} is not on the Hub"):
+        publish(folder, REPO, base_model=there)
+    hub.add_repo(BASE, {"q.gguf": b"GGUF"})
+    publish(folder, REPO, base_model=there)
+    assert json.loads(text(hub, "adapter_config.json"))["base_model_name_or_path"] == there
+    card = text(hub, "README.md")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == BASE
+    assert (
+        f'from_pretrained("{BASE}", gguf_file="q.gguf")' in card
+        and f"[{there}](https://huggingface.co/{BASE})" in card
+    )
+    assert not [name for name in names(hub) if b"secret" in hub.repos[REPO].files[name].content]
 
 
 def test_a_base_that_is_not_on_the_hub_is_refused(hub: HubServer, folder: Path) -> None:
