@@ -46,11 +46,11 @@ BUDGETS = {
     "evaluation": 1325,
     "fused": 3010,
     "planning": 2240,
-    "artifacts": 1325,
+    "artifacts": 1345,
     "reward": 880,
     "merge": 835,
     "serving": 835,
-    "hub": 935,
+    "hub": 945,
     "pairs": 1230,
     "report": 1460,
     "quickstart": 480,
@@ -64,7 +64,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 230,
 }
-MAX_PACKAGE_LINES = 42_920
+MAX_PACKAGE_LINES = 42_950
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 

@@ -98,7 +98,7 @@ class VllmServer:
         return ids
 
     def _choice(self, ids: Sequence[int], most: int, **more: Any) -> dict[str, Any]:
-        penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # or the model's own
+        penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # not its own
         how = {"max_tokens": most, "temperature": 0, **penalties, **more}
         body = {"model": self.model, "prompt": [*ids], **how}
         choice: dict[str, Any] = self.at.ask("/v1/completions", body, lambda told: told["choices"][0])
