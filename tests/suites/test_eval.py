@@ -14,7 +14,7 @@ from peft import PeftModel
 from reward_helpers import plain_adapter, plain_logps
 from transformers import AutoModelForCausalLM
 
-from dpo_peft import quickstart
+from dpo_peft import answer_only, quickstart
 from dpo_peft.cli import main
 from dpo_peft.report.page import save_report
 from dpo_peft.suites import instructions, run
@@ -311,6 +311,22 @@ def test_the_bundled_model_and_a_suite_of_ones_own(tmp_path: Path, capsys: Any, 
     assert result["suites"][3]["sides"] == ["base"] and len(result["lm_eval"]) == 1
     assert all(figure["adapter"] is None for suite in result["suites"] for figure in suite["figures"])
     assert figures(result)["strict"]["base"] and 0 < figures(result, 2)["mean log-prob"]["base"]["value"] < 1
+
+
+def test_plain_text_is_left_out_of_an_answer_only_adapter(
+    base_folder: str, make_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokens = {"alora_invocation_tokens": answer_only(make_tokenizer())}
+    folder = plain_adapter(base_folder, make_tokenizer(), tmp_path / "run", **tokens)
+    Path("texts.txt").write_text("One line of text.\n")
+    how = [folder, *PLAIN, "--limit", "2", "--max_new_tokens", "4"]
+    assert main(["eval", *how]) == 0  # the suites that run if none is named
+    told = figures(json.loads((tmp_path / "run" / "eval.json").read_text("utf-8")), 1)
+    assert "repeated 4-grams" in told and "loss per token, nats" not in told
+    assert "acts on completions alone" in caplog.text
+    assert main(["eval", *how, "--suites", "neutral:texts.txt", "--overwrite"]) == 2
+    assert "Leave the file out." in capsys.readouterr().err
 
 
 def test_the_card_and_the_report_have_the_table(base_folder: str, make_tokenizer: Any, tmp_path: Path) -> None:
