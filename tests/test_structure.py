@@ -55,7 +55,7 @@ BUDGETS = {
     "report": 1460,
     "quickstart": 480,
     "chat": 445,
-    "suites": 880,
+    "suites": 890,
     "conversion": 450,
     "preview": 1300,
     "cli": 4495,
@@ -64,7 +64,7 @@ BUDGETS = {
     "disk": 180,
     "manifests": 230,
 }
-MAX_PACKAGE_LINES = 42_950
+MAX_PACKAGE_LINES = 42_960
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without its docstring
 
