@@ -212,6 +212,8 @@ def test_graded_human_judgments(data_dir, minimind):
     dataset = Dataset.from_list(raw).map(from_tulu)
     assert Counter(dataset["preference"][:]) == {1.0: 188, 0.75: 235, 0.5: 376, 0.25: 191, 0.0: 160}
     prepared, report = prepare_dataset(dataset, minimind, max_length=None, label_columns=("preference",))
+    unconverted = Dataset.from_list(raw)  # whose words of preference stand in the column of the labels
+    assert prepare_dataset(unconverted, minimind, max_length=None, label_columns=("preference",))[0][:] == prepared[:]
     same = [i for i, row in enumerate(raw) if row["completion_a"] == row["completion_b"]]
     assert (len(same), report.source_rows, report.kept_rows) == (39, 1150, 1111)
     assert report.dropped == {"identical_completions": 39} and report.dropped_rows["identical_completions"] == same[:5]
