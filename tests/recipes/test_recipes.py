@@ -258,6 +258,7 @@ def test_configs(
     recipe = yaml.safe_load((RECIPES / name).read_text("utf-8"))
     model = "sft_adapter" if "from_sft" in name else "vision_folder" if "images" in name else "base_folder"
     given = on_the_machine(name, request.getfixturevalue(model), data, tmp_path / "out")
+    capsys.readouterr()  # what making the model printed
     trainer = cli.train(["--config", str(RECIPES / name), *words(given), "--json"])
     result = json.loads(capsys.readouterr().out)
     start = CONFIGS[name][1]
