@@ -116,6 +116,7 @@ class AdapterSource(AdapterOptions):
     def images(self, needed: bool = False) -> Images | None:
         """Returns the processor that the adapter was trained with, saved beside it; None where that was a tokenizer,
         or if it is `needed`, the base's. Raises an OptionError if it can't be loaded."""
+        self.config  # noqa: B018 - what is no adapter is refused as such
         own = cached_file(self.adapter, "processor_config.json", **self.from_hub, **_QUIET)
         if own is None and not needed:
             return None

@@ -195,6 +195,8 @@ def test_a_source_reads_before_it_loads(first: Path, tmp_path: Path, monkeypatch
         assert AdapterSource(str(first), base="elsewhere").base_name == "elsewhere"
         with pytest.raises(OptionError, match="is not an adapter"):
             AdapterSource(str(tmp_path)).read()
+        with pytest.raises(OptionError, match="is not an adapter"):
+            AdapterSource("models/no/adapter.gguf").images()
     assert torch.equal(logps(source.load().model), logps(load_trained(str(first)).model))
     with pytest.raises(OptionError, match="reference: no effect for .*AdapterSource"):
         ImplicitReward(source, reference="base")
