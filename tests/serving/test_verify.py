@@ -279,8 +279,8 @@ def test_200_pairs_on_the_base_that_was_trained_on(kind: str, files: Any, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")
 def test_smollm2_on_its_file(tmp_path: Path) -> None:
-    """Served with the same weights in float32; on the file itself, where llama.cpp's rounding of activations moves it by
-    as much as ours does, five times the usual limit; and an adapter of no strength, which is told in that noise."""
+    """Served with the same weights in float32; on the file itself, where llama.cpp's rounding of activations moves it
+    by as much as ours does, five times the usual limit; and an adapter of no strength, told in that noise."""
     file = os.environ["SMOLLM2_GGUF"]
     source = AdapterSource(trained_on(file, tmp_path, steps=6, quantize_base=False, learning_rate=1e-3))
     path = converted(source, tmp_path)
