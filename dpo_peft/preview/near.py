@@ -21,10 +21,10 @@ from .reading import Item
 SIMILAR = 0.8
 # Threes in more than so many texts, and more than this share of them, are a template's: they say nothing.
 COMMON, COMMON_SHARE = 100, 0.01
-AROUND, SHOWN = 8, 240  # words and blanks around a difference, characters of a text that are shown
+AROUND, SHOWN = 4, 240  # words around a difference, characters of a text that are shown
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Han: a letter is a word
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
-_PIECE = re.compile(f"[{_UNSPACED}]|\\s|[^\\s{_UNSPACED}]+")
+_PIECE = re.compile(f"(?:[{_UNSPACED}]|[^\\s{_UNSPACED}]+) ?")
 _FACTORS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9  # odd
 
 Array = np.ndarray[Any, Any]
@@ -102,14 +102,15 @@ def similar(
 
 def apart(one: str, other: str) -> list[str]:
     """Returns two texts on a line each, shortened to the words that differ, in [ ], and some around them."""
-    words = [_PIECE.findall(" ".join(text.split())) for text in (one, other)]
+    words = [_PIECE.findall(f"{' '.join(text.split())} ") for text in (one, other)]
     lines = ["", ""]
     for group in SequenceMatcher(None, words[0], words[1], autojunk=False).get_grouped_opcodes(AROUND):
         for how, *ends in group:
             for side in (0, 1):
                 text = "".join(words[side][ends[2 * side] : ends[2 * side + 1]])
-                lines[side] += text if how == "equal" else f"[{text}]"
-        lines = [f"{line} … " for line in lines]
+                gap = " " * (text.endswith(" ") or not text)
+                lines[side] += text if how == "equal" else f"[{text.rstrip()}]{gap}"
+        lines = [f"{line.rstrip()} … " for line in lines]
     return [(line if len(line) <= SHOWN else f"{line[:SHOWN]}…").strip() or "(the same words)" for line in lines]
 
 

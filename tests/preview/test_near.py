@@ -88,8 +88,8 @@ def test_rows_are_near_in_all_their_parts() -> None:
     ]
     seen = look(Dataset.from_list(rows))
     texts = [
-        ["p36 p37 p38 p39[ please] | c0 c1 c2 … r3 r4 r5 r6 [R7,] r8 r9 r10 r11 …"],
-        ["p36 p37 p38 p39[] | c0 c1 c2 … r3 r4 r5 r6 [r7] r8 r9 r10 r11 …"],
+        ["p36 p37 p38 p39 [please] | c0 c1 c2 … r3 r4 r5 r6 [R7,] r8 r9 r10 r11 …"],
+        ["p36 p37 p38 p39 [] | c0 c1 c2 … r3 r4 r5 r6 [r7] r8 r9 r10 r11 …"],
     ]
     found = {"rows": 1, "first": [(1, 0)], "texts": [[one[0] for one in texts]]}
     assert seen.facts["repeats"]["near_duplicates"] == found
@@ -106,14 +106,14 @@ def test_rows_are_near_in_all_their_parts() -> None:
         "rows": 1,
         "first": [(2, 0)],
     }
-    assert prompts == [["p36 p37 p38 p39[ now] …", "p36 p37 p38 p39[] …"]]  # without the completions
+    assert prompts == [["p36 p37 p38 p39 [now] …", "p36 p37 p38 p39 [] …"]]  # without the completions
     assert [len(text) <= SHOWN for text in whole[0]] == [True, True] and whole[0][0].endswith("…")
     assert len(leak_advice(leak, "eval")) == 2 and "nearly a prompt" in leak_advice(leak, "eval")[1]
 
 
 def test_what_differs_of_two_texts_by_hand() -> None:
     one, other = "a b c d e f g h i j k l m n o", "a b c d e F g h i j k l m n o p"
-    assert apart(one, other) == ["b c d e [f] g h i j …  l m n o[] …", "b c d e [F] g h i j …  l m n o[ p] …"]
+    assert apart(one, other) == ["b c d e [f] g h i j … l m n o [] …", "b c d e [F] g h i j … l m n o [p] …"]
     assert apart("我喜欢猫,因为", "我喜欢狗,因为") == ["我喜欢[猫],因为 …", "我喜欢[狗],因为 …"]  # no blanks
     assert apart("a  b\nc", "a b c") == ["(the same words)"] * 2
     assert {len(text) for text in apart("x" * 500, "y" * 500)} == {SHOWN + 1}
