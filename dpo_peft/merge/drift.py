@@ -210,13 +210,14 @@ def score(rows: Rows, logps: Callable[[PackedBatch], Scores], device: torch.devi
     return found
 
 
-def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
-    """Puts the merged model beside the adapter's."""
+def compare(adapter: AdapterObserved, merged: Observed, off: list[Tensor] | None = None) -> Drift:
+    """Puts the merged model beside the adapter's. `off`: log-probs of the merged one without the adapter, if they are
+    not the base's."""
     both = list(zip(merged.logps, adapter.logps, strict=True))
     by_token = torch.cat([(m - a).abs() for m, a in both]).double()
     by_completion = torch.stack([(m.double().sum() - a.double().sum()).abs() for m, a in both])
     by_adapter = torch.cat([(a - o).abs() for a, o in zip(adapter.logps, adapter.off, strict=True)]).double()
-    strength, error = _strength(adapter, merged)
+    strength, error = _strength(adapter, merged, adapter.off if off is None else off)
     return Drift(
         rows=adapter.rows.name,
         completions=len(by_completion),
@@ -234,12 +235,11 @@ def compare(adapter: AdapterObserved, merged: Observed) -> Drift:
     )
 
 
-def _strength(adapter: AdapterObserved, merged: Observed) -> tuple[float | None, float | None]:
+def _strength(adapter: AdapterObserved, merged: Observed, off: list[Tensor]) -> tuple[float | None, float | None]:
     """Returns by how much of what the adapter adds to log-probs it does so in the other model, and the standard error:
     the slope through 0 of least squares over tokens, its error with completions as clusters (Liang and Zeger 1986)."""
-    own, seen = (
-        [(m - o).double() for m, o in zip(of, adapter.off, strict=True)] for of in (adapter.logps, merged.logps)
-    )
+    sides = (adapter.logps, adapter.off), (merged.logps, off)
+    own, seen = ([(on - base).double() for on, base in zip(*side, strict=True)] for side in sides)
     if not (squares := sum(float(a @ a) for a in own)):
         return None, None
     slope = sum(float(a @ m) for a, m in zip(own, seen, strict=True)) / squares
