@@ -191,13 +191,14 @@ def verify_serving(
         gc.collect()
         other = observe_server(server, seen.rows) if server else _observe_transformers(served, source, seen)
     drift = compare(seen, other, off)
-    limit = max_token_difference
+    limit, expected = max_token_difference, None
     if limit is None:
-        limit = min(MAX_TOKEN_DIFFERENCE, drift.adapter_token / 2)
+        limit, expected = min(MAX_TOKEN_DIFFERENCE, drift.adapter_token / 2), 1.0
     if rounding is not None:
+        expected = rounding.strength
         limit = max(limit, ROUNDING_ROOM * rounding.mean_token)
         min_signs = min(min_signs, _least_share(rounding.signs_equal, rounding.pairs))
-    problems, name = _problems(drift, limit, min_signs, max_token_difference is None), shown_name(source.adapter)
+    problems, name = _problems(drift, limit, min_signs, expected), shown_name(source.adapter)
     report = ServingReport(name, fingerprint, str(served), limit, min_signs, drift, rounding, problems)
     if Path(source.adapter).is_dir():
         _keep(Path(source.adapter), report)
@@ -254,16 +255,16 @@ def _least_share(of: int, pairs: int) -> float:
     return share - 2 * (share * (1 - share) / max(pairs, 1)) ** 0.5
 
 
-def _problems(drift: Drift, limit: float, min_signs: float, by_strength: bool) -> list[str]:
-    """Returns what is beyond the limits, a sentence each; the adapter's strength if that decides too."""
+def _problems(drift: Drift, limit: float, min_signs: float, expected: float | None) -> list[str]:
+    """Returns what is beyond the limits, a sentence each. `expected`: the strength, if it decides."""
     found = []
     if not drift.mean_token <= limit:
         found.append(
             f"It is {drift.mean_token:.3g} nats per token from the trained model, on average over {drift.tokens:,} "
             f"tokens; at most {limit:.3g} are allowed, and the adapter itself moves them by {drift.adapter_token:.3g}."
         )
-    if by_strength and drift.strength is not None and drift.strength_error is not None:
-        if abs(drift.strength - 1) > max(MAX_STRENGTH_ERROR, 2 * drift.strength_error):
+    if expected is not None and drift.strength is not None and drift.strength_error is not None:
+        if abs(drift.strength - expected) > max(MAX_STRENGTH_ERROR, 2 * drift.strength_error):
             found.append(f"The adapter acts with {strength(drift)} of the strength that was trained.")
         elif drift.strength_error > MAX_STRENGTH_ERROR:
             found.append(

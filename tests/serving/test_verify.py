@@ -280,18 +280,18 @@ def test_200_pairs_on_the_base_that_was_trained_on(kind: str, files: Any, tmp_pa
 @pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no file")
 def test_smollm2_on_its_file(tmp_path: Path) -> None:
     """Served with the same weights in float32; on the file itself, where llama.cpp's rounding of activations moves it
-    by as much as ours does, five times the usual limit; and an adapter of no strength, told in that noise."""
+    by as much as ours does, five times the usual limit; and an adapter of next to no strength, told in that noise."""
     file = os.environ["SMOLLM2_GGUF"]
     source = AdapterSource(trained_on(file, tmp_path, steps=6, quantize_base=False, learning_rate=1e-3))
     path = converted(source, tmp_path)
     served = Served(base_gguf=str(unpacked(file, tmp_path / "float32.gguf")), adapter_gguf=str(path))
     same = verify_serving(source, served, dataset=some(8))
     noisy = verify_serving(source, Served(adapter_gguf=str(path)), dataset=some(20))
-    path.write_bytes(weakened(path.read_bytes(), 0.0))
+    path.write_bytes(weakened(path.read_bytes(), 1e-6))  # of 0 llama.cpp makes 1
     absent = verify_serving(source, Served(adapter_gguf=str(path)), dataset=some(8))
     print(same, noisy, absent, sep="\n")
     assert not same.problems and same.drift.mean_token < 0.005 < 0.02 < same.drift.adapter_token
     assert same.drift.signs_equal == 8 and same.drift.greedy_equal >= 7
     assert not noisy.problems and noisy.rounding and noisy.drift.mean_token > 0.05
     assert noisy.drift.mean_token == pytest.approx(noisy.rounding.mean_token, rel=0.25)
-    assert any("The adapter acts with" in problem for problem in absent.problems)
+    assert any("The adapter acts with" in problem for problem in absent.problems) and absent.drift.strength < 0.3
