@@ -49,7 +49,7 @@ BUDGETS = {
     "artifacts": 1345,
     "reward": 880,
     "merge": 835,
-    "serving": 835,
+    "serving": 840,
     "hub": 945,
     "pairs": 1230,
     "report": 1460,
