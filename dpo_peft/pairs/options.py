@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from ..errors import OptionError
 from ..files import CONVERTERS, check_output
+from ..model.options import option
 from .rejection_sampling import MATCHES
 from .worklog import unfinished
 
@@ -20,10 +20,6 @@ RSO = "rso_beta rso_accept rso_pairs sft_output".split()
 JUDGES = "reward reward_model implicit_reward score_column".split()
 
 
-def _option(default: object, help: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
-
-
 @dataclass
 class PairsOptions:
     """What to sample, who judges, and how pairs are made.
@@ -32,61 +28,63 @@ class PairsOptions:
         OptionError: a value out of range.
     """
 
-    model: str | None = _option(None, "Folder or Hub id of a model or an adapter. Not with completions in the file.")
-    prompts: str | None = _option(
+    model: str | None = option(None, "Folder or Hub id of a model or an adapter. Not with completions in the file.")
+    prompts: str | None = option(
         None, "Hub id, or a JSON(L), Parquet or CSV file: prompt as text or messages, or pairs."
     )
-    output: str | None = _option(None, "The pairs: a .jsonl or .parquet file.")
-    prompts_split: str = _option("train", "Split of a Hub dataset.")
-    prompts_config: str | None = _option(None, "Configuration of a Hub dataset.")
-    dataset_format: str | None = _option(None, "What the rows are, where their columns don't say it.", CONVERTERS)
-    column_map: list[str] | None = _option(None, "Columns of other names, as old:new, such as question:prompt.")
-    max_prompts: int | None = _option(None, "Use the first so many rows.")
-    as_chat: bool | None = _option(
+    output: str | None = option(None, "The pairs: a .jsonl or .parquet file.")
+    prompts_split: str = option("train", "Split of a Hub dataset.")
+    prompts_config: str | None = option(None, "Configuration of a Hub dataset.")
+    dataset_format: str | None = option(
+        None, "What the rows are, where their columns don't say it.", choices=list(CONVERTERS)
+    )
+    column_map: list[str] | None = option(None, "Columns of other names, as old:new, such as question:prompt.")
+    max_prompts: int | None = option(None, "Use the first so many rows.")
+    as_chat: bool | None = option(
         None,
         "Make prompts that are text the user's turns. Default: as an adapter was trained, and for a model if it has a "
         "chat template and the prompts aren't rendered already.",
     )
 
-    num_candidates: int = _option(8, "Completions of each prompt.")
-    temperature: float = _option(1.0, "Of the sampling; rejection sampling wants 1.")
-    top_p: float = _option(1.0, "Sample from the likeliest tokens of this total probability.")
-    top_k: int = _option(0, "Sample from so many likeliest tokens; 0 is no limit.")
-    max_new_tokens: int = _option(512, "Longest completion.")
-    seed: int = _option(0, "Each completion has a seed of its own, made from this one.")
-    batch_size: int | None = _option(None, "Completions that are sampled at once: 32, or 512 with vllm, if not given.")
-    engine: str = _option("transformers", "Who samples.", ("transformers", "vllm"))
-    gpu_memory_utilization: float | None = _option(None, "Share of the GPU for vllm.")
+    num_candidates: int = option(8, "Completions of each prompt.")
+    temperature: float = option(1.0, "Of the sampling; rejection sampling wants 1.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens of this total probability.")
+    top_k: int = option(0, "Sample from so many likeliest tokens; 0 is no limit.")
+    max_new_tokens: int = option(512, "Longest completion.")
+    seed: int = option(0, "Each completion has a seed of its own, made from this one.")
+    batch_size: int | None = option(None, "Completions that are sampled at once: 32, or 512 with vllm, if not given.")
+    engine: str = option("transformers", "Who samples.", choices=("transformers", "vllm"))
+    gpu_memory_utilization: float | None = option(None, "Share of the GPU for vllm.")
 
-    reward: str | None = _option(None, "Reward function of TRL's signature: package.module:name or file.py:name.")
-    reward_model: str | None = _option(None, "Folder or Hub id of a sequence classifier with one output.")
-    implicit_reward: str | None = _option(None, "Folder or Hub id of a preference-trained adapter.")
-    score_column: str | None = _option(None, "Column with a score for each of `completions`, higher is better.")
+    reward: str | None = option(None, "Reward function of TRL's signature: package.module:name or file.py:name.")
+    reward_model: str | None = option(None, "Folder or Hub id of a sequence classifier with one output.")
+    implicit_reward: str | None = option(None, "Folder or Hub id of a preference-trained adapter.")
+    score_column: str | None = option(None, "Column with a score for each of `completions`, higher is better.")
 
-    method: str = _option("best_worst", "How pairs are made.", METHODS)
-    min_margin: float = _option(0.0, "Least difference of the rewards of a pair.")
-    max_pairs: int | None = _option(None, "Pairs of a prompt, with method all.")
-    require_finished: bool | None = _option(
+    method: str = option("best_worst", "How pairs are made.", choices=METHODS)
+    min_margin: float = option(0.0, "Least difference of the rewards of a pair.")
+    max_pairs: int | None = option(None, "Pairs of a prompt, with method all.")
+    require_finished: bool | None = option(
         None, "Leave out completions that max_new_tokens cut off: true if not given."
     )
-    rso_beta: float = _option(0.5, "Accept with probability exp((reward - best) / rso_beta).")
-    rso_accept: int = _option(4, "Completions that rejection sampling accepts per prompt.")
-    rso_pairs: str = _option("first_round", "Pairs of the accepted ones.", list(MATCHES))
-    sft_output: str | None = _option(
+    rso_beta: float = option(0.5, "Accept with probability exp((reward - best) / rso_beta).")
+    rso_accept: int = option(4, "Completions that rejection sampling accepts per prompt.")
+    rso_pairs: str = option("first_round", "Pairs of the accepted ones.", choices=list(MATCHES))
+    sft_output: str | None = option(
         None, "The accepted completions as prompt and completion: a .jsonl or .parquet file."
     )
-    lists_output: str | None = _option(
+    lists_output: str | None = option(
         None, "All usable completions as prompt, completions, scores: a .jsonl or .parquet file."
     )
 
-    base: str | None = _option(None, "An adapter's base, if it isn't where its config says.")
-    quantize: bool | None = _option(None, "Load in 4 bits: as an adapter was trained, true for a model, if not given.")
-    dtype: str | None = _option(None, "Dtype of what isn't quantized: as trained, or bfloat16, if not given.")
-    check_base: bool = _option(True, "The base must be the one that the adapter was trained on, weight for weight.")
-    revision: str | None = _option(None, "Branch, tag or commit of the model on the Hub.")
-    trust_remote_code: bool = _option(False, "Run code that ships with a model.")
-    overwrite: bool = _option(False, "Replace output, and begin unfinished work anew.")
-    json: bool = _option(False, "Print the summary as JSON.")
+    base: str | None = option(None, "An adapter's base, if it isn't where its config says.")
+    quantize: bool | None = option(None, "Load in 4 bits: as an adapter was trained, true for a model, if not given.")
+    dtype: str | None = option(None, "Dtype of what isn't quantized: as trained, or bfloat16, if not given.")
+    check_base: bool = option(True, "The base must be the one that the adapter was trained on, weight for weight.")
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = option(False, "Run code that ships with a model.")
+    overwrite: bool = option(False, "Replace output, and begin unfinished work anew.")
+    json: bool = option(False, "Print the summary as JSON.")
 
     def __post_init__(self) -> None:
         counts = ("num_candidates", "max_new_tokens", "batch_size", "max_prompts", "max_pairs")
